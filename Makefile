@@ -1,0 +1,70 @@
+# make help lists the targets. Each one installs what it needs, once: a stamp in the environment says that it is there.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+PY = $(VENV)/bin/python
+PIP_INSTALL = "$(PY)" -m pip install --disable-pip-version-check -c constraints.txt -e
+DEV = $(VENV)/.installed-dev
+DEMO = $(VENV)/.installed-demo
+BENCH = $(VENV)/.installed-bench
+PINS = pyproject.toml constraints.txt
+
+# One torch thread for each pytest worker: more would fight for the cores.
+PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$(PY)" -m pytest -n $(JOBS) --dist worksteal --doctest-modules
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format bench-deps clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+demo: $(DEMO) ## Build a small suite, merge it, write the report to demo/
+	"$(VENV)/bin/twinmerge" demo --out demo
+
+test: lint ## Lint, types, layers, then all tests and doctests but the slow ones
+	$(PYTEST) tests src
+
+test-all: lint ## The same with the slow tests
+	$(PYTEST) -m "" tests src
+
+lint: $(DEV) ## ruff, mypy, import-linter
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+	"$(PY)" -m mypy
+	"$(VENV)/bin/lint-imports"
+
+format: $(DEV) ## Mend what ruff can mend
+	"$(PY)" -m ruff check --fix .
+	"$(PY)" -m ruff format .
+
+bench-deps: $(BENCH) ## Install what the benchmarks need
+
+clean: ## Remove caches and build outputs; never an environment, a model or a result
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	for folder in src tests benchmarks; do \
+	    if [ -d "$$folder" ]; then find "$$folder" -type d -name __pycache__ -prune -exec rm -rf {} +; fi; \
+	done
+
+$(PY):
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	    { echo 'twinmerge needs Python 3.11, 3.12 or 3.13: try make PYTHON=python3.12' >&2; exit 2; }
+	"$(PYTHON)" -m venv "$(VENV)"
+
+$(DEV): $(PINS) | $(PY)
+	$(PIP_INSTALL) '.[dev]'
+	@touch "$@"
+
+# The dev extra holds all of the demo extra, so a fresh dev stamp is enough.
+$(DEMO): $(PINS) | $(PY)
+	@if [ -n "$$(find "$(DEV)" -newer pyproject.toml -newer constraints.txt 2>/dev/null)" ]; then \
+	    echo 'the demo needs nothing that is not already installed'; \
+	else \
+	    set -x; $(PIP_INSTALL) '.[demo]'; \
+	fi
+	@touch "$@"
+
+$(BENCH): $(PINS) | $(PY)
+	$(PIP_INSTALL) '.[bench]'
+	@touch "$@"
