@@ -1,0 +1,48 @@
+"""twinmerge: many fine-tuned models of one base become one model, static or mixed anew for every input.
+
+The names below load what they need when they are first used, so that `import twinmerge` is quick.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Merge": "engine.merge",
+    "Prediction": "twin.twin",
+    "Recipe": "engine.recipe",
+    "Twin": "twin.twin",
+    "TwinOutput": "twin.twin",
+    "TwinmergeError": "errors",
+    "diff": "engine.diff",
+    "merge": "engine.merge",
+    "open_suite": "tasks.suite",
+    "read_recipe": "engine.recipe",
+}
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from twinmerge.engine.diff import diff as diff
+    from twinmerge.engine.merge import Merge as Merge
+    from twinmerge.engine.merge import merge as merge
+    from twinmerge.engine.recipe import Recipe as Recipe
+    from twinmerge.engine.recipe import read_recipe as read_recipe
+    from twinmerge.errors import TwinmergeError as TwinmergeError
+    from twinmerge.tasks.suite import open_suite as open_suite
+    from twinmerge.twin.twin import Prediction as Prediction
+    from twinmerge.twin.twin import Twin as Twin
+    from twinmerge.twin.twin import TwinOutput as TwinOutput
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'twinmerge' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"twinmerge.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

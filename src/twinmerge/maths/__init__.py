@@ -1,0 +1,1 @@
+"""Pure numerics on tensors: low rank, selection, exact sums, keyed random numbers, assignment."""

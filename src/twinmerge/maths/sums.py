@@ -1,0 +1,64 @@
+"""Sums of many numbers that are the same bits whatever the tile, the thread count or the device.
+
+A tensor is cut, flat, into fixed blocks of 65,536 elements. Each block is summed in float64 in one fixed
+order, and the sums of the blocks are then added without any rounding but the last. Tiles must be whole
+blocks, except the last tile of a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+BLOCK = 65_536
+_CHUNK = 16 * BLOCK  # bounds the float64 copy at 8 MiB
+
+
+def blocked_dot(x: Tensor, y: Tensor) -> Tensor:
+    """The partial sums of <x, y>, one for each block of 65,536 flat elements.
+
+    Args:
+        x, y: of one size; float64 products of float32 or narrower numbers are exact.
+
+    Returns:
+        (ceil(size / 65536),) float64. Concatenated over the tiles of a tensor it is that of the tensor.
+
+    Example:
+        >>> blocked_dot(torch.ones(65_537), torch.full((65_537,), 2.0)).tolist()
+        [131072.0, 2.0]
+    """
+    pairs = zip(x.flatten().split(_CHUNK), y.flatten().split(_CHUNK), strict=True)
+    return torch.cat([_halve(a.double() * b.double()) for a, b in pairs])
+
+
+def block_sums(x: Tensor) -> Tensor:
+    """The partial sums of x, one for each block of 65,536 flat elements: `blocked_dot` of x and ones.
+
+    Example:
+        >>> block_sums(torch.ones(65_537)).tolist()
+        [65536.0, 1.0]
+    """
+    return torch.cat([_halve(a.double()) for a in x.flatten().split(_CHUNK)])
+
+
+def total(*partials: Tensor | Iterable[float]) -> float:
+    """The sum of all partial sums, rounded once (so their order does not matter either); 0.0 for none.
+
+    Example:
+        >>> total(torch.tensor([1e16, 1.0], dtype=torch.float64), [-1e16])
+        1.0
+    """
+    return math.fsum(value for part in partials for value in (part.tolist() if isinstance(part, Tensor) else part))
+
+
+def _halve(x: Tensor) -> Tensor:
+    """The sum of each block by folding it in half: element-wise additions are the same bits everywhere."""
+    width = BLOCK
+    x = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+    while width > 1:
+        width //= 2
+        x = x[:, :width] + x[:, width:]
+    return x[:, 0]
