@@ -1,0 +1,1 @@
+"""Names on disk and in modules, ties, heads: what a checkpoint means."""

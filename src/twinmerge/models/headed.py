@@ -1,0 +1,264 @@
+"""A body with many heads: each head is the expert's own model class around one shared body."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
+from twinmerge.store.artefact import Artefact, load_artefact, save_artefact
+
+HEADS_VERSION = 1
+
+
+class HeadSpec(NamedTuple):
+    """One expert's output layers: its config (class and label names inside) and its tensors by canonical name."""
+
+    config: PretrainedConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def labels(self) -> list[str]:
+        return labels_of(self.config) or []
+
+
+class BodyPort(nn.Module):
+    """Stands where a head's class has its body: runs the shared body once, then hands out rows of what it gave."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self._body = (body,)  # a tuple, so that the body is registered once, by its owner
+        self._output: ModelOutput | None = None
+        self._rows: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rows is None:
+            self._output = self._body[0](*args, **kwargs)
+            return self._output
+        assert self._output is not None
+        return rows_of(self._output, self._rows)
+
+    def replay(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def reset(self) -> None:
+        self._output = self._rows = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._body[0], name)
+
+
+def rows_of(output: Any, rows: Tensor) -> Any:
+    """The chosen rows of every tensor of a ModelOutput (tuples of layers included; caches are left out)."""
+    if isinstance(output, Tensor):
+        return output.index_select(0, rows)
+    if isinstance(output, ModelOutput):
+        kept = {k: rows_of(v, rows) for k, v in output.items() if k != "past_key_values"}
+        return type(output)(**{k: v for k, v in kept.items() if v is not None})
+    if isinstance(output, tuple):
+        return tuple(rows_of(v, rows) for v in output)
+    return None
+
+
+def rows_of_batch(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
+    """The chosen rows of every input whose leading axis is the batch."""
+    return {
+        k: v.index_select(0, rows) if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
+        for k, v in batch.items()
+    }
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim():
+            return int(value.shape[0])
+    raise TwinmergeError("The batch holds no tensor. Pass what the tokenizer or image processor returns.")
+
+
+class HeadedModel(nn.Module):
+    """One body, and for each expert its own head; or one whole model where there are no heads.
+
+    Args:
+        architecture: of the experts (with heads) or of the base (without).
+        state: canonical name -> tensor, of the body (with heads) or of everything (without).
+        heads: expert -> its head.
+
+    Errors:
+        TwinmergeError: the class has no single part that is the body; tensors are missing.
+    """
+
+    def __init__(
+        self, architecture: Architecture, state: Mapping[str, Tensor], heads: Mapping[str, HeadSpec] | None = None
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.head_specs = dict(heads or {})
+        model = build_module(architecture)
+        head_names = {n for spec in self.head_specs.values() for n in spec.tensors}
+        self.body_path = body_path(architecture, head_names) if head_names else ""
+        self.body: nn.Module = model.get_submodule(self.body_path) if self.body_path else model
+        self._load(state)
+        self.body.eval()
+        self.port = BodyPort(self.body)
+        self._outer: dict[str, PreTrainedModel] = {}
+        for name, head in self.head_specs.items():
+            self._outer[name] = self._head_module(name, head)
+
+    def canonical(self, module_name: str) -> str:
+        """The canonical name of a parameter of `body` by its name there."""
+        full = f"{self.body_path}.{module_name}" if self.body_path else module_name
+        return self.architecture.of_module(full)
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        wanted = {self.canonical(k): k for k in self.body.state_dict()}
+        aliases = self.architecture.aliases
+        found, missing = {}, []
+        for canonical, key in wanted.items():
+            source = canonical if canonical in state else aliases.get(canonical, canonical)
+            if source in state:
+                found[key] = state[source]
+            else:
+                missing.append(canonical)
+        if missing:
+            raise TwinmergeError(
+                f"The weights lack {len(missing)} tensors of {self.architecture.model_class.__name__}, the first is "
+                f"{missing[0]!r}. Take a base that has them, or build the output again."
+            )
+        self.body.load_state_dict(found, strict=True, assign=True)
+        tie = getattr(self.body, "tie_weights", None)
+        if tie is not None and aliases:
+            tie()
+        self.body.requires_grad_(False)
+
+    def _head_module(self, name: str, head: HeadSpec) -> PreTrainedModel:
+        architecture = Architecture(head.config, class_of(head.config))
+        module = architecture.skeleton
+        path = body_path(architecture, set(head.tensors))
+        parent, _, child = path.rpartition(".")
+        setattr(module.get_submodule(parent) if parent else module, child, self.port)
+        module.to_empty(device="cpu")
+        outside = {n: k for k in module.state_dict() if (n := architecture.of_module(k)) in head.tensors}
+        lacking = [k for k in module.state_dict() if k not in outside.values()]
+        if lacking:
+            raise TwinmergeError(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
+        module.load_state_dict({k: head.tensors[n] for n, k in outside.items()}, strict=True, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def labels(self, head: str | None = None) -> list[str]:
+        """The label names of a head, or of the model itself where there are no heads."""
+        return self.head_specs[head].labels if head is not None else labels_of(self.architecture.config) or []
+
+    def forward(self, batch: Mapping[str, Any], heads: Sequence[str] | None = None, **options: Any) -> Any:
+        """Answer a batch.
+
+        Args:
+            batch: what the tokenizer or image processor gave, leading axis = rows.
+            heads: one head name per row; None only for models without heads.
+
+        Returns:
+            without heads: the model's own output. With heads: a dict of `logits` (rows, most labels of any head used),
+            −inf beyond a row's own labels, and `output`, what the class of the first row's head returned.
+        """
+        if not self._outer:
+            return self.body(**batch, **options)
+        size = batch_size(batch)
+        if heads is None or len(heads) != size:
+            raise TwinmergeError(f"{size} rows need {size} head names, got {0 if heads is None else len(heads)}.")
+        used = list(dict.fromkeys(heads))
+        logits: list[tuple[Tensor, Tensor]] = []
+        first: Any = None
+        try:
+            for head in used:
+                rows = torch.tensor([i for i, h in enumerate(heads) if h == head])
+                if first is None:
+                    first = self._outer[head](**batch, **options)
+                    logits.append((rows, first.logits.index_select(0, rows)))
+                else:
+                    self.port.replay(rows)
+                    output = self._outer[head](**rows_of_batch(batch, rows, size), **options)
+                    logits.append((rows, output.logits))
+        finally:
+            self.port.reset()
+        width = max(part.shape[-1] for _, part in logits)
+        joined = torch.full((size, *logits[0][1].shape[1:-1], width), -torch.inf, dtype=logits[0][1].dtype)
+        for rows, part in logits:
+            joined[rows, ..., : part.shape[-1]] = part
+        return {"logits": joined, "output": first}
+
+    def hidden_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The hidden states of all layers, the embedding's first, each (rows, positions, width)."""
+        module = next(iter(self._outer.values())) if self._outer else self.body
+        try:
+            output = module(**batch, output_hidden_states=True)
+        finally:
+            self.port.reset()
+        for key in ("hidden_states", "encoder_hidden_states"):
+            if (states := getattr(output, key, None)) is not None:
+                return tuple(states)
+        raise TwinmergeError(f"{type(module).__name__} gives no hidden states to route on. Name the mixture yourself.")
+
+
+def build_module(architecture: Architecture) -> PreTrainedModel:
+    """The class with its buffers, its parameters left as they come (they are replaced)."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        return architecture.model_class(architecture.config)
+
+
+def body_path(architecture: Architecture, head_names: set[str]) -> str:
+    """The name of the one child of the class that holds everything but the heads."""
+    if architecture.prefix:
+        return architecture.prefix.removesuffix(".")
+    children = {
+        k.partition(".")[0] for k in architecture.skeleton.state_dict() if architecture.of_module(k) not in head_names
+    }
+    inside = {
+        k.partition(".")[0] for k in architecture.skeleton.state_dict() if architecture.of_module(k) in head_names
+    }
+    if len(children) != 1 or children & inside:
+        raise TwinmergeError(
+            f"The heads of {architecture.model_class.__name__} cannot be told from its body ({', '.join(sorted(children))}). "
+            "Use a class whose base model is one part, or give the task's model without --head."
+        )
+    return children.pop()
+
+
+def save_heads(folder: Path, heads: Mapping[str, HeadSpec], base: str, about: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write `heads.json` (expert -> labels, class, and `about`) and `heads/<expert>/` (config.json, head.safetensors)."""
+    table = {}
+    for name, head in heads.items():
+        where = folder / "heads" / name
+        where.mkdir(parents=True)
+        (where / "config.json").write_text(head.config.to_json_string(use_diff=True), encoding="utf-8")
+        save_artefact(
+            where / "head.safetensors", Artefact("head", HEADS_VERSION, base, {"expert": name}, dict(head.tensors))
+        )
+        table[name] = {"labels": head.labels, "class": class_of(head.config).__name__, **about.get(name, {})}
+    (folder / "heads.json").write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
+    """The heads of a merged or twin folder, in the order of heads.json; empty where it has none."""
+    file = folder / "heads.json"
+    if not file.is_file():
+        return {}
+    heads = {}
+    for name in json.loads(file.read_text(encoding="utf-8")):
+        config = read_config(folder / "heads" / name)
+        if config is None:
+            raise TwinmergeError(f"{folder / 'heads' / name / 'config.json'} is missing. Copy the whole folder again.")
+        artefact = load_artefact(folder / "heads" / name / "head.safetensors", "head", HEADS_VERSION, base)
+        heads[name] = HeadSpec(config, artefact.tensors)
+    return heads

@@ -1,0 +1,184 @@
+"""An opened model: canonical tensor names, specs and values, wherever it comes from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.maths.lowrank import Factors
+from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
+from twinmerge.store.adapter import Adapter, adapter_from, read_adapter
+from twinmerge.store.artefact import fingerprint
+from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.locate import locate
+
+ModelLike = str | os.PathLike[str] | Any
+"""A path, a hub id, `base+adapter`, a transformers PreTrainedModel or a PeftModel."""
+
+
+@dataclass
+class OpenedModel:
+    """A model whose tensors are read on demand.
+
+    name: how messages call it; specs: canonical name -> dtype and shape; stored: canonical -> name in its files;
+    architecture: None for bare checkpoints; folder: where its side files are; commit: hub commit;
+    labels: label names of a classifier.
+    """
+
+    name: str
+    specs: dict[str, Spec]
+    stored: dict[str, str]
+    architecture: Architecture | None
+    _read: Callable[[str], Tensor]
+    folder: Path | None = None
+    commit: str | None = None
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    _dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def config(self) -> PretrainedConfig | None:
+        return self.architecture.config if self.architecture else None
+
+    @property
+    def labels(self) -> list[str] | None:
+        return labels_of(self.config) if self.config else None
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return self.architecture.aliases if self.architecture else {}
+
+    def has(self, name: str) -> bool:
+        return name in self.specs or self.aliases.get(name) in self.specs
+
+    def spec(self, name: str) -> Spec:
+        return self.specs[name] if name in self.specs else self.specs[self.aliases[name]]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, with the adapter's part added (in float32) where there is one."""
+        if name not in self.specs and name in self.aliases:
+            name = self.aliases[name]
+        if name in self._dense:
+            return self._dense[name]
+        tensor = self._read(self.stored[name])
+        if name in self.factors:
+            tensor = tensor.float() + self.factors[name].dense().reshape(tensor.shape)
+        return tensor
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.specs, self.read)
+
+
+def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
+    """Open a path, a hub id, `base+adapter`, a PreTrainedModel or a PeftModel.
+
+    Errors:
+        TwinmergeError: as `locate`, `Checkpoint.open` and `read_adapter` say.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return _open_folder(os.fspath(model), name)
+    if isinstance(model, PreTrainedModel):
+        return _open_module(model, name or type(model).__name__)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return _open_peft(model, name or "PeftModel")
+    raise TwinmergeError(
+        f"Cannot open a {type(model).__name__} as a model. Give a path, a hub id, a PreTrainedModel or a PeftModel."
+    )
+
+
+def _open_folder(ref: str, name: str | None) -> OpenedModel:
+    found = locate(ref)
+    checkpoint = Checkpoint.open(found.folder)
+    config = read_config(found.folder)
+    adapter = read_adapter(found.adapter) if found.adapter else None
+    architecture = None
+    if config is not None:
+        architecture = Architecture(config, class_of(config))
+    opened = _named(name or ref, checkpoint.specs, architecture, checkpoint.read)
+    opened.folder, opened.commit = found.folder, found.commit
+    return _adapted(opened, adapter) if adapter else opened
+
+
+def _named(
+    name: str, specs: Mapping[str, Spec], architecture: Architecture | None, read: Callable[[str], Tensor]
+) -> OpenedModel:
+    """Give canonical names to a checkpoint's tensors; a tied tensor that is stored twice counts once."""
+    stored: dict[str, str] = {}
+    for original in sorted(specs):
+        canonical = architecture.canonical(original) if architecture else original
+        if canonical in stored:
+            raise TwinmergeError(
+                f"In {name} the tensors {stored[canonical]!r} and {original!r} are one and the same parameter "
+                f"{canonical!r}. Save the model again with save_pretrained."
+            )
+        stored[canonical] = original
+    for alias, source in (architecture.aliases if architecture else {}).items():
+        if alias in stored and source not in stored:
+            stored[source] = stored[alias]
+        stored.pop(alias, None)
+    return OpenedModel(name, {n: specs[o] for n, o in stored.items()}, stored, architecture, read)
+
+
+def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
+    tensors = {k: v.detach() for k, v in model.state_dict().items()}
+    architecture = Architecture(model.config, type(model))
+    stored = {architecture.of_module(k): k for k in tensors}
+    for alias in architecture.aliases:
+        stored.pop(alias, None)
+    specs = {n: Spec(tensors[o].dtype, tuple(tensors[o].shape)) for n, o in stored.items()}
+    return OpenedModel(name, specs, stored, architecture, tensors.__getitem__)
+
+
+def _open_peft(model: Any, name: str) -> OpenedModel:
+    from peft import get_peft_model_state_dict
+
+    adapter_name = model.active_adapter
+    config = model.peft_config[adapter_name].to_dict()
+    tensors = {k: v.detach() for k, v in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
+    adapter = adapter_from(config, tensors, name)
+    inner = model.get_base_model()
+    plain = {
+        key.replace(".base_layer.", ".").replace(".original_module.", "."): value.detach()
+        for key, value in inner.state_dict().items()
+        if ".lora_" not in key and ".modules_to_save." not in key
+    }
+    architecture = Architecture(inner.config, type(inner))
+    stored = {architecture.of_module(k): k for k in plain}
+    for alias in architecture.aliases:
+        stored.pop(alias, None)
+    specs = {n: Spec(plain[o].dtype, tuple(plain[o].shape)) for n, o in stored.items()}
+    return _adapted(OpenedModel(name, specs, stored, architecture, plain.__getitem__), adapter)
+
+
+def _adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
+    """The model with the adapter on top; its class becomes that of the adapter's task."""
+    config = opened.config
+    if config is not None and adapter.task is not None:
+        task_class = class_of(config, adapter.task)
+        assert opened.architecture is not None
+        if task_class is not opened.architecture.model_class:
+            config = type(config).from_dict(config.to_dict())
+            outputs = [t.shape[0] for n, t in adapter.dense.items() if n.endswith("weight") and t.dim() == 2]
+            if outputs and adapter.task in ("SEQ_CLS", "TOKEN_CLS"):
+                config.num_labels = outputs[-1]
+            opened.architecture = Architecture(config, task_class)
+    canonical = opened.architecture.of_module if opened.architecture else str
+    factors = {canonical(n): f for n, f in adapter.factors.items()}
+    factors = {opened.aliases.get(n, n): f for n, f in factors.items()}
+    dense = {canonical(n): t for n, t in adapter.dense.items()}
+    for name in factors:
+        if name not in opened.specs:
+            raise TwinmergeError(
+                f"The adapter {adapter.name} changes {name!r}, which its base {opened.name} does not have."
+                f"{nearest(name, opened.specs)} Name the base that the adapter was trained on."
+            )
+    for name, tensor in dense.items():
+        opened.specs[name] = Spec(tensor.dtype, tuple(tensor.shape))
+    opened.factors, opened._dense = factors, dense
+    return opened

@@ -1,0 +1,83 @@
+"""The one format of everything that is not a model: safetensors with a JSON header of kind, version and base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.output import header_of, write_tensor
+
+KEY = "twinmerge"
+SAMPLE = 4096  # elements of each tensor that enter a fingerprint
+
+
+class Artefact(NamedTuple):
+    """kind: what it is ("twin", "router", "heads", ...); version: of that kind's layout; base: fingerprint of the
+    model that it belongs to; header: the kind's own JSON; tensors: by name."""
+
+    kind: str
+    version: int
+    base: str
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def fingerprint(specs: Mapping[str, Spec], read: Callable[[str], Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and the first 4,096 elements of every tensor.
+
+    Tells models apart at the cost of a few pages per tensor; it is no checksum of the files.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(specs):
+        digest.update(f"{name}\0{specs[name].dtype}\0{specs[name].shape}\0".encode())
+        sample = read(name).reshape(-1)[:SAMPLE].contiguous()
+        if sample.numel():
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_artefact(file: Path, artefact: Artefact) -> None:
+    """Write `file`; the bytes depend on the artefact only."""
+    head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header}
+    specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in artefact.tensors.items()}
+    specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    with file.open("wb") as out:
+        out.write(header_of(specs, {KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}))
+        for name in specs:
+            write_tensor(out, artefact.tensors[name])
+
+
+def load_artefact(file: Path, kind: str, version: int, base: str | None = None) -> Artefact:
+    """Read `file` and check its kind, its version and, where `base` is given, that it belongs to that model.
+
+    Errors:
+        TwinmergeError: missing, corrupt, another kind, a version this release does not read, another base.
+    """
+    if not file.is_file():
+        raise TwinmergeError(f"{file} is missing. Copy the whole folder again, or build it again.")
+    checkpoint = Checkpoint([file])
+    try:
+        head = json.loads(checkpoint.metadata[KEY])
+        found = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise TwinmergeError(f"{file} is no twinmerge artefact. Build it again.") from error
+    if found.kind != kind:
+        raise TwinmergeError(f"{file} is a {found.kind!r} artefact, expected {kind!r}. Name the right file.")
+    if found.version != version:
+        raise TwinmergeError(
+            f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build it again."
+        )
+    if base is not None and found.base != base:
+        raise TwinmergeError(f"{file} belongs to another base model than the weights beside it. Build it again.")
+    for name in checkpoint.specs:
+        found.tensors[name] = checkpoint.read(name)
+    checkpoint.close()
+    return found

@@ -1,0 +1,95 @@
+"""From what a user writes (a path, a hub id, `base+adapter`) to folders on this disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from twinmerge.errors import TwinmergeError
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?$")
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README*", "LICENSE*"]
+
+
+class Located(NamedTuple):
+    """A model on this disk.
+
+    ref: what the user wrote; folder: the full model (for `base+adapter`, its base); adapter: the PEFT folder or None;
+    commit: the hub commit that was read, or None for local folders.
+    """
+
+    ref: str
+    folder: Path
+    adapter: Path | None = None
+    commit: str | None = None
+
+
+def locate(ref: str | os.PathLike[str]) -> Located:
+    """Resolve a model reference.
+
+    A path to a folder; a hub id `org/name` or `org/name@revision`, fetched through huggingface_hub (which obeys
+    HF_TOKEN and HF_HUB_OFFLINE); or `base+adapter`, both parts of either kind. A bare PEFT adapter folder is an error:
+    its base must be named.
+
+    Errors:
+        TwinmergeError: nothing there, or a hub id that cannot be fetched.
+
+    Example:
+        >>> locate("no/such/folder/here")
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: No model at 'no/such/folder/here': it is neither a folder nor a hub id \
+(org/name or org/name@revision). Check the path.
+    """
+    text = os.fspath(ref)
+    if "+" in text and not Path(text).exists():
+        base, _, adapter = text.rpartition("+")
+        left, right = _folder(base), _folder(adapter)
+        if not (right.folder / "adapter_config.json").is_file():
+            raise TwinmergeError(
+                f"{adapter!r} is no PEFT adapter: it has no adapter_config.json. Write base+adapter with an adapter folder."
+            )
+        commits = "+".join(c for c in (left.commit, right.commit) if c)
+        return Located(text, left.folder, right.folder, commits or None)
+    found = _folder(text)
+    if (found.folder / "adapter_config.json").is_file() and not (found.folder / "config.json").is_file():
+        raise TwinmergeError(f"{text!r} is a PEFT adapter without its base. Write it as base+{text}.")
+    return found
+
+
+def _folder(text: str) -> Located:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return Located(text, path)
+    if path.is_file():
+        raise TwinmergeError(f"{text!r} is a file. Name the folder that holds config.json and the safetensors files.")
+    if not HUB_ID.match(text) or text.startswith((".", "/", "~")):
+        raise TwinmergeError(
+            f"No model at {text!r}: it is neither a folder nor a hub id (org/name or org/name@revision). Check the path."
+        )
+    return _from_hub(text)
+
+
+def _from_hub(text: str) -> Located:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name, _, revision = text.partition("@")
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError as error:
+        raise TwinmergeError(
+            f"The hub has no model {text!r} for you. Check the name, and HF_TOKEN if it is private or gated."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise TwinmergeError(
+            f"{text!r} is no folder here, and as a hub id it is not in the local cache and the hub cannot be reached. "
+            "Check the path, or go online (unset HF_HUB_OFFLINE) and run again."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise TwinmergeError(
+            f"The hub id {text!r} could not be fetched: {error}. Check name, revision and network."
+        ) from error
+    return Located(text, folder, commit=folder.name)
