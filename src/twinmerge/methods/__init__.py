@@ -1,0 +1,1 @@
+"""The papers: one combining rule per file, pure, found by file name."""

@@ -1,0 +1,29 @@
+"""Weighted average of the parameters (isotropic merging, "model soups")."""
+
+from torch import Tensor
+
+from twinmerge.methods.base import Known, Method, PerExpert, Tile, per_expert, weighted_sum, weights_field
+
+
+class Average(Method):
+    """θ = Σt wt θt / Σt wt, element by element. No base is needed.
+
+    Source: Wortsman et al. 2022, "Model soups", arXiv 2203.05482 (uniform soup); the `linear` of other tools.
+
+    Example:
+        >>> import torch
+        >>> from twinmerge.methods.base import Place, Tile
+        >>> x = torch.tensor([[2.0, 3.0], [4.0, 7.0]])
+        >>> Average(weights=(0.25, 0.75)).apply(Tile(x, None, Place("w", (2,))), {})
+        tensor([3.5000, 6.0000])
+    """
+
+    space = "parameters"
+    laws = frozenset({"idempotent", "symmetric", "odd", "homogeneous"})
+    paper = "Wortsman et al. 2022, arXiv 2203.05482"
+
+    weights: PerExpert = weights_field()
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        total = sum(per_expert(self.weights, len(tile.x)))
+        return (weighted_sum(self.weights, tile.x) / total).to(tile.x.dtype)

@@ -1,0 +1,159 @@
+"""The rule of a method: what a paper's combining rule sees, and what it returns.
+
+A method is pure. The engine hands it one tile of one output tensor, as a stack over the experts, and
+takes one tile back. What must be known about whole tensors, or the whole model, before that is declared
+as *passes*: exact reductions whose partial results add in any order to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+Known = Mapping[str, Any]
+"""What the earlier passes found, by the name of the pass."""
+
+Partial = dict[str, Tensor]
+"""A pass's result for one tile. Integer values of equal keys add; floating values have a key of their own."""
+
+PerExpert = float | tuple[float, ...]
+"""One number for all experts, or one for each, in the experts' order."""
+
+
+class Place(NamedTuple):
+    """Where a tile lies.
+
+    name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
+    element; experts: names in the order of the stack; seed: of the recipe, for methods that draw random numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    experts: tuple[str, ...] = ()
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for tensors that act as a matrix (convolution kernels as (out, rest)) with both sides above 1."""
+        return len(self.shape) >= 2 and self.shape[0] > 1 and math.prod(self.shape[1:]) > 1
+
+
+class Tile(NamedTuple):
+    """One tile of one output tensor.
+
+    x: (experts, *tile) float32: deltas or parameters, as the method's `space` says; base: (*tile) float32 or None.
+    """
+
+    x: Tensor
+    base: Tensor | None
+    at: Place
+
+    def require_base(self) -> Tensor:
+        """The base's tile, for methods whose formula needs it."""
+        if self.base is None:
+            raise AssertionError("the engine gives every method that works on deltas its base")
+        return self.base
+
+
+class Pass(ABC):
+    """One exact reduction over tiles before the last read.
+
+    scope: "tensor" starts afresh for each tensor, "model" runs over all merged tensors first.
+    """
+
+    name: ClassVar[str]
+    scope: Literal["tensor", "model"]
+
+    @abstractmethod
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        """What one tile adds."""
+
+    @abstractmethod
+    def finish(self, total: Partial, known: Known) -> object:
+        """What later passes and `apply` find under the pass's name in `known`."""
+
+
+class Method(BaseModel, ABC):
+    """Base of all methods; the fields of a subclass are its parameters, everywhere (command, recipe, docs).
+
+    Class attributes
+        space: "deltas" (τt = θt − θ0) or "parameters" (θt).
+        grain: "element" (any tile) or "matrix" (the whole tensor as one tile).
+        experts_min, experts_max: how many experts the formula is defined for.
+        laws: which algebraic laws the conformance test holds the method to, out of "idempotent" (equal experts give
+            that expert, at scale 1), "symmetric" (the experts' order is irrelevant), "odd" (negated deltas give the
+            negated change) and "homogeneous" (deltas times c give the change times c).
+        paper: the source, as printed by `twinmerge methods`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    space: ClassVar[Literal["deltas", "parameters"]] = "deltas"
+    grain: ClassVar[Literal["element", "matrix"]] = "element"
+    experts_min: ClassVar[int] = 1
+    experts_max: ClassVar[int | None] = None
+    laws: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[str] = ""
+
+    def passes(self) -> Sequence[Pass]:
+        """The reductions to run first, in order; each sees in `known` what the earlier ones found."""
+        return ()
+
+    @abstractmethod
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        """The merged tile (*tile) in float32."""
+
+
+def column(value: PerExpert, x: Tensor) -> Tensor:
+    """One number per expert, shaped (experts, 1, ..., 1) to multiply the stack `x`."""
+    return torch.tensor(per_expert(value, len(x)), dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def per_expert(value: PerExpert, count: int) -> tuple[float, ...]:
+    """One number for each of `count` experts."""
+    return value if isinstance(value, tuple) else (value,) * count
+
+
+def weighted_sum(weights: PerExpert, x: Tensor) -> Tensor:
+    """Σt wt xt in float64, expert by expert: the same bits whatever the tile or the number of threads.
+
+    Example:
+        >>> weighted_sum((0.5, 2.0), torch.tensor([[1.0], [3.0]])).tolist()
+        [6.5]
+    """
+    rows = zip(per_expert(weights, len(x)), x, strict=True)
+    first, row = next(rows)
+    out: Tensor = row.double() if first == 1 else row.double() * first
+    for weight, row in rows:
+        out += row if weight == 1 else row.double() * weight
+    return out
+
+
+def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
+    """θ0 + λ·change, rounded once to float32; the base's own bits (-0.0 too) where nothing changes.
+
+    Example:
+        >>> tile = Tile(torch.ones(1, 2), torch.tensor([-0.0, 1.0]), Place("w", (2,)))
+        >>> moved(tile, torch.tensor([0.0, 0.5], dtype=torch.float64), 0.5).tolist()
+        [-0.0, 1.25]
+    """
+    base, change = tile.require_base(), change if scale == 1 else scale * change
+    return torch.where(change.eq(0), base, (base + change).to(base.dtype))
+
+
+def weights_field() -> Any:
+    return Field(default=1.0, description="one number per expert")
+
+
+def scale_field(default: float) -> Any:
+    return Field(default=default, description="λ: multiplies the merged delta")
+
+
+def seed_field() -> Any:
+    return Field(default=0, ge=0, description="keys the random numbers, with expert, tensor and index")

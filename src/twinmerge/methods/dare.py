@@ -1,0 +1,110 @@
+"""DARE: drop entries of each task vector at random, rescale the rest, add them up."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinmerge.maths.keyed_random import uniform
+from twinmerge.maths.sums import blocked_dot, total
+from twinmerge.methods.base import (
+    Known,
+    Method,
+    Partial,
+    Pass,
+    PerExpert,
+    Place,
+    Tile,
+    column,
+    moved,
+    per_expert,
+    scale_field,
+    seed_field,
+    weighted_sum,
+    weights_field,
+)
+
+Rescale = Literal["inverse_keep", "l1", "none"]
+
+
+def kept(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
+    """Bernoulli(density) mask (experts, *tile); each entry's draw is keyed by seed, expert, tensor and index."""
+    size = x[0].numel()
+    draws = [uniform(seed, expert, at.name, at.offset, size).reshape(x.shape[1:]) for expert in at.experts]
+    return torch.stack(draws).to(x.device) < column(density, x)
+
+
+class L1Norms(Pass):
+    """Σ|τ| and Σ|kept τ| of every expert over the whole tensor."""
+
+    name = "l1_norms"
+    scope = "tensor"
+
+    def __init__(self, density: PerExpert, seed: int) -> None:
+        self.density, self.seed = density, seed
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        size = tile.x.abs()
+        mask = kept(tile.x, self.density, self.seed, tile.at).float()
+        rows = [
+            torch.stack([blocked_dot(s, torch.ones_like(s)), blocked_dot(s, m)])
+            for s, m in zip(size, mask, strict=True)
+        ]
+        return {f"{tile.at.offset:020d}": torch.stack(rows)}
+
+    def finish(self, total_: Partial, known: Known) -> object:
+        blocks = torch.cat([total_[key] for key in sorted(total_)], dim=2)
+        return torch.tensor([[total(row) for row in expert] for expert in blocks], dtype=torch.float64)
+
+
+def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
+    """The stack with dropped entries at zero."""
+    return torch.where(kept(x, density, seed, at), x, torch.zeros_like(x))
+
+
+def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> tuple[float, ...]:
+    """What the kept entries of each expert are multiplied with."""
+    if rescale == "inverse_keep":
+        return tuple(1 / max(p, 2.0**-24) for p in per_expert(density, count))  # below 2^-24 only a draw of 0 is kept
+    if rescale == "l1":
+        return tuple(whole / rest if rest > 0 else 1.0 for whole, rest in known[L1Norms.name].tolist())
+    return (1.0,) * count
+
+
+class Dare(Method):
+    """θ = θ0 + λ Σt wt τ′t with τ′ = m ⊙ τ / density, m ~ Bernoulli(density) for every entry.
+
+    The expectation of τ′ is τ. `density` is the share kept (1 − p of the paper); 1 keeps all, 0 none. `rescale`:
+    "inverse_keep" divides by the density (the paper), "l1" restores each tensor's L1 norm (as mergekit does),
+    "none" leaves the rest as it is. A mask depends on seed, expert, tensor and index only.
+
+    Source: Yu et al. 2024, "Language models are super Mario", arXiv 2311.03099, equation 2.
+
+    Example:
+        >>> import torch
+        >>> from twinmerge.methods.base import Place, Tile
+        >>> deltas, base = torch.ones(1, 10_000), torch.zeros(10_000)
+        >>> out = Dare(density=0.5, scale=1.0).apply(Tile(deltas, base, Place("w", (10_000,), 0, ("a",))), {})
+        >>> sorted(set(out.tolist())), abs(out.mean().item() - 1) < 0.05
+        ([0.0, 2.0], True)
+    """
+
+    laws = frozenset({"symmetric", "odd", "homogeneous"})
+    paper = "Yu et al. 2024, arXiv 2311.03099"
+
+    weights: PerExpert = weights_field()
+    scale: float = scale_field(0.3)
+    density: PerExpert = Field(default=0.5, description="share of the entries kept, 0 to 1")
+    rescale: Rescale = Field(default="inverse_keep", description="how the kept entries are rescaled")
+    seed: int = seed_field()
+
+    def passes(self) -> Sequence[Pass]:
+        return (L1Norms(self.density, self.seed),) if self.rescale == "l1" else ()
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        count = len(tile.x)
+        by = zip(per_expert(self.weights, count), factors(self.density, self.rescale, count, known), strict=True)
+        x = drop(tile.x, self.density, self.seed, tile.at)
+        return moved(tile, weighted_sum(tuple(w * f for w, f in by), x), self.scale)

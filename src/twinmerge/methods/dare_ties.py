@@ -1,0 +1,48 @@
+"""DARE-TIES: random drop and rescale instead of the trim, then the sign election of TIES."""
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from twinmerge.methods.base import Known, Pass, PerExpert, Tile, column, seed_field
+from twinmerge.methods.dare import L1Norms, Rescale, drop, factors
+from twinmerge.methods.ties import Ties
+
+
+class DareTies(Ties):
+    """TIES on τ′ = m ⊙ τ / density, m ~ Bernoulli(density).
+
+    The drop takes the place of the trim; a `trim_density` below 1 then also trims what the drop left, as TIES does. Election and disjoint mean as in `ties`; masks as in `dare`.
+
+    Source: Yu et al. 2024, arXiv 2311.03099, section 4.3 (DARE before TIES-Merging).
+
+    Example:
+        >>> import torch
+        >>> from twinmerge.methods.base import Place
+        >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.zeros(1)
+        >>> at = Place("w", (1,), 0, ("a", "b", "c"))
+        >>> DareTies(density=1.0).apply(Tile(deltas, base, at), {})
+        tensor([0.4500])
+    """
+
+    laws = frozenset({"symmetric", "homogeneous"})
+    paper = "Yu et al. 2024, arXiv 2311.03099"
+
+    density: PerExpert = Field(default=0.5, description="share of the entries that the random drop keeps, 0 to 1")
+    trim_density: PerExpert = Field(default=1.0, description="share that TIES then trims to, 0 to 1")
+    rescale: Rescale = Field(default="inverse_keep", description="how the kept entries are rescaled")
+    seed: int = seed_field()
+
+    @property
+    def share_kept(self) -> PerExpert:
+        return self.trim_density
+
+    def passes(self) -> Sequence[Pass]:
+        first = [L1Norms(self.density, self.seed)] if self.rescale == "l1" else []
+        return [*first, *super().passes()]
+
+    def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
+        x = drop(tile.x, self.density, self.seed, tile.at)
+        by = factors(self.density, self.rescale, len(x), known)
+        return (x * column(by, x.double())).to(x.dtype)

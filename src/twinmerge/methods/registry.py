@@ -1,0 +1,148 @@
+"""Methods by name: a file of this folder, or an entry point of the group `twinmerge.methods`."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.methods.base import Method, PerExpert, per_expert
+
+GROUP = "twinmerge.methods"
+_NO_METHODS = {"__init__", "base", "registry"}
+
+
+def method_names() -> list[str]:
+    """All methods, the built-in ones by their files, then those of installed packages.
+
+    Example:
+        >>> "ties" in method_names()
+        True
+    """
+    own = {p.stem for p in Path(__file__).parent.glob("*.py")} - _NO_METHODS
+    return sorted(own) + sorted({e.name for e in metadata.entry_points(group=GROUP)} - own)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method; only its own file is imported.
+
+    Errors:
+        TwinmergeError: unknown name (with the nearest right one).
+
+    Example:
+        >>> method_class("tie")
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
+    """
+    if name not in method_names():
+        raise TwinmergeError(f"Unknown method {name!r}.{nearest(name, method_names())} See `twinmerge methods`.")
+    own = Path(__file__).parent / f"{name}.py"
+    if not own.is_file():
+        loaded: type[Method] = next(e for e in metadata.entry_points(group=GROUP) if e.name == name).load()
+        return loaded
+    module = import_module(f"twinmerge.methods.{name}")
+    for _, found in inspect.getmembers(module, inspect.isclass):
+        if issubclass(found, Method) and found.__module__ == module.__name__ and not inspect.isabstract(found):
+            return found
+    raise TwinmergeError(f"The file of method {name!r} has no Method class. Reinstall twinmerge.")
+
+
+def is_per_expert(cls: type[Method], parameter: str) -> bool:
+    """True for parameters that may differ between experts."""
+    annotation = cls.model_fields[parameter].annotation
+    return isinstance(annotation, types.UnionType) and set(typing.get_args(annotation)) == set(
+        typing.get_args(PerExpert)
+    )
+
+
+def make_method(name: str, experts: tuple[str, ...], parameters: Mapping[str, Any]) -> Method:
+    """A method with its parameters checked.
+
+    Args:
+        name: of the method.
+        experts: names, in the order of the stack.
+        parameters: field -> value; `expert.field` sets the field for one expert.
+
+    Errors:
+        TwinmergeError: unknown method, parameter or expert (with the nearest right one), a value out of its range,
+            a number of experts that the method is not defined for.
+
+    Example:
+        >>> make_method("ties", ("a", "b"), {"density": 0.2, "b.density": 0.5}).density
+        (0.2, 0.5)
+    """
+    cls = method_class(name)
+    fields = cls.model_fields
+    values: dict[str, Any] = {}
+    single: dict[str, dict[str, Any]] = {}
+    for key, value in parameters.items():
+        expert, dot, field = key.rpartition(".")
+        if field not in fields:
+            raise TwinmergeError(
+                f"{name} has no parameter {field!r}.{nearest(field, fields)} It has: {', '.join(fields) or 'none'}."
+            )
+        if not dot:
+            values[field] = value
+            continue
+        if expert not in experts:
+            raise TwinmergeError(
+                f"{key} names no expert of this merge.{nearest(expert, experts)} It has: {', '.join(experts)}."
+            )
+        if not is_per_expert(cls, field):
+            raise TwinmergeError(
+                f"{name}'s {field} is one value for all experts. Write {field}={value} without {expert!r}."
+            )
+        single.setdefault(field, {})[expert] = value
+    for field, chosen in single.items():
+        general = values.get(field, fields[field].default)
+        values[field] = tuple(chosen.get(e, general) for e in experts)
+    for field, value in values.items():
+        if field.endswith("density"):
+            _check_share(name, field, value)
+    try:
+        method = cls(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise TwinmergeError(
+            f"{name}: {field}={first['input']!r} is not allowed: {first['msg']}. See `twinmerge methods {name}`."
+        ) from error
+    _check_count(name, cls, method, len(experts))
+    return method
+
+
+def _check_share(name: str, field: str, value: Any) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        try:
+            inside = 0.0 <= float(number) <= 1.0
+        except (TypeError, ValueError):
+            inside = False
+        if not inside:
+            raise TwinmergeError(
+                f"{name}: {field}={number} is out of range. Give a share between 0 and 1, such as 0.2."
+            )
+
+
+def _check_count(name: str, cls: type[Method], method: Method, count: int) -> None:
+    if count < cls.experts_min or (cls.experts_max is not None and count > cls.experts_max):
+        wanted = f"exactly {cls.experts_min}" if cls.experts_min == cls.experts_max else f"at least {cls.experts_min}"
+        raise TwinmergeError(f"{name} merges {wanted} experts, got {count}. Name them with --expert name=path.")
+    for field in cls.model_fields:
+        value = getattr(method, field)
+        if is_per_expert(cls, field) and isinstance(value, tuple) and len(value) != count:
+            raise TwinmergeError(
+                f"{name}: {len(value)} values of {field} for {count} experts. Give one per expert, or one for all."
+            )
+    weights = per_expert(getattr(method, "weights", 1.0), count)
+    if cls.space == "parameters" and sum(weights) <= 0:
+        raise TwinmergeError(
+            f"{name}: the weights add up to {sum(weights):g}, and the average divides by that. Make it positive."
+        )

@@ -1,0 +1,30 @@
+"""Task arithmetic: the base plus the scaled sum of the task vectors."""
+
+from torch import Tensor
+
+from twinmerge.methods.base import Known, Method, PerExpert, Tile, moved, scale_field, weighted_sum, weights_field
+
+
+class TaskArithmetic(Method):
+    """θ = θ0 + λ Σt wt τt, element by element.
+
+    The default λ = 0.3 is what the paper's authors use without validation data; λ = 1/n is the average of n experts.
+
+    Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089, section 2.
+
+    Example:
+        >>> import torch
+        >>> from twinmerge.methods.base import Place, Tile
+        >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.tensor([1.0])
+        >>> TaskArithmetic(scale=0.4).apply(Tile(deltas, base, Place("w", (1,))), {})
+        tensor([1.1200])
+    """
+
+    laws = frozenset({"symmetric", "odd", "homogeneous"})
+    paper = "Ilharco et al. 2023, arXiv 2212.04089"
+
+    weights: PerExpert = weights_field()
+    scale: float = scale_field(0.3)
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        return moved(tile, weighted_sum(self.weights, tile.x), self.scale)
