@@ -1,0 +1,47 @@
+"""What a router reads: means of the shared model's hidden states over an input's own positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinmerge.models.headed import HeadedModel
+
+
+def default_layers(layers: int, kind: str) -> tuple[int, ...]:
+    """Which hidden states (0 is the embedding): an early one beside the last; for the paper's MLP the last alone.
+
+    Early layers tell kinds of input apart; the last is bent towards answers by fine-tuning.
+
+    Example:
+        >>> default_layers(6, "gaussian"), default_layers(6, "mlp")
+        ((2, 6), (6,))
+    """
+    if kind == "mlp":
+        return (layers,)
+    return tuple(sorted({max(1, round(layers / 3)), layers}))
+
+
+def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> Tensor:
+    """(rows, Σ widths) float32: for each layer the mean over the positions that are not padding."""
+    states = model.hidden_states(batch)
+    return torch.cat([masked_mean(states[layer], batch.get("attention_mask")) for layer in layers], dim=-1)
+
+
+def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of (rows, positions, width) over positions, by a 0/1 mask (rows, positions) where one fits.
+
+    Example:
+        >>> masked_mean(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
+        tensor([[2.]])
+    """
+    wide = states.float()
+    if wide.dim() == 4:  # convolutional maps: (rows, channels, height, width)
+        return wide.mean((2, 3))
+    if mask is None or mask.shape != wide.shape[:2]:
+        return wide.mean(1)
+    m = mask.to(wide)[..., None]
+    return torch.where(m > 0, wide, 0.0).sum(1) / m.sum(1).clamp(min=1)

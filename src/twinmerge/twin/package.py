@@ -1,0 +1,135 @@
+"""A twin folder: the shared model as any transformers folder, and beside it exclusive parts, heads and router."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from twinmerge.engine.merge import NO_SIDE_FILES, PROVENANCE, copy_side_files, folder_fingerprint
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.lowrank import Factors
+from twinmerge.models.headed import HeadSpec, load_heads, save_heads
+from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.store.artefact import Artefact, load_artefact, save_artefact
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.output import OutputFolder, layout, write_checkpoint
+from twinmerge.twin.router import MlpRouter, Router, router_from
+from twinmerge.twin.split import Exclusive
+
+TWIN, ROUTER = "twin.safetensors", "router.safetensors"
+TWIN_VERSION = ROUTER_VERSION = 1
+OWN_FILES = {TWIN, ROUTER, "heads.json", PROVENANCE, *NO_SIDE_FILES}
+
+
+class Package(NamedTuple):
+    """Everything that a twin folder holds.
+
+    shared: the opened shared model; exclusive: expert -> its part, in the router's order; router, layers and the
+    router's report: None, () and None where none is fitted; provenance: as written.
+    """
+
+    shared: OpenedModel
+    exclusive: dict[str, Exclusive]
+    heads: dict[str, HeadSpec]
+    router: Router | None
+    layers: tuple[int, ...]
+    report: dict[str, Any] | None
+    provenance: dict[str, Any]
+
+
+def is_twin(folder: Path) -> bool:
+    return (folder / TWIN).is_file()
+
+
+def save(folder: str | Path, package: Package, side_files: Path | None, card: str, about: Mapping[str, Any]) -> Path:
+    """Write a twin folder, whole or not at all; it loads in stock transformers as the shared model."""
+    shared = package.shared
+    specs = {shared.stored[n]: spec for n, spec in shared.specs.items()}
+    canonical = {shared.stored[n]: n for n in shared.specs}
+    numel = sum(part.numel() for part in package.exclusive.values())
+    needed = sum(spec.bytes for spec in specs.values()) + 4 * numel
+    files = layout(specs)
+    with OutputFolder(folder, needed) as partial:
+        names = [name for shard in files.values() for name in shard]
+        write_checkpoint(partial, files, ((name, shared.read(canonical[name])) for name in names))
+        copy_side_files(side_files, partial)
+        for own in (TWIN, ROUTER):
+            (partial / own).unlink(missing_ok=True)
+        if shared.config is not None and not (partial / "config.json").exists():
+            shared.config.save_pretrained(partial)
+        base = folder_fingerprint(partial)
+        save_artefact(partial / TWIN, Artefact("twin", TWIN_VERSION, base, *_pack(package.exclusive)))
+        if package.heads:
+            save_heads(partial, package.heads, base, about)
+        if package.router is not None:
+            save_artefact(partial / ROUTER, _pack_router(package, base))
+        text = json.dumps(package.provenance, indent=2, ensure_ascii=False)
+        (partial / PROVENANCE).write_text(text, encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return Path(folder)
+
+
+def load(folder: Path) -> Package:
+    """Read a twin folder; every part is checked to belong to the shared model beside it.
+
+    Errors:
+        TwinmergeError: not a twin folder, parts missing, damaged, of another model or version.
+    """
+    if not is_twin(folder):
+        raise TwinmergeError(f"{folder} is no twin: it has no {TWIN}. Build one with `twinmerge twin build`.")
+    shared = open_model(str(folder))
+    base = folder_fingerprint(folder)
+    artefact = load_artefact(folder / TWIN, "twin", TWIN_VERSION, base)
+    heads = load_heads(folder, base)
+    router, layers, report = None, (), None
+    if (folder / ROUTER).is_file():
+        found = load_artefact(folder / ROUTER, "router", ROUTER_VERSION, base)
+        router = router_from(found.header["router"], found.header, found.tensors)
+        layers, report = tuple(found.header["layers"]), found.header["report"]
+    file = folder / PROVENANCE
+    provenance = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return Package(shared, _unpack(artefact), heads, router, layers, report, provenance)
+
+
+def _pack(exclusive: Mapping[str, Exclusive]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    for i, part in enumerate(exclusive.values()):
+        for name, factors in part.low.items():
+            tensors[f"{i}/b/{name}"], tensors[f"{i}/a/{name}"] = factors.b, factors.a
+        for name, tensor in part.dense.items():
+            tensors[f"{i}/v/{name}"] = tensor
+    return {"experts": list(exclusive)}, tensors
+
+
+def _unpack(artefact: Artefact) -> dict[str, Exclusive]:
+    experts: list[str] = artefact.header["experts"]
+    parts = [Exclusive({}, {}) for _ in experts]
+    for key, tensor in artefact.tensors.items():
+        index, kind, name = key.split("/", 2)
+        part = parts[int(index)]
+        if kind == "v":
+            part.dense[name] = tensor
+        elif kind == "b":
+            part.low[name] = Factors(tensor, artefact.tensors[f"{index}/a/{name}"])
+    return dict(zip(experts, parts, strict=True))
+
+
+def _pack_router(package: Package, base: str) -> Artefact:
+    router = package.router
+    assert router is not None
+    header: dict[str, Any] = {"router": router.kind, "layers": list(package.layers), "report": package.report}
+    if isinstance(router, MlpRouter):
+        header |= {"width": router.net[0].in_features, "experts": len(package.exclusive)}
+    return Artefact("router", ROUTER_VERSION, base, header, dict(router.state_dict()))
+
+
+def shared_in_memory(base: OpenedModel, state: Mapping[str, Tensor], name: str) -> OpenedModel:
+    """The merged tensors as an opened model, under the base's stored names."""
+    stored = {n: base.stored[n] for n in state}
+    by_stored = {stored[n]: t for n, t in state.items()}
+    specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in state.items()}
+    return OpenedModel(name, specs, stored, base.architecture, by_stored.__getitem__, folder=base.folder)

@@ -1,0 +1,275 @@
+"""Routers: from the features of an input to one logit per expert; fitted, calibrated, checked on held-out rows."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twinmerge.errors import TwinmergeError, nearest
+
+SHRINKAGE = 0.05
+HELD_OUT = 0.2
+BINS = 15
+
+
+class RouterReport(NamedTuple):
+    """On the held-out rows: share routed right (all, and by expert), negative log-likelihood and expected calibration
+    error before and after the temperature; confusion[i][j]: rows of expert i that went to expert j."""
+
+    rows: int
+    right: float
+    right_by_expert: dict[str, float]
+    nll: float
+    nll_calibrated: float
+    ece: float
+    ece_calibrated: float
+    temperature: float
+    confusion: list[list[int]]
+
+
+class Router(nn.Module, ABC):
+    """Features (rows, width) -> logits (rows, experts); `temperature` turns them into weights."""
+
+    kind: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, features: Tensor, owners: Tensor, experts: int, seed: int = 0) -> Router:
+        """Fit on features (rows, width) and the expert that each row belongs to (rows,)."""
+
+    @abstractmethod
+    def logits(self, features: Tensor) -> Tensor:
+        """(rows, experts), before the temperature."""
+
+    def weights(self, features: Tensor, top_k: int | None = 1) -> Tensor:
+        """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `top_k` largest, renormalised."""
+        return top_weights(torch.softmax(self.logits(features) / self.temperature, -1), top_k)
+
+
+def top_weights(weights: Tensor, top_k: int | None) -> Tensor:
+    """Keep the k largest of each row (the first among equals) and divide by their sum; None or all keeps every one.
+
+    Errors:
+        TwinmergeError: top_k below 1.
+
+    Example:
+        >>> top_weights(torch.tensor([[0.5, 0.3, 0.2]]), 2)
+        tensor([[0.6250, 0.3750, 0.0000]])
+    """
+    if top_k is None or top_k >= weights.shape[-1]:
+        return weights
+    if top_k < 1:
+        raise TwinmergeError(f"top_k={top_k} is out of range. Give at least 1, or none for all experts.")
+    chosen = torch.sort(weights, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    kept = torch.zeros_like(weights).scatter(-1, chosen, weights.gather(-1, chosen))
+    return kept / kept.sum(-1, keepdim=True)
+
+
+class GaussianRouter(Router):
+    """One Gaussian per expert with a common covariance, in closed form (linear discriminant analysis).
+
+    logit_k = μkᵀ P z − ½ μkᵀ P μk, P the inverse of (1 − s) Σ + s diag(Σ), s = 0.05, Σ the covariance inside the experts.
+    Equal priors. Only the two coefficients of each logit are kept, no text and no feature of one.
+
+    Source: Fisher 1936; Friedman 1989 for the shrinkage.
+
+    Example:
+        >>> z = torch.tensor([[-1.0, 0.0], [-1.2, 0.4], [1.0, 0.1], [1.1, -0.3]])
+        >>> router = GaussianRouter.fit(z, torch.tensor([0, 0, 1, 1]), 2)
+        >>> router.weights(z)
+        tensor([[1., 0.],
+                [1., 0.],
+                [0., 1.],
+                [0., 1.]])
+    """
+
+    kind = "gaussian"
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def fit(cls, features: Tensor, owners: Tensor, experts: int, seed: int = 0) -> GaussianRouter:
+        z = features.double()
+        means = torch.stack([z[owners == k].mean(0) for k in range(experts)])
+        inside = z - means[owners]
+        covariance = inside.T @ inside / max(1, len(z) - experts)
+        spread = covariance.diagonal().clone()
+        floor = spread.max() * 1e-6 + torch.finfo(torch.float64).tiny
+        shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(spread) + floor * torch.eye(len(spread)).double()
+        center = means.mean(0)  # logits do not depend on it; small numbers keep their digits
+        weight = torch.linalg.solve(shrunk, (means - center).T).T
+        bias = -0.5 * ((means - center) * weight).sum(1) - weight @ center
+        return cls(weight.float(), bias.float())
+
+    def logits(self, features: Tensor) -> Tensor:
+        return F.linear(features.float(), self.weight, self.bias)
+
+
+class MlpRouter(Router):
+    """The paper's router: Linear(d, 2d), Linear(2d, 2d), Linear(2d, T), with BatchNorm, LeakyReLU and dropout between.
+
+    Adam, learning rate 5e-4, 10 epochs, cross-entropy on the expert's number.
+
+    Source: Lu et al. 2024, arXiv 2406.15479, section 3.3 and appendix; sizes from the authors' code.
+
+    Example:
+        >>> sum(p.numel() for p in MlpRouter(768, 8).parameters())
+        3560456
+    """
+
+    kind = "mlp"
+    epochs: ClassVar[int] = 10
+    batch: ClassVar[int] = 64
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for size in (width, 2 * width):
+            blocks += [nn.Linear(size, 2 * width), nn.BatchNorm1d(2 * width), nn.LeakyReLU(), nn.Dropout(0.5)]
+        self.net = nn.Sequential(*blocks, nn.Linear(2 * width, experts))
+        self.eval()
+
+    @classmethod
+    def fit(cls, features: Tensor, owners: Tensor, experts: int, seed: int = 0) -> MlpRouter:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(seed)
+            router = cls(features.shape[1], experts)
+            router.train()
+            optimizer = torch.optim.Adam(router.parameters(), lr=5e-4)
+            for _ in range(cls.epochs):
+                for rows in torch.randperm(len(features)).split(cls.batch):
+                    if len(rows) < 2:  # BatchNorm has no spread of one row
+                        continue
+                    optimizer.zero_grad()
+                    F.cross_entropy(router.net(features[rows].float()), owners[rows]).backward()
+                    optimizer.step()
+        return router.eval().requires_grad_(False)
+
+    def logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.net(features.float())
+        return logits
+
+
+ROUTERS: dict[str, type[GaussianRouter] | type[MlpRouter]] = {"gaussian": GaussianRouter, "mlp": MlpRouter}
+
+
+def fit_router(
+    kind: str, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0
+) -> tuple[Router, RouterReport]:
+    """Fit on four fifths of the rows, set the temperature on the fifth that was held out, report on it.
+
+    Errors:
+        TwinmergeError: unknown kind, fewer than two experts, an expert with fewer than five rows.
+    """
+    if kind not in ROUTERS:
+        raise TwinmergeError(f"Unknown router {kind!r}.{nearest(kind, ROUTERS)} Choose from {', '.join(ROUTERS)}.")
+    if len(experts) < 2:
+        raise TwinmergeError(
+            "A router needs at least two experts to choose from. Add an expert, or name it in each call."
+        )
+    for k, name in enumerate(experts):
+        if (owners == k).sum() < 5:
+            raise TwinmergeError(
+                f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least 5, better a few hundred."
+            )
+    train, held = held_out_split(owners, seed)
+    router: Router = ROUTERS[kind].fit(features[train], owners[train], len(experts), seed)
+    logits = router.logits(features[held])
+    router.temperature.fill_(fit_temperature(logits, owners[held]))
+    return router, _report(logits, owners[held], experts, float(router.temperature))
+
+
+def held_out_split(owners: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Disjoint (train, held-out) row numbers: a fifth of every expert's rows, at least one, is held out."""
+    generator = torch.Generator().manual_seed(seed)
+    train, held = [], []
+    for k in owners.unique().tolist():
+        rows = (owners == k).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        cut = max(1, int(HELD_OUT * len(rows)))
+        held.append(rows[:cut])
+        train.append(rows[cut:])
+    return torch.cat(train).sort().values, torch.cat(held).sort().values
+
+
+def fit_temperature(logits: Tensor, owners: Tensor) -> float:
+    """The temperature of least negative log-likelihood, by golden-section search over log T in [−4, 6].
+
+    Source: Guo et al. 2017, "On calibration of modern neural networks", section 4.2.
+    """
+    low, high, ratio = -4.0, 6.0, (math.sqrt(5) - 1) / 2
+
+    def nll(log_t: float) -> float:
+        return F.cross_entropy(logits.double() / math.exp(log_t), owners).item()
+
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if nll(left) <= nll(right):
+            high = right
+        else:
+            low = left
+    best = (low + high) / 2
+    return math.exp(best) if nll(best) <= nll(0.0) else 1.0
+
+
+def calibration_error(weights: Tensor, owners: Tensor) -> float:
+    """Expected calibration error: mean |accuracy − confidence| over 15 equal bins of confidence, weighted by rows."""
+    confidence, chosen = weights.max(-1)
+    right = (chosen == owners).double()
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = [
+        abs(right[bins == k].mean().item() - confidence[bins == k].double().mean().item()) * (bins == k).sum().item()
+        for k in bins.unique()
+    ]
+    return sum(gaps) / len(owners)
+
+
+def _report(logits: Tensor, owners: Tensor, experts: Sequence[str], temperature: float) -> RouterReport:
+    plain, calibrated = torch.softmax(logits, -1), torch.softmax(logits / temperature, -1)
+    chosen = logits.argmax(-1)
+    count = len(experts)
+    confusion = torch.bincount(owners * count + chosen, minlength=count * count).reshape(count, count)
+    by_expert = {n: (confusion[k, k] / confusion[k].sum()).item() for k, n in enumerate(experts)}
+    return RouterReport(
+        rows=len(owners),
+        right=(chosen == owners).float().mean().item(),
+        right_by_expert=by_expert,
+        nll=F.cross_entropy(logits.double(), owners).item(),
+        nll_calibrated=F.cross_entropy(logits.double() / temperature, owners).item(),
+        ece=calibration_error(plain, owners),
+        ece_calibrated=calibration_error(calibrated, owners),
+        temperature=temperature,
+        confusion=confusion.tolist(),
+    )
+
+
+def router_from(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Router:
+    """A router out of its saved tensors."""
+    router: Router
+    if kind == "gaussian":
+        router = GaussianRouter(torch.zeros_like(tensors["weight"]), torch.zeros_like(tensors["bias"]))
+    elif kind == "mlp":
+        router = MlpRouter(header["width"], header["experts"])
+    else:
+        raise TwinmergeError(f"The router is of the kind {kind!r}, which this release does not know. Fit it again.")
+    try:
+        router.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise TwinmergeError(f"The router's tensors do not fit its kind {kind!r}: fit it again.") from error
+    return router.eval()

@@ -1,0 +1,128 @@
+"""Shared and exclusive knowledge: what each expert knows beyond the shared model, made small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_product
+from twinmerge.methods.base import Place
+from twinmerge.models.opened import OpenedModel
+
+
+class Exclusive(NamedTuple):
+    """vt = θt − θs of one expert, compressed.
+
+    low: canonical name -> (b, a) with b·a ≈ vt as a matrix (out, rest); dense: canonical name -> vt itself, for
+    parameters that are no matrix. A matrix that the expert leaves at θs is in neither.
+    """
+
+    low: dict[str, Factors]
+    dense: dict[str, Tensor]
+
+    def numel(self) -> int:
+        return sum(f.a.numel() + f.b.numel() for f in self.low.values()) + sum(t.numel() for t in self.dense.values())
+
+
+def split(
+    shared: Mapping[str, Tensor],
+    experts: Mapping[str, OpenedModel],
+    names: Sequence[str],
+    rank: int | None,
+    linear: Sequence[float] | None = None,
+    progress: bool = True,
+) -> dict[str, Exclusive]:
+    """The exclusive part of every expert: vt = θt − θs, each matrix cut to `rank` by its SVD.
+
+    Args:
+        shared: canonical name -> θs, as it is written (after rounding).
+        experts: the opened experts, in the order of the router's outputs.
+        names: tensors to split (the merged ones).
+        rank: at least 1; None keeps all of vt.
+        linear: coefficients c with θs = θ0 + Σ ci τi, where the shared part is such a sum. LoRA experts are then split in
+            product space: vt = Bt At − Σ ci Bi Ai is put together from the factors and no matrix is made.
+
+    Errors:
+        TwinmergeError: rank below 1.
+
+    Source: Lu et al. 2024, "Twin-Merging", arXiv 2406.15479, section 3.2 (and equation 5 for the formula of use).
+    """
+    if rank is not None and rank < 1:
+        raise TwinmergeError(f"rank={rank} is out of range. Give at least 1, or none for all of it.")
+    parts = {expert: Exclusive({}, {}) for expert in experts}
+    for name in tqdm(list(names), "splitting", delay=1, leave=False, disable=None if progress else True):
+        reference = shared[name]
+        matrix = Place(name, tuple(reference.shape)).is_matrix
+        if matrix and linear is not None and all(name in model.factors for model in experts.values()):
+            factors = [model.factors[name] for model in experts.values()]
+            for i, expert in enumerate(experts):
+                weights = [float(i == j) - c for j, c in enumerate(linear)]
+                _keep_low(parts[expert], name, truncate_product(factors, weights, rank), reference.dtype)
+            continue
+        for expert, model in experts.items():
+            theta = model.read(name)
+            wide = torch.promote_types(torch.promote_types(theta.dtype, reference.dtype), torch.float32)
+            delta = theta.to(wide) - reference.to(wide)
+            if not matrix:
+                if bool(delta.any()):
+                    parts[expert].dense[name] = delta.to(reference.dtype)
+                continue
+            flat = delta.reshape(delta.shape[0], -1)
+            _keep_low(
+                parts[expert], name, truncate(flat, rank, name=name) if rank else _all_of(flat, name), reference.dtype
+            )
+    return parts
+
+
+def _keep_low(part: Exclusive, name: str, factors: Factors, dtype: torch.dtype) -> None:
+    if factors.rank:
+        part.low[name] = Factors(factors.b.to(dtype).contiguous(), factors.a.to(dtype).contiguous())
+
+
+def _all_of(delta: Tensor, name: str) -> Factors:
+    """The whole matrix as a product: by its SVD, so that a lower rank is a prefix."""
+    u, s, vh = thin_svd(delta, name=name)
+    kept = s > 0
+    return Factors((u * s)[:, kept], vh[kept])
+
+
+def cut(part: Exclusive, rank: int) -> Exclusive:
+    """The same part at a lower rank, without a new SVD: factors are in the order of their singular values.
+
+    Example:
+        >>> part = Exclusive({"w": Factors(torch.eye(3), torch.eye(3))}, {})
+        >>> cut(part, 2).low["w"].rank
+        2
+    """
+    low = {n: Factors(f.b[:, :rank].contiguous(), f.a[:rank].contiguous()) for n, f in part.low.items()}
+    return Exclusive(low, part.dense)
+
+
+def official_generative(
+    a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float], scale: float = 0.3, rank: int | None = None
+) -> Tensor:
+    """The update that the authors' generative code computes: SVD and mixing on LoRA A and B apart.
+
+    (Bs + Σ wt SVD(Bt − Bs)) (As + Σ wt SVD(At − As)) with As = scale·Σ At, Bs = scale·Σ Bt. It is not the paper's
+    formula, which mixes the products Bt At; kept to reproduce and to compare.
+
+    Args:
+        a: (rank, in) per expert; b: (out, rank) per expert; rank: of the truncation, None for none.
+
+    Returns:
+        (out, in).
+    """
+
+    def mix(parts: Sequence[Tensor]) -> Tensor:
+        shared = scale * torch.stack(list(parts)).sum(0)
+        exclusive = [p - shared for p in parts]
+        if rank is not None:
+            exclusive = [truncate(v, rank, exact=True).dense() for v in exclusive]
+        return shared + sum((w * v for w, v in zip(weights, exclusive, strict=True)), torch.zeros_like(shared))
+
+    return mix(b) @ mix(a)

@@ -1,0 +1,456 @@
+"""The Twin: a shared model, exclusive parts, heads and a router as one module."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from twinmerge.engine.card import model_card
+from twinmerge.engine.merge import Merge, heads_of
+from twinmerge.engine.recipe import Recipe
+from twinmerge.errors import TwinmergeError
+from twinmerge.methods.average import Average
+from twinmerge.methods.base import Method
+from twinmerge.methods.task_arithmetic import TaskArithmetic
+from twinmerge.models.headed import HeadedModel, batch_size, rows_of, rows_of_batch
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.store.locate import locate
+from twinmerge.tasks.encode import TextEncoder, batches
+from twinmerge.twin import package as folder_format
+from twinmerge.twin.features import default_layers, features
+from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, one_hot
+from twinmerge.twin.package import Package
+from twinmerge.twin.router import Router, RouterReport, fit_router, top_weights
+from twinmerge.twin.runtime import Runtime
+from twinmerge.twin.split import cut, split
+
+DEFAULT_RANK = 8
+Inputs = Sequence[Any]
+"""Texts, (text, text_pair) tuples, or rows of a suite."""
+
+
+@dataclass(frozen=True)
+class TwinOutput:
+    """The answer to a batch.
+
+    logits: (rows, most labels of any head used), −inf beyond a row's own labels; None for models without logits.
+    mixture: (rows, experts); expert: of each row, the one of largest weight, or None where all weights are zero;
+    head: the head of each row, or None; output: what the model's own class returned (of the first head's class).
+    """
+
+    logits: Tensor | None
+    mixture: Tensor
+    expert: list[str | None]
+    head: list[str] | None
+    output: Any
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """label: name; expert: whose head answered; confidence: softmax of the label; mixture: expert -> weight."""
+
+    label: str
+    expert: str
+    confidence: float
+    mixture: dict[str, float]
+
+
+class Twin(nn.Module):
+    """θ*(x) = θs + Σt wt(x) vt for every row x of a batch, in one pass, without rebuilding a matrix.
+
+    Make one with `Twin.build` or `Twin.from_pretrained`.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification, BertModel
+        >>> sizes = dict(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        >>> base = BertModel(BertConfig(**sizes))
+        >>> def expert():
+        ...     model = BertForSequenceClassification(BertConfig(**sizes))
+        ...     _ = model.bert.load_state_dict(base.state_dict())
+        ...     return model
+        >>> twin = Twin.build(base, {"math": expert(), "code": expert()}, rank=2, progress=False)
+        >>> out = twin(input_ids=torch.tensor([[1, 2], [3, 4]]), expert=["math", "code"])
+        >>> tuple(out.logits.shape), out.head
+        ((2, 2), ['math', 'code'])
+
+    Source: Lu et al. 2024, "Twin-Merging", arXiv 2406.15479, equation 5.
+    """
+
+    def __init__(
+        self, package: Package, side_files: Path | None, licences: Mapping[str, OpenedModel] | None = None
+    ) -> None:
+        super().__init__()
+        self.package = package
+        self.side_files = side_files
+        self.experts = list(package.exclusive)
+        shared = package.shared
+        architecture = shared.architecture
+        if package.heads:
+            from twinmerge.models.architecture import Architecture, class_of
+
+            config = next(iter(package.heads.values())).config
+            architecture = Architecture(config, class_of(config))
+        if architecture is None:
+            raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
+        self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
+        self.runtime = Runtime(self.model, list(package.exclusive.values()))
+        self.router: Router | None = package.router
+        self.layers = package.layers
+        self.top_k: int | None = 1
+        self._sources = dict(licences or {})
+        self._encoder: TextEncoder | None = None
+        self._lock = threading.RLock()
+        self.eval()
+
+    # ------------------------------------------------------------------ making
+
+    @classmethod
+    def build(
+        cls,
+        base: ModelLike,
+        experts: Mapping[str, ModelLike],
+        rank: int | None = DEFAULT_RANK,
+        *,
+        shared: str = "tsv",
+        heads: Sequence[str] = (),
+        progress: bool = True,
+        **parameters: Any,
+    ) -> Twin:
+        """Merge the experts into a shared part, and keep what each knows beyond it.
+
+        Args:
+            base: the model that the experts were tuned from.
+            experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
+            rank: of each exclusive matrix, at least 1; None keeps everything (exact, and large).
+            shared: the static method of the shared part; "task_arithmetic" is the paper's. The default needs about a
+                quarter of the rank for the same scores (README, text benchmark).
+            heads: patterns of tensors to keep per expert besides those found.
+            parameters: of the static method.
+
+        Errors:
+            TwinmergeError: as `twinmerge.merge`, and modules that cannot mix.
+        """
+        merge = Merge(Recipe(shared, base, dict(experts), parameters, heads=tuple(heads)), progress)
+        if len(experts) < 1:
+            raise TwinmergeError("A twin needs experts. Name at least one.")
+        state = dict(merge.tensors())
+        opened = {name: merge.experts[name] for name in experts}
+        names = [n for n in merge.matched.merged if not _is_buffer(merge.base, n)]
+        linear = _linear_coefficients(merge.method, merge.recipe.order, list(experts))
+        exclusive = split(state, opened, names, rank, linear, progress)
+        head_specs = heads_of(merge.experts, merge.matched, list(experts))
+        provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": shared}}
+        shared_model = folder_format.shared_in_memory(merge.base, state, f"twin of {', '.join(experts)}")
+        package = Package(shared_model, exclusive, head_specs, None, (), None, provenance)
+        twin = cls(package, merge.base.folder, {"base": merge.base, **opened})
+        if merge.base.folder is not None and not twin._has_tokenizer():
+            twin.side_files = next((m.folder for m in opened.values() if m.folder), merge.base.folder)
+        return twin
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Twin:
+        """Read a twin folder, or a hub id of one."""
+        path = locate(folder).folder
+        return cls(folder_format.load(path), path)
+
+    def save_pretrained(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+        """Write the twin folder; stock transformers loads it as the shared model.
+
+        Args:
+            folder: one that does not exist or is empty.
+            about: expert -> more keys of its entry in heads.json, such as its task and metric.
+        """
+        self.package = self.package._replace(router=self.router, layers=self.layers)
+        provenance = self.package.provenance
+        if self._sources:
+            base = self._sources["base"]
+            others = {n: m for n, m in self._sources.items() if n != "base"}
+            card = model_card(
+                provenance, base, others, sorted({n for h in self.package.heads.values() for n in h.tensors}), "twin"
+            )
+        else:
+            readme = self.side_files / "README.md" if self.side_files else None
+            card = readme.read_text(encoding="utf-8") if readme and readme.is_file() else "# Twin\n"
+        return folder_format.save(folder, self.package, self.side_files, card, about or {})
+
+    def at_rank(self, rank: int) -> Twin:
+        """The same twin with every exclusive matrix cut to a lower rank; shares the weights' memory where it can."""
+        exclusive = {name: cut(part, rank) for name, part in self.package.exclusive.items()}
+        twin = Twin(self.package._replace(exclusive=exclusive), self.side_files, self._sources)
+        twin.router, twin.layers, twin._encoder = self.router, self.layers, self._encoder
+        return twin
+
+    # ------------------------------------------------------------------ routing
+
+    def fit_router(
+        self,
+        inputs: Mapping[str, Inputs | Mapping[str, Tensor]],
+        kind: str = "gaussian",
+        *,
+        layers: Sequence[int] | None = None,
+        seed: int = 0,
+        batch_rows: int = 32,
+        progress: bool = True,
+    ) -> RouterReport:
+        """Fit the router on a few hundred inputs of each expert's kind; a fifth is held out for the temperature.
+
+        Args:
+            inputs: expert -> texts (or pairs, or suite rows), or a batch of tensors such as {"pixel_values": ...}.
+            kind: "gaussian" (closed form, early layer beside the last) or "mlp" (the paper's, last layer).
+            layers: which hidden states to read, 0 the embedding; by kind where None.
+
+        Errors:
+            TwinmergeError: an expert without inputs, unknown names, too few of them.
+        """
+        for name in inputs:
+            index_of(name, self.experts)
+        rows: list[Tensor] = []
+        owners: list[int] = []
+        if layers is None:
+            layers = default_layers(self._layer_count(next(iter(inputs.values()), None)), kind)
+        for k, name in enumerate(self.experts):
+            given = inputs.get(name)
+            found = [] if given is None else list(self._feature_batches(given, layers, batch_rows, name, progress))
+            rows += found
+            owners += [k] * sum(len(f) for f in found)
+        if not rows:
+            raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
+        with torch.random.fork_rng(devices=[]):
+            self.router, report = fit_router(kind, torch.cat(rows), torch.tensor(owners), self.experts, seed)
+        self.layers = tuple(layers)
+        self.package = self.package._replace(router=self.router, layers=self.layers, report=report._asdict())
+        return report
+
+    def route(self, batch: Mapping[str, Any], top_k: int | None = 1) -> Tensor:
+        """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones.
+
+        Errors:
+            TwinmergeError: no router is fitted.
+        """
+        if self.router is None:
+            raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
+        with torch.no_grad(), self._lock:
+            return self.router.weights(features(self.model, batch, self.layers), top_k)
+
+    # ------------------------------------------------------------------ answering
+
+    def forward(
+        self,
+        *,
+        mixture: MixtureLike | None = None,
+        expert: str | Sequence[str] | None = None,
+        head: str | Sequence[str] | None = None,
+        top_k: int | None = -1,
+        oracle_biases: Sequence[str] | None = None,
+        **batch: Any,
+    ) -> TwinOutput:
+        """Answer a batch whose rows may have different mixtures.
+
+        Args:
+            mixture: weights by name for all rows, one mapping per row, or (rows, experts); routed where neither this nor
+                `expert` is given.
+            expert: a name for all rows or one per row: weight 1 for it, and its head.
+            head: a name for all rows or one per row; by default that of the expert of largest weight.
+            top_k: of the router; the twin's own `top_k` (1) where not given, None for soft mixtures.
+            oracle_biases: one expert per row whose biases are used in full whatever the mixture. Only to reproduce the
+                paper's evaluation, which hands the labelled task's biases in.
+            batch: what the tokenizer or image processor returns.
+
+        Errors:
+            TwinmergeError: unknown names, no router, wrong number of rows.
+        """
+        size = batch_size(batch)
+        weights = self._weights(batch, size, mixture, expert, top_k)
+        chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
+        heads = self._heads(head, chosen, size)
+        plan = Mixture.of(weights)
+        biases = None
+        if oracle_biases is not None:
+            given = one_hot(oracle_biases, self.experts)
+            biases = Mixture.of(given if plan.order is None else given[plan.order], group=False)
+        inverse = None
+        if plan.order is not None:
+            batch = rows_of_batch(batch, plan.order, size)
+            heads = None if heads is None else [heads[i] for i in plan.order.tolist()]
+            inverse = torch.argsort(plan.order)
+        with self._lock, self.runtime.mixing(plan, biases):
+            answer = self.model(batch, heads)
+        output, logits = (answer["output"], answer["logits"]) if heads else (answer, getattr(answer, "logits", None))
+        if inverse is not None:
+            output = rows_of(output, inverse)
+            logits = None if logits is None else logits[inverse]
+            heads = None if heads is None else [heads[i] for i in inverse.tolist()]
+        return TwinOutput(logits, weights, chosen, heads, output)
+
+    def generate(
+        self,
+        *,
+        mixture: MixtureLike | None = None,
+        expert: str | Sequence[str] | None = None,
+        top_k: int | None = -1,
+        **inputs: Any,
+    ) -> Any:
+        """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout."""
+        generate = getattr(self.model.body, "generate", None)
+        if generate is None or self.model.head_specs:
+            raise TwinmergeError(
+                f"{type(self.model.body).__name__} does not generate. Build the twin on a language model."
+            )
+        prompt = {
+            k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values", "inputs_embeds")
+        }
+        size = batch_size(prompt)
+        plan = Mixture.of(self._weights(prompt, size, mixture, expert, top_k))
+        if plan.order is None:
+            with self._lock, self.runtime.mixing(plan):
+                return generate(**inputs)
+        with self._lock, self.runtime.mixing(plan):
+            return rows_of(generate(**rows_of_batch(inputs, plan.order, size)), torch.argsort(plan.order))
+
+    @torch.no_grad()
+    def predict(self, texts: Inputs, *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
+        """The label name of each text, or `Prediction`s with `detail`.
+
+        Args:
+            texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
+            choice: mixture, expert, head or top_k, as in the call of the twin.
+        """
+        if not self.model.head_specs and not self.model.labels():
+            raise TwinmergeError("This twin has no classifier head. Call the twin itself, or generate().")
+        encoder = self.encoder
+        found: list[Prediction] = []
+        for start in range(0, len(texts), batch_rows):
+            chunk = list(texts[start : start + batch_rows])
+            rows = {k: v[start : start + batch_rows] if isinstance(v, (list, tuple)) else v for k, v in choice.items()}
+            out = self(**encoder.encode(chunk), **rows)
+            probabilities = out.logits.float().softmax(-1)
+            for i, p in enumerate(probabilities):
+                head = out.head[i] if out.head else None
+                mixture = dict(zip(self.experts, out.mixture[i].tolist(), strict=True))
+                label = self.model.labels(head)[int(p.argmax())]
+                found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture))
+        encoder.warn_truncated()
+        return found if detail else [p.label for p in found]
+
+    def weights_for(self, mixture: Mapping[str, float]) -> dict[str, Tensor]:
+        """The dense weights of one fixed mixture: canonical name -> θs + Σ wt vt. The reference for the runtime."""
+        row = mixture_weights(mixture, self.experts, 1)[0].tolist()
+        state = {n: self.package.shared.read(n) for n in self.package.shared.specs}
+        for weight, part in zip(row, self.package.exclusive.values(), strict=True):
+            if weight:
+                for name, f in part.low.items():
+                    state[name] = state[name] + weight * f.dense().reshape(state[name].shape).to(state[name].dtype)
+                for name, tensor in part.dense.items():
+                    state[name] = state[name] + weight * tensor
+        return state
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The tokenizer beside the model; only for models of text."""
+        if self._encoder is None:
+            if self.side_files is None:
+                raise TwinmergeError(
+                    "This twin was built in memory and has no tokenizer. Pass encoded batches, or build from folders."
+                )
+            self._encoder = TextEncoder(self.side_files, positions=position_limit(self.model.architecture.config))
+        return self._encoder
+
+    # ------------------------------------------------------------------ inside
+
+    def _weights(
+        self,
+        batch: Mapping[str, Any],
+        size: int,
+        mixture: MixtureLike | None,
+        expert: str | Sequence[str] | None,
+        top_k: int | None,
+    ) -> Tensor:
+        if mixture is not None and expert is not None:
+            raise TwinmergeError("Both mixture and expert are given. Give one of them.")
+        if expert is not None:
+            return one_hot(_per_row(expert, size, "expert"), self.experts)
+        if mixture is not None:
+            return mixture_weights(mixture, self.experts, size)
+        return self.route(batch, self.top_k if top_k == -1 else top_k)
+
+    def _heads(self, head: str | Sequence[str] | None, chosen: Sequence[str | None], size: int) -> list[str] | None:
+        if not self.model.head_specs:
+            return None
+        known = list(self.model.head_specs)
+        if head is None:
+            if None in chosen:
+                raise TwinmergeError("A row has no expert (all its weights are zero) and no head. Name its head.")
+            names = [str(name) for name in chosen]
+        else:
+            names = _per_row(head, size, "head")
+        for name in set(names):
+            index_of(name, known)
+        return names
+
+    def _feature_batches(
+        self, given: Inputs | Mapping[str, Tensor], layers: Sequence[int], batch_rows: int, name: str, progress: bool
+    ) -> Iterator[Tensor]:
+        with torch.no_grad():
+            if isinstance(given, Mapping):
+                size = batch_size(given)
+                for rows in torch.arange(size).split(batch_rows):
+                    yield features(self.model, rows_of_batch(given, rows, size), layers)
+                return
+            chunks = list(batches(list(given), batch_rows, "length"))
+            for _, rows in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
+                yield features(self.model, self.encoder.encode(rows), layers)
+
+    def _layer_count(self, given: Any) -> int:
+        config = self.model.architecture.config
+        count = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
+        if count is None:
+            raise TwinmergeError(
+                f"{type(config).__name__} does not say how many layers it has. Name the router's layers."
+            )
+        return int(count)
+
+    def _has_tokenizer(self) -> bool:
+        names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
+        return self.side_files is not None and any((self.side_files / n).is_file() for n in names)
+
+
+def position_limit(config: Any) -> int | None:
+    """How many tokens the position embeddings allow; RoBERTa's kind keeps two for padding."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
+        limit -= 2
+    return int(limit) if limit else None
+
+
+def _per_row(names: str | Sequence[str], size: int, what: str) -> list[str]:
+    found = [names] * size if isinstance(names, str) else list(names)
+    if len(found) != size:
+        raise TwinmergeError(f"{size} rows need one {what} or {size}, got {len(found)}.")
+    return found
+
+
+def _is_buffer(base: OpenedModel, name: str) -> bool:
+    """Float buffers (running statistics) have no exact mixture; they stay the shared model's."""
+    if base.architecture is None:
+        return False
+    return any(base.architecture.of_module(b) == name for b, _ in base.architecture.skeleton.named_buffers())
+
+
+def _linear_coefficients(method: Method, order: Sequence[str], experts: Sequence[str]) -> list[float] | None:
+    """c with θs = θ0 + Σ ci τi in the order of `experts`, for methods that are such a sum."""
+    if not isinstance(method, (TaskArithmetic, Average)):
+        return None
+    weights = method.weights if isinstance(method.weights, tuple) else (method.weights,) * len(order)
+    divisor = sum(weights) if isinstance(method, Average) else 1.0 / method.scale if method.scale else float("inf")
+    by_name = {name: w / divisor for name, w in zip(order, weights, strict=True)}
+    return [by_name[name] for name in experts]
+
+
+__all__ = ["Prediction", "Twin", "TwinOutput", "position_limit", "top_weights"]
