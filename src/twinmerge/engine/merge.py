@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -152,8 +153,10 @@ class Merge:
             stream = self.tensors([canonical[name] for name in names])
             write_checkpoint(folder, files, zip(names, (value for _, value in stream), strict=True))
             copy_side_files(self.base.folder, folder)
-            if self.base.config is not None and not (folder / "config.json").exists():
-                self.base.config.save_pretrained(folder)
+            if self.base.architecture is not None and not (folder / "config.json").exists():
+                config = copy.deepcopy(self.base.architecture.config)
+                config.architectures = [self.base.architecture.model_class.__name__]
+                config.save_pretrained(folder)
             if self.dtype is not None:
                 _set_config_dtype(folder / "config.json", str(self.recipe.dtype))
             if heads := self.heads():
@@ -189,7 +192,7 @@ def merge(
     experts: Mapping[str, ModelLike],
     base: ModelLike | None = None,
     dtype: str | None = None,
-    heads: tuple[str, ...] | list[str] = (),
+    heads: str | tuple[str, ...] | list[str] = (),
     progress: bool = True,
     **parameters: Any,
 ) -> Merge:
@@ -212,7 +215,8 @@ def merge(
             flat.update({f"{expert}.{name}": number for expert, number in value.items()})
         else:
             flat[name] = value
-    return Merge(Recipe(method, base, dict(experts), flat, dtype, tuple(heads)), progress)
+    patterns = (heads,) if isinstance(heads, str) else tuple(heads)
+    return Merge(Recipe(method, base, dict(experts), flat, dtype, patterns), progress)
 
 
 def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[str]) -> dict[str, HeadSpec]:

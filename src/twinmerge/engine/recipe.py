@@ -54,7 +54,7 @@ class Recipe:
                 raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TwinmergeError(
-                f"Cannot write dtype {self.dtype!r}.{nearest(self.dtype, DTYPES)} Choose from {', '.join(DTYPES)}."
+                f"Cannot write dtype {self.dtype!r}.{nearest(str(self.dtype), DTYPES)} Choose from {', '.join(DTYPES)}."
             )
         if self.base is None and method_class(self.method).space == "deltas":
             raise TwinmergeError(f"{self.method} works on changes to a base. Name the base with --base.")
@@ -127,7 +127,7 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         _known_keys(entry, MODEL_KEYS, f"{where}, model {entry['model']!r}")
         if entry["model"] == base and method_class(method).space == "deltas":
             continue
-        name = entry.get("name") or expert_name(str(entry["model"]))
+        name = str(entry.get("name") or expert_name(str(entry["model"])))
         if name in experts:
             raise TwinmergeError(f"{where} names the expert {name!r} twice. Give one of them another 'name:'.")
         experts[name] = entry["model"]
@@ -136,6 +136,8 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if base is not None and base in experts.values() and method_class(method).space == "parameters":
         experts = dict(sorted(experts.items(), key=lambda item: item[1] != base))  # mergekit: the base is where t = 0
     heads = raw.get("heads") or ()
+    if not isinstance(heads, list | tuple) or not all(isinstance(pattern, str) for pattern in heads):
+        raise TwinmergeError(f"{where}: heads must be a list of patterns, got {heads!r}. Write heads: [classifier].")
     return Recipe(method, base, experts, parameters, raw.get("out_dtype") or raw.get("dtype"), tuple(heads))
 
 

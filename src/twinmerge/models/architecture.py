@@ -85,6 +85,22 @@ class Architecture:
         """True for tensors inside the bare model; all of them where the class has no part outside it."""
         return not self.prefix or f"{self.prefix}{canonical}" in self._meta
 
+    @property
+    def is_bare(self) -> bool:
+        """True for the bare model's own class, which is all body."""
+        bare = transformers.AutoModel._model_mapping.get(type(self.config), ())
+        return self.model_class in (bare if isinstance(bare, (tuple, list)) else (bare,))
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The canonical name of the input embedding, which has a row for each token of the vocabulary."""
+        try:
+            found = self.skeleton.get_input_embeddings()
+        except NotImplementedError:
+            return None
+        named = self.skeleton.named_modules()
+        return next((self.of_module(f"{name}.weight") for name, module in named if module is found), None)
+
 
 def labels_of(config: PretrainedConfig) -> list[str] | None:
     """The label names of a classifier's config, in the order of its outputs; None where there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
 from twinmerge.store.artefact import Artefact, load_artefact, save_artefact
 
 HEADS_VERSION = 1
+HEAD_NAME = re.compile(r"\w[\w.\-]*")  # an expert's name is a folder's name, never a path
 
 
 class HeadSpec(NamedTuple):
@@ -153,7 +155,8 @@ class HeadedModel(nn.Module):
         if lacking:
             raise TwinmergeError(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
         module.load_state_dict({k: head.tensors[n] for n, k in outside.items()}, strict=True, assign=True)
-        return module.eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
+        return module
 
     def labels(self, head: str | None = None) -> list[str]:
         """The label names of a head, or of the model itself where there are no heads."""
@@ -256,6 +259,10 @@ def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
         return {}
     heads = {}
     for name in json.loads(file.read_text(encoding="utf-8")):
+        if not HEAD_NAME.fullmatch(name):
+            raise TwinmergeError(
+                f"{file} names the expert {name!r}, which is no folder name. Copy the whole folder again."
+            )
         config = read_config(folder / "heads" / name)
         if config is None:
             raise TwinmergeError(f"{folder / 'heads' / name / 'config.json'} is missing. Copy the whole folder again.")

@@ -54,6 +54,9 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
                 if spec.is_float and base.spec(name).shape != spec.shape:
                     _other_shape(base, expert, name)
                     heads[e].add(name)
+                elif name not in base.specs:
+                    _untied(base, expert, name)
+                    ignored[e].append(name)
             elif not spec.is_float or _is_dropped_buffer(expert, name):
                 ignored[e].append(name)
             elif expert.architecture is not None and name not in expert.architecture.parameters:
@@ -137,11 +140,22 @@ def _in_body(model: OpenedModel, name: str) -> bool:
 
 def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     """A tensor of another shape may be a head; inside the body of a known class it is a mistake."""
-    if expert.architecture is not None and expert.architecture.prefix and expert.architecture.is_body(name):
+    known = expert.architecture
+    if known is not None and known.is_body(name) and (known.prefix or known.is_bare or name == known.embedding):
         raise TwinmergeError(
             f"Tensor {name!r} is {list(expert.spec(name).shape)} in {expert.name} and {list(base.spec(name).shape)} in the base "
             f"{base.name}. Give every model the same size (resize_token_embeddings for another vocabulary), or name the "
             "tensor as a head with --head."
+        )
+
+
+def _untied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
+    """A tensor that the base ties to another: an expert's own copy must say the same, or it would be lost."""
+    source = base.aliases[name]
+    if not expert.has(source) or not torch.equal(expert.read(name), expert.read(source)):
+        raise TwinmergeError(
+            f"Tensor {name!r} of {expert.name} has its own values, and the base {base.name} ties it to {source!r}. Take a base "
+            "with tie_word_embeddings=false, or name the tensor as a head with --head."
         )
 
 

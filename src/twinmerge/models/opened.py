@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
@@ -64,9 +67,7 @@ class OpenedModel:
         """The tensor, with the adapter's part added (in float32) where there is one."""
         if name not in self.specs and name in self.aliases:
             name = self.aliases[name]
-        if name in self._dense:
-            return self._dense[name]
-        tensor = self._read(self.stored[name])
+        tensor = self._dense[name] if name in self._dense else self._read(self.stored[name])
         if name in self.factors:
             tensor = tensor.float() + self.factors[name].dense().reshape(tensor.shape)
         return tensor
@@ -169,16 +170,37 @@ def _adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
                 config.num_labels = outputs[-1]
             opened.architecture = Architecture(config, task_class)
     canonical = opened.architecture.of_module if opened.architecture else str
-    factors = {canonical(n): f for n, f in adapter.factors.items()}
+    factors = {canonical(n): f for n, f in _oriented(adapter, opened.architecture).items()}
     factors = {opened.aliases.get(n, n): f for n, f in factors.items()}
     dense = {canonical(n): t for n, t in adapter.dense.items()}
+    for alias, source in opened.aliases.items():  # PEFT saves the base of an adapted output layer that is tied
+        if alias in dense and source in opened.specs and torch.equal(dense[alias], opened.read(source)):
+            del dense[alias]
     for name in factors:
         if name not in opened.specs:
             raise TwinmergeError(
                 f"The adapter {adapter.name} changes {name!r}, which its base {opened.name} does not have."
                 f"{nearest(name, opened.specs)} Name the base that the adapter was trained on."
             )
+        shape = opened.specs[name].shape
+        if factors[name].shape != (shape[0], math.prod(shape[1:])):
+            raise TwinmergeError(
+                f"The adapter {adapter.name} changes {name!r} as {list(factors[name].shape)}, in its base {opened.name} it is "
+                f"{list(shape)}. Name the base that the adapter was trained on."
+            )
     for name, tensor in dense.items():
         opened.specs[name] = Spec(tensor.dtype, tuple(tensor.shape))
     opened.factors, opened._dense = factors, dense
     return opened
+
+
+def _oriented(adapter: Adapter, architecture: Architecture | None) -> dict[str, Factors]:
+    """The factors as each module stores its weight: PEFT saves one `fan_in_fan_out`, whatever kinds are adapted."""
+    modules = dict(architecture.skeleton.named_modules()) if architecture else {}
+    turned = {}
+    for name, factors in adapter.factors.items():
+        module = modules.get(name.removesuffix(".weight"))
+        if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module, Conv1D) != adapter.fan_in_fan_out:
+            factors = Factors(factors.a.T.contiguous(), factors.b.T.contiguous())
+        turned[name] = factors
+    return turned

@@ -21,12 +21,14 @@ LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB
 
 class Adapter(NamedTuple):
     """factors: parameter name -> ΔW as (b, a) with the scaling inside; dense: fully trained parameters by name;
-    task: PEFT's task type or None; name: where it came from. Names are those of the adapted model's modules."""
+    task: PEFT's task type or None; name: where it came from; fan_in_fan_out: the config's flag, which the factors
+    follow. Names are those of the adapted model's modules."""
 
     factors: dict[str, Factors]
     dense: dict[str, Tensor]
     task: str | None
     name: str
+    fan_in_fan_out: bool = False
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -77,11 +79,12 @@ def adapter_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name:
         else:
             dense[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
     factors = {}
+    fan_in_fan_out = bool(config.get("fan_in_fan_out"))
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise TwinmergeError(f"The adapter {name} has only one of lora_A and lora_B for {module!r}. Save it again.")
         a, b = pair["A"].float(), pair["B"].float()
-        transposed = module in embeddings or config.get("fan_in_fan_out", False)
+        transposed = module in embeddings or fan_in_fan_out
         if a.dim() > 2:
             a, b = a.flatten(1), b.flatten(1)
         rank = a.shape[0]
@@ -90,7 +93,7 @@ def adapter_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name:
         b = b * scaling
         factors[f"{module}.weight"] = Factors(a.T.contiguous(), b.T.contiguous()) if transposed else Factors(b, a)
     task = config.get("task_type")
-    return Adapter(factors, dense, str(task).rpartition(".")[2] if task else None, name)
+    return Adapter(factors, dense, str(task).rpartition(".")[2] if task else None, name, fan_in_fan_out)
 
 
 def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:

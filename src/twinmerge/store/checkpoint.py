@@ -91,7 +91,7 @@ class Checkpoint:
                     f"{index} is not a valid index (weight_map: tensor -> file). Download it again."
                 ) from error
             for shard in shards:
-                if Path(shard).name != shard or not (folder / shard).is_file():
+                if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
                     raise TwinmergeError(
                         f"{index} names the shard {shard!r}, which is not in the folder. Download it again."
                     )

@@ -74,7 +74,12 @@ def _folder(text: str) -> Located:
 
 def _from_hub(text: str) -> Located:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     name, _, revision = text.partition("@")
     try:
@@ -88,7 +93,7 @@ def _from_hub(text: str) -> Located:
             f"{text!r} is no folder here, and as a hub id it is not in the local cache and the hub cannot be reached. "
             "Check the path, or go online (unset HF_HUB_OFFLINE) and run again."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise TwinmergeError(
             f"The hub id {text!r} could not be fetched: {error}. Check name, revision and network."
         ) from error

@@ -42,6 +42,8 @@ class OutputFolder:
 
     def __init__(self, folder: str | os.PathLike[str], needed_bytes: int = 0) -> None:
         self.folder = Path(folder)
+        if self.folder.name in ("", ".."):
+            raise TwinmergeError(f"The output {self.folder} has no name of its own. Name a folder, such as ./merged.")
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.needed_bytes = needed_bytes
 
@@ -104,7 +106,7 @@ def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     """Append the tensor's bytes; the file object loops over short writes."""
     flat = tensor.detach().contiguous().reshape(-1).cpu()
     if flat.numel():
-        file.write(memoryview(flat.view(torch.uint8).numpy()))
+        file.write(flat.view(torch.uint8).numpy().data)
 
 
 def layout(specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str, Spec]]:

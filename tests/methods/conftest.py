@@ -1,0 +1,272 @@
+"""Runs a method on tensors in memory, whole or in tiles, and its NumPy float64 transcription beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from twinmerge.engine.run import run
+from twinmerge.maths.keyed_random import uniform
+from twinmerge.methods.base import Method, Place, Tile
+from twinmerge.methods.registry import make_method, method_class
+
+BLOCK = 65_536
+State = dict[str, Tensor]
+SHAPES = {
+    "a.weight": (7, 9),
+    "b.bias": (6,),
+    "c.zero_dim": (),
+    "d.empty": (0,),
+    "e.one": (1,),
+    "f.row": (1, 9),
+    "g.kernel": (8, 3, 2, 2),
+}
+
+
+def order(name: str, experts: Mapping[str, Any]) -> tuple[str, ...]:
+    """As `Recipe.order`."""
+    return tuple(sorted(experts)) if "symmetric" in method_class(name).laws else tuple(experts)
+
+
+def prepare(
+    name: str, experts: Mapping[str, State], parameters: Mapping[str, Any]
+) -> tuple[Method, Callable[[State, str], Tile]]:
+    """The method, and what makes the whole tile of one tensor; a mapping is a parameter per expert."""
+    flat = {}
+    for key, value in parameters.items():
+        flat.update({f"{e}.{key}": v for e, v in value.items()} if isinstance(value, Mapping) else {key: value})
+    names = order(name, experts)
+    method = make_method(name, names, flat)
+
+    def load(base: State, tensor: str) -> Tile:
+        x = torch.stack([experts[e][tensor].float() for e in names])
+        if method.space == "parameters":
+            return Tile(x, None, Place(tensor, tuple(x.shape[1:]), 0, names))
+        reference = base[tensor].float()
+        return Tile(x - reference, reference, Place(tensor, tuple(x.shape[1:]), 0, names))
+
+    return method, load
+
+
+def combine(name: str, base: State, experts: Mapping[str, State], **parameters: Any) -> State:
+    method, load = prepare(name, experts, parameters)
+    return dict(run(method, list(base), lambda tensor: load(base, tensor), progress=False))
+
+
+def split(tile: Tile, step: int) -> list[Tile]:
+    x = tile.x.flatten(1)
+    base = None if tile.base is None else tile.base.flatten()
+    return [
+        Tile(x[:, at : at + step], None if base is None else base[at : at + step], tile.at._replace(offset=at))
+        for at in range(0, x.shape[1], step)
+    ]
+
+
+def combine_tiled(
+    name: str, base: State, experts: Mapping[str, State], step: int = BLOCK, shuffle: int = 0, **parameters: Any
+) -> State:
+    """The same in tiles of `step`; tiles are read, and their partial results added, in a shuffled order."""
+    method, load = prepare(name, experts, parameters)
+    tiles = {tensor: split(load(base, tensor), step) for tensor in base}
+    known: dict[str, dict[str, Any]] = {tensor: {} for tensor in base}
+    rng = random.Random(shuffle)
+    for each in method.passes():
+        for group in [list(base)] if each.scope == "model" else [[tensor] for tensor in base]:
+            todo = [tile for tensor in group for tile in tiles[tensor]]
+            rng.shuffle(todo)
+            parts = [each.observe(tile, known[tile.at.name]) for tile in todo]
+            rng.shuffle(parts)
+            total: dict[str, Tensor] = {}
+            for part in parts:
+                for key, value in part.items():
+                    total[key] = total[key] + value if key in total else value
+            found = each.finish(total, known[group[0]])
+            for tensor in group:
+                known[tensor][each.name] = found
+    return {
+        tensor: torch.cat([method.apply(tile, known[tensor]) for tile in tiles[tensor]]).reshape(base[tensor].shape)
+        for tensor in base
+    }
+
+
+def problem(
+    count: int, seed: int = 0, spread: float = 0.1, dtype: torch.dtype = torch.float32, zero_base: bool = False
+) -> tuple[State, dict[str, State]]:
+    """A base and experts near it, with a tensor of every odd shape."""
+    rng = torch.Generator().manual_seed(seed)
+    size = 0.0 if zero_base else 1.0
+    base = {n: (size * torch.randn(s, generator=rng)).to(dtype) for n, s in SHAPES.items()}
+    experts = {
+        e: {n: (b.float() + spread * torch.randn(b.shape, generator=rng)).to(dtype) for n, b in base.items()}
+        for e in list("zyxwvutsr")[:count]
+    }
+    return base, experts
+
+
+def merge_rows(name: str, rows: Any, base: Any = None, **parameters: Any) -> Tensor:
+    """One tensor "w" whose deltas (base 0 if none is given) are the rows; experts a, b, c, ..."""
+    x = [torch.as_tensor(row, dtype=torch.float32) for row in rows]
+    start = torch.zeros_like(x[0]) if base is None else torch.as_tensor(base, dtype=torch.float32)
+    experts = {chr(97 + i): {"w": row if base is None else start + row} for i, row in enumerate(x)}
+    return combine(name, {"w": start}, experts, **parameters)["w"]
+
+
+# ------------------------------------------------------------------------------------ transcriptions
+# x: tensor -> (experts, *shape) float64, made from the float32 deltas or parameters; base: tensor -> float64;
+# p: the method's parameters. They return the change (deltas) or the merged parameters, without rounding.
+
+Arrays = dict[str, np.ndarray]
+
+
+def each(value: Any, count: int) -> np.ndarray:
+    return np.broadcast_to(np.asarray(value, dtype=np.float64), (count,))
+
+
+def average(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    w = each(p.weights, len(experts))
+    return {n: np.tensordot(w / w.sum(), v, 1) for n, v in x.items()}
+
+
+def task_arithmetic(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    return {n: p.scale * np.tensordot(each(p.weights, len(experts)), v, 1) for n, v in x.items()}
+
+
+def trim(x: Arrays, density: Any, scope: str) -> Arrays:
+    """Exactly k of largest magnitude by a stable sort in (name, index) order."""
+    if scope == "tensor":
+        return {n: trim({n: v}, density, "model")[n] for n, v in x.items()}
+    names = sorted(x)
+    flat = np.concatenate([x[n].reshape(len(x[n]), -1) for n in names], 1)
+    for row, share in zip(flat, each(density, len(flat)), strict=True):
+        k = int(np.floor(share * row.size + 1e-9))
+        row[np.argsort(-np.abs(row), kind="stable")[k:]] = 0
+    cuts = np.cumsum([x[n][0].size for n in names])[:-1]
+    return {n: part.reshape(x[n].shape) for n, part in zip(names, np.split(flat, cuts, 1), strict=True)}
+
+
+def elect_and_merge(x: Arrays, p: SimpleNamespace) -> Arrays:
+    out = {}
+    for n, v in x.items():
+        w = each(p.weights, len(v)).reshape(-1, *[1] * (v.ndim - 1))
+        agree = (np.sign(v) == np.sign(v.sum(0))) & (v != 0)
+        if p.merge == "max":
+            merged = np.abs(w * v * agree).max(0) * np.sign(v.sum(0))
+        else:
+            merged = (w * v * agree).sum(0)
+        if p.merge == "mean":
+            mass = (w * agree).sum(0)
+            merged = merged / np.where(mass == 0, 1, mass)
+        out[n] = p.scale * merged
+    return out
+
+
+def ties(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    assert (p.tie, p.compat) == ("zero", "paper")
+    return elect_and_merge(trim(x, p.density, p.scope), p)
+
+
+def drop(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    out = {}
+    for n, v in x.items():
+        rows = []
+        for e, row, share in zip(experts, v, each(p.density, len(experts)), strict=True):
+            kept = row * (uniform(p.seed, e, n, 0, row.size).numpy() < share).reshape(row.shape)
+            if p.rescale == "inverse_keep":
+                kept = kept / share if share > 0 else kept
+            if p.rescale == "l1" and np.abs(kept).sum() > 0:
+                kept = kept * (np.abs(row).sum() / np.abs(kept).sum())
+            rows.append(kept)
+        out[n] = np.stack(rows)
+    return out
+
+
+def dare(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    return task_arithmetic(drop(x, experts, p), experts, p)
+
+
+def dare_ties(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    dropped = {n: v.astype(np.float32).astype(np.float64) for n, v in drop(x, experts, p).items()}
+    return elect_and_merge(trim(dropped, p.trim_density, p.scope), p)
+
+
+def slerp(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    out = {}
+    for n, (a, b) in x.items():
+        norms = np.sqrt((a * a).sum() * (b * b).sum())
+        cosine = (a * b).sum() / norms if norms > 0 else 1.0
+        if abs(cosine) > 0.9995:
+            out[n] = (1 - p.t) * a + p.t * b
+        else:
+            angle = np.arccos(cosine)
+            out[n] = (np.sin((1 - p.t) * angle) * a + np.sin(p.t * angle) * b) / np.sin(angle)
+    return out
+
+
+def svd_within_rank(a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    u, s, vt = np.linalg.svd(a, full_matrices=False)
+    rank = int((s > s[0] * max(a.shape) * np.finfo(np.float32).eps).sum())
+    return u[:, :rank], s[:rank], vt[:rank]
+
+
+def tsv(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    out = {}
+    for n, v in x.items():
+        v = v * each(p.weights, len(v)).reshape(-1, *[1] * (v.ndim - 1))
+        matrices = v.reshape(len(v), len(v[0]), -1) if v.ndim > 2 and v.size else v
+        if matrices.ndim < 3 or min(matrices.shape[1:]) < 2:
+            out[n] = p.scale * v.mean(0)
+            continue
+        k = max(1, min(matrices.shape[1:]) // len(v))
+        parts = [tuple(a[..., :k] if i == 0 else a[:k] for i, a in enumerate(svd_within_rank(m))) for m in matrices]
+        u, _, ut = svd_within_rank(np.concatenate([q[0] for q in parts], 1))
+        w, _, wt = svd_within_rank(np.concatenate([q[2].T for q in parts], 1))
+        s = np.concatenate([q[1] for q in parts])
+        out[n] = p.scale * ((u @ ut) * s @ (w @ wt).T).reshape(v.shape[1:])
+    return out
+
+
+TRANSCRIPTIONS = {
+    f.__name__: f for f in (average, task_arithmetic, ties, dare, dare_ties, slerp, tsv)
+}  # one for every method of the library
+
+
+def transcribe(name: str, base: State, experts: Mapping[str, State], **parameters: Any) -> Arrays:
+    """The merged tensors in float64, by an independent few lines of NumPy."""
+    if name not in TRANSCRIPTIONS:
+        pytest.fail(f"write the NumPy transcription of {name} in tests/methods/conftest.py")
+    method, load = prepare(name, experts, parameters)
+    tiles = {n: load(base, n) for n in base}
+    x = {n: tile.x.double().numpy() for n, tile in tiles.items()}
+    merged = TRANSCRIPTIONS[name](x, order(name, experts), SimpleNamespace(**method.model_dump()))
+    return {n: v if tiles[n].base is None else tiles[n].base.double().numpy() + v for n, v in merged.items()}
+
+
+@pytest.fixture(scope="session")
+def methods() -> SimpleNamespace:
+    """combine, combine_tiled, transcribe, problem, prepare: what the conformance test drives methods with."""
+    return SimpleNamespace(
+        combine=combine, combine_tiled=combine_tiled, transcribe=transcribe, problem=problem, prepare=prepare
+    )
+
+
+@pytest.fixture(name="combine", scope="session")
+def _combine() -> Callable[..., State]:
+    return combine
+
+
+@pytest.fixture(name="merge_rows", scope="session")
+def _merge_rows() -> Callable[..., Tensor]:
+    return merge_rows
+
+
+@pytest.fixture(scope="session")
+def same_bits() -> Callable[[Tensor, Tensor], bool]:
+    """Equal to the bit, so that -0.0 is not 0.0."""
+    return lambda a, b: a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes() and a.shape == b.shape

@@ -1,0 +1,309 @@
+"""What every method must do; a new file in methods/ is tested by being there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twinmerge.engine.merge import merge
+from twinmerge.engine.run import load_tile, run
+from twinmerge.errors import TwinmergeError
+from twinmerge.methods.base import Method, Place, Tile
+from twinmerge.methods.registry import is_per_expert, make_method, method_class, method_names
+from twinmerge.models.opened import OpenedModel
+from twinmerge.store.checkpoint import Spec
+
+LAWS = {"idempotent", "symmetric", "odd", "homogeneous"}
+
+# Beside the defaults: settings that a transcription covers ...
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "ties": [
+        {"scope": "tensor", "density": 0.4, "merge": "sum", "scale": 0.7},
+        {"density": 0.7, "merge": "max"},
+        {"density": 1.0},
+    ],
+    "dare": [{"rescale": "l1", "scale": 1.0}, {"rescale": "none", "density": 0.9, "seed": 7}, {"density": 0.0}],
+    "dare_ties": [{"rescale": "l1"}, {"trim_density": 0.3}, {"trim_density": 0.5, "scope": "tensor", "density": 0.3}],
+    "slerp": [{"t": 0.3}, {"t": 1.0}],
+    "tsv": [{"scale": 0.5}],
+}
+# ... and those that only the specification's numbers cover.
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "ties": [{"compat": "official"}, {"compat": "mergekit"}, {"tie": "majority"}, {"tie": "positive"}],
+    "dare_ties": [{"compat": "official", "rescale": "l1"}, {"tie": "majority", "trim_density": 0.4}],
+}
+
+
+def cases(*more: dict[str, list[dict[str, Any]]]) -> Iterator[Any]:
+    for name in method_names():
+        for parameters in [{}, *(p for table in more for p in table.get(name, []))]:
+            yield pytest.param(name, parameters, id=" ".join([name, *(f"{k}={v}" for k, v in parameters.items())]))
+
+
+TRANSCRIBED, ALL = list(cases(VARIANTS)), list(cases(VARIANTS, OTHERS))
+
+
+def count(name: str) -> int:
+    return min(5, method_class(name).experts_max or 5)
+
+
+def assert_within_ulp(name: str, got: Tensor, want: np.ndarray) -> None:
+    """One unit in the last place of float32; matrix methods, whose SVD is LAPACK's, 1e-5 in the Frobenius norm."""
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    error = np.abs(got.double().numpy() - want)
+    if method_class(name).grain == "matrix":
+        assert np.linalg.norm(error) <= 1e-5 * np.linalg.norm(want)
+    else:
+        assert (error <= np.spacing(np.abs(want).astype(np.float32))).all()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, parameters", TRANSCRIBED)
+def test_equals_its_transcription(methods, name, parameters, dtype, spread):
+    base, experts = methods.problem(count(name), spread=spread, dtype=dtype)
+    got = methods.combine(name, base, experts, **parameters)
+    want = methods.transcribe(name, base, experts, **parameters)
+    assert got.keys() == want.keys() == base.keys()
+    for tensor in base:
+        assert_within_ulp(name, got[tensor], want[tensor])
+
+
+@pytest.mark.parametrize("name, parameters", TRANSCRIBED)
+def test_selects_what_its_transcription_selects(methods, name, parameters):
+    base, experts = methods.problem(count(name), seed=1, dtype=torch.bfloat16, zero_base=True)
+    got = methods.combine(name, base, experts, **parameters)
+    for tensor, want in methods.transcribe(name, base, experts, **parameters).items():
+        np.testing.assert_array_equal(got[tensor].sign().numpy(), np.sign(want))
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_parameters_per_expert_go_to_their_expert(methods, name):
+    cls = method_class(name)
+    base, experts = methods.problem(count(name), seed=2)
+    for field in filter(lambda f: is_per_expert(cls, f), cls.model_fields):
+        chosen = {field: {e: (i + 1) / 8 for i, e in enumerate(experts)}}
+        got = methods.combine(name, base, experts, **chosen)
+        for tensor, want in methods.transcribe(name, base, experts, **chosen).items():
+            assert_within_ulp(name, got[tensor], want)
+
+
+small = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 3.0])  # equal magnitudes, and votes that cancel
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 9).flatmap(lambda d: st.lists(st.lists(small, min_size=d, max_size=d), min_size=1, max_size=4)),
+    density=st.sampled_from([0.0, 0.2, 0.29, 0.5, 0.7, 1.0]),
+    scope=st.sampled_from(["model", "tensor"]),
+    merge=st.sampled_from(["mean", "sum", "max"]),
+)
+def test_ties_equals_its_transcription_where_everything_ties(methods, rows, density, scope, merge):
+    deltas = torch.tensor(rows)
+    experts = {f"e{i}": {"u": row, "a": row[:2], "b": -row.flip(0)} for i, row in enumerate(deltas)}
+    base = {n: torch.zeros_like(v) for n, v in experts["e0"].items()}
+    chosen = {"density": density, "scope": scope, "merge": merge}
+    got = methods.combine("ties", base, experts, **chosen)
+    for tensor, want in methods.transcribe("ties", base, experts, **chosen).items():
+        np.testing.assert_array_equal(got[tensor].numpy(), want.astype(np.float32))
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+extreme = st.sampled_from([0.0, 1e-45, -1e-38, 1e-20, -1.0, 65504.0, 1e30, -1e30])
+
+
+@pytest.mark.parametrize("name, parameters", ALL)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_finite_in_finite_out(methods, name, parameters, data):
+    entries = st.lists(extreme, min_size=4, max_size=4)
+    base = {"w": torch.tensor(data.draw(entries)).reshape(2, 2)}
+    experts = {e: {"w": torch.tensor(data.draw(entries)).reshape(2, 2)} for e in "abcde"[: count(name)]}
+    assert methods.combine(name, base, experts, **parameters)["w"].isfinite().all()
+
+
+def opened(name: str, tensors: dict[str, Tensor]) -> OpenedModel:
+    specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    return OpenedModel(name, specs, {n: n for n in tensors}, None, tensors.__getitem__)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", method_names())
+def test_a_number_that_is_not_finite_is_an_error_with_its_place(methods, name, bad):
+    base, experts = methods.problem(count(name))
+    method = make_method(name, tuple(experts), {})
+
+    def load() -> Tile:
+        return load_tile(method, "a.weight", opened("the-base", base), {e: opened(e, m) for e, m in experts.items()})
+
+    assert load().x.isfinite().all()
+    culprit = list(experts)[1]
+    experts[culprit]["a.weight"][3, 2] = bad
+    with pytest.raises(TwinmergeError, match=rf"'a\.weight'.*'{culprit}'"):
+        load()
+    experts[culprit]["a.weight"][3, 2] = base["a.weight"][3, 2] = 0.5
+    if method.space == "deltas":
+        base["a.weight"][0, 0] = bad
+        with pytest.raises(TwinmergeError, match=r"'a\.weight'.*the-base"):
+            load()
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def save(folder: Path, tensors: dict[str, Tensor]) -> str:
+    folder.mkdir()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    return str(folder)
+
+
+def on_disk(tmp_path: Path, base: dict[str, Tensor], experts: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    return {
+        "base": save(tmp_path / "base", base),
+        "experts": {e: save(tmp_path / e, tensors) for e, tensors in experts.items()},
+        "progress": False,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", method_names())
+def test_checkpoints_keep_dtype_and_integers_and_odd_shapes(methods, tmp_path, name, dtype, same_bits):
+    base, experts = methods.problem(count(name), dtype=dtype)
+    want = methods.combine(name, base, experts)
+    steps = torch.tensor([1, 2, 3])
+    files = on_disk(
+        tmp_path, {**base, "steps": steps}, {e: {**tensors, "steps": steps + 5} for e, tensors in experts.items()}
+    )
+    got = merge(name, **files).state_dict()
+    assert torch.equal(got.pop("steps"), steps)
+    assert got.keys() == base.keys()
+    for tensor, value in got.items():
+        assert value.dtype == dtype and value.shape == base[tensor].shape
+        assert same_bits(value.float(), want[tensor].to(dtype).float())  # rounded once
+
+
+# --------------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_class_says_what_it_is(name):
+    cls = method_class(name)
+    assert cls.laws <= LAWS and cls.space in ("deltas", "parameters") and cls.grain in ("element", "matrix")
+    assert cls.paper and cls.__doc__ and "Source:" in cls.__doc__ and "Example:" in cls.__doc__
+    assert all(field.description for field in cls.model_fields.values())
+
+
+def obeying(law: str, table: list[Any] = ALL) -> list[Any]:
+    return [case for case in table if law in method_class(case.values[0]).laws]
+
+
+@pytest.mark.parametrize("name, parameters", obeying("idempotent"))
+def test_idempotent(methods, name, parameters, same_bits):
+    base, experts = methods.problem(count(name), seed=3)
+    one = next(iter(experts.values()))
+    full = {"scale": 1.0} if "scale" in method_class(name).model_fields else {}
+    got = methods.combine(name, base, dict.fromkeys(experts, one), **full, **parameters)
+    assert all(same_bits(got[tensor], one[tensor]) for tensor in base)
+
+
+@pytest.mark.parametrize("name, parameters", obeying("symmetric"))
+def test_symmetric_same_bits_in_any_dict_order(methods, tmp_path, name, parameters, same_bits):
+    files = on_disk(tmp_path, *methods.problem(count(name), seed=4))
+    cls = method_class(name)
+    own = {
+        f: {e: (i + 2) / 8 for i, e in enumerate(files["experts"])} for f in cls.model_fields if is_per_expert(cls, f)
+    }
+    chosen = {**own, **parameters}
+    one = merge(name, **files, **chosen).state_dict()
+    files["experts"] = dict(sorted(files["experts"].items(), key=lambda item: item[0] in "xv"))
+    other = merge(name, **files, **chosen).state_dict()
+    assert all(same_bits(one[tensor], other[tensor]) for tensor in one)
+
+
+@pytest.mark.parametrize("name, parameters", obeying("symmetric"))
+def test_symmetric_rule_sees_no_order_in_its_stack(methods, name, parameters):
+    base, experts = methods.problem(count(name), seed=5)
+    method, load = methods.prepare(name, experts, parameters)
+    turned = [2, 0, 4, 3, 1]
+
+    def permuted(tile: Tile) -> Tile:
+        names = tuple(tile.at.experts[i] for i in turned)
+        return Tile(tile.x[turned], tile.base, tile.at._replace(experts=names))
+
+    tiles = {tensor: load(base, tensor) for tensor in base}
+    got = through(method, {n: permuted(tile) for n, tile in tiles.items()})
+    for tensor, want in through(method, tiles).items():
+        torch.testing.assert_close(got[tensor], want, rtol=1e-5 if method.grain == "matrix" else 2e-7, atol=1e-6)
+
+
+def through(method: Method, tiles: dict[str, Tile]) -> dict[str, Tensor]:
+    return dict(run(method, list(tiles), tiles.__getitem__, progress=False))
+
+
+@pytest.mark.parametrize("name, parameters", obeying("odd"))
+def test_odd(methods, name, parameters):
+    base, experts = methods.problem(count(name), seed=6, zero_base=True)
+    one = methods.combine(name, base, experts, **parameters)
+    negated = {e: {n: -t for n, t in tensors.items()} for e, tensors in experts.items()}
+    other = methods.combine(name, base, negated, **parameters)
+    for tensor in base:
+        torch.testing.assert_close(
+            other[tensor], -one[tensor], rtol=1e-6, atol=1e-6 * (method_class(name).grain == "matrix")
+        )
+
+
+@pytest.mark.parametrize("name, parameters", obeying("homogeneous"))
+def test_homogeneous(methods, name, parameters):
+    base, experts = methods.problem(count(name), seed=7, zero_base=True)
+    one = methods.combine(name, base, experts, **parameters)
+    doubled = {e: {n: 2 * t for n, t in tensors.items()} for e, tensors in experts.items()}
+    other = methods.combine(name, base, doubled, **parameters)
+    for tensor in base:
+        torch.testing.assert_close(
+            other[tensor], 2 * one[tensor], rtol=1e-6, atol=1e-6 * (method_class(name).grain == "matrix")
+        )
+
+
+# -------------------------------------------------------------------------------- tiles and threads
+
+
+def two_block_problem(names: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Tensors of more than 131,072 elements in bfloat16, where equal magnitudes cross every tile's edge."""
+    rng = torch.Generator().manual_seed(8)
+    base = {
+        n: torch.randn(s, generator=rng).bfloat16() for n, s in {"m": (131_111,), "k": (3, 43_777), "z": (5,)}.items()
+    }
+    return base, {
+        e: {n: (b + 0.01 * torch.randn(b.shape, generator=rng)).bfloat16() for n, b in base.items()} for e in names
+    }
+
+
+@pytest.mark.parametrize("name, parameters", [c for c in ALL if method_class(c.values[0]).grain == "element"])
+def test_tiles_and_threads_change_no_bit(methods, name, parameters, same_bits):
+    base, experts = two_block_problem("abcde"[: min(3, count(name))])
+    whole = methods.combine(name, base, experts, **parameters)
+    tiled = methods.combine_tiled(name, base, experts, step=65_536, shuffle=1, **parameters)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 2)
+        threaded = methods.combine_tiled(name, base, experts, step=131_072, shuffle=2, **parameters)
+    finally:
+        torch.set_num_threads(threads)
+    for tensor, value in whole.items():
+        assert same_bits(tiled[tensor], value) and same_bits(threaded[tensor], value)
+
+
+def test_place_says_what_is_a_matrix():
+    assert Place("w", (2, 3)).is_matrix and Place("w", (4, 1, 3, 3)).is_matrix
+    assert not any(Place("w", s).is_matrix for s in [(), (3,), (1, 9), (9, 1), (0, 3), (3, 0), (3, 1, 1, 1)])
