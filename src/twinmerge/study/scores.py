@@ -1,0 +1,171 @@
+"""What an evaluation found: scores and answers by task, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.tasks.metrics import Interval, Scored, bootstrap_difference, bootstrap_normalised, normalised
+
+VERSION = 1
+
+Setting: TypeAlias = Literal["task given", "head given", "nothing given"]
+"""What the model is told about a row: its task; only which head must answer (the router mixes); or nothing."""
+
+Reading: TypeAlias = Literal["strict", "lenient"]
+"""How an answer of another task's head is read where nothing is given: as wrong, or by the name of its label."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """task, metric: their names; score: a fraction; rows: how many it was measured on."""
+
+    task: str
+    metric: str
+    score: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one suite in one setting.
+
+    Args:
+        setting: what the model was told.
+        reading: strict or lenient; None where heads are given.
+        per_task: the scores, by task.
+        predictions: labels and answers row by row, by task, for paired bootstraps.
+        routed_right: share of all rows that the router gave to the expert of their task; None without a router.
+        seconds: of the whole evaluation.
+        rows: of all tasks.
+
+    Errors:
+        TwinmergeError: an unknown setting or reading.
+
+    Example:
+        >>> answers = {"toy": Scored("toy", "accuracy", [0, 1, 1, 0], [0, 1, 1, 1])}
+        >>> found = Evaluation.of(answers, "head given", routed_right=0.75, seconds=0.5)
+        >>> found.per_task["toy"]
+        TaskScore(task='toy', metric='accuracy', score=0.75, rows=4)
+        >>> Evaluation.from_json(found.to_json()) == found
+        True
+        >>> found.normalised(found)
+        100.0
+    """
+
+    setting: Setting
+    reading: Reading | None
+    per_task: dict[str, TaskScore]
+    predictions: dict[str, Scored]
+    routed_right: float | None
+    seconds: float
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.setting not in get_args(Setting):
+            raise TwinmergeError(f"The setting is {self.setting!r}: give one of {', '.join(get_args(Setting))}.")
+        if self.reading is not None and self.reading not in get_args(Reading):
+            raise TwinmergeError(
+                f"The reading is {self.reading!r}: give one of {', '.join(get_args(Reading))}, or none."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        predictions: Mapping[str, Scored],
+        setting: Setting,
+        reading: Reading | None = None,
+        routed_right: float | None = None,
+        seconds: float = 0.0,
+    ) -> Evaluation:
+        """Score the answers, task by task."""
+        per_task = {t: TaskScore(t, s.metric, s.score, len(s.labels)) for t, s in predictions.items()}
+        rows = sum(score.rows for score in per_task.values())
+        return cls(setting, reading, per_task, dict(predictions), routed_right, seconds, rows)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores alone, by task."""
+        return {task: score.score for task, score in self.per_task.items()}
+
+    def normalised(self, experts: Evaluation) -> float:
+        """100 · mean over tasks of score / score of the task's expert; errors as `twinmerge.tasks.metrics.normalised`."""
+        return normalised(self.scores, experts.scores)
+
+    def interval(self, experts: Evaluation, draws: int = 2000, seed: int = 0) -> Interval:
+        """The normalised score with its 95 % interval over rows."""
+        return bootstrap_normalised(self.predictions, experts.predictions, draws, seed)
+
+    def difference(self, other: Evaluation, experts: Evaluation, draws: int = 2000, seed: int = 0) -> Interval:
+        """How far this normalised score is above the other's, with its paired 95 % interval over rows."""
+        return bootstrap_difference(self.predictions, other.predictions, experts.predictions, draws, seed)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """One JSON object; a prediction that is NaN becomes null. Equal evaluations give equal text."""
+        head = {"kind": "evaluation", "version": VERSION, "setting": self.setting, "reading": self.reading}
+        body = {
+            "per_task": {task: asdict(score) for task, score in self.per_task.items()},
+            "predictions": {
+                task: {"metric": s.metric, "labels": _list(s.labels), "predictions": _list(s.predictions)}
+                for task, s in self.predictions.items()
+            },
+            "routed_right": self.routed_right,
+            "seconds": self.seconds,
+            "rows": self.rows,
+        }
+        return json.dumps({**head, **body}, ensure_ascii=False, allow_nan=False, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Evaluation:
+        """Read what `to_json` wrote.
+
+        Errors:
+            TwinmergeError: no JSON, another kind or version, a field that is missing or wrong.
+        """
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise TwinmergeError(f"The evaluation is no JSON ({error}). Evaluate again.") from error
+        if not isinstance(found, dict) or found.get("kind") != "evaluation":
+            raise TwinmergeError("This JSON is no evaluation of twinmerge. Name the right file, or evaluate again.")
+        if found.get("version") != VERSION:
+            raise TwinmergeError(
+                f"The evaluation has version {found.get('version')!r}, this release reads version {VERSION}. Evaluate again."
+            )
+        try:
+            right = found["routed_right"]
+            return cls(
+                setting=found["setting"],
+                reading=found["reading"],
+                per_task={
+                    t: TaskScore(str(s["task"]), str(s["metric"]), float(s["score"]), int(s["rows"]))
+                    for t, s in found["per_task"].items()
+                },
+                predictions={
+                    t: Scored(t, s["metric"], _array(s["labels"]), _array(s["predictions"]))
+                    for t, s in found["predictions"].items()
+                },
+                routed_right=None if right is None else float(right),
+                seconds=float(found["seconds"]),
+                rows=int(found["rows"]),
+            )
+        except KeyError as error:
+            raise TwinmergeError(f"The evaluation has no field {error.args[0]!r}. Evaluate again.") from error
+        except TwinmergeError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise TwinmergeError(f"The evaluation has a field of a wrong type ({error}). Evaluate again.") from error
+
+
+def _list(column: np.ndarray[Any, np.dtype[Any]]) -> list[float | None]:
+    """A prediction that is NaN as None; integers stay integers."""
+    return [None if value != value else value for value in column.tolist()]
+
+
+def _array(values: list[float | None]) -> np.ndarray[Any, np.dtype[Any]]:
+    return np.array([np.nan if value is None else value for value in values])

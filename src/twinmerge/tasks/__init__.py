@@ -1,0 +1,1 @@
+"""Suites of tasks with data, encoding of their rows, metrics."""

@@ -1,0 +1,200 @@
+"""A suite: a folder with `tasks.json` and, for each task, a folder of `<split>.jsonl` files, read strictly.
+
+suite/tasks.json             {"sst2": {"labels": ["negative", "positive"], "metric": "accuracy", "test": 1821}, ...}
+suite/sst2/test.jsonl        {"text": "a fine film", "label": 1}
+suite/sick/test.jsonl        {"text": "a man sits", "text_pair": "nobody sits", "label": 2}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.maths.keyed_random import uniform
+from twinmerge.tasks.metrics import metric
+
+SPLITS = ("train", "validation", "test")
+
+
+class Row(NamedTuple):
+    """One example: a text, a second text where the task compares two, and the index of its label.
+
+    Example:
+        >>> Row("a fine film", None, 1).label
+        1
+    """
+
+    text: str
+    text_pair: str | None
+    label: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite.
+
+    name: also the folder's name; labels: their names, by index; metric: a name of `twinmerge.tasks.metrics`;
+    folder: where the splits lie; sizes: rows of each split as `tasks.json` states them, checked when a split is read.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    metric: str
+    folder: Path
+    sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    def rows(self, split: str, limit: int | None = None, seed: int = 0) -> list[Row]:
+        """The rows of one split, in the file's order.
+
+        Args:
+            split: "train", "validation", "test", or any other `<split>.jsonl` of the folder.
+            limit: at most so many rows, drawn at random over the whole file: the rows with the smallest keyed random
+                numbers. So a larger limit only adds rows. None: all rows.
+            seed: of that draw.
+
+        Errors:
+            TwinmergeError: no such file, a line that is no JSON object, a field that is missing or of a wrong type, a
+                label out of range, no rows, another number of rows than `tasks.json` states, a limit below one.
+
+        Example:
+            >>> import tempfile
+            >>> folder = Path(tempfile.mkdtemp())
+            >>> lines = [json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(100)]
+            >>> _ = (folder / "test.jsonl").write_text("\\n".join(lines))
+            >>> task = Task("toy", ("no", "yes"), "accuracy", folder)
+            >>> task.rows("test")[1]
+            Row(text='text 1', text_pair=None, label=1)
+            >>> len(task.rows("test", limit=10, seed=3))
+            10
+        """
+        if limit is not None and limit < 1:
+            raise TwinmergeError(f"limit is {limit}: give a number of rows from 1 on, or none for all rows.")
+        file = self.folder / f"{split}.jsonl"
+        if not file.is_file():
+            here = sorted(f.stem for f in self.folder.glob("*.jsonl")) if self.folder.is_dir() else []
+            have = f"it has {', '.join(here)}" if here else "it has no .jsonl file"
+            raise TwinmergeError(
+                f"{file} is missing: task {self.name!r} has no split {split!r}, {have}.{nearest(split, here)} "
+                "Name a split that is there, or add the file."
+            )
+        with file.open("rb") as lines:  # bytes: only \n ends a line, never a separator inside a text
+            rows = [self._row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        if not rows:
+            raise TwinmergeError(f"{file} has no rows. Add some, or leave task {self.name!r} out.")
+        stated = self.sizes.get(split, len(rows))
+        if stated != len(rows):
+            raise TwinmergeError(
+                f"{file} has {len(rows)} rows, but tasks.json states {stated} for {split!r} of {self.name!r}. "
+                "Copy the file again, or correct the number (or leave it out)."
+            )
+        if limit is None or limit >= len(rows):
+            return rows
+        keys = uniform(seed, self.name, split, 0, len(rows))
+        chosen: list[int] = torch.sort(keys, stable=True).indices[:limit].sort().values.tolist()
+        return [rows[i] for i in chosen]
+
+    def _row(self, line: bytes, where: str) -> Row:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TwinmergeError(f"{where} is no JSON ({error}). Write one JSON object a line, in UTF-8.") from error
+        if not isinstance(found, dict):
+            raise TwinmergeError(f'{where} is no JSON object. Write {{"text": "...", "label": 0}}.')
+        for name in ("text", "label"):
+            if name not in found:
+                raise TwinmergeError(f"{where} has no field {name!r}.{nearest(name, found)} Add it.")
+        text, pair, label = found["text"], found.get("text_pair"), found["label"]
+        if not isinstance(text, str):
+            raise TwinmergeError(f"{where}: field 'text' is {text!r}. Give a string.")
+        if not isinstance(pair, str | None):
+            raise TwinmergeError(f"{where}: field 'text_pair' is {pair!r}. Give a string, or leave the field out.")
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(self.labels):
+            raise TwinmergeError(
+                f"{where}: field 'label' is {label!r}, but task {self.name!r} has {len(self.labels)} labels. "
+                f"Give an integer from 0 to {len(self.labels) - 1}."
+            )
+        try:
+            (text + (pair or "")).encode()
+        except UnicodeEncodeError as error:
+            raise TwinmergeError(
+                f"{where}: a text has half of a surrogate pair, which is no character. Mend it."
+            ) from error
+        return Row(text, pair, label)
+
+
+def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> dict[str, Task]:
+    """Read `tasks.json`; the splits are read when asked for.
+
+    Args:
+        folder: the suite.
+        tasks: which ones, in this order; None: all, in the file's order.
+
+    Returns:
+        The tasks by name.
+
+    Errors:
+        TwinmergeError: no suite here, a broken `tasks.json` (names task and field), an unknown or repeated task, an
+            unknown metric.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "tasks.json").write_text('{"toy": {"labels": ["no", "yes"], "metric": "accuracy"}}')
+        >>> open_suite(folder)["toy"].labels
+        ('no', 'yes')
+        >>> open_suite(folder, ["tyo"])
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: .../tasks.json has no task 'tyo'. Did you mean 'toy'? It has: toy.
+    """
+    file = Path(folder).expanduser() / "tasks.json"
+    if not file.is_file():
+        raise TwinmergeError(
+            f"{file} is missing. Name the folder of a suite: tasks.json and one folder of .jsonl files for each task."
+        )
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise TwinmergeError(f"{file} is no JSON ({error}). Mend it.") from error
+    if not isinstance(found, dict) or not found:
+        raise TwinmergeError(f'{file} names no tasks. Write {{"NAME": {{"labels": [...], "metric": "accuracy"}}}}.')
+    names = list(found) if tasks is None else list(tasks)
+    for name in names:
+        if name not in found:
+            raise TwinmergeError(f"{file} has no task {name!r}.{nearest(name, found)} It has: {', '.join(found)}.")
+    if not names or len(set(names)) < len(names):
+        raise TwinmergeError(f"tasks is {names}: name at least one task, and each one once.")
+    return {name: _task(name, found[name], file) for name in names}
+
+
+def _task(name: str, entry: Any, file: Path) -> Task:
+    where = f"{file}, task {name!r}"
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise TwinmergeError(f"{where}: a task's name is the name of its folder. Leave slashes out of it.")
+    if not isinstance(entry, dict):
+        raise TwinmergeError(f'{where} is {entry!r}. Write {{"labels": [...], "metric": "accuracy"}}.')
+    for key in ("labels", "metric"):
+        if key not in entry:
+            raise TwinmergeError(f"{where} has no field {key!r}.{nearest(key, entry)} Add it.")
+    labels = entry["labels"]
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise TwinmergeError(f"{where}: field 'labels' is {labels!r}. Give a list of the labels' names, by index.")
+    if len(set(labels)) < len(labels):
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        raise TwinmergeError(f"{where}: field 'labels' repeats {', '.join(twice)}. Give each label its own name.")
+    try:
+        metric(entry["metric"])
+    except TwinmergeError as error:
+        raise TwinmergeError(f"{where}: field 'metric': {error}") from error
+    sizes = {split: entry[split] for split in SPLITS if split in entry}
+    for split, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise TwinmergeError(f"{where}: field {split!r} is {size!r}. Give its number of rows, or leave it out.")
+    return Task(name, tuple(labels), entry["metric"], file.parent / name, sizes)
