@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
+from twinmerge.models.adapter import Adapter, adapter_from, read_adapter
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
-from twinmerge.store.adapter import Adapter, adapter_from, read_adapter
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.locate import locate

@@ -12,17 +12,17 @@ from twinmerge.models.headed import HeadedModel
 
 
 def default_layers(layers: int, kind: str) -> tuple[int, ...]:
-    """Which hidden states (0 is the embedding): an early one beside the last; for the paper's MLP the last alone.
+    """Which hidden states (0 is the embedding): three early ones beside the last; for the paper's MLP the last alone.
 
     Early layers tell kinds of input apart; the last is bent towards answers by fine-tuning.
 
     Example:
         >>> default_layers(6, "gaussian"), default_layers(6, "mlp")
-        ((2, 6), (6,))
+        ((1, 2, 3, 6), (6,))
     """
     if kind == "mlp":
         return (layers,)
-    return tuple(sorted({max(1, round(layers / 3)), layers}))
+    return tuple(sorted({1, max(1, round(layers / 3)), max(1, layers // 2), layers}))
 
 
 def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> Tensor:

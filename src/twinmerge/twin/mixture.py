@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +65,10 @@ class Mixture:
                 start, stop = int(rows[0]), int(rows[-1]) + 1
             parts.append(Part(expert, start, stop, weights[start:stop, expert]))
         return cls(weights, tuple(parts), order, uniform)
+
+    def covers(self, experts: Collection[int]) -> bool:
+        """True where several experts work on the same rows and they are all of `experts`."""
+        return self.order is None and len(self.parts) > 1 and {part.expert for part in self.parts}.issuperset(experts)
 
     def dense(self, stack: Tensor) -> Tensor:
         """Σ wt dt for every row: (rows, *shape) out of the experts' (experts, *shape); unused experts stay untouched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,8 +60,10 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
         copy_side_files(side_files, partial)
         for own in (TWIN, ROUTER):
             (partial / own).unlink(missing_ok=True)
-        if shared.config is not None and not (partial / "config.json").exists():
-            shared.config.save_pretrained(partial)
+        if shared.architecture is not None and not (partial / "config.json").exists():
+            config = copy.deepcopy(shared.architecture.config)  # a model made in memory does not name its class there
+            config.architectures = [shared.architecture.model_class.__name__]
+            config.save_pretrained(partial)
         base = folder_fingerprint(partial)
         save_artefact(partial / TWIN, Artefact("twin", TWIN_VERSION, base, *_pack(package.exclusive)))
         if package.heads:
@@ -114,7 +117,9 @@ def _unpack(artefact: Artefact) -> dict[str, Exclusive]:
         if kind == "v":
             part.dense[name] = tensor
         elif kind == "b":
-            part.low[name] = Factors(tensor, artefact.tensors[f"{index}/a/{name}"])
+            if (a := artefact.tensors.get(f"{index}/a/{name}")) is None:
+                raise TwinmergeError(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
+            part.low[name] = Factors(tensor, a)
     return dict(zip(experts, parts, strict=True))
 
 

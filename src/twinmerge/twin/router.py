@@ -233,11 +233,11 @@ def calibration_error(weights: Tensor, owners: Tensor) -> float:
     confidence, chosen = weights.max(-1)
     right = (chosen == owners).double()
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    gaps = [
+    gaps: list[float] = [
         abs(right[bins == k].mean().item() - confidence[bins == k].double().mean().item()) * (bins == k).sum().item()
         for k in bins.unique()
     ]
-    return sum(gaps) / len(owners)
+    return sum(gaps, 0.0) / len(owners)
 
 
 def _report(logits: Tensor, owners: Tensor, experts: Sequence[str], temperature: float) -> RouterReport:

@@ -21,20 +21,30 @@ from twinmerge.models.headed import HeadedModel
 from twinmerge.twin.mixture import Mixture, Part
 from twinmerge.twin.split import Exclusive
 
+RELATIVE_BIAS = ("compute_bias", "compute_position_bias")
+"""What T5's kind and MPNet's call their method that turns the table of relative positions into a bias."""
+
 
 class Low(nn.Module):
-    """The factors of all experts for one matrix: expert -> b (out, r), a (r, rest); absent where an expert has none."""
+    """The factors of all experts for one matrix, side by side: b (out, Σ r), a (Σ r, rest); `owner` (Σ r,) says whose
+    a column is. An expert's own factors are views; experts that leave the matrix at θs have none."""
 
     def __init__(self, name: str, factors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.name = name
-        for expert, (b, a) in factors.items():
-            self.register_buffer(f"b{expert}", b)
-            self.register_buffer(f"a{expert}", a)
+        self.a: Tensor
+        self.b: Tensor
+        self.owner: Tensor
+        self.register_buffer("a", torch.cat([a for _, a in factors.values()]))
+        self.register_buffer("b", torch.cat([b for b, _ in factors.values()], 1))
+        ranks = [len(a) for _, a in factors.values()]
+        self.register_buffer("owner", torch.repeat_interleave(torch.tensor(list(factors)), torch.tensor(ranks)))
+        ends = torch.tensor(ranks).cumsum(0).tolist()
+        self.slices = {e: slice(end - r, end) for e, r, end in zip(factors, ranks, ends, strict=True)}
 
     def of(self, expert: int) -> tuple[Tensor, Tensor] | None:
-        b = getattr(self, f"b{expert}", None)
-        return None if b is None else (b, getattr(self, f"a{expert}"))
+        at = self.slices.get(expert)
+        return None if at is None else (self.b[:, at], self.a[at])
 
 
 class Dense(nn.Module):
@@ -54,11 +64,13 @@ class Dense(nn.Module):
 
 
 class State:
-    """What the hooks see: the mixture of the pass under way, and the one for biases where it differs."""
+    """What the hooks see: the mixture of the pass under way, the one for biases where it differs, and whether each row
+    may stand for several entries side by side (the beams of a generation)."""
 
     def __init__(self) -> None:
         self.mixture: Mixture | None = None
         self.biases: Mixture | None = None
+        self.copies = False
 
 
 class Runtime(nn.Module):
@@ -102,13 +114,13 @@ class Runtime(nn.Module):
             attach(self.state, path, modules[path], parent, parameters)
 
     @contextmanager
-    def mixing(self, mixture: Mixture, biases: Mixture | None = None) -> Iterator[None]:
+    def mixing(self, mixture: Mixture, biases: Mixture | None = None, copies: bool = False) -> Iterator[None]:
         """Within the context every forward of the body uses this mixture."""
-        self.state.mixture, self.state.biases = mixture, biases
+        self.state.mixture, self.state.biases, self.state.copies = mixture, biases, copies
         try:
             yield
         finally:
-            self.state.mixture = self.state.biases = None
+            self.state.mixture, self.state.biases, self.state.copies = None, None, False
 
 
 def _gather(name: str, experts: Sequence[Exclusive]) -> Low | Dense:
@@ -129,9 +141,13 @@ def attach(
     elif isinstance(module, Conv1D):
         module.register_forward_hook(_Linear(state, path, weight, bias, turned=True))
     elif _runs(module, nn.Embedding) and weight is not None:
-        if hasattr(parent, "compute_bias") and path.endswith("relative_attention_bias"):
-            assert parent is not None
-            parent.compute_bias = _RelativeBias(state, module, weight, parent.compute_bias)
+        method = next((m for m in RELATIVE_BIAS if hasattr(parent, m)), None)
+        if method is not None and path.endswith("relative_attention_bias"):
+            setattr(parent, method, _RelativeBias(state, module, weight, getattr(parent, method)))
+        elif parent is not None and hasattr(parent, "get_rel_embedding"):  # DeBERTa reads the table without its forward
+            swap = _Free(state, path, parameters)
+            parent.register_forward_pre_hook(lambda _, args: swap.enter(module, args))
+            parent.register_forward_hook(lambda _, args, y: swap.leave(module, args, y), always_call=True)
         else:
             module.register_forward_hook(_Embedding(state, path, weight))
     elif _runs(module, nn.Conv2d) and module.groups == 1:
@@ -188,16 +204,21 @@ class _Hook:
         """(part, slice of the activation's leading axis, weight for each of its entries)."""
         if mixture.uniform:
             return [(p, slice(None), p.weights[:1]) for p in mixture.parts]
-        if leading % mixture.rows:
-            raise TwinmergeError(
-                f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, so rows of different mixtures "
-                "cannot share this batch. Give one mixture for the whole batch."
-            )
-        times = leading // mixture.rows
+        times = self.times(mixture, leading)
         return [
             (p, slice(p.start * times, p.stop * times), p.weights.repeat_interleave(times) if times > 1 else p.weights)
             for p in mixture.parts
         ]
+
+    def times(self, mixture: Mixture, leading: int) -> int:
+        """How many entries of the leading axis belong to one row (the beams of a generation, side by side)."""
+        # A multiple may also be an axis of positions (MPNet's table, Longformer's queries), which no shape can tell apart.
+        if leading != mixture.rows and (leading % mixture.rows or not self.state.copies):
+            raise TwinmergeError(
+                f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, so rows of different mixtures "
+                "cannot share this batch. Give one mixture for the whole batch."
+            )
+        return leading // mixture.rows
 
 
 def _like(weights: Tensor, x: Tensor) -> Tensor:
@@ -219,13 +240,28 @@ class _Linear(_Hook):
         found = self.weight.of(expert) if self.weight is not None else None
         return (found[1].T, found[0].T) if found is not None and self.turned else found
 
+    def add_all(self, low: Low, x: Tensor, y: Tensor, mixture: Mixture) -> None:
+        """All experts at once: two products for the whole batch, the middle scaled by each row's weights."""
+        b, a = (low.a.T, low.b.T) if self.turned else (low.b, low.a)
+        h = F.linear(x, a)
+        w = (
+            mixture.weights[:1]
+            if mixture.uniform
+            else mixture.weights.repeat_interleave(self.times(mixture, len(x)), 0)
+        )
+        h *= w[:, low.owner].to(h).reshape(-1, *[1] * (h.dim() - 2), h.shape[-1])
+        y += F.linear(h, b)
+
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         if (mixture := self.plan()) is not None and self.weight is not None:
             x = args[0]
-            for part, rows, w in self.pieces(mixture, x.shape[0]):
-                if (found := self.factors(part.expert)) is not None:
-                    h = F.linear(x[rows], found[1])
-                    y[rows] += F.linear(h * _like(w, h), found[0])
+            if isinstance(self.weight, Low) and mixture.covers(self.weight.slices):
+                self.add_all(self.weight, x, y, mixture)
+            else:
+                for part, rows, w in self.pieces(mixture, x.shape[0]):
+                    if (found := self.factors(part.expert)) is not None:
+                        h = F.linear(x[rows], found[1])
+                        y[rows] += F.linear(h * _like(w, h), found[0])
         if isinstance(self.bias, Dense) and (mixture := self.plan(bias=True)) is not None:
             for part, rows, w in self.pieces(mixture, y.shape[0]):
                 y[rows] += _like(w, y) * self.bias.stack[part.expert]
@@ -345,7 +381,7 @@ def _product(part: Low, expert: int, parameter: Tensor) -> Tensor:
 
 
 class _RelativeBias(_Hook):
-    """T5's table of relative positions: the bias (1, heads, q, k) is linear in the table, so each expert's table is
+    """A table of relative positions: the bias (1 or rows, heads, q, k) is linear in the table, so each expert's table is
     looked up the same way and added to its rows."""
 
     def __init__(self, state: State, table: nn.Module, weight: Low | Dense, compute: Any) -> None:
@@ -356,12 +392,13 @@ class _RelativeBias(_Hook):
         bias: Tensor = self.compute(*args, **kwargs)
         if (mixture := self.plan()) is None:
             return bias
-        bias = bias.expand(1 if mixture.uniform else mixture.rows, *bias.shape[1:]).clone()
+        bias = bias.clone() if mixture.uniform else bias.expand(mixture.rows, *bias.shape[1:]).clone()
         for part, rows, w in self.pieces(mixture, bias.shape[0]):
             if (found := self.weight.of(part.expert)) is not None:
                 self.table.__dict__["weight"] = found[0] @ found[1]
                 try:
-                    bias[rows] += _like(w, bias) * self.compute(*args, **kwargs)
+                    delta = self.compute(*args, **kwargs)
+                    bias[rows] += _like(w, bias) * (delta if len(delta) == 1 else delta[rows])
                 finally:
                     self.table.__dict__.pop("weight")
         return bias

@@ -92,15 +92,32 @@ def _all_of(delta: Tensor, name: str) -> Factors:
 
 
 def cut(part: Exclusive, rank: int) -> Exclusive:
-    """The same part at a lower rank, without a new SVD: factors are in the order of their singular values.
+    """The same part at a lower rank: a prefix where the factors are in the order of their singular values, else (LoRA
+    experts kept whole) by an SVD of the product.
+
+    Errors:
+        TwinmergeError: rank below 1.
 
     Example:
         >>> part = Exclusive({"w": Factors(torch.eye(3), torch.eye(3))}, {})
         >>> cut(part, 2).low["w"].rank
         2
     """
-    low = {n: Factors(f.b[:, :rank].contiguous(), f.a[:rank].contiguous()) for n, f in part.low.items()}
-    return Exclusive(low, part.dense)
+    if rank < 1:
+        raise TwinmergeError(f"rank={rank} is out of range. Give at least 1.")
+    cuts = Exclusive({}, part.dense)
+    for name, f in part.low.items():
+        kept = Factors(f.b[:, :rank], f.a[:rank])
+        if f.rank > rank and not _is_ordered(f):
+            kept = truncate_product([f], [1.0], rank)
+        _keep_low(cuts, name, kept, f.b.dtype)
+    return cuts
+
+
+def _is_ordered(factors: Factors) -> bool:
+    """True for b = U diag(s), a = Vᵀ: the rows of a are orthonormal."""
+    a = factors.a.to(torch.promote_types(factors.a.dtype, torch.float32))
+    return torch.allclose(a @ a.T, torch.eye(len(a), dtype=a.dtype, device=a.device), atol=1e-2)
 
 
 def official_generative(

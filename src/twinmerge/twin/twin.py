@@ -203,7 +203,7 @@ class Twin(nn.Module):
 
         Args:
             inputs: expert -> texts (or pairs, or suite rows), or a batch of tensors such as {"pixel_values": ...}.
-            kind: "gaussian" (closed form, early layer beside the last) or "mlp" (the paper's, last layer).
+            kind: "gaussian" (closed form, early layers beside the last) or "mlp" (the paper's, last layer).
             layers: which hidden states to read, 0 the embedding; by kind where None.
 
         Errors:
@@ -270,7 +270,7 @@ class Twin(nn.Module):
         weights = self._weights(batch, size, mixture, expert, top_k)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
         heads = self._heads(head, chosen, size)
-        plan = Mixture.of(weights)
+        plan = Mixture.of(weights, group=not self._couples_rows())
         biases = None
         if oracle_biases is not None:
             given = one_hot(oracle_biases, self.experts)
@@ -307,12 +307,18 @@ class Twin(nn.Module):
             k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values", "inputs_embeds")
         }
         size = batch_size(prompt)
-        plan = Mixture.of(self._weights(prompt, size, mixture, expert, top_k))
+        config = inputs.get("generation_config") or self.model.body.generation_config
+        as_dict = inputs.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", False))
+        weights = self._weights(prompt, size, mixture, expert, top_k)
+        plan = Mixture.of(weights, group=not (as_dict or self._couples_rows()))
         if plan.order is None:
-            with self._lock, self.runtime.mixing(plan):
+            with self._lock, self.runtime.mixing(plan, copies=True):
                 return generate(**inputs)
-        with self._lock, self.runtime.mixing(plan):
-            return rows_of(generate(**rows_of_batch(inputs, plan.order, size)), torch.argsort(plan.order))
+        with self._lock, self.runtime.mixing(plan, copies=True):
+            found = generate(**rows_of_batch(inputs, plan.order, size))
+        times = len(found) // size  # num_return_sequences: those of one row stand side by side
+        inverse = torch.argsort(plan.order)[:, None] * times + torch.arange(times)
+        return rows_of(found, inverse.flatten())
 
     @torch.no_grad()
     def predict(self, texts: Inputs, *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
@@ -322,14 +328,21 @@ class Twin(nn.Module):
             texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
             choice: mixture, expert, head or top_k, as in the call of the twin.
         """
-        if not self.model.head_specs and not self.model.labels():
-            raise TwinmergeError("This twin has no classifier head. Call the twin itself, or generate().")
+        if isinstance(texts, str):
+            raise TwinmergeError("predict takes a list of texts, got one string. Put it into a list.")
         encoder = self.encoder
         found: list[Prediction] = []
         for start in range(0, len(texts), batch_rows):
             chunk = list(texts[start : start + batch_rows])
-            rows = {k: v[start : start + batch_rows] if isinstance(v, (list, tuple)) else v for k, v in choice.items()}
+            rows = {
+                k: v[start : start + batch_rows]
+                if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() > 1)
+                else v
+                for k, v in choice.items()
+            }
             out = self(**encoder.encode(chunk), **rows)
+            if out.logits is None or out.logits.dim() != 2:
+                raise TwinmergeError("This twin has no classifier head. Call the twin itself, or generate().")
             probabilities = out.logits.float().softmax(-1)
             for i, p in enumerate(probabilities):
                 head = out.head[i] if out.head else None
@@ -415,6 +428,11 @@ class Twin(nn.Module):
                 f"{type(config).__name__} does not say how many layers it has. Name the router's layers."
             )
         return int(count)
+
+    def _couples_rows(self) -> bool:
+        """Models of two towers score every row of one against every row of the other: rows must keep their order."""
+        config = self.model.architecture.config
+        return hasattr(config, "vision_config") or hasattr(config, "audio_config")
 
     def _has_tokenizer(self) -> bool:
         names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")

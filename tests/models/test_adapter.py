@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.store.adapter import adapter_from, read_adapter
+from twinmerge.models.adapter import adapter_from, read_adapter
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 

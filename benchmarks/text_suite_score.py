@@ -1,0 +1,311 @@
+"""The `score` half of text_suite.py: base, experts, static methods and Twin-Merging on one suite, through `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import twinmerge as tm
+from twinmerge.study.evaluate import evaluate, open_runner
+from twinmerge.study.scores import Evaluation
+from twinmerge.tasks.suite import open_suite
+
+VALIDATION_ROWS = 300  # per task; hyper-parameters are chosen on these and on nothing else
+ROUTER_ROWS = 500  # per task, of the train split
+RANKS = (1, 2, 4, 8, 16)
+GOOD_ENOUGH = 99.0  # the rank chosen is the smallest whose validation score, task given, reaches this
+TIMED_ROWS = 1000
+GRIDS: dict[str, dict[str, list[Any]]] = {
+    "average": {},
+    "task_arithmetic": {"scale": [0.1, 0.15, 0.2, 0.3, 0.4]},
+    "ties": {"density": [0.1, 0.2, 0.3], "scale": [1.0, 1.5]},
+    "dare": {"density": [0.5, 0.9], "scale": [0.1, 0.2, 0.3]},
+    "dare_ties": {"density": [0.5, 0.9], "scale": [0.7, 1.0, 1.5]},
+    "tsv": {"scale": [0.7, 1.0, 1.3]},
+}
+
+
+def score(base: str, suite_dir: Path, experts_dir: Path, out: Path, names: list[str]) -> None:
+    """Write scores.json, table.md, validation.json and pictures to `out`."""
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    work = out / "models"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    suite = open_suite(suite_dir, names)
+    experts = {name: str(experts_dir / name) for name in names}
+    print("experts", flush=True)
+    reference = {
+        split: _experts(experts, suite, split, limit)
+        for split, limit in (("validation", VALIDATION_ROWS), ("test", None))
+    }
+    rows: list[dict[str, Any]] = []
+    test = Tally(reference["test"], rows)
+    test.add(
+        "base",
+        evaluate(_merged("task_arithmetic", base, experts, work / "base", {"scale": 0.0})[0], suite),
+        _heads_bytes(work / "base"),
+        0.0,
+    )
+    chosen, tried = {}, {}
+    for method, grid in GRIDS.items():
+        chosen[method], tried[method] = _choose(method, grid, base, experts, suite, reference["validation"], work)
+        print(f"{method}: {chosen[method]}", flush=True)
+        folder, seconds = _merged(method, base, experts, work / method, chosen[method])
+        test.add(method, evaluate(folder, suite), _heads_bytes(folder), seconds, parameters=chosen[method])
+    routers = {}
+    for shared in ("task_arithmetic", "tsv"):
+        routers[shared] = _twins(shared, chosen[shared], base, experts, suite, reference["validation"], work, test)
+        print(f"twin over {shared}: rank {routers[shared]['rank_chosen']}", flush=True)
+    _write(out, suite_dir, names, reference["test"], rows, chosen, tried, routers, time.perf_counter() - start)
+    shutil.rmtree(work)
+
+
+class Tally:
+    """Rows of scores.json; keeps every evaluation for paired intervals."""
+
+    def __init__(self, experts: Evaluation, rows: list[dict[str, Any]]) -> None:
+        self.experts, self.rows = experts, rows
+        self.evaluations: dict[tuple[str, str], Evaluation] = {}
+
+    def add(self, method: str, found: list[Evaluation], extra: int, seconds: float, **more: Any) -> None:
+        for e in found:
+            setting = e.setting + (f", {e.reading}" if e.reading else "")
+            interval = e.interval(self.experts)
+            self.evaluations[method, setting] = e
+            speed = 1000 * e.seconds / e.rows if more.get("speed") is None else more["speed"][setting]
+            self.rows.append(
+                {
+                    "method": method,
+                    "setting": setting,
+                    "normalised": interval.value,
+                    "interval": [interval.low, interval.high],
+                    "per_task": e.scores,
+                    "bytes_extra": extra,
+                    "seconds_build": seconds,
+                    "seconds_per_1000": speed,
+                    "routed_right": e.routed_right,
+                    **{k: v for k, v in more.items() if k != "speed"},
+                }
+            )
+            print(
+                f"  {method:28s} {setting:24s} {interval.value:6.2f} [{interval.low:.2f}, {interval.high:.2f}]",
+                flush=True,
+            )
+
+
+def _experts(experts: dict[str, str], suite: Any, split: str, limit: int | None) -> Evaluation:
+    """Every expert on its own task, as one evaluation."""
+    predictions, seconds = {}, 0.0
+    for name, folder in experts.items():
+        found = evaluate(folder, {name: suite[name]}, split, limit)[0]
+        predictions |= found.predictions
+        seconds += found.seconds
+    return Evaluation.of(predictions, "task given", seconds=seconds)
+
+
+def _merged(
+    method: str, base: str, experts: dict[str, str], folder: Path, parameters: dict[str, Any]
+) -> tuple[Path, float]:
+    start = time.perf_counter()
+    tm.merge(method, base=base, experts=experts, **parameters).save(folder)
+    return folder, time.perf_counter() - start
+
+
+def _choose(
+    method: str,
+    grid: dict[str, list[Any]],
+    base: str,
+    experts: dict[str, str],
+    suite: Any,
+    reference: Evaluation,
+    work: Path,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The point of the grid with the best normalised score on validation rows (the first among equals)."""
+    tried = []
+    for point in product(*grid.values()):
+        parameters = dict(zip(grid, point, strict=True))
+        if len(list(product(*grid.values()))) == 1:
+            return parameters, []
+        folder, _ = _merged(method, base, experts, work / "candidate", parameters)
+        found = evaluate(folder, suite, "validation", VALIDATION_ROWS)[0]
+        tried.append({"parameters": parameters, "normalised": found.normalised(reference)})
+        shutil.rmtree(folder)
+    best = max(tried, key=lambda t: t["normalised"])
+    return best["parameters"], tried
+
+
+def _twins(
+    shared: str,
+    parameters: dict[str, Any],
+    base: str,
+    experts: dict[str, str],
+    suite: Any,
+    reference: Evaluation,
+    work: Path,
+    test: Tally,
+) -> dict[str, Any]:
+    """The ladder of ranks over one shared part; one split at the highest rank, cut for the others."""
+    start = time.perf_counter()
+    highest = tm.Twin.build(base, experts, max(RANKS), shared=shared, **parameters)
+    inputs = {name: task.rows("train", ROUTER_ROWS) for name, task in suite.items()}
+    report = highest.fit_router(inputs)
+    built = time.perf_counter() - start
+    validation = {}
+    for rank in RANKS:
+        folder = work / f"twin-{shared}-{rank}"
+        (highest if rank == max(RANKS) else highest.at_rank(rank)).save_pretrained(folder)
+        runner = open_runner(folder)
+        validation[rank] = evaluate(runner, suite, "validation", VALIDATION_ROWS)[0].normalised(reference)
+        speed = _speed(runner, suite)
+        extra = sum((folder / f).stat().st_size for f in ("twin.safetensors", "router.safetensors")) + _heads_bytes(
+            folder
+        )
+        test.add(
+            f"twin over {shared}, rank {rank}",
+            evaluate(runner, suite),
+            extra,
+            built,
+            rank=rank,
+            shared=shared,
+            speed=speed,
+            validation=validation[rank],
+        )
+        shutil.rmtree(folder)
+    good = [rank for rank in RANKS if validation[rank] >= GOOD_ENOUGH] or [max(RANKS)]
+    return {"rank_chosen": min(good), "validation": validation, "parameters": parameters, "router": report._asdict()}
+
+
+def _speed(runner: Any, suite: Any) -> dict[str, float]:
+    """Seconds per 1,000 rows of each setting, every setting answered from start to end, encoding included."""
+    per_task = max(1, TIMED_ROWS // len(suite))
+    rows = [row for task in suite.values() for row in task.rows("test", per_task)]
+    heads = [name for name, task in suite.items() for _ in task.rows("test", per_task)]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    rows, heads = [rows[i] for i in order], [heads[i] for i in order]
+    encoder, found = runner.encoder, {}
+    with torch.inference_mode():
+        for setting in ("task given", "head given", "nothing given, strict"):
+            start = time.perf_counter()
+            for i in range(0, len(rows), 32):
+                batch, names = encoder.encode(rows[i : i + 32]), heads[i : i + 32]
+                choice = {"task given": {"expert": names}, "head given": {"head": names}}.get(setting, {})
+                runner.twin(**batch, **choice)
+            found[setting] = 1000 * (time.perf_counter() - start) / len(rows)
+    found["nothing given, lenient"] = found["nothing given, strict"]
+    return found
+
+
+def _heads_bytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in (folder / "heads").rglob("*.safetensors"))
+
+
+def _write(
+    out: Path,
+    suite_dir: Path,
+    names: list[str],
+    experts: Evaluation,
+    rows: list[dict[str, Any]],
+    chosen: Any,
+    tried: Any,
+    routers: Any,
+    seconds: float,
+) -> None:
+    data = {
+        "suite": suite_dir.name,
+        "tasks": names,
+        "experts": experts.scores,
+        "experts_seconds_per_1000": 1000 * experts.seconds / experts.rows,
+        "test_rows": {task: s.rows for task, s in experts.per_task.items()},
+        "chosen_on_validation": chosen,
+        "validation_rows": VALIDATION_ROWS,
+        "router_rows": ROUTER_ROWS,
+        "twins": routers,
+        "rows": rows,
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "seconds": seconds,
+    }
+    (out / "scores.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+    (out / "validation.json").write_text(json.dumps(tried, indent=1), encoding="utf-8")
+    (out / "table.md").write_text(table(data), encoding="utf-8")
+    pictures(data, out)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"{seconds:.0f} s; scores.json, table.md and pictures are in {out}")
+
+
+def table(data: dict[str, Any]) -> str:
+    """Markdown: a line per method, the settings side by side, each with its 95 % interval."""
+    settings = ["task given", "head given", "nothing given, strict", "nothing given, lenient"]
+    by_method: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        by_method.setdefault(row["method"], {})[row["setting"]] = row
+    lines = [
+        "| method | " + " | ".join(settings) + " | bytes extra | build s | s per 1,000 |",
+        "| --- |" + " ---: |" * (len(settings) + 3),
+    ]
+    for method, found in by_method.items():
+        cells = []
+        for setting in settings:
+            r = found.get(setting)
+            cells.append(f"{r['normalised']:.1f} [{r['interval'][0]:.1f}, {r['interval'][1]:.1f}]" if r else "–")
+        last = list(found.values())[-1]
+        parameters = ", ".join(f"{k} {v}" for k, v in (last.get("parameters") or {}).items())
+        label = method + (f" ({parameters})" if parameters else "")
+        lines.append(
+            f"| {label} | {' | '.join(cells)} | {last['bytes_extra'] / 1e6:.1f} MB | {last['seconds_build']:.0f} | {last['seconds_per_1000']:.1f} |"
+        )
+    experts = ", ".join(f"{task} {100 * value:.1f}" for task, value in data["experts"].items())
+    return "\n".join(lines) + f"\n\nExperts, accuracy on the full test splits: {experts}.\n"
+
+
+def pictures(data: dict[str, Any], out: Path) -> None:
+    """ladder.png: score over rank for both shared parts; methods.png: bars of every method, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"task given": "#1b6ca8", "head given": "#2a9d8f", "nothing given, strict": "#e76f51"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, shared in zip(axes, ("task_arithmetic", "tsv"), strict=True):
+        for setting, colour in colours.items():
+            rows = [r for r in data["rows"] if r.get("shared") == shared and r["setting"] == setting]
+            x, y = [r["rank"] for r in rows], [r["normalised"] for r in rows]
+            axis.plot(x, y, marker="o", color=colour, label=setting)
+            axis.fill_between(
+                x, [r["interval"][0] for r in rows], [r["interval"][1] for r in rows], color=colour, alpha=0.15, lw=0
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(RANKS), [str(r) for r in RANKS])
+        axis.set_title(f"shared part: {shared}")
+        axis.set_xlabel("rank of the exclusive parts")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("per cent of the experts")
+    axes[1].legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(out / "ladder.png", dpi=130)
+    plt.close(figure)
+
+    rows = [r for r in data["rows"] if r["setting"] == "head given"]
+    figure, axis = plt.subplots(figsize=(8, 0.38 * len(rows) + 1))
+    for i, row in enumerate(reversed(rows)):
+        value, (low, high) = row["normalised"], row["interval"]
+        axis.barh(
+            i, value, color="#2a9d8f" if "twin" in row["method"] else "#9aa5b1", xerr=[[value - low], [high - value]]
+        )
+        axis.text(high + 0.8, i, f"{value:.1f}", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [r["method"] for r in reversed(rows)], fontsize=8)
+    axis.axvline(100, color="black", lw=0.8)
+    axis.set_xlim(0, 108)
+    axis.set_xlabel("per cent of the experts, head given")
+    axis.set_title("One model for all tasks, with 95 % intervals")
+    figure.tight_layout()
+    figure.savefig(out / "methods.png", dpi=130)
+    plt.close(figure)

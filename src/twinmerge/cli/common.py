@@ -1,0 +1,112 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from twinmerge.errors import TwinmergeError
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of the arithmetic; all cores by default.")
+]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option("--expert", metavar="NAME=MODEL", help="An expert: a path, a hub id or base+adapter. Repeat."),
+]
+Base = Annotated[
+    str | None, typer.Option("--base", metavar="MODEL", help="The model that the experts were tuned from.")
+]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("-p", "--parameter", metavar="[EXPERT.]NAME=VALUE", help="A parameter of the method. Repeat."),
+]
+Heads = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--head", metavar="PATTERN", help="Keep these tensors per expert: a glob, or dotted components. Repeat."
+    ),
+]
+
+
+def pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
+    """`name=value` options as a mapping.
+
+    Errors:
+        TwinmergeError: no '=', or a name given twice.
+
+    Example:
+        >>> pairs(["a=x", "b=y=z"], "--expert")
+        {'a': 'x', 'b': 'y=z'}
+    """
+    found: dict[str, str] = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name or not value:
+            raise TwinmergeError(f"{option} {item!r} is not name=value. Write it as {option} name=value.")
+        if name in found:
+            raise TwinmergeError(f"{option} names {name!r} twice. Give each name once.")
+        found[name] = value
+    return found
+
+
+def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
+    """`name=value` options with numbers, booleans and words read as such."""
+    import yaml
+
+    try:
+        return {name: yaml.safe_load(text) for name, text in pairs(items, option).items()}
+    except yaml.YAMLError as error:
+        raise TwinmergeError(f"A value of {option} cannot be read: {error}. Write numbers or words.") from error
+
+
+def use_threads(threads: int | None) -> None:
+    import torch
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=2, default=str))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on stdout; the first column left, the others right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    Example:
+        >>> size(1_500_000)
+        '1.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def said(text: str) -> None:
+    """A line for people, on stderr, so that stdout stays data."""
+    typer.echo(text, err=True)

@@ -1,0 +1,28 @@
+"""`twinmerge demo`: everything once, small enough to watch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def demo(
+    out: Path = typer.Option(Path("demo"), "--out", help="Folder for the report; an earlier demo in it is replaced."),
+    seeds: int = typer.Option(3, "--seeds", min=1, help="How many times everything is done anew."),
+    quick: bool = typer.Option(False, "--quick", help="Few training steps: how it works, not how well."),
+    json: bool = typer.Option(False, "--json", help="Print all numbers as JSON, and nothing else."),
+) -> None:
+    """Train five small experts on digits, merge them in every way, and write a report with pictures."""
+    from rich.console import Console
+
+    from twinmerge.study.demo import run_demo
+    from twinmerge.study.report import terminal
+
+    results = run_demo(out, seeds, quick, progress=not json)
+    if json:
+        from json import dumps
+
+        typer.echo(dumps(results, ensure_ascii=False))
+        return
+    Console(soft_wrap=False).print(terminal(results, out))

@@ -1,0 +1,267 @@
+"""Score a model on a suite: an expert, a merged folder with heads, or a twin in its three settings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.headed import HeadedModel, load_heads
+from twinmerge.models.opened import open_model
+from twinmerge.study.scores import Evaluation, Reading, Setting
+from twinmerge.tasks.encode import TextEncoder, batches
+from twinmerge.tasks.metrics import Scored
+from twinmerge.tasks.suite import Row, Task
+from twinmerge.twin.package import is_twin
+from twinmerge.twin.twin import Twin, TwinOutput, position_limit
+
+BATCH_ROWS = 32
+WINDOW = 16  # batches whose rows are sorted by length together, so that little is padded
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of the suite: its task and its place there."""
+
+    task: str
+    index: int
+    row: Row
+
+
+class StaticRunner:
+    """A plain classifier (one task), or a merged folder with one head per task."""
+
+    settings: tuple[Setting, ...] = ("head given",)
+
+    def __init__(self, folder: Path) -> None:
+        opened = open_model(str(folder))
+        if opened.architecture is None:
+            raise TwinmergeError(f"{folder} has no config.json, so it cannot be evaluated. Add its config.json.")
+        heads = load_heads(folder)
+        architecture = opened.architecture
+        if heads:
+            from twinmerge.models.architecture import Architecture, class_of
+
+            config = next(iter(heads.values())).config
+            architecture = Architecture(config, class_of(config))
+        self.model = HeadedModel(architecture, {n: opened.read(n) for n in opened.specs}, heads)
+        if not heads and not hasattr(self.model.body, "num_labels"):
+            raise TwinmergeError(
+                f"{folder} has no heads and is no classifier. Name a classifier, a merge with heads, or a twin."
+            )
+        self.encoder = TextEncoder(folder, positions=position_limit(architecture.config))
+        self.heads = list(heads)
+
+    def labels(self, head: str) -> list[str]:
+        return self.model.labels(head if self.heads else None)
+
+    def answer(self, rows: Sequence[Row], heads: Sequence[str]) -> torch.Tensor:
+        """Logits (rows, most labels)."""
+        output = self.model(self.encoder.encode(rows), list(heads) if self.heads else None)
+        logits: torch.Tensor = output["logits"] if self.heads else output.logits
+        return logits
+
+
+class TwinRunner:
+    """A twin: task given, head given, nothing given."""
+
+    settings: tuple[Setting, ...] = ("task given", "head given", "nothing given")
+
+    def __init__(self, twin: Twin, oracle_biases: bool = False) -> None:
+        self.twin = twin
+        self.oracle_biases = oracle_biases
+        self.encoder = twin.encoder
+        self.heads = twin.experts
+        if twin.router is None:
+            self.settings = ("task given",)
+
+    def labels(self, head: str) -> list[str]:
+        return self.twin.model.labels(head)
+
+    def route(self, rows: Sequence[Row]) -> torch.Tensor:
+        weights: torch.Tensor = self.twin.route(self.encoder.encode(rows), self.twin.top_k)
+        return weights
+
+    def answer(
+        self, rows: Sequence[Row], heads: Sequence[str], mixture: torch.Tensor, tasks: Sequence[str]
+    ) -> torch.Tensor:
+        biases = list(tasks) if self.oracle_biases else None
+        out: TwinOutput = self.twin(
+            **self.encoder.encode(rows), mixture=mixture, head=list(heads), oracle_biases=biases
+        )
+        assert out.logits is not None
+        return out.logits
+
+
+def open_runner(folder: Path, oracle_biases: bool = False) -> StaticRunner | TwinRunner:
+    """The right runner for a folder."""
+    if is_twin(folder):
+        return TwinRunner(Twin.from_pretrained(folder), oracle_biases)
+    if oracle_biases:
+        raise TwinmergeError(f"{folder} is no twin, so there are no biases to hand in. Leave --oracle-biases out.")
+    return StaticRunner(folder)
+
+
+def evaluate(
+    model: str | Path | StaticRunner | TwinRunner,
+    suite: Mapping[str, Task],
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    oracle_biases: bool = False,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Answer every row of the suite, tasks shuffled into common batches.
+
+    A twin is read in its settings: *task given* (the right expert and head), *head given* (the router mixes, the caller
+    names the head), *nothing given* (expert and head routed), the last strictly (right task and label) and leniently
+    (right label name, whichever head said it). Rows that two settings ask in the same way are answered once.
+
+    Args:
+        model: a folder, or an opened runner.
+        suite: task -> data; the tasks' names are those of the heads.
+        split: which rows; limit: at most so many per task, drawn by `seed`.
+        oracle_biases: hand in the labelled task's biases, as the paper's code does; only to reproduce it.
+
+    Errors:
+        TwinmergeError: a task without a head, labels that are not the head's.
+    """
+    runner = open_runner(Path(model), oracle_biases) if isinstance(model, (str, Path)) else model
+    _check_labels(runner, suite)
+    questions = [
+        Question(name, i, row) for name, task in suite.items() for i, row in enumerate(task.rows(split, limit, seed))
+    ]
+    plan = _mixed_batches(questions, seed)
+    with torch.inference_mode():
+        if isinstance(runner, StaticRunner):
+            found = _static(runner, suite, plan, len(questions), progress)
+        else:
+            found = _twin(runner, suite, plan, len(questions), progress)
+    runner.encoder.warn_truncated()
+    return found
+
+
+def _mixed_batches(questions: Sequence[Question], seed: int) -> list[list[Question]]:
+    """Batches of rows of all tasks; rows of like length meet within windows of a shuffled order."""
+    plan: list[list[Question]] = []
+    for at, rows in batches([q.row for q in questions], BATCH_ROWS * WINDOW, "shuffled", seed):
+        plan += [[questions[at[j]] for j in chunk] for chunk, _ in batches(rows, BATCH_ROWS, "length")]
+    return plan
+
+
+def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) -> None:
+    if not runner.heads and len(suite) != 1:
+        raise TwinmergeError("A model with one head answers one task. Name it with --tasks.")
+    for name, task in suite.items():
+        if runner.heads and name not in runner.heads:
+            raise TwinmergeError(
+                f"The model has no head for the task {name!r}; it has {', '.join(runner.heads)}. Choose with --tasks."
+            )
+        if len(runner.labels(name)) != len(task.labels):
+            raise TwinmergeError(
+                f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. Use the model tuned on it."
+            )
+
+
+class _Answers:
+    """Predicted label number of every row of every task, −1 until answered."""
+
+    def __init__(self, suite: Mapping[str, Task], plan: Sequence[Sequence[Question]]) -> None:
+        self.suite = suite
+        self.labels = {t: np.full(sum(q.task == t for b in plan for q in b), -1) for t in suite}
+        self.found = {t: np.full_like(labels, -1) for t, labels in self.labels.items()}
+        for batch in plan:
+            for q in batch:
+                self.labels[q.task][q.index] = q.row.label
+
+    def scored(self) -> dict[str, Scored]:
+        return {t: Scored(t, self.suite[t].metric, self.labels[t], self.found[t]) for t in self.suite}
+
+
+def _static(
+    runner: StaticRunner, suite: Mapping[str, Task], plan: Sequence[list[Question]], rows: int, progress: bool
+) -> list[Evaluation]:
+    answers = _Answers(suite, plan)
+    start = time.perf_counter()
+    for batch in tqdm(plan, "evaluating", delay=1, leave=False, disable=None if progress else True):
+        logits = runner.answer([q.row for q in batch], [q.task for q in batch])
+        for q, chosen in zip(batch, logits.argmax(-1).tolist(), strict=True):
+            answers.found[q.task][q.index] = chosen
+    seconds = time.perf_counter() - start
+    return [Evaluation.of(answers.scored(), "head given" if runner.heads else "task given", seconds=seconds)]
+
+
+def _twin(
+    runner: TwinRunner, suite: Mapping[str, Task], plan: Sequence[list[Question]], rows: int, progress: bool
+) -> list[Evaluation]:
+    experts = runner.heads
+    ways: list[tuple[Setting, Reading | None]] = [("task given", None)]
+    if "head given" in runner.settings:
+        ways += [("head given", None), ("nothing given", "strict"), ("nothing given", "lenient")]
+    answers = {way: _Answers(suite, plan) for way in ways}
+    right = 0
+    spent = dict.fromkeys(ways, 0.0)
+    for batch in tqdm(plan, "evaluating", delay=1, leave=False, disable=None if progress else True):
+        given = torch.nn.functional.one_hot(torch.tensor([experts.index(q.task) for q in batch]), len(experts)).float()
+        start = time.perf_counter()
+        own = _labels(runner, batch, [q.task for q in batch], given)
+        answered = time.perf_counter() - start
+        _put(answers[ways[0]], batch, own)
+        spent[ways[0]] += answered
+        if len(ways) == 1:
+            continue
+        start = time.perf_counter()
+        routed = runner.route([q.row for q in batch])
+        routing = time.perf_counter() - start
+        chosen = [experts[int(k)] for k in routed.argmax(-1)]
+        right += sum(c == q.task for c, q in zip(chosen, batch, strict=True))
+        other = [i for i in range(len(batch)) if not torch.equal(routed[i], given[i])]
+        by_head, by_router = list(own), list(own)
+        heads = [q.task for q in batch]
+        if other:
+            few, mixture = [batch[i] for i in other], routed[other]
+            for i, label in zip(other, _labels(runner, few, [heads[i] for i in other], mixture), strict=True):
+                by_head[i] = label
+            for i, label in zip(other, _labels(runner, few, [chosen[i] for i in other], mixture), strict=True):
+                by_router[i] = label
+        _put(answers[ways[1]], batch, by_head)
+        strict = [label if c == h else -1 for label, c, h in zip(by_router, chosen, heads, strict=True)]
+        _put(answers[ways[2]], batch, strict)
+        lenient = [
+            _same_name(runner.labels(c)[label], suite[h].labels, label if c == h else None)
+            for label, c, h in zip(by_router, chosen, heads, strict=True)
+        ]
+        _put(answers[ways[3]], batch, lenient)
+        for way in ways[1:]:
+            spent[way] += routing + answered
+    return [
+        Evaluation.of(
+            answers[way].scored(), way[0], way[1], None if way[0] == "task given" else right / rows, spent[way]
+        )
+        for way in ways
+    ]
+
+
+def _labels(runner: TwinRunner, batch: Sequence[Question], heads: Sequence[str], mixture: torch.Tensor) -> list[int]:
+    found: list[int] = (
+        runner.answer([q.row for q in batch], heads, mixture, [q.task for q in batch]).argmax(-1).tolist()
+    )
+    return found
+
+
+def _put(answers: _Answers, batch: Sequence[Question], found: Sequence[int]) -> None:
+    for q, label in zip(batch, found, strict=True):
+        answers.found[q.task][q.index] = label
+
+
+def _same_name(said: str, labels: Sequence[str], own: int | None) -> int:
+    """The task's label of that name, or −1; an answer of the task's own head is its own number."""
+    if own is not None:
+        return own
+    return list(labels).index(said) if said in labels else -1

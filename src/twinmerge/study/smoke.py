@@ -1,0 +1,122 @@
+"""After a merge: does the output load, and what loss does it have on a few texts beside base and experts?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from twinmerge.engine.merge import Merge
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads
+from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.tasks.encode import TextEncoder
+from twinmerge.tasks.texts import read_texts
+from twinmerge.twin.twin import position_limit
+
+MOST_TEXTS = 64
+
+
+class Loss(NamedTuple):
+    """model: "merged", "base" or an expert; loss: mean cross-entropy in nats; texts: how many it was taken over."""
+
+    model: str
+    loss: float
+    texts: int
+
+
+def smoke_check(folder: Path, merged: Merge, file: Path) -> list[Loss]:
+    """Load the written folder and compare mean losses on at most 64 texts.
+
+    Language models: loss per token. Classifiers with heads: rows need `label` (a number) and `expert` (whose head); each
+    expert answers its own rows, base and output answer all.
+
+    Errors:
+        TwinmergeError: the file has no fitting rows; the output is neither kind of model.
+    """
+    written = open_model(str(folder))
+    heads = load_heads(folder)
+    if written.architecture is None:
+        raise TwinmergeError(f"{folder} has no config.json, so its loss cannot be taken. Leave --smoke out.")
+    config = next(iter(heads.values())).config if heads else written.architecture.config
+    encoder = TextEncoder(_with_tokenizer(folder, merged), positions=position_limit(config))
+    with torch.inference_mode():
+        if heads:
+            return _classifiers(written, heads, merged, encoder, file)
+        return _language(written, merged, encoder, file)
+
+
+def _with_tokenizer(folder: Path, merged: Merge) -> Path:
+    """The output, or the first expert's folder where the base has no tokenizer."""
+    places = [folder, *(m.folder for m in merged.experts.values() if m.folder)]
+    return next((p for p in places if (p / "tokenizer_config.json").is_file()), folder)
+
+
+def _module(model: OpenedModel, like: OpenedModel, heads: dict[str, HeadSpec]) -> HeadedModel:
+    assert like.architecture is not None
+    names = set(like.architecture.parameters) | set(model.specs)
+    state = {n: model.read(n) for n in names if model.has(n)}
+    return HeadedModel(like.architecture, state, heads)
+
+
+def _language(written: OpenedModel, merged: Merge, encoder: TextEncoder, file: Path) -> list[Loss]:
+    texts = read_texts(file)[:MOST_TEXTS]
+    found = []
+    for name, model in {"merged": written, "base": merged.base, **merged.experts}.items():
+        module = _module(model, model, {})
+        losses, tokens = 0.0, 0
+        for text in texts:
+            batch = encoder.encode([text])
+            output = module(batch)
+            logits = getattr(output, "logits", None)
+            if logits is None or logits.dim() != 3 or batch["input_ids"].shape[1] < 2:
+                raise TwinmergeError(
+                    "--smoke takes the loss of language models and of classifiers with heads; this model is neither."
+                )
+            losses += F.cross_entropy(logits[0, :-1].float(), batch["input_ids"][0, 1:], reduction="sum").item()
+            tokens += batch["input_ids"].shape[1] - 1
+        found.append(Loss(name, losses / tokens, len(texts)))
+    return found
+
+
+def _classifiers(
+    written: OpenedModel, heads: dict[str, HeadSpec], merged: Merge, encoder: TextEncoder, file: Path
+) -> list[Loss]:
+    rows = _labelled(file, list(heads))
+    like = next(iter(merged.experts.values()))
+    found = [Loss("merged", _loss(_module(written, like, heads), rows, encoder), len(rows))]
+    found.append(Loss("base", _loss(_module(merged.base, like, heads), rows, encoder), len(rows)))
+    for name, model in merged.experts.items():
+        own = [row for row in rows if row[1] == name]
+        if own:
+            found.append(Loss(name, _loss(_module(model, model, {name: heads[name]}), own, encoder), len(own)))
+    return found
+
+
+def _loss(module: HeadedModel, rows: Sequence[tuple[str, str, int]], encoder: TextEncoder) -> float:
+    logits = module(encoder.encode([text for text, _, _ in rows]), [head for _, head, _ in rows])["logits"]
+    return F.cross_entropy(logits.float(), torch.tensor([label for _, _, label in rows])).item()
+
+
+def _labelled(file: Path, heads: Sequence[str]) -> list[tuple[str, str, int]]:
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, head, label = str(row["text"]), str(row["expert"]), int(row["label"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TwinmergeError(
+                f'{file}, line {number}: a classifier needs {{"text": "...", "expert": "...", "label": 0}}. Mend that line.'
+            ) from error
+        if head not in heads:
+            raise TwinmergeError(f"{file}, line {number}: no expert {head!r}. The merge has: {', '.join(heads)}.")
+        found.append((text, head, label))
+    if not found:
+        raise TwinmergeError(f"{file} holds no rows. Write one JSON object a line.")
+    return found[:MOST_TEXTS]
