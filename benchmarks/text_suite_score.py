@@ -17,17 +17,17 @@ from twinmerge.study.evaluate import evaluate, open_runner
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.suite import open_suite
 
-VALIDATION_ROWS = 300  # per task; hyper-parameters are chosen on these and on nothing else
+VALIDATION_ROWS = 200  # per task; hyper-parameters are chosen on these and on nothing else
 ROUTER_ROWS = 500  # per task, of the train split
 RANKS = (1, 2, 4, 8, 16)
 GOOD_ENOUGH = 99.0  # the rank chosen is the smallest whose validation score, task given, reaches this
-TIMED_ROWS = 1000
+TIMED_ROWS = 400
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "average": {},
-    "task_arithmetic": {"scale": [0.1, 0.15, 0.2, 0.3, 0.4]},
-    "ties": {"density": [0.1, 0.2, 0.3], "scale": [1.0, 1.5]},
-    "dare": {"density": [0.5, 0.9], "scale": [0.1, 0.2, 0.3]},
-    "dare_ties": {"density": [0.5, 0.9], "scale": [0.7, 1.0, 1.5]},
+    "task_arithmetic": {"scale": [0.1, 0.2, 0.3, 0.4]},
+    "ties": {"density": [0.1, 0.2], "scale": [1.0, 1.5]},
+    "dare": {"density": [0.5, 0.9], "scale": [0.15, 0.25]},
+    "dare_ties": {"density": [0.5, 0.9], "scale": [0.7, 1.0]},
     "tsv": {"scale": [0.7, 1.0, 1.3]},
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -49,11 +51,22 @@ def _root(
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
-    try:
-        app()
-    except TwinmergeError as error:
-        print(f"Error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Run the command; a user's mistake is one line on stderr and exit code 2, a warning is one line there too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app()
+        except TwinmergeError as error:
+            _say(f"Error: {error}")
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"Warning: {message}")
+
+
+def _say(text: str) -> None:
+    """One line on stderr, whatever line ends a file's own error brought along."""
+    print(re.sub(r"\s*\n\s*", " ", text.strip()), file=sys.stderr)  # noqa: T201

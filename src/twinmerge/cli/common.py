@@ -66,6 +66,22 @@ def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
         raise TwinmergeError(f"A value of {option} cannot be read: {error}. Write numbers or words.") from error
 
 
+def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
+    """`name=number` options.
+
+    Example:
+        >>> numbers(["a=1e-3"], "--weight")
+        {'a': 0.001}
+    """
+    found = {}
+    for name, text in pairs(items, option).items():
+        try:
+            found[name] = float(text)
+        except ValueError as error:
+            raise TwinmergeError(f"{option} {name}={text} is no number. Write it as {option} {name}=0.5.") from error
+    return found
+
+
 def use_threads(threads: int | None) -> None:
     import torch
 
@@ -77,7 +93,7 @@ def print_json(data: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout; the first column left, the others right."""
+    """A table on stdout; the first column left, the others right; brackets and colons in a text stay what they are."""
     from rich.console import Console
     from rich.table import Table
 
@@ -86,7 +102,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def size(count: float) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from twinmerge.cli.common import Json, Threads, print_json, print_table, use_threads
+from twinmerge.errors import TwinmergeError
 
 
 def evaluate(
@@ -39,10 +40,24 @@ def evaluate(
     from twinmerge.tasks.suite import open_suite
 
     use_threads(threads)
-    runner = open_runner(locate(model).folder, oracle_biases)
+    try:
+        reference = Evaluation.from_json(experts.read_bytes()) if experts else None
+    except OSError as error:
+        raise TwinmergeError(f"{experts} cannot be read: {error}. Name a file that --out wrote.") from error
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise TwinmergeError(f"{out} cannot be written. Name a file in a folder that is there.")
+    found_at = locate(model)
+    if found_at.adapter is not None:
+        raise TwinmergeError(f"{model} is a base and an adapter. Merge it into one folder first, and evaluate that.")
+    runner = open_runner(found_at.folder, oracle_biases)
     chosen = tasks.split(",") if tasks else (runner.heads or None)
-    found = run(runner, open_suite(suite, chosen), split, limit, seed, oracle_biases)
-    reference = Evaluation.from_json(experts.read_bytes()) if experts else None
+    data = open_suite(suite, chosen)
+    if reference is not None and set(reference.scores) != set(data):
+        raise TwinmergeError(
+            f"{experts} is of the tasks {', '.join(reference.scores)}, this evaluation of {', '.join(data)}. "
+            "Choose the same with --tasks."
+        )
+    found = run(runner, data, split, limit, seed, oracle_biases)
     report = {
         "model": model,
         "split": split,

@@ -14,6 +14,7 @@ from twinmerge.cli.common import (
     Json,
     Parameters,
     Threads,
+    numbers,
     pairs,
     print_json,
     print_table,
@@ -56,12 +57,20 @@ def merge(
     from twinmerge.engine.recipe import Recipe, read_recipe
 
     use_threads(threads)
+    if method is not None and recipe is not None and out is None:
+        recipe, out = None, recipe  # `twinmerge merge --method … OUT`
+    if out is not None and output is not None:
+        raise TwinmergeError(f"Two outputs are named, {out} and {output}. Name one.")
+    if smoke is not None and not smoke.is_file():
+        raise TwinmergeError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
     target = output or out
     if method is not None:
         if recipe is not None:
-            target = target or recipe  # `twinmerge merge --method … OUT`
+            raise TwinmergeError(
+                "A recipe file and --method are both given. Put everything into the recipe, or use options."
+            )
         parameters = values(parameter, "-p")
-        parameters |= {f"{name}.weights": number for name, number in values(weight, "--weight").items()}
+        parameters |= {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
         described = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, tuple(head or ()))
     elif recipe is not None:
         if expert or base or weight or parameter or head or dtype:

@@ -16,6 +16,7 @@ from twinmerge.cli.common import (
     Parameters,
     Threads,
     folder_bytes,
+    numbers,
     pairs,
     print_json,
     print_table,
@@ -125,7 +126,7 @@ def run(
     if not texts:
         raise TwinmergeError("There is no text to answer. Give texts as arguments, or --file.")
     loaded = Twin.from_pretrained(twin)
-    choice: dict[str, Any] = {"expert": expert, "head": head, "mixture": values(mixture, "--mixture") or None}
+    choice: dict[str, Any] = {"expert": expert, "head": head, "mixture": numbers(mixture, "--mixture") or None}
     choice = {name: value for name, value in choice.items() if value is not None}
     if soft:
         choice["top_k"] = None

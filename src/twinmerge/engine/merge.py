@@ -28,7 +28,7 @@ from twinmerge.store.checkpoint import Spec
 from twinmerge.store.output import OutputFolder, layout, write_checkpoint
 
 PROVENANCE = "twinmerge.json"
-NO_SIDE_FILES = {"README.md", "adapter_config.json", "model.safetensors.index.json", "heads.json", PROVENANCE}
+NO_SIDE_FILES = {"README.md", "adapter_config.json", "heads.json", PROVENANCE}
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ".vocab", ".bpe"}
 
 
@@ -113,7 +113,14 @@ class Merge:
                 assert got == name
             else:
                 value = self.base.read(name)
-            yield name, value.to(self.out_specs[name].dtype)
+            out = value.to(self.out_specs[name].dtype)
+            if name in merged and not bool(out.isfinite().all()):
+                raise TwinmergeError(
+                    f"Tensor {name!r} does not fit {out.dtype}: its largest value is {value.abs().max().item():.4g}. Choose a "
+                    "wider --dtype, such as bfloat16 or float32."
+                )
+            yield name, out
+        stream.close()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole merged model in memory, by the base's own tensor names."""
@@ -229,6 +236,7 @@ def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[s
                 f"The expert {name!r} has a head ({names[0]!r}) but no config.json. Add its config.json."
             )
         if names and config is not None:
+            config = copy.deepcopy(config)  # the caller's own model may hold it
             config.architectures = [experts[name].architecture.model_class.__name__]  # type: ignore[union-attr]
             heads[name] = HeadSpec(config, {n: experts[name].read(n).clone() for n in names})
     return heads
@@ -261,7 +269,13 @@ def copy_side_files(source: Path | None, folder: Path) -> None:
         return
     for file in sorted(source.iterdir()):
         licence = file.name.upper().startswith(("LICENSE", "NOTICE"))
-        if file.is_file() and file.name not in NO_SIDE_FILES and (file.suffix in SIDE_SUFFIXES or licence):
+        index = file.name.endswith(".index.json")
+        if (
+            file.is_file()
+            and file.name not in NO_SIDE_FILES
+            and not index
+            and (file.suffix in SIDE_SUFFIXES or licence)
+        ):
             shutil.copyfile(file, folder / file.name)
 
 

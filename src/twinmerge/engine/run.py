@@ -6,7 +6,7 @@ tensor that come last are run just before that tensor is merged, so that most me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import parallel
 from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile
 from twinmerge.models.opened import OpenedModel
 
@@ -49,7 +50,7 @@ def run(
     load: Callable[[str], Tile],
     order: Iterable[str] | None = None,
     progress: bool = True,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Generator[tuple[str, Tensor], None, None]:
     """Merge tensors one at a time.
 
     Args:
@@ -58,7 +59,8 @@ def run(
         order: the order of the output, `names` by default.
 
     Yields:
-        (name, merged tensor in float32), finite; computed without keeping other tensors.
+        (name, merged tensor in float32), finite. One tensor is held at a time; matrices (grain "matrix") are merged side
+        by side, one BLAS thread each, a few at a time.
     """
     passes = list(method.passes())
     last_model = max((i for i, p in enumerate(passes) if p.scope == "model"), default=-1)
@@ -78,12 +80,20 @@ def run(
                 _add(total, part)
         if step.scope == "model":
             model_known[step.name] = step.finish(total, model_known)
-    for name in tqdm(list(order or names), "merging", delay=1, leave=False, disable=_off(progress)):
-        tile = load(name)
-        known = {**model_known, **tensor_known[name]}
-        for step in passes[last_model + 1 :]:
-            known[step.name] = step.finish(step.observe(tile, known), known)
-        yield name, _merged(method, tile, known)
+
+    def loaded() -> Iterator[tuple[Tile, Known]]:
+        for name in order or names:
+            tile = load(name)
+            known = {**model_known, **tensor_known[name]}
+            for step in passes[last_model + 1 :]:
+                known[step.name] = step.finish(step.observe(tile, known), known)
+            yield tile, known
+
+    if method.grain == "matrix":
+        merged = parallel(lambda work: (work[0].at.name, _merged(method, *work)), loaded())
+    else:
+        merged = ((tile.at.name, _merged(method, tile, known)) for tile, known in loaded())
+    yield from tqdm(merged, "merging", total=len(names), delay=1, leave=False, disable=_off(progress))
 
 
 def _merged(method: Method, tile: Tile, known: Known) -> Tensor:

@@ -44,6 +44,8 @@ def locate(ref: str | os.PathLike[str]) -> Located:
 (org/name or org/name@revision). Check the path.
     """
     text = os.fspath(ref)
+    if not text:
+        raise TwinmergeError("A model's name is empty. Give a path, a hub id or base+adapter.")
     if "+" in text and not Path(text).exists():
         base, _, adapter = text.rpartition("+")
         left, right = _folder(base), _folder(adapter)

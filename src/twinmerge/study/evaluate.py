@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import HeadedModel, load_heads
+from twinmerge.models.headed import HeadedModel, load_heads, rows_of_batch
 from twinmerge.models.opened import open_model
 from twinmerge.study.scores import Evaluation, Reading, Setting
 from twinmerge.tasks.encode import TextEncoder, batches
@@ -43,7 +44,7 @@ class StaticRunner:
         opened = open_model(str(folder))
         if opened.architecture is None:
             raise TwinmergeError(f"{folder} has no config.json, so it cannot be evaluated. Add its config.json.")
-        heads = load_heads(folder)
+        heads = load_heads(folder, folder_fingerprint(folder))
         architecture = opened.architecture
         if heads:
             from twinmerge.models.architecture import Architecture, class_of
@@ -74,6 +75,8 @@ class TwinRunner:
     settings: tuple[Setting, ...] = ("task given", "head given", "nothing given")
 
     def __init__(self, twin: Twin, oracle_biases: bool = False) -> None:
+        if not twin.model.head_specs and not hasattr(twin.model.body, "num_labels"):
+            raise TwinmergeError("This twin has no heads and is no classifier. Build one on classifiers.")
         self.twin = twin
         self.oracle_biases = oracle_biases
         self.encoder = twin.encoder
@@ -82,19 +85,16 @@ class TwinRunner:
             self.settings = ("task given",)
 
     def labels(self, head: str) -> list[str]:
-        return self.twin.model.labels(head)
+        return self.twin.model.labels(head if self.twin.model.head_specs else None)
 
-    def route(self, rows: Sequence[Row]) -> torch.Tensor:
-        weights: torch.Tensor = self.twin.route(self.encoder.encode(rows), self.twin.top_k)
-        return weights
+    def route(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.twin.route(batch, self.twin.top_k)
 
     def answer(
-        self, rows: Sequence[Row], heads: Sequence[str], mixture: torch.Tensor, tasks: Sequence[str]
+        self, batch: Mapping[str, torch.Tensor], heads: Sequence[str], mixture: torch.Tensor, tasks: Sequence[str]
     ) -> torch.Tensor:
         biases = list(tasks) if self.oracle_biases else None
-        out: TwinOutput = self.twin(
-            **self.encoder.encode(rows), mixture=mixture, head=list(heads), oracle_biases=biases
-        )
+        out: TwinOutput = self.twin(**batch, mixture=mixture, head=list(heads), oracle_biases=biases)
         assert out.logits is not None
         return out.logits
 
@@ -167,6 +167,12 @@ def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) 
             raise TwinmergeError(
                 f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. Use the model tuned on it."
             )
+        own = runner.labels(name)
+        if own != list(task.labels) and sorted(own) == sorted(task.labels):
+            raise TwinmergeError(
+                f"The head for {name!r} has its labels in another order ({', '.join(own)}) than the suite "
+                f"({', '.join(task.labels)}). Put the suite's labels and rows into the head's order."
+            )
 
 
 class _Answers:
@@ -209,26 +215,28 @@ def _twin(
     spent = dict.fromkeys(ways, 0.0)
     for batch in tqdm(plan, "evaluating", delay=1, leave=False, disable=None if progress else True):
         given = torch.nn.functional.one_hot(torch.tensor([experts.index(q.task) for q in batch]), len(experts)).float()
+        heads = [q.task for q in batch]
         start = time.perf_counter()
-        own = _labels(runner, batch, [q.task for q in batch], given)
+        encoded = runner.encoder.encode([q.row for q in batch])  # once, so that a row that is cut is counted once
+        own = _labels(runner, encoded, heads, given, heads)
         answered = time.perf_counter() - start
         _put(answers[ways[0]], batch, own)
         spent[ways[0]] += answered
         if len(ways) == 1:
             continue
         start = time.perf_counter()
-        routed = runner.route([q.row for q in batch])
+        routed = runner.route(encoded)
         routing = time.perf_counter() - start
         chosen = [experts[int(k)] for k in routed.argmax(-1)]
         right += sum(c == q.task for c, q in zip(chosen, batch, strict=True))
         other = [i for i in range(len(batch)) if not torch.equal(routed[i], given[i])]
         by_head, by_router = list(own), list(own)
-        heads = [q.task for q in batch]
         if other:
-            few, mixture = [batch[i] for i in other], routed[other]
-            for i, label in zip(other, _labels(runner, few, [heads[i] for i in other], mixture), strict=True):
+            few, mixture = rows_of_batch(encoded, torch.tensor(other), len(batch)), routed[other]
+            tasks = [heads[i] for i in other]
+            for i, label in zip(other, _labels(runner, few, tasks, mixture, tasks), strict=True):
                 by_head[i] = label
-            for i, label in zip(other, _labels(runner, few, [chosen[i] for i in other], mixture), strict=True):
+            for i, label in zip(other, _labels(runner, few, [chosen[i] for i in other], mixture, tasks), strict=True):
                 by_router[i] = label
         _put(answers[ways[1]], batch, by_head)
         strict = [label if c == h else -1 for label, c, h in zip(by_router, chosen, heads, strict=True)]
@@ -248,10 +256,14 @@ def _twin(
     ]
 
 
-def _labels(runner: TwinRunner, batch: Sequence[Question], heads: Sequence[str], mixture: torch.Tensor) -> list[int]:
-    found: list[int] = (
-        runner.answer([q.row for q in batch], heads, mixture, [q.task for q in batch]).argmax(-1).tolist()
-    )
+def _labels(
+    runner: TwinRunner,
+    batch: Mapping[str, torch.Tensor],
+    heads: Sequence[str],
+    mixture: torch.Tensor,
+    tasks: Sequence[str],
+) -> list[int]:
+    found: list[int] = runner.answer(batch, heads, mixture, tasks).argmax(-1).tolist()
     return found
 
 

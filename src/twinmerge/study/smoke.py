@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads
+from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, rows_of_batch
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.texts import read_texts
@@ -64,47 +64,58 @@ def _module(model: OpenedModel, like: OpenedModel, heads: dict[str, HeadSpec]) -
 
 
 def _language(written: OpenedModel, merged: Merge, encoder: TextEncoder, file: Path) -> list[Loss]:
-    texts = read_texts(file)[:MOST_TEXTS]
+    batches = [encoder.encode([text]) for text in read_texts(file)[:MOST_TEXTS]]
+    encoder.warn_truncated()
+    batches = [batch for batch in batches if batch["input_ids"].shape[1] > 1]  # one token predicts none
+    if not batches:
+        raise TwinmergeError(f"{file} has no text of two tokens or more to take a loss on. Give longer ones.")
     found = []
     for name, model in {"merged": written, "base": merged.base, **merged.experts}.items():
         module = _module(model, model, {})
         losses, tokens = 0.0, 0
-        for text in texts:
-            batch = encoder.encode([text])
+        for batch in batches:
             output = module(batch)
             logits = getattr(output, "logits", None)
-            if logits is None or logits.dim() != 3 or batch["input_ids"].shape[1] < 2:
+            if logits is None or logits.dim() != 3:
                 raise TwinmergeError(
                     "--smoke takes the loss of language models and of classifiers with heads; this model is neither."
                 )
             losses += F.cross_entropy(logits[0, :-1].float(), batch["input_ids"][0, 1:], reduction="sum").item()
             tokens += batch["input_ids"].shape[1] - 1
-        found.append(Loss(name, losses / tokens, len(texts)))
+        found.append(Loss(name, losses / tokens, len(batches)))
     return found
 
 
 def _classifiers(
     written: OpenedModel, heads: dict[str, HeadSpec], merged: Merge, encoder: TextEncoder, file: Path
 ) -> list[Loss]:
-    rows = _labelled(file, list(heads))
+    rows = _labelled(file, {name: len(head.labels) for name, head in heads.items()})
+    batch = encoder.encode([text for text, _, _ in rows])
+    encoder.warn_truncated()
     like = next(iter(merged.experts.values()))
-    found = [Loss("merged", _loss(_module(written, like, heads), rows, encoder), len(rows))]
-    found.append(Loss("base", _loss(_module(merged.base, like, heads), rows, encoder), len(rows)))
+    found = [Loss("merged", _loss(_module(written, like, heads), rows, batch), len(rows))]
+    found.append(Loss("base", _loss(_module(merged.base, like, heads), rows, batch), len(rows)))
     for name, model in merged.experts.items():
-        own = [row for row in rows if row[1] == name]
+        own = [i for i, row in enumerate(rows) if row[1] == name]
         if own:
-            found.append(Loss(name, _loss(_module(model, model, {name: heads[name]}), own, encoder), len(own)))
+            module = _module(model, model, {name: heads[name]})
+            loss = _loss(module, [rows[i] for i in own], rows_of_batch(batch, torch.tensor(own), len(rows)))
+            found.append(Loss(name, loss, len(own)))
     return found
 
 
-def _loss(module: HeadedModel, rows: Sequence[tuple[str, str, int]], encoder: TextEncoder) -> float:
-    logits = module(encoder.encode([text for text, _, _ in rows]), [head for _, head, _ in rows])["logits"]
+def _loss(module: HeadedModel, rows: Sequence[tuple[str, str, int]], batch: Mapping[str, torch.Tensor]) -> float:
+    logits = module(batch, [head for _, head, _ in rows])["logits"]
     return F.cross_entropy(logits.float(), torch.tensor([label for _, _, label in rows])).item()
 
 
-def _labelled(file: Path, heads: Sequence[str]) -> list[tuple[str, str, int]]:
+def _labelled(file: Path, heads: Mapping[str, int]) -> list[tuple[str, str, int]]:
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSON
+    except (OSError, UnicodeDecodeError) as error:
+        raise TwinmergeError(f"{file} cannot be read: {error}. Give a UTF-8 file of texts.") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -116,6 +127,10 @@ def _labelled(file: Path, heads: Sequence[str]) -> list[tuple[str, str, int]]:
             ) from error
         if head not in heads:
             raise TwinmergeError(f"{file}, line {number}: no expert {head!r}. The merge has: {', '.join(heads)}.")
+        if not 0 <= label < heads[head]:
+            raise TwinmergeError(
+                f"{file}, line {number}: label {label} of {head!r}. Give a number from 0 to {heads[head] - 1}."
+            )
         found.append((text, head, label))
     if not found:
         raise TwinmergeError(f"{file} holds no rows. Write one JSON object a line.")

@@ -35,6 +35,8 @@ def read_texts(file: Path) -> list[str | tuple[str, str]]:
         try:
             row = json.loads(line)
             text, pair = row["text"], row.get("text_pair")
+            if not isinstance(text, str) or not isinstance(pair, str | None):
+                raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TwinmergeError(f'{file}, line {number}: expected {{"text": "..."}}. Mend that line.') from error
         found.append((text, pair) if pair else text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_product
+from twinmerge.maths.threads import parallel
 from twinmerge.methods.base import Place
 from twinmerge.models.opened import OpenedModel
 
@@ -55,33 +57,42 @@ def split(
     if rank is not None and rank < 1:
         raise TwinmergeError(f"rank={rank} is out of range. Give at least 1, or none for all of it.")
     parts = {expert: Exclusive({}, {}) for expert in experts}
-    for name in tqdm(list(names), "splitting", delay=1, leave=False, disable=None if progress else True):
-        reference = shared[name]
-        matrix = Place(name, tuple(reference.shape)).is_matrix
-        if matrix and linear is not None and all(name in model.factors for model in experts.values()):
-            factors = [model.factors[name] for model in experts.values()]
-            for i, expert in enumerate(experts):
-                weights = [float(i == j) - c for j, c in enumerate(linear)]
-                _keep_low(parts[expert], name, truncate_product(factors, weights, rank), reference.dtype)
-            continue
-        for expert, model in experts.items():
-            theta = model.read(name)
-            wide = torch.promote_types(torch.promote_types(theta.dtype, reference.dtype), torch.float32)
-            delta = theta.to(wide) - reference.to(wide)
-            if not matrix:
-                if bool(delta.any()):
-                    parts[expert].dense[name] = delta.to(reference.dtype)
+
+    def work() -> Iterator[tuple[str, str, Callable[[], Factors | Tensor]]]:
+        """Read in this thread; what is to be computed comes as a call for the pool."""
+        bar = tqdm(list(names), "splitting", delay=1, leave=False, disable=None if progress else True)
+        for name in bar:
+            reference = shared[name]
+            matrix = Place(name, tuple(reference.shape)).is_matrix
+            if matrix and linear is not None and all(name in model.factors for model in experts.values()):
+                factors = [model.factors[name] for model in experts.values()]
+                for i, expert in enumerate(experts):
+                    weights = [float(i == j) - c for j, c in enumerate(linear)]
+                    yield expert, name, partial(truncate_product, factors, weights, rank)
                 continue
-            flat = delta.reshape(delta.shape[0], -1)
-            _keep_low(
-                parts[expert], name, truncate(flat, rank, name=name) if rank else _all_of(flat, name), reference.dtype
-            )
+            for expert, model in experts.items():
+                theta = model.read(name)
+                wide = torch.promote_types(torch.promote_types(theta.dtype, reference.dtype), torch.float32)
+                delta = theta.to(wide) - reference.to(wide)
+                if not matrix:
+                    yield expert, name, partial(torch.clone, delta)
+                elif rank is None:
+                    yield expert, name, partial(_all_of, delta.flatten(1), name)
+                else:
+                    yield expert, name, partial(truncate, delta.flatten(1), rank, name)
+
+    for expert, name, found in parallel(lambda w: (w[0], w[1], w[2]()), work()):
+        _keep(parts[expert], name, found, shared[name].dtype)
     return parts
 
 
-def _keep_low(part: Exclusive, name: str, factors: Factors, dtype: torch.dtype) -> None:
-    if factors.rank:
-        part.low[name] = Factors(factors.b.to(dtype).contiguous(), factors.a.to(dtype).contiguous())
+def _keep(part: Exclusive, name: str, found: Factors | Tensor, dtype: torch.dtype) -> None:
+    """Store what is not zero, in the model's own dtype."""
+    if isinstance(found, Tensor):
+        if bool(found.any()):
+            part.dense[name] = found.to(dtype)
+    elif found.rank:
+        part.low[name] = Factors(found.b.to(dtype).contiguous(), found.a.to(dtype).contiguous())
 
 
 def _all_of(delta: Tensor, name: str) -> Factors:
@@ -110,7 +121,7 @@ def cut(part: Exclusive, rank: int) -> Exclusive:
         kept = Factors(f.b[:, :rank], f.a[:rank])
         if f.rank > rank and not _is_ordered(f):
             kept = truncate_product([f], [1.0], rank)
-        _keep_low(cuts, name, kept, f.b.dtype)
+        _keep(cuts, name, kept, f.b.dtype)
     return cuts
 
 
