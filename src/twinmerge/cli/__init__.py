@@ -55,7 +55,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            app()
+            app(prog_name="twinmerge")
         except TwinmergeError as error:
             _say(f"Error: {error}")
             sys.exit(2)

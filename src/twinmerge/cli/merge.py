@@ -55,6 +55,7 @@ def merge(
     """
     from twinmerge.engine.merge import Merge
     from twinmerge.engine.recipe import Recipe, read_recipe
+    from twinmerge.store.output import OutputFolder
 
     use_threads(threads)
     if method is not None and recipe is not None and out is None:
@@ -85,6 +86,8 @@ def merge(
     merged = Merge(described)
     check = merged.check()
     if dry_run:
+        if target is not None:
+            OutputFolder(target, check["output_bytes"]).check()
         if json:
             print_json(check)
         else:

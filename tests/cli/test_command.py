@@ -1,0 +1,111 @@
+"""The command itself: help, version, warnings, imports, and the installed script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+import twinmerge.cli
+from twinmerge.errors import TwinmergeError
+
+COMMANDS = ["", "merge", "twin", "twin build", "twin run", "evaluate", "diff", "methods", "demo"]
+
+
+def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help(command: Any, words: str) -> None:
+    for flag in ("--help", "-h"):
+        ran = command(*words.split(), flag)
+        assert ran.code == 0 and ran.err == "" and f"Usage: twinmerge {words}".rstrip() in ran.out
+    found: Any = typer.main.get_command(twinmerge.cli.app)
+    for word in words.split():
+        found = found.commands[word]
+    first = (found.help or "").split("\n")[0]
+    assert first and " ".join(first.split()[:4]) in " ".join(ran.out.split())
+    options = [name for p in found.params for name in p.opts if name.startswith("--")]
+    assert all(name in ran.out for name in options)
+    assert set(getattr(found, "commands", {})) == {
+        name.split()[-1] for name in COMMANDS[1:] if name.rpartition(" ")[0] == words and hasattr(found, "commands")
+    }
+
+
+def test_version_and_usage(command: Any) -> None:
+    assert command("--version").out == version("twinmerge") + "\n"
+    for words in (["--vresion"], ["mrege"], ["twin", "build"], ["methods", "--threads", "0"]):
+        ran = command(*words)
+        assert ran.code == 2 and ran.out == "" and "Usage: twinmerge" in ran.err and "Traceback" not in ran.err
+
+
+def test_threads(command: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert command("diff", zoo.base, zoo.base, "--threads", 3).code == 0
+    assert command("diff", zoo.base, zoo.base).code == 0
+    assert asked == [3, os.cpu_count()]
+
+
+def test_errors_and_warnings_are_one_line_each(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def talk(**_: Any) -> None:
+        warnings.warn("one\n   two", stacklevel=1)
+        warnings.warn("three", FutureWarning, stacklevel=1)
+        raise TwinmergeError("Bad file:\n  line 3,\n  a  b.")
+
+    before = warnings.showwarning
+    monkeypatch.setattr(twinmerge.cli, "app", talk)
+    assert command() == (2, "", "Warning: one two\nWarning: three\nError: Bad file: line 3, a  b.\n")
+    assert warnings.showwarning is before
+
+
+def test_interrupt(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(twinmerge.cli, "app", stop)
+    assert command() == (130, "", "")
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    code = (
+        "import sys, twinmerge\nassert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "from twinmerge.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as left:\n    assert left.code == 0\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\nprint('light')"
+    )
+    ran = python(code, "--help")
+    assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, ["light"]), ran.stderr
+
+
+def test_the_installed_script(zoo: Any, tmp_path: Path) -> None:
+    """One real process: a mistake with the hub offline, and texts that are cut."""
+    (script,) = entry_points(group="console_scripts", name="twinmerge")
+    assert script.value == "twinmerge.cli:main" and script.load() is twinmerge.cli.main
+    code = (
+        "import sys\nfrom twinmerge.cli import main\n"
+        "try:\n    sys.argv = ['twinmerge', 'twin', 'run', sys.argv[1], 'w3 ' * 40, '--threads', '1', '--json']\n    main()\n"
+        "except SystemExit as left:\n    assert not left.code\n"
+        "sys.argv = ['twinmerge', 'merge', '--method', 'average', '--expert', 'a=no-one/nothing', '--expert', 'b=x/y', '-o', 'out']\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, str(zoo.twin)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "COLUMNS": "200"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert ran.returncode == 2 and '"label": "' in ran.stdout
+    assert ran.stderr.splitlines() == [
+        "Warning: 1 of 1 texts were longer than the 16 tokens that the model takes and were cut.",
+        "Error: 'no-one/nothing' is no folder here, and as a hub id it is not in the local cache and the hub cannot be "
+        "reached. Check the path, or go online (unset HF_HUB_OFFLINE) and run again.",
+    ]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -1,0 +1,132 @@
+"""`twinmerge twin build` and `twinmerge twin run`, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import twinmerge as tm
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def router_of(twin: Path) -> bytes:
+    return (twin / "router.safetensors").read_bytes()
+
+
+def test_build_with_a_suite(command: Any, zoo: Any, tmp_path: Path) -> None:
+    """The command writes, byte for byte, what the library writes."""
+    given = ["twin", "build", "--base", zoo.base, *zoo.given, "--rank", 4, "--suite", zoo.suite]
+    found = command(*given, "-o", tmp_path / "twin", "--json").json()
+    assert contents(tmp_path / "twin") == contents(zoo.twin)
+    assert found["router"]["rows"] == 18 and 0.6 <= found["router"]["right"] < 1
+    extra = {n: len(b) for n, b in contents(zoo.twin).items() if n.startswith(("twin.", "router.", "heads/"))}
+    assert found["bytes_extra"] == sum(extra.values()) and len(extra) == 8
+
+
+def test_build_with_data_and_without(command: Any, zoo: Any, tmp_path: Path) -> None:
+    given = ["twin", "build", "--base", zoo.base, *zoo.given, "--rank", 4]
+    data = [word for task, file in zoo.data.items() for word in ("--data", f"{task}={file}")]
+    with_data = command(*given, *data, "-o", tmp_path / "a")
+    assert with_data.code == 0 and "Router on 18 held-out inputs: " in with_data.out
+    assert "Built a twin of 3 experts at rank 4" in with_data.err
+    fewer = command(*given, *data, "--rows", 20, "-o", tmp_path / "fewer")
+    assert "Router on 12 held-out inputs: " in fewer.out
+    without = command(*given, "-o", tmp_path / "b")
+    assert without.code == 0 and without.out == "" and "It has no router" in without.err
+    assert contents(tmp_path / "b") == contents(zoo.plain)
+    assert tm.Twin.from_pretrained(tmp_path / "a").router is not None
+
+
+def test_build_passes_its_options_on(command: Any, zoo: Any, tmp_path: Path) -> None:
+    given = ["twin", "build", "--base", zoo.base, *zoo.given, "--suite", zoo.suite, "--rank", 2]
+    given += ["--shared", "task_arithmetic", "-p", "scale=0.5", "-p", "mood.weights=2", "--router", "mlp", "--seed", 3]
+    found = command(*given, "-o", tmp_path / "out", "--json").json()
+    api = tm.Twin.build(
+        str(zoo.base),
+        zoo.experts,
+        2,
+        shared="task_arithmetic",
+        scale=0.5,
+        weights=(1.0, 2.0, 1.0),  # methods see the experts by name: kind, mood, size
+        progress=False,
+    )
+    rows = {task: rows.rows("train", 500, 3) for task, rows in tm.open_suite(zoo.suite).items()}
+    report = api.fit_router(rows, "mlp", seed=3, progress=False)
+    read = tm.Twin.from_pretrained(tmp_path / "out")
+    assert found["router"] == json.loads(json.dumps(report._asdict()))
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), api.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+@pytest.fixture(scope="module")
+def mixed(zoo: Any) -> list[str]:
+    return [text for rows in zip(*(zoo.texts(k, 4, 9) for k in range(3)), strict=True) for text in rows]
+
+
+def test_run_routed(command: Any, zoo: Any, mixed: list[str]) -> None:
+    found = command("twin", "run", zoo.twin, *mixed, "--json").json()
+    expected = tm.Twin.from_pretrained(zoo.twin).predict(mixed, detail=True)
+    assert found == [{"text": t, **vars(p)} for t, p in zip(mixed, expected, strict=True)]
+    assert [row["expert"] for row in found] == [*zoo.labels] * 4
+    assert all(row["mixture"] == {task: float(task == row["expert"]) for task in zoo.labels} for row in found)
+
+
+def test_run_shows_a_table(command: Any, zoo: Any, mixed: list[str]) -> None:
+    rows = command("twin", "run", zoo.twin, *mixed, "--json").json()
+    shown = command("twin", "run", zoo.twin, *mixed).out
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert cells == [[r["text"], r["label"], f"{100 * r['confidence']:.0f} %", f"{r['expert']} 1.00"] for r in rows]
+
+
+def test_run_with_an_expert_is_the_expert(command: Any, zoo: Any, mixed: list[str], tmp_path: Path) -> None:
+    """At full rank the label and its confidence are those of the stock model."""
+    assert command("twin", "build", "--base", zoo.base, *zoo.given, "--rank", 16, "-o", tmp_path / "t").code == 0
+    found = command("twin", "run", tmp_path / "t", *mixed, "--expert", "kind", "--json").json()
+    model = AutoModelForSequenceClassification.from_pretrained(zoo.kind)
+    for row in found:
+        ids = torch.tensor([[2] + [int(word[1:]) for word in row["text"].split()]])
+        with torch.no_grad():
+            p = model(input_ids=ids).logits[0].softmax(-1)
+        assert row["label"] == zoo.labels["kind"][int(p.argmax())]
+        assert row["confidence"] == pytest.approx(p.max().item(), abs=1e-4)
+
+
+def test_run_with_head_mixture_soft_and_file(command: Any, zoo: Any, mixed: list[str], tmp_path: Path) -> None:
+    twin = tm.Twin.from_pretrained(zoo.twin)
+    (tmp_path / "more.txt").write_text("\n".join(mixed[1:]))
+    (tmp_path / "pairs.jsonl").write_text('{"text": "w3 w4", "text_pair": "w5"}\n{"text": "w6"}\n')
+    for words, choice in {
+        ("--head", "size"): {"head": "size"},
+        ("--mixture", "mood=0.75", "--mixture", "kind=2.5e-1"): {"mixture": {"mood": 0.75, "kind": 0.25}},
+        ("--mixture", "mood=0.5", "--head", "size"): {"mixture": {"mood": 0.5}, "head": "size"},
+        ("--soft",): {"top_k": None},
+    }.items():
+        found = command("twin", "run", zoo.twin, mixed[0], "--file", tmp_path / "more.txt", *words, "--json").json()
+        expected = twin.predict(mixed, detail=True, **choice)
+        assert found == [{"text": t, **vars(p)} for t, p in zip(mixed, expected, strict=True)]
+    assert any(0.001 < weight < 0.999 for p in expected for weight in p.mixture.values())
+    pairs = command("twin", "run", zoo.twin, "--file", tmp_path / "pairs.jsonl", "--json").json()
+    assert [row["text"] for row in pairs] == [["w3 w4", "w5"], "w6"]
+    assert "│ w3 w4 / w5 " in command("twin", "run", zoo.twin, "--file", tmp_path / "pairs.jsonl").out
+
+
+def test_brackets_and_colons_of_a_text_stay(command: Any, zoo: Any) -> None:
+    shown = command("twin", "run", zoo.twin, "w3 [red]w4[/blue] :smile:", "--expert", "mood")
+    assert shown.code == 0 and "│ w3 [red]w4[/blue] :smile: " in shown.out
+
+
+def test_texts_that_are_too_long_are_cut_with_one_line_of_warning(command: Any, zoo: Any) -> None:
+    long = " ".join(["w3"] * 40)
+    ran = command("twin", "run", zoo.twin, long, "w4 w5", long + " w9", "--json")
+    assert len(ran.json()) == 3 and ran.json()[0]["confidence"] == ran.json()[2]["confidence"]
+    assert ran.err == "Warning: 2 of 3 texts were longer than the 16 tokens that the model takes and were cut.\n"
