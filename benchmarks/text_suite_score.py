@@ -32,7 +32,9 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
 }
 
 
-def score(base: str, suite_dir: Path, experts_dir: Path, out: Path, names: list[str]) -> None:
+def score(
+    base: str, suite_dir: Path, experts_dir: Path, out: Path, names: list[str], heads: tuple[str, ...] = ()
+) -> None:
     """Write scores.json, table.md, validation.json and pictures to `out`."""
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -50,19 +52,23 @@ def score(base: str, suite_dir: Path, experts_dir: Path, out: Path, names: list[
     test = Tally(reference["test"], rows)
     test.add(
         "base",
-        evaluate(_merged("task_arithmetic", base, experts, work / "base", {"scale": 0.0})[0], suite),
+        evaluate(_merged("task_arithmetic", base, experts, work / "base", {"scale": 0.0}, heads)[0], suite),
         _heads_bytes(work / "base"),
         0.0,
     )
     chosen, tried = {}, {}
     for method, grid in GRIDS.items():
-        chosen[method], tried[method] = _choose(method, grid, base, experts, suite, reference["validation"], work)
+        chosen[method], tried[method] = _choose(
+            method, grid, base, experts, suite, reference["validation"], work, heads
+        )
         print(f"{method}: {chosen[method]}", flush=True)
-        folder, seconds = _merged(method, base, experts, work / method, chosen[method])
+        folder, seconds = _merged(method, base, experts, work / method, chosen[method], heads)
         test.add(method, evaluate(folder, suite), _heads_bytes(folder), seconds, parameters=chosen[method])
     routers = {}
     for shared in ("task_arithmetic", "tsv"):
-        routers[shared] = _twins(shared, chosen[shared], base, experts, suite, reference["validation"], work, test)
+        routers[shared] = _twins(
+            shared, chosen[shared], base, experts, suite, reference["validation"], work, test, heads
+        )
         print(f"twin over {shared}: rank {routers[shared]['rank_chosen']}", flush=True)
     _write(out, suite_dir, names, reference["test"], rows, chosen, tried, routers, time.perf_counter() - start)
     shutil.rmtree(work)
@@ -112,10 +118,10 @@ def _experts(experts: dict[str, str], suite: Any, split: str, limit: int | None)
 
 
 def _merged(
-    method: str, base: str, experts: dict[str, str], folder: Path, parameters: dict[str, Any]
+    method: str, base: str, experts: dict[str, str], folder: Path, parameters: dict[str, Any], heads: tuple[str, ...]
 ) -> tuple[Path, float]:
     start = time.perf_counter()
-    tm.merge(method, base=base, experts=experts, **parameters).save(folder)
+    tm.merge(method, base=base, experts=experts, heads=heads, **parameters).save(folder)
     return folder, time.perf_counter() - start
 
 
@@ -127,6 +133,7 @@ def _choose(
     suite: Any,
     reference: Evaluation,
     work: Path,
+    heads: tuple[str, ...],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The point of the grid with the best normalised score on validation rows (the first among equals)."""
     tried = []
@@ -134,7 +141,7 @@ def _choose(
         parameters = dict(zip(grid, point, strict=True))
         if len(list(product(*grid.values()))) == 1:
             return parameters, []
-        folder, _ = _merged(method, base, experts, work / "candidate", parameters)
+        folder, _ = _merged(method, base, experts, work / "candidate", parameters, heads)
         found = evaluate(folder, suite, "validation", VALIDATION_ROWS)[0]
         tried.append({"parameters": parameters, "normalised": found.normalised(reference)})
         shutil.rmtree(folder)
@@ -151,10 +158,11 @@ def _twins(
     reference: Evaluation,
     work: Path,
     test: Tally,
+    heads: tuple[str, ...],
 ) -> dict[str, Any]:
     """The ladder of ranks over one shared part; one split at the highest rank, cut for the others."""
     start = time.perf_counter()
-    highest = tm.Twin.build(base, experts, max(RANKS), shared=shared, **parameters)
+    highest = tm.Twin.build(base, experts, max(RANKS), shared=shared, heads=heads, **parameters)
     inputs = {name: task.rows("train", ROUTER_ROWS) for name, task in suite.items()}
     report = highest.fit_router(inputs)
     built = time.perf_counter() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,8 @@ class HeadedModel(nn.Module):
         self.body: nn.Module = model.get_submodule(self.body_path) if self.body_path else model
         self._load(state)
         self.body.eval()
+        self._groups: list[tuple[Tensor, HeadSpec]] = []
+        self._hook_inner_heads(head_names)
         self.port = BodyPort(self.body)
         self._outer: dict[str, PreTrainedModel] = {}
         for name, head in self.head_specs.items():
@@ -128,8 +131,9 @@ class HeadedModel(nn.Module):
         found, missing = {}, []
         for canonical, key in wanted.items():
             source = canonical if canonical in state else aliases.get(canonical, canonical)
-            if source in state:
-                found[key] = state[source]
+            own = [head.tensors[canonical] for head in self.head_specs.values() if canonical in head.tensors]
+            if source in state or own:  # a head inside the body that the base lacks: any expert's holds its place
+                found[key] = state[source] if source in state else own[0]
             else:
                 missing.append(canonical)
         if missing:
@@ -142,6 +146,31 @@ class HeadedModel(nn.Module):
         if tie is not None and aliases:
             tie()
         self.body.requires_grad_(False)
+
+    def _hook_inner_heads(self, head_names: set[str]) -> None:
+        """Heads may lie inside the body (a pooler): their modules answer each row with its own head's tensors."""
+        for path, module in self.body.named_modules():
+            names = {a: self.canonical(f"{path}.{a}") for a, _ in module.named_parameters(recurse=False)}
+            inner = {a: n for a, n in names.items() if n in head_names}
+            if not inner:
+                continue
+            if any(True for _ in module.children()):
+                raise TwinmergeError(
+                    f"The tensor {next(iter(inner.values()))!r} cannot be a head: its module {path!r} has parts of its own. Name "
+                    "whole layers with --head."
+                )
+            module.register_forward_hook(partial(self._by_head, inner))
+
+    def _by_head(self, names: Mapping[str, str], module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        for rows, head in self._groups:
+            own = {a: head.tensors[n] for a, n in names.items() if n in head.tensors}
+            module.__dict__.update(own)  # hides the parameters while the module runs
+            try:
+                y[rows] = module.forward(args[0][rows])
+            finally:
+                for attribute in own:
+                    del module.__dict__[attribute]
+        return y
 
     def _head_module(self, name: str, head: HeadSpec) -> PreTrainedModel:
         architecture = Architecture(head.config, class_of(head.config))
@@ -178,12 +207,12 @@ class HeadedModel(nn.Module):
         size = batch_size(batch)
         if heads is None or len(heads) != size:
             raise TwinmergeError(f"{size} rows need {size} head names, got {0 if heads is None else len(heads)}.")
-        used = list(dict.fromkeys(heads))
+        groups = {h: torch.tensor([i for i, name in enumerate(heads) if name == h]) for h in dict.fromkeys(heads)}
         logits: list[tuple[Tensor, Tensor]] = []
         first: Any = None
         try:
-            for head in used:
-                rows = torch.tensor([i for i, h in enumerate(heads) if h == head])
+            self._groups = [(rows, self.head_specs[head]) for head, rows in groups.items()]
+            for head, rows in groups.items():
                 if first is None:
                     first = self._outer[head](**batch, **options)
                     logits.append((rows, first.logits.index_select(0, rows)))
@@ -192,6 +221,7 @@ class HeadedModel(nn.Module):
                     output = self._outer[head](**rows_of_batch(batch, rows, size), **options)
                     logits.append((rows, output.logits))
         finally:
+            self._groups = []
             self.port.reset()
         width = max(part.shape[-1] for _, part in logits)
         joined = torch.full((size, *logits[0][1].shape[1:-1], width), -torch.inf, dtype=logits[0][1].dtype)
