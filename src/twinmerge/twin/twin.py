@@ -129,8 +129,8 @@ class Twin(nn.Module):
             base: the model that the experts were tuned from.
             experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
             rank: of each exclusive matrix, at least 1; None keeps everything (exact, and large).
-            shared: the static method of the shared part; "task_arithmetic" is the paper's. The default needs about a
-                quarter of the rank for the same scores (README, text benchmark).
+            shared: the static method of the shared part; "task_arithmetic" is the paper's. The default keeps more of the
+                experts at small ranks (docs/measurements.md has the ladder of both).
             heads: patterns of tensors to keep per expert besides those found.
             parameters: of the static method.
 
