@@ -140,6 +140,13 @@ def test_predict_warns_of_texts_that_were_cut(speaker: Twin) -> None:
         assert speaker.predict([fits], expert="e1") == cut[1:2]
 
 
+def test_fit_router_warns_of_texts_that_were_cut(folders: Any) -> None:
+    twin = Twin.build(folders[0], folders[1], 1, progress=False)
+    texts = [" ".join(["w3"] * 20), *(f"w{i} w4" for i in range(5, 10))]
+    with pytest.warns(UserWarning, match=f"3 of 18 texts were longer than the {MOST} tokens"):
+        twin.fit_router(dict.fromkeys(twin.experts, texts), progress=False)
+
+
 def test_predict_refuses_what_has_no_labels(lab: Any, speaker: Twin, folders: Any, tmp_path: Path) -> None:
     with pytest.raises(TwinmergeError, match="list of texts"):
         speaker.predict("w3 w4", expert="e0")

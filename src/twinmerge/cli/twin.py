@@ -58,11 +58,13 @@ def build(
 
     twinmerge twin build --base B --expert a=A --expert b=B2 --data a=a.jsonl --data b=b.jsonl -o TWIN
     """
+    from twinmerge.store.output import OutputFolder
     from twinmerge.tasks.suite import open_suite
     from twinmerge.tasks.texts import read_texts
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
+    OutputFolder(output).check()
     if base is None:
         raise TwinmergeError("No base is named. Add --base MODEL, the model that the experts were tuned from.")
     experts = pairs(expert, "--expert")

@@ -220,6 +220,8 @@ class Twin(nn.Module):
             found = [] if given is None else list(self._feature_batches(given, layers, batch_rows, name, progress))
             rows += found
             owners += [k] * sum(len(f) for f in found)
+        if self._encoder is not None:
+            self._encoder.warn_truncated()
         if not rows:
             raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
         with torch.random.fork_rng(devices=[]):
