@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile
+from twinmerge.methods.base import Known, Method, Partial, Place, Tile
 from twinmerge.models.opened import OpenedModel
 
 
@@ -113,6 +113,3 @@ def _add(total: Partial, part: Partial) -> None:
 def _off(progress: bool) -> bool | None:
     """None lets tqdm show its bar on a terminal only."""
     return None if progress else True
-
-
-__all__ = ["Pass", "load_tile", "run"]

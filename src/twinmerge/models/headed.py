@@ -242,6 +242,12 @@ class HeadedModel(nn.Module):
         raise TwinmergeError(f"{type(module).__name__} gives no hidden states to route on. Name the mixture yourself.")
 
 
+def architecture_of(heads: Mapping[str, HeadSpec]) -> Architecture:
+    """The class that runs the body of these heads: that of the first."""
+    config = next(iter(heads.values())).config
+    return Architecture(config, class_of(config))
+
+
 def build_module(architecture: Architecture) -> PreTrainedModel:
     """The class with its buffers, its parameters left as they come (they are replaced)."""
     from transformers.initialization import no_init_weights

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import HeadedModel, load_heads, rows_of_batch
+from twinmerge.models.headed import HeadedModel, architecture_of, load_heads, rows_of_batch
 from twinmerge.models.opened import open_model
 from twinmerge.study.scores import Evaluation, Reading, Setting
 from twinmerge.tasks.encode import TextEncoder, batches
@@ -47,10 +47,7 @@ class StaticRunner:
         heads = load_heads(folder, folder_fingerprint(folder))
         architecture = opened.architecture
         if heads:
-            from twinmerge.models.architecture import Architecture, class_of
-
-            config = next(iter(heads.values())).config
-            architecture = Architecture(config, class_of(config))
+            architecture = architecture_of(heads)
         self.model = HeadedModel(architecture, {n: opened.read(n) for n in opened.specs}, heads)
         if not heads and not hasattr(self.model.body, "num_labels"):
             raise TwinmergeError(

@@ -19,7 +19,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.methods.average import Average
 from twinmerge.methods.base import Method
 from twinmerge.methods.task_arithmetic import TaskArithmetic
-from twinmerge.models.headed import HeadedModel, batch_size, rows_of, rows_of_batch
+from twinmerge.models.headed import HeadedModel, architecture_of, batch_size, rows_of, rows_of_batch
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.locate import locate
 from twinmerge.tasks.encode import TextEncoder, batches
@@ -27,7 +27,7 @@ from twinmerge.twin import package as folder_format
 from twinmerge.twin.features import default_layers, features
 from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, one_hot
 from twinmerge.twin.package import Package
-from twinmerge.twin.router import Router, RouterReport, fit_router, top_weights
+from twinmerge.twin.router import Router, RouterReport, fit_router
 from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.split import cut, split
 
@@ -93,10 +93,7 @@ class Twin(nn.Module):
         shared = package.shared
         architecture = shared.architecture
         if package.heads:
-            from twinmerge.models.architecture import Architecture, class_of
-
-            config = next(iter(package.heads.values())).config
-            architecture = Architecture(config, class_of(config))
+            architecture = architecture_of(package.heads)
         if architecture is None:
             raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
@@ -471,6 +468,3 @@ def _linear_coefficients(method: Method, order: Sequence[str], experts: Sequence
     divisor = sum(weights) if isinstance(method, Average) else 1.0 / method.scale if method.scale else float("inf")
     by_name = {name: w / divisor for name, w in zip(order, weights, strict=True)}
     return [by_name[name] for name in experts]
-
-
-__all__ = ["Prediction", "Twin", "TwinOutput", "position_limit", "top_weights"]
