@@ -22,7 +22,7 @@ pytest.importorskip("jinja2")
 from twinmerge.cli.demo import demo as command
 from twinmerge.errors import TwinmergeError
 from twinmerge.study import demo, report
-from twinmerge.study.pictures import NAMES, TASKS, load_splits, rows_of_tasks
+from twinmerge.study.digits import NAMES, TASKS, load_splits, rows_of_tasks
 from twinmerge.twin.twin import Twin
 
 TINY = demo.Design(

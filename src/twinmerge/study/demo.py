@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from twinmerge.engine.merge import Merge, merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.output import OutputFolder
-from twinmerge.study.pictures import NAMES, TASKS, Rows, load_splits, rows_of_tasks
+from twinmerge.study.digits import NAMES, TASKS, Rows, load_splits, rows_of_tasks
 from twinmerge.study.report import (
     LABELS,
     TWIN,

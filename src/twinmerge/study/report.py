@@ -23,7 +23,8 @@ from twinmerge import __version__
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.study import pictures
-from twinmerge.study.pictures import NAMES, TASK_COLOURS, TASKS, Rows, samples
+from twinmerge.study.digits import NAMES, TASKS, Rows
+from twinmerge.study.pictures import TASK_COLOURS, samples
 from twinmerge.twin.twin import Twin
 
 KIND = "twinmerge demo"
