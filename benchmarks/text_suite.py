@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 RECIPE = {
     "optimizer": "AdamW, no weight decay",
     "learning_rate": 1e-4,
+    "head_learning_rate": 1e-3,  # pooler and classifier: this base has trained neither
     "warmup": 0.1,
     "schedule": "linear to zero",
     "batch_rows": 32,
@@ -79,7 +80,14 @@ def train_expert(base: str, suite: Path, task: str, labels: list[str], out: Path
     model.train()
     steps = RECIPE["steps_many_labels"] if len(labels) > 20 else RECIPE["steps"]
     warmup = max(1, int(RECIPE["warmup"] * steps))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=0.0, fused=True)
+    head = [p for name, p in model.named_parameters() if name.startswith(("classifier.", "bert.pooler."))]
+    body = [p for name, p in model.named_parameters() if not name.startswith(("classifier.", "bert.pooler."))]
+    optimizer = torch.optim.AdamW(
+        [{"params": body}, {"params": head, "lr": RECIPE["head_learning_rate"]}],
+        lr=RECIPE["learning_rate"],
+        weight_decay=0.0,
+        fused=True,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup))
     )

@@ -306,12 +306,13 @@ def pictures(data: dict[str, Any], out: Path) -> None:
     for i, row in enumerate(reversed(rows)):
         value, (low, high) = row["normalised"], row["interval"]
         axis.barh(
-            i, value, color="#2a9d8f" if "twin" in row["method"] else "#9aa5b1", xerr=[[value - low], [high - value]]
+            i, value, color="#2a9d8f" if "twin" in row["method"] else "#5f6c7b", xerr=[[value - low], [high - value]]
         )
-        axis.text(high + 0.8, i, f"{value:.1f}", va="center", fontsize=8)
+        axis.text(value / 2, i, f"{value:.1f}", va="center", ha="center", color="white", fontsize=8)
     axis.set_yticks(range(len(rows)), [r["method"] for r in reversed(rows)], fontsize=8)
     axis.axvline(100, color="black", lw=0.8)
-    axis.set_xlim(0, 108)
+    axis.text(100.5, len(rows) - 0.5, "the experts", fontsize=8, va="bottom")
+    axis.set_xlim(0, 110)
     axis.set_xlabel("per cent of the experts, head given")
     axis.set_title("One model for all tasks, with 95 % intervals")
     figure.tight_layout()

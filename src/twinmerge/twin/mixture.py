@@ -30,12 +30,14 @@ class Mixture:
     parts: the work; where no row has more than one expert, rows of one expert lie side by side and each part is a
     slice; else each part is all rows with one expert's column. Experts without weight take no part at all.
     uniform: every row has the same weights.
+    owner: (rows,) the one expert of each row (any where a row has none); None where a row has several.
     """
 
     weights: Tensor
     parts: tuple[Part, ...]
     order: Tensor | None
     uniform: bool
+    owner: Tensor | None
 
     @property
     def rows(self) -> int:
@@ -54,8 +56,7 @@ class Mixture:
         order = None
         single = bool((used.sum(1) <= 1).all())
         if single and not uniform and group:
-            owner = torch.where(used.any(1), used.int().argmax(1), weights.shape[1])
-            order = torch.argsort(owner, stable=True)
+            order = torch.argsort(torch.where(used.any(1), used.int().argmax(1), weights.shape[1]), stable=True)
             weights, used = weights[order], used[order]
         parts = []
         for expert in used.any(0).nonzero()[:, 0].tolist():
@@ -64,19 +65,24 @@ class Mixture:
                 rows = used[:, expert].nonzero()[:, 0]
                 start, stop = int(rows[0]), int(rows[-1]) + 1
             parts.append(Part(expert, start, stop, weights[start:stop, expert]))
-        return cls(weights, tuple(parts), order, uniform)
+        return cls(weights, tuple(parts), order, uniform, used.int().argmax(1) if single else None)
 
     def covers(self, experts: Collection[int]) -> bool:
         """True where several experts work on the same rows and they are all of `experts`."""
         return self.order is None and len(self.parts) > 1 and {part.expert for part in self.parts}.issuperset(experts)
 
     def dense(self, stack: Tensor) -> Tensor:
-        """Σ wt dt for every row: (rows, *shape) out of the experts' (experts, *shape); unused experts stay untouched."""
-        mixed = stack.new_zeros((self.rows, *stack.shape[1:]))
-        for part in self.parts:
-            column = part.weights.to(stack.dtype).reshape(-1, *[1] * (stack.dim() - 1))
-            mixed[part.start : part.stop] += column * stack[part.expert]
-        return mixed
+        """Σ wt dt out of the experts' (experts, *shape): (rows, *shape), or (1, *shape) where all rows are alike.
+
+        Experts that no row uses stay untouched.
+        """
+        weights = (self.weights[:1] if self.uniform else self.weights).to(stack)
+        if self.owner is None:
+            used = [part.expert for part in self.parts]
+            mixed: Tensor = torch.tensordot(weights[:, used], stack[used], 1)
+            return mixed
+        owner = self.owner[: len(weights)]
+        return stack[owner] * weights.gather(1, owner[:, None]).reshape(-1, *[1] * (stack.dim() - 1))
 
 
 def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> Tensor:

@@ -220,6 +220,17 @@ class _Hook:
             )
         return leading // mixture.rows
 
+    def dense(self, part: Dense, mixture: Mixture, leading: int) -> Tensor:
+        """Σ wt dt for each entry of the activation's leading axis, or one for all."""
+        mixed = mixture.dense(part.stack)
+        times = 1 if mixture.uniform else self.times(mixture, leading)
+        return mixed.repeat_interleave(times, 0) if times > 1 else mixed
+
+
+def _channels_last(vectors: Tensor, y: Tensor) -> Tensor:
+    """(n, channels) shaped to join an activation (n, ..., channels)."""
+    return vectors.to(y).reshape(len(vectors), *[1] * (y.dim() - 2), -1)
+
 
 def _like(weights: Tensor, x: Tensor) -> Tensor:
     """(n,) weights shaped to multiply an activation (n, ...)."""
@@ -263,8 +274,7 @@ class _Linear(_Hook):
                         h = F.linear(x[rows], found[1])
                         y[rows] += F.linear(h * _like(w, h), found[0])
         if isinstance(self.bias, Dense) and (mixture := self.plan(bias=True)) is not None:
-            for part, rows, w in self.pieces(mixture, y.shape[0]):
-                y[rows] += _like(w, y) * self.bias.stack[part.expert]
+            y += _channels_last(self.dense(self.bias, mixture, len(y)), y)
         return y
 
 
@@ -309,8 +319,7 @@ class _Conv2d(_Hook):
                     h = module._conv_forward(args[0][rows], kernel, None)
                     y[rows] += F.conv2d(h * _like(w, h), b[..., None, None])
         if isinstance(self.bias, Dense) and (mixture := self.plan(bias=True)) is not None:
-            for part, rows, w in self.pieces(mixture, y.shape[0]):
-                y[rows] += _like(w, y) * self.bias.stack[part.expert][:, None, None]
+            y += self.dense(self.bias, mixture, len(y)).to(y)[..., None, None]
         return y
 
 
@@ -328,11 +337,9 @@ class _Norm(_Hook):
                 scaled = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
             else:
                 scaled = _rms_scaled(module, x)
-            for part, rows, w in self.pieces(mixture, y.shape[0]):
-                y[rows] += scaled[rows] * (_like(w, y) * self.weight.stack[part.expert])
+            y.addcmul_(scaled, _channels_last(self.dense(self.weight, mixture, len(y)), y))
         if isinstance(self.bias, Dense) and (mixture := self.plan(bias=True)) is not None:
-            for part, rows, w in self.pieces(mixture, y.shape[0]):
-                y[rows] += _like(w, y) * self.bias.stack[part.expert]
+            y += _channels_last(self.dense(self.bias, mixture, len(y)), y)
         return y
 
 
