@@ -1,0 +1,168 @@
+"""Ranges of bytes in files, read and written at a position of their own, so that any number of threads may at once."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+MAX_OPEN = 128  # descriptors; a process may have 256 on macOS, and needs some for other things
+
+
+def read_into(fd: int, buffer: WriteableBuffer, offset: int) -> None:
+    """Fill `buffer` with the bytes from `offset` on.
+
+    Args:
+        fd: of a file; its own position is neither used nor moved.
+        buffer: contiguous memory; of any format.
+        offset: of the first byte.
+
+    Errors:
+        EOFError: the file ends before the buffer is full.
+
+    Example:
+        >>> import tempfile
+        >>> two = bytearray(2)
+        >>> with tempfile.TemporaryFile() as file:
+        ...     write_from(file.fileno(), b"abcd", 3)
+        ...     read_into(file.fileno(), two, 4)
+        >>> two
+        bytearray(b'bc')
+    """
+    rest = _flat(buffer)
+    while len(rest):
+        if not (got := os.preadv(fd, [rest], offset)):
+            raise EOFError(f"it ends at byte {offset}, {len(rest)} bytes too early")
+        rest, offset = rest[got:], offset + got
+
+
+def write_from(fd: int, buffer: ReadableBuffer, offset: int) -> None:
+    """Write all of `buffer` at `offset`; as `read_into`, the other way."""
+    rest = _flat(buffer)
+    while len(rest):
+        if not (put := os.pwritev(fd, [rest], offset)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # no progress and no reason: trying on would never end
+        rest, offset = rest[put:], offset + put
+
+
+def bytes_of(flat: Tensor) -> memoryview:
+    """The memory of a contiguous 1-D tensor on the CPU, not a copy.
+
+    Errors:
+        ValueError: another kind of tensor.
+
+    Example:
+        >>> bytes_of(torch.tensor([1, 258], dtype=torch.int16)).tobytes()
+        b'\\x01\\x00\\x02\\x01'
+    """
+    if flat.dim() != 1 or not flat.is_contiguous() or flat.device.type != "cpu":
+        raise ValueError(f"expected a contiguous 1-D tensor on the CPU, not {tuple(flat.shape)} on {flat.device}")
+    return flat.detach().view(torch.uint8).numpy().data
+
+
+class OpenFile:
+    """A file whose descriptor is opened when it is first needed and kept, for any number of threads.
+
+    Over all objects, at most `MAX_OPEN` descriptors are open: the one that lay idle longest makes room for the next.
+
+    Args:
+        path: of the file; it must be there by the time it is used.
+        writable: a file that is only read must not change between two openings.
+
+    Example:
+        >>> import tempfile
+        >>> file = OpenFile(Path(tempfile.mkdtemp()) / "bytes")
+        >>> _ = file.path.write_bytes(b"abcd")
+        >>> with file.use() as fd:
+        ...     os.pread(fd, 2, 1)
+        b'bc'
+        >>> file.close()
+    """
+
+    _changed = threading.Condition()
+    _opened: weakref.WeakSet[OpenFile] = weakref.WeakSet()
+    _clock = itertools.count()
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        self.path = path
+        self.writable = writable
+        self._fd: int | None = None
+        self._users = 0
+        self._last_use = 0
+        self._stamp: tuple[int, int] | None = None
+
+    @contextmanager
+    def use(self) -> Iterator[int]:
+        """The descriptor, which stays open inside the `with`.
+
+        Errors:
+            OSError: it cannot be opened, or it changed since it was opened first.
+        """
+        with self._changed:
+            while self._fd is None:
+                if len(self._opened) < MAX_OPEN or self._close_idlest():
+                    self._fd = self._open()
+                    self._opened.add(self)
+                else:
+                    self._changed.wait()
+            fd = self._fd
+            self._users += 1
+        try:
+            yield fd
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._last_use = next(self._clock)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close the descriptor once nobody uses it; the next use opens it again."""
+        with self._changed:
+            while self._users:
+                self._changed.wait()
+            self._close()
+            self._changed.notify_all()
+
+    def __del__(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def _open(self) -> int:
+        fd = os.open(self.path, os.O_RDWR if self.writable else os.O_RDONLY)
+        found = os.fstat(fd)
+        stamp = (found.st_size, found.st_mtime_ns)  # no inode: some network file systems give a new one each time
+        if not self.writable and self._stamp not in (None, stamp):
+            os.close(fd)
+            raise OSError("it changed since it was opened first")
+        self._stamp = stamp
+        return fd
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            self._opened.discard(self)
+            os.close(self._fd)
+            self._fd = None
+
+    @classmethod
+    def _close_idlest(cls) -> bool:
+        idle = [file for file in cls._opened if not file._users]
+        if idle:
+            min(idle, key=lambda file: file._last_use)._close()
+        return bool(idle)
+
+
+def _flat(buffer: ReadableBuffer) -> memoryview:
+    view = memoryview(buffer)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot be cast
