@@ -2,51 +2,123 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from twinmerge.cli.common import Json, Threads, print_json, print_table, said, use_threads
 
+if TYPE_CHECKING:
+    from twinmerge.engine.diff import Diff, TensorDiff
+
+SPARE = ("max", "‖a‖", "‖b − a‖", "‖τb‖", "‖τa‖", "equal")  # what a narrow terminal does without, in this order
+
 
 def diff(
     a: Annotated[str, typer.Argument(help="A model: path, hub id or base+adapter.")],
     b: Annotated[str, typer.Argument(help="Another one.")],
-    top: Annotated[int, typer.Option("--top", min=1, help="How many tensors to show, the most changed first.")] = 20,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="What both were tuned from: compare their task vectors."),
+    ] = None,
+    top: Annotated[
+        int, typer.Option("--top", min=0, help="How many tensors to show, the most changed first; 0 for all.")
+    ] = 20,
+    rank: Annotated[
+        bool, typer.Option("--rank/--no-rank", help="Effective ranks, which take most of the time.")
+    ] = True,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Draw a heat map of all layers: .png, .svg or .pdf."),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Compare two models tensor by tensor: change, relative change, cosine, share of equal entries."""
+    """Compare two models tensor by tensor: change, cosine, sign conflicts, effective rank, equal entries.
+
+    twinmerge diff A B --base BASE --picture diff.png
+    """
     from twinmerge.engine.diff import diff as compare
+    from twinmerge.study.heatmap import check_picture, draw_heatmap
 
     use_threads(threads)
-    found = compare(a, b)
+    if picture is not None:
+        check_picture(picture)
+    found = compare(a, b, base, rank)
+    if picture is not None:
+        draw_heatmap(found, picture)
     if json:
-        print_json({**found._asdict(), "tensors": [d._asdict() for d in found.tensors]})
+        print_json({**found._asdict(), "total": found.total._asdict(), "tensors": [d._asdict() for d in found.tensors]})
         return
-    total = sum(d.change**2 for d in found.tensors) ** 0.5
-    norm = sum(d.norm**2 for d in found.tensors) ** 0.5
-    most = sorted(found.tensors, key=lambda d: -d.relative)
-    print_table(
-        f"{len(found.tensors)} shared tensors, ‖b − a‖ = {total:.4g}, relative {total / norm if norm else 0:.4g}; the most changed:",
-        ["tensor", "‖a‖", "‖b − a‖", "relative", "cosine", "max", "equal"],
-        [
-            (
-                d.name,
-                f"{d.norm:.4g}",
-                f"{d.change:.4g}",
-                f"{d.relative:.4g}",
-                f"{d.cosine:.5f}",
-                f"{d.largest:.3g}",
-                f"{100 * d.equal:.1f} %",
-            )
-            for d in most[:top]
-        ],
-    )
+    most = sorted(found.tensors, key=lambda d: -d.relative)[: top or None]
+    columns = _columns(found)
+    print_table(_heading(found, len(most)), *_fitting(list(columns), [[c(d) for c in columns.values()] for d in most]))
     for title, names in (
         ("Only in a", found.only_a),
         ("Only in b", found.only_b),
         ("Of another shape", found.other_shape),
+        ("Not in the base", found.not_in_base),
     ):
         if names:
-            said(f"{title}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}")
+            said(f"{title}: {', '.join(names[:8])}{f' … ({len(names)} in all)' if len(names) > 8 else ''}")
+    if picture is not None:
+        said(f"Picture: {picture}")
+
+
+def _heading(found: Diff, shown: int) -> str:
+    """The whole model in one sentence."""
+    whole = found.total
+    a, b = ("‖τa‖", "‖τb‖") if found.base is not None else ("‖a‖", "‖b‖")
+    where = "; τa = a − base, τb = b − base" if found.base is not None else ""
+    rows = "all" if shown == len(found.tensors) else f"the {shown} most changed"
+    return (
+        f"{len(found.tensors)} shared tensors, ‖b − a‖ = {whole.change:.4g}, relative {whole.relative:.4g}, "
+        f"{a} = {whole.norm:.4g}, {b} = {whole.norm_b:.4g}, cosine {whole.cosine:.5f}, "
+        f"sign conflicts {_share(whole.conflicts)}, equal {_share(whole.equal)}{where}; {rows}:"
+    )
+
+
+def _columns(found: Diff) -> dict[str, Callable[[TensorDiff], str]]:
+    """Title -> what the column says of a tensor."""
+    columns: dict[str, Callable[[TensorDiff], str]] = {"tensor": lambda d: d.name}
+    if found.base is None:
+        columns["‖a‖"] = lambda d: f"{d.norm:.4g}"
+    else:
+        columns["‖τa‖"] = lambda d: f"{d.norm:.4g}"
+        columns["‖τb‖"] = lambda d: f"{d.norm_b:.4g}"
+    columns |= {
+        "‖b − a‖": lambda d: f"{d.change:.4g}",
+        "relative": lambda d: f"{d.relative:.4g}",
+        "cosine": lambda d: f"{d.cosine:.5f}",
+        "conflicts": lambda d: _share(d.conflicts),
+        "equal": lambda d: _share(d.equal),
+        "max": lambda d: f"{d.largest:.3g}",
+    }
+    if any(d.rank is not None for d in found.tensors):
+        columns["rank"] = lambda d: _rank(d.rank, d.full_rank)
+    if any(d.rank_a is not None for d in found.tensors):
+        columns["rank τa"] = lambda d: _rank(d.rank_a, d.full_rank)
+        columns["rank τb"] = lambda d: _rank(d.rank_b, d.full_rank)
+    return columns
+
+
+def _fitting(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns that the terminal has room for beside whole names, the spare ones left out first."""
+    from rich.console import Console
+
+    room = Console().width
+    columns = {title: [title, *(row[i] for row in rows)] for i, title in enumerate(titles)}
+    for spare in SPARE:
+        if sum(max(map(len, cells)) + 3 for cells in columns.values()) + 1 > room:
+            columns.pop(spare, None)
+    return list(columns), [[cells[i] for cells in columns.values()] for i in range(1, len(rows) + 1)]
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _rank(rank: float | None, full: int) -> str:
+    return "" if rank is None else f"{rank:.1f} / {full}"
