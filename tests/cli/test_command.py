@@ -17,7 +17,7 @@ import typer
 import twinmerge.cli
 from twinmerge.errors import TwinmergeError
 
-COMMANDS = ["", "merge", "twin", "twin build", "twin run", "evaluate", "diff", "methods", "demo"]
+COMMANDS = ["", "merge", "check", "verify", "twin", "twin build", "twin run", "evaluate", "diff", "methods", "demo"]
 
 
 def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:

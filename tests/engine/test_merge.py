@@ -135,8 +135,15 @@ def test_check_says_what_would_happen_and_writes_nothing(zoo, tmp_path, monkeypa
         "heads": {"x": HEAD, "y": HEAD},
         "from_base": [],
         "ignored": {},
+        "tied": {},
+        "dtypes": {"base": ["float32"], "x": ["float32"], "y": ["float32"]},
+        "output_dtypes": ["float32"],
+        "read_bytes": 2 * 3 * 4 * size,  # once to count, once to merge
         "output_bytes": 4 * size,
+        "memory_bytes": found["memory_bytes"],
+        "seconds_at_1_GB_per_s": 0.0,
     }
+    assert 0 < found["memory_bytes"] < 200e6
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from twinmerge.engine.merge import merge
-from twinmerge.engine.run import run
+from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Method, Place, Tile
+from twinmerge.methods.base import Place, Tile
 from twinmerge.methods.registry import make_method
 from twinmerge.models import opened as opened_module
 
@@ -37,15 +37,15 @@ def checkpoints(tmp_path, count=3, step=1.0):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """(model, tensor) -> how often it was read."""
+    """(model, tensor) -> how many elements were read of it."""
     count = Counter()
-    plain = opened_module.OpenedModel.read
+    plain = opened_module.OpenedModel.read_range
 
-    def read(self, name):
-        count[self.name, name] += 1
-        return plain(self, name)
+    def read_range(self, name, start, out):
+        count[self.name, name] += out.numel()
+        return plain(self, name, start, out)
 
-    monkeypatch.setattr(opened_module.OpenedModel, "read", read)
+    monkeypatch.setattr(opened_module.OpenedModel, "read_range", read_range)
     return count
 
 
@@ -54,11 +54,10 @@ def reads(monkeypatch):
     [
         ("average", {}, 1),
         ("task_arithmetic", {}, 1),
-        ("slerp", {}, 1),
-        ("dare", {"rescale": "l1"}, 1),
+        ("dare_ties", {}, 1),
+        ("slerp", {}, 2),
+        ("dare", {"rescale": "l1"}, 2),
         ("ties", {"density": 1.0}, 1),
-        ("ties", {"scope": "tensor"}, 1),
-        ("ties", {}, 4),
         ("ties", {"tie": "majority", "density": 1.0}, 2),
     ],
 )
@@ -68,10 +67,28 @@ def test_reads_per_tensor(tmp_path, reads, method, parameters, times):
     merged = merge(method, base=base, experts=paths, **parameters)
     assert len(merged.matched.merged) == len(SHAPES)
     reads.clear()  # the look at one matrix
-    list(merged.tensors())
+    merged.state_dict()
     wanted = {*paths} if merged.method.space == "parameters" else {base, *paths}
     names = {paths.get(name, name) for name in wanted}
-    assert reads == {(model, tensor): times for model in names for tensor in SHAPES}
+    assert reads == {(model, n): times * int(np.prod(shape)) for model in names for n, shape in SHAPES.items()}
+
+
+def test_ties_over_a_large_model_reads_it_twice_and_a_sample(tmp_path, reads):
+    rng = torch.Generator().manual_seed(0)
+    paths = {}
+    for name in ("base", "x", "y"):
+        (tmp_path / name).mkdir()
+        paths[name] = str(tmp_path / name)
+        big = 0.02 * torch.randn(1800, 1900, generator=torch.Generator().manual_seed(9))
+        big += 0 if name == "base" else 3e-4 * torch.randn(big.shape, generator=rng)
+        save_file({"w.weight": big.bfloat16()}, tmp_path / name / "model.safetensors")
+    merged = merge("ties", base=paths.pop("base"), experts=paths, progress=False)
+    assert merged.matched.merged == ["w.weight"]
+    reads.clear()
+    merged.state_dict()
+    for count in reads.values():
+        # the sample, one count, one last read, and the one tensor where the entries equal to a threshold run out
+        assert count / big.numel() < 3.4
 
 
 def test_ties_over_the_model_equals_numpy_over_the_concatenation(tmp_path):
@@ -95,25 +112,72 @@ def test_ties_over_the_model_equals_numpy_over_the_concatenation(tmp_path):
     np.testing.assert_array_equal(flat, want.astype(np.float32))
 
 
-def test_order_of_the_output_changes_no_value():
+def through(method, names, tiles):
+    """Merged tensors of whole tiles in memory."""
+    shapes = {n: tuple(tile.x.shape[1:]) for n, tile in tiles.items()}
+
+    def load(each):
+        tile = tiles[each.name]
+        base = None if tile.base is None else tile.base.reshape(-1)
+        return Tile(tile.x.reshape(len(tile.x), -1), base, tile.at)
+
+    run = Run(method, names, shapes, load)
+    run.survey()
+    return {each.name: value for work in run.merge(run.groups(), list) for each, _, value in work}
+
+
+def test_order_of_the_tensors_changes_no_value():
     tiles = {
-        n: torch.randn(2, *s, generator=torch.Generator().manual_seed(i)) for i, (n, s) in enumerate(SHAPES.items())
+        n: Tile(
+            torch.randn(2, *s, generator=torch.Generator().manual_seed(i)), torch.zeros(s), Place(n, s, 0, ("a", "b"))
+        )
+        for i, (n, s) in enumerate(SHAPES.items())
     }
-
-    def load(name):
-        return Tile(tiles[name], torch.zeros(SHAPES[name]), Place(name, SHAPES[name], 0, ("a", "b")))
-
     method = make_method("ties", ("a", "b"), {"density": 0.3})
-    one = dict(run(method, list(SHAPES), load))
-    other = dict(run(method, list(SHAPES)[::-1], load, order=sorted(SHAPES)))
+    one = through(method, list(SHAPES), tiles)
+    other = through(method, sorted(SHAPES), tiles)
     assert list(one) == list(SHAPES) and list(other) == sorted(SHAPES)
     assert all(torch.equal(one[n], other[n]) for n in SHAPES)
 
 
-def test_result_that_is_not_finite_is_an_error():
-    class Burst(Method):
-        def apply(self, tile, known):
-            return tile.x[0] * torch.inf
+def test_result_that_is_not_finite_is_an_error(tmp_path):
+    _, _, paths = checkpoints(tmp_path, count=2)
+    merged = merge("task_arithmetic", base=paths.pop("base"), experts=paths, scale=1e39)
+    with pytest.raises(TwinmergeError, match="TaskArithmetic gives NaN or infinity in tensor"):
+        merged.state_dict()
 
-    with pytest.raises(TwinmergeError, match="Burst gives NaN or infinity in tensor 'w'"):
-        list(run(Burst(), ["w"], lambda name: Tile(torch.ones(1, 2), None, Place(name, (2,)))))
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("tile", [65_536, 1 << 20])
+@pytest.mark.parametrize("method", ["average", "dare_ties", "ties", "slerp", "dare l1", "ties tensor"])
+def test_the_same_bytes_for_any_tile_and_thread_count(tmp_path, method, tile, threads):
+    """Against the engine's own tile on this machine's threads."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"m": (300, 700), "k": (131_111,), "z": (5,), "e": (0, 3)}
+    paths = {}
+    for name in ("base", "x", "y"):
+        (tmp_path / name).mkdir()
+        paths[name] = str(tmp_path / name)
+        tensors = {
+            n: (0.02 * torch.ones(s) + 0.01 * torch.randn(s, generator=rng)).bfloat16() for n, s in shapes.items()
+        }
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    name, _, more = method.partition(" ")
+    parameters = {"l1": {"rescale": "l1"}, "tensor": {"scope": "tensor"}}.get(more, {})
+    merged = merge(name, base=paths.pop("base"), experts=paths, progress=False, **parameters)
+    want = merged.state_dict()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        run = merged.plan()
+        run.tile = tile
+        run.survey()
+        got = {n: torch.empty(shape, dtype=torch.bfloat16) for n, shape in shapes.items()}
+        for work in run.merge(run.groups(), list):
+            for each, made, value in work:
+                got[each.name].view(-1)[each.start : each.stop] = merged.rounding(each.name).of(
+                    value, made, merged.method
+                )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(got[n].view(torch.int16), want[n].view(torch.int16)) for n in shapes)

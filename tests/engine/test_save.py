@@ -48,7 +48,7 @@ def test_files_of_the_folder(saved, zoo):
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     heads = [f"heads/{e}/{file}" for e in "xy" for file in ("config.json", "head.safetensors")]
     own = ["LICENSE", "README.md", "config.json", "heads.json", "model.safetensors", "tokenizer.json"]
-    assert files == sorted([*own, "twinmerge.json", "vocab.txt", *heads])
+    assert files == sorted([*own, "twinmerge.checksums.json", "twinmerge.json", "vocab.txt", *heads])
     for file in ("config.json", "tokenizer.json", "vocab.txt", "LICENSE"):
         assert (out / file).read_bytes() == (zoo.root / "base" / file).read_bytes()
     assert not (out.parent / "merged.partial").exists()
@@ -75,6 +75,7 @@ def test_provenance(saved, zoo):
         "parameters": {"density": 0.4},
         "dtype": None,
         "heads": [],
+        "stochastic": None,
     }
     assert found["parameters"]["density"] == 0.4 and found["parameters"]["scope"] == "model"
     assert found["versions"]["twinmerge"] == twinmerge.__version__ and found["commits"] == {}
@@ -123,7 +124,7 @@ def test_dtype_is_written_into_the_config(zoo, tmp_path):
 def test_output_that_is_not_empty_is_refused_before_any_tensor_is_merged(zoo, tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("keep")
     plan = merge("average", experts={"a": zoo.a, "b": zoo.b})
-    monkeypatch.setattr(plan, "tensors", lambda order=None: pytest.fail("merged"))
+    monkeypatch.setattr(plan.inputs, "load_with_digests", lambda *_: pytest.fail("merged"))
     with pytest.raises(TwinmergeError, match="is there already and not empty"):
         plan.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]

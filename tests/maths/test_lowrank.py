@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -215,3 +216,15 @@ def test_energy_of_nothing_and_of_a_near_perfect_approximation() -> None:
 def test_nearest_word() -> None:
     assert nearest("weigths", {"weights", "scale"}) == " Did you mean 'weights'?"
     assert nearest("zzz", {"weights", "scale"}) == nearest("x", []) == ""
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (7, 131_073), (90_001, 3), (1, 5)])
+def test_entries_are_the_same_bits_in_whatever_range(shape):
+    rng = torch.Generator().manual_seed(0)
+    f = Factors(torch.randn(shape[0], 4, generator=rng), torch.randn(4, shape[1], generator=rng))
+    whole = f.entries(0, shape[0] * shape[1])
+    torch.testing.assert_close(whole, f.dense().flatten())
+    cuts = sorted({0, 1, 4, len(whole) // 3, min(65_536, len(whole)), len(whole) - 1, len(whole)})
+    parts = [f.entries(a, b) for a, b in itertools.pairwise(cuts)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert f.entries(3, 3).numel() == 0

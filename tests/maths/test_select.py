@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.maths.select import coarse, fine, keep_count, largest, locate, pin, threshold_mask, ties
+from twinmerge.maths.select import (
+    bracket,
+    coarse,
+    fine,
+    in_bracket,
+    keep_above,
+    keep_count,
+    largest,
+    locate,
+    magnitude_bits,
+    pin,
+    ties,
+)
 
 
 def by_sorting(x: np.ndarray, k: int) -> np.ndarray:
@@ -23,16 +35,19 @@ def by_sorting(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def in_three_passes(tiles: list[Tensor], k: Tensor) -> Tensor:
-    """The streaming route, tiles in order; passes 1 and 2 read them backwards to prove they may."""
+    """What the streaming route keeps, tiles in order; passes 1 and 2 read them backwards to prove they may."""
     high = sum((coarse(t) for t in reversed(tiles)), torch.zeros((), dtype=torch.int64))
     bins, rest = locate(high, k)
     low = sum((fine(t, bins) for t in reversed(tiles)), torch.zeros((), dtype=torch.int64))
     thresholds, take = pin(bins, low, rest)
-    seen, masks = torch.zeros_like(take), []
+    left, kept = take.clone(), []
     for t in tiles:
-        masks.append(threshold_mask(t, thresholds, take, seen))
-        seen = seen + ties(t, thresholds)
-    return torch.cat(masks, dim=1)
+        out = torch.full_like(t, torch.nan)
+        for row, to, bits, room in zip(t.contiguous(), out, thresholds.tolist(), left.tolist(), strict=True):
+            keep_above(row, bits, room, to)
+        kept.append(out)
+        left = (left - ties(t, thresholds)).clamp(min=0)
+    return torch.cat(kept, dim=1)
 
 
 values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -3e38, 0.1, float(np.nextafter(np.float32(1), np.float32(2)))])
@@ -54,7 +69,7 @@ def test_equals_sorting_for_any_tiling(rows: list[list[float]], cuts: list[int],
     expected = np.stack([by_sorting(row, n) for row, n in zip(x.numpy(), k, strict=False)])
     edges = [0, *sorted(cuts), 24]
     tiles = [x[:, a:b] for a, b in itertools.pairwise(edges)]
-    assert np.array_equal(in_three_passes(tiles, wanted).numpy(), expected)
+    assert np.array_equal(in_three_passes(tiles, wanted).numpy(), np.where(expected, x, 0))
     assert np.array_equal(largest(x, wanted).numpy(), expected)
     assert np.array_equal(largest(x.view(-1, 4, 6), wanted).view(-1, 24).numpy(), expected)
 
@@ -83,6 +98,32 @@ def test_bfloat16_ties_keep_exactly_k(density: float) -> None:
     threshold = delta.abs().sort(descending=True).values[k - 1]
     assert int((delta.abs() >= threshold).sum()) > k * 1.01  # what a threshold would have kept
     assert np.array_equal(mask.numpy(), by_sorting(delta.numpy(), k))
+
+
+def test_bracket_of_a_sample_holds_the_rank_and_counts_what_is_above() -> None:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 400_000, generator=g)
+    x[1] = (x[1] * 64).round() / 64  # many equal values
+    bits = magnitude_bits(x)
+    for share in (0.01, 0.2, 0.5, 0.9):
+        k = int(share * x.shape[1])
+        found = bracket(bits[:, ::2], torch.full((2,), k // 2))
+        assert found is not None
+        for e, row in enumerate(x):
+            above, inside, between = in_bracket(row, found, e)
+            assert above < k <= above + len(inside) and len(inside) < 0.05 * x.shape[1] and not between
+            at, size = int(found.low[e]), int(found.width[e])
+            values = [
+                b - at >> int(found.shift[e]) for b in magnitude_bits(row[None])[0].tolist() if at <= b < at + size
+            ]
+            assert sorted(inside.tolist()) == sorted(values)
+        exact = bits[1].sort(descending=True).values[k - 1]
+        assert exact in found.shared[1]
+
+
+def test_bracket_is_none_where_nothing_is_kept_or_too_many_values_lie_inside() -> None:
+    assert bracket(torch.tensor([[1, 2, 3]], dtype=torch.int32), torch.tensor([0])) is None
+    assert bracket(torch.tensor([[1, 2, 2**30]], dtype=torch.int32), torch.tensor([2])) is None
 
 
 def test_small_examples() -> None:

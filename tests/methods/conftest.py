@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinmerge.engine.run import run
+from twinmerge.engine.ranges import Range
+from twinmerge.engine.run import Run
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.methods.base import Method, Place, Tile
 from twinmerge.methods.registry import make_method, method_class
@@ -55,13 +56,35 @@ def prepare(
     return method, load
 
 
+def through(method: Method, tiles: Mapping[str, Tile]) -> State:
+    """The engine's run over whole tiles in memory: name -> merged tensor."""
+    shapes = {name: tuple(tile.x.shape[1:]) for name, tile in tiles.items()}
+
+    def load(each: Range) -> Tile:
+        tile = tiles[each.name]
+        if method.grain == "matrix":
+            return tile
+        flat, at = tile.x.reshape(len(tile.x), -1), tile.at._replace(offset=each.start)
+        x = flat[:, each.start : each.stop]
+        return Tile(x, None if tile.base is None else tile.base.flatten()[each.start : each.stop], at, tile.work)
+
+    run = Run(method, list(tiles), shapes, load, progress=False)
+    run.survey()
+    merged = {name: torch.empty(shape) for name, shape in shapes.items()}
+    for work in run.merge(run.groups(), list):
+        for each, _, value in work:
+            assert value.dtype == torch.float32
+            merged[each.name].view(-1)[each.start : each.stop] = value.reshape(-1)
+    return merged
+
+
 def combine(name: str, base: State, experts: Mapping[str, State], **parameters: Any) -> State:
     method, load = prepare(name, experts, parameters)
-    return dict(run(method, list(base), lambda tensor: load(base, tensor), progress=False))
+    return through(method, {tensor: load(base, tensor) for tensor in base})
 
 
 def split(tile: Tile, step: int) -> list[Tile]:
-    x = tile.x.flatten(1)
+    x = tile.x.reshape(len(tile.x), -1)
     base = None if tile.base is None else tile.base.flatten()
     return [
         Tile(x[:, at : at + step], None if base is None else base[at : at + step], tile.at._replace(offset=at))
@@ -79,14 +102,16 @@ def combine_tiled(
     rng = random.Random(shuffle)
     for each in method.passes():
         for group in [list(base)] if each.scope == "model" else [[tensor] for tensor in base]:
-            todo = [tile for tensor in group for tile in tiles[tensor]]
+            wanted = each.wanted(known[group[0]])
+            todo = [tile for tensor in group if wanted is None or tensor in wanted for tile in tiles[tensor]]
+            if not todo:
+                continue
             rng.shuffle(todo)
             parts = [each.observe(tile, known[tile.at.name]) for tile in todo]
             rng.shuffle(parts)
             total: dict[str, Tensor] = {}
             for part in parts:
-                for key, value in part.items():
-                    total[key] = total[key] + value if key in total else value
+                each.add(total, part)
             found = each.finish(total, known[group[0]])
             for tensor in group:
                 known[tensor][each.name] = found
@@ -252,7 +277,12 @@ def transcribe(name: str, base: State, experts: Mapping[str, State], **parameter
 def methods() -> SimpleNamespace:
     """combine, combine_tiled, transcribe, problem, prepare: what the conformance test drives methods with."""
     return SimpleNamespace(
-        combine=combine, combine_tiled=combine_tiled, transcribe=transcribe, problem=problem, prepare=prepare
+        combine=combine,
+        combine_tiled=combine_tiled,
+        through=through,
+        transcribe=transcribe,
+        problem=problem,
+        prepare=prepare,
     )
 
 

@@ -13,8 +13,8 @@ def fixed_mask(monkeypatch):
     """Keeps exactly the entries that are 1 in the mask, whatever the density above 0."""
 
     def fix(*mask):
-        draws = 1.0 - torch.tensor(mask, dtype=torch.float32)
-        monkeypatch.setattr("twinmerge.methods.dare.uniform", lambda *key: draws[key[3] : key[3] + key[4]])
+        bits = -torch.tensor(mask, dtype=torch.int32)
+        monkeypatch.setattr("twinmerge.methods.dare.kept_bits", lambda *key: bits[key[3] : key[3] + key[4]])
 
     return fix
 

@@ -13,8 +13,8 @@ def fixed_masks(monkeypatch):
     """One row of 1 (kept) and 0 for each expert."""
 
     def fix(**masks):
-        draws = {e: 1.0 - torch.tensor(mask, dtype=torch.float32) for e, mask in masks.items()}
-        monkeypatch.setattr("twinmerge.methods.dare.uniform", lambda seed, expert, *rest: draws[expert])
+        bits = {e: -torch.tensor(mask, dtype=torch.int32) for e, mask in masks.items()}
+        monkeypatch.setattr("twinmerge.methods.dare.kept_bits", lambda seed, expert, *rest: bits[expert])
 
     return fix
 

@@ -12,9 +12,10 @@ import typer
 from twinmerge.cli.demo import demo
 from twinmerge.cli.diff import diff
 from twinmerge.cli.evaluate import evaluate
-from twinmerge.cli.merge import merge
+from twinmerge.cli.merge import check, merge
 from twinmerge.cli.methods import methods
 from twinmerge.cli.twin import twin_app
+from twinmerge.cli.verify import verify
 from twinmerge.errors import TwinmergeError
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app = typer.Typer(
     help="Turn many fine-tuned models of one base into one: merged once, or mixed anew for every input.",
 )
 app.command()(merge)
+app.command()(check)
+app.command()(verify)
 app.add_typer(twin_app, name="twin")
 app.command()(evaluate)
 app.command()(diff)

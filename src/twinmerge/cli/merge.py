@@ -1,9 +1,9 @@
-"""`twinmerge merge`: one set of weights out of many."""
+"""`twinmerge merge` and `twinmerge check`: one set of weights out of many, and what that would take."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,79 +25,75 @@ from twinmerge.cli.common import (
 )
 from twinmerge.errors import TwinmergeError
 
+if TYPE_CHECKING:
+    from twinmerge.engine.recipe import Recipe
+
+RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe in YAML (mergekit's schema).")]
+Out = Annotated[Path | None, typer.Argument(help="The folder to write.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="See `twinmerge methods`.")]
+Weights = Annotated[list[str] | None, typer.Option("--weight", metavar="NAME=NUMBER", help="An expert's weight.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the output: float32, bfloat16, float16.")]
+Stochastic = Annotated[
+    int | None,
+    typer.Option("--stochastic", metavar="SEED", min=0, help="Round to the output's dtype at random, unbiased."),
+]
+Device = Annotated[str, typer.Option("--device", help="Where the arithmetic runs: cpu, cuda, mps.")]
+
 
 def merge(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML (mergekit's schema).")] = None,
-    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
-    method: Annotated[str | None, typer.Option("--method", help="See `twinmerge methods`.")] = None,
+    recipe: RecipeFile = None,
+    out: Out = None,
+    output: Output = None,
+    method: MethodName = None,
     base: Base = None,
     expert: Experts = None,
-    weight: Annotated[
-        list[str] | None, typer.Option("--weight", metavar="NAME=NUMBER", help="An expert's weight.")
-    ] = None,
+    weight: Weights = None,
     parameter: Parameters = None,
     head: Heads = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the output: float32, bfloat16, float16.")] = None,
+    dtype: Dtype = None,
+    stochastic: Stochastic = None,
     smoke: Annotated[
         Path | None,
         typer.Option("--smoke", help="Texts (.jsonl or .txt): print their loss under base, experts and result."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    device: Device = "cpu",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Merge experts into one model folder that stock transformers loads.
+
+    A merge that was killed goes on where it stopped when the same command is run again.
 
     twinmerge merge RECIPE.yaml OUT
 
     twinmerge merge --method ties --base B --expert a=A --expert b=B2 -p density=0.2 -o OUT
     """
     from twinmerge.engine.merge import Merge
-    from twinmerge.engine.recipe import Recipe, read_recipe
-    from twinmerge.store.output import OutputFolder
 
     use_threads(threads)
-    if method is not None and recipe is not None and out is None:
-        recipe, out = None, recipe  # `twinmerge merge --method … OUT`
-    if out is not None and output is not None:
-        raise TwinmergeError(f"Two outputs are named, {out} and {output}. Name one.")
     if smoke is not None and not smoke.is_file():
         raise TwinmergeError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
-    target = output or out
-    if method is not None:
-        if recipe is not None:
-            raise TwinmergeError(
-                "A recipe file and --method are both given. Put everything into the recipe, or use options."
-            )
-        parameters = values(parameter, "-p")
-        parameters |= {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
-        described = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, tuple(head or ()))
-    elif recipe is not None:
-        if expert or base or weight or parameter or head or dtype:
-            raise TwinmergeError(
-                "A recipe file and options are both given. Put everything into the recipe, or use --method."
-            )
-        described = read_recipe(recipe)
-    else:
-        raise TwinmergeError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
+    described, target = _described(
+        recipe, out, output, method, base, expert, weight, parameter, head, dtype, stochastic
+    )
     if target is None and not dry_run:
         raise TwinmergeError("No output is named. Add -o FOLDER.")
-    merged = Merge(described)
-    check = merged.check()
+    merged = Merge(described, architecture=smoke is not None, device=_device(device))
     if dry_run:
-        if target is not None:
-            OutputFolder(target, check["output_bytes"]).check()
-        if json:
-            print_json(check)
-        else:
-            rows = [(key, _short(value)) for key, value in check.items()]
-            print_table("Nothing is written (--dry-run)", ["what", "value"], rows)
+        _checked(merged, target, json, "Nothing is written (--dry-run)")
         return
     assert target is not None
     merged.save(target)
-    said(f"Merged {check['merged_tensors']} tensors, {size(check['output_bytes'])} -> {target}")
-    if kept := {name: names for name, names in check["heads"].items() if names}:
+    report = merged.report
+    assert report is not None
+    found = merged.check()
+    said(f"Merged {found['merged_tensors']} tensors, {size(found['output_bytes'])} -> {target}")
+    if report.changed:
+        share = 100 * report.erased / report.changed
+        said(f"Rounding put {share:.2g} % of the {report.changed} changed entries back to the base's value.")
+    if kept := {name: names for name, names in found["heads"].items() if names}:
         said(f"Heads kept per expert in {target}/heads: {', '.join(kept)}")
     losses = None
     if smoke is not None:
@@ -111,10 +107,100 @@ def merge(
                 [(r.model, f"{r.loss:.4f}", str(r.texts)) for r in losses],
             )
     if json:
-        print_json({**check, "output": str(target), "smoke": [r._asdict() for r in losses] if losses else None})
+        rounding = report.rounding(described.stochastic)
+        smoked = [r._asdict() for r in losses] if losses else None
+        print_json({**found, "output": str(target), "rounding": rounding, "smoke": smoked})
 
 
-def _short(value: object) -> str:
+def check(
+    recipe: RecipeFile = None,
+    out: Out = None,
+    output: Output = None,
+    method: MethodName = None,
+    base: Base = None,
+    expert: Experts = None,
+    weight: Weights = None,
+    parameter: Parameters = None,
+    head: Heads = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """What a merge would do and take: names, shapes, ties, dtypes, disk, memory and time; writes nothing.
+
+    twinmerge check RECIPE.yaml OUT
+    """
+    from twinmerge.engine.merge import Merge
+
+    use_threads(threads)
+    described, target = _described(recipe, out, output, method, base, expert, weight, parameter, head, dtype, None)
+    _checked(Merge(described), target, json, "Nothing is written")
+
+
+def _described(
+    recipe: Path | None,
+    out: Path | None,
+    output: Path | None,
+    method: str | None,
+    base: str | None,
+    expert: list[str] | None,
+    weight: list[str] | None,
+    parameter: list[str] | None,
+    head: list[str] | None,
+    dtype: str | None,
+    stochastic: int | None,
+) -> tuple[Recipe, Path | None]:
+    """The recipe and the output that the options name."""
+    from twinmerge.engine.recipe import Recipe, read_recipe
+
+    if method is not None and recipe is not None and out is None:
+        recipe, out = None, recipe  # `twinmerge merge --method … OUT`
+    if out is not None and output is not None:
+        raise TwinmergeError(f"Two outputs are named, {out} and {output}. Name one.")
+    if method is not None:
+        if recipe is not None:
+            raise TwinmergeError(
+                "A recipe file and --method are both given. Put everything into the recipe, or use options."
+            )
+        parameters = values(parameter, "-p")
+        parameters |= {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
+        heads = tuple(head or ())
+        return Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic), output or out
+    if recipe is None:
+        raise TwinmergeError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
+    if expert or base or weight or parameter or head or dtype or stochastic is not None:
+        raise TwinmergeError(
+            "A recipe file and options are both given. Put everything into the recipe, or use --method."
+        )
+    return read_recipe(recipe), output or out
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    kind = name.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        usable = ", ".join(k for k, v in there.items() if v)
+        raise TwinmergeError(f"There is no device {name!r} here. Leave --device out, or choose from: {usable}.")
+    return torch.device(name)
+
+
+def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
+    from twinmerge.store.output import OutputFolder
+
+    found = merged.check()
+    if target is not None:
+        OutputFolder(target, found["output_bytes"]).check()
+    if json:
+        print_json(found)
+    else:
+        print_table(title, ["what", "value"], [(key, _short(value, key)) for key, value in found.items()])
+
+
+def _short(value: object, key: str = "") -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
+        return size(value)
     if isinstance(value, dict):
         return ", ".join(f"{k}: {len(v) if isinstance(v, (list, dict)) else v}" for k, v in value.items()) or "none"
     if isinstance(value, list):

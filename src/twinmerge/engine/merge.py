@@ -4,36 +4,47 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from twinmerge.engine.card import model_card
+from twinmerge.engine.check import checked
 from twinmerge.engine.diff import Difference, difference
+from twinmerge.engine.inputs import Inputs
+from twinmerge.engine.provenance import plan_key, provenance
+from twinmerge.engine.ranges import TILE, Range
 from twinmerge.engine.recipe import Recipe
-from twinmerge.engine.run import load_tile, run
+from twinmerge.engine.rounding import Rounding
+from twinmerge.engine.run import Run
+from twinmerge.engine.side_files import CHECKSUMS, PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Method
-from twinmerge.models.headed import HeadedModel, HeadSpec, save_heads
+from twinmerge.methods.base import Method, Tile
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.plain import open_plain
 from twinmerge.store.artefact import fingerprint
-from twinmerge.store.checkpoint import Spec
-from twinmerge.store.output import OutputFolder, layout, write_checkpoint
+from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
 
-PROVENANCE = "twinmerge.json"
-NO_SIDE_FILES = {"README.md", "adapter_config.json", "heads.json", PROVENANCE}
-SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ".vocab", ".bpe"}
+if TYPE_CHECKING:
+    from twinmerge.models.headed import HeadedModel, HeadSpec
 
 
 class Merge:
     """A merge that is described but not yet run; every call reads what it needs.
+
+    Args:
+        recipe: what to merge, and how.
+        architecture: look at the models' classes in any case, which running the result needs; without it a merge of
+            checkpoints that are plainly alike does not even import transformers.
+        device: where the arithmetic runs ("cpu", "cuda", "mps").
+        tile: elements that a thread works on at once, a multiple of 65,536; changes no byte of the result.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -44,26 +55,48 @@ class Merge:
         True
     """
 
-    def __init__(self, recipe: Recipe, progress: bool = True) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        progress: bool = True,
+        *,
+        architecture: bool = False,
+        device: torch.device | str = "cpu",
+        tile: int = TILE,
+    ) -> None:
         self.recipe = recipe
         self.progress = progress
+        self.architecture = architecture
+        self.device = device
+        self.tile = tile
         self.method: Method = recipe.make_method()
+        self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
 
     @cached_property
+    def _opened(self) -> tuple[OpenedModel, dict[str, OpenedModel]]:
+        order, base = self.recipe.order, self.recipe.base
+        models = [*([] if base is None else [base]), *(self.recipe.experts[name] for name in order)]
+        plain = None if self.architecture or self.recipe.heads else open_plain(models)
+        if plain is not None:
+            experts = dict(zip(order, plain[-len(order) :], strict=True))
+            first = plain[0] if base is not None else experts[next(iter(self.recipe.experts))]
+            return first, experts
+        experts = {name: _open(self.recipe.experts[name], name) for name in order}
+        return open_model(base) if base is not None else experts[next(iter(self.recipe.experts))], experts
+
+    @property
     def experts(self) -> dict[str, OpenedModel]:
         """The opened experts, in the order that the method sees."""
-        return {name: _open(self.recipe.experts[name], name) for name in self.recipe.order}
+        return self._opened[1]
 
-    @cached_property
+    @property
     def base(self) -> OpenedModel:
         """The base; without one, the first expert stands for it (names, config, side files)."""
-        if self.recipe.base is None:
-            return self.experts[next(iter(self.recipe.experts))]
-        return open_model(self.recipe.base)
+        return self._opened[0]
 
     @cached_property
     def matched(self) -> Matched:
-        """Which tensor goes where; computed from the headers and one matrix."""
+        """Which tensor goes where; computed from the headers and the beginning of one matrix."""
         found = match(self.base, self.experts, self.recipe.heads)
         check_ancestry(self.base, self.experts, found.merged)
         return found
@@ -74,63 +107,59 @@ class Merge:
 
     @cached_property
     def out_specs(self) -> dict[str, Spec]:
-        """Canonical name -> dtype and shape of every tensor of the output."""
+        """Name in the output -> dtype and shape of every tensor of it."""
         specs = {}
         for name in [*self.matched.merged, *self.matched.from_base]:
             spec = self.base.spec(name)
-            specs[name] = Spec(self.dtype, spec.shape) if self.dtype and spec.is_float else spec
+            specs[self.base.stored[name]] = Spec(self.dtype, spec.shape) if self.dtype and spec.is_float else spec
         return specs
 
-    def check(self) -> dict[str, Any]:
-        """What would happen, as plain data; reads headers and one matrix, writes nothing."""
-        matched = self.matched
-        return {
-            "method": self.recipe.method,
-            "parameters": self.method.model_dump(),
-            "merged_tensors": len(matched.merged),
-            "merged_parameters": sum(self.base.spec(n).numel for n in matched.merged),
-            "heads": matched.heads,
-            "from_base": matched.from_base,
-            "ignored": {e: names for e, names in matched.ignored.items() if names},
-            "output_bytes": sum(spec.bytes for spec in self.out_specs.values()),
-        }
-
-    def tensors(self, order: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Canonical name and value of every output tensor (heads apart), in the order of `order`, rounded once."""
-        order = order or list(self.out_specs)
-        merged = set(self.matched.merged)
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The base and the experts, tile by tile."""
         reference = self.base if self.recipe.base is not None else None
-        stream = run(
-            self.method,
-            self.matched.merged,
-            lambda name: load_tile(self.method, name, reference, self.experts),
-            [name for name in order if name in merged],
-            self.progress,
-        )
-        for name in order:
-            if name in merged:
-                got, value = next(stream)
-                assert got == name
-            else:
-                value = self.base.read(name)
-            out = value.to(self.out_specs[name].dtype)
-            if name in merged and not bool(out.isfinite().all()):
-                raise TwinmergeError(
-                    f"Tensor {name!r} does not fit {out.dtype}: its largest value is {value.abs().max().item():.4g}. Choose a "
-                    "wider --dtype, such as bfloat16 or float32."
-                )
-            yield name, out
-        stream.close()
+        names = {name: self.base.stored[name] for name in self.matched.merged}
+        return Inputs(self.method, reference, self.experts, names, self.device)
+
+    def rounding(self, name: str) -> Rounding:
+        """How the tensor of the output is rounded."""
+        return Rounding(self.out_specs[name].dtype, self.recipe.stochastic)
+
+    def plan(self) -> Run:
+        """The method over all merged tensors, in the order that they lie on the disk."""
+        first = next(iter(self.experts.values()))
+        order = sorted(self.matched.merged, key=first.place)
+        names = [self.base.stored[name] for name in order]
+        return Run(self.method, names, self.inputs.shapes, self.inputs.load, self.tile, self.progress)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole merged model in memory, by the base's own tensor names."""
-        return {self.base.stored[name]: value for name, value in self.tensors()}
+        merged = {
+            self.base.stored[name]: torch.empty(spec.shape, dtype=spec.dtype)
+            for name, spec in ((n, self.out_specs[self.base.stored[n]]) for n in self.matched.merged)
+        }
+
+        def keep(work: list[tuple[Range, Tile, Tensor]]) -> None:
+            for each, tile, value in work:
+                rounded = self.rounding(each.name).of(value, tile, self.method)
+                merged[each.name].view(-1)[each.start : each.stop] = rounded
+
+        run = self.plan()
+        run.survey()
+        for _ in run.merge(run.groups(), keep):
+            pass
+        kept = {self.base.stored[n]: self.base.read(n) for n in self.matched.from_base}
+        return {n: merged[n] if n in merged else kept[n].to(spec.dtype) for n, spec in self.out_specs.items()}
+
+    def canonical_state(self) -> dict[str, Tensor]:
+        """The same by canonical names, as models are put together from."""
+        state = self.state_dict()
+        return {name: state[self.base.stored[name]] for name in [*self.matched.merged, *self.matched.from_base]}
 
     def diff(self) -> list[Difference]:
         """How far the merged model is from the base, tensor by tensor."""
-        return [
-            difference(name, self.base.read(name), value) for name, value in self.tensors() if value.is_floating_point()
-        ]
+        state = self.canonical_state()
+        return [difference(n, self.base.read(n), value) for n, value in state.items() if value.is_floating_point()]
 
     def heads(self) -> dict[str, HeadSpec]:
         """The experts' own output layers, in the order the experts were given."""
@@ -138,10 +167,11 @@ class Merge:
 
     def load(self) -> HeadedModel:
         """The merged model as a module, with the experts' heads where they have any."""
-        return headed(self.base, self.experts, dict(self.tensors()), self.heads())
+        whole = self if self.architecture else Merge(self.recipe, self.progress, architecture=True, device=self.device)
+        return headed(whole.base, whole.experts, whole.canonical_state(), whole.heads())
 
     def save(self, out: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
-        """Write the merged model folder, whole or not at all.
+        """Write the merged model folder, whole or not at all; after a kill the same call goes on where it stopped.
 
         Args:
             out: a folder that does not exist or is empty.
@@ -150,47 +180,37 @@ class Merge:
         Errors:
             TwinmergeError: as said by `check`, `OutputFolder` and the method.
         """
-        output = OutputFolder(out, sum(spec.bytes for spec in self.out_specs.values()))
+        output = OutputFolder(out, sum(spec.bytes for spec in self.out_specs.values()), plan_key(self))
         output.check()
-        stored = {self.base.stored[name]: spec for name, spec in self.out_specs.items()}
-        canonical = {self.base.stored[name]: name for name in self.out_specs}
-        files = layout(stored)
-        names = [name for specs in files.values() for name in specs]
         with output as folder:
-            stream = self.tensors([canonical[name] for name in names])
-            write_checkpoint(folder, files, zip(names, (value for _, value in stream), strict=True))
+            writer = CheckpointWriter(folder, layout(self.out_specs))
+            try:
+                report = write(self, writer, Journal(output, writer.kept))
+                writer.finish()
+            finally:
+                writer.close()
             copy_side_files(self.base.folder, folder)
-            if self.base.architecture is not None and not (folder / "config.json").exists():
-                config = copy.deepcopy(self.base.architecture.config)
-                config.architectures = [self.base.architecture.model_class.__name__]
-                config.save_pretrained(folder)
-            if self.dtype is not None:
-                _set_config_dtype(folder / "config.json", str(self.recipe.dtype))
+            write_config(self.base, folder, self.recipe.dtype)
             if heads := self.heads():
+                from twinmerge.models.headed import save_heads
+
                 save_heads(folder, heads, folder_fingerprint(folder), about or {})
-            provenance = self.provenance()
-            (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, ensure_ascii=False), encoding="utf-8")
+            described = {**provenance(self), "rounding": report.rounding(self.recipe.stochastic)}
+            (folder / PROVENANCE).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+            (folder / CHECKSUMS).write_text(json.dumps(report.checksums, indent=0), encoding="utf-8")
             (folder / "README.md").write_text(
-                model_card(provenance, self.base, self.experts, sorted(self.matched.head_names)), encoding="utf-8"
+                model_card(described, self.base, self.experts, sorted(self.matched.head_names)), encoding="utf-8"
             )
+        self.report = report
         return Path(out)
 
     def provenance(self) -> dict[str, Any]:
         """Recipe, resolved parameters, versions and the hub commits that were read."""
-        inputs = {"base": self.base, **{f"expert {n}": m for n, m in self.experts.items()}}
-        return {
-            "recipe": self.recipe.describe(),
-            "parameters": self.method.model_dump(),
-            "commits": {label: model.commit for label, model in inputs.items() if model.commit},
-            "versions": {
-                package: version(package) for package in ("twinmerge", "torch", "safetensors", "transformers")
-            },
-            "tensors": {
-                "merged": len(self.matched.merged),
-                "from_base": self.matched.from_base,
-                "heads": self.matched.heads,
-            },
-        }
+        return provenance(self)
+
+    def check(self) -> dict[str, Any]:
+        """What would happen and what it would take, as plain data; writes nothing (see `engine/check.py`)."""
+        return checked(self)
 
 
 def merge(
@@ -200,6 +220,8 @@ def merge(
     base: ModelLike | None = None,
     dtype: str | None = None,
     heads: str | tuple[str, ...] | list[str] = (),
+    stochastic: int | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = True,
     **parameters: Any,
 ) -> Merge:
@@ -211,6 +233,8 @@ def merge(
         base: the model that they were tuned from; needed by methods that work on changes to it.
         dtype: of the output, "float32", "bfloat16", ...; the base's where None.
         heads: patterns of tensors to keep per expert besides those found.
+        stochastic: the seed of stochastic rounding to the output's dtype; to nearest where None.
+        device: where the arithmetic runs.
         parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
 
     Errors:
@@ -223,12 +247,13 @@ def merge(
         else:
             flat[name] = value
     patterns = (heads,) if isinstance(heads, str) else tuple(heads)
-    return Merge(Recipe(method, base, dict(experts), flat, dtype, patterns), progress)
+    recipe = Recipe(method, base, dict(experts), flat, dtype, patterns, stochastic)
+    return Merge(recipe, progress, device=device)
 
 
 def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[str]) -> dict[str, HeadSpec]:
     """The head of every expert that has one; bare checkpoints have no class to run a head and give none."""
-    heads = {}
+    heads: dict[str, HeadSpec] = {}
     for name in order:
         names, config = matched.heads[name], experts[name].config
         if names and config is None:
@@ -236,6 +261,8 @@ def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[s
                 f"The expert {name!r} has a head ({names[0]!r}) but no config.json. Add its config.json."
             )
         if names and config is not None:
+            from twinmerge.models.headed import HeadSpec
+
             config = copy.deepcopy(config)  # the caller's own model may hold it
             config.architectures = [experts[name].architecture.model_class.__name__]  # type: ignore[union-attr]
             heads[name] = HeadSpec(config, {n: experts[name].read(n).clone() for n in names})
@@ -246,6 +273,8 @@ def headed(
     base: OpenedModel, experts: Mapping[str, OpenedModel], state: Mapping[str, Tensor], heads: Mapping[str, HeadSpec]
 ) -> HeadedModel:
     """A runnable model out of merged tensors and heads."""
+    from twinmerge.models.headed import HeadedModel
+
     architecture = next(iter(experts.values())).architecture if heads else base.architecture
     if architecture is None:
         raise TwinmergeError(f"{base.name} has no config.json, so it cannot be run. Use state_dict() or save().")
@@ -254,37 +283,11 @@ def headed(
 
 def folder_fingerprint(folder: Path) -> str:
     """The fingerprint of a folder's model, by the names in its files."""
-    from twinmerge.store.checkpoint import Checkpoint
-
     checkpoint = Checkpoint.open(folder)
     try:
         return fingerprint(checkpoint.specs, checkpoint.read)
     finally:
         checkpoint.close()
-
-
-def copy_side_files(source: Path | None, folder: Path) -> None:
-    """Config, tokenizer, processor, templates, licence: everything small beside the weights, but its README."""
-    if source is None:
-        return
-    for file in sorted(source.iterdir()):
-        licence = file.name.upper().startswith(("LICENSE", "NOTICE"))
-        index = file.name.endswith(".index.json")
-        if (
-            file.is_file()
-            and file.name not in NO_SIDE_FILES
-            and not index
-            and (file.suffix in SIDE_SUFFIXES or licence)
-        ):
-            shutil.copyfile(file, folder / file.name)
-
-
-def _set_config_dtype(file: Path, dtype: str) -> None:
-    if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _open(model: ModelLike, name: str) -> OpenedModel:

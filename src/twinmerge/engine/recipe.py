@@ -27,7 +27,7 @@ MERGEKIT_DEFAULTS: dict[str, dict[str, Any]] = {
     "dare": {"scale": 1.0, "density": 1.0},
     "dare_ties": {"density": 1.0},
 }
-RECIPE_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "heads"}
+RECIPE_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "heads", "stochastic"}
 MERGEKIT_ONLY = {"slices", "modules", "tokenizer", "tokenizer_source", "chat_template"}
 MODEL_KEYS = {"model", "name", "parameters"}
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -37,7 +37,8 @@ EXPERT_NAME = re.compile(r"^\w[\w.\-]*$")
 @dataclass(frozen=True)
 class Recipe:
     """method: name; base: model or None; experts: name -> model; parameters: field (or expert.field) -> value;
-    dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert."""
+    dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the seed of
+    stochastic rounding, None for rounding to nearest."""
 
     method: str
     base: ModelLike | None
@@ -45,6 +46,7 @@ class Recipe:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     heads: tuple[str, ...] = ()
+    stochastic: int | None = None
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -58,6 +60,13 @@ class Recipe:
             )
         if self.base is None and method_class(self.method).space == "deltas":
             raise TwinmergeError(f"{self.method} works on changes to a base. Name the base with --base.")
+
+    @classmethod
+    def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
+        """The recipe that `describe` wrote down."""
+        experts = {entry["name"]: entry["model"] for entry in raw["models"]}
+        heads, seed = tuple(raw["heads"]), raw.get("stochastic")
+        return cls(raw["merge_method"], raw["base_model"], experts, raw["parameters"], raw["dtype"], heads, seed)
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -78,6 +87,7 @@ class Recipe:
             "parameters": dict(self.parameters),
             "dtype": self.dtype,
             "heads": list(self.heads),
+            "stochastic": self.stochastic,
         }
 
 
@@ -138,7 +148,13 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     heads = raw.get("heads") or ()
     if not isinstance(heads, list | tuple) or not all(isinstance(pattern, str) for pattern in heads):
         raise TwinmergeError(f"{where}: heads must be a list of patterns, got {heads!r}. Write heads: [classifier].")
-    return Recipe(method, base, experts, parameters, raw.get("out_dtype") or raw.get("dtype"), tuple(heads))
+    seed = raw.get("stochastic")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TwinmergeError(
+            f"{where}: stochastic is the seed of stochastic rounding, got {seed!r}. Write stochastic: 0."
+        )
+    dtype = raw.get("out_dtype") or raw.get("dtype")
+    return Recipe(method, base, experts, parameters, dtype, tuple(heads), seed)
 
 
 def expert_name(ref: str) -> str:

@@ -1,113 +1,151 @@
 """Passes and tiles: run one method over all merged tensors.
 
-Sweeps over all tensors happen only for the passes that a later one, or the first tensor, must wait for; passes of one
-tensor that come last are run just before that tensor is merged, so that most methods read every input once.
+A range of every input is read, made into one float32 tile, given to the method's rule and handed on; threads share the
+ranges and memory holds a few tiles for each. Passes that a later one, or the first tensor, must wait for sweep over all
+tensors; those of one tensor that come last are run just before it is merged, so that most methods read every input once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.engine.ranges import TILE, Range, Shapes, grouped, ranges, sample
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.base import Known, Method, Partial, Place, Tile
-from twinmerge.models.opened import OpenedModel
+from twinmerge.methods.base import Known, Method, Partial, Pass, Tile
+
+BATCH = 64  # tiles between two passes of one tensor: enough for all threads, few enough to stay in the page cache
+Answer = TypeVar("Answer")
 
 
-def load_tile(method: Method, name: str, base: OpenedModel | None, experts: Mapping[str, OpenedModel]) -> Tile:
-    """One output tensor of all inputs, whole, as the method wants it.
-
-    Errors:
-        TwinmergeError: NaN or infinity (names tensor and expert).
-    """
-    shape = next(iter(experts.values())).spec(name).shape
-    x = torch.empty((len(experts), *shape), dtype=torch.float32)
-    for row, (expert, model) in zip(x, experts.items(), strict=True):
-        row.copy_(model.read(name))
-        if not bool(row.isfinite().all()):
-            raise TwinmergeError(
-                f"Tensor {name!r} of the expert {expert!r} holds NaN or infinity. Take a sound checkpoint of it, or leave it out."
-            )
-    reference = None
-    if base is not None and method.space == "deltas":
-        reference = base.read(name).float()
-        if not bool(reference.isfinite().all()):
-            raise TwinmergeError(
-                f"Tensor {name!r} of the base {base.name} holds NaN or infinity. Take a sound checkpoint of it."
-            )
-        x -= reference
-    return Tile(x, reference, Place(name, shape, 0, tuple(experts)))
-
-
-def run(
-    method: Method,
-    names: Sequence[str],
-    load: Callable[[str], Tile],
-    order: Iterable[str] | None = None,
-    progress: bool = True,
-) -> Generator[tuple[str, Tensor], None, None]:
-    """Merge tensors one at a time.
+class Run:
+    """One method over the tensors `names`.
 
     Args:
-        names: all tensors that are merged (they are what "the whole model" means for model-scope passes).
-        load: name -> its tile.
-        order: the order of the output, `names` by default.
-
-    Yields:
-        (name, merged tensor in float32), finite. One tensor is held at a time; matrices (grain "matrix") are merged side
-        by side, one BLAS thread each, a few at a time.
+        names: all tensors that are merged (they are what "the whole model" means for model-scope passes), in the order
+            in which they are read.
+        shapes: name -> shape.
+        load: range -> its tile, flat, or in the tensor's shape for methods of grain "matrix". Called from any thread.
+        tile: elements of a tile, a multiple of 65,536; the result does not depend on it.
     """
-    passes = list(method.passes())
-    last_model = max((i for i, p in enumerate(passes) if p.scope == "model"), default=-1)
-    model_known: dict[str, Any] = {}
-    tensor_known: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for number, step in enumerate(passes[: last_model + 1], 1):
-        total: Partial = {}
-        for name in tqdm(
-            sorted(names), f"pass {number} of {last_model + 1}", delay=1, leave=False, disable=_off(progress)
-        ):
-            tile = load(name)
-            known = {**model_known, **tensor_known[name]}
-            part = step.observe(tile, known)
-            if step.scope == "tensor":
-                tensor_known[name][step.name] = step.finish(part, known)
-            else:
-                _add(total, part)
-        if step.scope == "model":
-            model_known[step.name] = step.finish(total, model_known)
 
-    def loaded() -> Iterator[tuple[Tile, Known]]:
-        for name in order or names:
-            tile = load(name)
-            known = {**model_known, **tensor_known[name]}
-            for step in passes[last_model + 1 :]:
-                known[step.name] = step.finish(step.observe(tile, known), known)
-            yield tile, known
+    def __init__(
+        self,
+        method: Method,
+        names: Sequence[str],
+        shapes: Shapes,
+        load: Callable[[Range], Tile],
+        tile: int = TILE,
+        progress: bool = True,
+    ) -> None:
+        self.method, self.names, self.shapes, self.load = method, list(names), shapes, load
+        self.tile, self.progress = tile, progress
+        passes = list(method.passes())
+        last_model = max((i for i, p in enumerate(passes) if p.scope == "model"), default=-1)
+        self.leading, self.trailing = passes[: last_model + 1], passes[last_model + 1 :]
+        self.known: dict[str, Any] = {}
+        self.known_of: dict[str, dict[str, Any]] = {name: {} for name in names}
 
-    if method.grain == "matrix":
-        merged = parallel(lambda work: (work[0].at.name, _merged(method, *work)), loaded())
-    else:
-        merged = ((tile.at.name, _merged(method, tile, known)) for tile, known in loaded())
-    yield from tqdm(merged, "merging", total=len(names), delay=1, leave=False, disable=_off(progress))
+    def survey(self) -> None:
+        """All passes that must be over before the first tensor is merged."""
+        for number, step in enumerate(self.leading, 1):
+            self._sweep(step, self.names, f"pass {number} of {len(self.leading)}")
 
+    def groups(self, order: Iterable[str] | None = None) -> list[list[Range]]:
+        """The work of `merge`, in its order: ranges that are done together."""
+        whole = self.method.grain == "matrix"
+        work = ranges(order or self.names, self.shapes, None if whole else self.tile)
+        return [[each] for each in work] if whole else list(grouped(work, self.tile))
 
-def _merged(method: Method, tile: Tile, known: Known) -> Tensor:
-    merged = method.apply(tile, known)
-    if not bool(merged.isfinite().all()):
-        raise TwinmergeError(
-            f"{type(method).__name__} gives NaN or infinity in tensor {tile.at.name!r}. Lower its scale, or leave that tensor out as a head."
+    def merge(
+        self, groups: Sequence[list[Range]], done: Callable[[list[tuple[Range, Tile, Tensor]]], Answer]
+    ) -> Iterator[Answer]:
+        """Merge the ranges; `done` gets each group's tiles and merged values, in the thread that made them.
+
+        Yields:
+            what `done` returned, in the order of the groups.
+        """
+
+        def work(group: list[Range]) -> Answer:
+            return done([self._merged(each) for each in group])
+
+        with tqdm(
+            total=sum(each.size for group in groups for each in group),
+            desc="merging",
+            unit="",
+            unit_scale=True,
+            delay=1,
+            leave=False,
+            disable=_off(self.progress),
+        ) as bar:
+            for batch in self._batches(groups):
+                for step in self.trailing:
+                    self._sweep(step, list(dict.fromkeys(each.name for group in batch for each in group)), None)
+                for group, answer in zip(batch, parallel(work, batch), strict=True):
+                    yield answer
+                    bar.update(sum(each.size for each in group))
+                for each in (each for group in batch for each in group) if self.trailing else ():
+                    if each.stop == math.prod(self.shapes[each.name]):
+                        self.known_of[each.name].clear()
+
+    def _batches(self, groups: Sequence[list[Range]]) -> Iterator[Sequence[list[Range]]]:
+        """All groups at once; with passes of a tensor to run before, whole tensors of some 64 tiles."""
+        if not self.trailing:
+            yield groups
+            return
+        batch: list[list[Range]] = []
+        for group in groups:
+            if len(batch) >= BATCH and group[0].start == 0:
+                yield batch
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch
+
+    def _sweep(self, step: Pass, names: Sequence[str], title: str | None) -> None:
+        """One pass over tensors: one total for the model, or one for each tensor."""
+        by_tensor = step.scope == "tensor"
+        wanted = {name: step.wanted(self._of(name)) for name in names} if by_tensor else {}
+        all_or_some = None if by_tensor else step.wanted(self.known)
+        seen = [
+            n for n in names if (n not in wanted or wanted[n] is None) and (all_or_some is None or n in all_or_some)
+        ]
+        if not seen:
+            return
+        totals: dict[str, Partial] = {name: {} for name in seen} if by_tensor else {"": {}}
+        whole = self.method.grain == "matrix"
+        work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, None if whole else self.tile)
+        groups = list(grouped(work, self.tile))
+
+        def look(group: list[Range]) -> list[tuple[str, Partial]]:
+            return [(each.name, step.observe(self.load(each), self._of(each.name))) for each in group]
+
+        bar = tqdm(
+            total=len(groups), desc=title, delay=1, leave=False, disable=True if title is None else _off(self.progress)
         )
-    return merged
+        with bar:
+            for parts in parallel(look, groups):
+                for name, part in parts:
+                    step.add(totals[name if by_tensor else ""], part)
+                bar.update()
+        if by_tensor:
+            for name, total in totals.items():
+                self.known_of[name][step.name] = step.finish(total, self._of(name))
+        else:
+            self.known[step.name] = step.finish(totals[""], self.known)
 
+    def _of(self, name: str) -> Known:
+        own = self.known_of[name]
+        return {**self.known, **own} if own else self.known
 
-def _add(total: Partial, part: Partial) -> None:
-    for key, value in part.items():
-        total[key] = total[key] + value if key in total else value
+    def _merged(self, each: Range) -> tuple[Range, Tile, Tensor]:
+        tile = self.load(each)
+        merged = self.method.apply(tile, self._of(each.name))
+        return each, tile, merged
 
 
 def _off(progress: bool) -> bool | None:

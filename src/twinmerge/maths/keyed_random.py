@@ -7,6 +7,7 @@ no mask, and any part of a tensor can be drawn on its own.
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 
 import numpy as np
@@ -43,20 +44,58 @@ def uniform(seed: int, expert: str, tensor: str, start: int, count: int) -> Tens
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """
+    words = _words(seed, expert, tensor, start, count)
+    out = np.empty(count, dtype=np.float32)
+    for at in range(0, count, _CHUNK):
+        part = out[at : at + _CHUNK]
+        np.multiply(words[at : at + _CHUNK] >> np.uint32(8), np.float32(2.0**-24), out=part, casting="same_kind")
+    return torch.from_numpy(out)
+
+
+def kept_bits(seed: int, expert: str, tensor: str, start: int, count: int, share: float) -> Tensor:
+    """A Bernoulli(share) mask as integers: all ones where `uniform` of the same arguments is below `share`, else zero.
+
+    Returns:
+        (count,) int32, -1 or 0: `x.view(torch.int32) & mask` drops entries of a float32 x.
+
+    Example:
+        >>> mask = kept_bits(0, "math", "w", 0, 1000, 0.25)
+        >>> torch.equal(mask == -1, uniform(0, "math", "w", 0, 1000) < 0.25)
+        True
+    """
+    draws = _words(seed, expert, tensor, start, count)
+    draws >>= np.uint32(8)
+    below = math.ceil(float(np.float32(share)) * 2**24)  # u < share in float32, with u a multiple of 2^-24
+    signed = draws.view(np.int32)
+    signed -= np.int32(below)
+    signed >>= np.int32(31)
+    return torch.from_numpy(signed)
+
+
+def draws24(seed: int, expert: str, tensor: str, start: int, count: int) -> Tensor:
+    """The integers behind `uniform`: (count,) int32, uniform on [0, 2^24).
+
+    Example:
+        >>> draws24(0, "a", "w", 0, 3).dtype
+        torch.int32
+    """
+    draws = _words(seed, expert, tensor, start, count)
+    draws >>= np.uint32(8)
+    return torch.from_numpy(draws.view(np.int32))
+
+
+def _words(seed: int, expert: str, tensor: str, start: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    """32-bit words start ... start + count - 1 of the stream, in memory of their own."""
     if start < 0 or count < 0:
         raise ValueError(f"a range of random numbers cannot start at {start} with {count} numbers")
     first = start // _PER_COUNT
-    stream = np.random.Philox(key=_key(str(seed), expert, tensor), counter=first)
-    out = np.empty(-(-(start + count) // _PER_COUNT) * _PER_COUNT - first * _PER_COUNT, dtype=np.float32)
-    for at in range(0, len(out), _CHUNK):
-        part = out[at : at + _CHUNK]
-        words = stream.random_raw(len(part) // 2)
-        if sys.byteorder == "big":  # the low half of a 64-bit word comes first
-            words = words.byteswap().view(words.dtype.newbyteorder())
-        halves = words.view(np.dtype("<u4"))
-        np.multiply(halves >> np.uint32(8), np.float32(2.0**-24), out=part, casting="same_kind")
     skip = start - first * _PER_COUNT
-    return torch.from_numpy(out[skip : skip + count])
+    stream = np.random.Philox(key=_key(str(seed), expert, tensor), counter=first)
+    words = -(-(skip + count) // 2)  # `integers` over the whole range gives the raw words, and lets other threads run
+    raw = np.random.Generator(stream).integers(0, 2**64 - 1, words, dtype=np.uint64, endpoint=True)
+    if sys.byteorder == "big":  # the low half of a 64-bit word comes first
+        raw = raw.byteswap().view(raw.dtype.newbyteorder())
+    return raw.view(np.dtype("<u4"))[skip : skip + count]
 
 
 def _key(*names: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:

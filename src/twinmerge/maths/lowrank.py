@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.svd import Core, numerical_rank, polar, svd_core, svd_range, thin_svd
 
 __all__ = [
@@ -57,6 +58,24 @@ class Factors(NamedTuple):
         """b @ a, (m, n), in the factors' dtype and at least float32."""
         dtype = torch.promote_types(torch.promote_types(self.b.dtype, self.a.dtype), torch.float32)
         return self.b.to(dtype) @ self.a.to(dtype)
+
+    def entries(self, start: int, stop: int) -> Tensor:
+        """Entries start ... stop − 1 of the product, row by row, without the rest of it.
+
+        Made block by block of 65,536 entries, so that an entry has the same bits in whatever range it is asked for.
+
+        Example:
+            >>> Factors(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0]])).entries(2, 5).tolist()
+            [5.0, 6.0, 8.0]
+        """
+        width = self.a.shape[1]
+        parts = []
+        for at in range(start - start % BLOCK, stop, BLOCK):
+            end = min(at + BLOCK, self.b.shape[0] * width)
+            top = at // width
+            rows = Factors(self.b[top : -(-end // width)], self.a).dense().flatten()
+            parts.append(rows[max(at, start) - top * width : min(end, stop) - top * width])
+        return torch.cat(parts) if parts else self.a.new_empty(0)
 
 
 def truncate(x: Tensor, rank: int, name: str = "matrix", *, exact: bool = False) -> Factors:

@@ -10,8 +10,8 @@ over a whole model takes three reductions; counts of tiles add up in any order:
 
     1. high = sum of coarse(tile)              bins, rest = locate(high, k)
     2. low = sum of fine(tile, bins)           thresholds, take = pin(bins, low, rest)
-    3. ties(tile, thresholds), tile by tile    seen = the ties in earlier tensors and earlier tiles of this
-    then threshold_mask(tile, thresholds, take, seen)
+    3. ties(tile, thresholds), tile by tile    left = take less the ties in earlier tensors and tiles
+    then keep_above(row, threshold, left, out) for each expert
 
 Here x is always (experts, ...) in float32, each expert is a selection of its own, and a tile is a run of
 consecutive flat entries. NaN is refused by the caller.
@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,33 +148,129 @@ def ties(x: Tensor, thresholds: Tensor) -> Tensor:
     return torch.stack([(_bits(row) == bits).sum() for row, bits in zip(x, at, strict=True)])
 
 
-def threshold_mask(x: Tensor, thresholds: Tensor, take: Tensor, seen: Tensor | None = None) -> Tensor:
-    """What is kept of one tile: all above the threshold, and those equal to it that come early enough.
+def keep_above(x: Tensor, bits: int, left: int, out: Tensor) -> None:
+    """Write one expert's entries to `out`: those above the threshold, the first `left` equal to it, zero elsewhere.
 
     Args:
-        x: (experts, ...) float32.
-        thresholds, take: (experts,) int64, from `pin`.
-        seen: (experts,) int64, the entries equal to the threshold that come before this tile; None for none.
-
-    Returns:
-        bool, of the shape of x.
+        x, out: (...) float32, contiguous, of one shape.
+        bits: the threshold's bits, from `pin`; above every number where nothing is kept.
+        left: how many of the entries that equal it are kept, in flat order.
 
     Example:
-        >>> x, two = torch.tensor([[2.0, -3.0, -2.0, 1.0]]), torch.tensor([0x4000_0000])
-        >>> threshold_mask(x, two, take=torch.tensor([1])).tolist()
-        [[True, True, False, False]]
-        >>> threshold_mask(x, two, take=torch.tensor([1]), seen=torch.tensor([1])).tolist()
-        [[False, True, False, False]]
+        >>> x, out = torch.tensor([2.0, -3.0, -2.0, 1.0]), torch.empty(4)
+        >>> keep_above(x, 0x4000_0000, 1, out)
+        >>> out.tolist()
+        [2.0, -3.0, 0.0, 0.0]
     """
-    room = (take if seen is None else take - seen).clamp(min=0).tolist()
-    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    for row, out, bits_at, left in zip(x, mask, thresholds.tolist(), room, strict=True):
-        bits = _bits(row)
-        kept = bits > bits_at
+    if bits >= _NEVER:
+        out.zero_()
+    elif left >= x.numel():  # all that equal it: strictly above the number before it
+        torch.hardshrink(x, _number(bits - 1), out=out) if bits else out.copy_(x)
+    else:
+        torch.hardshrink(x, _number(bits), out=out)
         if left:
-            kept[(bits == bits_at).nonzero()[:left, 0]] = True
-        out.copy_(kept.view(out.shape))
-    return mask
+            first = (_bits(x) == bits).nonzero()[:left, 0]
+            out.view(-1)[first] = x.reshape(-1)[first]
+
+
+def _number(bits: int) -> float:
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+
+
+DEVIATIONS = 6  # standard deviations of a sampled rank on either side of a bracket's middle
+WIDEST = 1 << 20  # values that a bracket may hold: 8 MiB of counts for each expert
+SHARED = 8  # values inside the bracket whose entries are counted for each tensor
+
+
+class Bracket(NamedTuple):
+    """For each expert an interval of bits that very likely holds its threshold.
+
+    low, width: (experts,) int64, the bits low ... low + width - 1; shift: (experts,) int64, the values inside are all
+    multiples of 2^shift above low, as far as the sample shows (deltas of bfloat16 numbers leave the low bits of float32
+    empty); shared: (experts, 8) int64, values near the rank that occur more than once, -1 where there are fewer.
+    """
+
+    low: Tensor
+    width: Tensor
+    shift: Tensor
+    shared: Tensor
+
+    def bins(self, expert: int) -> int:
+        """How many values the interval may hold."""
+        return (int(self.width[expert] - 1) >> int(self.shift[expert])) + 1
+
+
+def bracket(sample: Tensor, k: Tensor) -> Bracket | None:
+    """Bracket the k-th largest |x| of what the sample is from.
+
+    Args:
+        sample: (experts, n) int32, from `magnitude_bits`, n > 0.
+        k: (experts,) the rank within the sample, from the top.
+
+    Returns:
+        None where nothing is kept, or where an interval may hold too many values to count.
+
+    Example:
+        >>> found = bracket(torch.tensor([[1, 5, 5, 9]], dtype=torch.int32), torch.tensor([2]))
+        >>> found.low.tolist(), found.width.tolist(), found.shift.tolist(), found.shared[0, 0].item()
+        ([5], [5], [2], 5)
+    """
+    size = sample.shape[1]
+    low, width, shift = (torch.zeros(len(sample), dtype=torch.int64) for _ in range(3))
+    found = Bracket(low, width, shift, torch.full((len(sample), SHARED), -1))
+    for e, (row, rank) in enumerate(zip(sample.cpu().numpy(), k.tolist(), strict=True)):
+        if rank < 1:
+            return None
+        margin = 1 + math.ceil(DEVIATIONS * math.sqrt(rank * max(0, size - rank) / size))
+        from_top = np.sort(row)[::-1]
+        inside = from_top[max(0, rank - margin - 1) : rank + margin]
+        high = int(inside[0]) if rank > margin else _NEVER - 1
+        least = int(inside[-1]) if rank + margin <= size else 0
+        steps = int(np.bitwise_or.reduce(inside - least)) | (high - least if rank > margin else 0)
+        low[e], width[e], shift[e] = least, high - least + 1, (steps & -steps).bit_length() - 1 if steps else 0
+        if found.bins(e) > WIDEST:
+            return None
+        values, counts = np.unique(inside, return_counts=True)
+        away = np.abs(np.arange(len(values)) - np.searchsorted(values, from_top[rank - 1]))
+        often = values[np.argsort(away, kind="stable")]
+        often = often[counts[np.argsort(away, kind="stable")] > 1][:SHARED]
+        found.shared[e, : len(often)] = torch.from_numpy(often.astype(np.int64))
+    return found
+
+
+def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, int]:
+    """How many entries of one expert are above its bracket; the bins, counted from `low`, of those inside; and how many
+    of these lie between two bins, which the sample did not show.
+
+    Example:
+        >>> sample = magnitude_bits(torch.tensor([[1.0, 2.0, 2.0, 3.0]]))
+        >>> above, bins, between = in_bracket(torch.tensor([1.0, -2.0, 4.0]), bracket(sample, torch.tensor([2])), 0)
+        >>> above, bins.tolist(), between
+        (1, [0], 0)
+    """
+    low, width, shift = (int(of[expert]) for of in found[:3])
+    bits = _bits(row)
+    if row.device.type == "cpu":  # NumPy compares three times as fast as torch
+        shifted = bits.numpy()
+        shifted -= np.int32(low)
+        above = int(np.count_nonzero(shifted >= width)) if width <= _NEVER else 0
+        bits = torch.from_numpy(shifted[shifted.view(np.uint32) < np.uint32(width)])
+    else:
+        bits = bits - low
+        above = int((bits >= width).sum())
+        bits = bits[(bits >= 0) & (bits < width)]
+    between = int(((bits & ((1 << shift) - 1)) != 0).sum()) if shift else 0
+    return above, bits >> shift, between
+
+
+def magnitude_bits(x: Tensor) -> Tensor:
+    """The bits of |x| of every expert: (experts, n) int32, which sort like the numbers.
+
+    Example:
+        >>> magnitude_bits(torch.tensor([[-0.0, -1.0]])).tolist()
+        [[0, 1065353216]]
+    """
+    return torch.stack([_bits(row) for row in x])
 
 
 def largest(x: Tensor, k: Tensor | int) -> Tensor:
@@ -190,11 +288,18 @@ def largest(x: Tensor, k: Tensor | int) -> Tensor:
         [[False, True, True, False]]
     """
     bins, rest = locate(coarse(x), k)
-    return threshold_mask(x, *pin(bins, fine(x, bins), rest))
+    thresholds, take = pin(bins, fine(x, bins), rest)
+    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    for row, out, threshold, left in zip(x, mask, thresholds.tolist(), take.tolist(), strict=True):
+        bits = _bits(row)
+        kept = bits > threshold
+        kept[(bits == threshold).nonzero()[:left, 0]] = True
+        out.copy_(kept.view(out.shape))
+    return mask
 
 
 def _bits(row: Tensor) -> Tensor:
     """|row| as int32, flat: a larger number has larger bits, and -0.0 equals 0.0."""
     if row.dtype != torch.float32:
         raise TypeError(f"selection by magnitude works on float32, not {row.dtype}")
-    return row.abs().contiguous().view(torch.int32).flatten()
+    return row.contiguous().view(torch.int32).flatten() & _NEVER

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -186,6 +185,8 @@ def _gesdd(x: Tensor) -> SVD:
 
 
 def _gesvd(x: Tensor) -> SVD:
+    import scipy.linalg  # 0.2 s and 30 MB, for the rare matrix that gets here
+
     found = scipy.linalg.svd(x.cpu().numpy(), full_matrices=False, lapack_driver="gesvd", check_finite=False)
     u, s, vh = (torch.from_numpy(part).to(x.device) for part in found)
     return u, s, vh

@@ -26,4 +26,5 @@ class Average(Method):
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         total = sum(per_expert(self.weights, len(tile.x)))
-        return (weighted_sum(self.weights, tile.x) / total).to(tile.x.dtype)
+        merged = weighted_sum(self.weights, tile.x, tile.work)
+        return (merged if total == 1 else merged.div_(total)).to(tile.x.dtype)

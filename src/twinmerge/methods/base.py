@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ Known = Mapping[str, Any]
 """What the earlier passes found, by the name of the pass."""
 
 Partial = dict[str, Tensor]
-"""A pass's result for one tile. Integer values of equal keys add; floating values have a key of their own."""
+"""A pass's result for one tile. Unless the pass says otherwise, integer values of equal keys add, and floating values
+have a key of their own."""
 
 PerExpert = float | tuple[float, ...]
 """One number for all experts, or one for each, in the experts' order."""
@@ -45,14 +46,17 @@ class Place(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One tile of one output tensor.
+    """One tile of one output tensor; methods read it and leave it as it is.
 
-    x: (experts, *tile) float32: deltas or parameters, as the method's `space` says; base: (*tile) float32 or None.
+    x: (experts, *tile) float32: deltas or parameters, as the method's `space` says; base: (*tile) float32 or None;
+    work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least (float32 for
+    checkpoints of 16 bits, else float64).
     """
 
     x: Tensor
     base: Tensor | None
     at: Place
+    work: torch.dtype = torch.float64
 
     def require_base(self) -> Tensor:
         """The base's tile, for methods whose formula needs it."""
@@ -65,14 +69,27 @@ class Pass(ABC):
     """One exact reduction over tiles before the last read.
 
     scope: "tensor" starts afresh for each tensor, "model" runs over all merged tensors first.
+    sampled: the tiles are a thin sample of the model (at most a million entries), for passes that only guess.
+    rare: it is left out most of the time (see `wanted`).
     """
 
     name: ClassVar[str]
     scope: Literal["tensor", "model"]
+    sampled: ClassVar[bool] = False
+    rare: bool = False
+
+    def wanted(self, known: Known) -> Collection[str] | None:
+        """The tensors that the pass must see; None for all. With none at all the pass is left out."""
+        return None
 
     @abstractmethod
     def observe(self, tile: Tile, known: Known) -> Partial:
         """What one tile adds."""
+
+    def add(self, total: Partial, part: Partial) -> None:
+        """Put a tile's result into the total; the order of the tiles does not matter."""
+        for key, value in part.items():
+            total[key] = total[key] + value if key in total else value
 
     @abstractmethod
     def finish(self, total: Partial, known: Known) -> object:
@@ -120,19 +137,24 @@ def per_expert(value: PerExpert, count: int) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,) * count
 
 
-def weighted_sum(weights: PerExpert, x: Tensor) -> Tensor:
-    """Σt wt xt in float64, expert by expert: the same bits whatever the tile or the number of threads.
+def weighted_sum(weights: PerExpert, x: Tensor, work: torch.dtype = torch.float64) -> Tensor:
+    """Σt wt xt in `work`, expert by expert: the same bits whatever the tile or the number of threads.
 
     Example:
         >>> weighted_sum((0.5, 2.0), torch.tensor([[1.0], [3.0]])).tolist()
         [6.5]
     """
-    rows = zip(per_expert(weights, len(x)), x, strict=True)
-    first, row = next(rows)
-    out: Tensor = row.double() if first == 1 else row.double() * first
-    for weight, row in rows:
-        out += row if weight == 1 else row.double() * weight
+    by = per_expert(weights, len(x))
+    if len(x) > 1 and by[0] == 1:  # one pass over the tile less
+        out, done = torch.add(x[0].to(work), x[1].to(work), alpha=by[1]), 2
+    else:
+        out, done = torch.mul(x[0].to(work), by[0]), 1
+    for weight, row in zip(by[done:], x[done:], strict=True):
+        out.add_(row.to(work), alpha=weight)
     return out
+
+
+NEGATIVE_ZERO = torch.tensor(-0.0).view(torch.int32).item()  # the least integer
 
 
 def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
@@ -143,8 +165,11 @@ def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
         >>> moved(tile, torch.tensor([0.0, 0.5], dtype=torch.float64), 0.5).tolist()
         [-0.0, 1.25]
     """
-    base, change = tile.require_base(), change if scale == 1 else scale * change
-    return torch.where(change.eq(0), base, (base + change).to(base.dtype))
+    base = tile.require_base()
+    out = torch.add(base.to(change.dtype), change, alpha=scale).to(base.dtype)
+    if base.numel() and base.view(torch.int32).amin().item() == NEGATIVE_ZERO:  # -0.0 + 0.0 is 0.0
+        return torch.where(change.eq(0) | (scale == 0), base, out)
+    return out
 
 
 def weights_field() -> Any:

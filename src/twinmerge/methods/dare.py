@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.maths.keyed_random import uniform
-from twinmerge.maths.sums import blocked_dot, total
+from twinmerge.maths.keyed_random import kept_bits
+from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.base import (
     Known,
     Method,
@@ -17,7 +17,6 @@ from twinmerge.methods.base import (
     PerExpert,
     Place,
     Tile,
-    column,
     moved,
     per_expert,
     scale_field,
@@ -29,11 +28,17 @@ from twinmerge.methods.base import (
 Rescale = Literal["inverse_keep", "l1", "none"]
 
 
-def kept(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
-    """Bernoulli(density) mask (experts, *tile); each entry's draw is keyed by seed, expert, tensor and index."""
-    size = x[0].numel()
-    draws = [uniform(seed, expert, at.name, at.offset, size).reshape(x.shape[1:]) for expert in at.experts]
-    return torch.stack(draws).to(x.device) < column(density, x)
+def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
+    """The stack (experts, *tile) with dropped entries at zero; each entry's draw is keyed by seed, expert, tensor and index."""
+    out = torch.empty_like(x)
+    shares = per_expert(density, len(x))
+    for row, to, expert, share in zip(x, out, at.experts, shares, strict=True):
+        if share >= 1:
+            to.copy_(row)
+            continue
+        mask = kept_bits(seed, expert, at.name, at.offset, row.numel(), share).to(x.device)
+        torch.bitwise_and(row.contiguous().view(torch.int32), mask.view(row.shape), out=to.view(torch.int32))
+    return out
 
 
 class L1Norms(Pass):
@@ -46,22 +51,13 @@ class L1Norms(Pass):
         self.density, self.seed = density, seed
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        size = tile.x.abs()
-        mask = kept(tile.x, self.density, self.seed, tile.at).float()
-        rows = [
-            torch.stack([blocked_dot(s, torch.ones_like(s)), blocked_dot(s, m)])
-            for s, m in zip(size, mask, strict=True)
-        ]
+        rest = drop(tile.x, self.density, self.seed, tile.at)
+        rows = [torch.stack([block_sums(x.abs()), block_sums(y.abs())]) for x, y in zip(tile.x, rest, strict=True)]
         return {f"{tile.at.offset:020d}": torch.stack(rows)}
 
     def finish(self, total_: Partial, known: Known) -> object:
         blocks = torch.cat([total_[key] for key in sorted(total_)], dim=2)
         return torch.tensor([[total(row) for row in expert] for expert in blocks], dtype=torch.float64)
-
-
-def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
-    """The stack with dropped entries at zero."""
-    return torch.where(kept(x, density, seed, at), x, torch.zeros_like(x))
 
 
 def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> tuple[float, ...]:
@@ -107,4 +103,4 @@ class Dare(Method):
         count = len(tile.x)
         by = zip(per_expert(self.weights, count), factors(self.density, self.rescale, count, known), strict=True)
         x = drop(tile.x, self.density, self.seed, tile.at)
-        return moved(tile, weighted_sum(tuple(w * f for w, f in by), x), self.scale)
+        return moved(tile, weighted_sum(tuple(w * f for w, f in by), x, tile.work), self.scale)

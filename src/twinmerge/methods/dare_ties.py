@@ -45,4 +45,4 @@ class DareTies(Ties):
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
         x = drop(tile.x, self.density, self.seed, tile.at)
         by = factors(self.density, self.rescale, len(x), known)
-        return (x * column(by, x.double())).to(x.dtype)
+        return x.mul_(column(by, x)) if tile.work == x.dtype else (x * column(by, x.double())).to(x.dtype)

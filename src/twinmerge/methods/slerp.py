@@ -67,4 +67,4 @@ class Slerp(Method):
             of_b = math.sin(self.t * angle) / math.sin(angle)
         if of_b in (0.0, 1.0):
             return tile.x[int(of_b)].clone()
-        return weighted_sum((of_a, of_b), tile.x).to(tile.x.dtype)
+        return weighted_sum((of_a, of_b), tile.x, tile.work).to(tile.x.dtype)

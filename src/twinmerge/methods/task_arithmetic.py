@@ -27,4 +27,4 @@ class TaskArithmetic(Method):
     scale: float = scale_field(0.3)
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        return moved(tile, weighted_sum(self.weights, tile.x), self.scale)
+        return moved(tile, weighted_sum(self.weights, tile.x, tile.work), self.scale)

@@ -15,86 +15,32 @@ from twinmerge.methods.base import (
     Pass,
     PerExpert,
     Tile,
-    column,
     moved,
+    per_expert,
     scale_field,
     weighted_sum,
     weights_field,
 )
+from twinmerge.methods.trim import Scope, trim_passes, trimmed
 
-Scope = Literal["model", "tensor"]
 Tie = Literal["zero", "majority", "positive"]
 Compat = Literal["paper", "official", "mergekit"]
 
 
-class _TiesPass(Pass):
-    """A reduction over the trimmed quantity of one `Ties` method."""
-
-    def __init__(self, method: "Ties", scope: Scope) -> None:
-        self.method, self.scope = method, scope
-
-
-class Coarse(_TiesPass):
-    """Histogram of the high 16 bits of |τ|: the bin that holds the threshold."""
-
-    name = "ties_coarse"
-
-    def observe(self, tile: Tile, known: Known) -> Partial:
-        return {"counts": select.coarse(self.method.trimmed_quantity(tile, known))}
-
-    def finish(self, total: Partial, known: Known) -> object:
-        counts = total["counts"]
-        return select.locate(counts, self.method.keep_counts(counts.sum(1)))
-
-
-class Fine(_TiesPass):
-    """Histogram of the low 16 bits inside that bin: the threshold, and how many entries equal to it are kept."""
-
-    name = "ties_fine"
-
-    def observe(self, tile: Tile, known: Known) -> Partial:
-        bins, _ = known[Coarse.name]
-        return {"counts": select.fine(self.method.trimmed_quantity(tile, known), bins)}
-
-    def finish(self, total: Partial, known: Known) -> object:
-        bins, rest = known[Coarse.name]
-        return select.pin(bins, total["counts"], rest)
-
-
-class Equal(_TiesPass):
-    """Where the entries equal to the threshold lie, so that the first of them, in name order, are kept."""
-
-    name = "ties_equal"
-
-    def observe(self, tile: Tile, known: Known) -> Partial:
-        thresholds, _ = known[Fine.name]
-        return {place(tile): select.ties(self.method.trimmed_quantity(tile, known), thresholds)}
-
-    def finish(self, total: Partial, known: Known) -> object:
-        """(tensor, offset) -> how many equal entries come before that tile, for each expert."""
-        seen: dict[str, Tensor] = {}
-        before = torch.zeros(())
-        for key in sorted(total):
-            seen[key] = torch.zeros_like(total[key]) if not seen else before
-            before = seen[key] + total[key]
-        return seen
-
-
-class Majority(_TiesPass):
+class Majority(Pass):
     """The sign that most of the trimmed mass of the whole model has; used where an entry's votes cancel."""
 
     name = "ties_majority"
+    scope = "model"
+
+    def __init__(self, method: "Ties") -> None:
+        self.method = method
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        return {"votes": self.method.votes(self.method.trim(tile, known)).long().sum()}
+        return {"votes": self.method.votes(self.method.trim(tile, known), tile).long().sum()}
 
     def finish(self, total: Partial, known: Known) -> object:
         return int(total["votes"].sign())
-
-
-def place(tile: Tile) -> str:
-    """A key that sorts by tensor name, then by offset."""
-    return f"{tile.at.name}\0{tile.at.offset:020d}"
 
 
 class Ties(Method):
@@ -133,13 +79,11 @@ class Ties(Method):
     compat: Compat = Field(default="paper", description="whose semantics")
 
     def passes(self) -> Sequence[Pass]:
-        found: list[Pass] = []
         scope: Scope = "tensor" if self.compat == "mergekit" else self.scope
-        if self.trims:
-            found += [Coarse(self, scope), Fine(self, scope), Equal(self, scope)]
+        passes = trim_passes(self, scope) if self.trims else []
         if self.tie == "majority" or self.compat == "official":
-            found.append(Majority(self, "model"))
-        return found
+            passes.append(Majority(self))
+        return passes
 
     @property
     def share_kept(self) -> PerExpert:
@@ -148,16 +92,14 @@ class Ties(Method):
 
     @property
     def trims(self) -> bool:
-        share = self.share_kept
-        return any(number < 1 for number in (share if isinstance(share, tuple) else (share,)))
+        return any(share < 1 for share in per_expert(self.share_kept, 1))
 
     def keep_counts(self, totals: Tensor) -> Tensor:
         """k for each expert out of its number of entries."""
-        share = self.share_kept
-        densities = share if isinstance(share, tuple) else (share,) * len(totals)
-        counts = [select.keep_count(p, d) for p, d in zip(densities, totals.tolist(), strict=True)]
+        shares = zip(per_expert(self.share_kept, len(totals)), totals.tolist(), strict=True)
+        counts = [select.keep_count(share, size) for share, size in shares]
         if self.compat == "official":  # its (d − k)-th smallest value is the (k + 1)-th largest
-            counts = [min(k + 1, d) for k, d in zip(counts, totals.tolist(), strict=True)]
+            counts = [min(k + 1, size) for k, size in zip(counts, totals.tolist(), strict=True)]
         return torch.tensor(counts, device=totals.device)
 
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
@@ -167,39 +109,46 @@ class Ties(Method):
     def trim(self, tile: Tile, known: Known) -> Tensor:
         """The stack with all but the kept entries at zero."""
         x = self.trimmed_quantity(tile, known)
-        if not self.trims:
-            return x
-        if Fine.name not in known:
-            raise AssertionError("the engine runs the passes before apply")
-        thresholds, take = known[Fine.name]
-        if self.compat == "official":
-            take = torch.full_like(take, torch.iinfo(take.dtype).max // 2)
-        mask = select.threshold_mask(x, thresholds, take, known[Equal.name][place(tile)])
-        return torch.where(mask, x, torch.zeros_like(x))
+        return trimmed(x, tile, known, keep_all_equal=self.compat == "official") if self.trims else x
 
-    def votes(self, x: Tensor) -> Tensor:
-        """The sign of the sum over the experts, 0 where they cancel; the sum is exact to float64."""
-        return torch.sign(weighted_sum(self.weights if self.compat == "mergekit" else 1.0, x)).to(x.dtype)
+    def votes(self, x: Tensor, tile: Tile) -> Tensor:
+        """The sign of the sum over the experts, 0 where they cancel."""
+        weights = self.weights if self.compat == "mergekit" else 1.0
+        return weighted_sum(weights, x, tile.work).sign_().to(x.dtype)
+
+    def elect(self, x: Tensor, tile: Tile, known: Known) -> Tensor:
+        """The sign that every entry goes to."""
+        sign = self.votes(x, tile)
+        if self.compat == "official" or self.tie == "majority":
+            majority = known[Majority.name] or (-1 if self.compat == "official" else 0)
+            sign.masked_fill_(sign == 0, majority)
+        elif self.tie == "positive" or self.compat == "mergekit":
+            sign.masked_fill_(sign == 0, 1)
+        return sign
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         x = self.trim(tile, known)
-        sign = self.votes(x)
-        cancelled = sign == 0
-        if self.compat == "official" or self.tie == "majority":
-            majority = known[Majority.name] or (-1 if self.compat == "official" else 0)
-            sign = torch.where(cancelled, torch.full_like(sign, majority), sign)
-        elif self.tie == "positive" or self.compat == "mergekit":
-            sign = torch.where(cancelled, torch.ones_like(sign), sign)
-        side = torch.sign(x)
-        if self.compat == "mergekit":
-            side *= torch.sign(column(self.weights, x))
-        agree = (side == sign) & (side != 0)
-        chosen = torch.where(agree, x, torch.zeros_like(x))
-        if self.merge == "max":
-            merged = (column(self.weights, x.double()) * chosen).abs().amax(0) * sign
-        else:
-            merged = weighted_sum(self.weights, chosen)
+        sign = self.elect(x, tile, known)
+        total, mass = self.agreeing(x, sign, tile.work)
         if self.merge == "mean":
-            mass = weighted_sum(self.weights, agree)
-            merged = torch.where(mass != 0, merged / torch.where(mass != 0, mass, 1.0), torch.zeros_like(mass))
-        return moved(tile, merged, self.scale)
+            weights = per_expert(self.weights, len(x))
+            if min(weights) > 0:  # no entry agrees: 0 / its bound is the 0 that is wanted
+                total /= mass.clamp_min_(min(weights))
+            else:
+                total = torch.where(mass != 0, total / torch.where(mass != 0, mass, 1.0), 0.0)
+        return moved(tile, total.mul_(sign), self.scale)
+
+    def agreeing(self, x: Tensor, sign: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Over the entries of the elected sign, zeros never among them: Σ wt |xt| ("max": the largest wt |xt|), and Σ wt."""
+        total = torch.zeros_like(sign, dtype=work)
+        mass = torch.zeros_like(total)
+        for weight, row in zip(per_expert(self.weights, len(x)), x, strict=True):
+            side = -1.0 if self.compat == "mergekit" and weight < 0 else 1.0  # mergekit's votes are those of w · τ
+            size = torch.mul(row, sign).mul_(side).relu_() if side < 0 else torch.mul(row, sign).relu_()
+            if self.merge == "max":
+                total = torch.maximum(total, size.to(work) * abs(weight))
+            else:
+                total.add_(size.to(work), alpha=weight * side)
+            if self.merge == "mean":
+                mass.add_(size.sign_(), alpha=weight)
+        return total, mass

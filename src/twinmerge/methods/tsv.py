@@ -48,7 +48,7 @@ class Tsv(Method):
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         if not tile.at.is_matrix:
-            return moved(tile, weighted_sum(self.weights, tile.x) / len(tile.x), self.scale)
+            return moved(tile, weighted_sum(self.weights, tile.x, tile.work) / len(tile.x), self.scale)
         deltas = column(self.weights, tile.x) * tile.x
         return moved(tile, merge_singular(deltas.flatten(2), tile.at.name).reshape(tile.x[0].shape), self.scale)
 

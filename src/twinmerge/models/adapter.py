@@ -16,6 +16,7 @@ from twinmerge.maths.lowrank import Factors
 from twinmerge.store.checkpoint import Checkpoint
 
 PREFIX = "base_model.model."
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
 
 

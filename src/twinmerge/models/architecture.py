@@ -54,6 +54,11 @@ class Architecture:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._meta = dict(self.skeleton.state_dict())
 
+    @property
+    def labels(self) -> list[str] | None:
+        """The label names of a classifier."""
+        return labels_of(self.config)
+
     @cached_property
     def prefix(self) -> str:
         """`bert.` for a classifier around a BERT, empty for the bare model."""

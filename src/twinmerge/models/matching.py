@@ -92,7 +92,8 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
 
 
 def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged: Sequence[str]) -> None:
-    """Refuse an expert whose weights have nothing in common with the base's, judged on one matrix of the body.
+    """Refuse an expert whose weights have nothing in common with the base's, judged on the
+    first million entries of one matrix of the body.
 
     Errors:
         TwinmergeError: the cosine of base and expert is below 0.2.
@@ -101,15 +102,22 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
     if not matrices:
         return
     inner = [n for n in matrices if "embed" not in n] or matrices
-    name = max(inner, key=lambda n: (base.spec(n).numel <= 2**24, base.spec(n).numel))
-    reference = base.read(name).float().reshape(-1)
+    name = max(inner, key=lambda n: base.spec(n).numel)
+    reference = _beginning(base, name)
     for expert in experts.values():
-        cosine = torch.nn.functional.cosine_similarity(reference, expert.read(name).float().reshape(-1), dim=0).item()
+        cosine = torch.nn.functional.cosine_similarity(reference, _beginning(expert, name), dim=0).item()
         if cosine < UNRELATED_BELOW and bool(reference.any()):
             raise TwinmergeError(
                 f"{expert.name} does not come from the base {base.name}: their {name!r} have cosine {cosine:.2f} (a fine-tune "
                 "is close to 1). Name the base that it was tuned from."
             )
+
+
+def _beginning(model: OpenedModel, name: str) -> torch.Tensor:
+    """The first million entries at most."""
+    out = torch.empty(min(2**20, model.spec(name).numel), dtype=model.range_dtype(name))
+    model.read_range(name, 0, out)
+    return out.float()
 
 
 def matches(pattern: str, name: str) -> bool:

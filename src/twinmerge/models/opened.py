@@ -4,26 +4,58 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
-from twinmerge.models.adapter import Adapter, adapter_from, read_adapter
-from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
+from twinmerge.models.adapter import ADAPTER_FILES, Adapter, adapter_from, read_adapter
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.locate import locate
 
+if TYPE_CHECKING:  # transformers takes two seconds and 100 MB to import, which a plain merge does without
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from twinmerge.models.architecture import Architecture
+
 ModelLike = str | os.PathLike[str] | Any
 """A path, a hub id, `base+adapter`, a transformers PreTrainedModel or a PeftModel."""
+
+
+class Source(Protocol):
+    """Where a model's tensors are read from, by their stored names."""
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Elements start ... start + len(out) − 1, flat, in the stored dtype."""
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where it lies, for reading in the order of the disk: file number and offset."""
+
+
+class InMemory:
+    """The tensors of a module."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self.tensors[name].reshape(-1)[start : start + len(out)])
+
+    def place(self, name: str) -> tuple[int, int]:
+        return 0, list(self.tensors).index(name)
 
 
 @dataclass
@@ -32,16 +64,17 @@ class OpenedModel:
 
     name: how messages call it; specs: canonical name -> dtype and shape; stored: canonical -> name in its files;
     architecture: None for bare checkpoints; folder: where its side files are; commit: hub commit;
-    labels: label names of a classifier.
+    labels: label names of a classifier; files: what is read, empty for models in memory.
     """
 
     name: str
     specs: dict[str, Spec]
     stored: dict[str, str]
     architecture: Architecture | None
-    _read: Callable[[str], Tensor]
+    source: Source
     folder: Path | None = None
     commit: str | None = None
+    files: tuple[Path, ...] = ()
     factors: Mapping[str, Factors] = field(default_factory=dict)
     _dense: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -51,7 +84,7 @@ class OpenedModel:
 
     @property
     def labels(self) -> list[str] | None:
-        return labels_of(self.config) if self.config else None
+        return self.architecture.labels if self.architecture else None
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -65,12 +98,36 @@ class OpenedModel:
 
     def read(self, name: str) -> Tensor:
         """The tensor, with the adapter's part added (in float32) where there is one."""
-        if name not in self.specs and name in self.aliases:
-            name = self.aliases[name]
-        tensor = self._dense[name] if name in self._dense else self._read(self.stored[name])
+        name = self._own(name)
+        tensor = self._dense[name] if name in self._dense else self.source.read(self.stored[name])
         if name in self.factors:
-            tensor = tensor.float() + self.factors[name].dense().reshape(tensor.shape)
+            tensor = tensor.float() + self.factors[name].entries(0, tensor.numel()).reshape(tensor.shape)
         return tensor
+
+    def range_dtype(self, name: str) -> torch.dtype:
+        """What `read_range` gives: the stored dtype, float32 where an adapter adds to it."""
+        name = self._own(name)
+        return torch.float32 if name in self.factors else self.specs[name].dtype
+
+    def read_range(self, name: str, start: int, out: Tensor) -> None:
+        """Fill the 1-D `out` with elements start ... start + len(out) − 1 of the tensor, flat."""
+        name = self._own(name)
+        if name in self._dense:
+            out.copy_(self._dense[name].reshape(-1)[start : start + len(out)])
+        elif name in self.factors:
+            stored = torch.empty(len(out), dtype=self.specs[name].dtype)
+            self.source.read_into(self.stored[name], start, stored)
+            torch.add(stored.float(), self.factors[name].entries(start, start + len(out)), out=out)
+        else:
+            self.source.read_into(self.stored[name], start, out)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where the tensor lies: file number and offset."""
+        name = self._own(name)
+        return (-1, 0) if name in self._dense else self.source.place(self.stored[name])
+
+    def _own(self, name: str) -> str:
+        return self.aliases[name] if name not in self.specs and name in self.aliases else name
 
     def fingerprint(self) -> str:
         return fingerprint(self.specs, self.read)
@@ -84,7 +141,7 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
     """
     if isinstance(model, (str, os.PathLike)):
         return _open_folder(os.fspath(model), name)
-    if isinstance(model, PreTrainedModel):
+    if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel):
         return _open_module(model, name or type(model).__name__)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return _open_peft(model, name or "PeftModel")
@@ -94,6 +151,8 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
 
 
 def _open_folder(ref: str, name: str | None) -> OpenedModel:
+    from twinmerge.models.architecture import Architecture, class_of, read_config
+
     found = locate(ref)
     checkpoint = Checkpoint.open(found.folder)
     config = read_config(found.folder)
@@ -101,14 +160,14 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     architecture = None
     if config is not None:
         architecture = Architecture(config, class_of(config))
-    opened = _named(name or ref, checkpoint.specs, architecture, checkpoint.read)
-    opened.folder, opened.commit = found.folder, found.commit
+    opened = _named(name or ref, checkpoint.specs, architecture, checkpoint)
+    opened.folder, opened.commit, opened.files = found.folder, found.commit, checkpoint.files
+    if found.adapter is not None:
+        opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
     return _adapted(opened, adapter) if adapter else opened
 
 
-def _named(
-    name: str, specs: Mapping[str, Spec], architecture: Architecture | None, read: Callable[[str], Tensor]
-) -> OpenedModel:
+def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
     """Give canonical names to a checkpoint's tensors; a tied tensor that is stored twice counts once."""
     stored: dict[str, str] = {}
     for original in sorted(specs):
@@ -119,25 +178,29 @@ def _named(
                 f"{canonical!r}. Save the model again with save_pretrained."
             )
         stored[canonical] = original
-    for alias, source in (architecture.aliases if architecture else {}).items():
-        if alias in stored and source not in stored:
-            stored[source] = stored[alias]
+    for alias, own in (architecture.aliases if architecture else {}).items():
+        if alias in stored and own not in stored:
+            stored[own] = stored[alias]
         stored.pop(alias, None)
-    return OpenedModel(name, {n: specs[o] for n, o in stored.items()}, stored, architecture, read)
+    return OpenedModel(name, {n: specs[o] for n, o in stored.items()}, stored, architecture, source)
 
 
 def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
+    from twinmerge.models.architecture import Architecture
+
     tensors = {k: v.detach() for k, v in model.state_dict().items()}
     architecture = Architecture(model.config, type(model))
     stored = {architecture.of_module(k): k for k in tensors}
     for alias in architecture.aliases:
         stored.pop(alias, None)
     specs = {n: Spec(tensors[o].dtype, tuple(tensors[o].shape)) for n, o in stored.items()}
-    return OpenedModel(name, specs, stored, architecture, tensors.__getitem__)
+    return OpenedModel(name, specs, stored, architecture, InMemory(tensors))
 
 
 def _open_peft(model: Any, name: str) -> OpenedModel:
     from peft import get_peft_model_state_dict
+
+    from twinmerge.models.architecture import Architecture
 
     adapter_name = model.active_adapter
     config = model.peft_config[adapter_name].to_dict()
@@ -154,11 +217,13 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
     for alias in architecture.aliases:
         stored.pop(alias, None)
     specs = {n: Spec(plain[o].dtype, tuple(plain[o].shape)) for n, o in stored.items()}
-    return _adapted(OpenedModel(name, specs, stored, architecture, plain.__getitem__), adapter)
+    return _adapted(OpenedModel(name, specs, stored, architecture, InMemory(plain)), adapter)
 
 
 def _adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
     """The model with the adapter on top; its class becomes that of the adapter's task."""
+    from twinmerge.models.architecture import Architecture, class_of
+
     config = opened.config
     if config is not None and adapter.task is not None:
         task_class = class_of(config, adapter.task)
@@ -196,6 +261,8 @@ def _adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
 
 def _oriented(adapter: Adapter, architecture: Architecture | None) -> dict[str, Factors]:
     """The factors as each module stores its weight: PEFT saves one `fan_in_fan_out`, whatever kinds are adapted."""
+    from transformers.pytorch_utils import Conv1D
+
     modules = dict(architecture.skeleton.named_modules()) if architecture else {}
     turned = {}
     for name, factors in adapter.factors.items():

@@ -5,6 +5,7 @@ Scores are fractions (correlations from -1 to 1); only the normalised score is i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -228,7 +229,8 @@ def normalised(scores: Mapping[str, float], experts: Mapping[str, float]) -> flo
             )
         if not np.isfinite(scores[task]):
             raise TwinmergeError(f"The score of task {task!r} is {scores[task]}, not a number. Evaluate it again.")
-    return 100 * float(np.mean([scores[task] / expert for task, expert in experts.items()]))
+    shares = [scores[task] / expert for task, expert in experts.items()]
+    return 100 * math.fsum(shares) / len(shares)  # the order of the tasks changes no bit
 
 
 def bootstrap_normalised(

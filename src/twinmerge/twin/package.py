@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from twinmerge.engine.merge import NO_SIDE_FILES, PROVENANCE, copy_side_files, folder_fingerprint
+from twinmerge.engine.merge import folder_fingerprint
+from twinmerge.engine.side_files import NO_SIDE_FILES, PROVENANCE, copy_side_files, write_config
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadSpec, load_heads, save_heads
-from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.models.opened import InMemory, OpenedModel, open_model
 from twinmerge.store.artefact import Artefact, load_artefact, save_artefact
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.output import OutputFolder, layout, write_checkpoint
@@ -60,10 +60,7 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
         copy_side_files(side_files, partial)
         for own in (TWIN, ROUTER):
             (partial / own).unlink(missing_ok=True)
-        if shared.architecture is not None and not (partial / "config.json").exists():
-            config = copy.deepcopy(shared.architecture.config)  # a model made in memory does not name its class there
-            config.architectures = [shared.architecture.model_class.__name__]
-            config.save_pretrained(partial)
+        write_config(shared, partial, None)
         base = folder_fingerprint(partial)
         save_artefact(partial / TWIN, Artefact("twin", TWIN_VERSION, base, *_pack(package.exclusive)))
         if package.heads:
@@ -137,4 +134,4 @@ def shared_in_memory(base: OpenedModel, state: Mapping[str, Tensor], name: str) 
     stored = {n: base.stored[n] for n in state}
     by_stored = {stored[n]: t for n, t in state.items()}
     specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in state.items()}
-    return OpenedModel(name, specs, stored, base.architecture, by_stored.__getitem__, folder=base.folder)
+    return OpenedModel(name, specs, stored, base.architecture, InMemory(by_stored), folder=base.folder)

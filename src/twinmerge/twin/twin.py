@@ -134,10 +134,11 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: as `twinmerge.merge`, and modules that cannot mix.
         """
-        merge = Merge(Recipe(shared, base, dict(experts), parameters, heads=tuple(heads)), progress)
+        recipe = Recipe(shared, base, dict(experts), parameters, heads=tuple(heads))
+        merge = Merge(recipe, progress, architecture=True)
         if len(experts) < 1:
             raise TwinmergeError("A twin needs experts. Name at least one.")
-        state = dict(merge.tensors())
+        state = merge.canonical_state()
         opened = {name: merge.experts[name] for name in experts}
         names = [n for n in merge.matched.merged if not _is_buffer(merge.base, n)]
         linear = _linear_coefficients(merge.method, merge.recipe.order, list(experts))

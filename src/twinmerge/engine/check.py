@@ -1,0 +1,55 @@
+"""What a merge will do and take, from headers alone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from twinmerge.engine.merge import Merge
+
+RATE = 1e9  # bytes per second that the estimate of the time takes for reading and writing: a plain solid-state disk
+COPIES = 3  # of a tile's stack that a method holds at once beside the inputs
+
+
+def checked(merge: Merge) -> dict[str, Any]:
+    """Plain data: which tensors go where, dtypes and ties, and the bytes, memory and time of the merge.
+
+    Reads headers and the beginning of one matrix. Memory is that of the tiles under way (of whole matrices, for methods
+    that need them), beside what the libraries themselves take; time is what a disk of 1 GB/s needs for the bytes.
+    """
+    matched, base = merge.matched, merge.base
+    reads = 1 + sum(not step.sampled and not step.rare for step in merge.plan().leading)
+    inputs = [*merge.experts.values(), *([base] if merge.inputs.base is not None else [])]
+    input_bytes = sum(model.spec(n).bytes for model in inputs for n in matched.merged)
+    output_bytes = sum(spec.bytes for spec in merge.out_specs.values())
+    return {
+        "method": merge.recipe.method,
+        "parameters": merge.method.model_dump(),
+        "merged_tensors": len(matched.merged),
+        "merged_parameters": sum(base.spec(n).numel for n in matched.merged),
+        "heads": matched.heads,
+        "from_base": matched.from_base,
+        "ignored": {e: names for e, names in matched.ignored.items() if names},
+        "tied": base.aliases,
+        "dtypes": {label: _dtypes(model) for label, model in {"base": base, **merge.experts}.items()},
+        "output_dtypes": sorted({str(spec.dtype).removeprefix("torch.") for spec in merge.out_specs.values()}),
+        "read_bytes": reads * input_bytes,
+        "output_bytes": output_bytes,
+        "memory_bytes": _memory(merge),
+        "seconds_at_1_GB_per_s": round((reads * input_bytes + output_bytes) / RATE, 1),
+    }
+
+
+def _memory(merge: Merge) -> int:
+    """The float32 stacks of all threads, with what a method makes of them."""
+    sizes = [math.prod(shape) for shape in merge.inputs.shapes.values()]
+    tile = max(sizes, default=0) if merge.inputs.whole else min(merge.tile, max(sizes, default=0))
+    held = 2 * torch.get_num_threads() if merge.inputs.whole else torch.get_num_threads()
+    return held * COPIES * (len(merge.experts) + 1) * 4 * tile
+
+
+def _dtypes(model: Any) -> list[str]:
+    return sorted({str(spec.dtype).removeprefix("torch.") for spec in model.specs.values()})

@@ -1,0 +1,52 @@
+"""Where a merged folder comes from: its recipe, versions and inputs, written beside the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from twinmerge.models.opened import OpenedModel
+
+if TYPE_CHECKING:
+    from twinmerge.engine.merge import Merge
+
+PACKAGES = ("twinmerge", "torch", "safetensors", "transformers")
+
+
+def provenance(merge: Merge) -> dict[str, Any]:
+    """Recipe, resolved parameters, versions and the hub commits that were read."""
+    stored, matched = merge.base.stored, merge.matched
+    return {
+        "recipe": merge.recipe.describe(),
+        "parameters": merge.method.model_dump(),
+        "commits": {label: model.commit for label, model in inputs_of(merge).items() if model.commit},
+        "versions": {package: version(package) for package in PACKAGES},
+        "tensors": {
+            "merged": len(matched.merged),
+            "from_base": sorted(stored[name] for name in matched.from_base),
+            "heads": matched.heads,
+        },
+    }
+
+
+def inputs_of(merge: Merge) -> dict[str, OpenedModel]:
+    """The base and the experts by the labels that the provenance gives them."""
+    return {"base": merge.base, **{f"expert {name}": model for name, model in merge.experts.items()}}
+
+
+def plan_key(merge: Merge) -> str | None:
+    """What identifies a merge that may be resumed: the same recipe, versions and input files (by size and time of change).
+
+    None for models in memory, which cannot be told apart from one process to the next.
+    """
+    files = []
+    for label, model in inputs_of(merge).items():
+        if not model.files:
+            return None
+        for file in model.files:
+            status = file.stat()
+            files.append([label, str(file.resolve()), status.st_size, status.st_mtime_ns])
+    plan = {**provenance(merge), "rounding": merge.recipe.stochastic, "files": files, "tile": merge.tile}
+    return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,77 @@
+"""Which elements are worked on together: ranges of the output's tensors, in a fixed order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from twinmerge.maths.sums import BLOCK
+
+TILE = 2 * BLOCK  # elements: a stack of four float32 tiles fills a core's second-level cache
+SAMPLE = 1 << 20  # elements that a sampled pass sees, of any model
+CHUNK = 1024  # elements side by side in a sample
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Range(NamedTuple):
+    """Elements start ... stop − 1, flat, of one output tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def ranges(names: Iterable[str], shapes: Shapes, tile: int | None = TILE) -> Iterator[Range]:
+    """The tensors cut into tiles, whole blocks of 65,536 but for the last of each; whole tensors where `tile` is None.
+
+    Example:
+        >>> [tuple(r) for r in ranges(["a", "b"], {"a": (3, 50_000), "b": ()})]
+        [('a', 0, 131072), ('a', 131072, 150000), ('b', 0, 1)]
+    """
+    for name in names:
+        size = math.prod(shapes[name])
+        step = tile or max(size, 1)
+        for start in range(0, max(size, 1), step):
+            yield Range(name, start, min(start + step, size))
+
+
+def grouped(work: Iterable[Range], tile: int) -> Iterator[list[Range]]:
+    """Ranges put together until they hold a tile's elements, so that many tiny tensors cost no more than a few large ones."""
+    group: list[Range] = []
+    held = 0
+    for each in work:
+        if group and held + each.size > tile:
+            yield group
+            group, held = [], 0
+        group.append(each)
+        held += each.size
+    if group:
+        yield group
+
+
+def sample(names: Sequence[str], shapes: Shapes, size: int = SAMPLE) -> Iterator[Range]:
+    """Chunks of 1,024 elements at even distances over the whole model; all of it where it is no larger than the sample.
+
+    Example:
+        >>> [tuple(r) for r in sample(["a", "b"], {"a": (4096,), "b": (4096,)}, 2048)]
+        [('a', 0, 1024), ('b', 0, 1024)]
+    """
+    total = sum(math.prod(shapes[name]) for name in names)
+    if total <= size:
+        yield from ranges(names, shapes)
+        return
+    step = total * CHUNK // size
+    begin, wanted = 0, 0
+    for name in names:
+        end = begin + math.prod(shapes[name])
+        while wanted < end:
+            start = max(wanted - begin, 0)
+            yield Range(name, start, min(start + CHUNK, end - begin))
+            wanted += step
+        begin = end

@@ -1,0 +1,284 @@
+"""Trimming by magnitude, exactly k entries of each expert: the passes that TIES and its kin run before they combine.
+
+Over the whole model the inputs are read once and a bit: a small sample brackets each expert's threshold, one pass counts
+what is above the bracket and what lies inside it, and the threshold follows exactly. Where the bracket misses, two
+histograms of 65,536 bins find it. Entries equal to a threshold, the normal case for bfloat16, are counted tensor by
+tensor in the same pass as long as the sample named the right value, and tile by tile in the one tensor where they run out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import accumulate
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twinmerge.maths import select
+from twinmerge.methods.base import Known, Partial, Pass, Tile
+
+Scope = Literal["model", "tensor"]
+ALL = 1 << 62  # room for every entry that equals a threshold
+
+
+class Trims(Protocol):
+    """What the passes need to know of a method."""
+
+    def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
+        """What is trimmed, (experts, *tile) float32."""
+
+    def keep_counts(self, totals: Tensor) -> Tensor:
+        """k of each expert out of its number of entries."""
+
+
+class Threshold(NamedTuple):
+    """bits: (experts,) those of the k-th largest |x|; take: how many of the entries equal to it are kept; equal: how
+    many there are; by_tensor: tensor -> (experts,) how many there are in it, None where that was not counted."""
+
+    bits: Tensor
+    take: Tensor
+    equal: Tensor
+    by_tensor: Mapping[str, Tensor] | None
+
+    @property
+    def undecided(self) -> list[int]:
+        """The experts that keep some of the equal entries, and not all."""
+        some = (self.take > 0) & (self.take < self.equal)
+        return [int(e) for e in some.nonzero()[:, 0]]
+
+
+def trim_passes(method: Trims, scope: Scope) -> list[Pass]:
+    """The passes that find every expert's threshold."""
+    exact = [Coarse(method, scope), Fine(method, scope), TiesByTile(method, scope)]
+    if scope == "tensor":
+        return list(exact)
+    exact.insert(2, TiesByTensor(method, scope))
+    for step in exact:
+        step.rare = True
+    return [Sketch(method, scope), Bracket(method, scope), *exact]
+
+
+def found(known: Known) -> Threshold | None:
+    """The threshold, as soon as a pass has it."""
+    threshold: Threshold | None = known.get(Bracket.name) or known.get(Fine.name)
+    return threshold
+
+
+class _TrimPass(Pass):
+    def __init__(self, method: Trims, scope: Scope) -> None:
+        self.method, self.scope = method, scope
+
+
+class Sketch(_TrimPass):
+    """A sample of |x|: a bracket that very likely holds the threshold, and the values in it that many entries share."""
+
+    name = "trim_sketch"
+    sampled = True
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        return {place(tile): select.magnitude_bits(self.method.trimmed_quantity(tile, known))}
+
+    def finish(self, total: Partial, known: Known) -> object:
+        bits = torch.cat([total[key] for key in sorted(total)], 1)
+        size = bits.shape[1]
+        if not size:
+            return None
+        return select.bracket(bits, self.method.keep_counts(torch.full((len(bits),), size)))
+
+
+class Bracket(_TrimPass):
+    """How many entries are above the bracket, and a count of every value inside it: the threshold, exactly."""
+
+    name = "trim_bracket"
+
+    def wanted(self, known: Known) -> Collection[str] | None:
+        return None if known.get(Sketch.name) is not None else ()
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        bracket: select.Bracket = known[Sketch.name]
+        x = self.method.trimmed_quantity(tile, known)
+        above, between, part, ties = [], [], Partial(), []
+        for e, row in enumerate(x):
+            over, inside, odd = select.in_bracket(row, bracket, e)
+            above.append(over)
+            between.append(odd)
+            part[f"inside {e}"] = inside
+            shared = (bracket.shared[e] - bracket.low[e]) >> bracket.shift[e]
+            ties.append([int(np.count_nonzero(inside.cpu().numpy() == bin)) for bin in shared.tolist()])
+        part |= {"bins": torch.tensor([bracket.bins(e) for e in range(len(x))]), "size": torch.tensor(x[0].numel())}
+        part |= {"above": torch.tensor(above), "between": torch.tensor(between)}
+        part[f"ties {tile.at.name}"] = torch.tensor(ties)
+        return part
+
+    def add(self, total: Partial, part: Partial) -> None:
+        for e, size in enumerate(part.pop("bins").tolist()):
+            inside = part.pop(f"inside {e}").cpu().long()
+            counts = total.setdefault(f"counts {e}", torch.zeros(size, dtype=torch.int64))
+            counts.index_add_(0, inside, torch.ones_like(inside))
+        super().add(total, part)
+
+    def finish(self, total: Partial, known: Known) -> object:
+        bracket: select.Bracket = known[Sketch.name]
+        if total["between"].any():
+            return None
+        rest = self.method.keep_counts(total["size"].expand(len(total["above"]))).cpu() - total["above"]
+        bits, take, equal = [], [], []
+        for e, k in enumerate(rest.tolist()):
+            counts = total[f"counts {e}"]
+            if not 1 <= k <= int(counts.sum()):
+                return None
+            at, some = (int(t) for t in select.locate(counts[None], k))
+            bits.append(int(bracket.low[e]) + (at << int(bracket.shift[e])))
+            take.append(some)
+            equal.append(int(counts[at]))
+        threshold = Threshold(torch.tensor(bits), torch.tensor(take), torch.tensor(equal), None)
+        hits = [(bracket.shared[e] == threshold.bits[e]).nonzero()[:1, 0] for e in range(len(bits))]
+        if all(len(hits[e]) for e in threshold.undecided):
+            column = torch.stack([hit[0] if len(hit) else torch.tensor(0) for hit in hits])
+            by_tensor = {
+                key.removeprefix("ties "): counts.cpu().gather(1, column[:, None])[:, 0]
+                for key, counts in total.items()
+                if key.startswith("ties ")
+            }
+            threshold = threshold._replace(by_tensor=by_tensor)
+        return threshold
+
+
+class Coarse(_TrimPass):
+    """Histogram of the high 16 bits of |x|: the bin that holds the threshold."""
+
+    name = "trim_coarse"
+
+    def wanted(self, known: Known) -> Collection[str] | None:
+        return None if found(known) is None else ()
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        return {"counts": select.coarse(self.method.trimmed_quantity(tile, known))}
+
+    def finish(self, total: Partial, known: Known) -> object:
+        counts = total["counts"]
+        return select.locate(counts, self.method.keep_counts(counts.sum(1)))
+
+
+class Fine(_TrimPass):
+    """Histogram of the low 16 bits inside that bin: the threshold."""
+
+    name = "trim_fine"
+
+    def wanted(self, known: Known) -> Collection[str] | None:
+        return None if found(known) is None else ()
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        bins, _ = known[Coarse.name]
+        return {"counts": select.fine(self.method.trimmed_quantity(tile, known), bins)}
+
+    def finish(self, total: Partial, known: Known) -> object:
+        bins, rest = known[Coarse.name]
+        bits, take = select.pin(bins, total["counts"], rest)
+        equal = total["counts"].gather(1, (bits & 0xFFFF)[:, None])[:, 0]
+        return Threshold(bits, take, torch.where(take > 0, equal, 0), None)
+
+
+class TiesByTensor(_TrimPass):
+    """How many entries of each tensor equal the threshold, where that is still to be counted."""
+
+    name = "trim_ties"
+
+    def wanted(self, known: Known) -> Collection[str] | None:
+        threshold = known_threshold(known)
+        return () if threshold.by_tensor is not None or not threshold.undecided else None
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        return {tile.at.name: select.ties(self.method.trimmed_quantity(tile, known), known_threshold(known).bits)}
+
+    def finish(self, total: Partial, known: Known) -> object:
+        return dict(total)
+
+
+class Edge(NamedTuple):
+    """Of one expert: entries equal to its threshold are kept in all tensors before `tensor`, in name order, and there up
+    to the first `rest` of them."""
+
+    tensor: str
+    rest: int
+
+
+def edges(known: Known) -> dict[int, Edge]:
+    """Where the equal entries run out, for every undecided expert."""
+    threshold = known_threshold(known)
+    counts = threshold.by_tensor if threshold.by_tensor is not None else known[TiesByTensor.name]
+    names = sorted(counts)
+    places = {}
+    for e in threshold.undecided:
+        left = int(threshold.take[e])
+        before = list(accumulate((int(counts[name][e]) for name in names), initial=0))
+        at = next(i for i in range(len(names)) if before[i + 1] >= left)
+        places[e] = Edge(names[at], left - before[at])
+    return places
+
+
+class TiesByTile(_TrimPass):
+    """The same, tile by tile, in the tensors where they run out."""
+
+    name = "trim_ties_by_tile"
+
+    def wanted(self, known: Known) -> Collection[str] | None:
+        if not known_threshold(known).undecided:
+            return ()
+        return None if self.scope == "tensor" else {edge.tensor for edge in edges(known).values()}
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        return {place(tile): select.ties(self.method.trimmed_quantity(tile, known), known_threshold(known).bits)}
+
+    def finish(self, total: Partial, known: Known) -> object:
+        """Tile -> how many equal entries come before it in its tensor; and the edges."""
+        before: dict[str, Tensor] = {}
+        seen: dict[str, Tensor] = {}
+        for key in sorted(total):
+            tensor = key.partition("\0")[0]
+            before[key] = seen.get(tensor, torch.zeros_like(total[key]))
+            seen[tensor] = before[key] + total[key]
+        if self.scope == "tensor":
+            (tensor,) = seen
+            threshold = known_threshold(known)
+            return before, {e: Edge(tensor, int(threshold.take[e])) for e in threshold.undecided}
+        return before, edges(known)
+
+
+def known_threshold(known: Known) -> Threshold:
+    """The threshold; the engine runs the passes before anything needs it."""
+    threshold = found(known)
+    if threshold is None:
+        raise AssertionError("the passes have not found a threshold")
+    return threshold
+
+
+def place(tile: Tile) -> str:
+    """A key that sorts by tensor name, then by offset."""
+    return f"{tile.at.name}\0{tile.at.offset:020d}"
+
+
+def room(tile: Tile, known: Known) -> list[int]:
+    """For each expert: how many of the tile's entries that equal its threshold are kept."""
+    threshold = known_threshold(known)
+    rooms = [ALL if take else 0 for take in threshold.take.tolist()]
+    if threshold.undecided:
+        before, places = known[TiesByTile.name]
+        for e, edge in places.items():
+            if tile.at.name == edge.tensor:
+                rooms[e] = max(0, edge.rest - int(before[place(tile)][e]))
+            elif tile.at.name > edge.tensor:
+                rooms[e] = 0
+    return rooms
+
+
+def trimmed(x: Tensor, tile: Tile, known: Known, keep_all_equal: bool = False) -> Tensor:
+    """The stack with all but the kept entries at zero."""
+    thresholds = known_threshold(known).bits.tolist()
+    rooms = [ALL] * len(x) if keep_all_equal else room(tile, known)
+    out = torch.empty_like(x)
+    for row, to, bits, left in zip(x, out, thresholds, rooms, strict=True):
+        select.keep_above(row, bits, left, to)
+    return out

@@ -1,0 +1,61 @@
+"""Inputs so alike that transformers is not needed to tell what goes where.
+
+Importing transformers and building a model class takes two seconds and 100 MB, more than many a merge. Checkpoints of one
+causal language model, the same names and shapes in each, need neither: everything is merged, under its own name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.store.checkpoint import Checkpoint
+from twinmerge.store.locate import locate
+
+PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose classes have no buffers in their files, no renamed tensors and no parts that loading drops."""
+
+
+def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
+    """The models without an architecture, or None where one has to be looked at.
+
+    A head, an adapter, a tie, another task or an unknown type ask for it.
+    """
+    if not all(isinstance(model, (str, Path)) for model in models):
+        return None
+    places = [locate(model) for model in models]
+    if any(place.adapter for place in places):
+        return None
+    configs = [_config(place.folder) for place in places]
+    if not _one_plain_class(configs):
+        return None
+    opened = []
+    for model, place in zip(models, places, strict=True):
+        checkpoint = Checkpoint.open(place.folder)
+        names = {name: name for name in checkpoint.specs}
+        opened.append(OpenedModel(str(model), checkpoint.specs, names, None, checkpoint))
+        opened[-1].folder, opened[-1].commit, opened[-1].files = place.folder, place.commit, checkpoint.files
+    first = opened[0].specs
+    alike = all({n: s.shape for n, s in m.specs.items()} == {n: s.shape for n, s in first.items()} for m in opened)
+    plain = all(spec.is_float and name.endswith((".weight", ".bias")) for name, spec in first.items())
+    tied = configs[0].get("tie_word_embeddings") is not False and "lm_head.weight" in first
+    return opened if alike and plain and not tied else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _one_plain_class(configs: Sequence[dict[str, Any]]) -> bool:
+    kinds = {(str(c.get("model_type")), str(c.get("architectures"))) for c in configs}
+    if len(kinds) != 1 or any("quantization_config" in c for c in configs):
+        return False
+    model_type, classes = kinds.pop()
+    return model_type in PLAIN and classes.count("ForCausalLM") == 1

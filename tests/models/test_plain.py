@@ -1,0 +1,112 @@
+"""Inputs that are plainly alike are merged without transformers, to the same result."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from twinmerge.engine.merge import Merge
+from twinmerge.engine.recipe import Recipe
+from twinmerge.models.plain import PLAIN, open_plain
+
+SIZES = {
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """model type -> folders of a base and two experts."""
+    made = {}
+    for kind in sorted(PLAIN):
+        root = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+        for name in ("base", "a", "b"):
+            expert = copy.deepcopy(model)
+            if name != "base":
+                with torch.no_grad():
+                    for p in expert.parameters():
+                        p.add_(0.01 * torch.randn_like(p))
+            expert.to(torch.bfloat16).save_pretrained(root / name)
+        made[kind] = root
+    return made
+
+
+def recipe(root, method="dare_ties", **more):
+    experts = {n: str(root / n) for n in "ab"}
+    return Recipe(method, str(root / "base"), experts, {}, **more)
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "ties", "tsv"])
+@pytest.mark.parametrize("kind", sorted(PLAIN))
+def test_plain_and_whole_paths_give_the_same_bytes_under_the_same_names(families, kind, method):
+    plain, whole = Merge(recipe(families[kind], method)), Merge(recipe(families[kind], method), architecture=True)
+    assert plain.base.architecture is None and whole.base.architecture is not None
+    one, other = plain.state_dict(), whole.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    assert plain.provenance() == whole.provenance()
+
+
+def test_a_plain_merge_does_not_import_transformers(families, tmp_path):
+    program = (
+        "import sys; from twinmerge.engine.merge import merge\n"
+        f"root = {str(families['llama'])!r}\n"
+        "merge('ties', base=root + '/base', experts={'a': root + '/a', 'b': root + '/b'}).save("
+        f"{str(tmp_path / 'out')!r})\n"
+        "print([m for m in ('transformers', 'scipy', 'matplotlib', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def changed(root, tmp_path, edit):
+    """The family with another config in the expert b."""
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        for file in (root / name).iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    config = tmp_path / "b" / "config.json"
+    raw = json.loads(config.read_text())
+    edit(raw)
+    config.write_text(json.dumps(raw))
+    return [str(tmp_path / n) for n in ("base", "a", "b")]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda raw: raw.update(model_type="gpt2"),
+        lambda raw: raw.update(architectures=["LlamaForSequenceClassification"]),
+        lambda raw: raw.update(quantization_config={}),
+        lambda raw: raw.clear(),
+    ],
+)
+def test_anything_else_is_looked_at_with_transformers(families, tmp_path, edit):
+    models = changed(families["llama"], tmp_path, edit)
+    assert open_plain(models[:2]) is not None
+    assert open_plain(models) is None
+
+
+def test_ties_heads_adapters_and_modules_are_not_plain(families, tmp_path):
+    models = changed(families["llama"], tmp_path, lambda raw: raw)
+    base = tmp_path / "base" / "config.json"
+    base.write_text(base.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    assert open_plain(models) is None
+    root = families["llama"]
+    assert Merge(recipe(root, heads=("lm_head",))).base.architecture is not None
+    assert open_plain([AutoModelForCausalLM.from_pretrained(root / "base")]) is None
