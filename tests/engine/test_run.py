@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from twinmerge.engine.merge import merge
+from twinmerge.engine.merge import Merge, merge
 from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.base import Place, Tile
@@ -123,7 +123,13 @@ def through(method, names, tiles):
 
     run = Run(method, names, shapes, load)
     run.survey()
-    return {each.name: value for work in run.merge(run.groups(), list) for each, _, value in work}
+    merged = {}
+    list(
+        run.merge(
+            run.groups(), lambda each: [load(each)], lambda each, _, value: merged.update({each.name: value}), len
+        )
+    )
+    return merged
 
 
 def test_order_of_the_tensors_changes_no_value():
@@ -150,7 +156,7 @@ def test_result_that_is_not_finite_is_an_error(tmp_path):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tile", [65_536, 1 << 20])
 @pytest.mark.parametrize("method", ["average", "dare_ties", "ties", "slerp", "dare l1", "ties tensor"])
-def test_the_same_bytes_for_any_tile_and_thread_count(tmp_path, method, tile, threads):
+def test_the_same_bytes_for_any_tile_threads_and_processes(tmp_path, monkeypatch, method, tile, threads):
     """Against the engine's own tile on this machine's threads."""
     rng = torch.Generator().manual_seed(0)
     shapes = {"m": (300, 700), "k": (131_111,), "z": (5,), "e": (0, 3)}
@@ -173,11 +179,17 @@ def test_the_same_bytes_for_any_tile_and_thread_count(tmp_path, method, tile, th
         run.tile = tile
         run.survey()
         got = {n: torch.empty(shape, dtype=torch.bfloat16) for n, shape in shapes.items()}
-        for work in run.merge(run.groups(), list):
-            for each, made, value in work:
-                got[each.name].view(-1)[each.start : each.stop] = merged.rounding(each.name).of(
-                    value, made, merged.method
-                )
+
+        def keep(each, made, value):
+            start = made.at.offset
+            out = merged.rounding(each.name).of(value, made, merged.method)
+            got[each.name].view(-1)[start : start + len(out)] = out
+
+        list(run.merge(run.groups(), merged.inputs.pieces, keep, len))
+        monkeypatch.setattr("twinmerge.engine.run.LARGE", 0)
+        spread = Merge(merged.recipe, progress=False, tile=tile, processes=True).save(tmp_path / "out")
     finally:
         torch.set_num_threads(before)
+    forked = load_file(spread / "model.safetensors")
+    assert all(torch.equal(forked[n].view(torch.int16), want[n].view(torch.int16)) for n in shapes)
     assert all(torch.equal(got[n].view(torch.int16), want[n].view(torch.int16)) for n in shapes)

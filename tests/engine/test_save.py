@@ -124,7 +124,7 @@ def test_dtype_is_written_into_the_config(zoo, tmp_path):
 def test_output_that_is_not_empty_is_refused_before_any_tensor_is_merged(zoo, tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("keep")
     plan = merge("average", experts={"a": zoo.a, "b": zoo.b})
-    monkeypatch.setattr(plan.inputs, "load_with_digests", lambda *_: pytest.fail("merged"))
+    monkeypatch.setattr(plan.inputs, "pieces", lambda *_: pytest.fail("merged"))
     with pytest.raises(TwinmergeError, match="is there already and not empty"):
         plan.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]

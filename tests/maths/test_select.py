@@ -110,13 +110,13 @@ def test_bracket_of_a_sample_holds_the_rank_and_counts_what_is_above() -> None:
         found = bracket(bits[:, ::2], torch.full((2,), k // 2))
         assert found is not None
         for e, row in enumerate(x):
-            above, inside, between = in_bracket(row, found, e)
-            assert above < k <= above + len(inside) and len(inside) < 0.05 * x.shape[1] and not between
-            at, size = int(found.low[e]), int(found.width[e])
-            values = [
-                b - at >> int(found.shift[e]) for b in magnitude_bits(row[None])[0].tolist() if at <= b < at + size
-            ]
-            assert sorted(inside.tolist()) == sorted(values)
+            above, bins, ties, between = in_bracket(row, found, e)
+            inside = len(bins) + sum(ties)
+            assert above < k <= above + inside and inside < 0.05 * x.shape[1] and not between
+            at, size, shared = int(found.low[e]), int(found.width[e]), found.shared[e].tolist()
+            values = [b for b in magnitude_bits(row[None])[0].tolist() if at <= b < at + size]
+            assert ties == [values.count(v) for v in shared]
+            assert sorted(bins.tolist()) == sorted(b - at >> int(found.shift[e]) for b in values if b not in shared)
         exact = bits[1].sort(descending=True).values[k - 1]
         assert exact in found.shared[1]
 

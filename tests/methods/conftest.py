@@ -71,10 +71,12 @@ def through(method: Method, tiles: Mapping[str, Tile]) -> State:
     run = Run(method, list(tiles), shapes, load, progress=False)
     run.survey()
     merged = {name: torch.empty(shape) for name, shape in shapes.items()}
-    for work in run.merge(run.groups(), list):
-        for each, _, value in work:
-            assert value.dtype == torch.float32
-            merged[each.name].view(-1)[each.start : each.stop] = value.reshape(-1)
+
+    def keep(each: Range, tile: Tile, value: Tensor) -> None:
+        assert value.dtype == torch.float32
+        merged[each.name].view(-1)[each.start : each.stop] = value.reshape(-1)
+
+    assert sum(run.merge(run.groups(), lambda each: [load(each)], keep, len)) >= len(shapes)
     return merged
 
 

@@ -73,10 +73,10 @@ def test_every_way_keeps_what_a_stable_sort_keeps(monkeypatch, kind, density, st
         if way == "no bracket" or found is None:
             return None
         if way == "bracket too low":
-            return found._replace(low=found.low // 2, width=torch.ones_like(found.width))
+            found = found._replace(low=found.low // 2, width=torch.ones_like(found.width))
         if way == "values between":
-            return found._replace(shift=found.shift + 3)
-        return found._replace(shared=found.shared * 0 - 1)
+            found = found._replace(shift=found.shift + 3)
+        return found._replace(shared=torch.full_like(found.shared, -1))
 
     if way != "bracket":
         monkeypatch.setattr(select, "bracket", spoilt)

@@ -80,7 +80,7 @@ def merge(
     )
     if target is None and not dry_run:
         raise TwinmergeError("No output is named. Add -o FOLDER.")
-    merged = Merge(described, architecture=smoke is not None, device=_device(device))
+    merged = Merge(described, architecture=smoke is not None, device=_device(device), processes=True)
     if dry_run:
         _checked(merged, target, json, "Nothing is written (--dry-run)")
         return

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from twinmerge.engine.ranges import Range
+from twinmerge.engine.ranges import PIECE, Range
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.base import Method, Place, Tile
 from twinmerge.models.opened import OpenedModel
@@ -51,57 +51,64 @@ class Inputs:
         Errors:
             TwinmergeError: NaN or infinity (names tensor and expert).
         """
-        return self.load_with_digests(each, False)[0]
+        return self._tile(each, self._stored(each), 0, each.size)
 
-    def load_with_digests(self, each: Range, digest: bool = True) -> tuple[Tile, Digests]:
-        """The tile, and the checksums of what was read for it."""
+    def pieces(self, each: Range, digests: Digests | None = None) -> Iterator[Tile]:
+        """The same in pieces that fit a core's cache, with the checksums of what was read for them."""
+        stored = self._stored(each, digests)
+        step = max(each.size, 1) if self.whole else PIECE
+        for at in range(0, max(each.size, 1), step):
+            yield self._tile(each, stored, at, min(at + step, each.size))
+
+    def _stored(self, each: Range, digests: Digests | None = None) -> dict[str, Tensor]:
+        """The range of every input as it is stored, in memory that the next range of this thread overwrites."""
         name = self.canonical[each.name]
-        x = torch.empty((len(self.experts), each.size), dtype=torch.float32)
-        narrow, digests = True, Digests()
-        for row, (expert, model) in zip(x, self.experts.items(), strict=True):
-            stored = self._read(model, name, each)
-            row.copy_(stored)
-            narrow = narrow and stored.dtype.itemsize <= 2
-            if digest:
-                digests[expert] = block_digests(stored)
+        models = {**self.experts, **({} if self.base is None else {BASE: self.base})}
+        stored = {}
+        for label, model in models.items():
+            stored[label] = self._read(label, model, name, each)
+            if digests is not None:  # while the bytes are in the cache
+                digests[label] = block_digests(stored[label])
+        return stored
+
+    def _tile(self, each: Range, stored: Mapping[str, Tensor], start: int, stop: int) -> Tile:
+        x = torch.empty((len(self.experts), stop - start), dtype=torch.float32)
+        for row, expert in zip(x, self.experts, strict=True):
+            row.copy_(stored[expert][start:stop])
         base = None
         if self.base is not None:
-            stored = self._read(self.base, name, each)
-            base = torch.empty(each.size, dtype=torch.float32).copy_(stored)
-            narrow = narrow and stored.dtype.itemsize <= 2
-            if digest:
-                digests[BASE] = block_digests(stored)
+            base = stored[BASE][start:stop].float()
             x -= base
         if not math.isfinite(x.sum().item()):
-            self._require_finite(x, base, each)
+            self._require_finite(x, base, stored, each, start)
         if self.device.type != "cpu":
             x, base = x.to(self.device), None if base is None else base.to(self.device)
         shape = self.shapes[each.name]
         if self.whole:
             x, base = x.reshape(len(x), *shape), None if base is None else base.reshape(shape)
-        work = torch.float32 if narrow else torch.float64
-        return Tile(x, base, Place(each.name, shape, each.start, tuple(self.experts)), work), digests
+        work = torch.float32 if all(t.dtype.itemsize <= 2 for t in stored.values()) else torch.float64
+        return Tile(x, base, Place(each.name, shape, each.start + start, tuple(self.experts)), work)
 
-    def _read(self, model: OpenedModel, name: str, each: Range) -> Tensor:
-        """The range as it is stored, in memory that the next read of this thread may overwrite."""
+    def _read(self, label: str, model: OpenedModel, name: str, each: Range) -> Tensor:
         dtype = model.range_dtype(name)
-        held = getattr(self._local, "bytes", None)
-        if held is None or held.numel() < each.size * dtype.itemsize:
-            held = self._local.bytes = torch.empty(max(each.size * dtype.itemsize, 1), dtype=torch.uint8)
-        out = held[: each.size * dtype.itemsize].view(dtype)
+        buffers: dict[str, Tensor] = self._local.__dict__
+        if label not in buffers or buffers[label].numel() < each.size * dtype.itemsize:
+            buffers[label] = torch.empty(max(each.size * dtype.itemsize, 1), dtype=torch.uint8)
+        out = buffers[label][: each.size * dtype.itemsize].view(dtype)
         model.read_range(name, each.start, out)
         return out
 
-    def _require_finite(self, x: Tensor, base: Tensor | None, each: Range) -> None:
+    def _require_finite(
+        self, x: Tensor, base: Tensor | None, stored: Mapping[str, Tensor], each: Range, start: int
+    ) -> None:
         """A sum that is not finite: say whose tensor it is, unless large numbers only overflowed the sum."""
         if base is not None and not bool(base.isfinite().all()):
             assert self.base is not None
             raise TwinmergeError(
                 f"Tensor {each.name!r} of the base {self.base.name} holds NaN or infinity. Take a sound checkpoint of it."
             )
-        name = self.canonical[each.name]
-        for (expert, model), row in zip(self.experts.items(), x, strict=True):
-            if not bool(row.isfinite().all()) and not bool(self._read(model, name, each).isfinite().all()):
+        for expert, row in zip(self.experts, x, strict=True):
+            if not bool(stored[expert][start : start + row.numel()].isfinite().all()):
                 raise TwinmergeError(
                     f"Tensor {each.name!r} of the expert {expert!r} holds NaN or infinity. Take a sound checkpoint of it, or leave it out."
                 )

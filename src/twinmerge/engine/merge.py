@@ -45,6 +45,8 @@ class Merge:
             checkpoints that are plainly alike does not even import transformers.
         device: where the arithmetic runs ("cpu", "cuda", "mps").
         tile: elements that a thread works on at once, a multiple of 65,536; changes no byte of the result.
+        processes: let `save` spread its work over forked processes, which is up to twice as fast as threads; only where
+            this process runs no threads of its own, as the command does not.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -63,12 +65,14 @@ class Merge:
         architecture: bool = False,
         device: torch.device | str = "cpu",
         tile: int = TILE,
+        processes: bool = False,
     ) -> None:
         self.recipe = recipe
         self.progress = progress
         self.architecture = architecture
         self.device = device
         self.tile = tile
+        self.processes = processes and torch.device(device).type == "cpu"
         self.method: Method = recipe.make_method()
         self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
 
@@ -130,7 +134,7 @@ class Merge:
         first = next(iter(self.experts.values()))
         order = sorted(self.matched.merged, key=first.place)
         names = [self.base.stored[name] for name in order]
-        return Run(self.method, names, self.inputs.shapes, self.inputs.load, self.tile, self.progress)
+        return Run(self.method, names, self.inputs.shapes, self.inputs.load, self.tile, self.progress, self.processes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole merged model in memory, by the base's own tensor names."""
@@ -139,14 +143,15 @@ class Merge:
             for name, spec in ((n, self.out_specs[self.base.stored[n]]) for n in self.matched.merged)
         }
 
-        def keep(work: list[tuple[Range, Tile, Tensor]]) -> None:
-            for each, tile, value in work:
-                rounded = self.rounding(each.name).of(value, tile, self.method)
-                merged[each.name].view(-1)[each.start : each.stop] = rounded
+        def keep(each: Range, tile: Tile, value: Tensor) -> None:
+            rounded = self.rounding(each.name).of(value, tile, self.method)
+            start = tile.at.offset
+            merged[each.name].view(-1)[start : start + rounded.numel()] = rounded
 
         run = self.plan()
+        run.processes = False  # the values are wanted in this process's memory
         run.survey()
-        for _ in run.merge(run.groups(), keep):
+        for _ in run.merge(run.groups(), self.inputs.pieces, keep, len):
             pass
         kept = {self.base.stored[n]: self.base.read(n) for n in self.matched.from_base}
         return {n: merged[n] if n in merged else kept[n].to(spec.dtype) for n, spec in self.out_specs.items()}
@@ -285,7 +290,7 @@ def folder_fingerprint(folder: Path) -> str:
     """The fingerprint of a folder's model, by the names in its files."""
     checkpoint = Checkpoint.open(folder)
     try:
-        return fingerprint(checkpoint.specs, checkpoint.read)
+        return fingerprint(checkpoint.specs, checkpoint.beginning)
     finally:
         checkpoint.close()
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from twinmerge.maths.sums import BLOCK
 
-TILE = 2 * BLOCK  # elements: a stack of four float32 tiles fills a core's second-level cache
+TILE = 4 * BLOCK  # elements read and written at once: few enough to stay small, many enough for what each range costs
+PIECE = 2 * BLOCK  # elements computed on at once: few enough for the cache, enough for what each operation costs
 SAMPLE = 1 << 20  # elements that a sampled pass sees, of any model
 CHUNK = 1024  # elements side by side in a sample
 
@@ -31,8 +32,8 @@ def ranges(names: Iterable[str], shapes: Shapes, tile: int | None = TILE) -> Ite
     """The tensors cut into tiles, whole blocks of 65,536 but for the last of each; whole tensors where `tile` is None.
 
     Example:
-        >>> [tuple(r) for r in ranges(["a", "b"], {"a": (3, 50_000), "b": ()})]
-        [('a', 0, 131072), ('a', 131072, 150000), ('b', 0, 1)]
+        >>> [tuple(r) for r in ranges(["a", "b"], {"a": (3, 100_000), "b": ()})]
+        [('a', 0, 262144), ('a', 262144, 300000), ('b', 0, 1)]
     """
     for name in names:
         size = math.prod(shapes[name])

@@ -11,14 +11,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from twinmerge.engine.ranges import TILE, Range, Shapes, grouped, ranges, sample
 from twinmerge.maths.threads import parallel
+from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.methods.base import Known, Method, Partial, Pass, Tile
 
-BATCH = 64  # tiles between two passes of one tensor: enough for all threads, few enough to stay in the page cache
+LARGE = 1 << 24  # elements from which on worker processes pay for themselves
+SHARES = 4  # parts of a sweep for each worker: a step of the progress bar each
+BATCH = 512  # tiles between two passes of one tensor: enough for all workers, few enough to stay in the page cache
+Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
@@ -31,6 +36,7 @@ class Run:
         shapes: name -> shape.
         load: range -> its tile, flat, or in the tensor's shape for methods of grain "matrix". Called from any thread.
         tile: elements of a tile, a multiple of 65,536; the result does not depend on it.
+        processes: spread large work over forked processes and not over threads (see `maths/workers.py`).
     """
 
     def __init__(
@@ -41,9 +47,11 @@ class Run:
         load: Callable[[Range], Tile],
         tile: int = TILE,
         progress: bool = True,
+        processes: bool = False,
     ) -> None:
         self.method, self.names, self.shapes, self.load = method, list(names), shapes, load
         self.tile, self.progress = tile, progress
+        self.processes = processes and CAN_FORK and method.grain != "matrix"
         passes = list(method.passes())
         last_model = max((i for i, p in enumerate(passes) if p.scope == "model"), default=-1)
         self.leading, self.trailing = passes[: last_model + 1], passes[last_model + 1 :]
@@ -62,16 +70,29 @@ class Run:
         return [[each] for each in work] if whole else list(grouped(work, self.tile))
 
     def merge(
-        self, groups: Sequence[list[Range]], done: Callable[[list[tuple[Range, Tile, Tensor]]], Answer]
+        self,
+        groups: Sequence[list[Range]],
+        pieces: Callable[[Range], Iterable[Tile]],
+        piece: Callable[[Range, Tile, Tensor], None],
+        done: Callable[[list[Range]], Answer],
     ) -> Iterator[Answer]:
-        """Merge the ranges; `done` gets each group's tiles and merged values, in the thread that made them.
+        """Merge the ranges, each group in one thread.
+
+        Args:
+            pieces: range -> its tiles.
+            piece: gets every tile with its merged values.
+            done: called when a group is through.
 
         Yields:
             what `done` returned, in the order of the groups.
         """
 
         def work(group: list[Range]) -> Answer:
-            return done([self._merged(each) for each in group])
+            for each in group:
+                known = self._of(each.name)
+                for tile in pieces(each):
+                    piece(each, tile, self.method.apply(tile, known))
+            return done(group)
 
         with tqdm(
             total=sum(each.size for group in groups for each in group),
@@ -85,7 +106,7 @@ class Run:
             for batch in self._batches(groups):
                 for step in self.trailing:
                     self._sweep(step, list(dict.fromkeys(each.name for group in batch for each in group)), None)
-                for group, answer in zip(batch, parallel(work, batch), strict=True):
+                for group, answer in zip(batch, self._map(work, batch), strict=True):
                     yield answer
                     bar.update(sum(each.size for each in group))
                 for each in (each for group in batch for each in group) if self.trailing else ():
@@ -93,7 +114,7 @@ class Run:
                         self.known_of[each.name].clear()
 
     def _batches(self, groups: Sequence[list[Range]]) -> Iterator[Sequence[list[Range]]]:
-        """All groups at once; with passes of a tensor to run before, whole tensors of some 64 tiles."""
+        """All groups at once; with passes of a tensor to run before, whole tensors of some 512 tiles."""
         if not self.trailing:
             yield groups
             return
@@ -121,16 +142,22 @@ class Run:
         work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, None if whole else self.tile)
         groups = list(grouped(work, self.tile))
 
-        def look(group: list[Range]) -> list[tuple[str, Partial]]:
-            return [(each.name, step.observe(self.load(each), self._of(each.name))) for each in group]
+        def look(share: Sequence[list[Range]]) -> dict[str, Partial]:
+            found: dict[str, Partial] = {}
+            for each in (each for group in share for each in group):
+                part = step.observe(self.load(each), self._of(each.name))
+                step.add(found.setdefault(each.name if by_tensor else "", {}), part)
+            return found
 
+        count = min(len(groups), SHARES * torch.get_num_threads())
+        shares = [groups[i * len(groups) // count : (i + 1) * len(groups) // count] for i in range(count)]
         bar = tqdm(
-            total=len(groups), desc=title, delay=1, leave=False, disable=True if title is None else _off(self.progress)
+            total=count, desc=title, delay=1, leave=False, disable=True if title is None else _off(self.progress)
         )
         with bar:
-            for parts in parallel(look, groups):
-                for name, part in parts:
-                    step.add(totals[name if by_tensor else ""], part)
+            for found in self._map(look, shares, all(len(share) > 1 for share in shares)):
+                for key, part in found.items():
+                    Pass.add(step, totals[key], part)
                 bar.update()
         if by_tensor:
             for name, total in totals.items():
@@ -138,14 +165,17 @@ class Run:
         else:
             self.known[step.name] = step.finish(totals[""], self.known)
 
+    def _map(
+        self, function: Callable[[Item], Answer], items: Sequence[Item], large: bool | None = None
+    ) -> Iterator[Answer]:
+        """The one seam: `function` of every item, in order, somewhere."""
+        if large is None:
+            large = len(items) * self.tile >= LARGE
+        return forked(function, items) if self.processes and large else parallel(function, items)
+
     def _of(self, name: str) -> Known:
         own = self.known_of[name]
         return {**self.known, **own} if own else self.known
-
-    def _merged(self, each: Range) -> tuple[Range, Tile, Tensor]:
-        tile = self.load(each)
-        merged = self.method.apply(tile, self._of(each.name))
-        return each, tile, merged
 
 
 def _off(progress: bool) -> bool | None:

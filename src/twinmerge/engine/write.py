@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twinmerge.engine.inputs import BASE, Digests
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.engine.rounding import erased
+from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.methods.base import Tile
 from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.output import CheckpointWriter, OutputFolder
@@ -69,6 +69,17 @@ class Report:
         }
 
 
+@dataclass
+class _Output:
+    """A range on its way: its values as they will be written, and what is known of them."""
+
+    rounding: Rounding
+    values: Tensor
+    digests: Digests
+    changed: int = 0
+    erased: int = 0
+
+
 def write(merge: Merge, writer: CheckpointWriter, journal: Journal) -> Report:
     """Fill the output's files."""
     report = Report()
@@ -77,28 +88,35 @@ def write(merge: Merge, writer: CheckpointWriter, journal: Journal) -> Report:
     run = merge.plan()
     run.survey()
     groups = run.groups()
-    digests: dict[Range, Digests] = {}
+    under_way: dict[Range, _Output] = {}
 
-    def load(each: Range) -> Tile:
-        tile, digests[each] = merge.inputs.load_with_digests(each)
-        return tile
+    def pieces(each: Range) -> Iterator[Tile]:
+        digests = Digests()
+        rounding = merge.rounding(each.name)
+        under_way[each] = _Output(rounding, torch.empty(each.size, dtype=rounding.dtype), digests)
+        return merge.inputs.pieces(each, digests)
 
-    run.load = load  # the last read of every input: its checksum comes along
+    def piece(each: Range, tile: Tile, merged: Tensor) -> None:
+        output = under_way[each]
+        out = output.rounding.of(merged, tile, merge.method)
+        start = tile.at.offset - each.start
+        output.values[start : start + out.numel()] = out
+        changed, lost = erased(merged, out, tile, output.rounding)
+        output.changed += changed
+        output.erased += lost
 
-    def done(work: list[tuple[Range, Tile, Tensor]]) -> Line:
+    def done(group: list[Range]) -> Line:
         line: Line = {"changed": 0, "erased": 0, "tensors": {}}
-        for each, tile, merged in work:
-            rounding = merge.rounding(each.name)
-            out = rounding.of(merged, tile, merge.method)
-            writer.write(each.name, each.start, out)
-            changed, lost = erased(merged, out, tile, rounding)
-            line["changed"] += changed
-            line["erased"] += lost
-            line["tensors"][each.name] = {**digests.pop(each), OUTPUT: block_digests(out)}
+        for each in group:
+            output = under_way.pop(each)
+            writer.write(each.name, each.start, output.values)
+            line["changed"] += output.changed
+            line["erased"] += output.erased
+            line["tensors"][each.name] = {**output.digests, OUTPUT: block_digests(output.values)}
         return line
 
     left = [i for i in range(len(groups)) if i not in journal.done]
-    fresh = run.merge([groups[i] for i in left], done)
+    fresh = run.merge([groups[i] for i in left], pieces, piece, done)
     for i, group in enumerate(groups):
         if i in journal.done:
             line = journal.done.pop(i)
@@ -118,7 +136,7 @@ def _copy(merge: Merge, name: str, writer: CheckpointWriter, report: Report) -> 
     """A tensor of the base, byte for byte where the dtype stays."""
     base, out_name = merge.base, merge.base.stored[name]
     dtype = merge.out_specs[out_name].dtype
-    for each in ranges([out_name], {out_name: base.spec(name).shape}, 8 * merge.tile):
+    for each in ranges([out_name], {out_name: base.spec(name).shape}, merge.tile):
         stored = torch.empty(each.size, dtype=base.range_dtype(name))
         base.read_range(name, each.start, stored)
         out = stored.to(dtype)

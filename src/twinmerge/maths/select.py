@@ -179,7 +179,9 @@ def _number(bits: int) -> float:
 
 DEVIATIONS = 6  # standard deviations of a sampled rank on either side of a bracket's middle
 WIDEST = 1 << 20  # values that a bracket may hold: 8 MiB of counts for each expert
-SHARED = 8  # values inside the bracket whose entries are counted for each tensor
+SHARED = 4  # values inside the bracket that are counted apart, and for each tensor
+OFTEN = 1 / 2000  # share of the sample that such a value has at least
+_PIECE = 65_536  # entries at a time: small enough for a core's own cache
 
 
 class Bracket(NamedTuple):
@@ -187,7 +189,7 @@ class Bracket(NamedTuple):
 
     low, width: (experts,) int64, the bits low ... low + width - 1; shift: (experts,) int64, the values inside are all
     multiples of 2^shift above low, as far as the sample shows (deltas of bfloat16 numbers leave the low bits of float32
-    empty); shared: (experts, 8) int64, values near the rank that occur more than once, -1 where there are fewer.
+    empty); shared: (experts, 4) int64, values near the rank that many entries have, -1 where there are fewer.
     """
 
     low: Tensor
@@ -232,35 +234,53 @@ def bracket(sample: Tensor, k: Tensor) -> Bracket | None:
             return None
         values, counts = np.unique(inside, return_counts=True)
         away = np.abs(np.arange(len(values)) - np.searchsorted(values, from_top[rank - 1]))
-        often = values[np.argsort(away, kind="stable")]
-        often = often[counts[np.argsort(away, kind="stable")] > 1][:SHARED]
+        nearest_first = np.argsort(away, kind="stable")
+        often = values[nearest_first][counts[nearest_first] > max(1, OFTEN * size)][:SHARED]
         found.shared[e, : len(often)] = torch.from_numpy(often.astype(np.int64))
     return found
 
 
-def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, int]:
-    """How many entries of one expert are above its bracket; the bins, counted from `low`, of those inside; and how many
-    of these lie between two bins, which the sample did not show.
+def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, list[int], int]:
+    """What one expert has above and inside its bracket.
+
+    Returns:
+        above: how many entries; bins: of those inside that have none of the `shared` values, counted from `low`; ties: how
+        many have each of the shared values; between: how many bins are wrong, since a value lies between two of them,
+        which the sample did not show.
 
     Example:
         >>> sample = magnitude_bits(torch.tensor([[1.0, 2.0, 2.0, 3.0]]))
-        >>> above, bins, between = in_bracket(torch.tensor([1.0, -2.0, 4.0]), bracket(sample, torch.tensor([2])), 0)
-        >>> above, bins.tolist(), between
-        (1, [0], 0)
+        >>> row = torch.tensor([1.0, -2.0, 3.0, 4.0])
+        >>> above, bins, ties, between = in_bracket(row, bracket(sample, torch.tensor([2])), 0)
+        >>> above, bins.tolist(), ties[0], between
+        (1, [1], 1, 0)
     """
     low, width, shift = (int(of[expert]) for of in found[:3])
-    bits = _bits(row)
-    if row.device.type == "cpu":  # NumPy compares three times as fast as torch
-        shifted = bits.numpy()
-        shifted -= np.int32(low)
-        above = int(np.count_nonzero(shifted >= width)) if width <= _NEVER else 0
-        bits = torch.from_numpy(shifted[shifted.view(np.uint32) < np.uint32(width)])
-    else:
-        bits = bits - low
-        above = int((bits >= width).sum())
-        bits = bits[(bits >= 0) & (bits < width)]
-    between = int(((bits & ((1 << shift) - 1)) != 0).sum()) if shift else 0
-    return above, bits >> shift, between
+    shared = [value - low for value in found.shared[expert].tolist() if value >= 0]
+    above, ties, rest = 0, [0] * SHARED, []
+    for piece in row.reshape(-1).split(_PIECE):
+        part = _bits(piece)
+        if part.device.type == "cpu":  # NumPy compares several times as fast as torch
+            offset = part.numpy()
+            offset -= np.int32(low)
+            inside = offset.view(np.uint32) < np.uint32(width)
+            above += int(np.count_nonzero(offset >= np.int32(min(width, _NEVER))))
+            for i, value in enumerate(shared):
+                same = offset == np.int32(value)
+                ties[i] += int(np.count_nonzero(same))
+                inside ^= same
+            rest.append(torch.from_numpy(offset[inside]))
+        else:
+            part = part - low
+            above += int((part >= width).sum())
+            part = part[(part >= 0) & (part < width)]
+            for i, value in enumerate(shared):
+                ties[i] += int((part == value).sum())
+                part = part[part != value]
+            rest.append(part)
+    bins = torch.cat(rest)
+    between = int(((bins & ((1 << shift) - 1)) != 0).sum()) if shift else 0
+    return above, bins >> shift, ties, between
 
 
 def magnitude_bits(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 65_536
-_CHUNK = 16 * BLOCK  # bounds the float64 copy at 8 MiB
+_CHUNK = 2 * BLOCK  # at a time: a float64 copy of 1 MiB stays in a core's own cache
 
 
 def blocked_dot(x: Tensor, y: Tensor) -> Tensor:
@@ -32,6 +32,28 @@ def blocked_dot(x: Tensor, y: Tensor) -> Tensor:
     """
     pairs = zip(x.flatten().split(_CHUNK), y.flatten().split(_CHUNK), strict=True)
     return torch.cat([_halve(a.double() * b.double()) for a, b in pairs])
+
+
+def blocked_gram(x: Tensor) -> Tensor:
+    """The partial sums of all inner products <x_i, x_j>, as `blocked_dot` has them.
+
+    Args:
+        x: (n, size).
+
+    Returns:
+        (n, n, ceil(size / 65536)) float64.
+
+    Example:
+        >>> blocked_gram(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))[:, :, 0].tolist()
+        [[1.0, 1.0], [1.0, 2.0]]
+    """
+    found = []
+    for part in x.flatten(1).split(_CHUNK, 1):
+        wide = part.double()
+        dots = {(i, j): _halve(wide[i] * wide[j]) for i in range(len(x)) for j in range(i, len(x))}
+        rows = [torch.stack([dots[min(i, j), max(i, j)] for j in range(len(x))]) for i in range(len(x))]
+        found.append(torch.stack(rows))
+    return torch.cat(found, 2)
 
 
 def block_sums(x: Tensor) -> Tensor:
@@ -57,7 +79,9 @@ def total(*partials: Tensor | Iterable[float]) -> float:
 def _halve(x: Tensor) -> Tensor:
     """The sum of each block by folding it in half: element-wise additions are the same bits everywhere."""
     width = BLOCK
-    x = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+    if len(x) % BLOCK:
+        x = torch.nn.functional.pad(x, (0, -len(x) % BLOCK))
+    x = x.view(-1, BLOCK)
     while width > 1:
         width //= 2
         x = x[:, :width] + x[:, width:]

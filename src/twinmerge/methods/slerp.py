@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.maths.sums import blocked_dot, total
+from twinmerge.maths.sums import blocked_gram, total
 from twinmerge.methods.base import Known, Method, Partial, Pass, Tile, weighted_sum
 
 LERP_ABOVE = 0.9995  # beyond this |cosine| the sphere is flat to float32 and sin(angle) loses its digits
@@ -20,9 +20,8 @@ class InnerProducts(Pass):
     scope = "tensor"
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        a, b = tile.x[0].reshape(-1), tile.x[1].reshape(-1)
-        dots = torch.stack([blocked_dot(a, a), blocked_dot(a, b), blocked_dot(b, b)])
-        return {f"{tile.at.offset:020d}": dots}
+        gram = blocked_gram(tile.x.reshape(2, -1))
+        return {f"{tile.at.offset:020d}": torch.stack([gram[0, 0], gram[0, 1], gram[1, 1]])}
 
     def finish(self, total_: Partial, known: Known) -> object:
         blocks = torch.cat([total_[key] for key in sorted(total_)], dim=1)

@@ -12,11 +12,11 @@ from collections.abc import Collection, Mapping
 from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from twinmerge.maths import select
+from twinmerge.maths.sums import BLOCK
 from twinmerge.methods.base import Known, Partial, Pass, Tile
 
 Scope = Literal["model", "tensor"]
@@ -101,12 +101,11 @@ class Bracket(_TrimPass):
         x = self.method.trimmed_quantity(tile, known)
         above, between, part, ties = [], [], Partial(), []
         for e, row in enumerate(x):
-            over, inside, odd = select.in_bracket(row, bracket, e)
+            over, bins, equal, odd = select.in_bracket(row, bracket, e)
             above.append(over)
             between.append(odd)
-            part[f"inside {e}"] = inside
-            shared = (bracket.shared[e] - bracket.low[e]) >> bracket.shift[e]
-            ties.append([int(np.count_nonzero(inside.cpu().numpy() == bin)) for bin in shared.tolist()])
+            part[f"inside {e}"] = bins
+            ties.append(equal)
         part |= {"bins": torch.tensor([bracket.bins(e) for e in range(len(x))]), "size": torch.tensor(x[0].numel())}
         part |= {"above": torch.tensor(above), "between": torch.tensor(between)}
         part[f"ties {tile.at.name}"] = torch.tensor(ties)
@@ -123,10 +122,15 @@ class Bracket(_TrimPass):
         bracket: select.Bracket = known[Sketch.name]
         if total["between"].any():
             return None
+        shared = sum(counts for key, counts in total.items() if key.startswith("ties "))
+        assert isinstance(shared, Tensor)
         rest = self.method.keep_counts(total["size"].expand(len(total["above"]))).cpu() - total["above"]
         bits, take, equal = [], [], []
         for e, k in enumerate(rest.tolist()):
             counts = total[f"counts {e}"]
+            for value, times in zip(bracket.shared[e].tolist(), shared[e].tolist(), strict=True):
+                if value >= 0:
+                    counts[value - int(bracket.low[e]) >> int(bracket.shift[e])] += times
             if not 1 <= k <= int(counts.sum()):
                 return None
             at, some = (int(t) for t in select.locate(counts[None], k))
@@ -220,7 +224,7 @@ def edges(known: Known) -> dict[int, Edge]:
 
 
 class TiesByTile(_TrimPass):
-    """The same, tile by tile, in the tensors where they run out."""
+    """The same, block by block, in the tensors where they run out; a tile that is merged lies in one block."""
 
     name = "trim_ties_by_tile"
 
@@ -230,10 +234,12 @@ class TiesByTile(_TrimPass):
         return None if self.scope == "tensor" else {edge.tensor for edge in edges(known).values()}
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        return {place(tile): select.ties(self.method.trimmed_quantity(tile, known), known_threshold(known).bits)}
+        x, bits = self.method.trimmed_quantity(tile, known).flatten(1), known_threshold(known).bits
+        blocks = range(0, x.shape[1], BLOCK)
+        return {place(tile, at): select.ties(x[:, at : at + BLOCK], bits) for at in blocks}
 
     def finish(self, total: Partial, known: Known) -> object:
-        """Tile -> how many equal entries come before it in its tensor; and the edges."""
+        """Block -> how many equal entries come before it in its tensor; and the edges."""
         before: dict[str, Tensor] = {}
         seen: dict[str, Tensor] = {}
         for key in sorted(total):
@@ -255,9 +261,9 @@ def known_threshold(known: Known) -> Threshold:
     return threshold
 
 
-def place(tile: Tile) -> str:
-    """A key that sorts by tensor name, then by offset."""
-    return f"{tile.at.name}\0{tile.at.offset:020d}"
+def place(tile: Tile, at: int = 0) -> str:
+    """A key of the tile's elements from `at` on that sorts by tensor name, then by offset."""
+    return f"{tile.at.name}\0{tile.at.offset + at:020d}"
 
 
 def room(tile: Tile, known: Known) -> list[int]:

@@ -8,10 +8,12 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
 
+SAMPLE = 1 << 20  # entries of the matrix that is looked at
 UNRELATED_BELOW = 0.2  # cosine of base and expert; a fine-tune stays above 0.9, two trainings from scratch are near 0
 
 
@@ -103,21 +105,15 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
         return
     inner = [n for n in matrices if "embed" not in n] or matrices
     name = max(inner, key=lambda n: base.spec(n).numel)
-    reference = _beginning(base, name)
+    count = min(SAMPLE, base.spec(name).numel)
+    reference = base.beginning(name, count).float()
     for expert in experts.values():
-        cosine = torch.nn.functional.cosine_similarity(reference, _beginning(expert, name), dim=0).item()
+        cosine = cosine_similarity(reference, expert.beginning(name, count).float(), dim=0).item()
         if cosine < UNRELATED_BELOW and bool(reference.any()):
             raise TwinmergeError(
                 f"{expert.name} does not come from the base {base.name}: their {name!r} have cosine {cosine:.2f} (a fine-tune "
                 "is close to 1). Name the base that it was tuned from."
             )
-
-
-def _beginning(model: OpenedModel, name: str) -> torch.Tensor:
-    """The first million entries at most."""
-    out = torch.empty(min(2**20, model.spec(name).numel), dtype=model.range_dtype(name))
-    model.read_range(name, 0, out)
-    return out.float()
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -130,7 +130,13 @@ class OpenedModel:
         return self.aliases[name] if name not in self.specs and name in self.aliases else name
 
     def fingerprint(self) -> str:
-        return fingerprint(self.specs, self.read)
+        return fingerprint(self.specs, self.beginning)
+
+    def beginning(self, name: str, count: int) -> Tensor:
+        """The first `count` elements of the tensor, flat."""
+        out = torch.empty(count, dtype=self.range_dtype(name))
+        self.read_range(name, 0, out)
+        return out
 
 
 def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:

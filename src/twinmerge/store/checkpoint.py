@@ -124,6 +124,12 @@ class Checkpoint:
                 f"Tensor {name!r} in {self.files[i]} cannot be read: {error}. Restore the file and run again."
             ) from error
 
+    def beginning(self, name: str, count: int) -> Tensor:
+        """The first `count` elements of a tensor, flat."""
+        out = torch.empty(count, dtype=self.specs[name].dtype)
+        self.read_into(name, 0, out)
+        return out
+
     def place(self, name: str) -> tuple[int, int]:
         """Where the tensor's bytes lie: the index of its file in `files` and the offset in it; sorts reads."""
         return self._place[name]

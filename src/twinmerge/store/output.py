@@ -28,6 +28,16 @@ SHARD_BYTES = 5 * 10**9
 JOURNAL, LOCK = "journal", "lock"
 PYTORCH = {"format": "pt"}
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_HELD: set[int] = set()  # descriptors of locks; a forked worker must not keep a lock that its parent lost by dying
+
+
+def _let_go() -> None:
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class OutputFolder:
@@ -190,6 +200,7 @@ class OutputFolder:
             with contextlib.suppress(OSError):
                 self.partial.rmdir()
         if self._lock is not None:
+            _HELD.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -396,4 +407,5 @@ def _lock(file: Path, output: Path) -> int | None:
             if not held:
                 os.close(fd)
         if held:
+            _HELD.add(fd)
             return fd

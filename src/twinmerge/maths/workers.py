@@ -1,0 +1,99 @@
+"""Work spread over processes that are forked from this one: Python's lock is not shared, so small steps run side by side.
+
+Only for a process that is known to be alone: a fork keeps no thread but the one that forks. The command is, a library
+call may not be.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import BinaryIO, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CAN_FORK = sys.platform == "linux"  # elsewhere system libraries do not survive a fork
+
+
+def forked(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """`function` of each item, in order, in as many processes as torch may use threads, with one torch thread each.
+
+    The processes see everything as it is now; what they change, but for files, stays theirs. Results and errors are
+    pickled. They end with the iterator, and with this process.
+
+    Example:
+        >>> list(forked(lambda n: n * n, [1, 2, 3]))
+        [1, 4, 9]
+    """
+    count = min(torch.get_num_threads(), os.cpu_count() or 1, len(items))
+    children: list[tuple[int, BinaryIO]] = []
+    try:
+        for first in range(count):
+            children.append(_fork(function, items[first::count], [pipe for _, pipe in children]))
+        for i in range(len(items)):
+            pipe = children[i % count][1]
+            try:
+                good, answer = pickle.load(pipe)
+            except (EOFError, pickle.UnpicklingError) as error:
+                raise MemoryError("a worker process was ended from outside, most likely for lack of memory") from error
+            if not good:
+                raise answer
+            yield answer
+    finally:
+        for process, pipe in children:
+            pipe.close()
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+
+
+def _fork(
+    function: Callable[[Item], Result], items: Sequence[Item], others: Sequence[BinaryIO]
+) -> tuple[int, BinaryIO]:
+    read_end, write_end = os.pipe()
+    parent = os.getpid()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads that are left behind: a progress bar's
+        process = os.fork()
+    if process:
+        os.close(write_end)
+        return process, os.fdopen(read_end, "rb")
+    try:
+        _die_with(parent)
+        for pipe in others:
+            os.close(pipe.fileno())
+        os.close(read_end)
+        with os.fdopen(write_end, "wb") as out:
+            _serve(function, items, out)
+    finally:
+        os._exit(0)  # nothing of the parent's is to be cleaned up twice
+
+
+def _serve(function: Callable[[Item], Result], items: Sequence[Item], out: BinaryIO) -> None:
+    torch.set_num_threads(1)  # the threads of torch's pool were not forked
+    with suppress(BrokenPipeError):
+        for item in items:
+            try:
+                answer = True, function(item)
+            except BaseException as error:
+                pickle.dump((False, error), out)
+                return
+            pickle.dump(answer, out, protocol=pickle.HIGHEST_PROTOCOL)
+            out.flush()
+
+
+def _die_with(parent: int) -> None:
+    """Be killed when the parent is, even with kill -9."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)

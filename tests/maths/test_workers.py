@@ -1,0 +1,85 @@
+"""Forked workers: in order, errors and deaths reported, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.workers import CAN_FORK, forked
+
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="forks on Linux only")
+
+
+@pytest.fixture(autouse=True)
+def _three_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+
+
+def children() -> list[str]:
+    with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as file:
+        return file.read().split()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 100])
+def test_results_come_in_order_from_other_processes(count):
+    found = list(forked(lambda n: (n, os.getpid(), torch.get_num_threads()), range(count)))
+    assert [n for n, *_ in found] == list(range(count))
+    assert len({pid for _, pid, _ in found} - {os.getpid()}) == min(3, count)
+    assert not children()
+
+
+def test_large_results_do_not_block():
+    total = sum(len(x) for x in forked(lambda n: torch.zeros(300_000 + n), range(12)))
+    assert total == 12 * 300_000 + 66
+
+
+def test_an_error_is_raised_here_and_ends_all():
+    def work(n):
+        if n == 4:
+            raise TwinmergeError("the fifth is bad")
+        return n
+
+    got = []
+    with pytest.raises(TwinmergeError, match="the fifth is bad"):
+        got.extend(forked(work, range(1000)))
+    assert got == [0, 1, 2, 3] and not children()
+
+
+def test_a_killed_worker_is_an_error():
+    with pytest.raises(MemoryError, match="ended from outside"):
+        list(forked(lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == 1 else n, range(5)))
+    assert not children()
+
+
+def test_workers_end_with_an_iterator_that_is_dropped():
+    work = forked(lambda n: time.sleep(0.01), range(10_000))
+    next(work)
+    assert children()
+    work.close()
+    assert not children()
+
+
+def test_workers_die_with_their_parent():
+    program = (
+        "import os, time, torch; torch.set_num_threads(2)\n"
+        "from twinmerge.maths.workers import forked\n"
+        "for n in forked(lambda n: (os.getpid(), time.sleep(0.2 if n < 2 else 600))[0], range(8)):\n"
+        "    print(n, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    workers = [int(process.stdout.readline()) for _ in range(min(2, os.cpu_count() or 1))]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
