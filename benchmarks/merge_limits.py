@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,14 +37,16 @@ class Ran(NamedTuple):
 
 def run(command: list[str]) -> Ran:
     """One process from start to end."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()}")
-    return Ran(time.perf_counter() - start, usage.ru_maxrss * 1024)
+    log = Path(tempfile.gettempdir()) / f"merge_limits-{os.getpid()}.log"
+    peer = str(Path(__file__).with_name("merge_speed_peer.py"))
+    # a bare interpreter in between: a process inherits the peak memory of the one that starts it
+    measured = subprocess.run([sys.executable, "-I", "-S", peer, "measure", str(log), *command], capture_output=True)
+    found = json.loads(measured.stdout.splitlines()[-1])
+    said = log.read_text()
+    log.unlink()
+    if found["code"]:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
+    return Ran(found["wall_s"], found["peak_bytes"])
 
 
 def median(command: list[str], repeats: int, out: Path | None = None) -> Ran:

@@ -312,7 +312,7 @@ def pictures(data: dict[str, Any], out: Path) -> None:
     axis.set_yticks(range(len(rows)), [r["method"] for r in reversed(rows)], fontsize=8)
     axis.axvline(100, color="black", lw=0.8)
     axis.text(100.5, len(rows) - 0.5, "the experts", fontsize=8, va="bottom")
-    axis.set_xlim(0, 110)
+    axis.set_xlim(0, 118)
     axis.set_xlabel("per cent of the experts, head given")
     axis.set_title("One model for all tasks, with 95 % intervals")
     figure.tight_layout()

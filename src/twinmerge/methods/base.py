@@ -19,7 +19,7 @@ from torch import Tensor
 Known = Mapping[str, Any]
 """What the earlier passes found, by the name of the pass."""
 
-Partial = dict[str, Tensor]
+Partial = dict[str, Any]
 """A pass's result for one tile. Unless the pass says otherwise, integer values of equal keys add, and floating values
 have a key of their own."""
 

@@ -236,16 +236,17 @@ class TiesByTile(_TrimPass):
     def observe(self, tile: Tile, known: Known) -> Partial:
         x, bits = self.method.trimmed_quantity(tile, known).flatten(1), known_threshold(known).bits
         blocks = range(0, x.shape[1], BLOCK)
-        return {place(tile, at): select.ties(x[:, at : at + BLOCK], bits) for at in blocks}
+        # numbers, not tensors: thousands of small tensors that stay would break up the memory of the large ones that go
+        return {place(tile, at): tuple(select.ties(x[:, at : at + BLOCK], bits).tolist()) for at in blocks}
 
     def finish(self, total: Partial, known: Known) -> object:
         """Block -> how many equal entries come before it in its tensor; and the edges."""
-        before: dict[str, Tensor] = {}
-        seen: dict[str, Tensor] = {}
+        before: dict[str, tuple[int, ...]] = {}
+        seen: dict[str, tuple[int, ...]] = {}
         for key in sorted(total):
             tensor = key.partition("\0")[0]
-            before[key] = seen.get(tensor, torch.zeros_like(total[key]))
-            seen[tensor] = before[key] + total[key]
+            before[key] = seen.get(tensor, (0,) * len(total[key]))
+            seen[tensor] = tuple(a + b for a, b in zip(before[key], total[key], strict=True))
         if self.scope == "tensor":
             (tensor,) = seen
             threshold = known_threshold(known)
@@ -274,7 +275,7 @@ def room(tile: Tile, known: Known) -> list[int]:
         before, places = known[TiesByTile.name]
         for e, edge in places.items():
             if tile.at.name == edge.tensor:
-                rooms[e] = max(0, edge.rest - int(before[place(tile)][e]))
+                rooms[e] = max(0, edge.rest - before[place(tile)][e])
             elif tile.at.name > edge.tensor:
                 rooms[e] = 0
     return rooms

@@ -157,15 +157,15 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
 
 
 def _open_folder(ref: str, name: str | None) -> OpenedModel:
-    from twinmerge.models.architecture import Architecture, class_of, read_config
-
     found = locate(ref)
     checkpoint = Checkpoint.open(found.folder)
-    config = read_config(found.folder)
     adapter = read_adapter(found.adapter) if found.adapter else None
     architecture = None
-    if config is not None:
-        architecture = Architecture(config, class_of(config))
+    if (found.folder / "config.json").is_file():
+        from twinmerge.models.architecture import Architecture, class_of, read_config
+
+        config = read_config(found.folder)
+        architecture = Architecture(config, class_of(config)) if config is not None else None
     opened = _named(name or ref, checkpoint.specs, architecture, checkpoint)
     opened.folder, opened.commit, opened.files = found.folder, found.commit, checkpoint.files
     if found.adapter is not None:
