@@ -213,9 +213,9 @@ def bracket(sample: Tensor, k: Tensor) -> Bracket | None:
         None where nothing is kept, or where an interval may hold too many values to count.
 
     Example:
-        >>> found = bracket(torch.tensor([[1, 5, 5, 9]], dtype=torch.int32), torch.tensor([2]))
-        >>> found.low.tolist(), found.width.tolist(), found.shift.tolist(), found.shared[0, 0].item()
-        ([5], [5], [2], 5)
+        >>> found = bracket(torch.arange(10_000, dtype=torch.int32)[None], torch.tensor([5000]))
+        >>> found.low.tolist(), found.width.tolist(), found.shift.tolist()
+        ([4699], [603], [0])
     """
     size = sample.shape[1]
     low, width, shift = (torch.zeros(len(sample), dtype=torch.int64) for _ in range(3))
@@ -249,11 +249,11 @@ def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, l
         which the sample did not show.
 
     Example:
-        >>> sample = magnitude_bits(torch.tensor([[1.0, 2.0, 2.0, 3.0]]))
-        >>> row = torch.tensor([1.0, -2.0, 3.0, 4.0])
-        >>> above, bins, ties, between = in_bracket(row, bracket(sample, torch.tensor([2])), 0)
-        >>> above, bins.tolist(), ties[0], between
-        (1, [1], 1, 0)
+        >>> found = bracket(torch.arange(10_000, dtype=torch.int32)[None], torch.tensor([5000]))
+        >>> row = torch.tensor([4699, 5000, 9000], dtype=torch.int32).view(torch.float32)
+        >>> above, bins, ties, between = in_bracket(row, found, 0)
+        >>> above, bins.tolist(), ties, between
+        (1, [0, 301], [0, 0, 0, 0], 0)
     """
     low, width, shift = (int(of[expert]) for of in found[:3])
     shared = [value - low for value in found.shared[expert].tolist() if value >= 0]
