@@ -45,7 +45,7 @@ class Merge:
             checkpoints that are plainly alike does not even import transformers.
         device: where the arithmetic runs ("cpu", "cuda", "mps").
         tile: elements that a thread works on at once, a multiple of 65,536; changes no byte of the result.
-        processes: let `save` spread its work over forked processes, which is up to twice as fast as threads; only where
+        processes: let `save` spread its work over forked processes, which is faster than threads; only where
             this process runs no threads of its own, as the command does not.
 
     Example:
