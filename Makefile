@@ -8,7 +8,7 @@ PIP_INSTALL = "$(PY)" -m pip install --disable-pip-version-check -c constraints.
 DEV = $(VENV)/.installed-dev
 DEMO = $(VENV)/.installed-demo
 BENCH = $(VENV)/.installed-bench
-PINS = pyproject.toml constraints.txt
+PINS = pyproject.toml setup.py constraints.txt src/twinmerge/maths/fused.c
 
 # One torch thread for each pytest worker: more would fight for the cores.
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$(PY)" -m pytest -n $(JOBS) --dist worksteal --doctest-modules
@@ -58,7 +58,7 @@ $(DEV): $(PINS) | $(PY)
 
 # The dev extra holds all of the demo extra, so a fresh dev stamp is enough.
 $(DEMO): $(PINS) | $(PY)
-	@if [ -n "$$(find "$(DEV)" -newer pyproject.toml -newer constraints.txt 2>/dev/null)" ]; then \
+	@if [ -n "$$(find "$(DEV)" $(addprefix -newer ,$(PINS)) 2>/dev/null)" ]; then \
 	    echo 'the demo needs nothing that is not already installed'; \
 	else \
 	    set -x; $(PIP_INSTALL) '.[demo]'; \

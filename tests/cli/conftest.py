@@ -58,6 +58,7 @@ class Ran(NamedTuple):
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # one run must not change the next test's threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

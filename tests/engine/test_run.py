@@ -42,7 +42,7 @@ def reads(monkeypatch):
     plain = opened_module.OpenedModel.read_range
 
     def read_range(self, name, start, out):
-        count[self.name, name] += out.numel()
+        count[self.name, name] += out.nbytes // self.spec(name).itemsize
         return plain(self, name, start, out)
 
     monkeypatch.setattr(opened_module.OpenedModel, "read_range", read_range)
@@ -124,11 +124,7 @@ def through(method, names, tiles):
     run = Run(method, names, shapes, load)
     run.survey()
     merged = {}
-    list(
-        run.merge(
-            run.groups(), lambda each: [load(each)], lambda each, _, value: merged.update({each.name: value}), len
-        )
-    )
+    list(run.merge(run.groups(), lambda each, known: merged.update({each.name: method.apply(load(each), known)})))
     return merged
 
 
@@ -155,9 +151,26 @@ def test_result_that_is_not_finite_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tile", [65_536, 1 << 20])
-@pytest.mark.parametrize("method", ["average", "dare_ties", "ties", "slerp", "dare l1", "ties tensor"])
-def test_the_same_bytes_for_any_tile_threads_and_processes(tmp_path, monkeypatch, method, tile, threads):
-    """Against the engine's own tile on this machine's threads."""
+@pytest.mark.parametrize(
+    "method, parameters",
+    [
+        ("average", {}),
+        ("task_arithmetic", {"weights": {"x": 1.0, "y": -0.5}}),
+        ("slerp", {"t": 0.3}),
+        ("dare", {}),
+        ("dare", {"rescale": "l1"}),
+        ("dare_ties", {}),
+        ("dare_ties", {"trim_density": 0.3}),
+        ("ties", {}),
+        ("ties", {"scope": "tensor", "merge": "max"}),
+        ("ties", {"compat": "official"}),
+        ("ties", {"compat": "mergekit", "weights": {"x": 1.0, "y": -0.5}}),
+    ],
+)
+def test_the_same_bytes_compiled_or_not_for_any_tile_threads_and_processes(
+    tmp_path, monkeypatch, method, parameters, tile, threads
+):
+    """Against torch on this machine's threads and the engine's own tile."""
     rng = torch.Generator().manual_seed(0)
     shapes = {"m": (300, 700), "k": (131_111,), "z": (5,), "e": (0, 3)}
     paths = {}
@@ -168,28 +181,19 @@ def test_the_same_bytes_for_any_tile_threads_and_processes(tmp_path, monkeypatch
             n: (0.02 * torch.ones(s) + 0.01 * torch.randn(s, generator=rng)).bfloat16() for n, s in shapes.items()
         }
         save_file(tensors, tmp_path / name / "model.safetensors")
-    name, _, more = method.partition(" ")
-    parameters = {"l1": {"rescale": "l1"}, "tensor": {"scope": "tensor"}}.get(more, {})
-    merged = merge(name, base=paths.pop("base"), experts=paths, progress=False, **parameters)
-    want = merged.state_dict()
+    with monkeypatch.context() as without:
+        without.setattr("twinmerge.maths.fused.available", lambda: False)
+        merged = merge(method, base=paths.pop("base"), experts=paths, progress=False, **parameters)
+        want = merged.state_dict()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        run = merged.plan()
-        run.tile = tile
-        run.survey()
-        got = {n: torch.empty(shape, dtype=torch.bfloat16) for n, shape in shapes.items()}
-
-        def keep(each, made, value):
-            start = made.at.offset
-            out = merged.rounding(each.name).of(value, made, merged.method)
-            got[each.name].view(-1)[start : start + len(out)] = out
-
-        list(run.merge(run.groups(), merged.inputs.pieces, keep, len))
+        got = Merge(merged.recipe, progress=False, tile=tile).state_dict()
         monkeypatch.setattr("twinmerge.engine.run.LARGE", 0)
         spread = Merge(merged.recipe, progress=False, tile=tile, processes=True).save(tmp_path / "out")
     finally:
         torch.set_num_threads(before)
     forked = load_file(spread / "model.safetensors")
-    assert all(torch.equal(forked[n].view(torch.int16), want[n].view(torch.int16)) for n in shapes)
-    assert all(torch.equal(got[n].view(torch.int16), want[n].view(torch.int16)) for n in shapes)
+    for n in shapes:
+        assert torch.equal(forked[n].view(torch.int16), want[n].view(torch.int16)), n
+        assert torch.equal(got[n].view(torch.int16), want[n].view(torch.int16)), n

@@ -170,4 +170,4 @@ def test_hash_seed_changes_no_byte(zoo, tmp_path):
             [sys.executable, "-c", code, *(zoo.paths[n] for n in ("base", "x", "y")), str(out)], env=env, check=True
         )
         files.append({p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()})
-    assert len(files[0]) == 12 and files[0] == files[1]
+    assert len(files[0]) == 13 and files[0] == files[1]

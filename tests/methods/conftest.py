@@ -15,7 +15,7 @@ from torch import Tensor
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.run import Run
 from twinmerge.maths.keyed_random import uniform
-from twinmerge.methods.base import Method, Place, Tile
+from twinmerge.methods.base import Known, Method, Place, Tile
 from twinmerge.methods.registry import make_method, method_class
 
 BLOCK = 65_536
@@ -72,11 +72,12 @@ def through(method: Method, tiles: Mapping[str, Tile]) -> State:
     run.survey()
     merged = {name: torch.empty(shape) for name, shape in shapes.items()}
 
-    def keep(each: Range, tile: Tile, value: Tensor) -> None:
+    def keep(each: Range, known: Known) -> None:
+        value = method.apply(load(each), known)
         assert value.dtype == torch.float32
         merged[each.name].view(-1)[each.start : each.stop] = value.reshape(-1)
 
-    assert sum(run.merge(run.groups(), lambda each: [load(each)], keep, len)) >= len(shapes)
+    assert sum(map(len, run.merge(run.groups(), keep))) >= len(shapes)
     return merged
 
 

@@ -74,7 +74,7 @@ def test_fingerprint_tells_models_apart():
     def of(tensors):
         return fingerprint(
             {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()},
-            lambda name, count: tensors[name].reshape(-1)[:count],
+            lambda name, count: tensors[name].reshape(-1)[:count].view(torch.uint8).numpy(),
         )
 
     one = {"a": torch.ones(4), "b": torch.zeros(2, 2)}

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -267,11 +268,14 @@ def test_place_is_where_the_bytes_are(model):
 @pytest.mark.parametrize(
     ("start", "out", "says"),
     [
-        (0, torch.zeros(61), "'torch.float32' has 60 elements of torch.float32, not 0 ... 60 of torch.float32"),
+        (0, torch.zeros(61), "'torch.float32' has 60 elements of float32, not 0 ... 60 of float32"),
         (-1, torch.zeros(1), "not -1 ... -1"),
         (60, torch.zeros(1), "not 60 ... 60"),
         (61, torch.zeros(0), "not 61 ... 60"),
-        (0, torch.zeros(1).half(), "not 0 ... 0 of torch.float16"),
+        (0, torch.zeros(1).half(), "not 0 ... 0 of float16"),
+        (59, np.zeros(8, np.uint8), "not 59 ... 60 of float32"),
+        (0, np.zeros(6, np.uint8), "not 0 ... 0 of float32"),
+        (0, np.zeros((2, 4), np.uint8), "expected a contiguous 1-D array of bytes"),
         (0, torch.zeros(3, 4, 5), "expected a contiguous 1-D tensor"),
         (0, torch.zeros(20)[::2], "expected a contiguous 1-D tensor"),
     ],

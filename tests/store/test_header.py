@@ -20,7 +20,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.store.header import DTYPE_NAMES, DTYPES, Header, Spec, header_of, read_header
+from twinmerge.store.header import DTYPES, Header, Spec, header_of, read_header, torch_dtype
 
 A = '"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
 
@@ -51,11 +51,11 @@ shapes = st.lists(st.integers(0, 3), max_size=4).map(tuple)
 @settings(deadline=None, max_examples=60)
 @given(
     tensors=st.dictionaries(names, shapes, max_size=6),
-    dtype=st.sampled_from(list(DTYPES.values())),
+    dtype=st.sampled_from(list(DTYPES)),
     metadata=st.dictionaries(names, names, max_size=2),
 )
 def test_same_bytes_as_safetensors_and_back(tmp_path_factory, tensors, dtype, metadata):
-    values = {name: torch.ones(shape, dtype=dtype) for name, shape in tensors.items()}
+    values = {name: torch.ones(shape, dtype=torch_dtype(dtype)) for name, shape in tensors.items()}
     specs = {name: Spec(dtype, tensors[name]) for name in sorted(tensors, key=str.encode)}
     header = header_of(specs, metadata)
     content = header + b"".join(values[name].view(-1).view(torch.uint8).numpy().tobytes() for name in specs)
@@ -100,9 +100,7 @@ def test_what_safetensors_reads_too(tmp_path, text):
     content = framed(text, b"xy" if "U8" in text else b"")
     got = parse(tmp_path / "x", content)
     found = {n: (i["dtype"], tuple(i["shape"]), bytes(i["data"])) for n, i in deserialize(content)}
-    assert found == {
-        n: (DTYPE_NAMES[s.dtype], s.shape, content[got.offsets[n] :][: s.bytes]) for n, s in got.specs.items()
-    }
+    assert found == {n: (s.code, s.shape, content[got.offsets[n] :][: s.bytes]) for n, s in got.specs.items()}
 
 
 @pytest.mark.parametrize(
@@ -309,9 +307,7 @@ def fuzz(folder: Path, count: int) -> None:
             theirs = {n: (i["dtype"], i["shape"], bytes(i["data"])) for n, i in deserialize(content)}
         except SafetensorError as error:
             raise AssertionError(f"safetensors refuses {content!r}: {error}") from error
-        ours = {
-            n: (DTYPE_NAMES[s.dtype], list(s.shape), content[got.offsets[n] :][: s.bytes]) for n, s in got.specs.items()
-        }
+        ours = {n: (s.code, list(s.shape), content[got.offsets[n] :][: s.bytes]) for n, s in got.specs.items()}
         assert ours == theirs, content
     assert read > count / 20 and refused > count / 3
 

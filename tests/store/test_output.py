@@ -67,7 +67,7 @@ def test_one_file_equals_what_safetensors_writes(tmp_path, name):
 
 def test_every_dtype_and_odd_shape_comes_back(tmp_path):
     files = write(tmp_path, MIXED)
-    assert [spec.dtype.itemsize for spec in files["model.safetensors"].values()] == [8, 8, 4, 4, 4, 2, 2, 1, 1]
+    assert [spec.itemsize for spec in files["model.safetensors"].values()] == [8, 8, 4, 4, 4, 2, 2, 1, 1]
     assert list(files["model.safetensors"])[:2] == ["f.ids", "g.double"]
     got = load_file(tmp_path / "model.safetensors")
     assert got.keys() == MIXED.keys()
@@ -186,10 +186,10 @@ def test_link_in_the_place_of_a_file_is_not_followed(tmp_path):
 @pytest.mark.parametrize(
     ("start", "tensor", "says"),
     [
-        (0, torch.zeros(5), "'a' has 4 elements of torch.float32, not 0 ... 4 of torch.float32"),
+        (0, torch.zeros(5), "'a' has 4 elements of float32, not 0 ... 4 of float32"),
         (-1, torch.zeros(1), "not -1"),
         (4, torch.zeros(1), "not 4"),
-        (0, torch.zeros(1).bfloat16(), "of torch.bfloat16"),
+        (0, torch.zeros(1).bfloat16(), "of bfloat16"),
         (0, torch.zeros(2, 2), "expected a contiguous 1-D tensor"),
         (0, torch.zeros(8)[::2], "expected a contiguous 1-D tensor"),
     ],

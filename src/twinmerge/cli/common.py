@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,12 +79,6 @@ def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
         except ValueError as error:
             raise TwinmergeError(f"{option} {name}={text} is no number. Write it as {option} {name}=0.5.") from error
     return found
-
-
-def use_threads(threads: int | None) -> None:
-    import torch
-
-    torch.set_num_threads(threads or os.cpu_count() or 1)
 
 
 def print_json(data: Any) -> None:

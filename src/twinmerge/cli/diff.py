@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twinmerge.cli.common import Json, Threads, print_json, print_table, said, use_threads
+from twinmerge.cli.common import Json, Threads, print_json, print_table, said
+from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
     from twinmerge.engine.diff import Diff, TensorDiff

@@ -20,10 +20,10 @@ from twinmerge.cli.common import (
     print_table,
     said,
     size,
-    use_threads,
     values,
 )
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
     from twinmerge.engine.recipe import Recipe
@@ -175,7 +175,9 @@ def _described(
     return read_recipe(recipe), output or out
 
 
-def _device(name: str) -> Any:
+def _device(name: str) -> str:
+    if name == "cpu":
+        return name
     import torch
 
     kind = name.partition(":")[0]
@@ -183,7 +185,7 @@ def _device(name: str) -> Any:
     if not there.get(kind, False):
         usable = ", ".join(k for k, v in there.items() if v)
         raise TwinmergeError(f"There is no device {name!r} here. Leave --device out, or choose from: {usable}.")
-    return torch.device(name)
+    return name
 
 
 def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:

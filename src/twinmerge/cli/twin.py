@@ -22,10 +22,10 @@ from twinmerge.cli.common import (
     print_table,
     said,
     size,
-    use_threads,
     values,
 )
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import use_threads
 
 twin_app = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from twinmerge.cli.common import Json, Threads, print_json, said, use_threads
+from twinmerge.cli.common import Json, Threads, print_json, said
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import use_threads
 
 
 def verify(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
+from twinmerge.maths.threads import thread_count
 
 if TYPE_CHECKING:
     from twinmerge.engine.merge import Merge
@@ -15,7 +15,7 @@ COPIES = 3  # of a tile's stack that a method holds at once beside the inputs
 
 
 def checked(merge: Merge) -> dict[str, Any]:
-    """Plain data: which tensors go where, dtypes and ties, and the bytes, memory and time of the merge.
+    """Plain data: which tensors go where, dtypes, ties and vocabularies, and the bytes, memory and time of the merge.
 
     Reads headers and the beginning of one matrix. Memory is that of the tiles under way (of whole matrices, for methods
     that need them), beside what the libraries themselves take; time is what a disk of 1 GB/s needs for the bytes.
@@ -34,8 +34,9 @@ def checked(merge: Merge) -> dict[str, Any]:
         "from_base": matched.from_base,
         "ignored": {e: names for e, names in matched.ignored.items() if names},
         "tied": base.aliases,
+        "other_tokens": merge.other_tokens,
         "dtypes": {label: _dtypes(model) for label, model in {"base": base, **merge.experts}.items()},
-        "output_dtypes": sorted({str(spec.dtype).removeprefix("torch.") for spec in merge.out_specs.values()}),
+        "output_dtypes": sorted({spec.name for spec in merge.out_specs.values()}),
         "read_bytes": reads * input_bytes,
         "output_bytes": output_bytes,
         "memory_bytes": _memory(merge),
@@ -47,9 +48,9 @@ def _memory(merge: Merge) -> int:
     """The float32 stacks of all threads, with what a method makes of them."""
     sizes = [math.prod(shape) for shape in merge.inputs.shapes.values()]
     tile = max(sizes, default=0) if merge.inputs.whole else min(merge.tile, max(sizes, default=0))
-    held = 2 * torch.get_num_threads() if merge.inputs.whole else torch.get_num_threads()
+    held = (2 if merge.inputs.whole else 1) * thread_count()
     return held * COPIES * (len(merge.experts) + 1) * 4 * tile
 
 
 def _dtypes(model: Any) -> list[str]:
-    return sorted({str(spec.dtype).removeprefix("torch.") for spec in model.specs.values()})
+    return sorted({spec.name for spec in model.specs.values()})

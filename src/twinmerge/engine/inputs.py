@@ -1,19 +1,27 @@
-"""The base and the experts of a merge, read range by range into float32 tiles."""
+"""The base and the experts of a merge, read range by range."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from twinmerge.engine.ranges import PIECE, Range
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Method, Place, Tile
-from twinmerge.models.opened import OpenedModel
+from twinmerge.maths import fused
+from twinmerge.maths.fused import Values
+from twinmerge.methods.base import Method, Place, Stored, Tile
+from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.store.checksum import block_digests
+from twinmerge.store.header import SIZES, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 BASE = "base"
 Digests = dict[str, list[str]]
@@ -40,75 +48,105 @@ class Inputs:
     ) -> None:
         self.whole = method.grain == "matrix"
         self.base = base if method.space == "deltas" else None
-        self.experts, self.names, self.device = experts, names, torch.device(device)
+        self.experts, self.names, self.device = experts, names, device
         self.canonical = {out: name for name, out in names.items()}
         self.shapes = {out: next(iter(experts.values())).spec(name).shape for name, out in names.items()}
+        self.compiled = fused.available() and str(device) == "cpu" and not self.whole
+        self._models = {**experts, **({} if self.base is None else {BASE: self.base})}
         self._local = threading.local()
 
     def load(self, each: Range) -> Tile:
         """The tile of a range.
 
         Errors:
-            TwinmergeError: NaN or infinity (names tensor and expert).
+            TwinmergeError: NaN or infinity (names tensor and expert), once its numbers are looked at.
         """
-        return self._tile(each, self._stored(each), 0, each.size)
+        return self._tile(each, self.stored(each))
 
-    def pieces(self, each: Range, digests: Digests | None = None) -> Iterator[Tile]:
-        """The same in pieces that fit a core's cache, with the checksums of what was read for them."""
-        stored = self._stored(each, digests)
+    def pieces(self, each: Range, stored: Stored) -> Iterator[Tile]:
+        """The same in pieces that fit a core's cache."""
         step = max(each.size, 1) if self.whole else PIECE
         for at in range(0, max(each.size, 1), step):
-            yield self._tile(each, stored, at, min(at + step, each.size))
+            stop = min(at + step, each.size)
+            yield self._tile(Range(each.name, each.start + at, each.start + stop), _part(stored, at, stop))
 
-    def _stored(self, each: Range, digests: Digests | None = None) -> dict[str, Tensor]:
-        """The range of every input as it is stored, in memory that the next range of this thread overwrites."""
+    def stored(self, each: Range, digests: Digests | None = None) -> Stored:
+        """The range of every input as it is stored, in memory that the next range of this thread overwrites.
+
+        Args:
+            digests: is given the checksums of what was read.
+        """
         name = self.canonical[each.name]
-        models = {**self.experts, **({} if self.base is None else {BASE: self.base})}
-        stored = {}
-        for label, model in models.items():
-            stored[label] = self._read(label, model, name, each)
+        values = {}
+        for label, model in self._models.items():
+            values[label] = self._read(label, model, name, each)
             if digests is not None:  # while the bytes are in the cache
-                digests[label] = block_digests(stored[label])
-        return stored
+                digests[label] = block_digests(values[label].memory, SIZES[values[label].code])
+        return Stored(values.pop(BASE) if self.base is not None else None, tuple(values.values()))
 
-    def _tile(self, each: Range, stored: Mapping[str, Tensor], start: int, stop: int) -> Tile:
-        x = torch.empty((len(self.experts), stop - start), dtype=torch.float32)
-        for row, expert in zip(x, self.experts, strict=True):
-            row.copy_(stored[expert][start:stop])
+    def place(self, each: Range) -> Place:
+        return Place(each.name, self.shapes[each.name], each.start, tuple(self.experts))
+
+    def buffer(self, label: str, size: int) -> NDArray[np.uint8]:
+        """Memory of this thread, which the next call with this label gives again."""
+        held: dict[str, NDArray[np.uint8]] = self._local.__dict__
+        if label not in held or len(held[label]) < size:
+            held[label] = np.empty(size, np.uint8)
+        return held[label][:size]
+
+    def _read(self, label: str, model: OpenedModel, name: str, each: Range) -> Values:
+        code = model.range_code(name)
+        out = self.buffer(label, each.size * SIZES[code])
+        model.read_range(name, each.start, out)
+        return Values(out, code)
+
+    def _tile(self, each: Range, stored: Stored) -> Tile:
+        known = all(v.code in fused.CODES for v in (*stored.experts, *filter(None, [stored.base])))
+        return Tile.of(
+            lambda: self._widened(each, stored), self.place(each), stored if self.compiled and known else None
+        )
+
+    def _widened(self, each: Range, stored: Stored) -> tuple[Tensor, Tensor | None, torch.dtype]:
+        """x, base and the dtype of sums."""
+        import torch
+
+        x = torch.empty((len(self.experts), each.size), dtype=torch.float32)
+        for row, values in zip(x, stored.experts, strict=True):
+            row.copy_(_numbers(values))
         base = None
-        if self.base is not None:
-            base = stored[BASE][start:stop].float()
+        if stored.base is not None:
+            base = _numbers(stored.base).float()
             x -= base
         if not math.isfinite(x.sum().item()):
-            self._require_finite(x, base, stored, each, start)
-        if self.device.type != "cpu":
+            self._require_finite(each, stored)
+        if str(self.device) != "cpu":
             x, base = x.to(self.device), None if base is None else base.to(self.device)
-        shape = self.shapes[each.name]
         if self.whole:
+            shape = self.shapes[each.name]
             x, base = x.reshape(len(x), *shape), None if base is None else base.reshape(shape)
-        work = torch.float32 if all(t.dtype.itemsize <= 2 for t in stored.values()) else torch.float64
-        return Tile(x, base, Place(each.name, shape, each.start + start, tuple(self.experts)), work)
+        narrow = all(SIZES[v.code] <= 2 for v in (*stored.experts, *filter(None, [stored.base])))
+        return x, base, torch.float32 if narrow else torch.float64
 
-    def _read(self, label: str, model: OpenedModel, name: str, each: Range) -> Tensor:
-        dtype = model.range_dtype(name)
-        buffers: dict[str, Tensor] = self._local.__dict__
-        if label not in buffers or buffers[label].numel() < each.size * dtype.itemsize:
-            buffers[label] = torch.empty(max(each.size * dtype.itemsize, 1), dtype=torch.uint8)
-        out = buffers[label][: each.size * dtype.itemsize].view(dtype)
-        model.read_range(name, each.start, out)
-        return out
-
-    def _require_finite(
-        self, x: Tensor, base: Tensor | None, stored: Mapping[str, Tensor], each: Range, start: int
-    ) -> None:
+    def _require_finite(self, each: Range, stored: Stored) -> None:
         """A sum that is not finite: say whose tensor it is, unless large numbers only overflowed the sum."""
-        if base is not None and not bool(base.isfinite().all()):
-            assert self.base is not None
+        if self.base is not None and stored.base is not None and not bool(_numbers(stored.base).isfinite().all()):
             raise TwinmergeError(
                 f"Tensor {each.name!r} of the base {self.base.name} holds NaN or infinity. Take a sound checkpoint of it."
             )
-        for expert, row in zip(self.experts, x, strict=True):
-            if not bool(stored[expert][start : start + row.numel()].isfinite().all()):
+        for expert, values in zip(self.experts, stored.experts, strict=True):
+            if not bool(_numbers(values).isfinite().all()):
                 raise TwinmergeError(
                     f"Tensor {each.name!r} of the expert {expert!r} holds NaN or infinity. Take a sound checkpoint of it, or leave it out."
                 )
+
+
+def _numbers(values: Values) -> Tensor:
+    return as_tensor(values.memory, torch_dtype(values.code))
+
+
+def _part(stored: Stored, start: int, stop: int) -> Stored:
+    def cut(values: Values) -> Values:
+        size = SIZES[values.code]
+        return Values(values.memory[start * size : stop * size], values.code)
+
+    return Stored(None if stored.base is None else cut(stored.base), tuple(map(cut, stored.experts)))

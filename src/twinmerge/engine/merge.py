@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
-from twinmerge.engine.diff import Difference, difference
+from twinmerge.engine.combine import combine
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.provenance import plan_key, provenance
 from twinmerge.engine.ranges import TILE, Range
@@ -24,15 +22,21 @@ from twinmerge.engine.run import Run
 from twinmerge.engine.side_files import CHECKSUMS, PROVENANCE, copy_side_files, write_config
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Method, Tile
+from twinmerge.methods.base import Known, Method
 from twinmerge.models.matching import Matched, check_ancestry, match
-from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor, open_model
 from twinmerge.models.plain import open_plain
+from twinmerge.models.vocabulary import other_tokens
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.header import CODES
 from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from twinmerge.engine.diff import Difference
     from twinmerge.models.headed import HeadedModel, HeadSpec
 
 
@@ -72,7 +76,7 @@ class Merge:
         self.architecture = architecture
         self.device = device
         self.tile = tile
-        self.processes = processes and torch.device(device).type == "cpu"
+        self.processes = processes and str(device) == "cpu"
         self.method: Method = recipe.make_method()
         self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
 
@@ -105,17 +109,19 @@ class Merge:
         check_ancestry(self.base, self.experts, found.merged)
         return found
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return getattr(torch, self.recipe.dtype) if self.recipe.dtype else None
+    @cached_property
+    def other_tokens(self) -> dict[str, str]:
+        """Expert -> what its tokenizer means otherwise than the base's, where it does."""
+        found = {name: other_tokens(self.base.folder, expert.folder) for name, expert in self.experts.items()}
+        return {name: said for name, said in found.items() if said}
 
     @cached_property
     def out_specs(self) -> dict[str, Spec]:
         """Name in the output -> dtype and shape of every tensor of it."""
-        specs = {}
+        specs, code = {}, CODES[self.recipe.dtype] if self.recipe.dtype else None
         for name in [*self.matched.merged, *self.matched.from_base]:
             spec = self.base.spec(name)
-            specs[self.base.stored[name]] = Spec(self.dtype, spec.shape) if self.dtype and spec.is_float else spec
+            specs[self.base.stored[name]] = Spec(code, spec.shape) if code and spec.is_float else spec
         return specs
 
     @cached_property
@@ -127,7 +133,7 @@ class Merge:
 
     def rounding(self, name: str) -> Rounding:
         """How the tensor of the output is rounded."""
-        return Rounding(self.out_specs[name].dtype, self.recipe.stochastic)
+        return Rounding(self.out_specs[name].code, self.recipe.stochastic)
 
     def plan(self) -> Run:
         """The method over all merged tensors, in the order that they lie on the disk."""
@@ -138,20 +144,22 @@ class Merge:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole merged model in memory, by the base's own tensor names."""
+        import torch
+
         merged = {
             self.base.stored[name]: torch.empty(spec.shape, dtype=spec.dtype)
             for name, spec in ((n, self.out_specs[self.base.stored[n]]) for n in self.matched.merged)
         }
 
-        def keep(each: Range, tile: Tile, value: Tensor) -> None:
-            rounded = self.rounding(each.name).of(value, tile, self.method)
-            start = tile.at.offset
-            merged[each.name].view(-1)[start : start + rounded.numel()] = rounded
+        def keep(each: Range, known: Known) -> None:
+            got = combine(each, known, self.method, self.inputs, self.rounding(each.name))
+            to = merged[each.name].view(-1)[each.start : each.stop]
+            to.copy_(as_tensor(got.values, to.dtype))
 
         run = self.plan()
         run.processes = False  # the values are wanted in this process's memory
         run.survey()
-        for _ in run.merge(run.groups(), self.inputs.pieces, keep, len):
+        for _ in run.merge(run.groups(), keep):
             pass
         kept = {self.base.stored[n]: self.base.read(n) for n in self.matched.from_base}
         return {n: merged[n] if n in merged else kept[n].to(spec.dtype) for n, spec in self.out_specs.items()}
@@ -163,6 +171,8 @@ class Merge:
 
     def diff(self) -> list[Difference]:
         """How far the merged model is from the base, tensor by tensor."""
+        from twinmerge.engine.diff import difference
+
         state = self.canonical_state()
         return [difference(n, self.base.read(n), value) for n, value in state.items() if value.is_floating_point()]
 
@@ -187,6 +197,12 @@ class Merge:
         """
         output = OutputFolder(out, sum(spec.bytes for spec in self.out_specs.values()), plan_key(self))
         output.check()
+        for name, said in self.other_tokens.items():
+            warnings.warn(
+                f"The expert {name!r} has another tokenizer: {said}. Rows of the embeddings are merged by their number, so give every "
+                "model the base's tokenizer first, or keep the embeddings with --head.",
+                stacklevel=2,
+            )
         with output as folder:
             writer = CheckpointWriter(folder, layout(self.out_specs))
             try:

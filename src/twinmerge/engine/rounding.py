@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.maths.keyed_random import draws24
-from twinmerge.maths.rounding import stochastic
 from twinmerge.methods.base import Method, Tile
+from twinmerge.store.header import SIZES, torch_dtype
 
-HALVES = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # the bits of infinity
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+HALVES = {"BF16": 0x7F80, "F16": 0x7C00}  # the bits of infinity
 
 
 class Rounding(NamedTuple):
-    """dtype: of the output; seed: of stochastic rounding, None for rounding to nearest."""
+    """code: of the output's dtype, as safetensors has it; seed: of stochastic rounding, None for rounding to nearest."""
 
-    dtype: torch.dtype
+    code: str
     seed: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.code)
+
+    @property
+    def itemsize(self) -> int:
+        return SIZES[self.code]
 
     def of(self, merged: Tensor, tile: Tile, method: Method) -> Tensor:
         """The merged tile, flat, as it is written.
@@ -33,11 +42,21 @@ class Rounding(NamedTuple):
         if self.seed is None:
             out = flat.to(self.dtype)
         else:
+            from twinmerge.maths.keyed_random import draws24
+            from twinmerge.maths.rounding import stochastic
+
             draws = draws24(self.seed, "", tile.at.name, tile.at.offset, flat.numel())
             out = stochastic(flat, self.dtype, draws)
-        if not _finite(out):
+        if not self._finite(out):
             _refuse(flat, out.dtype, tile.at.name, method)
         return out
+
+    def _finite(self, out: Tensor) -> bool:
+        if not out.numel():
+            return True
+        if (infinity := HALVES.get(self.code)) is not None:
+            return bool((_bits(out) & 0x7FFF).amax() < infinity)
+        return math.isfinite(out.sum().item()) or bool(out.isfinite().all())
 
 
 def erased(merged: Tensor, out: Tensor, tile: Tile, rounding: Rounding) -> tuple[int, int]:
@@ -50,16 +69,13 @@ def erased(merged: Tensor, out: Tensor, tile: Tile, rounding: Rounding) -> tuple
 
 
 def _differing(a: Tensor, b: Tensor) -> int:
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return int(np.count_nonzero(a.view(kind).numpy() != b.view(kind).numpy()))
+    return int(np.count_nonzero(_bits(a).numpy() != _bits(b).numpy()))
 
 
-def _finite(out: Tensor) -> bool:
-    if not out.numel():
-        return True
-    if (infinity := HALVES.get(out.dtype)) is not None:
-        return bool((out.view(torch.int16) & 0x7FFF).amax() < infinity)
-    return math.isfinite(out.sum().item()) or bool(out.isfinite().all())
+def _bits(x: Tensor) -> Tensor:
+    import torch
+
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def _refuse(merged: Tensor, dtype: torch.dtype, name: str, method: Method) -> None:

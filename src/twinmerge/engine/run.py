@@ -11,12 +11,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from twinmerge.engine.ranges import TILE, Range, Shapes, grouped, ranges, sample
-from twinmerge.maths.threads import parallel
+from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.methods.base import Known, Method, Partial, Pass, Tile
 
@@ -69,30 +67,18 @@ class Run:
         work = ranges(order or self.names, self.shapes, None if whole else self.tile)
         return [[each] for each in work] if whole else list(grouped(work, self.tile))
 
-    def merge(
-        self,
-        groups: Sequence[list[Range]],
-        pieces: Callable[[Range], Iterable[Tile]],
-        piece: Callable[[Range, Tile, Tensor], None],
-        done: Callable[[list[Range]], Answer],
-    ) -> Iterator[Answer]:
+    def merge(self, groups: Sequence[list[Range]], combine: Callable[[Range, Known], Answer]) -> Iterator[list[Answer]]:
         """Merge the ranges, each group in one thread.
 
         Args:
-            pieces: range -> its tiles.
-            piece: gets every tile with its merged values.
-            done: called when a group is through.
+            combine: range and what is known of its tensor -> what is to be told of it.
 
         Yields:
-            what `done` returned, in the order of the groups.
+            the answers of a group, in the order of the groups.
         """
 
-        def work(group: list[Range]) -> Answer:
-            for each in group:
-                known = self._of(each.name)
-                for tile in pieces(each):
-                    piece(each, tile, self.method.apply(tile, known))
-            return done(group)
+        def work(group: list[Range]) -> list[Answer]:
+            return [combine(each, self._of(each.name)) for each in group]
 
         with tqdm(
             total=sum(each.size for group in groups for each in group),
@@ -106,8 +92,8 @@ class Run:
             for batch in self._batches(groups):
                 for step in self.trailing:
                     self._sweep(step, list(dict.fromkeys(each.name for group in batch for each in group)), None)
-                for group, answer in zip(batch, self._map(work, batch), strict=True):
-                    yield answer
+                for group, answers in zip(batch, self._map(work, batch), strict=True):
+                    yield answers
                     bar.update(sum(each.size for each in group))
                 for each in (each for group in batch for each in group) if self.trailing else ():
                     if each.stop == math.prod(self.shapes[each.name]):
@@ -149,7 +135,7 @@ class Run:
                 step.add(found.setdefault(each.name if by_tensor else "", {}), part)
             return found
 
-        count = min(len(groups), SHARES * torch.get_num_threads())
+        count = min(len(groups), SHARES * thread_count())
         shares = [groups[i * len(groups) // count : (i + 1) * len(groups) // count] for i in range(count)]
         bar = tqdm(
             total=count, desc=title, delay=1, leave=False, disable=True if title is None else _off(self.progress)

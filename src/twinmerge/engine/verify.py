@@ -20,6 +20,7 @@ from twinmerge.maths.threads import parallel
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checksum import streamed
+from twinmerge.store.header import SIZES
 
 Job = tuple[str, str, Callable[[], str]]
 """Source, tensor, and what computes its checksum."""
@@ -55,7 +56,7 @@ def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Ve
     unreadable: dict[str, str] = {}
     checkpoint = Checkpoint.open(folder)
     work: list[Job] = [
-        (OUTPUT, name, partial(streamed, partial(checkpoint.read_into, name), spec.dtype, spec.numel))
+        (OUTPUT, name, partial(streamed, partial(checkpoint.read_into, name), spec.itemsize, spec.numel))
         for name, spec in checkpoint.specs.items()
     ]
     if inputs:
@@ -92,9 +93,8 @@ def _of_inputs(merge: Merge, wanted: Mapping[str, Mapping[str, str]]) -> list[Jo
         for name in names:
             if stored[name] in known:
                 read = partial(model.read_range, name)
-                found.append(
-                    (source, stored[name], partial(streamed, read, model.range_dtype(name), model.spec(name).numel))
-                )
+                size = SIZES[model.range_code(name)]
+                found.append((source, stored[name], partial(streamed, read, size, model.spec(name).numel)))
     return found
 
 

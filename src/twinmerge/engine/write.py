@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from twinmerge.engine.combine import combine
 from twinmerge.engine.inputs import BASE, Digests
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.engine.rounding import Rounding, erased
-from twinmerge.methods.base import Tile
+from twinmerge.methods.base import Known
+from twinmerge.models.opened import as_tensor
 from twinmerge.store.checksum import block_digests, joined
+from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.output import CheckpointWriter, OutputFolder
+from twinmerge.store.ranges import bytes_of
 
 if TYPE_CHECKING:
     from twinmerge.engine.merge import Merge
@@ -31,6 +34,10 @@ class Journal:
         self.output = output
         lines = output.done if kept else []  # without the files, what was said of them is void
         self.done: dict[int, Line] = {int(line["group"]): line for line in lines}
+
+    def keep(self, intact: Callable[[int, Line], bool]) -> None:
+        """Forget the groups whose values are not what was said: after a power loss the disk may have less than the journal."""
+        self.done = {group: line for group, line in self.done.items() if intact(group, line)}
 
     def record(self, group: int, line: Line) -> None:
         if self.output.key is not None:
@@ -69,15 +76,12 @@ class Report:
         }
 
 
-@dataclass
-class _Output:
-    """A range on its way: its values as they will be written, and what is known of them."""
+class _Written(NamedTuple):
+    """What is told of a range once it is in its place."""
 
-    rounding: Rounding
-    values: Tensor
     digests: Digests
-    changed: int = 0
-    erased: int = 0
+    changed: int
+    erased: int
 
 
 def write(merge: Merge, writer: CheckpointWriter, journal: Journal) -> Report:
@@ -88,58 +92,63 @@ def write(merge: Merge, writer: CheckpointWriter, journal: Journal) -> Report:
     run = merge.plan()
     run.survey()
     groups = run.groups()
-    under_way: dict[Range, _Output] = {}
 
-    def pieces(each: Range) -> Iterator[Tile]:
-        digests = Digests()
-        rounding = merge.rounding(each.name)
-        under_way[each] = _Output(rounding, torch.empty(each.size, dtype=rounding.dtype), digests)
-        return merge.inputs.pieces(each, digests)
+    def written(each: Range, known: Known) -> _Written:
+        digests, rounding = Digests(), merge.rounding(each.name)
+        got = combine(each, known, merge.method, merge.inputs, rounding, digests)
+        writer.write(each.name, each.start, got.values)
+        digests[OUTPUT] = block_digests(got.values, rounding.itemsize)
+        return _Written(digests, got.changed, got.erased)
 
-    def piece(each: Range, tile: Tile, merged: Tensor) -> None:
-        output = under_way[each]
-        out = output.rounding.of(merged, tile, merge.method)
-        start = tile.at.offset - each.start
-        output.values[start : start + out.numel()] = out
-        changed, lost = erased(merged, out, tile, output.rounding)
-        output.changed += changed
-        output.erased += lost
-
-    def done(group: list[Range]) -> Line:
-        line: Line = {"changed": 0, "erased": 0, "tensors": {}}
-        for each in group:
-            output = under_way.pop(each)
-            writer.write(each.name, each.start, output.values)
-            line["changed"] += output.changed
-            line["erased"] += output.erased
-            line["tensors"][each.name] = {**output.digests, OUTPUT: block_digests(output.values)}
-        return line
-
+    journal.keep(lambda i, line: _is_there(groups[i], line, writer, merge))
     left = [i for i in range(len(groups)) if i not in journal.done]
-    fresh = run.merge([groups[i] for i in left], pieces, piece, done)
+    fresh = run.merge([groups[i] for i in left], written)
     for i, group in enumerate(groups):
         if i in journal.done:
             line = journal.done.pop(i)
         else:
-            line = next(fresh)
+            line = _line(group, next(fresh))
             journal.record(i, line)
         report.add(line)
         for each in group:
-            if each.stop == torch.Size(merge.inputs.shapes[each.name]).numel():
+            if each.stop == math.prod(merge.inputs.shapes[each.name]):
                 report.close(each.name)
     for _ in fresh:  # lets the progress bar end
         pass
     return report
 
 
+def _is_there(group: list[Range], line: Line, writer: CheckpointWriter, merge: Merge) -> bool:
+    """Whether the output has the values whose checksums the line tells."""
+    found: Digests = {}
+    for each in group:
+        size = merge.rounding(each.name).itemsize
+        values = np.empty(each.size * size, np.uint8)
+        writer.read_into(each.name, each.start, values)
+        found.setdefault(each.name, []).extend(block_digests(values, size))
+    return found == {name: digests[OUTPUT] for name, digests in line["tensors"].items()}
+
+
+def _line(group: list[Range], told: list[_Written]) -> Line:
+    tensors: dict[str, Digests] = {}
+    for each, one in zip(group, told, strict=True):
+        for source, blocks in one.digests.items():
+            tensors.setdefault(each.name, {}).setdefault(source, []).extend(blocks)
+    return {"changed": sum(t.changed for t in told), "erased": sum(t.erased for t in told), "tensors": tensors}
+
+
 def _copy(merge: Merge, name: str, writer: CheckpointWriter, report: Report) -> None:
     """A tensor of the base, byte for byte where the dtype stays."""
     base, out_name = merge.base, merge.base.stored[name]
-    dtype = merge.out_specs[out_name].dtype
+    code, wanted = base.range_code(name), merge.out_specs[out_name].code
     for each in ranges([out_name], {out_name: base.spec(name).shape}, merge.tile):
-        stored = torch.empty(each.size, dtype=base.range_dtype(name))
+        stored = np.empty(each.size * SIZES[code], np.uint8)
         base.read_range(name, each.start, stored)
-        out = stored.to(dtype)
+        out = stored
+        if code != wanted:
+            rounded = as_tensor(stored, torch_dtype(code)).to(torch_dtype(wanted))
+            out = np.frombuffer(bytes_of(rounded), np.uint8)
         writer.write(out_name, each.start, out)
-        report.extend(out_name, {BASE: block_digests(stored), OUTPUT: block_digests(out)})
+        digests = {BASE: block_digests(stored, SIZES[code]), OUTPUT: block_digests(out, SIZES[wanted])}
+        report.extend(out_name, digests)
     report.close(out_name)

@@ -90,7 +90,7 @@ def _words(seed: int, expert: str, tensor: str, start: int, count: int) -> np.nd
         raise ValueError(f"a range of random numbers cannot start at {start} with {count} numbers")
     first = start // _PER_COUNT
     skip = start - first * _PER_COUNT
-    stream = np.random.Philox(key=_key(str(seed), expert, tensor), counter=first)
+    stream = np.random.Philox(key=np.array(philox_key(seed, expert, tensor), np.uint64), counter=first)
     words = -(-(skip + count) // 2)  # `integers` over the whole range gives the raw words, and lets other threads run
     raw = np.random.Generator(stream).integers(0, 2**64 - 1, words, dtype=np.uint64, endpoint=True)
     if sys.byteorder == "big":  # the low half of a 64-bit word comes first
@@ -98,9 +98,11 @@ def _words(seed: int, expert: str, tensor: str, start: int, count: int) -> np.nd
     return raw.view(np.dtype("<u4"))[skip : skip + count]
 
 
-def _key(*names: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def philox_key(seed: int, expert: str, tensor: str) -> tuple[int, int]:
+    """The two words that key the stream of (seed, expert, tensor)."""
     digest = hashlib.blake2b(digest_size=16, person=b"twinmerge")
-    for name in names:
+    for name in (str(seed), expert, tensor):
         encoded = name.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)
+    raw = digest.digest()
+    return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths import fused
+from twinmerge.maths.fused import Values
 
 BINS = 65_536
 _NEVER = 0x7FFF_FFFF  # above the bits of infinity
@@ -278,9 +280,21 @@ def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, l
                 ties[i] += int((part == value).sum())
                 part = part[part != value]
             rest.append(part)
-    bins = torch.cat(rest)
-    between = int(((bins & ((1 << shift) - 1)) != 0).sum()) if shift else 0
-    return above, bins >> shift, ties, between
+    return above, *_binned(torch.cat(rest), ties, shift)
+
+
+def in_bracket_stored(
+    x: Values, base: Values | None, found: Bracket, expert: int
+) -> tuple[int, Tensor, list[int], int]:
+    """`in_bracket` of x − base as they are stored, by the compiled library."""
+    low, width, shift = (int(of[expert]) for of in found[:3])
+    above, inside, ties = fused.in_bracket(x, base, low, width, found.shared[expert].tolist())
+    return above, *_binned(torch.from_numpy(inside), ties, shift)
+
+
+def _binned(inside: Tensor, ties: list[int], shift: int) -> tuple[Tensor, list[int], int]:
+    between = int(((inside & ((1 << shift) - 1)) != 0).sum()) if shift else 0
+    return inside >> shift, ties, between
 
 
 def magnitude_bits(x: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 65_536
 _CHUNK = 2 * BLOCK  # at a time: a float64 copy of 1 MiB stays in a core's own cache
@@ -27,9 +28,12 @@ def blocked_dot(x: Tensor, y: Tensor) -> Tensor:
         (ceil(size / 65536),) float64. Concatenated over the tiles of a tensor it is that of the tensor.
 
     Example:
+        >>> import torch
         >>> blocked_dot(torch.ones(65_537), torch.full((65_537,), 2.0)).tolist()
         [131072.0, 2.0]
     """
+    import torch
+
     pairs = zip(x.flatten().split(_CHUNK), y.flatten().split(_CHUNK), strict=True)
     return torch.cat([_halve(a.double() * b.double()) for a, b in pairs])
 
@@ -44,9 +48,12 @@ def blocked_gram(x: Tensor) -> Tensor:
         (n, n, ceil(size / 65536)) float64.
 
     Example:
+        >>> import torch
         >>> blocked_gram(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))[:, :, 0].tolist()
         [[1.0, 1.0], [1.0, 2.0]]
     """
+    import torch
+
     found = []
     for part in x.flatten(1).split(_CHUNK, 1):
         wide = part.double()
@@ -60,9 +67,12 @@ def block_sums(x: Tensor) -> Tensor:
     """The partial sums of x, one for each block of 65,536 flat elements: `blocked_dot` of x and ones.
 
     Example:
+        >>> import torch
         >>> block_sums(torch.ones(65_537)).tolist()
         [65536.0, 1.0]
     """
+    import torch
+
     return torch.cat([_halve(a.double()) for a in x.flatten().split(_CHUNK)])
 
 
@@ -70,16 +80,19 @@ def total(*partials: Tensor | Iterable[float]) -> float:
     """The sum of all partial sums, rounded once (so their order does not matter either); 0.0 for none.
 
     Example:
+        >>> import torch
         >>> total(torch.tensor([1e16, 1.0], dtype=torch.float64), [-1e16])
         1.0
     """
-    return math.fsum(value for part in partials for value in (part.tolist() if isinstance(part, Tensor) else part))
+    return math.fsum(value for part in partials for value in (part.tolist() if hasattr(part, "tolist") else part))
 
 
 def _halve(x: Tensor) -> Tensor:
     """The sum of each block by folding it in half: element-wise additions are the same bits everywhere."""
     width = BLOCK
     if len(x) % BLOCK:
+        import torch
+
         x = torch.nn.functional.pad(x, (0, -len(x) % BLOCK))
     x = x.view(-1, BLOCK)
     while width > 1:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import BinaryIO, TypeVar
 
-import torch
+from twinmerge.maths.threads import one_thread_each, thread_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,7 +24,7 @@ CAN_FORK = sys.platform == "linux"  # elsewhere system libraries do not survive 
 
 
 def forked(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """`function` of each item, in order, in as many processes as torch may use threads, with one torch thread each.
+    """`function` of each item, in order, in `thread_count` processes, with one torch thread each.
 
     The processes see everything as it is now; what they change, but for files, stays theirs. Results and errors are
     pickled. They end with the iterator, and with this process.
@@ -33,7 +33,7 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
         >>> list(forked(lambda n: n * n, [1, 2, 3]))
         [1, 4, 9]
     """
-    count = min(torch.get_num_threads(), os.cpu_count() or 1, len(items))
+    count = min(thread_count(), len(items))
     children: list[tuple[int, BinaryIO]] = []
     try:
         for first in range(count):
@@ -78,7 +78,7 @@ def _fork(
 
 
 def _serve(function: Callable[[Item], Result], items: Sequence[Item], out: BinaryIO) -> None:
-    torch.set_num_threads(1)  # the threads of torch's pool were not forked
+    one_thread_each()  # the threads of torch's pool were not forked
     with suppress(BrokenPipeError):
         for item in items:
             try:

@@ -1,8 +1,14 @@
 """Weighted average of the parameters (isotropic merging, "model soups")."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from twinmerge.methods.base import Known, Method, PerExpert, Tile, per_expert, weighted_sum, weights_field
+from typing import TYPE_CHECKING
+
+from twinmerge.maths.fused import Rule
+from twinmerge.methods.base import Known, Method, PerExpert, Place, Tile, per_expert, weighted_sum, weights_field
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Average(Method):
@@ -28,3 +34,7 @@ class Average(Method):
         total = sum(per_expert(self.weights, len(tile.x)))
         merged = weighted_sum(self.weights, tile.x, tile.work)
         return (merged if total == 1 else merged.div_(total)).to(tile.x.dtype)
+
+    def rule(self, at: Place, known: Known) -> Rule:
+        weights = per_expert(self.weights, len(at.experts))
+        return Rule(weights, deltas=False, divisor=sum(weights))

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+
+from twinmerge.maths.fused import Rule, Values
+
+if TYPE_CHECKING:  # the compiled library does without torch, whose import takes longer than many a merge
+    import torch
+    from torch import Tensor
 
 Known = Mapping[str, Any]
 """What the earlier passes found, by the name of the pass."""
@@ -45,18 +50,57 @@ class Place(NamedTuple):
         return len(self.shape) >= 2 and self.shape[0] > 1 and math.prod(self.shape[1:]) > 1
 
 
-class Tile(NamedTuple):
+_Made = tuple["Tensor", "Tensor | None", "torch.dtype"]
+
+
+class Stored(NamedTuple):
+    """A tile as it lies in the files, for the compiled library. base: None where the method needs none."""
+
+    base: Values | None
+    experts: tuple[Values, ...]
+
+
+class Tile:
     """One tile of one output tensor; methods read it and leave it as it is.
 
-    x: (experts, *tile) float32: deltas or parameters, as the method's `space` says; base: (*tile) float32 or None;
-    work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least (float32 for
-    checkpoints of 16 bits, else float64).
+    Args:
+        x: (experts, *tile) float32: deltas or parameters, as the method's `space` says.
+        base: (*tile) float32 or None.
+        at: where it lies.
+        work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least: float32 for
+            checkpoints of 16 bits, else float64 (None).
+
+    Attributes:
+        stored: the tile as it lies in the files, where the compiled library may work on it.
     """
 
-    x: Tensor
-    base: Tensor | None
-    at: Place
-    work: torch.dtype = torch.float64
+    def __init__(self, x: Tensor, base: Tensor | None, at: Place, work: torch.dtype | None = None) -> None:
+        self.at = at
+        self.stored: Stored | None = None
+        self._make: Callable[[], _Made] = lambda: (x, base, work or x.double().dtype)
+
+    @classmethod
+    def of(cls, make: Callable[[], _Made], at: Place, stored: Stored | None) -> Tile:
+        """A tile whose x, base and work are made when they are first asked for."""
+        tile = cls.__new__(cls)
+        tile.at, tile.stored, tile._make = at, stored, make
+        return tile
+
+    @cached_property
+    def _made(self) -> _Made:
+        return self._make()
+
+    @property
+    def x(self) -> Tensor:
+        return self._made[0]
+
+    @property
+    def base(self) -> Tensor | None:
+        return self._made[1]
+
+    @property
+    def work(self) -> torch.dtype:
+        return self._made[2]
 
     def require_base(self) -> Tensor:
         """The base's tile, for methods whose formula needs it."""
@@ -126,9 +170,15 @@ class Method(BaseModel, ABC):
     def apply(self, tile: Tile, known: Known) -> Tensor:
         """The merged tile (*tile) in float32."""
 
+    def rule(self, at: Place, known: Known) -> Rule | None:
+        """The same as data, which the compiled library runs in one pass to the same bits; None where it has no such rule."""
+        return None
+
 
 def column(value: PerExpert, x: Tensor) -> Tensor:
     """One number per expert, shaped (experts, 1, ..., 1) to multiply the stack `x`."""
+    import torch
+
     return torch.tensor(per_expert(value, len(x)), dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
 
 
@@ -137,38 +187,44 @@ def per_expert(value: PerExpert, count: int) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,) * count
 
 
-def weighted_sum(weights: PerExpert, x: Tensor, work: torch.dtype = torch.float64) -> Tensor:
+def weighted_sum(weights: PerExpert, x: Tensor, work: torch.dtype) -> Tensor:
     """Σt wt xt in `work`, expert by expert: the same bits whatever the tile or the number of threads.
 
     Example:
-        >>> weighted_sum((0.5, 2.0), torch.tensor([[1.0], [3.0]])).tolist()
+        >>> import torch
+        >>> weighted_sum((0.5, 2.0), torch.tensor([[1.0], [3.0]]), torch.float64).tolist()
         [6.5]
     """
     by = per_expert(weights, len(x))
     if len(x) > 1 and by[0] == 1:  # one pass over the tile less
-        out, done = torch.add(x[0].to(work), x[1].to(work), alpha=by[1]), 2
+        out, done = x[0].to(work).add(x[1].to(work), alpha=by[1]), 2
     else:
-        out, done = torch.mul(x[0].to(work), by[0]), 1
+        out, done = x[0].to(work) * by[0], 1
     for weight, row in zip(by[done:], x[done:], strict=True):
         out.add_(row.to(work), alpha=weight)
     return out
 
 
-NEGATIVE_ZERO = torch.tensor(-0.0).view(torch.int32).item()  # the least integer
+NEGATIVE_ZERO = -(1 << 31)  # the bits of -0.0: the least integer
 
 
 def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
     """θ0 + λ·change, rounded once to float32; the base's own bits (-0.0 too) where nothing changes.
 
     Example:
+        >>> import torch
         >>> tile = Tile(torch.ones(1, 2), torch.tensor([-0.0, 1.0]), Place("w", (2,)))
         >>> moved(tile, torch.tensor([0.0, 0.5], dtype=torch.float64), 0.5).tolist()
         [-0.0, 1.25]
     """
+    import torch
+
     base = tile.require_base()
+    if scale == 0:
+        return base.clone()
     out = torch.add(base.to(change.dtype), change, alpha=scale).to(base.dtype)
     if base.numel() and base.view(torch.int32).amin().item() == NEGATIVE_ZERO:  # -0.0 + 0.0 is 0.0
-        return torch.where(change.eq(0) | (scale == 0), base, out)
+        return torch.where(change.eq(0), base, out)
     return out
 
 

@@ -7,7 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.maths.keyed_random import kept_bits
+from twinmerge.maths.fused import Drop, Rule
+from twinmerge.maths.keyed_random import kept_bits, philox_key
 from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.base import (
     Known,
@@ -39,6 +40,12 @@ def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
         mask = kept_bits(seed, expert, at.name, at.offset, row.numel(), share).to(x.device)
         torch.bitwise_and(row.contiguous().view(torch.int32), mask.view(row.shape), out=to.view(torch.int32))
     return out
+
+
+def drop_rule(density: PerExpert, seed: int, at: Place, factors: tuple[float, ...]) -> Drop:
+    """`drop`, and the kept entries times `factors`, as data."""
+    keys = tuple(philox_key(seed, expert, at.name) for expert in at.experts)
+    return Drop(keys, per_expert(density, len(keys)), factors)
 
 
 class L1Norms(Pass):
@@ -104,3 +111,9 @@ class Dare(Method):
         by = zip(per_expert(self.weights, count), factors(self.density, self.rescale, count, known), strict=True)
         x = drop(tile.x, self.density, self.seed, tile.at)
         return moved(tile, weighted_sum(tuple(w * f for w, f in by), x, tile.work), self.scale)
+
+    def rule(self, at: Place, known: Known) -> Rule:
+        count = len(at.experts)
+        by = zip(per_expert(self.weights, count), factors(self.density, self.rescale, count, known), strict=True)
+        drop = drop_rule(self.density, self.seed, at, (1.0,) * count)
+        return Rule(tuple(w * f for w, f in by), deltas=True, scale=self.scale, drop=drop)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.methods.base import Known, Pass, PerExpert, Tile, column, seed_field
-from twinmerge.methods.dare import L1Norms, Rescale, drop, factors
+from twinmerge.maths.fused import Rule
+from twinmerge.methods.base import Known, Pass, PerExpert, Place, Tile, column, seed_field
+from twinmerge.methods.dare import L1Norms, Rescale, drop, drop_rule, factors
 from twinmerge.methods.ties import Ties
 
 
@@ -46,3 +47,7 @@ class DareTies(Ties):
         x = drop(tile.x, self.density, self.seed, tile.at)
         by = factors(self.density, self.rescale, len(x), known)
         return x.mul_(column(by, x)) if tile.work == x.dtype else (x * column(by, x.double())).to(x.dtype)
+
+    def rule(self, at: Place, known: Known) -> Rule:
+        by = factors(self.density, self.rescale, len(at.experts), known)
+        return super().rule(at, known)._replace(drop=drop_rule(self.density, self.seed, at, by))

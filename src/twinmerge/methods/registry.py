@@ -26,7 +26,7 @@ def method_names() -> list[str]:
         >>> "ties" in method_names()
         True
     """
-    own = {p.stem for p in Path(__file__).parent.glob("*.py")} - _NO_METHODS
+    own = _own()
     return sorted(own) + sorted({e.name for e in metadata.entry_points(group=GROUP)} - own)
 
 
@@ -42,17 +42,21 @@ def method_class(name: str) -> type[Method]:
         ...
         twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
     """
-    if name not in method_names():
-        raise TwinmergeError(f"Unknown method {name!r}.{nearest(name, method_names())} See `twinmerge methods`.")
-    own = Path(__file__).parent / f"{name}.py"
-    if not own.is_file():
-        loaded: type[Method] = next(e for e in metadata.entry_points(group=GROUP) if e.name == name).load()
+    if name not in _own():  # looking through what is installed takes longer than importing a method
+        entry = next((e for e in metadata.entry_points(group=GROUP) if e.name == name), None)
+        if entry is None:
+            raise TwinmergeError(f"Unknown method {name!r}.{nearest(name, method_names())} See `twinmerge methods`.")
+        loaded: type[Method] = entry.load()
         return loaded
     module = import_module(f"twinmerge.methods.{name}")
     for _, found in inspect.getmembers(module, inspect.isclass):
         if issubclass(found, Method) and found.__module__ == module.__name__ and not inspect.isabstract(found):
             return found
     raise TwinmergeError(f"The file of method {name!r} has no Method class. Reinstall twinmerge.")
+
+
+def _own() -> set[str]:
+    return {p.stem for p in Path(__file__).parent.glob("*.py")} - _NO_METHODS
 
 
 def is_per_expert(cls: type[Method], parameter: str) -> bool:

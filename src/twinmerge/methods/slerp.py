@@ -1,14 +1,20 @@
 """Spherical linear interpolation of two models, tensor by tensor."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from twinmerge.maths import fused
+from twinmerge.maths.fused import Rule
 from twinmerge.maths.sums import blocked_gram, total
-from twinmerge.methods.base import Known, Method, Partial, Pass, Tile, weighted_sum
+from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile, weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LERP_ABOVE = 0.9995  # beyond this |cosine| the sphere is flat to float32 and sin(angle) loses its digits
 
@@ -20,12 +26,18 @@ class InnerProducts(Pass):
     scope = "tensor"
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        gram = blocked_gram(tile.x.reshape(2, -1))
-        return {f"{tile.at.offset:020d}": torch.stack([gram[0, 0], gram[0, 1], gram[1, 1]])}
+        if tile.stored is not None:
+            blocks = fused.gram(*tile.stored.experts).tolist()
+        else:
+            gram = blocked_gram(tile.x.reshape(2, -1))
+            blocks = [gram[0, 0].tolist(), gram[0, 1].tolist(), gram[1, 1].tolist()]
+        return {f"{product} {tile.at.offset}": of for product, of in zip(("aa", "ab", "bb"), blocks, strict=True)}
 
     def finish(self, total_: Partial, known: Known) -> object:
-        blocks = torch.cat([total_[key] for key in sorted(total_)], dim=1)
-        return [total(row) for row in blocks]
+        return [
+            total(*(blocks for key, blocks in total_.items() if key.startswith(product)))
+            for product in ("aa", "ab", "bb")
+        ]
 
 
 class Slerp(Method):
@@ -55,15 +67,21 @@ class Slerp(Method):
     def passes(self) -> Sequence[Pass]:
         return (InnerProducts(),)
 
-    def apply(self, tile: Tile, known: Known) -> Tensor:
+    def shares(self, known: Known) -> tuple[float, float]:
+        """What θa and θb are multiplied with."""
         aa, ab, bb = known["inner_products"]
         cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else 1.0
         if abs(cosine) > LERP_ABOVE or self.t in (0.0, 1.0):
-            of_a, of_b = 1.0 - self.t, self.t
-        else:
-            angle = math.acos(cosine)
-            of_a = math.sin((1.0 - self.t) * angle) / math.sin(angle)
-            of_b = math.sin(self.t * angle) / math.sin(angle)
+            return 1.0 - self.t, self.t
+        angle = math.acos(cosine)
+        return math.sin((1.0 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle)
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        of_a, of_b = self.shares(known)
         if of_b in (0.0, 1.0):
             return tile.x[int(of_b)].clone()
         return weighted_sum((of_a, of_b), tile.x, tile.work).to(tile.x.dtype)
+
+    def rule(self, at: Place, known: Known) -> Rule | None:
+        of_a, of_b = self.shares(known)
+        return None if of_b in (0.0, 1.0) else Rule((of_a, of_b), deltas=False)

@@ -1,8 +1,25 @@
 """Task arithmetic: the base plus the scaled sum of the task vectors."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from twinmerge.methods.base import Known, Method, PerExpert, Tile, moved, scale_field, weighted_sum, weights_field
+from typing import TYPE_CHECKING
+
+from twinmerge.maths.fused import Rule
+from twinmerge.methods.base import (
+    Known,
+    Method,
+    PerExpert,
+    Place,
+    Tile,
+    moved,
+    per_expert,
+    scale_field,
+    weighted_sum,
+    weights_field,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TaskArithmetic(Method):
@@ -28,3 +45,6 @@ class TaskArithmetic(Method):
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         return moved(tile, weighted_sum(self.weights, tile.x, tile.work), self.scale)
+
+    def rule(self, at: Place, known: Known) -> Rule:
+        return Rule(per_expert(self.weights, len(at.experts)), deltas=True, scale=self.scale)

@@ -8,12 +8,14 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.maths import select
+from twinmerge.maths.fused import Elect, Rule
 from twinmerge.methods.base import (
     Known,
     Method,
     Partial,
     Pass,
     PerExpert,
+    Place,
     Tile,
     moved,
     per_expert,
@@ -21,7 +23,7 @@ from twinmerge.methods.base import (
     weighted_sum,
     weights_field,
 )
-from twinmerge.methods.trim import Scope, trim_passes, trimmed
+from twinmerge.methods.trim import Scope, trim_passes, trim_rule, trimmed
 
 Tie = Literal["zero", "majority", "positive"]
 Compat = Literal["paper", "official", "mergekit"]
@@ -102,6 +104,11 @@ class Ties(Method):
             counts = [min(k + 1, size) for k, size in zip(counts, totals.tolist(), strict=True)]
         return torch.tensor(counts, device=totals.device)
 
+    @property
+    def trims_stored(self) -> bool:
+        """Whether what is trimmed is θt − θ0 itself."""
+        return type(self).trimmed_quantity is Ties.trimmed_quantity
+
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
         """What is trimmed and elected, (experts, *tile)."""
         return tile.x
@@ -111,20 +118,28 @@ class Ties(Method):
         x = self.trimmed_quantity(tile, known)
         return trimmed(x, tile, known, keep_all_equal=self.compat == "official") if self.trims else x
 
+    @property
+    def vote_weights(self) -> PerExpert:
+        return self.weights if self.compat == "mergekit" else 1.0
+
+    def tie_sign(self, known: Known) -> int:
+        """The sign of an entry whose votes cancel."""
+        if self.compat == "official" or self.tie == "majority":
+            return known[Majority.name] or (-1 if self.compat == "official" else 0)
+        return int(self.tie == "positive" or self.compat == "mergekit")
+
+    def flips(self, weight: float) -> bool:
+        """mergekit's votes are those of w · τ, so an expert of negative weight agrees from the other side."""
+        return self.compat == "mergekit" and weight < 0
+
     def votes(self, x: Tensor, tile: Tile) -> Tensor:
         """The sign of the sum over the experts, 0 where they cancel."""
-        weights = self.weights if self.compat == "mergekit" else 1.0
-        return weighted_sum(weights, x, tile.work).sign_().to(x.dtype)
+        return weighted_sum(self.vote_weights, x, tile.work).sign_().to(x.dtype)
 
     def elect(self, x: Tensor, tile: Tile, known: Known) -> Tensor:
         """The sign that every entry goes to."""
         sign = self.votes(x, tile)
-        if self.compat == "official" or self.tie == "majority":
-            majority = known[Majority.name] or (-1 if self.compat == "official" else 0)
-            sign.masked_fill_(sign == 0, majority)
-        elif self.tie == "positive" or self.compat == "mergekit":
-            sign.masked_fill_(sign == 0, 1)
-        return sign
+        return sign.masked_fill_(sign == 0, self.tie_sign(known))
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         x = self.trim(tile, known)
@@ -143,7 +158,7 @@ class Ties(Method):
         total = torch.zeros_like(sign, dtype=work)
         mass = torch.zeros_like(total)
         for weight, row in zip(per_expert(self.weights, len(x)), x, strict=True):
-            side = -1.0 if self.compat == "mergekit" and weight < 0 else 1.0  # mergekit's votes are those of w · τ
+            side = -1.0 if self.flips(weight) else 1.0
             size = torch.mul(row, sign).mul_(side).relu_() if side < 0 else torch.mul(row, sign).relu_()
             if self.merge == "max":
                 total = torch.maximum(total, size.to(work) * abs(weight))
@@ -152,3 +167,11 @@ class Ties(Method):
             if self.merge == "mean":
                 mass.add_(size.sign_(), alpha=weight)
         return total, mass
+
+    def rule(self, at: Place, known: Known) -> Rule:
+        count = len(at.experts)
+        weights = per_expert(self.weights, count)
+        votes, flips = per_expert(self.vote_weights, count), tuple(self.flips(weight) for weight in weights)
+        trim = trim_rule(at, known, keep_all_equal=self.compat == "official") if self.trims else None
+        elect = Elect(self.merge, votes, self.tie_sign(known), flips)
+        return Rule(weights, deltas=True, scale=self.scale, trim=trim, elect=elect)

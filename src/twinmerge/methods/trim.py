@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from twinmerge.maths import select
+from twinmerge.maths.fused import Trim
 from twinmerge.maths.sums import BLOCK
-from twinmerge.methods.base import Known, Partial, Pass, Tile
+from twinmerge.methods.base import Known, Partial, Pass, Place, Tile
+from twinmerge.store.header import SIZES
 
 Scope = Literal["model", "tensor"]
 ALL = 1 << 62  # room for every entry that equals a threshold
@@ -25,6 +27,10 @@ ALL = 1 << 62  # room for every entry that equals a threshold
 
 class Trims(Protocol):
     """What the passes need to know of a method."""
+
+    @property
+    def trims_stored(self) -> bool:
+        """Whether what is trimmed is the stored values' own difference from the base."""
 
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
         """What is trimmed, (experts, *tile) float32."""
@@ -78,7 +84,7 @@ class Sketch(_TrimPass):
     sampled = True
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        return {place(tile): select.magnitude_bits(self.method.trimmed_quantity(tile, known))}
+        return {place(tile.at): select.magnitude_bits(self.method.trimmed_quantity(tile, known))}
 
     def finish(self, total: Partial, known: Known) -> object:
         bits = torch.cat([total[key] for key in sorted(total)], 1)
@@ -98,15 +104,17 @@ class Bracket(_TrimPass):
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         bracket: select.Bracket = known[Sketch.name]
-        x = self.method.trimmed_quantity(tile, known)
-        above, between, part, ties = [], [], Partial(), []
-        for e, row in enumerate(x):
-            over, bins, equal, odd = select.in_bracket(row, bracket, e)
-            above.append(over)
-            between.append(odd)
-            part[f"inside {e}"] = bins
-            ties.append(equal)
-        part |= {"bins": torch.tensor([bracket.bins(e) for e in range(len(x))]), "size": torch.tensor(x[0].numel())}
+        if tile.stored is not None and self.method.trims_stored:
+            base, rows = tile.stored
+            size = rows[0].memory.nbytes // SIZES[rows[0].code]
+            found = [select.in_bracket_stored(row, base, bracket, e) for e, row in enumerate(rows)]
+        else:
+            x = self.method.trimmed_quantity(tile, known)
+            size = x[0].numel()
+            found = [select.in_bracket(row, bracket, e) for e, row in enumerate(x)]
+        above, bins, ties, between = zip(*found, strict=True)
+        part: Partial = {f"inside {e}": inside for e, inside in enumerate(bins)}
+        part |= {"bins": torch.tensor([bracket.bins(e) for e in range(len(found))]), "size": torch.tensor(size)}
         part |= {"above": torch.tensor(above), "between": torch.tensor(between)}
         part[f"ties {tile.at.name}"] = torch.tensor(ties)
         return part
@@ -237,7 +245,7 @@ class TiesByTile(_TrimPass):
         x, bits = self.method.trimmed_quantity(tile, known).flatten(1), known_threshold(known).bits
         blocks = range(0, x.shape[1], BLOCK)
         # numbers, not tensors: thousands of small tensors that stay would break up the memory of the large ones that go
-        return {place(tile, at): tuple(select.ties(x[:, at : at + BLOCK], bits).tolist()) for at in blocks}
+        return {place(tile.at, at): tuple(select.ties(x[:, at : at + BLOCK], bits).tolist()) for at in blocks}
 
     def finish(self, total: Partial, known: Known) -> object:
         """Block -> how many equal entries come before it in its tensor; and the edges."""
@@ -262,21 +270,21 @@ def known_threshold(known: Known) -> Threshold:
     return threshold
 
 
-def place(tile: Tile, at: int = 0) -> str:
-    """A key of the tile's elements from `at` on that sorts by tensor name, then by offset."""
-    return f"{tile.at.name}\0{tile.at.offset + at:020d}"
+def place(at: Place, further: int = 0) -> str:
+    """A key of the elements there, or some further on, that sorts by tensor name, then by offset."""
+    return f"{at.name}\0{at.offset + further:020d}"
 
 
-def room(tile: Tile, known: Known) -> list[int]:
-    """For each expert: how many of the tile's entries that equal its threshold are kept."""
+def room(at: Place, known: Known) -> list[int]:
+    """For each expert: how many of the entries there that equal its threshold are kept."""
     threshold = known_threshold(known)
     rooms = [ALL if take else 0 for take in threshold.take.tolist()]
     if threshold.undecided:
         before, places = known[TiesByTile.name]
         for e, edge in places.items():
-            if tile.at.name == edge.tensor:
-                rooms[e] = max(0, edge.rest - before[place(tile)][e])
-            elif tile.at.name > edge.tensor:
+            if at.name == edge.tensor:
+                rooms[e] = max(0, edge.rest - before[place(at)][e])
+            elif at.name > edge.tensor:
                 rooms[e] = 0
     return rooms
 
@@ -284,8 +292,15 @@ def room(tile: Tile, known: Known) -> list[int]:
 def trimmed(x: Tensor, tile: Tile, known: Known, keep_all_equal: bool = False) -> Tensor:
     """The stack with all but the kept entries at zero."""
     thresholds = known_threshold(known).bits.tolist()
-    rooms = [ALL] * len(x) if keep_all_equal else room(tile, known)
+    rooms = [ALL] * len(x) if keep_all_equal else room(tile.at, known)
     out = torch.empty_like(x)
     for row, to, bits, left in zip(x, out, thresholds, rooms, strict=True):
         select.keep_above(row, bits, left, to)
     return out
+
+
+def trim_rule(at: Place, known: Known, keep_all_equal: bool = False) -> Trim:
+    """`trimmed` as data."""
+    thresholds = known_threshold(known).bits.tolist()
+    rooms = [ALL] * len(thresholds) if keep_all_equal else room(at, known)
+    return Trim(tuple(thresholds), tuple(rooms))

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
-from torch.nn.functional import cosine_similarity
+import numpy as np
+from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
+from twinmerge.store.values import decoded
 
 SAMPLE = 1 << 20  # entries of the matrix that is looked at
 UNRELATED_BELOW = 0.2  # cosine of base and expert; a fine-tune stays above 0.9, two trainings from scratch are near 0
@@ -106,14 +107,22 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
     inner = [n for n in matrices if "embed" not in n] or matrices
     name = max(inner, key=lambda n: base.spec(n).numel)
     count = min(SAMPLE, base.spec(name).numel)
-    reference = base.beginning(name, count).float()
+    reference = _direction(base, name, count)
     for expert in experts.values():
-        cosine = cosine_similarity(reference, expert.beginning(name, count).float(), dim=0).item()
-        if cosine < UNRELATED_BELOW and bool(reference.any()):
+        cosine = float(reference @ _direction(expert, name, count))
+        if cosine < UNRELATED_BELOW and reference.any():
             raise TwinmergeError(
                 f"{expert.name} does not come from the base {base.name}: their {name!r} have cosine {cosine:.2f} (a fine-tune "
                 "is close to 1). Name the base that it was tuned from."
             )
+
+
+def _direction(model: OpenedModel, name: str, count: int) -> NDArray[np.float32]:
+    """The first `count` numbers of a tensor, scaled to length one; zeros stay zeros."""
+    x = decoded(model.beginning(name, count), model.range_code(name))
+    with np.errstate(all="ignore"):  # numbers that are not finite are refused later, with their place
+        length = np.sqrt(np.vdot(x, x))
+        return x / length if length else x
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -155,6 +164,8 @@ def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
 
 def _untied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     """A tensor that the base ties to another: an expert's own copy must say the same, or it would be lost."""
+    import torch
+
     source = base.aliases[name]
     if not expert.has(source) or not torch.equal(expert.read(name), expert.read(source)):
         raise TwinmergeError(

@@ -10,20 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.maths.lowrank import Factors
-from twinmerge.models.adapter import ADAPTER_FILES, Adapter, adapter_from, read_adapter
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.header import SIZES
 from twinmerge.store.locate import locate
 
-if TYPE_CHECKING:  # transformers takes two seconds and 100 MB to import, which a plain merge does without
+if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
+    import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from twinmerge.maths.lowrank import Factors
+    from twinmerge.models.adapter import Adapter
     from twinmerge.models.architecture import Architecture
+    from twinmerge.store.ranges import Flat
 
 ModelLike = str | os.PathLike[str] | Any
 """A path, a hub id, `base+adapter`, a transformers PreTrainedModel or a PeftModel."""
@@ -35,8 +39,8 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
 
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Elements start ... start + len(out) − 1, flat, in the stored dtype."""
+    def read_into(self, name: str, start: int, out: Flat) -> None:
+        """Fill `out` with elements from `start` on, flat, in the stored dtype."""
 
     def place(self, name: str) -> tuple[int, int]:
         """Where it lies, for reading in the order of the disk: file number and offset."""
@@ -51,8 +55,10 @@ class InMemory:
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        out.copy_(self.tensors[name].reshape(-1)[start : start + len(out)])
+    def read_into(self, name: str, start: int, out: Flat) -> None:
+        tensor = self.tensors[name].reshape(-1)
+        to = as_tensor(out, tensor.dtype)
+        to.copy_(tensor[start : start + len(to)])
 
     def place(self, name: str) -> tuple[int, int]:
         return 0, list(self.tensors).index(name)
@@ -104,20 +110,25 @@ class OpenedModel:
             tensor = tensor.float() + self.factors[name].entries(0, tensor.numel()).reshape(tensor.shape)
         return tensor
 
-    def range_dtype(self, name: str) -> torch.dtype:
-        """What `read_range` gives: the stored dtype, float32 where an adapter adds to it."""
+    def range_code(self, name: str) -> str:
+        """The dtype that `read_range` gives, as safetensors calls it: the stored one, F32 where an adapter adds to it."""
         name = self._own(name)
-        return torch.float32 if name in self.factors else self.specs[name].dtype
+        return "F32" if name in self.factors else self.specs[name].code
 
-    def read_range(self, name: str, start: int, out: Tensor) -> None:
-        """Fill the 1-D `out` with elements start ... start + len(out) − 1 of the tensor, flat."""
+    def read_range(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill the bytes of `out` with elements from `start` on of the tensor, flat."""
         name = self._own(name)
         if name in self._dense:
-            out.copy_(self._dense[name].reshape(-1)[start : start + len(out)])
+            tensor = self._dense[name].reshape(-1)
+            to = as_tensor(out, tensor.dtype)
+            to.copy_(tensor[start : start + len(to)])
         elif name in self.factors:
-            stored = torch.empty(len(out), dtype=self.specs[name].dtype)
+            import torch
+
+            to = as_tensor(out, torch.float32)
+            stored = torch.empty(len(to), dtype=self.specs[name].dtype)
             self.source.read_into(self.stored[name], start, stored)
-            torch.add(stored.float(), self.factors[name].entries(start, start + len(out)), out=out)
+            torch.add(stored.float(), self.factors[name].entries(start, start + len(to)), out=to)
         else:
             self.source.read_into(self.stored[name], start, out)
 
@@ -132,11 +143,20 @@ class OpenedModel:
     def fingerprint(self) -> str:
         return fingerprint(self.specs, self.beginning)
 
-    def beginning(self, name: str, count: int) -> Tensor:
-        """The first `count` elements of the tensor, flat."""
-        out = torch.empty(count, dtype=self.range_dtype(name))
+    def beginning(self, name: str, count: int) -> NDArray[np.uint8]:
+        """The bytes of the first `count` elements of the tensor, flat."""
+        out = np.empty(count * SIZES[self.range_code(name)], np.uint8)
         self.read_range(name, 0, out)
         return out
+
+
+def as_tensor(flat: Flat, dtype: torch.dtype) -> Tensor:
+    """Bytes seen as a 1-D tensor, without a copy; a tensor is what it is."""
+    import torch
+
+    if not isinstance(flat, np.ndarray):
+        return flat
+    return torch.from_numpy(flat).view(dtype) if flat.size else torch.empty(0, dtype=dtype)
 
 
 def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
@@ -159,7 +179,6 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
 def _open_folder(ref: str, name: str | None) -> OpenedModel:
     found = locate(ref)
     checkpoint = Checkpoint.open(found.folder)
-    adapter = read_adapter(found.adapter) if found.adapter else None
     architecture = None
     if (found.folder / "config.json").is_file():
         from twinmerge.models.architecture import Architecture, class_of, read_config
@@ -168,9 +187,12 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
         architecture = Architecture(config, class_of(config)) if config is not None else None
     opened = _named(name or ref, checkpoint.specs, architecture, checkpoint)
     opened.folder, opened.commit, opened.files = found.folder, found.commit, checkpoint.files
-    if found.adapter is not None:
-        opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
-    return _adapted(opened, adapter) if adapter else opened
+    if found.adapter is None:
+        return opened
+    from twinmerge.models.adapter import ADAPTER_FILES, read_adapter
+
+    opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
+    return _adapted(opened, read_adapter(found.adapter))
 
 
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
@@ -206,6 +228,7 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
 def _open_peft(model: Any, name: str) -> OpenedModel:
     from peft import get_peft_model_state_dict
 
+    from twinmerge.models.adapter import adapter_from
     from twinmerge.models.architecture import Architecture
 
     adapter_name = model.active_adapter
@@ -228,6 +251,8 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
 
 def _adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
     """The model with the adapter on top; its class becomes that of the adapter's task."""
+    import torch
+
     from twinmerge.models.architecture import Architecture, class_of
 
     config = opened.config
@@ -267,7 +292,10 @@ def _adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
 
 def _oriented(adapter: Adapter, architecture: Architecture | None) -> dict[str, Factors]:
     """The factors as each module stores its weight: PEFT saves one `fan_in_fan_out`, whatever kinds are adapted."""
+    from torch import nn
     from transformers.pytorch_utils import Conv1D
+
+    from twinmerge.maths.lowrank import Factors
 
     modules = dict(architecture.skeleton.named_modules()) if architecture else {}
     turned = {}

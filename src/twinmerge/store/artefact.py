@@ -6,14 +6,17 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.output import header_of, write_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY = "twinmerge"
 SAMPLE = 4096  # elements of each tensor that enter a fingerprint
@@ -30,20 +33,18 @@ class Artefact(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def fingerprint(specs: Mapping[str, Spec], beginning: Callable[[str, int], Tensor]) -> str:
+def fingerprint(specs: Mapping[str, Spec], beginning: Callable[[str, int], NDArray[np.uint8]]) -> str:
     """SHA-256 over names, dtypes, shapes and the first 4,096 elements of every tensor.
 
     Tells models apart at the cost of a few pages per tensor; it is no checksum of the files.
 
     Args:
-        beginning: gives the first so many elements of a tensor, flat.
+        beginning: gives the bytes of the first so many elements of a tensor, flat.
     """
     digest = hashlib.sha256()
     for name in sorted(specs):
-        digest.update(f"{name}\0{specs[name].dtype}\0{specs[name].shape}\0".encode())
-        sample = beginning(name, min(SAMPLE, specs[name].numel))
-        if sample.numel():
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name}\0torch.{specs[name].name}\0{specs[name].shape}\0".encode())
+        digest.update(beginning(name, min(SAMPLE, specs[name].numel)).data)
     return digest.hexdigest()
 
 
@@ -51,7 +52,7 @@ def save_artefact(file: Path, artefact: Artefact) -> None:
     """Write `file`; the bytes depend on the artefact only."""
     head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header}
     specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in artefact.tensors.items()}
-    specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    specs = dict(sorted(specs.items(), key=lambda item: (-item[1].itemsize, item[0])))
     with file.open("wb") as out:
         out.write(header_of(specs, {KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}))
         for name in specs:

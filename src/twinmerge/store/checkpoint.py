@@ -6,15 +6,20 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.store.header import DTYPES as DTYPES
 from twinmerge.store.header import MAX_HEADER, no_key_twice, read_header, shown
 from twinmerge.store.header import Spec as Spec
 from twinmerge.store.ranges import OpenFile, bytes_of, read_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twinmerge.store.ranges import Flat
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -36,11 +41,11 @@ class Checkpoint:
         >>> import tempfile
         >>> from twinmerge.store.header import header_of
         >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> _ = file.write_bytes(header_of({"w": Spec(torch.int8, (2, 2))}, {}) + bytes([1, 2, 3, 4]))
+        >>> _ = file.write_bytes(header_of({"w": Spec("I8", (2, 2))}, {}) + bytes([1, 2, 3, 4]))
         >>> checkpoint = Checkpoint.open(file.parent)
         >>> checkpoint.read("w").tolist()
         [[1, 2], [3, 4]]
-        >>> middle = torch.empty(2, dtype=torch.int8)
+        >>> middle = np.empty(2, np.uint8)
         >>> checkpoint.read_into("w", 1, middle)
         >>> middle.tolist()
         [2, 3]
@@ -97,18 +102,20 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, whole."""
+        import torch
+
         spec = self.specs[name]
         flat = torch.empty(spec.numel, dtype=spec.dtype)
         self.read_into(name, 0, flat)
         return flat.view(spec.shape)
 
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` with elements start ... start + len(out) - 1 of a tensor, flat.
+    def read_into(self, name: str, start: int, out: Flat) -> None:
+        """Fill `out` with a tensor's elements from `start` on, flat.
 
         Args:
             name: of the tensor.
             start: its first element that is read.
-            out: contiguous, 1-D, on the CPU, of the stored dtype.
+            out: contiguous, 1-D, on the CPU, of the stored dtype; or bytes.
 
         Errors:
             TwinmergeError: the file changed or became shorter since its header was read, or the disk fails.
@@ -118,15 +125,15 @@ class Checkpoint:
         check_range(name, spec, start, out)
         try:
             with self._handles[i].use() as fd:
-                read_into(fd, bytes_of(out), offset + start * spec.dtype.itemsize)
+                read_into(fd, bytes_of(out), offset + start * spec.itemsize)
         except (EOFError, OSError) as error:
             raise TwinmergeError(
                 f"Tensor {name!r} in {self.files[i]} cannot be read: {error}. Restore the file and run again."
             ) from error
 
-    def beginning(self, name: str, count: int) -> Tensor:
-        """The first `count` elements of a tensor, flat."""
-        out = torch.empty(count, dtype=self.specs[name].dtype)
+    def beginning(self, name: str, count: int) -> NDArray[np.uint8]:
+        """The bytes of the first `count` elements of a tensor, flat."""
+        out = np.empty(count * self.specs[name].itemsize, np.uint8)
         self.read_into(name, 0, out)
         return out
 
@@ -152,18 +159,22 @@ class Checkpoint:
                 )
 
 
-def check_range(name: str, spec: Spec, start: int, flat: Tensor) -> None:
+def check_range(name: str, spec: Spec, start: int, flat: Flat) -> None:
     """Refuse a part that is not one of the tensor `name`.
 
     Example:
-        >>> check_range("w", Spec(torch.int8, (2, 2)), 3, torch.zeros(2, dtype=torch.int8))
+        >>> check_range("w", Spec("I8", (2, 2)), 3, np.zeros(2, np.uint8))
         Traceback (most recent call last):
         ...
-        ValueError: 'w' has 4 elements of torch.int8, not 3 ... 4 of torch.int8
+        ValueError: 'w' has 4 elements of int8, not 3 ... 4 of int8
     """
-    if flat.dtype != spec.dtype or not 0 <= start <= spec.numel - flat.numel():
+    if isinstance(flat, np.ndarray):
+        (count, rest), kind = divmod(flat.nbytes, spec.itemsize), spec.name
+    else:
+        count, rest, kind = flat.numel(), 0, str(flat.dtype).removeprefix("torch.")
+    if kind != spec.name or rest or not 0 <= start <= spec.numel - count:
         raise ValueError(
-            f"{name!r} has {spec.numel} elements of {spec.dtype}, not {start} ... {start + flat.numel() - 1} of {flat.dtype}"
+            f"{name!r} has {spec.numel} elements of {spec.name}, not {start} ... {start + count - 1} of {kind}"
         )
 
 

@@ -8,46 +8,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
+from numpy.typing import NDArray
 
 BLOCK = 65_536
 
 
-def block_digests(stored: Tensor) -> list[str]:
-    """The checksum of each block of a contiguous 1-D tensor, as it is stored; a range must start at a whole block.
+def block_digests(stored: NDArray[np.uint8], itemsize: int) -> list[str]:
+    """The checksum of each block of a tensor's elements, as they are stored; a range must start at a whole block.
+
+    Args:
+        stored: their bytes, 1-D.
+        itemsize: bytes of one element.
 
     Example:
-        >>> [len(d) for d in block_digests(torch.zeros(65_537, dtype=torch.bfloat16))]
+        >>> [len(d) for d in block_digests(np.zeros(2 * 65_537, np.uint8), 2)]
         [32, 32]
     """
-    raw = stored.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    step = BLOCK * stored.element_size()
-    return [xxhash.xxh3_128_hexdigest(raw[at : at + step]) for at in range(0, len(raw), step)]
+    raw, step = stored.data, BLOCK * itemsize
+    if raw.nbytes <= step:
+        return [xxhash.xxh3_128_hexdigest(raw)] if raw.nbytes else []
+    return [xxhash.xxh3_128_hexdigest(raw[at : at + step]) for at in range(0, raw.nbytes, step)]
 
 
 def joined(blocks: Iterable[str]) -> str:
     """The checksum of a tensor out of those of its blocks.
 
     Example:
-        >>> joined(block_digests(torch.zeros(3))) == streamed(lambda start, out: out.zero_(), torch.float32, 3)
+        >>> joined(block_digests(np.zeros(12, np.uint8), 4)) == streamed(lambda start, out: out.fill(0), 4, 3)
         True
     """
     return xxhash.xxh3_128_hexdigest("".join(blocks).encode())
 
 
-def streamed(read: Callable[[int, Tensor], object], dtype: torch.dtype, numel: int) -> str:
+def streamed(read: Callable[[int, NDArray[np.uint8]], object], itemsize: int, numel: int) -> str:
     """The checksum of a tensor that is read piece by piece.
 
     Args:
-        read: fills a 1-D tensor with the elements from a start on.
-        dtype, numel: of the tensor.
+        read: fills bytes with the elements from a start on.
+        itemsize, numel: of the tensor.
     """
     blocks: list[str] = []
-    held = torch.empty(min(numel, 16 * BLOCK), dtype=dtype)
+    held = np.empty(min(numel, 16 * BLOCK) * itemsize, np.uint8)
     for start in range(0, numel, 16 * BLOCK):
-        part = held[: min(16 * BLOCK, numel - start)]
+        part = held[: min(16 * BLOCK, numel - start) * itemsize]
         read(start, part)
-        blocks += block_digests(part)
+        blocks += block_digests(part, itemsize)
     return joined(blocks)

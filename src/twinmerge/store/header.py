@@ -9,26 +9,29 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.ranges import read_into
 
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""safetensors' code of a dtype -> torch's name of it."""
+CODES = {name: code for code, name in DTYPES.items()}
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_RANK = 64
@@ -53,23 +56,70 @@ _ENTRY = re.compile(
 _EMPTY = re.compile(rf"{_SPACE}\}}")
 
 
-class Spec(NamedTuple):
-    """What a header says of one tensor."""
-
-    dtype: torch.dtype
+class _Spec(NamedTuple):
+    code: str
     shape: tuple[int, ...]
+
+
+class Spec(_Spec):
+    """What a header says of one tensor; torch is imported only by who asks for its dtype.
+
+    Args:
+        dtype: safetensors' code, or a torch dtype.
+        shape: of the tensor.
+
+    Example:
+        >>> spec = Spec("BF16", (2, 3))
+        >>> spec.name, spec.bytes, spec.dtype, spec == Spec(spec.dtype, (2, 3))
+        ('bfloat16', 12, torch.bfloat16, True)
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, dtype: str | torch.dtype, shape: tuple[int, ...]) -> Spec:
+        return super().__new__(cls, dtype if isinstance(dtype, str) else code_of(dtype), shape)
+
+    @property
+    def name(self) -> str:
+        """Of the dtype, as torch calls it."""
+        return DTYPES[self.code]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.code)
 
     @property
     def is_float(self) -> bool:
-        return self.dtype.is_floating_point
+        return "F" in self.code
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
+    def itemsize(self) -> int:
+        return SIZES[self.code]
+
+    @property
     def bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """safetensors' code of a dtype.
+
+    Errors:
+        KeyError: a dtype that is not read or written here.
+    """
+    return CODES[str(dtype).removeprefix("torch.")]
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The dtype of safetensors' code."""
+    import torch
+
+    found: torch.dtype = getattr(torch, DTYPES[code])
+    return found
 
 
 class Header(NamedTuple):
@@ -85,14 +135,14 @@ def header_of(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
     """The header, length prefix included, of tensors that are laid out in the order of `specs`.
 
     Example:
-        >>> header_of({"w": Spec(torch.int8, (3,))}, {})[8:]
+        >>> header_of({"w": Spec("I8", (3,))}, {})[8:]
         b'{"__metadata__":{},"w":{"dtype":"I8","shape":[3],"data_offsets":[0,3]}} '
     """
     table: dict[str, object] = {METADATA: dict(metadata)}
     offset = 0
     for name, spec in specs.items():
         table[name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
+            "dtype": spec.code,
             "shape": list(spec.shape),
             "data_offsets": [offset, offset + spec.bytes],
         }
@@ -230,7 +280,7 @@ def _tensor(name: str, value: dict[str, Any], file: Path) -> tuple[Spec, tuple[i
     # The product without zeros, so that torch's strides fit too.
     if not _is_counts(shape) or len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) >= 2**63:
         raise ValueError(f"tensor {shown(name)} has shape {shown(shape)}, expected at most {MAX_RANK} sizes")
-    spec = Spec(DTYPES[dtype], tuple(shape))
+    spec = Spec(dtype, tuple(shape))
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != spec.bytes:
         raise ValueError(
             f"tensor {shown(name)} has data_offsets {shown(offsets)}, expected two that are {spec.bytes} bytes apart"

@@ -10,14 +10,17 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint import INDEX, SINGLE, Spec, check_range
 from twinmerge.store.header import header_of as header_of
-from twinmerge.store.ranges import OpenFile, bytes_of, write_from
+from twinmerge.store.ranges import OpenFile, bytes_of, read_into, write_from
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twinmerge.store.ranges import Flat
 
 try:
     import fcntl
@@ -219,11 +222,11 @@ class CheckpointWriter:
         kept: every file was there, so what was written before is in its place; otherwise a journal of it is void.
 
     Example:
-        >>> import tempfile, torch
+        >>> import numpy, tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> writer = CheckpointWriter(folder, {"model.safetensors": {"w": Spec(torch.int8, (2, 2))}})
-        >>> writer.write("w", 2, torch.tensor([3, 4], dtype=torch.int8))
-        >>> writer.write("w", 0, torch.tensor([1, 2], dtype=torch.int8))
+        >>> writer = CheckpointWriter(folder, {"model.safetensors": {"w": Spec("I8", (2, 2))}})
+        >>> writer.write("w", 2, numpy.array([3, 4], numpy.uint8))
+        >>> writer.write("w", 0, numpy.array([1, 2], numpy.uint8))
         >>> writer.finish()
         >>> (folder / "model.safetensors").read_bytes()[-4:]
         b'\\x01\\x02\\x03\\x04'
@@ -248,22 +251,33 @@ class CheckpointWriter:
                 _begin(folder / file, header, offset)
             self._handles.append(handle)
 
-    def write(self, name: str, start: int, tensor: Tensor) -> None:
-        """Put elements start ... start + len(tensor) - 1 of a tensor in their place, without a copy.
+    def write(self, name: str, start: int, flat: Flat) -> None:
+        """Put a tensor's elements from `start` on in their place, without a copy.
 
         Args:
             name: of the tensor.
             start: its first element that is written.
-            tensor: contiguous, 1-D, on the CPU, of the dtype laid out.
+            flat: contiguous, 1-D, on the CPU, of the dtype laid out; or bytes.
 
         Errors:
-            ValueError: elements that the tensor does not have, or another kind of `tensor`.
+            ValueError: elements that the tensor does not have, or another kind of `flat`.
             OSError: the disk is full or fails.
         """
         handle, offset, spec = self._place[name]
-        check_range(name, spec, start, tensor)
+        check_range(name, spec, start, flat)
         with handle.use() as fd:
-            write_from(fd, bytes_of(tensor), offset + start * spec.dtype.itemsize)
+            write_from(fd, bytes_of(flat), offset + start * spec.itemsize)
+
+    def read_into(self, name: str, start: int, flat: Flat) -> None:
+        """Fill `flat` with what lies where `write` would put it; nothing that was written reads as zeros.
+
+        Errors:
+            ValueError, OSError: as `write`.
+        """
+        handle, offset, spec = self._place[name]
+        check_range(name, spec, start, flat)
+        with handle.use() as fd:
+            read_into(fd, bytes_of(flat), offset + start * spec.itemsize)
 
     def sync(self) -> None:
         """Return when all that is written is on the disk."""
@@ -302,7 +316,7 @@ def layout(specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES) -> dict[st
             size = 0
         shards[-1][name] = specs[name]
         size += specs[name].bytes
-    shards = [dict(sorted(s.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))) for s in shards]
+    shards = [dict(sorted(s.items(), key=lambda item: (-item[1].itemsize, item[0]))) for s in shards]
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
@@ -321,7 +335,7 @@ def write_checkpoint(
         for specs in files.values():
             for name, spec in specs.items():
                 got, tensor = next(stream)
-                if got != name or tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                if got != name or spec != Spec(tensor.dtype, tuple(tensor.shape)):
                     raise AssertionError(f"laid out {name} {spec}, got {got} {tensor.dtype} {tuple(tensor.shape)}")
                 writer.write(name, 0, tensor.detach().contiguous().reshape(-1).cpu())
         writer.finish()

@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
+    from torch import Tensor
+
+    Flat = Tensor | NDArray[np.uint8]
+    """Values side by side: a 1-D tensor of their dtype, or their bytes."""
 
 MAX_OPEN = 128  # descriptors; a process may have 256 on macOS, and needs some for other things
 
@@ -57,16 +61,23 @@ def write_from(fd: int, buffer: ReadableBuffer, offset: int) -> None:
         rest, offset = rest[put:], offset + put
 
 
-def bytes_of(flat: Tensor) -> memoryview:
-    """The memory of a contiguous 1-D tensor on the CPU, not a copy.
+def bytes_of(flat: Flat) -> memoryview:
+    """The memory of a contiguous 1-D tensor on the CPU, or of a 1-D array of bytes; not a copy.
 
     Errors:
-        ValueError: another kind of tensor.
+        ValueError: another kind of tensor or array.
 
     Example:
+        >>> import torch
         >>> bytes_of(torch.tensor([1, 258], dtype=torch.int16)).tobytes()
         b'\\x01\\x00\\x02\\x01'
     """
+    if isinstance(flat, np.ndarray):
+        if flat.dtype != np.uint8 or flat.ndim != 1 or not flat.flags.c_contiguous:
+            raise ValueError(f"expected a contiguous 1-D array of bytes, not {flat.shape} of {flat.dtype}")
+        return flat.data
+    import torch
+
     if flat.dim() != 1 or not flat.is_contiguous() or flat.device.type != "cpu":
         raise ValueError(f"expected a contiguous 1-D tensor on the CPU, not {tuple(flat.shape)} on {flat.device}")
     return flat.detach().view(torch.uint8).numpy().data

@@ -1,0 +1,5 @@
+"""`python -m twinmerge`: the command."""
+
+from twinmerge.cli import main
+
+main()

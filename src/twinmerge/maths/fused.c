@@ -1,0 +1,669 @@
+/* Merges a range of stored checkpoint values in one pass, with the bits of the torch path (see fused.py).
+ *
+ * Plain C11, loaded by ctypes. A range is worked on in chunks that stay in the first-level cache; each stage is one loop
+ * that the compiler vectorises. This file includes itself: the stages are compiled once for each instruction set (LEVEL)
+ * and, where they depend on it, for each dtype that sums are taken in (WORK). All give the same bits.
+ */
+
+#ifndef LEVEL /* ------------------------------------------------------------------------------------- once, at the start */
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "safetensors and the random words are little-endian"
+#endif
+
+#define VERSION 1
+#define BLOCK 65536      /* elements of a sum, as in sums.py */
+#define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
+#define LEAST 32         /* the same at least */
+#define ROOM 32768       /* floats for the experts' values of a chunk */
+#define MOST (ROOM / LEAST) /* experts */
+#define SHARED 4         /* values that are counted apart, as in select.py */
+#define MAGNITUDE 0x7FFFFFFFu
+#define INFINITE 0x7F800000u
+#define NEVER 0x7FFFFFFFu
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+
+enum { BF16, F16, F32 };             /* codes of dtypes */
+enum { LINEAR, MEAN, SUM, LARGEST }; /* how the experts' values combine */
+
+/* Memory of a file has no alignment to rely on. */
+typedef uint16_t __attribute__((aligned(1), may_alias)) stored16;
+typedef uint32_t __attribute__((aligned(1), may_alias)) stored32;
+
+typedef struct {
+    int64_t experts;
+    double scale, divisor;
+    const double *weights;
+    const uint64_t *keys;       /* two for each expert; NULL: no entry is dropped */
+    const uint32_t *below;      /* an entry is kept if its draw of 24 bits is below */
+    const double *factors;      /* of what is kept */
+    const uint32_t *thresholds; /* NULL: no entry is trimmed */
+    const int64_t *rooms;       /* how many entries equal to the threshold are kept */
+    const double *votes;
+    const uint8_t *flip;        /* the experts whose side is the other one */
+    int32_t deltas, combine, tie;
+} Rule;
+
+typedef struct {
+    const void *base; /* NULL where there is none */
+    const void *const *experts;
+    void *out;
+    const uint8_t *codes; /* of base, experts and out */
+    size_t size;
+    uint64_t offset;
+} Range;
+
+typedef struct {
+    int64_t changed, erased;
+    int32_t sound, fits;
+} Outcome;
+
+/* A block is 1024 rows of 64. Folding it in half again and again adds row r and row r + 512, then r and r + 256, ...:
+ * eight rows 128 apart are one branch of that tree, and the branches join like the carries of a counter. */
+enum { COLUMNS = 64, ROWS = BLOCK / COLUMNS, BRANCH = 8, BRANCHES = ROWS / BRANCH };
+
+typedef struct {
+    uint32_t changed, differing, worst;
+} Counts;
+
+INLINE float as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE uint32_t as_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
+INLINE size_t width_of(int code) { return code == F32 ? 4 : 2; }
+INLINE const void *from(const void *memory, int code, size_t at) { return (const char *)memory + at * width_of(code); }
+
+/* The bits of float32. Subnormal float16 numbers go through no subnormal float32: those are slow on some machines. */
+INLINE uint32_t decoded(const void *memory, int code, size_t i) {
+    if (code == F32)
+        return ((const stored32 *)memory)[i];
+    uint32_t half = ((const stored16 *)memory)[i];
+    if (code == BF16)
+        return half << 16;
+    uint32_t rest = (half & 0x7FFF) << 13;
+    uint32_t small = as_bits(as_float(rest + (113 << 23)) - 0x1p-14f);
+    return (rest < 1 << 23 ? small : rest + (112 << 23)) | (half & 0x8000) << 16;
+}
+
+/* The least magnitude that is infinite, in the bits of `decoded`. */
+INLINE uint32_t unsound(int code) { return code == F16 ? 0x47800000u : INFINITE; }
+
+/* The bits of a dtype, rounded to the nearest, to the even one of two. */
+INLINE uint32_t encoded(uint32_t bits, int code) {
+    if (code == F32)
+        return bits;
+    if (code == BF16)
+        return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    uint32_t size = bits & MAGNITUDE;
+    uint32_t rounded = ((size + 0xFFF + (size >> 13 & 1)) >> 13) - (112 << 10);
+    uint32_t small = as_bits(as_float(size) + 0.5f) - as_bits(0.5f); /* 0.5 has the steps of subnormal numbers */
+    rounded = rounded > 0x7C00 ? 0x7C00 : rounded;
+    return (size < 113 << 23 ? small : rounded) | (bits >> 16 & 0x8000);
+}
+
+/* The least magnitude that rounds to infinity. */
+INLINE uint32_t too_large(int code) { return code == BF16 ? 0x7F7F8000u : code == F16 ? 0x477FF000u : INFINITE; }
+
+INLINE void put(void *out, int code, size_t i, uint32_t bits) {
+    if (code == F32)
+        ((stored32 *)out)[i] = bits;
+    else
+        ((stored16 *)out)[i] = (uint16_t)bits;
+}
+
+/* One loop for each code: inside it, the code is a constant. */
+#define FOR_CODE(code, call)        \
+    switch (code) {                 \
+    case BF16: call(BF16); break;   \
+    case F16: call(F16); break;     \
+    default: call(F32); break;      \
+    }
+
+__extension__ typedef unsigned __int128 uint128;
+
+/* The upper half of x · y; in pieces where there is an instruction for many pieces at once, but none for the whole. */
+INLINE uint64_t high_product(uint64_t x, uint64_t y, bool pieces) {
+    if (!pieces)
+        return (uint64_t)((uint128)x * y >> 64);
+    uint64_t x0 = (uint32_t)x, x1 = x >> 32, y0 = (uint32_t)y, y1 = y >> 32;
+    uint64_t middle = x1 * y0 + (x0 * y0 >> 32), other = x0 * y1 + (uint32_t)middle;
+    return x1 * y1 + (middle >> 32) + (other >> 32);
+}
+
+typedef struct {
+    void (*merge[2])(const Rule *, const Range *, Outcome *); /* sums in float, in double */
+    void (*gram)(const void *, int, const void *, int, size_t, double *);
+    void (*magnitudes)(const void *, int, const void *, int, size_t, int32_t *);
+    int64_t (*equal)(const void *, int, const void *, int, size_t, uint32_t);
+    size_t (*bracket)(const void *, int, const void *, int, size_t, int32_t, uint32_t, const int32_t *, int64_t *, int32_t *);
+} Level;
+
+#define LANES 1 /* blocks of random words at once */
+#define LEVEL plain
+#define TARGET
+#include "fused.c"
+#undef LEVEL
+#undef TARGET
+
+#if defined(__x86_64__)
+#define LEVEL avx2
+#define TARGET __attribute__((target("avx2,fma,bmi,bmi2")))
+#include "fused.c"
+#undef LEVEL
+#undef TARGET
+#undef LANES
+#define LANES 32
+#define LEVEL avx512
+#if defined(__clang__)
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
+#else
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")))
+#endif
+#include "fused.c"
+#undef LEVEL
+#undef TARGET
+#endif
+
+#elif !defined(WORK) /* ------------------------------------------------------------------------- for each instruction set */
+
+#define NAME(stage) JOIN(stage, LEVEL)
+
+INLINE uint32_t NAME(load_loop)(const void *memory, int code, const float *restrict base, size_t n, float *restrict x) {
+    uint32_t worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = decoded(memory, code, i), size = bits & MAGNITUDE;
+        worst = size > worst ? size : worst;
+        x[i] = base ? as_float(bits) - base[i] : as_float(bits);
+    }
+    return worst;
+}
+
+/* x = the stored values, less the base's where there is a base; false if one is NaN or infinite. */
+static TARGET bool NAME(load)(const void *memory, int code, const float *base, size_t n, float *x) {
+    uint32_t worst;
+#define CALL(c) worst = base ? NAME(load_loop)(memory, c, base, n, x) : NAME(load_loop)(memory, c, NULL, n, x)
+    FOR_CODE(code, CALL)
+#undef CALL
+    return worst < unsound(code);
+}
+
+/* x = |stored - base| of a chunk. */
+INLINE void NAME(size_of)(const void *x, int code, const void *base, int of_base, size_t at, size_t n, float *to) {
+    float theirs[CHUNK];
+    if (base)
+        NAME(load)(from(base, of_base, at), of_base, NULL, n, theirs);
+    NAME(load)(from(x, code, at), code, base ? theirs : NULL, n, to);
+}
+
+/* Words of Philox4x64-10: blocks of four from the `first` on, a multiple of LANES of them at least. NumPy counts before it
+ * draws, so that block 0 is counter 1. */
+static TARGET void NAME(random_words)(const uint64_t *key, uint64_t first, size_t blocks, uint64_t *restrict words) {
+    for (size_t block = 0; block < blocks; block += LANES, words += 4 * LANES) {
+        uint64_t a[LANES], b[LANES] = {0}, c[LANES] = {0}, d[LANES] = {0}, k0 = key[0], k1 = key[1];
+        for (int i = 0; i < LANES; i++)
+            a[i] = first + block + i + 1;
+        for (int round = 0; round < 10; round++, k0 += 0x9E3779B97F4A7C15, k1 += 0xBB67AE8584CAA73B)
+            for (int i = 0; i < LANES; i++) {
+                uint64_t left = high_product(a[i], 0xD2E7470EE14C6C93, LANES > 1), low = a[i] * 0xD2E7470EE14C6C93;
+                uint64_t right = high_product(c[i], 0xCA5A826395121157, LANES > 1);
+                a[i] = right ^ b[i] ^ k0;
+                b[i] = c[i] * 0xCA5A826395121157;
+                c[i] = left ^ d[i] ^ k1;
+                d[i] = low;
+            }
+        for (int i = 0; i < LANES; i++) {
+            words[4 * i] = a[i], words[4 * i + 1] = b[i];
+            words[4 * i + 2] = c[i], words[4 * i + 3] = d[i];
+        }
+    }
+}
+
+/* Entries of x whose draw is not below the limit become zero. `at`: index of the first in its tensor. */
+static TARGET void NAME(drop)(float *restrict x, size_t n, const uint64_t *key, uint32_t below, uint64_t at) {
+    uint64_t words[CHUNK / 2 + 4 * LANES]; /* a chunk may begin inside a block */
+    size_t skip = at % 8, blocks = (skip + n + 7) / 8;
+    NAME(random_words)(key, at / 8, blocks, words);
+    const stored32 *draws = (const stored32 *)words + skip;
+    for (size_t i = 0; i < n; i++)
+        x[i] = as_float((draws[i] >> 8) < below ? as_bits(x[i]) : 0);
+}
+
+/* Entries below the threshold become zero, and those equal to it but for the first `room`; returns what room is left. */
+static TARGET int64_t NAME(trim)(float *restrict x, size_t n, uint32_t threshold, int64_t room) {
+    uint32_t equal = 0;
+    for (size_t i = 0; i < n; i++)
+        equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
+    if (equal > room && room > 0) {
+        for (size_t i = 0; i < n; i++) {
+            uint32_t size = as_bits(x[i]) & MAGNITUDE;
+            bool kept = size > threshold || (size == threshold && room-- > 0);
+            x[i] = kept ? x[i] : 0;
+        }
+        return 0;
+    }
+    int32_t above = (int32_t)threshold - (equal <= room); /* -1: zeros, too, stay as they are */
+    for (size_t i = 0; i < n; i++)
+        x[i] = (int32_t)(as_bits(x[i]) & MAGNITUDE) > above ? x[i] : 0;
+    return room - (equal <= room ? equal : 0);
+}
+
+INLINE Counts NAME(round_loop)(const float *restrict x, const float *restrict base, size_t n, void *restrict out, int code) {
+    uint32_t changed = 0, differing = 0, worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = as_bits(x[i]), size = bits & MAGNITUDE, rounded = encoded(bits, code);
+        worst = size > worst ? size : worst;
+        put(out, code, i, rounded);
+        if (base) {
+            uint32_t old = as_bits(base[i]);
+            changed += bits != old;
+            differing += rounded != encoded(old, code);
+        }
+    }
+    return (Counts){changed, differing, worst};
+}
+
+/* Round to the output's dtype; count what differs from the base, and what no longer does once it is rounded. */
+static TARGET void NAME(round)(const float *x, const float *base, size_t n, void *out, int code, Outcome *outcome) {
+    Counts counts;
+#define CALL(c) counts = base ? NAME(round_loop)(x, base, n, out, c) : NAME(round_loop)(x, NULL, n, out, c)
+    FOR_CODE(code, CALL)
+#undef CALL
+    outcome->changed += counts.changed;
+    outcome->erased += counts.changed - counts.differing;
+    outcome->fits &= counts.worst < too_large(code);
+}
+
+#define WORK float
+#define KIND f
+#define FMA fmaf
+#include "fused.c"
+#undef WORK
+#undef KIND
+#undef FMA
+#define WORK double
+#define KIND d
+#define FMA fma
+#include "fused.c"
+#undef WORK
+#undef KIND
+#undef FMA
+
+INLINE void NAME(products)(const float a[BRANCH][COLUMNS], const float b[BRANCH][COLUMNS], double *restrict to) {
+    for (int i = 0; i < COLUMNS; i++) {
+        double p[BRANCH];
+        for (int r = 0; r < BRANCH; r++)
+            p[r] = (double)a[r][i] * (double)b[r][i];
+        to[i] = ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+    }
+}
+
+/* Rows `row`, `row` + 128, ... of a block of n elements, zeros beyond its end. */
+INLINE void NAME(branch)(const void *x, int code, size_t n, size_t row, float to[BRANCH][COLUMNS]) {
+    for (size_t r = 0; r < BRANCH; r++) {
+        size_t at = (row + r * BRANCHES) * COLUMNS, here = at < n ? least(n - at, COLUMNS) : 0;
+        if (here == COLUMNS) {
+            NAME(load)(from(x, code, at), code, NULL, COLUMNS, to[r]);
+            continue;
+        }
+        memset(to[r], 0, sizeof to[r]);
+        NAME(load)(from(x, code, at), code, NULL, here, to[r]);
+    }
+}
+
+/* <a, a>, <a, b> and <b, b> of one block. */
+static TARGET void NAME(gram)(const void *a, int of_a, const void *b, int of_b, size_t n, double *found) {
+    double sums[8][3 * COLUMNS]; /* branches that wait for their partner, and the newest: 1 + log2(BRANCHES) */
+    float rows[2][BRANCH][COLUMNS];
+    int waiting = 0;
+    for (size_t number = 0; number < BRANCHES; number++, waiting++) {
+        size_t row = 0; /* the number's bits in reverse */
+        for (size_t bit = 1; bit < BRANCHES; bit *= 2)
+            row = row * 2 + (number & bit ? 1 : 0);
+        NAME(branch)(a, of_a, n, row, rows[0]);
+        NAME(branch)(b, of_b, n, row, rows[1]);
+        for (int k = 0; k < 3; k++)
+            NAME(products)(rows[k / 2], rows[(k + 1) / 2], sums[waiting] + k * COLUMNS);
+        for (size_t carry = number; carry & 1; carry /= 2, waiting--)
+            for (int i = 0; i < 3 * COLUMNS; i++)
+                sums[waiting - 1][i] += sums[waiting][i];
+    }
+    for (int k = 0; k < 3; k++) {
+        double *sum = sums[0] + k * COLUMNS;
+        for (int width = COLUMNS / 2; width; width /= 2)
+            for (int i = 0; i < width; i++)
+                sum[i] += sum[i + width];
+        found[k] = sum[0];
+    }
+}
+
+static TARGET void NAME(magnitudes)(const void *x, int code, const void *base, int of_base, size_t size, int32_t *to) {
+    float sizes[CHUNK];
+    for (size_t at = 0, n; at < size; at += n) {
+        n = least(CHUNK, size - at);
+        NAME(size_of)(x, code, base, of_base, at, n, sizes);
+        for (size_t i = 0; i < n; i++)
+            to[at + i] = (int32_t)(as_bits(sizes[i]) & MAGNITUDE);
+    }
+}
+
+/* How many |x - base| have just these bits. */
+static TARGET int64_t NAME(equal)(const void *x, int code, const void *base, int of_base, size_t size, uint32_t threshold) {
+    float sizes[CHUNK];
+    int64_t found = 0;
+    for (size_t at = 0, n; at < size; at += n) {
+        n = least(CHUNK, size - at);
+        NAME(size_of)(x, code, base, of_base, at, n, sizes);
+        uint32_t equal = 0;
+        for (size_t i = 0; i < n; i++)
+            equal += (as_bits(sizes[i]) & MAGNITUDE) == threshold;
+        found += equal;
+    }
+    return found;
+}
+
+/* Counts of |x - base| above low + width - 1 and equal to low + shared[...]; the others from low on, less low, are listed. */
+static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, int of_base, size_t size, int32_t low, uint32_t width,
+                                   const int32_t *shared, int64_t *counts, int32_t *inside) {
+    float sizes[CHUNK];
+    int32_t offsets[CHUNK];
+    uint8_t flags[CHUNK + 64];
+    int32_t s0 = shared[0], s1 = shared[1], s2 = shared[2], s3 = shared[3];
+    int32_t end = (int32_t)(width < NEVER ? width : NEVER);
+    size_t found = 0;
+    for (size_t at = 0, n; at < size; at += n) {
+        n = least(CHUNK, size - at);
+        NAME(size_of)(x, code, base, of_base, at, n, sizes);
+        uint32_t above = 0, c0 = 0, c1 = 0, c2 = 0, c3 = 0;
+        for (size_t i = 0; i < n; i++) {
+            int32_t offset = (int32_t)(as_bits(sizes[i]) & MAGNITUDE) - low;
+            offsets[i] = offset;
+            above += offset >= end;
+            c0 += offset == s0, c1 += offset == s1, c2 += offset == s2, c3 += offset == s3;
+            flags[i] = ((uint32_t)offset < width) & (offset != s0) & (offset != s1) & (offset != s2) & (offset != s3);
+        }
+        counts[0] += above;
+        counts[1] += c0, counts[2] += c1, counts[3] += c2, counts[4] += c3;
+        memset(flags + n, 0, 64);
+        for (size_t i = 0; i < n; i += 64) { /* few are inside, mostly */
+            uint64_t some[8], any = 0;
+            memcpy(some, flags + i, 64);
+            for (int k = 0; k < 8; k++)
+                any |= some[k];
+            for (size_t k = 0; any && k < 8; k++)
+                for (size_t j = i + 8 * k; some[k] && j < least(i + 8 * k + 8, n); j++) {
+                    inside[found] = offsets[j];
+                    found += flags[j];
+                }
+        }
+    }
+    return found;
+}
+
+static const Level NAME(level) = {
+    {NAME(merge_f), NAME(merge_d)}, NAME(gram), NAME(magnitudes), NAME(equal), NAME(bracket),
+};
+
+#undef NAME
+
+#else /* ------------------------------------------------------------------ for each instruction set and dtype of the sums */
+
+#define OF(stage) JOIN(NAME_(stage, KIND), LEVEL)
+#define NAME_(a, b) JOIN(a, b)
+
+INLINE uint32_t OF(add_loop)(const void *memory, int code, const float *restrict base, size_t n, bool first, WORK weight,
+                             WORK *restrict sum) {
+    uint32_t worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = decoded(memory, code, i), size = bits & MAGNITUDE;
+        worst = size > worst ? size : worst;
+        WORK x = base ? as_float(bits) - base[i] : as_float(bits);
+        sum[i] = first ? x * weight : FMA(x, weight, sum[i]);
+    }
+    return worst;
+}
+
+/* sum += weight · (stored - base); false if a stored value is NaN or infinite. */
+static TARGET bool OF(add)(const void *memory, int code, const float *base, size_t n, bool first, double weight, WORK *sum) {
+    uint32_t worst;
+    WORK w = (WORK)weight;
+#define CALL(c)                                                                                                       \
+    worst = base ? first ? OF(add_loop)(memory, c, base, n, true, w, sum) : OF(add_loop)(memory, c, base, n, false, w, sum) \
+                 : first ? OF(add_loop)(memory, c, NULL, n, true, w, sum) : OF(add_loop)(memory, c, NULL, n, false, w, sum)
+    FOR_CODE(code, CALL)
+#undef CALL
+    return worst < unsound(code);
+}
+
+static TARGET void OF(rescale)(float *restrict x, size_t n, double by) {
+    WORK factor = (WORK)by;
+    for (size_t i = 0; i < n; i++)
+        x[i] = (float)(x[i] * factor);
+}
+
+static TARGET void OF(signs)(const WORK *restrict sum, size_t n, int tie, float *restrict sign) {
+    float even = (float)tie;
+    for (size_t i = 0; i < n; i++) {
+        float s = (float)(sum[i] > 0) - (float)(sum[i] < 0);
+        sign[i] = s == 0 ? even : s;
+    }
+}
+
+INLINE void OF(agree_loop)(const float *restrict x, const float *restrict sign, size_t n, int combine, float side, WORK weight,
+                           WORK *restrict total, WORK *restrict mass) {
+    WORK by = combine == LARGEST ? (weight < 0 ? -weight : weight) : weight * side;
+    for (size_t i = 0; i < n; i++) {
+        float signed_size = x[i] * sign[i] * side, size = 0 > signed_size ? 0 : signed_size; /* NaN stays NaN */
+        if (combine == LARGEST) {
+            WORK value = size * by;
+            total[i] = value > total[i] || value != value ? value : total[i];
+        } else
+            total[i] = FMA((WORK)size, by, total[i]);
+        if (combine == MEAN)
+            mass[i] += size > 0 ? weight : 0;
+    }
+}
+
+/* Over the entries of one expert that have the elected sign: the sum (or the largest) of weight · size, and of weight. */
+static TARGET void OF(agree)(const float *x, const float *sign, size_t n, int combine, bool flip, double weight, WORK *total,
+                             WORK *mass) {
+    float side = flip ? -1 : 1;
+    WORK w = (WORK)weight;
+    if (combine == MEAN)
+        OF(agree_loop)(x, sign, n, MEAN, side, w, total, mass);
+    else if (combine == SUM)
+        OF(agree_loop)(x, sign, n, SUM, side, w, total, mass);
+    else
+        OF(agree_loop)(x, sign, n, LARGEST, side, w, total, mass);
+}
+
+static TARGET void OF(means)(WORK *restrict total, const WORK *restrict mass, size_t n, double least_weight) {
+    WORK bound = (WORK)least_weight;
+    if (least_weight > 0) /* no entry agrees: 0 / its bound is the 0 that is wanted */
+        for (size_t i = 0; i < n; i++)
+            total[i] /= mass[i] < bound ? bound : mass[i];
+    else
+        for (size_t i = 0; i < n; i++) {
+            WORK mean = total[i] / (mass[i] != 0 ? mass[i] : 1);
+            total[i] = mass[i] != 0 ? mean : 0;
+        }
+}
+
+static TARGET void OF(apply_signs)(WORK *restrict total, const float *restrict sign, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        total[i] *= sign[i];
+}
+
+/* The change of TIES, out of the experts' values x, rows of n. */
+static TARGET void OF(elect)(const Rule *rule, const float *x, size_t n, double least_weight, WORK *total) {
+    WORK mass[CHUNK];
+    float sign[CHUNK];
+    for (int64_t e = 0; e < rule->experts; e++)
+        OF(add)(x + e * n, F32, NULL, n, e == 0, rule->votes[e], total);
+    OF(signs)(total, n, rule->tie, sign);
+    memset(total, 0, n * sizeof *total);
+    memset(mass, 0, n * sizeof *mass);
+    for (int64_t e = 0; e < rule->experts; e++)
+        OF(agree)(x + e * n, sign, n, rule->combine, rule->flip[e], rule->weights[e], total, mass);
+    if (rule->combine == MEAN)
+        OF(means)(total, mass, n, least_weight);
+    OF(apply_signs)(total, sign, n);
+}
+
+/* base + scale · change; the base's own bits, -0.0 too, where nothing changes. */
+static TARGET void OF(move)(const WORK *restrict change, const float *restrict base, size_t n, double scale, float *restrict to) {
+    WORK by = (WORK)scale;
+    bool still = scale == 0;
+    for (size_t i = 0; i < n; i++) {
+        float there = (float)FMA(change[i], by, (WORK)base[i]);
+        to[i] = (still | (change[i] == 0)) ? base[i] : there;
+    }
+}
+
+static TARGET void OF(divide)(const WORK *restrict sum, size_t n, double divisor, float *restrict to) {
+    WORK by = (WORK)divisor;
+    for (size_t i = 0; i < n; i++)
+        to[i] = (float)(sum[i] / by);
+}
+
+static TARGET void OF(merge)(const Rule *rule, const Range *range, Outcome *outcome) {
+    float base[CHUNK], merged[CHUNK], room[ROOM];
+    WORK sum[CHUNK];
+    int64_t left[MOST];
+    size_t rows = rule->combine == LINEAR ? 1 : (size_t)rule->experts;
+    size_t chunk = least(CHUNK, ROOM / rows / 8 * 8);
+    bool staged = rule->combine != LINEAR || rule->keys || rule->thresholds;
+    const float *known = rule->deltas ? base : NULL;
+    const uint8_t *codes = range->codes;
+    double least_weight = INFINITY;
+    for (int64_t e = 0; e < rule->experts; e++) {
+        left[e] = rule->thresholds ? rule->rooms[e] : 0;
+        least_weight = rule->weights[e] < least_weight ? rule->weights[e] : least_weight;
+    }
+    for (size_t at = 0, n; at < range->size; at += n) {
+        n = least(chunk, range->size - at);
+        if (known)
+            outcome->sound &= NAME(load)(from(range->base, codes[0], at), codes[0], NULL, n, base);
+        for (int64_t e = 0; e < rule->experts; e++) {
+            int code = codes[e + 1];
+            const void *stored = from(range->experts[e], code, at);
+            if (!staged) {
+                outcome->sound &= OF(add)(stored, code, known, n, e == 0, rule->weights[e], sum);
+                continue;
+            }
+            float *x = room + (rows == 1 ? 0 : e * n);
+            outcome->sound &= NAME(load)(stored, code, known, n, x);
+            if (rule->keys) {
+                if (rule->below[e] < 1 << 24)
+                    NAME(drop)(x, n, rule->keys + 2 * e, rule->below[e], range->offset + at);
+                if (rule->factors[e] != 1)
+                    OF(rescale)(x, n, rule->factors[e]);
+            }
+            if (rule->thresholds)
+                left[e] = NAME(trim)(x, n, rule->thresholds[e], left[e]);
+            if (rule->combine == LINEAR)
+                OF(add)(x, F32, NULL, n, e == 0, rule->weights[e], sum);
+        }
+        if (rule->combine != LINEAR)
+            OF(elect)(rule, room, n, least_weight, sum);
+        if (known)
+            OF(move)(sum, base, n, rule->scale, merged);
+        else
+            OF(divide)(sum, n, rule->divisor, merged);
+        int code = codes[rule->experts + 1];
+        NAME(round)(merged, known, n, (void *)from(range->out, code, at), code, outcome);
+    }
+}
+
+#undef OF
+#undef NAME_
+
+#endif
+
+#ifndef LEVEL /* --------------------------------------------------------------------------------------- once, at the end */
+
+static const Level *const levels[] = {
+    &level_plain,
+#if defined(__x86_64__)
+    &level_avx2,
+    &level_avx512,
+#endif
+};
+
+static int best_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        return 1;
+#endif
+    return 0;
+}
+
+static int level; /* set before the first call */
+
+EXPORT int twinmerge_fused_version(void) { return VERSION; }
+
+/* The instruction set in use: 0 any, 1 AVX2, 2 AVX-512. At most `wanted`, if that is not negative (tests ask). */
+EXPORT int twinmerge_fused_level(int wanted) {
+    int best = best_level();
+    level = wanted < 0 || wanted > best ? best : wanted;
+    return level;
+}
+
+/* found: changed, erased, whether all inputs are sound, whether the result fits. */
+EXPORT void twinmerge_fused_merge(const Rule *rule, const void *base, const void *const *experts, void *out, const char *codes,
+                                  size_t size, uint64_t offset, int64_t *found) {
+    Range range = {base, experts, out, (const uint8_t *)codes, size, offset};
+    Outcome outcome = {0, 0, 1, 1};
+    bool wide = base && codes[0] == F32;
+    for (int64_t e = 0; e < rule->experts; e++)
+        wide |= codes[e + 1] == F32;
+    levels[level]->merge[wide](rule, &range, &outcome);
+    found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;
+}
+
+/* found: three sums for each block. */
+EXPORT void twinmerge_fused_gram(const void *a, int of_a, const void *b, int of_b, size_t size, double *found) {
+    for (size_t at = 0; at < size; at += BLOCK, found += 3)
+        levels[level]->gram(from(a, of_a, at), of_a, from(b, of_b, at), of_b, least(BLOCK, size - at), found);
+}
+
+EXPORT void twinmerge_fused_magnitudes(const void *x, int code, const void *base, int of_base, size_t size, int32_t *to) {
+    levels[level]->magnitudes(x, code, base, of_base, size, to);
+}
+
+EXPORT void twinmerge_fused_equal(const void *x, int code, const void *base, int of_base, size_t size, uint32_t threshold,
+                                  size_t block, int64_t *found) {
+    for (size_t at = 0; at < size; at += block)
+        *found++ = levels[level]->equal(from(x, code, at), code, base ? from(base, of_base, at) : NULL, of_base,
+                                        least(block, size - at), threshold);
+}
+
+/* counts: above, and equal to each of the shared values; returns how many `inside` has. */
+EXPORT size_t twinmerge_fused_bracket(const void *x, int code, const void *base, int of_base, size_t size, int32_t low,
+                                      uint32_t width, const int32_t *shared, int64_t *counts, int32_t *inside) {
+    return levels[level]->bracket(x, code, base, of_base, size, low, width, shared, counts, inside);
+}
+
+#endif

@@ -1,0 +1,378 @@
+"""Merging stored values in one pass: the compiled twin of what methods and rounding do tile by tile, with the same bits.
+
+`fused.c` is compiled when the package is installed, if there is a C compiler; `available` says whether it was. It reads
+and writes the bytes of checkpoints (bfloat16, float16, float32) without a float32 copy of them. Calls let other threads
+run, and any number of them may run at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CODES = ("BF16", "F16", "F32")
+"""The dtypes that are read and written, by their safetensors names."""
+
+SHARED = 4  # values that `in_bracket` counts apart, at most
+MOST = 1024  # experts, at most
+_VERSION = 1  # of fused.c
+_BLOCK = 65_536
+_CODE = {name: number for number, name in enumerate(CODES)}
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_COMBINE = {"mean": 1, "sum": 2, "max": 3}
+
+
+class Values(NamedTuple):
+    """Stored values: memory: 1-D uint8, C-contiguous; code: their dtype, out of `CODES`."""
+
+    memory: NDArray[np.uint8]
+    code: str
+
+
+class Drop(NamedTuple):
+    """DARE's mask, as `keyed_random.kept_bits` draws it.
+
+    keys: of each expert, two numbers of 64 bits; shares: of the entries that are kept; factors: what those are multiplied
+    with before anything else is done.
+    """
+
+    keys: tuple[tuple[int, int], ...]
+    shares: tuple[float, ...]
+    factors: tuple[float, ...]
+
+
+class Trim(NamedTuple):
+    """`select.keep_above` of each expert. thresholds: bits of |x|; rooms: how many entries of the call that equal them stay."""
+
+    thresholds: tuple[int, ...]
+    rooms: tuple[int, ...]
+
+
+class Elect(NamedTuple):
+    """TIES: a sign for each entry, then what agrees with it.
+
+    merge: how that is combined; votes: each expert's weight in the election; tie: the sign (-1, 0, 1) where votes cancel;
+    flip: the experts whose entries agree when they have the other sign.
+    """
+
+    merge: Literal["mean", "sum", "max"]
+    votes: tuple[float, ...]
+    tie: int
+    flip: tuple[bool, ...]
+
+
+class Rule(NamedTuple):
+    """What is done with the values; whatever is used again is prepared once.
+
+    deltas: x_t = θt - θ0, and the result is θ0 + scale · s; else x_t = θt, and it is s / divisor. s = Σt wt x_t, or what
+    `elect` makes of x_t. First x_t is dropped, then trimmed, where that is asked for.
+    """
+
+    weights: tuple[float, ...]
+    deltas: bool
+    scale: float = 1.0
+    divisor: float = 1.0
+    drop: Drop | None = None
+    trim: Trim | None = None
+    elect: Elect | None = None
+
+
+class Outcome(NamedTuple):
+    """changed: entries whose float32 differs from the base's; erased: those of them that rounding put back to the base's
+    value; sound: no input is NaN or infinite; fits: nor is what was written. What was written counts only if both hold."""
+
+    changed: int
+    erased: int
+    sound: bool
+    fits: bool
+
+
+def available() -> bool:
+    """Whether the library was compiled for this version of the package, and loads.
+
+    Example:
+        >>> available() in (True, False)
+        True
+    """
+    return _library() is not None
+
+
+def merge(rule: Rule, base: Values | None, experts: Sequence[Values], out: Values, offset: int = 0) -> Outcome:
+    """Write the merged values to `out`, rounded once.
+
+    Sums over the experts are taken in float32 where all inputs have 16 bits, else in float64 (`Tile.work`).
+
+    Args:
+        base: θ0; not read where the rule works on parameters.
+        experts: θt, one for each weight, at most 1024.
+        out: its memory is written.
+        offset: index of the first element in its tensor, which the random draws of `Drop` are keyed with.
+
+    Raises:
+        ValueError: sizes or counts that differ, an unknown dtype, memory that is not contiguous, no base for deltas.
+        RuntimeError: the library is not there.
+
+    Example:
+        >>> rule, merged = Rule(weights=(0.25, 0.75), deltas=False), np.zeros(2, np.float32)
+        >>> x, y = (Values(np.array(row, np.float32).view(np.uint8), "F32") for row in ([2, 3], [4, 7]))
+        >>> if available():
+        ...     assert merge(rule, None, [x, y], Values(merged.view(np.uint8), "F32")) == (0, 0, True, True)
+        ...     assert merged.tolist() == [3.5, 6.0]
+    """
+    library, prepared = _required(), _prepared(rule)
+    if len(experts) != len(rule.weights):
+        raise ValueError(f"{len(experts)} experts for {len(rule.weights)} weights")
+    theirs = base if rule.deltas else None
+    if theirs is None and rule.deltas:
+        raise ValueError("deltas need a base")
+    size = _size(out)
+    at, of_base = _stored(theirs, size)
+    addresses = prepared.row(*[_address(each, size) for each in experts])
+    codes = bytes([of_base, *[_CODE[each.code] for each in experts], _CODE[out.code]])
+    found = _Found()
+    library.twinmerge_fused_merge(
+        prepared.pointer, at, addresses, _address(out, size, writes=True), codes, size, offset, found
+    )
+    changed, erased, sound, fits = found
+    return Outcome(changed, erased, bool(sound), bool(fits))
+
+
+def gram(a: Values, b: Values) -> NDArray[np.float64]:
+    """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of each block of 65,536 elements, as `sums.blocked_gram` adds them.
+
+    Returns:
+        (3, ceil(size / 65536)).
+
+    Raises:
+        ValueError, RuntimeError: as `merge`.
+
+    Example:
+        >>> x, y = (Values(np.array(row, np.float32).view(np.uint8), "F32") for row in ([1, 0], [1, 2]))
+        >>> if available():
+        ...     assert gram(x, y).tolist() == [[1.0], [1.0], [5.0]]
+    """
+    size = _size(a)
+    found = np.empty((-(-size // _BLOCK), 3))
+    _required().twinmerge_fused_gram(*_stored(a, size), *_stored(b, size), size, found.ctypes.data)
+    return found.T
+
+
+def magnitudes(x: Values, base: Values | None) -> NDArray[np.int32]:
+    """The bits of |x - base| in float32 (|x| where there is no base), as `select.magnitude_bits` has them.
+
+    Raises:
+        ValueError, RuntimeError: as `merge`.
+
+    Example:
+        >>> x = Values(np.array([-1, 0], np.float32).view(np.uint8), "F32")
+        >>> if available():
+        ...     assert magnitudes(x, None).tolist() == [0x3F80_0000, 0]
+    """
+    size = _size(x)
+    found = np.empty(size, np.int32)
+    _required().twinmerge_fused_magnitudes(*_stored(x, size), *_stored(base, size), size, found.ctypes.data)
+    return found
+
+
+def count_equal(x: Values, base: Values | None, threshold: int, block: int = _BLOCK) -> NDArray[np.int64]:
+    """How many |x - base| have the bits `threshold`, as `select.ties` counts them, in each block of elements.
+
+    Returns:
+        (ceil(size / block),).
+
+    Raises:
+        ValueError: the block is below 1; and as `merge`.
+        RuntimeError: as `merge`.
+
+    Example:
+        >>> x = Values(np.array([-1, 0, 1], np.float32).view(np.uint8), "F32")
+        >>> if available():
+        ...     assert count_equal(x, None, 0x3F80_0000, block=2).tolist() == [1, 1]
+    """
+    if block < 1:
+        raise ValueError(f"a block of {block} elements")
+    size = _size(x)
+    found = np.empty(-(-size // block), np.int64)
+    values = (*_stored(x, size), *_stored(base, size), size)
+    _required().twinmerge_fused_equal(*values, threshold, block, found.ctypes.data)
+    return found
+
+
+def in_bracket(
+    x: Values, base: Values | None, low: int, width: int, shared: Sequence[int]
+) -> tuple[int, NDArray[np.int32], list[int]]:
+    """What |x - base| has above and inside the bracket low ... low + width - 1 of bits, as `select.in_bracket` counts it.
+
+    Args:
+        shared: at most 4 values in the bracket, as bits; -1 where there are fewer.
+
+    Returns:
+        above: how many entries; inside: of those in the bracket that have none of the shared values, their bits less `low`,
+        in flat order; ties: how many have each of the shared values.
+
+    Raises:
+        ValueError: more than 4 shared values; and as `merge`.
+        RuntimeError: as `merge`.
+
+    Example:
+        >>> x = Values(np.array([4699, 5000, 9000], np.int32).view(np.uint8), "F32")
+        >>> if available():
+        ...     above, inside, ties = in_bracket(x, None, 4699, 603, [5000])
+        ...     assert (above, inside.tolist(), ties) == (1, [0], [1])
+    """
+    if len(shared) > SHARED:
+        raise ValueError(f"{len(shared)} shared values; at most {SHARED} are counted apart")
+    size = _size(x)
+    never = -(1 << 31)  # no difference of two magnitudes
+    offsets = [value - low if value >= 0 else never for value in shared]
+    counts, room = (ctypes.c_int64 * (1 + SHARED))(), np.empty(size, np.int32)
+    values = (*_stored(x, size), *_stored(base, size), size)
+    apart = (ctypes.c_int32 * SHARED)(*offsets, *[never] * (SHARED - len(shared)))
+    inside = _required().twinmerge_fused_bracket(*values, low, width, apart, counts, room.ctypes.data)
+    above, *ties = counts
+    return above, room[:inside].copy(), ties[: len(shared)]
+
+
+_Found = ctypes.c_int64 * 4  # changed, erased, sound, fits
+
+
+class _Rule(ctypes.Structure):
+    """`Rule` in fused.c."""
+
+    _fields_ = [
+        ("experts", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("divisor", ctypes.c_double),
+        ("weights", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("below", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("thresholds", ctypes.c_void_p),
+        ("rooms", ctypes.c_void_p),
+        ("votes", ctypes.c_void_p),
+        ("flip", ctypes.c_void_p),
+        ("deltas", ctypes.c_int32),
+        ("combine", ctypes.c_int32),
+        ("tie", ctypes.c_int32),
+    ]
+
+
+class _Prepared(NamedTuple):
+    """A rule as the library reads it: pointer: to it; row: the type of its experts' addresses; kept: what it points to."""
+
+    pointer: Any
+    row: Any
+    kept: tuple[object, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared(rule: Rule) -> _Prepared:
+    count = len(rule.weights)
+    if not 1 <= count <= MOST:
+        raise ValueError(f"{count} experts; 1 to {MOST} can be merged")
+    kept: list[object] = []
+
+    def pointer(values: Sequence[Any], dtype: type, per_expert: int = 1) -> int:
+        array: NDArray[Any] = np.array(values, dtype).reshape(-1)
+        if array.size != count * per_expert:
+            raise ValueError(f"{array.size // per_expert} values for {count} experts")
+        kept.append(array)
+        return array.ctypes.data
+
+    filled = _Rule(experts=count, scale=rule.scale, divisor=rule.divisor, deltas=rule.deltas)
+    filled.weights = pointer(rule.weights, np.float64)
+    if rule.drop is not None:
+        filled.keys = pointer(rule.drop.keys, np.uint64, per_expert=2)
+        filled.below = pointer([_below(share) for share in rule.drop.shares], np.uint32)
+        filled.factors = pointer(rule.drop.factors, np.float64)
+    if rule.trim is not None:
+        filled.thresholds = pointer(rule.trim.thresholds, np.uint32)
+        filled.rooms = pointer(rule.trim.rooms, np.int64)
+    if rule.elect is not None:
+        filled.combine, filled.tie = _COMBINE[rule.elect.merge], rule.elect.tie
+        filled.votes = pointer(rule.elect.votes, np.float64)
+        filled.flip = pointer(rule.elect.flip, np.uint8)
+    return _Prepared(ctypes.byref(filled), ctypes.c_void_p * count, tuple(kept))
+
+
+def _below(share: float) -> int:
+    """The draws of 24 bits that are kept: those below (see `keyed_random.kept_bits`)."""
+    return 1 << 24 if share >= 1 else math.ceil(float(np.float32(share)) * 2**24)
+
+
+def _size(values: Values) -> int:
+    width = _BYTES.get(values.code)
+    if width is None:
+        raise ValueError(f"dtype {values.code} is none of {', '.join(CODES)}")
+    return values.memory.nbytes // width
+
+
+def _address(values: Values, size: int, writes: bool = False) -> int:
+    """Where `size` elements lie."""
+    memory: Any = values.memory  # NumPy's types know no Buffer before Python 3.12
+    width = _BYTES.get(values.code)
+    if width is None or memory.nbytes != size * width:
+        raise ValueError(f"{memory.nbytes} bytes of {values.code} where {size} elements are asked for")
+    if not size:
+        return 0
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(memory))  # a third of the time of `memory.ctypes`
+    except TypeError:
+        if writes or not memory.flags.c_contiguous:
+            raise ValueError("memory must be contiguous, and the output's writable") from None
+        return int(memory.ctypes.data)
+
+
+def _stored(values: Values | None, size: int) -> tuple[int, int]:
+    """Address and code; 0 for none."""
+    return (0, 0) if values is None else (_address(values, size), _CODE[values.code])
+
+
+def _required() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("twinmerge was installed without its compiled part: see available()")
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_fused{suffix}")
+        if path.exists() and (library := _opened(path)) is not None:
+            return library
+    return None
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """The library, ready for calls; None if it does not load, or is not of this version."""
+    try:
+        library = ctypes.CDLL(str(path))
+        if library.twinmerge_fused_version() != _VERSION:
+            return None
+    except (OSError, AttributeError):
+        return None
+    address, count, code = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    values = [address, code, address, code, count]
+    for name, arguments, answer in [
+        ("merge", [address, address, address, address, ctypes.c_char_p, count, ctypes.c_uint64, address], None),
+        ("gram", [*values, address], None),
+        ("magnitudes", [*values, address], None),
+        ("equal", [*values, ctypes.c_uint32, count, address], None),
+        ("bracket", [*values, ctypes.c_int32, ctypes.c_uint32, address, address, address], count),
+        ("level", [code], code),
+    ]:
+        function = getattr(library, f"twinmerge_fused_{name}")
+        function.argtypes, function.restype = arguments, answer
+    library.twinmerge_fused_level(-1)
+    return library

@@ -1,0 +1,489 @@
+"""The compiled library against the torch path: the same bits for every rule, dtype and instruction set."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sysconfig
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twinmerge.engine.rounding import Rounding, erased
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths import fused, keyed_random, select, sums
+from twinmerge.maths.fused import CODES, Drop, Elect, Outcome, Rule, Trim, Values, gram, in_bracket, magnitudes, merge
+from twinmerge.methods.average import Average
+from twinmerge.methods.base import Known, Method, Place, Tile
+from twinmerge.methods.dare import Dare
+from twinmerge.methods.dare_ties import DareTies
+from twinmerge.methods.task_arithmetic import TaskArithmetic
+from twinmerge.methods.ties import Majority, Ties
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+ALL = 1 << 62
+COMPILER = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
+
+compiled = pytest.mark.skipif(not fused.available(), reason="the library was not compiled: no C compiler")
+
+
+@pytest.mark.skipif(not shutil.which(COMPILER.split()[0]), reason="no C compiler")
+def test_it_is_there_wherever_there_is_a_compiler() -> None:
+    assert fused.available(), "install again: pip install -e ."
+
+
+@pytest.fixture(autouse=True, scope="module", params=[0, 1, 2], ids=["any", "AVX2", "AVX-512"])
+def level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each instruction set that this machine has."""
+    library = fused._library()
+    if library is None:
+        if request.param:
+            pytest.skip("the library was not compiled")
+        yield
+        return
+    if library.twinmerge_fused_level(request.param) != request.param:
+        library.twinmerge_fused_level(-1)
+        pytest.skip("this machine does not have it")
+    yield
+    library.twinmerge_fused_level(-1)
+
+
+# -------------------------------------------------------------------------------------------- what the torch path gives
+
+
+class TrimmedTies(Ties):
+    """TIES with thresholds and rooms that are given."""
+
+    def trim(self, tile: Tile, known: Known) -> Tensor:
+        return trimmed(self.trimmed_quantity(tile, known), known["trim"])
+
+
+class TrimmedDareTies(DareTies):
+    def trim(self, tile: Tile, known: Known) -> Tensor:
+        return trimmed(self.trimmed_quantity(tile, known), known["trim"])
+
+
+def trimmed(x: Tensor, trim: Trim | None) -> Tensor:
+    if trim is None:
+        return x
+    out = torch.empty_like(x)
+    for row, to, bits, room in zip(x, out, trim.thresholds, trim.rooms, strict=True):
+        select.keep_above(row, bits, room, to)
+    return out
+
+
+def numbers(values: Values) -> Tensor:
+    dtype = DTYPES[values.code]
+    return torch.from_numpy(values.memory).view(dtype) if len(values.memory) else torch.empty(0, dtype=dtype)
+
+
+def memory(x: Tensor) -> NDArray[np.uint8]:
+    return x.view(torch.uint8).numpy() if x.numel() else np.empty(0, np.uint8)
+
+
+def deltas(base: Values | None, experts: Sequence[Values]) -> tuple[Tensor, Tensor | None]:
+    x = torch.stack([numbers(e).float() for e in experts])
+    return (x, None) if base is None else (x - numbers(base).float(), numbers(base).float())
+
+
+def by_torch(
+    method: Method, known: Known, base: Values | None, experts: Sequence[Values], code: str, offset: int = 0
+) -> tuple[NDArray[np.uint8] | None, Outcome]:
+    """What the engine does tile by tile; no bytes where it refuses the result."""
+    x, theirs = deltas(base, experts)
+    wide = "F32" in [v.code for v in (*experts, *([] if base is None else [base]))]
+    place = Place("w", (x.shape[1],), offset, tuple("abcdefghij"[: len(experts)]))
+    tile = Tile(x, theirs, place, torch.float64 if wide else torch.float32)
+    merged, rounding = method.apply(tile, known), Rounding(code)
+    try:
+        out = rounding.of(merged, tile, method)
+    except TwinmergeError:
+        return None, Outcome(0, 0, True, False)
+    return memory(out), Outcome(*erased(merged, out, tile, rounding), True, True)
+
+
+def agree(
+    method: Method, rule: Rule, known: Known, base: Values | None, experts: Sequence[Values], code: str, offset: int = 0
+) -> None:
+    """The library gives the bits and the counts that the method gives."""
+    size = numbers(experts[0]).numel()
+    out = empty(size, code)
+    found = merge(rule, base, experts, out, offset)
+    expected, outcome = by_torch(method, known, base, experts, code, offset)
+    assert found.sound
+    if rule.scale == 0 and expected is None:
+        return  # of a delta that overflows float32, torch makes 0 · infinity = NaN; the library leaves the base as it is
+    assert found.fits == outcome.fits
+    if expected is not None:
+        assert found == outcome
+        kind = np.uint32 if code == "F32" else np.uint16
+        np.testing.assert_array_equal(out.memory.view(kind), expected.view(kind))
+
+
+# -------------------------------------------------------------------------------------------------------- what is merged
+
+
+def empty(size: int, code: str) -> Values:
+    return Values(np.empty(size * DTYPES[code].itemsize, np.uint8), code)
+
+
+def stored(x: Any, code: str) -> Values:
+    return Values(memory(torch.as_tensor(np.asarray(x, np.float32)).to(DTYPES[code])), code)
+
+
+def finite(values: Values, limit: float = math.inf) -> Values:
+    """With zeros for NaN, infinity and what is beyond the limit."""
+    x = numbers(values)
+    x[~(x.float().abs() < limit)] = 0
+    return values
+
+
+Kind = Literal["near", "bits", "huge"]
+
+
+def models(seed: int, size: int, codes: Sequence[str], kind: Kind) -> list[Values]:
+    """near: fine-tuned from the first, with equal and zero entries; bits: any finite numbers; huge: also such that overflow."""
+    rng = np.random.default_rng(seed)
+    if kind != "near":
+        random = [Values(rng.integers(0, 256, size * DTYPES[c].itemsize, np.uint8), c) for c in codes]
+        return [finite(v, 1e12 if kind == "bits" else math.inf) for v in random]
+    first = rng.normal(size=size) * 0.02
+    first[rng.random(size) < 0.1] = 0.0
+    first[rng.random(size) < 0.1] = -0.0
+    rows = [first]
+    for _ in codes[1:]:
+        moved = first + rng.choice([0.0, 1e-7, 1e-3], size) * rng.integers(-8, 9, size)
+        rows.append(np.where(rng.random(size) < 0.2, first, moved))
+    return [stored(row, code) for row, code in zip(rows, codes, strict=True)]
+
+
+@st.composite
+def merges(draw: st.DrawFn) -> tuple[Values, list[Values], str]:
+    """base, experts, code of the output."""
+    codes = draw(
+        st.lists(st.sampled_from(CODES), min_size=2, max_size=6) | st.integers(2, 6).map(lambda n: ["BF16"] * n)
+    )
+    size = draw(st.sampled_from([0, 1, 7, 64, 1023, 4097, 65_536 + 13]) | st.integers(0, 5000))
+    base, *experts = models(draw(st.integers(0, 1 << 32)), size, codes, draw(st.sampled_from(["near", "bits", "huge"])))
+    return base, experts, draw(st.sampled_from(CODES))
+
+
+WEIGHT = st.sampled_from([1.0, 0.3, -0.7, 0.0, 2.0, 1e-3]) | st.floats(-4, 4, allow_subnormal=False)
+SCALE = st.sampled_from([1.0, 0.4, 0.0, -0.3]) | st.floats(-2, 2, allow_subnormal=False)
+FEW = settings(deadline=None, max_examples=60)
+
+
+def weights_of(data: st.DataObject, count: int) -> tuple[float, ...]:
+    return data.draw(st.tuples(*[WEIGHT] * count) | st.just((1.0,) * count), "weights")
+
+
+def key_of(expert: str, tensor: str = "w", seed: int = 5) -> tuple[int, int]:
+    return keyed_random.philox_key(seed, expert, tensor)
+
+
+def thresholds_of(data: st.DataObject, x: Tensor) -> Trim:
+    """Of each expert: some entry's magnitude, or an end of the range; room for some of those that equal it."""
+    bits, rooms = [], []
+    for row in x:
+        sizes = select.magnitude_bits(row[None])[0].tolist()
+        ends = st.sampled_from([0, 1, 0x7FFF_FFFF])
+        bits.append(data.draw(ends if not sizes else st.integers(0, len(sizes) - 1).map(sizes.__getitem__) | ends))
+        equal = sizes.count(bits[-1])
+        rooms.append(data.draw(st.sampled_from([0, 1, equal // 2, max(0, equal - 1), equal, equal + 1, ALL])))
+    return Trim(tuple(bits), tuple(rooms))
+
+
+# ------------------------------------------------------------------------------------------------------------ the rules
+
+
+@compiled
+@FEW
+@given(case=merges(), data=st.data())
+def test_task_arithmetic(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    base, experts, code = case
+    weights, scale = weights_of(data, len(experts)), data.draw(SCALE)
+    method = TaskArithmetic(weights=weights, scale=scale)
+    agree(method, Rule(weights, deltas=True, scale=scale), {}, base, experts, code)
+
+
+@compiled
+@FEW
+@given(case=merges(), data=st.data())
+def test_average(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    _, experts, code = case
+    weights = weights_of(data, len(experts))
+    if abs(sum(weights)) < 1e-6:
+        weights = (*weights[:-1], weights[-1] + 1.0)
+    agree(Average(weights=weights), Rule(weights, deltas=False, divisor=sum(weights)), {}, None, experts, code)
+
+
+@compiled
+@FEW
+@given(case=merges(), data=st.data())
+def test_dare(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    base, experts, code = case
+    count = len(experts)
+    weights, scale, offset = weights_of(data, count), data.draw(SCALE), data.draw(st.integers(0, 1 << 40))
+    shares = data.draw(st.tuples(*[st.sampled_from([0.0, 0.5, 0.1, 1 - 1e-9, 1.0])] * count))
+    method = Dare(weights=weights, scale=scale, density=shares, rescale="none", seed=5)
+    drop = Drop(tuple(map(key_of, "abcdefghij"[:count])), shares, (1.0,) * count)
+    agree(method, Rule(weights, deltas=True, scale=scale, drop=drop), {}, base, experts, code, offset)
+
+
+@compiled
+@settings(FEW, max_examples=200)
+@given(case=merges(), data=st.data())
+def test_ties(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    base, experts, code = case
+    count = len(experts)
+    weights, scale = weights_of(data, count), data.draw(SCALE)
+    how: Literal["mean", "sum", "max"] = data.draw(st.sampled_from(["mean", "sum", "max"]))
+    majority = data.draw(st.sampled_from([-1, 0, 1]))
+    mergekit = data.draw(st.booleans())
+    trim = thresholds_of(data, deltas(base, experts)[0]) if data.draw(st.booleans()) else None
+    if mergekit:
+        tie, votes, flip = 1, weights, tuple(w < 0 for w in weights)
+    else:
+        tie, votes, flip = majority, (1.0,) * count, (False,) * count
+    method = TrimmedTies(
+        weights=weights, scale=scale, merge=how, tie="majority", compat="paper" if not mergekit else "mergekit"
+    )
+    if mergekit:
+        method = method.model_copy(update={"tie": "zero"})
+    rule = Rule(weights, deltas=True, scale=scale, trim=trim, elect=Elect(how, votes, tie, flip))
+    agree(method, rule, {"trim": trim, Majority.name: majority}, base, experts, code)
+
+
+@compiled
+@settings(FEW, max_examples=100)
+@given(case=merges(), data=st.data())
+def test_dare_ties(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    base, experts, code = case
+    count = len(experts)
+    weights, scale, offset = weights_of(data, count), data.draw(SCALE), data.draw(st.integers(0, 1 << 40))
+    shares = data.draw(st.tuples(*[st.sampled_from([0.3, 0.5, 0.9, 1.0])] * count))
+    method = TrimmedDareTies(weights=weights, scale=scale, density=shares, seed=5)
+    drop = Drop(tuple(map(key_of, "abcdefghij"[:count])), shares, tuple(1 / share for share in shares))
+    trim = thresholds_of(data, deltas(base, experts)[0]) if data.draw(st.booleans()) else None
+    elect = Elect("mean", (1.0,) * count, 0, (False,) * count)
+    rule = Rule(weights, deltas=True, scale=scale, drop=drop, trim=trim, elect=elect)
+    agree(method, rule, {"trim": trim}, base, experts, code, offset)
+
+
+@compiled
+@pytest.mark.parametrize("count", [6, 64, 1024])
+@pytest.mark.parametrize("code", ["BF16", "F32"])
+def test_many_experts(count: int, code: str) -> None:
+    base, *experts = models(count, 3000, [code] * (count + 1), "near")
+    weights = tuple(np.random.default_rng(0).normal(size=count).tolist())
+    agree(TaskArithmetic(weights=weights), Rule(weights, deltas=True, scale=0.3), {}, base, experts, code)
+    rule = Rule(weights, deltas=True, elect=Elect("mean", (1.0,) * count, 0, (False,) * count))
+    agree(TrimmedTies(weights=weights), rule, {"trim": None}, base, experts, code)
+
+
+# ------------------------------------------------------------------------------------------------------- dtypes and ends
+
+
+@compiled
+@pytest.mark.parametrize("code", ["BF16", "F16"])
+@pytest.mark.parametrize("to", CODES)
+def test_every_number_of_16_bits(code: str, to: str) -> None:
+    every = Values(np.arange(1 << 16, dtype=np.uint16).view(np.uint8), code)
+    x = finite(Values(every.memory.copy(), code))
+    out = empty(1 << 16, to)
+    found = merge(Rule((1.0,), deltas=False), None, [x], out)
+    expected = numbers(x).float().to(DTYPES[to])
+    assert found.sound and found.fits == bool(expected.isfinite().all())
+    assert np.array_equal(out.memory, expected.view(torch.uint8).numpy())
+    if to == code:
+        assert np.array_equal(out.memory, x.memory)
+    for i in np.flatnonzero(~np.isfinite(numbers(every).float().numpy()))[::7].tolist():  # NaN and infinity, one by one
+        one = Values(every.memory[2 * i : 2 * i + 2], code)
+        assert not merge(Rule((1.0,), deltas=False), None, [one], empty(1, to)).sound
+
+
+@compiled
+@pytest.mark.parametrize("to", ["BF16", "F16"])
+def test_rounding_at_and_beside_every_halfway_point(to: str) -> None:
+    numbers16 = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(DTYPES[to]).float()
+    numbers16 = numbers16[numbers16.isfinite()]
+    halfway = ((numbers16[1:].double() + numbers16[:-1].double()) / 2).float()
+    largest = numbers16[-1] + (numbers16[-1] - numbers16[-2]) / 2  # what rounds to infinity, and the number before
+    points = torch.cat([halfway, torch.stack([largest])])
+    x = torch.cat([points, points.nextafter(torch.tensor(0.0)), points.nextafter(torch.tensor(math.inf)), -points])
+    out = empty(len(x), to)
+    assert not merge(Rule((1.0,), deltas=False), None, [stored(x, "F32")], out).fits
+    assert np.array_equal(out.memory, x.to(DTYPES[to]).view(torch.uint8).numpy())
+
+
+@compiled
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_input_that_is_not_finite_is_found_wherever_it_is(code: str, bad: float) -> None:
+    count, size = 3, 2100
+    linear = Rule((1.0,) * count, deltas=True)
+    elected = linear._replace(elect=Elect("mean", (1.0,) * count, 0, (False,) * count))
+    dropped = linear._replace(drop=Drop((key_of("a"),) * count, (0.0,) * count, (1.0,) * count))
+    for at in (0, 15, 2047, 2048, size - 1):
+        for who in range(count + 1):
+            values = models(at, size, [code] * (count + 1), "near")
+            for rule in (linear, elected, dropped):
+                assert merge(rule, values[0], values[1:], empty(size, code)).sound
+            numbers(values[who])[at] = bad
+            for rule in (linear, elected, dropped):
+                assert not merge(rule, values[0], values[1:], empty(size, code)).sound
+
+
+@compiled
+def test_a_result_that_overflows_its_dtype_does_not_fit() -> None:
+    x, rule = stored([1.0, 65_504.0], "F16"), Rule((1.0,), deltas=False, divisor=0.5)
+    assert merge(rule, None, [x], empty(2, "BF16")).fits
+    assert not merge(rule, None, [x], empty(2, "F16")).fits
+    assert not merge(Rule((1e30, 1e30), False), None, [stored([1e9], "F32")] * 2, empty(1, "BF16")).fits
+
+
+@compiled
+def test_memory_without_alignment_and_read_only_memory() -> None:
+    base, *experts = models(3, 999, ["BF16", "F32", "F16"], "near")
+    out = empty(999, "F32")
+    merge(Rule((0.5, 2.0), deltas=True), base, experts, out)
+
+    def shifted(values: Values) -> Values:
+        memory = np.empty(len(values.memory) + 1, np.uint8)[1:]
+        memory[:] = values.memory
+        memory.flags.writeable = False
+        return Values(memory, values.code)
+
+    odd = Values(np.empty(999 * 4 + 1, np.uint8)[1:], "F32")
+    merge(Rule((0.5, 2.0), deltas=True), shifted(base), [shifted(e) for e in experts], odd)
+    assert np.array_equal(out.memory, odd.memory)
+
+
+@compiled
+def test_any_number_of_threads_at_once() -> None:
+    base, *experts = models(4, 50_001, ["BF16"] * 4, "near")
+    rule = Rule((1.0,) * 3, deltas=True, elect=Elect("mean", (1.0,) * 3, 0, (False,) * 3))
+    outs = [empty(50_001, "BF16") for _ in range(8)]
+    threads = [threading.Thread(target=lambda out=out: merge(rule, base, experts, out)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(out.memory, outs[0].memory) for out in outs)
+
+
+@compiled
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, out: merge(Rule((1.0,), False), None, [x, x], out),
+        lambda x, out: merge(Rule((1.0,), True), None, [x], out),
+        lambda x, out: merge(Rule((), False), None, [], out),
+        lambda x, out: merge(Rule((1.0,) * 1025, False), None, [x] * 1025, out),
+        lambda x, out: merge(Rule((1.0,), False), None, [stored([1.0], "F32")], out),
+        lambda x, out: merge(Rule((1.0,), False), None, [Values(x.memory, "F64")], out),
+        lambda x, out: merge(Rule((1.0,), False), None, [Values(np.repeat(x.memory, 2)[::2], "F32")], out),
+        lambda x, out: merge(Rule((1.0,), False), None, [x], Values(np.frombuffer(bytes(8), np.uint8), "F32")),
+        lambda x, out: merge(Rule((1.0,), False, trim=Trim((1, 2), (1, 2))), None, [x], out),
+        lambda x, out: in_bracket(x, None, 0, 1, [0, 1, 2, 3, 4]),
+        lambda x, out: fused.count_equal(x, None, 0, block=0),
+        lambda x, out: gram(x, stored([1.0], "F32")),
+        lambda x, out: magnitudes(Values(x.memory, "I8"), None),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="."):
+        wrong(stored([1.0, 2.0], "F32"), empty(2, "F32"))
+
+
+def test_without_the_library_calls_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_library", lambda: None)
+    assert not fused.available()
+    with pytest.raises(RuntimeError, match="compiled"):
+        gram(stored([1.0], "F32"), stored([1.0], "F32"))
+
+
+@compiled
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_VERSION", -1)
+    assert fused._library.__wrapped__() is None
+
+
+# ------------------------------------------------------------------------------------------------------------- reductions
+
+
+@compiled
+@FEW
+@given(
+    seed=st.integers(0, 1 << 32),
+    size=st.sampled_from([0, 1, 63, 64, 65, 65_535, 65_536, 65_537, 200_001]) | st.integers(0, 3000),
+    codes=st.tuples(st.sampled_from(CODES), st.sampled_from(CODES)),
+    kind=st.sampled_from(["near", "bits"]),
+)
+def test_gram(seed: int, size: int, codes: tuple[str, str], kind: Kind) -> None:
+    a, b = models(seed, size, codes, kind)
+    found = gram(a, b)
+    if not size:
+        assert found.shape == (3, 0)
+        return
+    expected = sums.blocked_gram(torch.stack([numbers(a).float(), numbers(b).float()]))
+    expected = torch.stack([expected[0, 0], expected[0, 1], expected[1, 1]])
+    np.testing.assert_array_equal(found, expected.numpy())
+
+
+@compiled
+@FEW
+@given(case=merges(), with_base=st.booleans(), block=st.sampled_from([1000, 65_536]), data=st.data())
+def test_magnitudes_and_entries_that_equal_one(
+    case: tuple[Values, list[Values], str], with_base: bool, block: int, data: st.DataObject
+) -> None:
+    theirs, experts, _ = case
+    base, x = theirs if with_base else None, experts[0]
+    row = deltas(base, [x])[0]
+    found = magnitudes(x, base)
+    assert found.dtype == np.int32 and np.array_equal(found, select.magnitude_bits(row)[0].numpy())
+    threshold = data.draw(st.sampled_from([0, *found[:20].tolist()]))
+    counts = fused.count_equal(x, base, threshold, block)
+    pieces = row.split(block, 1) if row.numel() else []
+    assert counts.tolist() == [select.ties(part, torch.tensor([threshold])).item() for part in pieces]
+
+
+@compiled
+@FEW
+@given(case=merges(), with_base=st.booleans(), data=st.data())
+def test_in_bracket(case: tuple[Values, list[Values], str], with_base: bool, data: st.DataObject) -> None:
+    theirs, experts, _ = case
+    base, x = theirs if with_base else None, experts[0]
+    row = deltas(base, [x])[0]
+    sizes = sorted(set(magnitudes(x, base).tolist())) or [0]
+    some = st.integers(0, len(sizes) - 1).map(sizes.__getitem__)
+    low, high = sorted(data.draw(st.tuples(some, some)))
+    inside = [size for size in sizes if low <= size <= high]
+    shared = data.draw(st.lists(st.sampled_from(inside), unique=True, max_size=4))
+    shared += [-1] * (select.SHARED - len(shared))
+    one = [torch.tensor([value]) for value in (low, high - low + 1, 0)]
+    of = select.Bracket(one[0], one[1], one[2], torch.tensor([shared]))
+    above, bins, ties, _ = select.in_bracket(row[0], of, 0) if row.numel() else (0, torch.zeros(0), [0] * 4, 0)
+    found = in_bracket(x, base, low, high - low + 1, shared)
+    assert (found[0], found[1].tolist(), found[2]) == (above, bins.tolist(), ties)
+
+
+@compiled
+@pytest.mark.parametrize("offset", [0, 1, 7, 8, 12_345, (1 << 40) + 3])
+@pytest.mark.parametrize("share", [0.0, 2.0**-25, 0.25, 0.5, 1 - 1e-9])
+def test_random_masks_are_those_of_keyed_random(offset: int, share: float) -> None:
+    size = 70_001
+    out = empty(size, "F32")
+    drop = Drop((key_of("a"),), (share,), (1.0,))
+    merge(Rule((1.0,), False, drop=drop), None, [stored(np.ones(size), "F32")], out, offset)
+    mask = keyed_random.kept_bits(5, "a", "w", offset, size, share)
+    assert torch.equal(numbers(out) != 0, mask != 0)
