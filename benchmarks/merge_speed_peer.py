@@ -106,7 +106,7 @@ def copy(threads: int, out: Path, groups: list[list[str]]) -> dict[str, float]:
     copied = time.perf_counter()
     for output in written:
         os.fsync(output)
-    return {"copy_s": copied - start, "fsync_s": time.perf_counter() - copied}
+    return {"copy_s": copied - start, "synced_s": time.perf_counter() - start}
 
 
 def _copy_part(inputs: list[int], output: int, size: int, threads: int, worker: int) -> None:
@@ -130,13 +130,12 @@ def merge(recipe: Path, out: Path, threads: int) -> dict[str, float]:
     Returns: import_s; check_s (a first look, with the modules that twinmerge imports when they are needed); merge_s.
     """
     start = time.perf_counter()
-    import torch
-
     from twinmerge.engine.merge import Merge
     from twinmerge.engine.recipe import read_recipe
+    from twinmerge.maths.threads import use_threads
 
     imported = time.perf_counter()
-    torch.set_num_threads(threads)
+    use_threads(threads)
     Merge(read_recipe(recipe)).check()
     checked = time.perf_counter()
     Merge(read_recipe(recipe), processes=True).save(out)  # as the command does

@@ -62,7 +62,7 @@ def test_plain_and_whole_paths_give_the_same_bytes_under_the_same_names(families
     assert plain.provenance() == whole.provenance()
 
 
-@pytest.mark.parametrize("method", ["average", "task_arithmetic", "slerp", "ties"])
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "slerp", "dare", "dare_ties", "ties"])
 def test_a_plain_merge_does_not_import_what_it_does_not_need(families, tmp_path, method):
     root, out = families["llama"], tmp_path / "out"
     words = ["merge", "--method", method, "--base", str(root / "base"), "-o", str(out)]
@@ -70,7 +70,8 @@ def test_a_plain_merge_does_not_import_what_it_does_not_need(families, tmp_path,
     program = f"import sys; sys.argv[1:] = {words!r}\nfrom twinmerge.cli import app\napp(standalone_mode=False)\n"
     program += "print([m for m in ('torch', 'transformers', 'scipy', 'matplotlib', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ("[]" if method != "ties" and fused.available() else "['torch']")
+    needs_torch = method == "ties" or not fused.available()
+    assert done.stdout.strip() == ("['torch']" if needs_torch else "[]")
     AutoModelForCausalLM.from_pretrained(out)
 
 

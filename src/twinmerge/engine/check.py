@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from twinmerge.engine.ranges import SEEN
 from twinmerge.maths.threads import thread_count
 
 if TYPE_CHECKING:
     from twinmerge.engine.merge import Merge
 
 RATE = 1e9  # bytes per second that the estimate of the time takes for reading and writing: a plain solid-state disk
-COPIES = 3  # of a tile's stack that a method holds at once beside the inputs
+COPIES = 3  # of a stack that a method holds at once
 
 
 def checked(merge: Merge) -> dict[str, Any]:
@@ -45,11 +46,13 @@ def checked(merge: Merge) -> dict[str, Any]:
 
 
 def _memory(merge: Merge) -> int:
-    """The float32 stacks of all threads, with what a method makes of them."""
-    sizes = [math.prod(shape) for shape in merge.inputs.shapes.values()]
-    tile = max(sizes, default=0) if merge.inputs.whole else min(merge.tile, max(sizes, default=0))
-    held = (2 if merge.inputs.whole else 1) * thread_count()
-    return held * COPIES * (len(merge.experts) + 1) * 4 * tile
+    """What all workers read and write at once, and the float32 stacks that methods make of a part of it."""
+    largest = max((math.prod(shape) for shape in merge.inputs.shapes.values()), default=0)
+    whole = merge.inputs.whole
+    tile, piece = (largest, largest) if whole else (min(merge.tile, largest), min(SEEN, largest))
+    stacks = COPIES * (len(merge.experts) + 1) * 4 * piece
+    stored = (merge.inputs.element_bytes + max(spec.itemsize for spec in merge.out_specs.values())) * tile
+    return (2 if whole else 1) * thread_count() * (stored + stacks)
 
 
 def _dtypes(model: Any) -> list[str]:

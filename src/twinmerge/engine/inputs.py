@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,6 +55,11 @@ class Inputs:
         self.compiled = fused.available() and str(device) == "cpu" and not self.whole
         self._models = {**experts, **({} if self.base is None else {BASE: self.base})}
         self._local = threading.local()
+
+    @cached_property
+    def element_bytes(self) -> int:
+        """Of one element of every input, of the widest dtype that it has."""
+        return sum(max(SIZES[model.range_code(n)] for n in self.canonical.values()) for model in self._models.values())
 
     def load(self, each: Range) -> Tile:
         """The tile of a range.

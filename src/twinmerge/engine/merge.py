@@ -15,7 +15,7 @@ from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.provenance import plan_key, provenance
-from twinmerge.engine.ranges import TILE, Range
+from twinmerge.engine.ranges import Range, tile_of
 from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.rounding import Rounding
 from twinmerge.engine.run import Run
@@ -48,7 +48,8 @@ class Merge:
         architecture: look at the models' classes in any case, which running the result needs; without it a merge of
             checkpoints that are plainly alike does not even import transformers.
         device: where the arithmetic runs ("cpu", "cuda", "mps").
-        tile: elements that a thread works on at once, a multiple of 65,536; changes no byte of the result.
+        tile: elements that a worker reads and writes at once, a multiple of 65,536; by their bytes where None, and it
+            changes no byte of the result.
         processes: let `save` spread its work over forked processes, which is faster than threads; only where
             this process runs no threads of its own, as the command does not.
 
@@ -68,14 +69,14 @@ class Merge:
         *,
         architecture: bool = False,
         device: torch.device | str = "cpu",
-        tile: int = TILE,
+        tile: int | None = None,
         processes: bool = False,
     ) -> None:
         self.recipe = recipe
         self.progress = progress
         self.architecture = architecture
         self.device = device
-        self.tile = tile
+        self._tile = tile
         self.processes = processes and str(device) == "cpu"
         self.method: Method = recipe.make_method()
         self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
@@ -130,6 +131,14 @@ class Merge:
         reference = self.base if self.recipe.base is not None else None
         names = {name: self.base.stored[name] for name in self.matched.merged}
         return Inputs(self.method, reference, self.experts, names, self.device)
+
+    @cached_property
+    def tile(self) -> int:
+        """Elements that a worker reads and writes at once."""
+        if self._tile is not None:
+            return self._tile
+        widest = max((spec.itemsize for spec in self.out_specs.values()), default=1)
+        return tile_of(self.inputs.element_bytes + widest)
 
     def rounding(self, name: str) -> Rounding:
         """How the tensor of the output is rounded."""

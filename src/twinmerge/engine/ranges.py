@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from twinmerge.maths.sums import BLOCK
 
-TILE = 4 * BLOCK  # elements read and written at once: few enough to stay small, many enough for what each range costs
+TILE = 16 * BLOCK  # elements read and written at once, at most: enough for what each range costs
+TILE_BYTES = 12 << 20  # of all inputs and the output together, for each worker
+SEEN = 4 * BLOCK  # elements that a pass looks at at once, widened to float32 where no compiled code does it
 PIECE = 2 * BLOCK  # elements computed on at once: few enough for the cache, enough for what each operation costs
 SAMPLE = 1 << 20  # elements that a sampled pass sees, of any model
 CHUNK = 1024  # elements side by side in a sample
@@ -28,11 +30,24 @@ class Range(NamedTuple):
         return self.stop - self.start
 
 
+def tile_of(element_bytes: int) -> int:
+    """Elements of a tile, whole blocks of 65,536.
+
+    Args:
+        element_bytes: of one element of every input and of the output.
+
+    Example:
+        >>> tile_of(10), tile_of(40), tile_of(1000)
+        (1048576, 262144, 65536)
+    """
+    return min(TILE, max(1, TILE_BYTES // (BLOCK * max(1, element_bytes))) * BLOCK)
+
+
 def ranges(names: Iterable[str], shapes: Shapes, tile: int | None = TILE) -> Iterator[Range]:
     """The tensors cut into tiles, whole blocks of 65,536 but for the last of each; whole tensors where `tile` is None.
 
     Example:
-        >>> [tuple(r) for r in ranges(["a", "b"], {"a": (3, 100_000), "b": ()})]
+        >>> [tuple(r) for r in ranges(["a", "b"], {"a": (3, 100_000), "b": ()}, 262_144)]
         [('a', 0, 262144), ('a', 262144, 300000), ('b', 0, 1)]
     """
     for name in names:

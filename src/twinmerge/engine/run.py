@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from twinmerge.engine.ranges import TILE, Range, Shapes, grouped, ranges, sample
+from twinmerge.engine.ranges import SEEN, TILE, Range, Shapes, grouped, ranges, sample
 from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.methods.base import Known, Method, Partial, Pass, Tile
@@ -125,8 +125,9 @@ class Run:
             return
         totals: dict[str, Partial] = {name: {} for name in seen} if by_tensor else {"": {}}
         whole = self.method.grain == "matrix"
-        work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, None if whole else self.tile)
-        groups = list(grouped(work, self.tile))
+        tile = min(SEEN, self.tile)
+        work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, None if whole else tile)
+        groups = list(grouped(work, tile))
 
         def look(share: Sequence[list[Range]]) -> dict[str, Partial]:
             found: dict[str, Partial] = {}

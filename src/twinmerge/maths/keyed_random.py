@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PER_COUNT = 8  # one step of Philox's counter gives four words of 64 bits: eight numbers
 _CHUNK = 1 << 18  # numbers at a time: small enough for the cache
@@ -38,12 +40,15 @@ def uniform(seed: int, expert: str, tensor: str, start: int, count: int) -> Tens
         ValueError: start or count is negative.
 
     Example:
+        >>> import torch
         >>> whole = uniform(0, "math", "layers.0.weight", 0, 100)
         >>> torch.equal(whole[37:], uniform(0, "math", "layers.0.weight", 37, 63))
         True
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """
+    import torch
+
     words = _words(seed, expert, tensor, start, count)
     out = np.empty(count, dtype=np.float32)
     for at in range(0, count, _CHUNK):
@@ -59,10 +64,13 @@ def kept_bits(seed: int, expert: str, tensor: str, start: int, count: int, share
         (count,) int32, -1 or 0: `x.view(torch.int32) & mask` drops entries of a float32 x.
 
     Example:
+        >>> import torch
         >>> mask = kept_bits(0, "math", "w", 0, 1000, 0.25)
         >>> torch.equal(mask == -1, uniform(0, "math", "w", 0, 1000) < 0.25)
         True
     """
+    import torch
+
     draws = _words(seed, expert, tensor, start, count)
     draws >>= np.uint32(8)
     below = math.ceil(float(np.float32(share)) * 2**24)  # u < share in float32, with u a multiple of 2^-24
@@ -79,6 +87,8 @@ def draws24(seed: int, expert: str, tensor: str, start: int, count: int) -> Tens
         >>> draws24(0, "a", "w", 0, 3).dtype
         torch.int32
     """
+    import torch
+
     draws = _words(seed, expert, tensor, start, count)
     draws >>= np.uint32(8)
     return torch.from_numpy(draws.view(np.int32))

@@ -28,6 +28,9 @@ Partial = dict[str, Any]
 """A pass's result for one tile. Unless the pass says otherwise, integer values of equal keys add, and floating values
 have a key of their own."""
 
+Scope = Literal["model", "tensor"]
+"""What a count or a reduction is over."""
+
 PerExpert = float | tuple[float, ...]
 """One number for all experts, or one for each, in the experts' order."""
 
@@ -118,7 +121,7 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
-    scope: Literal["tensor", "model"]
+    scope: Scope
     sampled: ClassVar[bool] = False
     rare: bool = False
 

@@ -1,11 +1,11 @@
 """DARE: drop entries of each task vector at random, rescale the rest, add them up."""
 
-from collections.abc import Sequence
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
-from torch import Tensor
 
 from twinmerge.maths.fused import Drop, Rule
 from twinmerge.maths.keyed_random import kept_bits, philox_key
@@ -26,11 +26,16 @@ from twinmerge.methods.base import (
     weights_field,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Rescale = Literal["inverse_keep", "l1", "none"]
 
 
 def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
     """The stack (experts, *tile) with dropped entries at zero; each entry's draw is keyed by seed, expert, tensor and index."""
+    import torch
+
     out = torch.empty_like(x)
     shares = per_expert(density, len(x))
     for row, to, expert, share in zip(x, out, at.experts, shares, strict=True):
@@ -59,12 +64,13 @@ class L1Norms(Pass):
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         rest = drop(tile.x, self.density, self.seed, tile.at)
-        rows = [torch.stack([block_sums(x.abs()), block_sums(y.abs())]) for x, y in zip(tile.x, rest, strict=True)]
-        return {f"{tile.at.offset:020d}": torch.stack(rows)}
+        sums = [(block_sums(x.abs()).tolist(), block_sums(y.abs()).tolist()) for x, y in zip(tile.x, rest, strict=True)]
+        return {f"{tile.at.offset}": sums}
 
     def finish(self, total_: Partial, known: Known) -> object:
-        blocks = torch.cat([total_[key] for key in sorted(total_)], dim=2)
-        return torch.tensor([[total(row) for row in expert] for expert in blocks], dtype=torch.float64)
+        """(Σ|τ|, Σ|kept τ|) of each expert."""
+        tiles = list(total_.values())
+        return [tuple(total(*(tile[e][i] for tile in tiles)) for i in (0, 1)) for e in range(len(tiles[0]))]
 
 
 def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> tuple[float, ...]:
@@ -72,7 +78,7 @@ def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> t
     if rescale == "inverse_keep":
         return tuple(1 / max(p, 2.0**-24) for p in per_expert(density, count))  # below 2^-24 only a draw of 0 is kept
     if rescale == "l1":
-        return tuple(whole / rest if rest > 0 else 1.0 for whole, rest in known[L1Norms.name].tolist())
+        return tuple(whole / rest if rest > 0 else 1.0 for whole, rest in known[L1Norms.name])
     return (1.0,) * count
 
 

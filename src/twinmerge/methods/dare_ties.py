@@ -1,14 +1,19 @@
 """DARE-TIES: random drop and rescale instead of the trim, then the sign election of TIES."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import Field
-from torch import Tensor
 
 from twinmerge.maths.fused import Rule
 from twinmerge.methods.base import Known, Pass, PerExpert, Place, Tile, column, seed_field
 from twinmerge.methods.dare import L1Norms, Rescale, drop, drop_rule, factors
 from twinmerge.methods.ties import Ties
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DareTies(Ties):

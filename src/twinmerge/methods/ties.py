@@ -1,13 +1,12 @@
 """TIES-Merging: trim, elect a sign, average what agrees with it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from twinmerge.maths import select
 from twinmerge.maths.fused import Elect, Rule
 from twinmerge.methods.base import (
     Known,
@@ -16,6 +15,7 @@ from twinmerge.methods.base import (
     Pass,
     PerExpert,
     Place,
+    Scope,
     Tile,
     moved,
     per_expert,
@@ -23,7 +23,10 @@ from twinmerge.methods.base import (
     weighted_sum,
     weights_field,
 )
-from twinmerge.methods.trim import Scope, trim_passes, trim_rule, trimmed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Tie = Literal["zero", "majority", "positive"]
 Compat = Literal["paper", "official", "mergekit"]
@@ -35,7 +38,7 @@ class Majority(Pass):
     name = "ties_majority"
     scope = "model"
 
-    def __init__(self, method: "Ties") -> None:
+    def __init__(self, method: Ties) -> None:
         self.method = method
 
     def observe(self, tile: Tile, known: Known) -> Partial:
@@ -63,6 +66,7 @@ class Ties(Method):
     Source: Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708, algorithm 1.
 
     Example:
+        >>> import torch
         >>> from twinmerge.methods.base import Place
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.zeros(1)
         >>> Ties(density=1.0, scope="tensor").apply(Tile(deltas, base, Place("w", (1,))), {})
@@ -82,7 +86,11 @@ class Ties(Method):
 
     def passes(self) -> Sequence[Pass]:
         scope: Scope = "tensor" if self.compat == "mergekit" else self.scope
-        passes = trim_passes(self, scope) if self.trims else []
+        passes: list[Pass] = []
+        if self.trims:
+            from twinmerge.methods.trim import trim_passes  # with torch, which is not needed where nothing is trimmed
+
+            passes += trim_passes(self, scope)
         if self.tie == "majority" or self.compat == "official":
             passes.append(Majority(self))
         return passes
@@ -98,6 +106,10 @@ class Ties(Method):
 
     def keep_counts(self, totals: Tensor) -> Tensor:
         """k for each expert out of its number of entries."""
+        import torch
+
+        from twinmerge.maths import select
+
         shares = zip(per_expert(self.share_kept, len(totals)), totals.tolist(), strict=True)
         counts = [select.keep_count(share, size) for share, size in shares]
         if self.compat == "official":  # its (d − k)-th smallest value is the (k + 1)-th largest
@@ -116,7 +128,11 @@ class Ties(Method):
     def trim(self, tile: Tile, known: Known) -> Tensor:
         """The stack with all but the kept entries at zero."""
         x = self.trimmed_quantity(tile, known)
-        return trimmed(x, tile, known, keep_all_equal=self.compat == "official") if self.trims else x
+        if not self.trims:
+            return x
+        from twinmerge.methods.trim import trimmed
+
+        return trimmed(x, tile, known, keep_all_equal=self.compat == "official")
 
     @property
     def vote_weights(self) -> PerExpert:
@@ -150,18 +166,18 @@ class Ties(Method):
             if min(weights) > 0:  # no entry agrees: 0 / its bound is the 0 that is wanted
                 total /= mass.clamp_min_(min(weights))
             else:
-                total = torch.where(mass != 0, total / torch.where(mass != 0, mass, 1.0), 0.0)
+                some = mass != 0
+                total = (total / mass.where(some, 1.0)).where(some, 0.0)
         return moved(tile, total.mul_(sign), self.scale)
 
     def agreeing(self, x: Tensor, sign: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
         """Over the entries of the elected sign, zeros never among them: Σ wt |xt| ("max": the largest wt |xt|), and Σ wt."""
-        total = torch.zeros_like(sign, dtype=work)
-        mass = torch.zeros_like(total)
+        total, mass = sign.new_zeros(sign.shape, dtype=work), sign.new_zeros(sign.shape, dtype=work)
         for weight, row in zip(per_expert(self.weights, len(x)), x, strict=True):
             side = -1.0 if self.flips(weight) else 1.0
-            size = torch.mul(row, sign).mul_(side).relu_() if side < 0 else torch.mul(row, sign).relu_()
+            size = (row * sign).mul_(side).relu_() if side < 0 else (row * sign).relu_()
             if self.merge == "max":
-                total = torch.maximum(total, size.to(work) * abs(weight))
+                total = total.maximum(size.to(work) * abs(weight))
             else:
                 total.add_(size.to(work), alpha=weight * side)
             if self.merge == "mean":
@@ -172,6 +188,10 @@ class Ties(Method):
         count = len(at.experts)
         weights = per_expert(self.weights, count)
         votes, flips = per_expert(self.vote_weights, count), tuple(self.flips(weight) for weight in weights)
-        trim = trim_rule(at, known, keep_all_equal=self.compat == "official") if self.trims else None
+        trim = None
+        if self.trims:
+            from twinmerge.methods.trim import trim_rule
+
+            trim = trim_rule(at, known, keep_all_equal=self.compat == "official")
         elect = Elect(self.merge, votes, self.tie_sign(known), flips)
         return Rule(weights, deltas=True, scale=self.scale, trim=trim, elect=elect)

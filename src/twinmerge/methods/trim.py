@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from itertools import accumulate
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,9 @@ from torch import Tensor
 from twinmerge.maths import select
 from twinmerge.maths.fused import Trim
 from twinmerge.maths.sums import BLOCK
-from twinmerge.methods.base import Known, Partial, Pass, Place, Tile
+from twinmerge.methods.base import Known, Partial, Pass, Place, Scope, Tile
 from twinmerge.store.header import SIZES
 
-Scope = Literal["model", "tensor"]
 ALL = 1 << 62  # room for every entry that equals a threshold
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint import INDEX, SINGLE, Spec, check_range
 from twinmerge.store.header import header_of as header_of
-from twinmerge.store.ranges import OpenFile, bytes_of, read_into, write_from
+from twinmerge.store.ranges import OpenFile, begin_to_sync, bytes_of, read_into, write_from
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+SYNC_BYTES = 1 << 18
 SHARD_BYTES = 5 * 10**9
 JOURNAL, LOCK = "journal", "lock"
 PYTORCH = {"format": "pt"}
@@ -267,6 +268,8 @@ class CheckpointWriter:
         check_range(name, spec, start, flat)
         with handle.use() as fd:
             write_from(fd, bytes_of(flat), offset + start * spec.itemsize)
+            if flat.nbytes >= SYNC_BYTES:  # small parts share pages, which would be written again and again
+                begin_to_sync(fd, offset + start * spec.itemsize, flat.nbytes)
 
     def read_into(self, name: str, start: int, flat: Flat) -> None:
         """Fill `flat` with what lies where `write` would put it; nothing that was written reads as zeros.

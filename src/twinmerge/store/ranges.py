@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +63,21 @@ def write_from(fd: int, buffer: ReadableBuffer, offset: int) -> None:
         rest, offset = rest[put:], offset + put
 
 
+def begin_to_sync(fd: int, offset: int, size: int) -> None:
+    """Ask the system to bring what was written there to the disk now, so that a sync at the end has little to wait for.
+
+    Linux only; elsewhere, and where it fails, nothing is lost but time.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryFile() as file:
+        ...     write_from(file.fileno(), b"abcd", 0)
+        ...     begin_to_sync(file.fileno(), 0, 4)
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, offset, size, 2)  # SYNC_FILE_RANGE_WRITE: begin, do not wait
+
+
 def bytes_of(flat: Flat) -> memoryview:
     """The memory of a contiguous 1-D tensor on the CPU, or of a 1-D array of bytes; not a copy.
 
@@ -81,6 +98,20 @@ def bytes_of(flat: Flat) -> memoryview:
     if flat.dim() != 1 or not flat.is_contiguous() or flat.device.type != "cpu":
         raise ValueError(f"expected a contiguous 1-D tensor on the CPU, not {tuple(flat.shape)} on {flat.device}")
     return flat.detach().view(torch.uint8).numpy().data
+
+
+def _found() -> Callable[[int, int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):  # a C library without it
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+_sync_file_range = _found()
 
 
 class OpenFile:
