@@ -492,8 +492,9 @@ def markdown(report: dict[str, Any]) -> str:
         "Peak MB: resident as the kernel counts it; in brackets without the pages of mapped files (libraries, and inputs that are "
         "read by mapping), sampled.",
         "",
-        "| after imports | GB read | GB written | twinmerge's merge s | copying s | copying and fsync s | its process s | merge / copying | from disk MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| after imports | GB read | GB written | twinmerge's merge s | copying s | copying and fsync s | its process s | merge / copying | "
+        "merge / copying and fsync | from disk MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method, row in report["methods"].items():
         alone, copied = row["summary"]["merge"], row["summary"]["copy"]
