@@ -65,6 +65,40 @@ def test_build_passes_its_options_on(command: Any, zoo: Any, tmp_path: Path) -> 
     assert all(torch.equal(a, b) for a, b in zip(read.parameters(), api.parameters(), strict=True))
 
 
+# ----------------------------------------------------------------------------------------- compress
+
+
+def test_build_to_bytes_and_compress_further(command: Any, zoo: Any, tmp_path: Path) -> None:
+    """The options reach the library; the picture is one; the files are no longer than asked for."""
+    given = ["twin", "build", "--base", zoo.base, *zoo.given, "--suite", zoo.suite, "--codec", "float16"]
+    found = command(*given, "--bytes", "30kB", "-o", tmp_path / "a", "--picture", tmp_path / "a.png", "--json").json()
+    assert 0.9 * 30_000 < found["bytes_extra"] <= 30_000 and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert all(0 <= share <= 1 for share in found["retained"].values())
+    data = [word for task, file in zoo.data.items() for word in ("--data", f"{task}={file}")]
+    small = command(
+        "twin", "compress", tmp_path / "a", "--energy", 0.5, "--codec", "int8", *data, "-o", tmp_path / "b", "--json"
+    ).json()
+    assert small["bytes_extra"] < 0.8 * found["bytes_extra"]
+    read = tm.Twin.from_pretrained(tmp_path / "b")
+    assert read.package.codec == "int8" and read.router is not None
+    told = read.package.provenance["twin"]["compressed"]
+    assert (told["energy"], told["codec"], told["weighted"]) == (0.5, "int8", True)
+    assert command("twin", "run", tmp_path / "b", "w3 w4").code == 0
+    weighed = command(*given, "--rank", 2, "--weigh", "-o", tmp_path / "c")
+    assert weighed.code == 0 and "at rank 2" in weighed.err and "of a matrix's energy kept" in weighed.err
+
+
+def test_limits_and_pictures_that_cannot_be(command: Any, zoo: Any, tmp_path: Path) -> None:
+    for words, says in (
+        (["--bytes", "4 potatoes"], "'4 potatoes' is no number of bytes"),
+        (["--bytes", "1%"], "bytes are too few"),
+        ([], "Give one limit"),
+        (["--rank", 1, "--picture", tmp_path / "x.gif"], "is of no known kind"),
+    ):
+        ran = command("twin", "compress", zoo.twin, *words, "-o", tmp_path / "out")
+        assert ran.code == 2 and says in ran.err and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------- run
 
 

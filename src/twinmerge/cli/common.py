@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,6 +114,26 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def byte_count(text: str, whole: int) -> float:
+    """Bytes out of what people write.
+
+    Args:
+        whole: what a percentage is of.
+
+    Errors:
+        TwinmergeError: no number of bytes.
+
+    Example:
+        >>> byte_count("3.5MB", 0), byte_count("4%", 1000), byte_count("12", 0)
+        (3500000.0, 40.0, 12.0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|B|kB|KB|MB|GB|TB)?", text.strip())
+    if found is None:
+        raise TwinmergeError(f"{text!r} is no number of bytes. Write 3500000, 3.5MB or 4% (of the shared model).")
+    units = {None: 1.0, "B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "%": whole / 100}
+    return float(found[1]) * units[found[2]]
 
 
 def folder_bytes(folder: Path) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from twinmerge.cli.common import (
     Json,
     Parameters,
     Threads,
+    byte_count,
     folder_bytes,
     numbers,
     pairs,
@@ -27,7 +28,28 @@ from twinmerge.cli.common import (
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
 
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
+DEFAULT_RANK = 8
+CHOSEN_FROM = 64  # the rank that --energy and --bytes choose from
+
 twin_app = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
+
+
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", metavar="SHARE", help="Keep this share of what the experts know, in the fewest bytes."),
+]
+Bytes = Annotated[
+    str | None,
+    typer.Option("--bytes", metavar="SIZE", help="Of the files beside the shared model, at most: 3.5MB, or 4% of it."),
+]
+Codec = Annotated[str, typer.Option("--codec", help="Of the numbers on the disk: none, float16, int8.")]
+Weigh = Annotated[bool, typer.Option("--weigh", help="Keep what matters for inputs like --data, not for the weights.")]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE", help="Draw what is kept, layer by layer (.png, .svg, .pdf).")
+]
 
 
 @twin_app.command()
@@ -35,7 +57,15 @@ def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     base: Base = None,
     expert: Experts = None,
-    rank: Annotated[int, typer.Option("--rank", help="Of every exclusive matrix.")] = 8,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Of every exclusive matrix: 8, or with --energy or --bytes at most 64."),
+    ] = None,
+    energy: Energy = None,
+    bytes_: Bytes = None,
+    codec: Codec = "none",
+    weigh: Weigh = False,
+    picture: Picture = None,
     shared: Annotated[str, typer.Option("--shared", help="The static method of the shared part.")] = "tsv",
     parameter: Parameters = None,
     head: Heads = None,
@@ -76,17 +106,35 @@ def build(
             about[name] = {"task": name, "metric": task.metric}
     for name, file in pairs(data, "--data").items():
         inputs[name] = read_texts(Path(file))[:rows]
-    twin = Twin.build(base, experts, rank, shared=shared, heads=head or (), **values(parameter, "-p"))
-    report = twin.fit_router(inputs, router, seed=seed) if inputs else None
-    twin.save_pretrained(output, about)
-    extra = sum(
-        (output / f).stat().st_size for f in ("twin.safetensors", "router.safetensors") if (output / f).exists()
+    _check_picture(picture)
+    chosen = energy is not None or bytes_ is not None
+    twin = Twin.build(
+        base,
+        experts,
+        rank or (CHOSEN_FROM if chosen else DEFAULT_RANK),
+        shared=shared,
+        heads=head or (),
+        **values(parameter, "-p"),
     )
-    extra += folder_bytes(output / "heads") if (output / "heads").exists() else 0
+    report = twin.fit_router(inputs, router, seed=seed) if inputs else None
+    if chosen or codec != "none" or weigh:
+        whole = None if chosen else rank or DEFAULT_RANK
+        twin = _compressed(twin, whole, energy, bytes_, codec, inputs if weigh else None)
+    twin.save_pretrained(output, about)
+    extra = _extra(output)
+    kept = _drawn(twin, picture)
     if json:
-        print_json({"output": str(output), "bytes_extra": extra, "router": report._asdict() if report else None})
+        print_json(
+            {
+                "output": str(output),
+                "bytes_extra": extra,
+                "retained": kept,
+                "router": report._asdict() if report else None,
+            }
+        )
         return
-    said(f"Built a twin of {len(experts)} experts at rank {rank}: {size(extra)} beside the shared model -> {output}")
+    at = "" if chosen else f" at rank {rank or DEFAULT_RANK}"
+    said(f"Built a twin of {len(experts)} experts{at}: {_told(extra, kept)} -> {output}")
     if report is None:
         said("It has no router: name the expert in each call, or build again with --data or --suite.")
     else:
@@ -97,6 +145,90 @@ def build(
             ["expert", "routed right"],
             lines,
         )
+
+
+@twin_app.command()
+def compress(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of every exclusive matrix.")] = None,
+    energy: Energy = None,
+    bytes_: Bytes = None,
+    codec: Codec = "none",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", metavar="NAME=FILE", help="Texts of an expert's kind: keep what matters for them. Repeat."
+        ),
+    ] = None,
+    picture: Picture = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Make a twin smaller: by rank, by the share of energy kept, or by bytes on the disk.
+
+    twinmerge twin compress TWIN --bytes 4% --codec int8 --data a=a.jsonl --data b=b.jsonl -o SMALL
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.tasks.texts import read_texts
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    _check_picture(picture)
+    loaded = Twin.from_pretrained(twin)
+    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    small = _compressed(loaded, rank, energy, bytes_, codec, inputs or None)
+    small.save_pretrained(output)
+    extra = _extra(output)
+    kept = _drawn(small, picture)
+    if json:
+        print_json({"output": str(output), "bytes_extra": extra, "retained": kept})
+        return
+    said(f"{_told(extra, kept)} -> {output}")
+
+
+def _compressed(
+    twin: Twin,
+    rank: int | None,
+    energy: float | None,
+    size_: str | None,
+    codec: str,
+    inputs: Mapping[str, Sequence[Any]] | None,
+) -> Twin:
+    shared = twin.package.shared
+    whole = sum(spec.bytes for spec in shared.specs.values())
+    limit = None if size_ is None else byte_count(size_, whole)
+    return twin.compress(rank=rank, energy=energy, bytes=limit, codec=codec, inputs=inputs)
+
+
+def _extra(folder: Path) -> int:
+    """Bytes of the files beside the shared model."""
+    files = [folder / name for name in ("twin.safetensors", "router.safetensors")]
+    extra = sum(file.stat().st_size for file in files if file.exists())
+    return extra + (folder_bytes(folder / "heads") if (folder / "heads").exists() else 0)
+
+
+def _told(extra: int, kept: Mapping[str, float]) -> str:
+    mean = sum(kept.values()) / len(kept) if kept else 1.0
+    return f"{size(extra)} beside the shared model, on average {100 * mean:.1f} % of a matrix's energy kept"
+
+
+def _check_picture(file: Path | None) -> None:
+    if file is not None:
+        from twinmerge.study.heatmap import check_picture
+
+        check_picture(file)
+
+
+def _drawn(twin: Twin, file: Path | None) -> dict[str, float]:
+    """The share of the energy that each matrix keeps; drawn where a picture is asked for."""
+    shares, ranks = twin.retained()
+    if file is not None:
+        from twinmerge.study.heatmap import draw_retained
+
+        draw_retained(shares, ranks, f"What {', '.join(twin.experts)} keep", file)
+    return shares
 
 
 @twin_app.command()

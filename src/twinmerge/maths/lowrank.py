@@ -59,6 +59,16 @@ class Factors(NamedTuple):
         dtype = torch.promote_types(torch.promote_types(self.b.dtype, self.a.dtype), torch.float32)
         return self.b.to(dtype) @ self.a.to(dtype)
 
+    def energy(self) -> float:
+        """‖b a‖², the sum of the squared entries, out of the factors.
+
+        Example:
+            >>> Factors(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])).energy()
+            125.0
+        """
+        b, a = self.b.double(), self.a.double()
+        return float(((b.mT @ b) * (a @ a.mT)).sum())
+
     def entries(self, start: int, stop: int) -> Tensor:
         """Entries start ... stop − 1 of the product, row by row, without the rest of it.
 

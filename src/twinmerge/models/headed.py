@@ -15,10 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
 from twinmerge.store.artefact import Artefact, load_artefact, save_artefact
 
-HEADS_VERSION = 1
+HEADS_VERSION = 2  # 2: packed by a codec
 HEAD_NAME = re.compile(r"\w[\w.\-]*")  # an expert's name is a folder's name, never a path
 
 
@@ -163,7 +164,7 @@ class HeadedModel(nn.Module):
 
     def _by_head(self, names: Mapping[str, str], module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         for rows, head in self._groups:
-            own = {a: head.tensors[n] for a, n in names.items() if n in head.tensors}
+            own = {a: self._as_body(head.tensors[n]) for a, n in names.items() if n in head.tensors}
             module.__dict__.update(own)  # hides the parameters while the module runs
             try:
                 y[rows] = module.forward(args[0][rows])
@@ -183,9 +184,15 @@ class HeadedModel(nn.Module):
         lacking = [k for k in module.state_dict() if k not in outside.values()]
         if lacking:
             raise TwinmergeError(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
-        module.load_state_dict({k: head.tensors[n] for n, k in outside.items()}, strict=True, assign=True)
+        state = {k: self._as_body(head.tensors[n]) for n, k in outside.items()}
+        module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)
         return module
+
+    def _as_body(self, tensor: Tensor) -> Tensor:
+        """A head's tensor in the body's dtype: a codec gives float32."""
+        own = next(self.body.parameters()).dtype
+        return tensor.to(own) if tensor.dtype == torch.float32 else tensor
 
     def labels(self, head: str | None = None) -> list[str]:
         """The label names of a head, or of the model itself where there are no heads."""
@@ -274,16 +281,26 @@ def body_path(architecture: Architecture, head_names: set[str]) -> str:
     return children.pop()
 
 
-def save_heads(folder: Path, heads: Mapping[str, HeadSpec], base: str, about: Mapping[str, Mapping[str, Any]]) -> None:
+def head_artefact(name: str, head: HeadSpec, base: str, codec: str = "none") -> Artefact:
+    """A head as it is stored: with the codec "int8" matrices have a scale for each row, all else half precision."""
+    tensors, packed = pack(head.tensors, codec, {n: 0 for n, t in head.tensors.items() if t.dim() == 2})
+    return Artefact("head", HEADS_VERSION if packed else 1, base, {"expert": name, **packed}, tensors)
+
+
+def save_heads(
+    folder: Path,
+    heads: Mapping[str, HeadSpec],
+    base: str,
+    about: Mapping[str, Mapping[str, Any]],
+    codec: str = "none",
+) -> None:
     """Write `heads.json` (expert -> labels, class, and `about`) and `heads/<expert>/` (config.json, head.safetensors)."""
     table = {}
     for name, head in heads.items():
         where = folder / "heads" / name
         where.mkdir(parents=True)
         (where / "config.json").write_text(head.config.to_json_string(use_diff=True), encoding="utf-8")
-        save_artefact(
-            where / "head.safetensors", Artefact("head", HEADS_VERSION, base, {"expert": name}, dict(head.tensors))
-        )
+        save_artefact(where / "head.safetensors", head_artefact(name, head, base, codec))
         table[name] = {"labels": head.labels, "class": class_of(head.config).__name__, **about.get(name, {})}
     (folder / "heads.json").write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -303,5 +320,5 @@ def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
         if config is None:
             raise TwinmergeError(f"{folder / 'heads' / name / 'config.json'} is missing. Copy the whole folder again.")
         artefact = load_artefact(folder / "heads" / name / "head.safetensors", "head", HEADS_VERSION, base)
-        heads[name] = HeadSpec(config, artefact.tensors)
+        heads[name] = HeadSpec(config, unpack(artefact.tensors, artefact.header))
     return heads

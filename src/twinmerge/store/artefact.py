@@ -50,17 +50,28 @@ def fingerprint(specs: Mapping[str, Spec], beginning: Callable[[str, int], NDArr
 
 def save_artefact(file: Path, artefact: Artefact) -> None:
     """Write `file`; the bytes depend on the artefact only."""
-    head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header}
-    specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in artefact.tensors.items()}
-    specs = dict(sorted(specs.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    head, specs = _head_and_specs(artefact)
     with file.open("wb") as out:
-        out.write(header_of(specs, {KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}))
+        out.write(header_of(specs, head))
         for name in specs:
             write_tensor(out, artefact.tensors[name])
 
 
+def artefact_bytes(artefact: Artefact) -> int:
+    """How long the file will be."""
+    head, specs = _head_and_specs(artefact)
+    return len(header_of(specs, head)) + sum(spec.bytes for spec in specs.values())
+
+
+def _head_and_specs(artefact: Artefact) -> tuple[dict[str, str], dict[str, Spec]]:
+    head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header}
+    specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in artefact.tensors.items()}
+    specs = dict(sorted(specs.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    return {KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}, specs
+
+
 def load_artefact(file: Path, kind: str, version: int, base: str | None = None) -> Artefact:
-    """Read `file` and check its kind, its version and, where `base` is given, that it belongs to that model.
+    """Read `file` and check its kind, its version (at most `version`) and, where `base` is given, that it belongs to that model.
 
     Errors:
         TwinmergeError: missing, corrupt, another kind, a version this release does not read, another base.
@@ -75,7 +86,7 @@ def load_artefact(file: Path, kind: str, version: int, base: str | None = None) 
         raise TwinmergeError(f"{file} is no twinmerge artefact. Build it again.") from error
     if found.kind != kind:
         raise TwinmergeError(f"{file} is a {found.kind!r} artefact, expected {kind!r}. Name the right file.")
-    if found.version != version:
+    if not 1 <= found.version <= version:
         raise TwinmergeError(
             f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build it again."
         )

@@ -1,8 +1,8 @@
-"""A heat map of how two models differ: layers from left to right, kinds of tensor from top to bottom."""
+"""Heat maps of how two models differ, or of what a twin keeps: layers from left to right, kinds of tensor from top to bottom."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -105,25 +105,51 @@ def draw_heatmap(found: Diff, file: str | Path) -> Path:
     Errors:
         TwinmergeError: as `check_picture`; nothing was compared.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     check_picture(file)
     if not found.tensors:
         raise TwinmergeError("There is no tensor to draw: the models share none of one shape. Leave the picture out.")
-    at = cells(d.name for d in found.tensors)
+    return _draw_panels([d.name for d in found.tensors], _panels(found), _title(found), Path(file))
+
+
+def draw_retained(shares: Mapping[str, float], ranks: Mapping[str, float], title: str, file: str | Path) -> Path:
+    """Draw what a twin keeps of its experts: matrix by matrix the share of the energy, and the mean rank.
+
+    Args:
+        shares: matrix -> the share of Σt ‖vt‖² that is kept, 0 to 1.
+        ranks: matrix -> the mean of the experts' ranks.
+        file: .png, .svg or .pdf, in a folder that is there; written over.
+
+    Errors:
+        TwinmergeError: as `check_picture`; there is no matrix.
+    """
+    check_picture(file)
+    if not shares:
+        raise TwinmergeError("There is no matrix to draw: the experts have none of their own. Leave the picture out.")
+    percent = {name: 100 * share for name, share in shares.items()}
+    panels = [
+        Panel("retained energy\nΣ ‖kept‖² / Σ ‖v‖²", percent, " %", "zero", [100.0]),
+        Panel("rank\nmean over the experts", dict(ranks), "", "zero", list(ranks.values())),
+    ]
+    return _draw_panels(list(shares), panels, title, Path(file))
+
+
+def _draw_panels(names: Sequence[str], panels: Sequence[Panel], title: str, file: Path) -> Path:
+    """One map for each panel, side by side or in two rows."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    at = cells(names)
     layers = sorted({cell.layer for cell in at.values()})
     # What is outside the layers first: its column is the first one, and beside the names.
     kinds = [cell.kind for cell in at.values() if cell.layer == OUTSIDE]
     kinds += dict.fromkeys(cell.kind for cell in at.values() if cell.layer != OUTSIDE)
-    panels = _panels(found)
     column = min(COLUMN, WIDEST / len(layers))
     labels, width, height = 0.068 * max(map(len, kinds)), max(2.1, column * len(layers)) + 0.9, ROW * len(kinds) + 1.0
     across = next((n for n in (len(panels), 2) if len(panels) % n == 0 and labels + n * width <= WIDEST), 1)
     down = len(panels) // across
     size = (labels + across * width, max(2.2, height) * down + 0.3)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(_title(found), fontsize=10, parse_math=False)  # a path may hold dollars
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a path may hold dollars
     axes_of = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, panel in zip(axes_of.flat, panels, strict=True):
         grid = np.full((len(kinds), len(layers)), np.nan)
@@ -134,8 +160,8 @@ def draw_heatmap(found: Diff, file: str | Path) -> Path:
     axes_of[0, 0].invert_yaxis()  # shared by all
     with rc_context({"svg.hashsalt": "twinmerge", "svg.fonttype": "path"}):
         dpi = min(DPI, MOST_PIXELS / max(size))
-        figure.savefig(file, dpi=dpi, metadata=FORMATS[Path(file).suffix.lower()])
-    return Path(file)
+        figure.savefig(file, dpi=dpi, metadata=FORMATS[file.suffix.lower()])
+    return file
 
 
 def _title(found: Diff) -> str:

@@ -12,17 +12,18 @@ from torch import Tensor
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.side_files import NO_SIDE_FILES, PROVENANCE, copy_side_files, write_config
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors
-from twinmerge.models.headed import HeadSpec, load_heads, save_heads
+from twinmerge.models.headed import HeadSpec, head_artefact, load_heads, save_heads
 from twinmerge.models.opened import InMemory, OpenedModel, open_model
-from twinmerge.store.artefact import Artefact, load_artefact, save_artefact
+from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.output import OutputFolder, layout, write_checkpoint
 from twinmerge.twin.router import MlpRouter, Router, router_from
 from twinmerge.twin.split import Exclusive
 
 TWIN, ROUTER = "twin.safetensors", "router.safetensors"
-TWIN_VERSION = ROUTER_VERSION = 1
+TWIN_VERSION, ROUTER_VERSION = 2, 1  # of the twin 2: packed by a codec
 OWN_FILES = {TWIN, ROUTER, "heads.json", PROVENANCE, *NO_SIDE_FILES}
 
 
@@ -30,7 +31,8 @@ class Package(NamedTuple):
     """Everything that a twin folder holds.
 
     shared: the opened shared model; exclusive: expert -> its part, in the router's order; router, layers and the
-    router's report: None, () and None where none is fitted; provenance: as written.
+    router's report: None, () and None where none is fitted; provenance: as written; codec: of exclusive parts and heads on
+    the disk (see `maths/codec.py`), which their values are already those of.
     """
 
     shared: OpenedModel
@@ -40,6 +42,7 @@ class Package(NamedTuple):
     layers: tuple[int, ...]
     report: dict[str, Any] | None
     provenance: dict[str, Any]
+    codec: str = "none"
 
 
 def is_twin(folder: Path) -> bool:
@@ -62,9 +65,9 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
             (partial / own).unlink(missing_ok=True)
         write_config(shared, partial, None)
         base = folder_fingerprint(partial)
-        save_artefact(partial / TWIN, Artefact("twin", TWIN_VERSION, base, *_pack(package.exclusive)))
+        save_artefact(partial / TWIN, _pack(package.exclusive, base, package.codec))
         if package.heads:
-            save_heads(partial, package.heads, base, about)
+            save_heads(partial, package.heads, base, about, package.codec)
         if package.router is not None:
             save_artefact(partial / ROUTER, _pack_router(package, base))
         text = json.dumps(package.provenance, indent=2, ensure_ascii=False)
@@ -92,29 +95,50 @@ def load(folder: Path) -> Package:
         layers, report = tuple(found.header["layers"]), found.header["report"]
     file = folder / PROVENANCE
     provenance = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return Package(shared, _unpack(artefact), heads, router, layers, report, provenance)
+    codec = artefact.header.get("codec", "none")
+    return Package(shared, _unpack(artefact), heads, router, layers, report, provenance, codec)
 
 
-def _pack(exclusive: Mapping[str, Exclusive]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def extra_bytes(package: Package) -> int:
+    """What the files of the exclusive parts, the heads and the router will take, to within what `about` adds to heads.json."""
+    base = "0" * 64
+    sizes = [artefact_bytes(_pack(package.exclusive, base, package.codec))]
+    sizes += [artefact_bytes(head_artefact(n, head, base, package.codec)) for n, head in package.heads.items()]
+    sizes += [len(head.config.to_json_string(use_diff=True).encode()) for head in package.heads.values()]
+    if package.router is not None:
+        sizes.append(artefact_bytes(_pack_router(package, base)))
+    return sum(sizes)
+
+
+def _pack(exclusive: Mapping[str, Exclusive], base: str, codec: str) -> Artefact:
     tensors: dict[str, Tensor] = {}
+    dims: dict[str, int] = {}
     for i, part in enumerate(exclusive.values()):
         for name, factors in part.low.items():
-            tensors[f"{i}/b/{name}"], tensors[f"{i}/a/{name}"] = factors.b, factors.a
+            b, a = f"{i}/b/{name}", f"{i}/a/{name}"
+            tensors[b], tensors[a] = factors.b, factors.a
+            dims[b], dims[a] = 1, 0  # a scale for each component
         for name, tensor in part.dense.items():
             tensors[f"{i}/v/{name}"] = tensor
-    return {"experts": list(exclusive)}, tensors
+    stored, packed = pack(tensors, codec, dims)
+    header: dict[str, Any] = {"experts": list(exclusive), **packed}
+    if any(part.energy for part in exclusive.values()):
+        header["energy"] = [dict(part.energy) for part in exclusive.values()]
+    return Artefact("twin", TWIN_VERSION if packed else 1, base, header, stored)
 
 
 def _unpack(artefact: Artefact) -> dict[str, Exclusive]:
     experts: list[str] = artefact.header["experts"]
-    parts = [Exclusive({}, {}) for _ in experts]
-    for key, tensor in artefact.tensors.items():
+    energies = artefact.header.get("energy") or [{} for _ in experts]
+    parts = [Exclusive({}, {}, energy) for _, energy in zip(experts, energies, strict=True)]
+    tensors = unpack(artefact.tensors, artefact.header)
+    for key, tensor in tensors.items():
         index, kind, name = key.split("/", 2)
         part = parts[int(index)]
         if kind == "v":
             part.dense[name] = tensor
         elif kind == "b":
-            if (a := artefact.tensors.get(f"{index}/a/{name}")) is None:
+            if (a := tensors.get(f"{index}/a/{name}")) is None:
                 raise TwinmergeError(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
             part.low[name] = Factors(tensor, a)
     return dict(zip(experts, parts, strict=True))

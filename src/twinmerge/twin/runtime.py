@@ -103,7 +103,8 @@ class Runtime(nn.Module):
         changed: dict[str, dict[str, Low | Dense]] = {}
         modules: dict[str, nn.Module] = {}
         for name in names:
-            part = _gather(name, experts)
+            _, owner, attribute = owners[name][0]
+            part = _gather(name, experts, owner._parameters[attribute])
             self.parts[name.replace(".", "/")] = part
             for path, module, attribute in owners[name]:
                 modules[path] = module
@@ -123,12 +124,14 @@ class Runtime(nn.Module):
             self.state.mixture, self.state.biases, self.state.copies = None, None, False
 
 
-def _gather(name: str, experts: Sequence[Exclusive]) -> Low | Dense:
+def _gather(name: str, experts: Sequence[Exclusive], parameter: Tensor | None) -> Low | Dense:
+    """The experts' parts of one parameter, in its dtype."""
+    assert parameter is not None
     low = {i: (e.low[name].b, e.low[name].a) for i, e in enumerate(experts) if name in e.low}
     if low:
-        return Low(name, low)
-    shape = next(e.dense[name] for e in experts if name in e.dense)
-    return Dense(name, torch.stack([e.dense.get(name, torch.zeros_like(shape)) for e in experts]))
+        return Low(name, {i: (b.to(parameter.dtype), a.to(parameter.dtype)) for i, (b, a) in low.items()})
+    dense = [e.dense.get(name) for e in experts]
+    return Dense(name, torch.stack([torch.zeros_like(parameter) if d is None else d.to(parameter) for d in dense]))
 
 
 def attach(

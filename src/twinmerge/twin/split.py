@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,13 @@ class Exclusive(NamedTuple):
     """vt = θt − θs of one expert, compressed.
 
     low: canonical name -> (b, a) with b·a ≈ vt as a matrix (out, rest); dense: canonical name -> vt itself, for
-    parameters that are no matrix. A matrix that the expert leaves at θs is in neither.
+    parameters that are no matrix. A matrix that the expert leaves at θs is in neither. energy: canonical name ->
+    ‖vt‖² of each matrix before it was cut, where that is known.
     """
 
     low: dict[str, Factors]
     dense: dict[str, Tensor]
+    energy: Mapping[str, float] = MappingProxyType({})
 
     def numel(self) -> int:
         return sum(f.a.numel() + f.b.numel() for f in self.low.values()) + sum(t.numel() for t in self.dense.values())
@@ -56,7 +59,8 @@ def split(
     """
     if rank is not None and rank < 1:
         raise TwinmergeError(f"rank={rank} is out of range. Give at least 1, or none for all of it.")
-    parts = {expert: Exclusive({}, {}) for expert in experts}
+    energies: dict[str, dict[str, float]] = {expert: {} for expert in experts}
+    parts = {expert: Exclusive({}, {}, energies[expert]) for expert in experts}
 
     def work() -> Iterator[tuple[str, str, Callable[[], Factors | Tensor]]]:
         """Read in this thread; what is to be computed comes as a call for the pool."""
@@ -68,12 +72,15 @@ def split(
                 factors = [model.factors[name] for model in experts.values()]
                 for i, expert in enumerate(experts):
                     weights = [float(i == j) - c for j, c in enumerate(linear)]
+                    energies[expert][name] = truncate_product(factors, weights).energy()
                     yield expert, name, partial(truncate_product, factors, weights, rank)
                 continue
             for expert, model in experts.items():
                 theta = model.read(name)
                 wide = torch.promote_types(torch.promote_types(theta.dtype, reference.dtype), torch.float32)
                 delta = theta.to(wide) - reference.to(wide)
+                if matrix:
+                    energies[expert][name] = float(delta.square().sum(dtype=torch.float64))
                 if not matrix:
                     yield expert, name, partial(torch.clone, delta)
                 elif rank is None:
@@ -116,16 +123,16 @@ def cut(part: Exclusive, rank: int) -> Exclusive:
     """
     if rank < 1:
         raise TwinmergeError(f"rank={rank} is out of range. Give at least 1.")
-    cuts = Exclusive({}, part.dense)
+    cuts = Exclusive({}, part.dense, part.energy)
     for name, f in part.low.items():
         kept = Factors(f.b[:, :rank], f.a[:rank])
-        if f.rank > rank and not _is_ordered(f):
+        if f.rank > rank and not is_ordered(f):
             kept = truncate_product([f], [1.0], rank)
         _keep(cuts, name, kept, f.b.dtype)
     return cuts
 
 
-def _is_ordered(factors: Factors) -> bool:
+def is_ordered(factors: Factors) -> bool:
     """True for b = U diag(s), a = Vᵀ: the rows of a are orthonormal."""
     a = factors.a.to(torch.promote_types(factors.a.dtype, torch.float32))
     return torch.allclose(a @ a.T, torch.eye(len(a), dtype=a.dtype, device=a.device), atol=1e-2)

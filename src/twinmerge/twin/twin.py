@@ -24,8 +24,10 @@ from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.locate import locate
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.twin import package as folder_format
+from twinmerge.twin.compress import compressed, retained
 from twinmerge.twin.features import default_layers, features
 from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, one_hot
+from twinmerge.twin.moments import Moments, input_moments
 from twinmerge.twin.package import Package
 from twinmerge.twin.router import Router, RouterReport, fit_router
 from twinmerge.twin.runtime import Runtime
@@ -185,6 +187,48 @@ class Twin(nn.Module):
         twin.router, twin.layers, twin._encoder = self.router, self.layers, self._encoder
         return twin
 
+    def compress(
+        self,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        bytes: float | None = None,
+        codec: str = "none",
+        inputs: Mapping[str, Inputs | Mapping[str, Tensor]] | None = None,
+        batch_rows: int = 32,
+        progress: bool = True,
+    ) -> Twin:
+        """The same twin with smaller exclusive parts: by rank, by the share of energy kept, or by bytes on the disk.
+
+        Build it at a higher rank first (or `rank=None`): what is cut here is chosen from what there is.
+
+        Args:
+            rank: of every matrix.
+            energy: the least share kept, 0 to 1; each matrix gets the rank that is worth its bytes.
+            bytes: of the files beside the shared model (exclusive parts, heads, router), at most; ranks as with `energy`.
+            codec: of the numbers on the disk: "none", "float16" or "int8".
+            inputs: expert -> texts (or a batch of tensors) of its kind, as in `fit_router`. With them, what is kept is what
+                matters for the outputs on such inputs, not for the weights alone.
+
+        Errors:
+            TwinmergeError: not one limit, out of range, or too few bytes.
+        """
+        moments = None
+        if inputs is not None:
+            moments = {name: self._moments(name, given, batch_rows, progress) for name, given in inputs.items()}
+        package = self.package._replace(router=self.router, layers=self.layers)
+        package = compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments)
+        twin = Twin(package, self.side_files, self._sources)
+        twin._encoder = self._encoder
+        return twin
+
+    def retained(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Matrix -> the share of Σt ‖vt‖² that the factors hold, and matrix -> the mean of the experts' ranks."""
+        parts = self.package.exclusive
+        shares = retained(parts)
+        ranks = {n: sum(p.low[n].rank if n in p.low else 0 for p in parts.values()) / len(parts) for n in shares}
+        return shares, ranks
+
     # ------------------------------------------------------------------ routing
 
     def fit_router(
@@ -215,7 +259,13 @@ class Twin(nn.Module):
             layers = default_layers(self._layer_count(next(iter(inputs.values()), None)), kind)
         for k, name in enumerate(self.experts):
             given = inputs.get(name)
-            found = [] if given is None else list(self._feature_batches(given, layers, batch_rows, name, progress))
+            found: list[Tensor] = []
+            if given is not None:
+                with torch.no_grad():
+                    found += [
+                        features(self.model, batch, layers)
+                        for batch in self._batches(given, batch_rows, name, progress)
+                    ]
             rows += found
             owners += [k] * sum(len(f) for f in found)
         if self._encoder is not None:
@@ -361,7 +411,7 @@ class Twin(nn.Module):
                 for name, f in part.low.items():
                     state[name] = state[name] + weight * f.dense().reshape(state[name].shape).to(state[name].dtype)
                 for name, tensor in part.dense.items():
-                    state[name] = state[name] + weight * tensor
+                    state[name] = state[name] + weight * tensor.to(state[name].dtype)
         return state
 
     @property
@@ -407,18 +457,34 @@ class Twin(nn.Module):
             index_of(name, known)
         return names
 
-    def _feature_batches(
-        self, given: Inputs | Mapping[str, Tensor], layers: Sequence[int], batch_rows: int, name: str, progress: bool
-    ) -> Iterator[Tensor]:
-        with torch.no_grad():
-            if isinstance(given, Mapping):
-                size = batch_size(given)
-                for rows in torch.arange(size).split(batch_rows):
-                    yield features(self.model, rows_of_batch(given, rows, size), layers)
-                return
-            chunks = list(batches(list(given), batch_rows, "length"))
-            for _, rows in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
-                yield features(self.model, self.encoder.encode(rows), layers)
+    def _batches(
+        self, given: Inputs | Mapping[str, Tensor], batch_rows: int, name: str, progress: bool
+    ) -> Iterator[Mapping[str, Any]]:
+        """What a caller gives, as batches of tensors."""
+        if isinstance(given, Mapping):
+            size = batch_size(given)
+            for rows in torch.arange(size).split(batch_rows):
+                yield rows_of_batch(given, rows, size)
+            return
+        chunks = list(batches(list(given), batch_rows, "length"))
+        for _, texts in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
+            yield self.encoder.encode(texts)
+
+    @torch.no_grad()
+    def _moments(
+        self, name: str, given: Inputs | Mapping[str, Tensor], batch_rows: int, progress: bool
+    ) -> dict[str, Moments]:
+        """What the modules see of inputs of an expert's kind while that expert answers."""
+        index_of(name, self.experts)
+
+        def answered() -> Iterator[Mapping[str, Any]]:
+            for batch in self._batches(given, batch_rows, name, progress):
+                plan = Mixture.of(one_hot([name] * batch_size(batch), self.experts))
+                with self.runtime.mixing(plan):  # until the next batch is asked for
+                    yield batch
+
+        with self._lock:
+            return input_moments(self.model, self.package.exclusive[name].low, answered())
 
     def _layer_count(self, given: Any) -> int:
         config = self.model.architecture.config
