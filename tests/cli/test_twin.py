@@ -99,6 +99,37 @@ def test_limits_and_pictures_that_cannot_be(command: Any, zoo: Any, tmp_path: Pa
         assert ran.code == 2 and says in ran.err and not (tmp_path / "out").exists()
 
 
+# ------------------------------------------------------------------------------------------- export
+
+
+def test_export_a_model_and_adapters(command: Any, zoo: Any, tmp_path: Path, mixed: list[str]) -> None:
+    ran = command("twin", "export", zoo.twin, "--expert", "kind", "-o", tmp_path / "model")
+    assert ran.code == 0 and ran.err == f"Exported -> {tmp_path / 'model'}\n"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    for row in command("twin", "run", zoo.twin, *mixed, "--expert", "kind", "--json").json():
+        ids = torch.tensor([[2] + [int(word[1:]) for word in row["text"].split()]])
+        with torch.no_grad():
+            p = model(input_ids=ids).logits[0].softmax(-1)
+        assert row["confidence"] == pytest.approx(p.max().item(), abs=1e-4)
+        assert row["label"] == model.config.id2label[int(p.argmax())]
+    words = ["--mixture", "mood=0.75", "--mixture", "kind=0.25", "--lora", "-o", tmp_path / "lora"]
+    found = command("twin", "export", zoo.twin, *words, "--json").json()
+    assert found["rank"] == 8 and 0 < sum(found["left_out"].values()) < 1
+    told = command("twin", "export", zoo.twin, "--expert", "mood", "--lora", "--for", "vllm", "-o", tmp_path / "v").err
+    assert "adapter of rank 8" in told and "cannot travel in it" in told
+
+
+def test_exports_that_cannot_be(command: Any, zoo: Any, tmp_path: Path) -> None:
+    for words, says in (
+        ([], "Give --expert NAME, or --mixture"),
+        (["--expert", "mood", "--mixture", "kind=1"], "Give --expert NAME, or --mixture"),
+        (["--expert", "moood"], "no expert 'moood'. Did you mean 'mood'?"),
+        (["--expert", "mood", "--lora", "--for", "ollama"], "--for 'ollama' is unknown"),
+    ):
+        ran = command("twin", "export", zoo.twin, *words, "-o", tmp_path / "out")
+        assert ran.code == 2 and says in ran.err and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------- run
 
 

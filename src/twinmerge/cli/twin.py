@@ -232,6 +232,61 @@ def _drawn(twin: Twin, file: Path | None) -> dict[str, float]:
 
 
 @twin_app.command()
+def export(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    expert: Annotated[str | None, typer.Option("--expert", help="The expert to export.")] = None,
+    mixture: Annotated[
+        list[str] | None, typer.Option("--mixture", metavar="NAME=WEIGHT", help="A fixed mixture. Repeat.")
+    ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="As a PEFT adapter of the shared model, not as a model.")
+    ] = False,
+    server: Annotated[str, typer.Option("--for", help="Who loads the adapter: peft or vllm.")] = "peft",
+    base: Annotated[
+        str | None, typer.Option("--base", help="What the adapter names as its base; the twin's folder by default.")
+    ] = None,
+    head: Annotated[str | None, typer.Option("--head", help="The expert whose output layers go with a model.")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Write one expert or one fixed mixture as a plain model, or as a LoRA adapter.
+
+    twinmerge twin export TWIN --expert a -o MODEL
+
+    twinmerge twin export TWIN --mixture a=0.7 --mixture b=0.3 --lora --for vllm -o ADAPTER
+    """
+    from twinmerge.twin.export import export_dense, export_lora
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    given = numbers(mixture, "--mixture")
+    if (expert is None) == (not given):
+        raise TwinmergeError("Give --expert NAME, or --mixture NAME=WEIGHT for each part of a mixture.")
+    if server not in ("peft", "vllm"):
+        raise TwinmergeError(f"--for {server!r} is unknown. Choose peft or vllm.")
+    loaded = Twin.from_pretrained(twin)
+    if not lora:
+        heads = loaded.package.heads
+        where = export_dense(loaded, given or {str(expert): 1.0}, output, head or (expert if expert in heads else None))
+        if json:
+            print_json({"output": str(where)})
+        else:
+            said(f"Exported -> {where}")
+        return
+    found = export_lora(loaded, expert or given, output, server=server, base=base)  # type: ignore[arg-type]
+    if json:
+        print_json({"output": str(found.folder), "rank": found.rank, "left_out": found.left_out})
+        return
+    said(f"Exported an adapter of rank {found.rank} -> {found.folder}")
+    if found.left_out:
+        lost = sum(found.left_out.values())
+        said(
+            f"{len(found.left_out)} parameters cannot travel in it, {100 * lost:.2g} % of what is added; its README lists them."
+        )
+
+
+@twin_app.command()
 def run(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     text: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,

@@ -180,6 +180,12 @@ class Twin(nn.Module):
             card = readme.read_text(encoding="utf-8") if readme and readme.is_file() else "# Twin\n"
         return folder_format.save(folder, self.package, self.side_files, card, about or {})
 
+    def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the twin's folder to the Hugging Face hub, and give its address (see `twin/export.py`)."""
+        from twinmerge.twin.export import push_to_hub
+
+        return push_to_hub(self, repo, private=private, token=token)
+
     def at_rank(self, rank: int) -> Twin:
         """The same twin with every exclusive matrix cut to a lower rank; shares the weights' memory where it can."""
         exclusive = {name: cut(part, rank) for name, part in self.package.exclusive.items()}

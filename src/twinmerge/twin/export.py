@@ -1,0 +1,258 @@
+"""Ways out of a twin: dense weights of one mixture, and LoRA adapters that PEFT and vLLM load on the shared model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twinmerge.engine.side_files import PROVENANCE, copy_side_files
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.lowrank import Factors
+from twinmerge.models.architecture import Architecture, class_of
+from twinmerge.models.headed import HeadSpec, build_module
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.output import OutputFolder, write_checkpoint
+from twinmerge.twin.mixture import index_of, mixture_weights
+
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
+Server = Literal["peft", "vllm"]
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM 0.14 takes as `max_lora_rank`."""
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+class Exported(NamedTuple):
+    """folder: that was written; rank: the largest; left_out: parameter -> its share of the squared norm of all that the
+    mixture adds to the shared model, for what an adapter cannot carry."""
+
+    folder: Path
+    rank: int
+    left_out: dict[str, float]
+
+
+def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head: str | None = None) -> Path:
+    """Write θs + Σ wt vt for one fixed mixture; stock transformers loads it.
+
+    Args:
+        mixture: expert -> weight.
+        out: a folder that does not exist or is empty.
+        head: the expert whose output layers go with it, in its class; without one, the bare model of twins with heads.
+
+    Errors:
+        TwinmergeError: unknown names, weights that are not finite, an output that is there.
+    """
+    state = twin.weights_for(mixture)
+    architecture, own = _class_with_head(twin, head)
+    state |= own.tensors if own else {}
+    output = OutputFolder(out, sum(t.numel() * t.element_size() for t in state.values()))
+    with output as folder:
+        model = build_module(architecture)
+        dtype = next(iter(state.values())).dtype
+        aliases, loaded = architecture.aliases, {}
+        for key in model.state_dict():
+            name = architecture.of_module(key)
+            source = name if name in state else aliases.get(name, name)
+            if source not in state:
+                raise TwinmergeError(f"The twin has no tensor {name!r} of {architecture.model_class.__name__}.")
+            loaded[key] = state[source].to(dtype) if state[source].is_floating_point() else state[source]
+        model.load_state_dict(loaded, strict=True, assign=True)
+        model.tie_weights()
+        copy_side_files(twin.side_files, folder)
+        model.save_pretrained(folder)
+        _write_about(folder, twin, {"mixture": dict(mixture), "head": head}, f"# One mixture of {', '.join(mixture)}\n")
+    return Path(out)
+
+
+def export_lora(
+    twin: Twin,
+    mixture: str | Mapping[str, float],
+    out: str | Path,
+    *,
+    server: Server = "peft",
+    base: str | None = None,
+) -> Exported:
+    """Write an expert, or a fixed mixture, as a LoRA adapter of the shared model: Σ wt Bt At, exact, side by side.
+
+    Matrices of Linear, Conv1D, Conv2d and embeddings travel as factors with a scaling of 1, an expert's head as
+    `modules_to_save`. What LoRA cannot carry (norms, biases, positions of another kind) is listed with its share.
+
+    Args:
+        mixture: an expert's name, or expert -> weight; the ranks of several add up, nothing is approximated.
+        out: a folder that does not exist or is empty.
+        server: "vllm" leaves out embeddings and heads, which vLLM refuses, and pads to a rank that it takes.
+        base: what the adapter names as its base model; the twin's own folder where None.
+
+    Errors:
+        TwinmergeError: unknown names, a rank beyond 512 for vLLM, nothing that an adapter could carry.
+
+    Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; PEFT's file layout; vLLM's documentation for its limits.
+    """
+    weights = {mixture: 1.0} if isinstance(mixture, str) else dict(mixture)
+    row = dict(zip(twin.experts, mixture_weights(weights, twin.experts, 1)[0].tolist(), strict=True))
+    used = {name: w for name, w in row.items() if w}
+    low = {n: _joined(twin, used, n) for n in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].low)}
+    head = mixture if isinstance(mixture, str) and mixture in twin.package.heads else None
+    architecture, own = _class_with_head(twin, head)
+    carried = dict(_modules(architecture, low, server))
+    if not carried:
+        raise TwinmergeError(
+            f"Nothing that {', '.join(used) or 'no expert'} adds fits into an adapter. Export dense weights."
+        )
+    rank = max(f.rank for _, _, f in carried.values())
+    if server == "vllm":
+        if rank > VLLM_RANKS[-1]:
+            raise TwinmergeError(
+                f"The adapter has rank {rank}, vLLM takes {VLLM_RANKS[-1]} at most. Mix fewer experts, or compress the twin first."
+            )
+        rank = next(r for r in VLLM_RANKS if r >= rank)
+        carried = {path: (name, module, _padded(f, rank)) for path, (name, module, f) in carried.items()}
+    tensors = {k: t for path, (_, module, f) in carried.items() for k, t in _lora(path, module, f).items()}
+    saved: set[str] = set()
+    if own is not None and server == "peft":
+        for key in architecture.skeleton.state_dict():
+            if (name := architecture.of_module(key)) in own.tensors:
+                tensors[f"base_model.model.{key}"] = own.tensors[name]
+                saved.add(key.rpartition(".")[0])
+    tensors = {n: t.contiguous() for n, t in tensors.items()}
+    config = _config(architecture, carried, sorted(saved), base or str(twin.side_files or ""))
+    with OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values())) as folder:
+        specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+        write_checkpoint(folder, {"adapter_model.safetensors": specs}, ((n, tensors[n]) for n in specs))
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        left = _left_out(twin, used, low, {name for name, _, _ in carried.values()})
+        _write_about(folder, twin, {"mixture": used, "left_out": left}, _card(used, base, left))
+    return Exported(Path(out), rank, left)
+
+
+def push_to_hub(twin: Twin, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload the twin's folder to the Hugging Face hub; the repository is made if it is not there.
+
+    Returns:
+        its address.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = twin.save_pretrained(Path(scratch) / "twin")
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a twin"))
+
+
+# ------------------------------------------------------------------------------------------------ inside
+
+
+def _class_with_head(twin: Twin, head: str | None) -> tuple[Architecture, HeadSpec | None]:
+    """The class that runs a head and its tensors; without one that of the shared model."""
+    if head is None:
+        found = twin.package.shared.architecture
+        assert found is not None  # a twin without a class cannot be put together
+        return found, None
+    if head not in twin.package.heads:
+        index_of(head, list(twin.package.heads))
+    spec = twin.package.heads[head]
+    return Architecture(spec.config, class_of(spec.config)), spec
+
+
+def _joined(twin: Twin, used: Mapping[str, float], name: str) -> Factors:
+    parts = [(w, twin.package.exclusive[e].low[name]) for e, w in used.items() if name in twin.package.exclusive[e].low]
+    return Factors(torch.cat([w * f.b for w, f in parts], 1), torch.cat([f.a for _, f in parts]))
+
+
+def _modules(
+    architecture: Architecture, low: Mapping[str, Factors], server: Server
+) -> Iterator[tuple[str, tuple[str, nn.Module, Factors]]]:
+    """Module path -> (parameter, module, its factors), for every module that an adapter may change."""
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
+    if server == "peft":
+        kinds += (nn.Embedding, nn.Conv2d)
+    for path, module in architecture.skeleton.named_modules():
+        name = architecture.of_module(f"{path}.weight")
+        name = architecture.aliases.get(name, name)
+        if name in low and isinstance(module, kinds) and getattr(module, "groups", 1) == 1:
+            yield path, (name, module, low[name])
+
+
+def _padded(f: Factors, rank: int) -> Factors:
+    more = rank - f.rank
+    return Factors(nn.functional.pad(f.b, (0, more)), nn.functional.pad(f.a, (0, 0, 0, more)))
+
+
+def _lora(path: str, module: nn.Module, f: Factors) -> dict[str, Tensor]:
+    """The two tensors of a module as PEFT names and shapes them."""
+    where = f"base_model.model.{path}"
+    if isinstance(module, nn.Embedding):
+        return {f"{where}.lora_embedding_A": f.b.T, f"{where}.lora_embedding_B": f.a.T}
+    a, b = (f.b.T, f.a.T) if isinstance(module, Conv1D) else (f.a, f.b)  # Conv1D stores (in, out)
+    if isinstance(module, nn.Conv2d):
+        a, b = a.reshape(f.rank, -1, *module.kernel_size), b[..., None, None]
+    return {f"{where}.lora_A.weight": a, f"{where}.lora_B.weight": b}
+
+
+def _config(
+    architecture: Architecture, carried: Mapping[str, tuple[str, nn.Module, Factors]], saved: list[str], base: str
+) -> dict[str, Any]:
+    ranks = {path: f.rank for path, (_, _, f) in carried.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: r for path, r in ranks.items() if r != common}
+    kind = architecture.model_class.__name__
+    return {
+        "peft_type": "LORA",
+        "task_type": next((task for end, task in TASKS.items() if kind.endswith(end)), None),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,  # a scaling of 1
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for _, module, _ in carried.values()),
+        "target_modules": sorted(carried),
+        "modules_to_save": saved or None,
+    }
+
+
+def _left_out(twin: Twin, used: Mapping[str, float], low: Mapping[str, Factors], carried: set[str]) -> dict[str, float]:
+    dense: dict[str, Tensor] = {}
+    for expert, weight in used.items():
+        for name, tensor in twin.package.exclusive[expert].dense.items():
+            dense[name] = dense.get(name, torch.zeros_like(tensor)) + weight * tensor
+    energy = {name: float(tensor.double().square().sum()) for name, tensor in dense.items()}
+    energy |= {name: factors.energy() for name, factors in low.items()}
+    total = sum(energy.values()) or 1.0
+    lost = {name: of / total for name, of in energy.items() if name not in carried and of}
+    return dict(sorted(lost.items(), key=lambda item: -item[1]))
+
+
+def _card(used: Mapping[str, float], base: str | None, left: Mapping[str, float]) -> str:
+    rows = "".join(f"| `{name}` | {100 * share:.3g} % |\n" for name, share in left.items())
+    lost = f"\nAn adapter cannot carry these; they stay the shared model's:\n\n| parameter | share |\n| --- | ---: |\n{rows}"
+    mixed = ", ".join(f"{weight:g} {name}" for name, weight in used.items())
+    front = f"---\nlibrary_name: peft\nbase_model: {base}\n---\n\n" if base else ""
+    return f"{front}# LoRA adapter of a twin's shared model: {mixed}\n{lost if left else ''}"
+
+
+def _write_about(folder: Path, twin: Twin, what: Mapping[str, Any], card: str) -> None:
+    told = {"export": what, "from": twin.package.provenance}
+    (folder / PROVENANCE).write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
