@@ -27,7 +27,7 @@ def test_build_with_a_suite(command: Any, zoo: Any, tmp_path: Path) -> None:
     found = command(*given, "-o", tmp_path / "twin", "--json").json()
     assert contents(tmp_path / "twin") == contents(zoo.twin)
     assert found["router"]["rows"] == 18 and 0.6 <= found["router"]["right"] < 1
-    extra = {n: len(b) for n, b in contents(zoo.twin).items() if n.startswith(("twin.", "router.", "heads/"))}
+    extra = {n: len(b) for n, b in contents(zoo.twin).items() if n.startswith(("twin.", "router.safe", "heads/"))}
     assert found["bytes_extra"] == sum(extra.values()) and len(extra) == 8
 
 
@@ -97,6 +97,45 @@ def test_limits_and_pictures_that_cannot_be(command: Any, zoo: Any, tmp_path: Pa
     ):
         ran = command("twin", "compress", zoo.twin, *words, "-o", tmp_path / "out")
         assert ran.code == 2 and says in ran.err and not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------- experts that come and go
+
+
+def test_add_remove_and_rebuild(command: Any, zoo: Any, tmp_path: Path, mixed: list[str]) -> None:
+    two = [word for task in ("mood", "kind") for word in ("--expert", f"{task}={zoo.experts[task]}")]
+    data = {task: ("--data", f"{task}={file}") for task, file in zoo.data.items()}
+    given = ["twin", "build", "--base", zoo.base, *two, *data["mood"], *data["kind"], "--rank", 4]
+    assert command(*given, "-o", tmp_path / "two").code == 0
+    more = ["twin", "add", tmp_path / "two", "--expert", f"size={zoo.experts['size']}", "--data", zoo.data["size"]]
+    ran = command(*more, "-o", tmp_path / "three")
+    assert ran.code == 0 and ran.err.startswith("Added size: the twin has mood, kind, size, ")
+    rows = command("twin", "run", tmp_path / "three", *mixed, "--json").json()
+    assert sum(row["expert"] == name for row, name in zip(rows, [*zoo.labels] * 4, strict=True)) >= 10
+    back = command("twin", "remove", tmp_path / "three", "size", "-o", tmp_path / "back")
+    assert back.code == 0 and contents(tmp_path / "back") == contents(tmp_path / "two")
+    less = command("twin", "remove", tmp_path / "three", "mood", "-o", tmp_path / "less").err
+    assert "The shared part was built with mood" in less
+    every = [word for pair in data.values() for word in pair]
+    anew = command("twin", "rebuild", tmp_path / "three", *every, "-o", tmp_path / "anew")
+    assert anew.code == 0 and "Built anew from mood, kind, size" in anew.err
+    whole = command("twin", "build", "--base", zoo.base, *zoo.given, "--rank", 4, *every, "-o", tmp_path / "whole")
+    assert whole.code == 0
+    for file in ("model.safetensors", "twin.safetensors", "router.safetensors"):
+        assert (tmp_path / "anew" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    few = command("twin", "rebuild", tmp_path / "less", "-o", tmp_path / "few").err
+    assert "Built anew from kind, size" in few and "It has no router" in few
+
+
+def test_rebuild_needs_every_model(command: Any, zoo: Any, tmp_path: Path, copied: Any) -> None:
+    gone = copied(zoo.mood)
+    words = ["--base", zoo.base, "--expert", f"mood={gone}", "--expert", f"kind={zoo.kind}", "--rank", 2]
+    assert command("twin", "build", *words, "-o", tmp_path / "twin").code == 0
+    gone.rename(tmp_path / "elsewhere")
+    ran = command("twin", "rebuild", tmp_path / "twin", "-o", tmp_path / "out")
+    assert ran.code == 2 and "the expert 'mood' is not at" in ran.err and not (tmp_path / "out").exists()
+    found = ["--expert", f"mood={tmp_path / 'elsewhere'}"]
+    assert command("twin", "rebuild", tmp_path / "twin", *found, "-o", tmp_path / "out").code == 0
 
 
 # ------------------------------------------------------------------------------------------- export

@@ -123,7 +123,7 @@ def test_check19_remainder_of_one_row(rows: int) -> None:
     """Check 19: BatchNorm has no spread of a single row; the authors' code crashes on such a remainder."""
     assert rows % MlpRouter.batch == 1
     z, owners = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0)), torch.arange(rows) % 2
-    router = MlpRouter.fit(z, owners, 2)
+    router = MlpRouter.fit(z, owners, ["a", "b"])
     assert all(t.isfinite().all() for t in router.state_dict().values())
 
 

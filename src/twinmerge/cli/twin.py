@@ -31,9 +31,6 @@ from twinmerge.maths.threads import use_threads
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
 
-DEFAULT_RANK = 8
-CHOSEN_FROM = 64  # the rank that --energy and --bytes choose from
-
 twin_app = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
 
 
@@ -91,7 +88,7 @@ def build(
     from twinmerge.store.output import OutputFolder
     from twinmerge.tasks.suite import open_suite
     from twinmerge.tasks.texts import read_texts
-    from twinmerge.twin.twin import Twin
+    from twinmerge.twin.twin import CHOSEN_FROM, DEFAULT_RANK, Twin
 
     use_threads(threads)
     OutputFolder(output).check()
@@ -229,6 +226,90 @@ def _drawn(twin: Twin, file: Path | None) -> dict[str, float]:
 
         draw_retained(shares, ranks, f"What {', '.join(twin.experts)} keep", file)
     return shares
+
+
+@twin_app.command()
+def add(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    expert: Annotated[str, typer.Option("--expert", metavar="NAME=MODEL", help="The new expert.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Texts of its kind, for the router (.jsonl or .txt).")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its matrices; the twin's by default.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Add an expert to a twin; the shared part and the other experts stay as they are.
+
+    twinmerge twin add TWIN --expert c=C --data c.jsonl -o MORE
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.tasks.texts import read_texts
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    if len(named := pairs([expert], "--expert")) != 1:
+        raise TwinmergeError("Add one expert at a time.")
+    ((name, model),) = named.items()
+    more = Twin.from_pretrained(twin).add(name, model, read_texts(data) if data else None, rank=rank)
+    more.save_pretrained(output)
+    said(
+        f"Added {name}: the twin has {', '.join(more.experts)}, {size(_extra(output))} beside the shared model -> {output}"
+    )
+
+
+@twin_app.command()
+def remove(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    expert: Annotated[str, typer.Argument(help="The expert's name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    threads: Threads = None,
+) -> None:
+    """Remove an expert from a twin; the shared part stays as it was built.
+
+    twinmerge twin remove TWIN c -o FEWER
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    less = Twin.from_pretrained(twin).remove(expert)
+    less.save_pretrained(output)
+    said(f"Removed {expert}: the twin has {', '.join(less.experts)} -> {output}")
+    if expert in less.package.provenance.get("twin", {}).get("removed", ()):
+        said(f"The shared part was built with {expert}; `twinmerge twin rebuild` makes it without.")
+
+
+@twin_app.command()
+def rebuild(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    base: Base = None,
+    expert: Experts = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind, for the router. Repeat."),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Build a twin anew, shared part and all, from the experts that it has now; it needs every one of them.
+
+    twinmerge twin rebuild TWIN --data a=a.jsonl --data c=c.jsonl -o ANEW
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.tasks.texts import read_texts
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    anew = Twin.from_pretrained(twin).rebuild(inputs or None, base=base, experts=pairs(expert, "--expert"))
+    anew.save_pretrained(output)
+    said(f"Built anew from {', '.join(anew.experts)}: {size(_extra(output))} beside the shared model -> {output}")
+    if anew.router is None:
+        said("It has no router: the old one read the old shared part. Name --data for each expert to fit one.")
 
 
 @twin_app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections import Counter
@@ -17,9 +18,9 @@ from twinmerge.engine.side_files import PROVENANCE, copy_side_files
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.architecture import Architecture, class_of
-from twinmerge.models.headed import HeadSpec, build_module
+from twinmerge.models.headed import HeadSpec
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.output import OutputFolder, write_checkpoint
+from twinmerge.store.output import OutputFolder, layout, write_checkpoint
 from twinmerge.twin.mixture import index_of, mixture_weights
 
 if TYPE_CHECKING:
@@ -61,21 +62,20 @@ def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head
     state = twin.weights_for(mixture)
     architecture, own = _class_with_head(twin, head)
     state |= own.tensors if own else {}
-    output = OutputFolder(out, sum(t.numel() * t.element_size() for t in state.values()))
-    with output as folder:
-        model = build_module(architecture)
-        dtype = next(iter(state.values())).dtype
-        aliases, loaded = architecture.aliases, {}
-        for key in model.state_dict():
-            name = architecture.of_module(key)
-            source = name if name in state else aliases.get(name, name)
-            if source not in state:
-                raise TwinmergeError(f"The twin has no tensor {name!r} of {architecture.model_class.__name__}.")
-            loaded[key] = state[source].to(dtype) if state[source].is_floating_point() else state[source]
-        model.load_state_dict(loaded, strict=True, assign=True)
-        model.tie_weights()
+    aliases, tensors = architecture.aliases, dict[str, Tensor]()
+    for key in architecture.skeleton.state_dict():
+        name = architecture.of_module(key)
+        if name in state:
+            tensors[key] = state[name].contiguous()
+        elif aliases.get(name) not in state:
+            raise TwinmergeError(f"The twin has no tensor {name!r} of {architecture.model_class.__name__}.")
+    files = layout({key: Spec(t.dtype, tuple(t.shape)) for key, t in tensors.items()})
+    with OutputFolder(out, sum(spec.bytes for specs in files.values() for spec in specs.values())) as folder:
         copy_side_files(twin.side_files, folder)
-        model.save_pretrained(folder)
+        write_checkpoint(folder, files, ((key, tensors[key]) for specs in files.values() for key in specs))
+        config = copy.deepcopy(architecture.config)
+        config.architectures = [architecture.model_class.__name__]
+        config.save_pretrained(folder)
         _write_about(folder, twin, {"mixture": dict(mixture), "head": head}, f"# One mixture of {', '.join(mixture)}\n")
     return Path(out)
 

@@ -19,12 +19,13 @@ from twinmerge.models.opened import InMemory, OpenedModel, open_model
 from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.output import OutputFolder, layout, write_checkpoint
-from twinmerge.twin.router import MlpRouter, Router, router_from
+from twinmerge.twin.router import GaussianRouter, MlpRouter, Router, router_from
 from twinmerge.twin.split import Exclusive
+from twinmerge.twin.statistics import Statistics
 
-TWIN, ROUTER = "twin.safetensors", "router.safetensors"
-TWIN_VERSION, ROUTER_VERSION = 2, 1  # of the twin 2: packed by a codec
-OWN_FILES = {TWIN, ROUTER, "heads.json", PROVENANCE, *NO_SIDE_FILES}
+TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
+TWIN_VERSION, ROUTER_VERSION, STATISTICS_VERSION = 2, 1, 1  # of the twin 2: packed by a codec
+OWN_FILES = {TWIN, ROUTER, STATISTICS, "heads.json", PROVENANCE, *NO_SIDE_FILES}
 
 
 class Package(NamedTuple):
@@ -45,6 +46,15 @@ class Package(NamedTuple):
     codec: str = "none"
 
 
+def about_of(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """What heads.json of a twin folder says of each expert beside labels and class: its task and metric, say."""
+    file = folder / "heads.json" if folder else None
+    if file is None or not file.is_file():
+        return {}
+    table = json.loads(file.read_text(encoding="utf-8"))
+    return {e: {k: v for k, v in entry.items() if k not in ("labels", "class")} for e, entry in table.items()}
+
+
 def is_twin(folder: Path) -> bool:
     return (folder / TWIN).is_file()
 
@@ -61,7 +71,7 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
         names = [name for shard in files.values() for name in shard]
         write_checkpoint(partial, files, ((name, shared.read(canonical[name])) for name in names))
         copy_side_files(side_files, partial)
-        for own in (TWIN, ROUTER):
+        for own in (TWIN, ROUTER, STATISTICS):
             (partial / own).unlink(missing_ok=True)
         write_config(shared, partial, None)
         base = folder_fingerprint(partial)
@@ -70,6 +80,12 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
             save_heads(partial, package.heads, base, about, package.codec)
         if package.router is not None:
             save_artefact(partial / ROUTER, _pack_router(package, base))
+            statistics = getattr(package.router, "statistics", None)
+            if statistics is not None:
+                save_artefact(
+                    partial / STATISTICS,
+                    Artefact("router statistics", STATISTICS_VERSION, base, *statistics.packed()),
+                )
         text = json.dumps(package.provenance, indent=2, ensure_ascii=False)
         (partial / PROVENANCE).write_text(text, encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -93,6 +109,9 @@ def load(folder: Path) -> Package:
         found = load_artefact(folder / ROUTER, "router", ROUTER_VERSION, base)
         router = router_from(found.header["router"], found.header, found.tensors)
         layers, report = tuple(found.header["layers"]), found.header["report"]
+    if isinstance(router, GaussianRouter) and (folder / STATISTICS).is_file():
+        kept = load_artefact(folder / STATISTICS, "router statistics", STATISTICS_VERSION, base)
+        router.statistics = Statistics.unpacked(kept.header, kept.tensors)
     file = folder / PROVENANCE
     provenance = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     codec = artefact.header.get("codec", "none")

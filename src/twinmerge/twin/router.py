@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.twin.statistics import Statistics
 
 SHRINKAGE = 0.05
 HELD_OUT = 0.2
 BINS = 15
+DRAWN = 2000  # rows of each expert, where a temperature is fitted on drawn ones
 
 
 class RouterReport(NamedTuple):
@@ -45,8 +47,8 @@ class Router(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def fit(cls, features: Tensor, owners: Tensor, experts: int, seed: int = 0) -> Router:
-        """Fit on features (rows, width) and the expert that each row belongs to (rows,)."""
+    def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> Router:
+        """Fit on features (rows, width) and the number of the expert that each row belongs to (rows,)."""
 
     @abstractmethod
     def logits(self, features: Tensor) -> Tensor:
@@ -80,13 +82,13 @@ class GaussianRouter(Router):
     """One Gaussian per expert with a common covariance, in closed form (linear discriminant analysis).
 
     logit_k = μkᵀ P z − ½ μkᵀ P μk, P the inverse of (1 − s) Σ + s diag(Σ), s = 0.05, Σ the covariance inside the experts.
-    Equal priors. Only the two coefficients of each logit are kept, no text and no feature of one.
+    Equal priors. Coefficients and aggregates are kept, no text and no feature of one.
 
     Source: Fisher 1936; Friedman 1989 for the shrinkage.
 
     Example:
         >>> z = torch.tensor([[-1.0, 0.0], [-1.2, 0.4], [1.0, 0.1], [1.1, -0.3]])
-        >>> router = GaussianRouter.fit(z, torch.tensor([0, 0, 1, 1]), 2)
+        >>> router = GaussianRouter.fit(z, torch.tensor([0, 0, 1, 1]), ["a", "b"])
         >>> router.weights(z)
         tensor([[1., 0.],
                 [1., 0.],
@@ -98,24 +100,62 @@ class GaussianRouter(Router):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
+        self.statistics: Statistics | None = None
         self.weight: Tensor
         self.bias: Tensor
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
     @classmethod
-    def fit(cls, features: Tensor, owners: Tensor, experts: int, seed: int = 0) -> GaussianRouter:
-        z = features.double()
-        means = torch.stack([z[owners == k].mean(0) for k in range(experts)])
-        inside = z - means[owners]
-        covariance = inside.T @ inside / max(1, len(z) - experts)
+    def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> GaussianRouter:
+        return cls.from_statistics(Statistics.of(features, owners, experts))
+
+    @classmethod
+    def from_statistics(cls, statistics: Statistics) -> GaussianRouter:
+        """The router of the aggregates alone."""
+        means = torch.stack([mean.double() for mean in statistics.means.values()])
+        covariance = statistics.covariance()
         spread = covariance.diagonal().clone()
         floor = spread.max() * 1e-6 + torch.finfo(torch.float64).tiny
         shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(spread) + floor * torch.eye(len(spread)).double()
         center = means.mean(0)  # logits do not depend on it; small numbers keep their digits
         weight = torch.linalg.solve(shrunk, (means - center).T).T
         bias = -0.5 * ((means - center) * weight).sum(1) - weight @ center
-        return cls(weight.float(), bias.float())
+        router = cls(weight.float(), bias.float())
+        router.statistics = statistics
+        return router
+
+    @classmethod
+    def changed(cls, statistics: Statistics) -> GaussianRouter:
+        """The router after experts came or went; its temperature is that of rows drawn from the aggregates, or the fitted one
+        where the experts are the first ones again.
+
+        Example:
+            >>> z = torch.tensor([[-1.0, 0.0], [-1.2, 0.4], [1.0, 0.1], [1.1, -0.3]])
+            >>> two = Statistics.of(z, torch.tensor([0, 0, 1, 1]), ["a", "b"])
+            >>> three = two.with_expert("c", torch.tensor([[0.0, 5.0], [0.1, 5.2]]))
+            >>> GaussianRouter.changed(three).logits(torch.tensor([[0.0, 5.1]])).argmax().item()
+            2
+        """
+        router = cls.from_statistics(statistics)
+        if tuple(statistics.experts) == statistics.first:
+            temperature = statistics.temperature
+        else:
+            logits, owners = router._drawn(statistics)
+            temperature = fit_temperature(logits, owners)
+        router.temperature.fill_(temperature)
+        return router
+
+    def _drawn(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """Logits of rows drawn around each mean with the common covariance: logits are linear, so they are drawn as such."""
+        weight, bias = self.weight.double(), self.bias.double()
+        values, vectors = torch.linalg.eigh(weight @ statistics.covariance() @ weight.T)
+        root = vectors * values.clamp(min=0).sqrt()
+        count = len(weight)
+        noise = torch.randn(count, DRAWN, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        means = torch.stack([mean.double() for mean in statistics.means.values()])
+        logits = (means @ weight.T + bias)[:, None] + noise @ root.T
+        return logits.flatten(0, 1), torch.arange(count).repeat_interleave(DRAWN)
 
     def logits(self, features: Tensor) -> Tensor:
         return F.linear(features.float(), self.weight, self.bias)
@@ -146,10 +186,10 @@ class MlpRouter(Router):
         self.eval()
 
     @classmethod
-    def fit(cls, features: Tensor, owners: Tensor, experts: int, seed: int = 0) -> MlpRouter:
+    def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> MlpRouter:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
-            router = cls(features.shape[1], experts)
+            router = cls(features.shape[1], len(experts))
             router.train()
             optimizer = torch.optim.Adam(router.parameters(), lr=5e-4)
             for _ in range(cls.epochs):
@@ -189,10 +229,13 @@ def fit_router(
                 f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least 5, better a few hundred."
             )
     train, held = held_out_split(owners, seed)
-    router: Router = ROUTERS[kind].fit(features[train], owners[train], len(experts), seed)
+    router: Router = ROUTERS[kind].fit(features[train], owners[train], experts, seed)
     logits = router.logits(features[held])
     router.temperature.fill_(fit_temperature(logits, owners[held]))
-    return router, _report(logits, owners[held], experts, float(router.temperature))
+    report = _report(logits, owners[held], experts, float(router.temperature))
+    if isinstance(router, GaussianRouter) and router.statistics is not None:
+        router.statistics = router.statistics._replace(temperature=float(router.temperature), report=report._asdict())
+    return router, report
 
 
 def held_out_split(owners: Tensor, seed: int) -> tuple[Tensor, Tensor]:

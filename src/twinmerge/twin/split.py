@@ -138,6 +138,13 @@ def is_ordered(factors: Factors) -> bool:
     return torch.allclose(a @ a.T, torch.eye(len(a), dtype=a.dtype, device=a.device), atol=1e-2)
 
 
+def is_buffer(model: OpenedModel, name: str) -> bool:
+    """Float buffers (running statistics) have no exact mixture; they stay the shared model's."""
+    if model.architecture is None:
+        return False
+    return any(model.architecture.of_module(b) == name for b, _ in model.architecture.skeleton.named_buffers())
+
+
 def official_generative(
     a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float], scale: float = 0.3, rank: int | None = None
 ) -> Tensor:

@@ -25,15 +25,18 @@ from twinmerge.store.locate import locate
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.twin import package as folder_format
 from twinmerge.twin.compress import compressed, retained
+from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
 from twinmerge.twin.features import default_layers, features
 from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, one_hot
 from twinmerge.twin.moments import Moments, input_moments
 from twinmerge.twin.package import Package
 from twinmerge.twin.router import Router, RouterReport, fit_router
 from twinmerge.twin.runtime import Runtime
-from twinmerge.twin.split import cut, split
+from twinmerge.twin.split import cut, is_buffer, split
 
 DEFAULT_RANK = 8
+CHOSEN_FROM = 64  # the rank that energy and bytes choose from, unless another is said
+SINCE = "\n## Experts since the build\n\n"
 Inputs = Sequence[Any]
 """Texts, (text, text_pair) tuples, or rows of a suite."""
 
@@ -142,7 +145,7 @@ class Twin(nn.Module):
             raise TwinmergeError("A twin needs experts. Name at least one.")
         state = merge.canonical_state()
         opened = {name: merge.experts[name] for name in experts}
-        names = [n for n in merge.matched.merged if not _is_buffer(merge.base, n)]
+        names = [n for n in merge.matched.merged if not is_buffer(merge.base, n)]
         linear = _linear_coefficients(merge.method, merge.recipe.order, list(experts))
         exclusive = split(state, opened, names, rank, linear, progress)
         head_specs = heads_of(merge.experts, merge.matched, list(experts))
@@ -167,7 +170,7 @@ class Twin(nn.Module):
             folder: one that does not exist or is empty.
             about: expert -> more keys of its entry in heads.json, such as its task and metric.
         """
-        self.package = self.package._replace(router=self.router, layers=self.layers)
+        self.package = self._current()
         provenance = self.package.provenance
         if self._sources:
             base = self._sources["base"]
@@ -178,7 +181,11 @@ class Twin(nn.Module):
         else:
             readme = self.side_files / "README.md" if self.side_files else None
             card = readme.read_text(encoding="utf-8") if readme and readme.is_file() else "# Twin\n"
-        return folder_format.save(folder, self.package, self.side_files, card, about or {})
+        card = card.partition(SINCE)[0] + _since(provenance)
+        known = {name: text for name, text in folder_format.about_of(self.side_files).items() if name in self.experts}
+        for name, more in (about or {}).items():
+            known[name] = {**known.get(name, {}), **more}
+        return folder_format.save(folder, self.package, self.side_files, card, known)
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload the twin's folder to the Hugging Face hub, and give its address (see `twin/export.py`)."""
@@ -222,8 +229,85 @@ class Twin(nn.Module):
         moments = None
         if inputs is not None:
             moments = {name: self._moments(name, given, batch_rows, progress) for name, given in inputs.items()}
-        package = self.package._replace(router=self.router, layers=self.layers)
-        package = compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments)
+        package = self._current()
+        return self._with(compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments))
+
+    # ------------------------------------------------------------------ experts that come and go
+
+    def add(
+        self,
+        name: str,
+        model: ModelLike,
+        inputs: Inputs | Mapping[str, Tensor] | None = None,
+        *,
+        rank: int | None = None,
+        batch_rows: int = 32,
+        progress: bool = True,
+    ) -> Twin:
+        """The twin with one more expert: v = θ − θs beside the others; the shared part and their parts stay as they are.
+
+        Args:
+            name: a new one.
+            model: tuned from the base that the others were tuned from.
+            inputs: texts (or a batch of tensors) of its kind, as in `fit_router`; needed where the twin has a router.
+            rank: of its matrices; that of the twin's build where None.
+
+        Errors:
+            TwinmergeError: a name that is taken, a model of another kind, no inputs for the router, or a router without
+                statistics.
+        """
+        if self.router is not None and inputs is None:
+            raise TwinmergeError(f"The router must learn what inputs {name!r} is for. Give inputs of its kind.")
+        own = self.package.provenance.get("twin", {}).get("rank")
+        ranks = [f.rank for part in self.package.exclusive.values() for f in part.low.values()]
+        package = with_expert(self._current(), name, model, rank or own or max([1, *ranks]), progress)
+        if inputs is not None and self.router is not None:
+            found = self._features(inputs, self.layers, batch_rows, name, progress)
+            package = routed_to(package, name, torch.cat(found))
+        return self._with(package)
+
+    def remove(self, name: str) -> Twin:
+        """The twin without an expert; what was added last and is removed leaves the bytes that were there before.
+
+        The shared part stays: an expert that it was built from goes on in it. Build a twin of the others to be rid of it.
+
+        Errors:
+            TwinmergeError: no such expert, the only one, or a router without statistics.
+        """
+        return self._with(without_expert(self._current(), name))
+
+    def rebuild(
+        self,
+        inputs: Mapping[str, Inputs | Mapping[str, Tensor]] | None = None,
+        *,
+        base: ModelLike | None = None,
+        experts: Mapping[str, ModelLike] | None = None,
+        progress: bool = True,
+    ) -> Twin:
+        """Build the twin anew, shared part and all, from the experts that it has now. It needs every one of them.
+
+        Args:
+            inputs: for the router, which reads the shared part's features and must be fitted again; without them the new
+                twin has none.
+            base, experts: where models lie that are no longer where they were.
+
+        Errors:
+            TwinmergeError: a model that is not there any more (named); and as `build`.
+        """
+        recipe = recipe_of(self.package.provenance, base, experts)
+        told = self.package.provenance.get("twin", {})
+        limits = {k: v for k, v in told.get("compressed", {}).items() if k in ("rank", "energy", "bytes", "codec")}
+        rank = told.get("rank") or (CHOSEN_FROM if limits else None)
+        options = {"shared": recipe.method, "heads": recipe.heads, "progress": progress, **recipe.parameters}
+        twin = Twin.build(recipe.base, recipe.experts, rank, **options)
+        if inputs is not None:
+            twin.fit_router(inputs, self.router.kind if self.router else "gaussian", progress=progress)
+        return twin.compress(**limits) if limits else twin
+
+    def _current(self) -> Package:
+        return self.package._replace(router=self.router, layers=self.layers)
+
+    def _with(self, package: Package) -> Twin:
         twin = Twin(package, self.side_files, self._sources)
         twin._encoder = self._encoder
         return twin
@@ -265,13 +349,7 @@ class Twin(nn.Module):
             layers = default_layers(self._layer_count(next(iter(inputs.values()), None)), kind)
         for k, name in enumerate(self.experts):
             given = inputs.get(name)
-            found: list[Tensor] = []
-            if given is not None:
-                with torch.no_grad():
-                    found += [
-                        features(self.model, batch, layers)
-                        for batch in self._batches(given, batch_rows, name, progress)
-                    ]
+            found = [] if given is None else self._features(given, layers, batch_rows, name, progress)
             rows += found
             owners += [k] * sum(len(f) for f in found)
         if self._encoder is not None:
@@ -477,6 +555,12 @@ class Twin(nn.Module):
             yield self.encoder.encode(texts)
 
     @torch.no_grad()
+    def _features(
+        self, given: Inputs | Mapping[str, Tensor], layers: Sequence[int], batch_rows: int, name: str, progress: bool
+    ) -> list[Tensor]:
+        return [features(self.model, batch, layers) for batch in self._batches(given, batch_rows, name, progress)]
+
+    @torch.no_grad()
     def _moments(
         self, name: str, given: Inputs | Mapping[str, Tensor], batch_rows: int, progress: bool
     ) -> dict[str, Moments]:
@@ -511,6 +595,16 @@ class Twin(nn.Module):
         return self.side_files is not None and any((self.side_files / n).is_file() for n in names)
 
 
+def _since(provenance: Mapping[str, Any]) -> str:
+    """The part of a model card that tells of experts that came and went."""
+    told = provenance.get("twin", {})
+    lines = [
+        f"- `{entry['name']}` came from `{entry['model']}`, rank {entry['rank']}." for entry in told.get("added", ())
+    ]
+    lines += [f"- `{name}` went; the shared part was built with it." for name in told.get("removed", ())]
+    return SINCE + "\n".join(lines) + "\n" if lines else ""
+
+
 def position_limit(config: Any) -> int | None:
     """How many tokens the position embeddings allow; RoBERTa's kind keeps two for padding."""
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -524,13 +618,6 @@ def _per_row(names: str | Sequence[str], size: int, what: str) -> list[str]:
     if len(found) != size:
         raise TwinmergeError(f"{size} rows need one {what} or {size}, got {len(found)}.")
     return found
-
-
-def _is_buffer(base: OpenedModel, name: str) -> bool:
-    """Float buffers (running statistics) have no exact mixture; they stay the shared model's."""
-    if base.architecture is None:
-        return False
-    return any(base.architecture.of_module(b) == name for b, _ in base.architecture.skeleton.named_buffers())
 
 
 def _linear_coefficients(method: Method, order: Sequence[str], experts: Sequence[str]) -> list[float] | None:

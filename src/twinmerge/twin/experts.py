@@ -1,0 +1,162 @@
+"""Experts come and go: one more is split from the shared part as it is, one less takes its part along; nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from twinmerge.engine.merge import heads_of
+from twinmerge.engine.recipe import Recipe
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.codec import projected
+from twinmerge.models.matching import check_ancestry, match
+from twinmerge.models.opened import ModelLike, open_model
+from twinmerge.store.locate import locate
+from twinmerge.twin.compress import projected_factors
+from twinmerge.twin.mixture import index_of
+from twinmerge.twin.package import Package
+from twinmerge.twin.router import GaussianRouter
+from twinmerge.twin.split import Exclusive, is_buffer, split
+from twinmerge.twin.statistics import Statistics
+
+
+def with_expert(package: Package, name: str, model: ModelLike, rank: int, progress: bool = True) -> Package:
+    """The package with one more expert, v = θ − θs, and its head; the router is left as it is.
+
+    Args:
+        model: tuned from the base that the others were tuned from.
+        rank: of each matrix, at least 1.
+
+    Errors:
+        TwinmergeError: a name that is taken, a model of another kind, or one that has a head where the others have none.
+    """
+    if name in package.exclusive:
+        raise TwinmergeError(
+            f"The twin has an expert {name!r} already. Give the new one another name, or remove that one."
+        )
+    opened = {name: open_model(model, name if not isinstance(model, str) else None)}
+    shared = package.shared
+    patterns = package.provenance.get("recipe", {}).get("heads", ())
+    matched = match(shared, opened, patterns)
+    check_ancestry(shared, opened, matched.merged)
+    heads = heads_of(opened, matched, [name])
+    if bool(heads) != bool(package.heads):
+        has, have = ("a head", "none") if heads else ("no head", "one each")
+        raise TwinmergeError(
+            f"The expert {name!r} has {has}, the twin's experts have {have}. Build a twin of their kind."
+        )
+    names = [n for n in matched.merged if not is_buffer(shared, n)]
+    part = split({n: shared.read(n) for n in names}, opened, names, rank, None, progress)[name]
+    if package.codec != "none":
+        part = _coded(part, package.codec)
+        heads = {
+            e: head._replace(
+                tensors={n: projected(t, package.codec, 0 if t.dim() == 2 else None) for n, t in head.tensors.items()}
+            )
+            for e, head in heads.items()
+        }
+    twin: dict[str, Any] = dict(package.provenance.get("twin", {}))
+    twin["added"] = [*twin.get("added", ()), {"name": name, "model": opened[name].name, "rank": rank}]
+    return package._replace(
+        exclusive={**package.exclusive, name: part},
+        heads={**package.heads, **heads},
+        provenance={**package.provenance, "twin": twin},
+    )
+
+
+def without_expert(package: Package, name: str) -> Package:
+    """The package without an expert, its head and its place in the router.
+
+    The shared part stays what it is: it was made with the expert if that was there when the twin was built. `rebuild` makes
+    it anew.
+
+    Errors:
+        TwinmergeError: no such expert, or the last one; a router that keeps no statistics.
+    """
+    index_of(name, list(package.exclusive))
+    if len(package.exclusive) == 1:
+        raise TwinmergeError(f"{name!r} is the twin's only expert. Use the shared model alone, or add another first.")
+    router, layers, report = package.router, package.layers, package.report
+    if router is not None:
+        if len(package.exclusive) == 2:
+            router, layers, report = None, (), None  # nothing to choose between
+        else:
+            router, report = _routed(_statistics(package).without(name))
+    twin: dict[str, Any] = dict(package.provenance.get("twin", {}))
+    added = [entry for entry in twin.pop("added", ()) if entry["name"] != name]
+    if len(added) == len(package.provenance.get("twin", {}).get("added", ())):
+        twin["removed"] = [*twin.get("removed", ()), name]
+    if added:
+        twin["added"] = added
+    return package._replace(
+        exclusive={e: part for e, part in package.exclusive.items() if e != name},
+        heads={e: head for e, head in package.heads.items() if e != name},
+        router=router,
+        layers=layers,
+        report=report,
+        provenance={**package.provenance, "twin": twin},
+    )
+
+
+def routed_to(package: Package, name: str, features: Tensor) -> Package:
+    """The package whose router knows one more expert by the features of its inputs (rows, width)."""
+    router, report = _routed(_statistics(package).with_expert(name, features))
+    return package._replace(router=router, report=report)
+
+
+def recipe_of(
+    provenance: Mapping[str, Any], base: ModelLike | None = None, experts: Mapping[str, ModelLike] | None = None
+) -> Recipe:
+    """What the shared part would be made from now: the recipe of the build, with the experts that came and without those
+    that went.
+
+    Args:
+        base, experts: what is to be read in place of what the provenance names.
+
+    Errors:
+        TwinmergeError: a twin without provenance, or a model that is not where it was.
+    """
+    if "recipe" not in provenance:
+        raise TwinmergeError("The twin does not say what it was made from. Build it again from its base and experts.")
+    recipe, told = Recipe.from_description(provenance["recipe"]), provenance.get("twin", {})
+    models = {**recipe.experts, **{entry["name"]: entry["model"] for entry in told.get("added", ())}}
+    models = {name: model for name, model in models.items() if name not in told.get("removed", ())} | dict(
+        experts or {}
+    )
+    whole = {"base": recipe.base if base is None else base, **{f"expert {name!r}": m for name, m in models.items()}}
+    for label, model in whole.items():
+        if isinstance(model, str):
+            try:
+                locate(model)
+            except TwinmergeError as error:
+                raise TwinmergeError(
+                    f"The shared part is made from the base and every expert, and the {label} is not at {model!r} any more. "
+                    "Say where it is."
+                ) from error
+    parameters = {k: v for k, v in recipe.parameters.items() if "." not in k or k.rpartition(".")[0] in models}
+    return replace(recipe, base=whole["base"], experts=models, parameters=parameters)
+
+
+def _statistics(package: Package) -> Statistics:
+    statistics: Statistics | None = getattr(package.router, "statistics", None)
+    if statistics is None:
+        raise TwinmergeError(
+            "The twin's router keeps no statistics, so it cannot take experts in or out. Fit it again with the inputs of every "
+            "expert (kind gaussian), or put router.statistics.safetensors back into the folder."
+        )
+    return statistics
+
+
+def _routed(statistics: Statistics) -> tuple[GaussianRouter, dict[str, Any] | None]:
+    """The router of the statistics, and the report of the first fit where its experts are the first ones again."""
+    same = tuple(statistics.experts) == statistics.first
+    report = dict(statistics.report) if same and statistics.report else None
+    return GaussianRouter.changed(statistics), report
+
+
+def _coded(part: Exclusive, codec: str) -> Exclusive:
+    low = {n: projected_factors(f, f.rank, codec) for n, f in part.low.items()}
+    return Exclusive(low, {n: projected(t, codec) for n, t in part.dense.items()}, part.energy)

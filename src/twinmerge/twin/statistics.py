@@ -1,0 +1,105 @@
+"""What a Gaussian router was made of: counts, means and scatters, which add, so that experts can come and go.
+
+Aggregates of features only; no text and no feature of one is kept. The scatter of the experts that were there first is one
+matrix; each expert that came later has its own, so that taking it out again leaves the very bytes that were there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FIRST = ""  # names the scatter of the experts that were there first
+
+
+class Statistics(NamedTuple):
+    """first: the experts that were fitted together; temperature, report: what their held-out rows gave; counts: expert ->
+    rows; means: expert -> (width,); scatters: `FIRST` or an expert that came later -> Σ (z − μ)(z − μ)ᵀ inside the experts,
+    (width, width). Means and scatters are float32: a router is made of what is kept, never of more."""
+
+    first: tuple[str, ...]
+    temperature: float
+    report: Mapping[str, Any] | None
+    counts: dict[str, int]
+    means: dict[str, Tensor]
+    scatters: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, features: Tensor, owners: Tensor, experts: Sequence[str]) -> Statistics:
+        """Of rows (rows, width) and the number of the expert that each belongs to (rows,).
+
+        Example:
+            >>> found = Statistics.of(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), ["a", "b"])
+            >>> found.counts, found.means["a"].tolist(), found.scatters[FIRST].tolist()
+            ({'a': 2, 'b': 1}, [2.0], [[2.0]])
+        """
+        z = features.double()
+        means = torch.stack([z[owners == k].mean(0) for k in range(len(experts))])
+        inside = z - means[owners]
+        counts = {e: int((owners == k).sum()) for k, e in enumerate(experts)}
+        by_name = {e: means[k].float() for k, e in enumerate(experts)}
+        return cls(tuple(experts), 1.0, None, counts, by_name, {FIRST: (inside.T @ inside).float()})
+
+    @property
+    def experts(self) -> list[str]:
+        return list(self.counts)
+
+    def covariance(self) -> Tensor:
+        """The common covariance inside the experts, float64."""
+        rows = sum(self.counts.values())
+        total = sum(scatter.double() for scatter in self.scatters.values())
+        assert isinstance(total, Tensor)
+        return total / max(1, rows - len(self.counts))
+
+    def with_expert(self, name: str, features: Tensor) -> Statistics:
+        """With the rows of one more expert."""
+        new = Statistics.of(features, torch.zeros(len(features), dtype=torch.int64), [name])
+        return self._replace(
+            counts={**self.counts, **new.counts},
+            means={**self.means, **new.means},
+            scatters={**self.scatters, name: new.scatters[FIRST]},
+        )
+
+    def without(self, name: str) -> Statistics:
+        """Without an expert. The scatter of the first ones stays whole: it is the covariance of them all, and a sum cannot be
+        taken apart to the bit."""
+        return self._replace(
+            first=tuple(e for e in self.first if e != name),
+            counts={e: n for e, n in self.counts.items() if e != name},
+            means={e: m for e, m in self.means.items() if e != name},
+            scatters={e: s for e, s in self.scatters.items() if e != name},
+        )
+
+    def packed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of an artefact; of a scatter the upper triangle."""
+        header = {
+            "first": list(self.first),
+            "temperature": self.temperature,
+            "report": self.report,
+            "experts": self.experts,  # lists: an artefact's header does not keep the order of keys
+            "counts": list(self.counts.values()),
+            "scatters": list(self.scatters),
+        }
+        tensors = {f"mean/{e}": mean for e, mean in self.means.items()}
+        for i, scatter in enumerate(self.scatters.values()):
+            at = torch.triu_indices(*scatter.shape)
+            tensors[f"scatter/{i}"] = scatter[at[0], at[1]]
+        return header, tensors
+
+    @classmethod
+    def unpacked(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+        """What `packed` wrote."""
+        counts = dict(zip(header["experts"], header["counts"], strict=True))
+        means = {e: tensors[f"mean/{e}"] for e in counts}
+        width = len(next(iter(means.values())))
+        scatters = {}
+        for i, name in enumerate(header["scatters"]):
+            at = torch.triu_indices(width, width)
+            scatter = torch.zeros(width, width)
+            scatter[at[0], at[1]] = tensors[f"scatter/{i}"]
+            scatters[name] = scatter.triu() + scatter.triu(1).T
+        first, report = tuple(header["first"]), header["report"]
+        return cls(first, float(header["temperature"]), report, counts, means, scatters)
