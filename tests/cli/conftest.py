@@ -127,6 +127,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Folders, read only: base, experts (mood, kind, size) and data for each; lm with alice and bob; suite; merged (with
     heads); twin (rank 4, with a router) and plain (without)."""
     root: Path = tmp_path_factory.mktemp("zoo")
+    torch.manual_seed(0)  # the classes draw their first weights
     base = drawn(BertModel(BertConfig(**BERT)), 0)
     with torch.no_grad():
         for k in range(3):

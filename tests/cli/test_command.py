@@ -17,7 +17,9 @@ import typer
 import twinmerge.cli
 from twinmerge.errors import TwinmergeError
 
-COMMANDS = ["", "merge", "check", "verify", "twin", "twin build", "twin run", "evaluate", "diff", "methods", "demo"]
+TWIN = ["build", "compress", "add", "remove", "rebuild", "export", "run"]
+COMMANDS = ["", "merge", "check", "verify", "twin", *(f"twin {word}" for word in TWIN)]
+COMMANDS += ["evaluate", "diff", "methods", "demo"]
 
 
 def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:

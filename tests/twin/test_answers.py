@@ -268,3 +268,25 @@ def test_an_error_in_the_model_leaves_the_twin_clean(lab: Any) -> None:
     assert torch.equal(twin(**case.batch, mixture={}, head="e0").logits, before)
     with torch.no_grad():
         assert torch.equal(twin.model(case.batch, ["e0"] * 5)["logits"], before)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "says"),
+    [
+        ({"e0": 0.7, "e1": 0.4}, "add up to 1.1; they must be at least 0 and add up to 1 at most"),
+        ({"e0": 0.7, "e1": -0.1}, "hold -0.1; they must be at least 0"),
+    ],
+)
+def test_weights_outside_the_simplex_are_asked_for(lab: Any, mixture: dict[str, float], says: str) -> None:
+    case, twin = lab.case("llama", torch.float32), lab.twin("llama", torch.float32)
+    with pytest.raises(TwinmergeError, match=says):
+        twin(**case.batch, mixture=mixture)
+    total = sum(mixture.values())
+    scaled = {name: weight / total for name, weight in mixture.items()}
+    if min(mixture.values()) >= 0:
+        assert torch.equal(
+            twin(**case.batch, mixture=mixture, normalize=True).logits, twin(**case.batch, mixture=scaled).logits
+        )
+    assert twin(**case.batch, mixture=mixture, free=True).mixture[0, 1] == pytest.approx(mixture["e1"])
+    with pytest.raises(TwinmergeError, match="add up to nothing above 0"):
+        twin(**case.batch, mixture={}, normalize=True)

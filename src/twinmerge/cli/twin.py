@@ -56,7 +56,7 @@ def build(
     expert: Experts = None,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", min=1, help="Of every exclusive matrix: 8, or with --energy or --bytes at most 64."),
+        typer.Option("--rank", help="Of every exclusive matrix: 8, or with --energy or --bytes at most 64."),
     ] = None,
     energy: Energy = None,
     bytes_: Bytes = None,
@@ -105,18 +105,18 @@ def build(
         inputs[name] = read_texts(Path(file))[:rows]
     _check_picture(picture)
     chosen = energy is not None or bytes_ is not None
+    rank = (CHOSEN_FROM if chosen else DEFAULT_RANK) if rank is None else rank
     twin = Twin.build(
         base,
         experts,
-        rank or (CHOSEN_FROM if chosen else DEFAULT_RANK),
+        rank,
         shared=shared,
         heads=head or (),
         **values(parameter, "-p"),
     )
     report = twin.fit_router(inputs, router, seed=seed) if inputs else None
     if chosen or codec != "none" or weigh:
-        whole = None if chosen else rank or DEFAULT_RANK
-        twin = _compressed(twin, whole, energy, bytes_, codec, inputs if weigh else None)
+        twin = _compressed(twin, None if chosen else rank, energy, bytes_, codec, inputs if weigh else None)
     twin.save_pretrained(output, about)
     extra = _extra(output)
     kept = _drawn(twin, picture)
@@ -130,7 +130,7 @@ def build(
             }
         )
         return
-    at = "" if chosen else f" at rank {rank or DEFAULT_RANK}"
+    at = "" if chosen else f" at rank {rank}"
     said(f"Built a twin of {len(experts)} experts{at}: {_told(extra, kept)} -> {output}")
     if report is None:
         said("It has no router: name the expert in each call, or build again with --data or --suite.")
@@ -377,6 +377,9 @@ def run(
     mixture: Annotated[
         list[str] | None, typer.Option("--mixture", metavar="NAME=WEIGHT", help="Mix by hand. Repeat.")
     ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Divide the weights of --mixture by their sum.")
+    ] = False,
     soft: Annotated[
         bool, typer.Option("--soft", help="Mix all experts by the router's weights, not only the best.")
     ] = False,
@@ -400,6 +403,8 @@ def run(
     choice = {name: value for name, value in choice.items() if value is not None}
     if soft:
         choice["top_k"] = None
+    if normalize:
+        choice["normalize"] = True
     found = loaded.predict(texts, detail=True, **choice)
     if json:
         print_json([{"text": t, **vars(p)} for t, p in zip(texts, found, strict=True)])

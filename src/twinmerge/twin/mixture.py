@@ -114,6 +114,38 @@ def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> 
     return weights
 
 
+def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
+    """Mixtures with weights ≥ 0 that add up to at most 1: what is left to 1 is the shared part's.
+
+    Args:
+        weights: (rows, experts), finite.
+        normalize: divide each row by its sum first.
+
+    Errors:
+        TwinmergeError: a negative weight or a sum above 1; with `normalize`, a sum that is not positive.
+
+    Example:
+        >>> on_simplex(torch.tensor([[3.0, 1.0]]), normalize=True)
+        tensor([[0.7500, 0.2500]])
+    """
+    sums = weights.sum(1)
+    if normalize:
+        if not bool((sums > 0).all()):
+            raise TwinmergeError(
+                "A row's weights add up to nothing above 0, so they cannot be normalised. Give other weights."
+            )
+        weights = weights / sums[:, None]
+        sums = torch.ones_like(sums)
+    if bool((weights < 0).any()) or bool((sums > 1 + 1e-4).any()):
+        worst = sums[int(sums.argmax())] if bool((sums > 1 + 1e-4).any()) else weights.min()
+        what = "add up to" if bool((sums > 1 + 1e-4).any()) else "hold"
+        raise TwinmergeError(
+            f"The mixture's weights {what} {float(worst):.4g}; they must be at least 0 and add up to 1 at most. Say normalize=True "
+            "to divide by their sum, or free=True to mix with any weights."
+        )
+    return weights
+
+
 def index_of(name: str, experts: Sequence[str]) -> int:
     """The position of an expert by its name."""
     if name not in experts:

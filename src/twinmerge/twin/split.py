@@ -72,7 +72,7 @@ def split(
                 factors = [model.factors[name] for model in experts.values()]
                 for i, expert in enumerate(experts):
                     weights = [float(i == j) - c for j, c in enumerate(linear)]
-                    energies[expert][name] = truncate_product(factors, weights).energy()
+                    energies[expert] |= _positive(name, truncate_product(factors, weights).energy())
                     yield expert, name, partial(truncate_product, factors, weights, rank)
                 continue
             for expert, model in experts.items():
@@ -80,7 +80,7 @@ def split(
                 wide = torch.promote_types(torch.promote_types(theta.dtype, reference.dtype), torch.float32)
                 delta = theta.to(wide) - reference.to(wide)
                 if matrix:
-                    energies[expert][name] = float(delta.square().sum(dtype=torch.float64))
+                    energies[expert] |= _positive(name, float(delta.square().sum(dtype=torch.float64)))
                 if not matrix:
                     yield expert, name, partial(torch.clone, delta)
                 elif rank is None:
@@ -91,6 +91,10 @@ def split(
     for expert, name, found in parallel(lambda w: (w[0], w[1], w[2]()), work()):
         _keep(parts[expert], name, found, shared[name].dtype)
     return parts
+
+
+def _positive(name: str, energy: float) -> dict[str, float]:
+    return {name: energy} if energy > 0 else {}
 
 
 def _keep(part: Exclusive, name: str, found: Factors | Tensor, dtype: torch.dtype) -> None:

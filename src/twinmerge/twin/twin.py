@@ -27,7 +27,7 @@ from twinmerge.twin import package as folder_format
 from twinmerge.twin.compress import compressed, retained
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
 from twinmerge.twin.features import default_layers, features
-from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, one_hot
+from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, on_simplex, one_hot
 from twinmerge.twin.moments import Moments, input_moments
 from twinmerge.twin.package import Package
 from twinmerge.twin.router import Router, RouterReport, fit_router
@@ -382,14 +382,18 @@ class Twin(nn.Module):
         expert: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
         top_k: int | None = -1,
+        normalize: bool = False,
+        free: bool = False,
         oracle_biases: Sequence[str] | None = None,
         **batch: Any,
     ) -> TwinOutput:
         """Answer a batch whose rows may have different mixtures.
 
         Args:
-            mixture: weights by name for all rows, one mapping per row, or (rows, experts); routed where neither this nor
-                `expert` is given.
+            mixture: weights by name for all rows, one mapping per row, or (rows, experts), at least 0 with a sum of at most 1;
+                routed where neither this nor `expert` is given.
+            normalize: divide a mixture's weights by their sum first.
+            free: take any finite weights, negative ones and larger sums too.
             expert: a name for all rows or one per row: weight 1 for it, and its head.
             head: a name for all rows or one per row; by default that of the expert of largest weight.
             top_k: of the router; the twin's own `top_k` (1) where not given, None for soft mixtures.
@@ -401,7 +405,7 @@ class Twin(nn.Module):
             TwinmergeError: unknown names, no router, wrong number of rows.
         """
         size = batch_size(batch)
-        weights = self._weights(batch, size, mixture, expert, top_k)
+        weights = self._weights(batch, size, mixture, expert, top_k, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
         heads = self._heads(head, chosen, size)
         plan = Mixture.of(weights, group=not self._couples_rows())
@@ -429,6 +433,8 @@ class Twin(nn.Module):
         mixture: MixtureLike | None = None,
         expert: str | Sequence[str] | None = None,
         top_k: int | None = -1,
+        normalize: bool = False,
+        free: bool = False,
         **inputs: Any,
     ) -> Any:
         """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout."""
@@ -443,7 +449,7 @@ class Twin(nn.Module):
         size = batch_size(prompt)
         config = inputs.get("generation_config") or self.model.body.generation_config
         as_dict = inputs.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", False))
-        weights = self._weights(prompt, size, mixture, expert, top_k)
+        weights = self._weights(prompt, size, mixture, expert, top_k, normalize, free)
         plan = Mixture.of(weights, group=not (as_dict or self._couples_rows()))
         if plan.order is None:
             with self._lock, self.runtime.mixing(plan, copies=True):
@@ -460,7 +466,7 @@ class Twin(nn.Module):
 
         Args:
             texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
-            choice: mixture, expert, head or top_k, as in the call of the twin.
+            choice: mixture, normalize, free, expert, head or top_k, as in the call of the twin.
         """
         if isinstance(texts, str):
             raise TwinmergeError("predict takes a list of texts, got one string. Put it into a list.")
@@ -518,13 +524,16 @@ class Twin(nn.Module):
         mixture: MixtureLike | None,
         expert: str | Sequence[str] | None,
         top_k: int | None,
+        normalize: bool,
+        free: bool,
     ) -> Tensor:
         if mixture is not None and expert is not None:
             raise TwinmergeError("Both mixture and expert are given. Give one of them.")
         if expert is not None:
             return one_hot(_per_row(expert, size, "expert"), self.experts)
         if mixture is not None:
-            return mixture_weights(mixture, self.experts, size)
+            weights = mixture_weights(mixture, self.experts, size)
+            return weights if free else on_simplex(weights, normalize)
         return self.route(batch, self.top_k if top_k == -1 else top_k)
 
     def _heads(self, head: str | Sequence[str] | None, chosen: Sequence[str | None], size: int) -> list[str] | None:
