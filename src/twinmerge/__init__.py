@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Merge": "engine.merge",
-    "Prediction": "twin.twin",
+    "Prediction": "twin.predict",
     "Recipe": "engine.recipe",
     "Twin": "twin.twin",
     "TwinOutput": "twin.twin",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from twinmerge.engine.recipe import read_recipe as read_recipe
     from twinmerge.errors import TwinmergeError as TwinmergeError
     from twinmerge.tasks.suite import open_suite as open_suite
-    from twinmerge.twin.twin import Prediction as Prediction
+    from twinmerge.twin.predict import Prediction as Prediction
     from twinmerge.twin.twin import Twin as Twin
     from twinmerge.twin.twin import TwinOutput as TwinOutput
 

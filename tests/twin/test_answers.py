@@ -14,7 +14,8 @@ from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.twin import Prediction, Twin
+from twinmerge.twin.predict import Prediction
+from twinmerge.twin.twin import Twin
 
 LABELS = {"e0": ["no", "yes"], "e1": ["bad", "fair", "good"], "e2": ["a", "b", "c", "d"]}
 MOST = 12

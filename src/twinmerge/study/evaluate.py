@@ -20,7 +20,8 @@ from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.tasks.metrics import Scored
 from twinmerge.tasks.suite import Row, Task
 from twinmerge.twin.package import is_twin
-from twinmerge.twin.twin import Twin, TwinOutput, position_limit
+from twinmerge.twin.reading import position_limit
+from twinmerge.twin.twin import Twin, TwinOutput
 
 BATCH_ROWS = 32
 WINDOW = 16  # batches whose rows are sorted by length together, so that little is padded

@@ -16,7 +16,7 @@ from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, rows_of_b
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.texts import read_texts
-from twinmerge.twin.twin import position_limit
+from twinmerge.twin.reading import position_limit
 
 MOST_TEXTS = 64
 

@@ -25,6 +25,7 @@ from twinmerge.twin.statistics import Statistics
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
 TWIN_VERSION, ROUTER_VERSION, STATISTICS_VERSION = 2, 1, 1  # of the twin 2: packed by a codec
+SINCE = "\n## Experts since the build\n\n"
 OWN_FILES = {TWIN, ROUTER, STATISTICS, "heads.json", PROVENANCE, *NO_SIDE_FILES}
 
 
@@ -53,6 +54,16 @@ def about_of(folder: Path | None) -> dict[str, dict[str, Any]]:
         return {}
     table = json.loads(file.read_text(encoding="utf-8"))
     return {e: {k: v for k, v in entry.items() if k not in ("labels", "class")} for e, entry in table.items()}
+
+
+def card_of_now(card: str, provenance: Mapping[str, Any]) -> str:
+    """The model card of the build, with what experts came and went since then."""
+    told = provenance.get("twin", {})
+    lines = [
+        f"- `{entry['name']}` came from `{entry['model']}`, rank {entry['rank']}." for entry in told.get("added", ())
+    ]
+    lines += [f"- `{name}` went; the shared part was built with it." for name in told.get("removed", ())]
+    return card.partition(SINCE)[0] + (SINCE + "\n".join(lines) + "\n" if lines else "")
 
 
 def is_twin(folder: Path) -> bool:

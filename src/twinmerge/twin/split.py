@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_product
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.base import Place
+from twinmerge.methods.average import Average
+from twinmerge.methods.base import Method, Place
+from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.opened import OpenedModel
 
 
@@ -147,6 +149,16 @@ def is_buffer(model: OpenedModel, name: str) -> bool:
     if model.architecture is None:
         return False
     return any(model.architecture.of_module(b) == name for b, _ in model.architecture.skeleton.named_buffers())
+
+
+def linear_coefficients(method: Method, order: Sequence[str], experts: Sequence[str]) -> list[float] | None:
+    """c with θs = θ0 + Σ ci τi in the order of `experts`, for methods that are such a sum."""
+    if not isinstance(method, (TaskArithmetic, Average)):
+        return None
+    weights = method.weights if isinstance(method.weights, tuple) else (method.weights,) * len(order)
+    divisor = sum(weights) if isinstance(method, Average) else 1.0 / method.scale if method.scale else float("inf")
+    by_name = {name: w / divisor for name, w in zip(order, weights, strict=True)}
+    return [by_name[name] for name in experts]
 
 
 def official_generative(

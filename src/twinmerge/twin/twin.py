@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from twinmerge.engine.card import model_card
 from twinmerge.engine.merge import Merge, heads_of
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.average import Average
-from twinmerge.methods.base import Method
-from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.headed import HeadedModel, architecture_of, batch_size, rows_of, rows_of_batch
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.locate import locate
-from twinmerge.tasks.encode import TextEncoder, batches
+from twinmerge.tasks.encode import TextEncoder
 from twinmerge.twin import package as folder_format
 from twinmerge.twin.compress import compressed, retained
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
 from twinmerge.twin.features import default_layers, features
 from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, on_simplex, one_hot
-from twinmerge.twin.moments import Moments, input_moments
 from twinmerge.twin.package import Package
+from twinmerge.twin.predict import predict
+from twinmerge.twin.reading import Given, layer_count, position_limit, read_features, read_moments
 from twinmerge.twin.router import Router, RouterReport, fit_router
 from twinmerge.twin.runtime import Runtime
-from twinmerge.twin.split import cut, is_buffer, split
+from twinmerge.twin.split import cut, is_buffer, linear_coefficients, split
 
 DEFAULT_RANK = 8
 CHOSEN_FROM = 64  # the rank that energy and bytes choose from, unless another is said
-SINCE = "\n## Experts since the build\n\n"
-Inputs = Sequence[Any]
-"""Texts, (text, text_pair) tuples, or rows of a suite."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +49,6 @@ class TwinOutput:
     expert: list[str | None]
     head: list[str] | None
     output: Any
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """label: name; expert: whose head answered; confidence: softmax of the label; mixture: expert -> weight."""
-
-    label: str
-    expert: str
-    confidence: float
-    mixture: dict[str, float]
 
 
 class Twin(nn.Module):
@@ -108,7 +92,7 @@ class Twin(nn.Module):
         self.top_k: int | None = 1
         self._sources = dict(licences or {})
         self._encoder: TextEncoder | None = None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self.eval()
 
     # ------------------------------------------------------------------ making
@@ -146,7 +130,7 @@ class Twin(nn.Module):
         state = merge.canonical_state()
         opened = {name: merge.experts[name] for name in experts}
         names = [n for n in merge.matched.merged if not is_buffer(merge.base, n)]
-        linear = _linear_coefficients(merge.method, merge.recipe.order, list(experts))
+        linear = linear_coefficients(merge.method, merge.recipe.order, list(experts))
         exclusive = split(state, opened, names, rank, linear, progress)
         head_specs = heads_of(merge.experts, merge.matched, list(experts))
         provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": shared}}
@@ -181,7 +165,7 @@ class Twin(nn.Module):
         else:
             readme = self.side_files / "README.md" if self.side_files else None
             card = readme.read_text(encoding="utf-8") if readme and readme.is_file() else "# Twin\n"
-        card = card.partition(SINCE)[0] + _since(provenance)
+        card = folder_format.card_of_now(card, provenance)
         known = {name: text for name, text in folder_format.about_of(self.side_files).items() if name in self.experts}
         for name, more in (about or {}).items():
             known[name] = {**known.get(name, {}), **more}
@@ -207,7 +191,7 @@ class Twin(nn.Module):
         energy: float | None = None,
         bytes: float | None = None,
         codec: str = "none",
-        inputs: Mapping[str, Inputs | Mapping[str, Tensor]] | None = None,
+        inputs: Mapping[str, Given] | None = None,
         batch_rows: int = 32,
         progress: bool = True,
     ) -> Twin:
@@ -228,7 +212,7 @@ class Twin(nn.Module):
         """
         moments = None
         if inputs is not None:
-            moments = {name: self._moments(name, given, batch_rows, progress) for name, given in inputs.items()}
+            moments = {name: read_moments(self, given, name, batch_rows, progress) for name, given in inputs.items()}
         package = self._current()
         return self._with(compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments))
 
@@ -238,7 +222,7 @@ class Twin(nn.Module):
         self,
         name: str,
         model: ModelLike,
-        inputs: Inputs | Mapping[str, Tensor] | None = None,
+        inputs: Given | None = None,
         *,
         rank: int | None = None,
         batch_rows: int = 32,
@@ -262,7 +246,7 @@ class Twin(nn.Module):
         ranks = [f.rank for part in self.package.exclusive.values() for f in part.low.values()]
         package = with_expert(self._current(), name, model, rank or own or max([1, *ranks]), progress)
         if inputs is not None and self.router is not None:
-            found = self._features(inputs, self.layers, batch_rows, name, progress)
+            found = read_features(self, inputs, self.layers, name, batch_rows, progress)
             package = routed_to(package, name, torch.cat(found))
         return self._with(package)
 
@@ -278,7 +262,7 @@ class Twin(nn.Module):
 
     def rebuild(
         self,
-        inputs: Mapping[str, Inputs | Mapping[str, Tensor]] | None = None,
+        inputs: Mapping[str, Given] | None = None,
         *,
         base: ModelLike | None = None,
         experts: Mapping[str, ModelLike] | None = None,
@@ -323,7 +307,7 @@ class Twin(nn.Module):
 
     def fit_router(
         self,
-        inputs: Mapping[str, Inputs | Mapping[str, Tensor]],
+        inputs: Mapping[str, Given],
         kind: str = "gaussian",
         *,
         layers: Sequence[int] | None = None,
@@ -346,10 +330,10 @@ class Twin(nn.Module):
         rows: list[Tensor] = []
         owners: list[int] = []
         if layers is None:
-            layers = default_layers(self._layer_count(next(iter(inputs.values()), None)), kind)
+            layers = default_layers(layer_count(self.model.architecture.config), kind)
         for k, name in enumerate(self.experts):
             given = inputs.get(name)
-            found = [] if given is None else self._features(given, layers, batch_rows, name, progress)
+            found = [] if given is None else read_features(self, given, layers, name, batch_rows, progress)
             rows += found
             owners += [k] * sum(len(f) for f in found)
         if self._encoder is not None:
@@ -370,7 +354,7 @@ class Twin(nn.Module):
         """
         if self.router is None:
             raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
-        with torch.no_grad(), self._lock:
+        with torch.no_grad(), self.lock:
             return self.router.weights(features(self.model, batch, self.layers), top_k)
 
     # ------------------------------------------------------------------ answering
@@ -418,7 +402,7 @@ class Twin(nn.Module):
             batch = rows_of_batch(batch, plan.order, size)
             heads = None if heads is None else [heads[i] for i in plan.order.tolist()]
             inverse = torch.argsort(plan.order)
-        with self._lock, self.runtime.mixing(plan, biases):
+        with self.lock, self.runtime.mixing(plan, biases):
             answer = self.model(batch, heads)
         output, logits = (answer["output"], answer["logits"]) if heads else (answer, getattr(answer, "logits", None))
         if inverse is not None:
@@ -452,44 +436,23 @@ class Twin(nn.Module):
         weights = self._weights(prompt, size, mixture, expert, top_k, normalize, free)
         plan = Mixture.of(weights, group=not (as_dict or self._couples_rows()))
         if plan.order is None:
-            with self._lock, self.runtime.mixing(plan, copies=True):
+            with self.lock, self.runtime.mixing(plan, copies=True):
                 return generate(**inputs)
-        with self._lock, self.runtime.mixing(plan, copies=True):
+        with self.lock, self.runtime.mixing(plan, copies=True):
             found = generate(**rows_of_batch(inputs, plan.order, size))
         times = len(found) // size  # num_return_sequences: those of one row stand side by side
         inverse = torch.argsort(plan.order)[:, None] * times + torch.arange(times)
         return rows_of(found, inverse.flatten())
 
     @torch.no_grad()
-    def predict(self, texts: Inputs, *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
+    def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
         """The label name of each text, or `Prediction`s with `detail`.
 
         Args:
             texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
             choice: mixture, normalize, free, expert, head or top_k, as in the call of the twin.
         """
-        if isinstance(texts, str):
-            raise TwinmergeError("predict takes a list of texts, got one string. Put it into a list.")
-        encoder = self.encoder
-        found: list[Prediction] = []
-        for start in range(0, len(texts), batch_rows):
-            chunk = list(texts[start : start + batch_rows])
-            rows = {
-                k: v[start : start + batch_rows]
-                if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() > 1)
-                else v
-                for k, v in choice.items()
-            }
-            out = self(**encoder.encode(chunk), **rows)
-            if out.logits is None or out.logits.dim() != 2:
-                raise TwinmergeError("This twin has no classifier head. Call the twin itself, or generate().")
-            probabilities = out.logits.float().softmax(-1)
-            for i, p in enumerate(probabilities):
-                head = out.head[i] if out.head else None
-                mixture = dict(zip(self.experts, out.mixture[i].tolist(), strict=True))
-                label = self.model.labels(head)[int(p.argmax())]
-                found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture))
-        encoder.warn_truncated()
+        found = predict(self, texts, batch_rows, choice)
         return found if detail else [p.label for p in found]
 
     def weights_for(self, mixture: Mapping[str, float]) -> dict[str, Tensor]:
@@ -550,50 +513,6 @@ class Twin(nn.Module):
             index_of(name, known)
         return names
 
-    def _batches(
-        self, given: Inputs | Mapping[str, Tensor], batch_rows: int, name: str, progress: bool
-    ) -> Iterator[Mapping[str, Any]]:
-        """What a caller gives, as batches of tensors."""
-        if isinstance(given, Mapping):
-            size = batch_size(given)
-            for rows in torch.arange(size).split(batch_rows):
-                yield rows_of_batch(given, rows, size)
-            return
-        chunks = list(batches(list(given), batch_rows, "length"))
-        for _, texts in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
-            yield self.encoder.encode(texts)
-
-    @torch.no_grad()
-    def _features(
-        self, given: Inputs | Mapping[str, Tensor], layers: Sequence[int], batch_rows: int, name: str, progress: bool
-    ) -> list[Tensor]:
-        return [features(self.model, batch, layers) for batch in self._batches(given, batch_rows, name, progress)]
-
-    @torch.no_grad()
-    def _moments(
-        self, name: str, given: Inputs | Mapping[str, Tensor], batch_rows: int, progress: bool
-    ) -> dict[str, Moments]:
-        """What the modules see of inputs of an expert's kind while that expert answers."""
-        index_of(name, self.experts)
-
-        def answered() -> Iterator[Mapping[str, Any]]:
-            for batch in self._batches(given, batch_rows, name, progress):
-                plan = Mixture.of(one_hot([name] * batch_size(batch), self.experts))
-                with self.runtime.mixing(plan):  # until the next batch is asked for
-                    yield batch
-
-        with self._lock:
-            return input_moments(self.model, self.package.exclusive[name].low, answered())
-
-    def _layer_count(self, given: Any) -> int:
-        config = self.model.architecture.config
-        count = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
-        if count is None:
-            raise TwinmergeError(
-                f"{type(config).__name__} does not say how many layers it has. Name the router's layers."
-            )
-        return int(count)
-
     def _couples_rows(self) -> bool:
         """Models of two towers score every row of one against every row of the other: rows must keep their order."""
         config = self.model.architecture.config
@@ -604,36 +523,8 @@ class Twin(nn.Module):
         return self.side_files is not None and any((self.side_files / n).is_file() for n in names)
 
 
-def _since(provenance: Mapping[str, Any]) -> str:
-    """The part of a model card that tells of experts that came and went."""
-    told = provenance.get("twin", {})
-    lines = [
-        f"- `{entry['name']}` came from `{entry['model']}`, rank {entry['rank']}." for entry in told.get("added", ())
-    ]
-    lines += [f"- `{name}` went; the shared part was built with it." for name in told.get("removed", ())]
-    return SINCE + "\n".join(lines) + "\n" if lines else ""
-
-
-def position_limit(config: Any) -> int | None:
-    """How many tokens the position embeddings allow; RoBERTa's kind keeps two for padding."""
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
-        limit -= 2
-    return int(limit) if limit else None
-
-
 def _per_row(names: str | Sequence[str], size: int, what: str) -> list[str]:
     found = [names] * size if isinstance(names, str) else list(names)
     if len(found) != size:
         raise TwinmergeError(f"{size} rows need one {what} or {size}, got {len(found)}.")
     return found
-
-
-def _linear_coefficients(method: Method, order: Sequence[str], experts: Sequence[str]) -> list[float] | None:
-    """c with θs = θ0 + Σ ci τi in the order of `experts`, for methods that are such a sum."""
-    if not isinstance(method, (TaskArithmetic, Average)):
-        return None
-    weights = method.weights if isinstance(method.weights, tuple) else (method.weights,) * len(order)
-    divisor = sum(weights) if isinstance(method, Average) else 1.0 / method.scale if method.scale else float("inf")
-    by_name = {name: w / divisor for name, w in zip(order, weights, strict=True)}
-    return [by_name[name] for name in experts]

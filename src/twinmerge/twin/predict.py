@@ -1,0 +1,51 @@
+"""Texts in, label names out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from twinmerge.errors import TwinmergeError
+
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """label: name; expert: whose head answered; confidence: softmax of the label; mixture: expert -> weight."""
+
+    label: str
+    expert: str
+    confidence: float
+    mixture: dict[str, float]
+
+
+def predict(twin: Twin, texts: Sequence[Any], batch_rows: int, choice: Mapping[str, Any]) -> list[Prediction]:
+    """The answer to each text (see `Twin.predict`); what `choice` holds for each row is cut along with the texts."""
+    if isinstance(texts, str):
+        raise TwinmergeError("predict takes a list of texts, got one string. Put it into a list.")
+    encoder = twin.encoder
+    found: list[Prediction] = []
+    for start in range(0, len(texts), batch_rows):
+        chunk = list(texts[start : start + batch_rows])
+        rows = {
+            k: v[start : start + batch_rows]
+            if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() > 1)
+            else v
+            for k, v in choice.items()
+        }
+        out = twin(**encoder.encode(chunk), **rows)
+        if out.logits is None or out.logits.dim() != 2:
+            raise TwinmergeError("This twin has no classifier head. Call the twin itself, or generate().")
+        probabilities = out.logits.float().softmax(-1)
+        for i, p in enumerate(probabilities):
+            head = out.head[i] if out.head else None
+            mixture = dict(zip(twin.experts, out.mixture[i].tolist(), strict=True))
+            label = twin.model.labels(head)[int(p.argmax())]
+            found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture))
+    encoder.warn_truncated()
+    return found
