@@ -54,6 +54,11 @@ class Recipe:
         for name in self.experts:
             if not EXPERT_NAME.match(name):
                 raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
+        taken = {"output", *(["base"] if method_class(self.method).space == "deltas" else [])}
+        if clash := taken & set(self.experts):
+            raise TwinmergeError(
+                f"The expert name {clash.pop()!r} stands for something else in checksums and messages. Give it another one."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TwinmergeError(
                 f"Cannot write dtype {self.dtype!r}.{nearest(str(self.dtype), DTYPES)} Choose from {', '.join(DTYPES)}."
