@@ -131,7 +131,10 @@ def test_own_keys():
         ("{merge_method: linear, models: [{model: a}], dtype: 16}", "Cannot write dtype 16"),
         ("{merge_method: linear, models: [{model: a}], heads: classifier}", "heads must be a list of patterns"),
         ("{merge_method: linear, models: [{model: a, name: ../x}]}", "expert name '../x' is not usable"),
-        ("{merge_method: linear, models: [{model: a, name: output}]}", "expert name 'output' stands for something else"),
+        (
+            "{merge_method: linear, models: [{model: a, name: output}]}",
+            "expert name 'output' stands for something else",
+        ),
         ("{merge_method: ties, base_model: b, models: [{model: a, name: base}]}", "'base' stands for something else"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.twin.router import (
     GaussianRouter,
     MlpRouter,
+    ProjectionRouter,
     calibration_error,
     fit_router,
     fit_temperature,
@@ -178,6 +180,74 @@ def test_calibration_error_by_hand() -> None:
     weights = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
     owners = torch.tensor([0, 1, 1, 1])
     assert calibration_error(weights, owners) == pytest.approx(0.5 * 0.4 + 0.5 * 0.4, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- check 20
+
+
+def test_check20_projection_and_centroid_routers_find_the_subspace() -> None:
+    """Check 20: inputs in each expert's subspace with 10 % noise; signs of singular vectors change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
+    bases = [q[:, 6 * k : 6 * k + 6] for k in range(8)]
+    owners = torch.arange(8).repeat_interleave(60)
+    z = torch.stack([bases[k] @ (1 + 0.3 * torch.randn(6, generator=generator)) for k in owners.tolist()])
+    z = z + 0.1 * z.norm(dim=1, keepdim=True) / 8 * torch.randn(z.shape, generator=generator)
+    router = ProjectionRouter.from_bases([3 * v @ torch.randn(6, 60, generator=generator) for v in bases])
+    assert (router.weights(z).argmax(1) == owners).double().mean() >= 0.95
+    turned = ProjectionRouter.from_bases([v * torch.tensor([1.0, -1, 1, -1, -1, 1]) for v in bases])
+    torch.testing.assert_close(turned.logits(z), router.logits(z), rtol=1e-4, atol=1e-4)
+    centroid = GaussianRouter.fit(z[::2], owners[::2], [str(k) for k in range(8)])
+    assert (centroid.weights(z[1::2]).argmax(1) == owners[1::2]).double().mean() >= 0.95
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_projection_router_of_a_twin_needs_no_data(lab: Any, tmp_path: Path, name: str) -> None:
+    """Experts that changed what reads their own kind of inputs; the others' inputs are of another kind."""
+    case = lab.new_case(name, torch.float32)
+    given = {n: kinds(case, i) for i, n in enumerate(case.experts)}
+    for expert, batch in zip(case.experts.values(), given.values(), strict=True):
+        own = expert.state_dict()
+        base = case.base.state_dict()
+        for key, tensor in own.items():  # back to the base, but for its head
+            source = base.get(key.removeprefix(case.family.prefix))
+            if source is not None and source.shape == tensor.shape:
+                tensor.copy_(source)
+        with torch.no_grad():
+            states = case.base(**batch, output_hidden_states=True).hidden_states[1].flatten(0, 1)
+        direction = torch.nn.functional.normalize(states.mean(0), dim=0)
+        for key, tensor in own.items():
+            if ".1." in key and tensor.dim() == 2 and any(p in key for p in ("query", "q_proj", "c_attn")):
+                out = torch.randn(max(tensor.shape) if "c_attn" in key else tensor.shape[0])
+                tensor += 0.05 * (torch.outer(direction, out) if "c_attn" in key else torch.outer(out, direction))
+        expert.load_state_dict(own)
+    twin = Twin.build(case.base, case.experts, 2, shared="task_arithmetic", scale=1e-3, progress=False)
+    assert twin.fit_router(kind="projection", layers=(1,)) is None
+    again = Twin.from_pretrained(twin.save_pretrained(tmp_path / "twin"))
+    for found in (twin, again, again.remove("e0")):
+        for label in found.experts:
+            routed = found(**given[label], **({"head": label} if case.heads else {})).expert
+            assert routed.count(label) >= 0.8 * len(routed)
+    if name == "bert":
+        report = twin.fit_router(given, "projection", layers=(1,), progress=False)
+        assert report is not None and report.rows == 60 and report.ece_calibrated <= report.ece + 1e-6
+        with pytest.raises(TwinmergeError, match="reads one layer"):
+            twin.fit_router(kind="projection", layers=(0, 1))
+        with pytest.raises(TwinmergeError, match="In layer 0 not every expert changes"):
+            twin.fit_router(kind="projection", layers=(0,))
+
+
+def kinds(case: Any, which: int) -> dict[str, Tensor]:
+    """Twenty inputs around one of their own."""
+    generator = torch.Generator().manual_seed(which)
+    if case.family.pixels:
+        one = torch.randn(1, 3, 8, 8, generator=generator)
+        return {"pixel_values": one + 0.1 * torch.randn(20, 3, 8, 8, generator=generator)}
+    ids = torch.randint(3 + 15 * which, 18 + 15 * which, (1, 12), generator=generator).repeat(20, 1)
+    ids[torch.arange(20), torch.arange(20) % 12] = torch.randint(
+        3 + 15 * which, 18 + 15 * which, (20,), generator=generator
+    )
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 # ---------------------------------------------------------------------------------------- fit_router of a twin

@@ -76,7 +76,9 @@ def build(
         Path | None, typer.Option("--suite", help="A suite whose tasks are the experts: its train rows fit the router.")
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=5, help="Inputs per expert for the router.")] = 500,
-    router: Annotated[str, typer.Option("--router", help="gaussian, or mlp (the paper's).")] = "gaussian",
+    router: Annotated[
+        str, typer.Option("--router", help="gaussian, mlp (the paper's), or projection (needs no data).")
+    ] = "gaussian",
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     threads: Threads = None,
     json: Json = False,
@@ -114,7 +116,7 @@ def build(
         heads=head or (),
         **values(parameter, "-p"),
     )
-    report = twin.fit_router(inputs, router, seed=seed) if inputs else None
+    report = twin.fit_router(inputs, router, seed=seed) if inputs or router == "projection" else None
     if chosen or codec != "none" or weigh:
         twin = _compressed(twin, None if chosen else rank, energy, bytes_, codec, inputs if weigh else None)
     twin.save_pretrained(output, about)
@@ -132,8 +134,12 @@ def build(
         return
     at = "" if chosen else f" at rank {rank}"
     said(f"Built a twin of {len(experts)} experts{at}: {_told(extra, kept)} -> {output}")
-    if report is None:
+    if twin.router is None:
         said("It has no router: name the expert in each call, or build again with --data or --suite.")
+    elif report is None:
+        said(
+            "Its router was made from the experts alone; nothing was measured. Name --data or --suite to see how it does."
+        )
     else:
         lines = [(name, f"{100 * share:.1f} %") for name, share in report.right_by_expert.items()]
         print_table(

@@ -12,14 +12,17 @@ from twinmerge.models.headed import HeadedModel
 
 
 def default_layers(layers: int, kind: str) -> tuple[int, ...]:
-    """Which hidden states (0 is the embedding): three early ones beside the last; for the paper's MLP the last alone.
+    """Which hidden states (0 is the embedding): three early ones beside the last; for the paper's MLP the last alone;
+    for the projection router the input of a layer at three quarters.
 
     Early layers tell kinds of input apart; the last is bent towards answers by fine-tuning.
 
     Example:
-        >>> default_layers(6, "gaussian"), default_layers(6, "mlp")
-        ((1, 2, 3, 6), (6,))
+        >>> default_layers(6, "gaussian"), default_layers(6, "mlp"), default_layers(12, "projection")
+        ((1, 2, 3, 6), (6,), (9,))
     """
+    if kind == "projection":
+        return (min(layers - 1, round(0.75 * layers)),)
     if kind == "mlp":
         return (layers,)
     return tuple(sorted({1, max(1, round(layers / 3)), max(1, layers // 2), layers}))

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import batch_size, rows_of_batch
@@ -60,6 +61,58 @@ def read_moments(twin: Twin, given: Given, name: str, batch_rows: int, progress:
 
     with twin.lock:
         return input_moments(twin.model, twin.package.exclusive[name].low, answered())
+
+
+@torch.no_grad()
+def input_directions(twin: Twin, layer: int) -> list[Tensor]:
+    """Of each expert, the directions (width, any number) that its exclusive part reads the layer's input along: the right
+    factors of the matrices that the layer's input goes to first (queries, keys and values).
+
+    Errors:
+        TwinmergeError: a layer that is not there, or whose first matrices no expert changes.
+    """
+    modules = {
+        path: m for path, m in twin.model.body.named_modules() if _layer_of(path) == layer and not any(m.children())
+    }
+    seen: list[tuple[str, Tensor]] = []
+    handles = []
+    for path, module in modules.items():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            handles.append(module.register_forward_pre_hook(lambda _, args, path=path: seen.append((path, args[0]))))
+    try:
+        twin.model.hidden_states(_nothing_much(twin))
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = [path for path, x in seen if x is seen[0][1]]
+    names = [twin.model.canonical(f"{path}.weight") for path in first]
+    found = []
+    for part in twin.package.exclusive.values():
+        own = [(part.low[n], modules[path]) for n, path in zip(names, first, strict=True) if n in part.low]
+        # Conv1D stores (in, out); what stands on the other side says how much a direction matters
+        sides = [(f.b, f.a.T) if isinstance(module, Conv1D) else (f.a.T, f.b) for f, module in own]
+        reads = [v.float() * out.float().norm(dim=0) for v, out in sides]
+        found.append(torch.cat(reads, 1) if reads else torch.zeros(0, 0))
+    if not first or any(not v.numel() for v in found):
+        raise TwinmergeError(
+            f"In layer {layer} not every expert changes the first matrices, so inputs cannot be told apart by them. Name another "
+            "layer, or fit a router on inputs."
+        )
+    return found
+
+
+def _layer_of(path: str) -> int | None:
+    """The first integer component of a module's path."""
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
+def _nothing_much(twin: Twin) -> dict[str, Tensor]:
+    """A batch that runs through the model."""
+    config = twin.model.architecture.config
+    if (size := getattr(config, "image_size", None)) is not None:
+        dtype = next(twin.model.body.parameters()).dtype
+        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), size, size, dtype=dtype)}
+    return {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
 
 
 def layer_count(config: Any) -> int:

@@ -17,6 +17,8 @@ from twinmerge.twin.statistics import Statistics
 SHRINKAGE = 0.05
 HELD_OUT = 0.2
 BINS = 15
+ENERGY = 0.95  # of an expert's directions, kept by the projection router
+UNFITTED = 0.05  # temperature of residuals where no inputs are there to fit it
 DRAWN = 2000  # rows of each expert, where a temperature is fitted on drawn ones
 
 
@@ -206,6 +208,52 @@ class MlpRouter(Router):
         return logits
 
 
+class ProjectionRouter(Router):
+    """Data-free: the expert whose own input directions explain an input best.
+
+    logit_k = −‖z − Vk Vkᵀ z‖ / ‖z‖, Vk an orthonormal basis of the right singular vectors of expert k's exclusive part in the
+    matrices that read z. An expert changes a matrix along the directions that its own inputs have.
+
+    Source: the projection residual of MASS (ICLR 2026).
+
+    Example:
+        >>> router = ProjectionRouter.from_bases([torch.eye(4)[:, :2], torch.eye(4)[:, 2:]])
+        >>> router.logits(torch.tensor([[1.0, 1.0, 0.0, 0.1]])).argmax().item()
+        0
+    """
+
+    kind = "projection"
+
+    def __init__(self, bases: Tensor) -> None:
+        super().__init__()
+        self.bases: Tensor
+        self.register_buffer("bases", bases)
+
+    @classmethod
+    def from_bases(cls, vectors: Sequence[Tensor]) -> ProjectionRouter:
+        """Of each expert's directions (width, any number), as long as they matter: those that hold 95 % of the energy."""
+        found = []
+        for v in vectors:
+            u, s, _ = torch.linalg.svd(v.double(), full_matrices=False)
+            kept = s.square().cumsum(0) - s.square() < ENERGY * s.square().sum()
+            found.append(u[:, kept].float())
+        most = max(v.shape[1] for v in found)
+        router = cls(torch.stack([F.pad(v, (0, most - v.shape[1])) for v in found]))
+        router.temperature.fill_(UNFITTED)
+        return router
+
+    @classmethod
+    def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> ProjectionRouter:
+        raise TwinmergeError(
+            "The projection router is made from the experts, not from inputs: call fit_router of a twin."
+        )
+
+    def logits(self, features: Tensor) -> Tensor:
+        z = F.normalize(features.float(), dim=-1)
+        explained = torch.einsum("nd,kdr->nkr", z, self.bases).square().sum(-1)
+        return -(1 - explained).clamp(min=0).sqrt()
+
+
 ROUTERS: dict[str, type[GaussianRouter] | type[MlpRouter]] = {"gaussian": GaussianRouter, "mlp": MlpRouter}
 
 
@@ -218,7 +266,8 @@ def fit_router(
         TwinmergeError: unknown kind, fewer than two experts, an expert with fewer than five rows.
     """
     if kind not in ROUTERS:
-        raise TwinmergeError(f"Unknown router {kind!r}.{nearest(kind, ROUTERS)} Choose from {', '.join(ROUTERS)}.")
+        kinds = [*ROUTERS, ProjectionRouter.kind]
+        raise TwinmergeError(f"Unknown router {kind!r}.{nearest(kind, kinds)} Choose from {', '.join(kinds)}.")
     if len(experts) < 2:
         raise TwinmergeError(
             "A router needs at least two experts to choose from. Add an expert, or name it in each call."
@@ -230,12 +279,17 @@ def fit_router(
             )
     train, held = held_out_split(owners, seed)
     router: Router = ROUTERS[kind].fit(features[train], owners[train], experts, seed)
-    logits = router.logits(features[held])
-    router.temperature.fill_(fit_temperature(logits, owners[held]))
-    report = _report(logits, owners[held], experts, float(router.temperature))
+    report = calibrated(router, features[held], owners[held], experts)
     if isinstance(router, GaussianRouter) and router.statistics is not None:
         router.statistics = router.statistics._replace(temperature=float(router.temperature), report=report._asdict())
     return router, report
+
+
+def calibrated(router: Router, features: Tensor, owners: Tensor, experts: Sequence[str]) -> RouterReport:
+    """Set a router's temperature on rows that it was not made from, and report on them."""
+    logits = router.logits(features)
+    router.temperature.fill_(fit_temperature(logits, owners))
+    return _report(logits, owners, experts, float(router.temperature))
 
 
 def held_out_split(owners: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -309,6 +363,8 @@ def router_from(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -
         router = GaussianRouter(torch.zeros_like(tensors["weight"]), torch.zeros_like(tensors["bias"]))
     elif kind == "mlp":
         router = MlpRouter(header["width"], header["experts"])
+    elif kind == "projection":
+        router = ProjectionRouter(torch.zeros_like(tensors["bases"]))
     else:
         raise TwinmergeError(f"The router is of the kind {kind!r}, which this release does not know. Fit it again.")
     try:

@@ -26,8 +26,8 @@ from twinmerge.twin.features import default_layers, features
 from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, on_simplex, one_hot
 from twinmerge.twin.package import Package
 from twinmerge.twin.predict import predict
-from twinmerge.twin.reading import Given, layer_count, position_limit, read_features, read_moments
-from twinmerge.twin.router import Router, RouterReport, fit_router
+from twinmerge.twin.reading import Given, input_directions, layer_count, position_limit, read_features, read_moments
+from twinmerge.twin.router import ProjectionRouter, Router, RouterReport, calibrated, fit_router
 from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.split import cut, is_buffer, linear_coefficients, split
 
@@ -240,15 +240,16 @@ class Twin(nn.Module):
             TwinmergeError: a name that is taken, a model of another kind, no inputs for the router, or a router without
                 statistics.
         """
-        if self.router is not None and inputs is None:
+        from_experts = isinstance(self.router, ProjectionRouter)
+        if self.router is not None and inputs is None and not from_experts:
             raise TwinmergeError(f"The router must learn what inputs {name!r} is for. Give inputs of its kind.")
         own = self.package.provenance.get("twin", {}).get("rank")
         ranks = [f.rank for part in self.package.exclusive.values() for f in part.low.values()]
         package = with_expert(self._current(), name, model, rank or own or max([1, *ranks]), progress)
-        if inputs is not None and self.router is not None:
+        if inputs is not None and self.router is not None and not from_experts:
             found = read_features(self, inputs, self.layers, name, batch_rows, progress)
             package = routed_to(package, name, torch.cat(found))
-        return self._with(package)
+        return self._changed(package)
 
     def remove(self, name: str) -> Twin:
         """The twin without an expert; what was added last and is removed leaves the bytes that were there before.
@@ -258,7 +259,19 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: no such expert, the only one, or a router without statistics.
         """
-        return self._with(without_expert(self._current(), name))
+        package = self._current()
+        if isinstance(self.router, ProjectionRouter):
+            package = package._replace(router=None)
+        return self._changed(without_expert(package, name))
+
+    def _changed(self, package: Package) -> Twin:
+        """A twin of other experts; a router that is made from them is made anew."""
+        if not isinstance(self.router, ProjectionRouter):
+            return self._with(package)
+        twin = self._with(package._replace(router=None, layers=(), report=None))
+        if len(twin.experts) > 1:
+            twin.fit_router(kind=ProjectionRouter.kind, layers=self.layers)
+        return twin
 
     def rebuild(
         self,
@@ -307,24 +320,29 @@ class Twin(nn.Module):
 
     def fit_router(
         self,
-        inputs: Mapping[str, Given],
+        inputs: Mapping[str, Given] | None = None,
         kind: str = "gaussian",
         *,
         layers: Sequence[int] | None = None,
         seed: int = 0,
         batch_rows: int = 32,
         progress: bool = True,
-    ) -> RouterReport:
+    ) -> RouterReport | None:
         """Fit the router on a few hundred inputs of each expert's kind; a fifth is held out for the temperature.
 
         Args:
             inputs: expert -> texts (or pairs, or suite rows), or a batch of tensors such as {"pixel_values": ...}.
-            kind: "gaussian" (closed form, early layers beside the last) or "mlp" (the paper's, last layer).
-            layers: which hidden states to read, 0 the embedding; by kind where None.
+            kind: "gaussian" (closed form, early layers beside the last); "mlp" (the paper's, last layer); or "projection", made
+                from the experts' weights, which takes inputs only to set its temperature and to report on them.
+            layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one).
+
+        Returns:
+            how held-out rows were routed; None without inputs.
 
         Errors:
             TwinmergeError: an expert without inputs, unknown names, too few of them.
         """
+        inputs = inputs or {}
         for name in inputs:
             index_of(name, self.experts)
         rows: list[Tensor] = []
@@ -338,12 +356,21 @@ class Twin(nn.Module):
             owners += [k] * sum(len(f) for f in found)
         if self._encoder is not None:
             self._encoder.warn_truncated()
-        if not rows:
+        report = None
+        if kind == ProjectionRouter.kind:
+            if len(layers) != 1:
+                raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
+            self.router = ProjectionRouter.from_bases(input_directions(self, layers[0]))
+            if rows:
+                report = calibrated(self.router, torch.cat(rows), torch.tensor(owners), self.experts)
+        elif not rows:
             raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
-        with torch.random.fork_rng(devices=[]):
-            self.router, report = fit_router(kind, torch.cat(rows), torch.tensor(owners), self.experts, seed)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                self.router, report = fit_router(kind, torch.cat(rows), torch.tensor(owners), self.experts, seed)
         self.layers = tuple(layers)
-        self.package = self.package._replace(router=self.router, layers=self.layers, report=report._asdict())
+        told = report._asdict() if report else None
+        self.package = self.package._replace(router=self.router, layers=self.layers, report=told)
         return report
 
     def route(self, batch: Mapping[str, Any], top_k: int | None = 1) -> Tensor:
