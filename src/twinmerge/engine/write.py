@@ -51,7 +51,7 @@ class Report:
     checksums: dict[str, dict[str, str]] = field(default_factory=dict)
     changed: int = 0
     erased: int = 0
-    _open: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    _open: dict[str, Digests] = field(default_factory=dict)  # tensor -> what is known of it so far
 
     def add(self, line: Line) -> None:
         self.changed += line["changed"]
@@ -60,13 +60,14 @@ class Report:
             self.extend(tensor, digests)
 
     def extend(self, tensor: str, digests: Mapping[str, list[str]]) -> None:
+        known = self._open.setdefault(tensor, {})
         for source, blocks in digests.items():
-            self._open.setdefault((source, tensor), []).extend(blocks)
+            known.setdefault(source, []).extend(blocks)
 
     def close(self, tensor: str) -> None:
         """All blocks of the tensor are in."""
-        for source, name in [key for key in self._open if key[1] == tensor]:
-            self.checksums.setdefault(source, {})[name] = joined(self._open.pop((source, name)))
+        for source, blocks in self._open.pop(tensor).items():
+            self.checksums.setdefault(source, {})[tensor] = joined(blocks)
 
     def rounding(self, seed: int | None) -> dict[str, Any]:
         return {
