@@ -21,7 +21,7 @@ from torch import Tensor
 from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused, keyed_random, select, sums
-from twinmerge.maths.fused import CODES, Drop, Elect, Outcome, Rule, Trim, Values, gram, in_bracket, magnitudes, merge
+from twinmerge.maths.fused import CODES, Drop, Elect, Outcome, Rule, Trim, Values, gram, in_bracket, merge
 from twinmerge.methods.average import Average
 from twinmerge.methods.base import Known, Method, Place, Tile
 from twinmerge.methods.dare import Dare
@@ -395,9 +395,8 @@ def test_any_number_of_threads_at_once() -> None:
         lambda x, out: merge(Rule((1.0,), False), None, [x], Values(np.frombuffer(bytes(8), np.uint8), "F32")),
         lambda x, out: merge(Rule((1.0,), False, trim=Trim((1, 2), (1, 2))), None, [x], out),
         lambda x, out: in_bracket(x, None, 0, 1, [0, 1, 2, 3, 4]),
-        lambda x, out: fused.count_equal(x, None, 0, block=0),
         lambda x, out: gram(x, stored([1.0], "F32")),
-        lambda x, out: magnitudes(Values(x.memory, "I8"), None),
+        lambda x, out: gram(Values(x.memory, "I8"), x),
     ],
 )
 def test_what_does_not_fit_together_is_refused(wrong: Any) -> None:
@@ -442,29 +441,12 @@ def test_gram(seed: int, size: int, codes: tuple[str, str], kind: Kind) -> None:
 
 @compiled
 @FEW
-@given(case=merges(), with_base=st.booleans(), block=st.sampled_from([1000, 65_536]), data=st.data())
-def test_magnitudes_and_entries_that_equal_one(
-    case: tuple[Values, list[Values], str], with_base: bool, block: int, data: st.DataObject
-) -> None:
-    theirs, experts, _ = case
-    base, x = theirs if with_base else None, experts[0]
-    row = deltas(base, [x])[0]
-    found = magnitudes(x, base)
-    assert found.dtype == np.int32 and np.array_equal(found, select.magnitude_bits(row)[0].numpy())
-    threshold = data.draw(st.sampled_from([0, *found[:20].tolist()]))
-    counts = fused.count_equal(x, base, threshold, block)
-    pieces = row.split(block, 1) if row.numel() else []
-    assert counts.tolist() == [select.ties(part, torch.tensor([threshold])).item() for part in pieces]
-
-
-@compiled
-@FEW
 @given(case=merges(), with_base=st.booleans(), data=st.data())
 def test_in_bracket(case: tuple[Values, list[Values], str], with_base: bool, data: st.DataObject) -> None:
     theirs, experts, _ = case
     base, x = theirs if with_base else None, experts[0]
     row = deltas(base, [x])[0]
-    sizes = sorted(set(magnitudes(x, base).tolist())) or [0]
+    sizes = sorted(set(select.magnitude_bits(row)[0].tolist())) or [0]
     some = st.integers(0, len(sizes) - 1).map(sizes.__getitem__)
     low, high = sorted(data.draw(st.tuples(some, some)))
     inside = [size for size in sizes if low <= size <= high]

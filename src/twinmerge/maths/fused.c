@@ -152,8 +152,6 @@ INLINE uint64_t high_product(uint64_t x, uint64_t y, bool pieces) {
 typedef struct {
     void (*merge[2])(const Rule *, const Range *, Outcome *); /* sums in float, in double */
     void (*gram)(const void *, int, const void *, int, size_t, double *);
-    void (*magnitudes)(const void *, int, const void *, int, size_t, int32_t *);
-    int64_t (*equal)(const void *, int, const void *, int, size_t, uint32_t);
     size_t (*bracket)(const void *, int, const void *, int, size_t, int32_t, uint32_t, const int32_t *, int64_t *, int32_t *);
 } Level;
 
@@ -355,31 +353,6 @@ static TARGET void NAME(gram)(const void *a, int of_a, const void *b, int of_b, 
     }
 }
 
-static TARGET void NAME(magnitudes)(const void *x, int code, const void *base, int of_base, size_t size, int32_t *to) {
-    float sizes[CHUNK];
-    for (size_t at = 0, n; at < size; at += n) {
-        n = least(CHUNK, size - at);
-        NAME(size_of)(x, code, base, of_base, at, n, sizes);
-        for (size_t i = 0; i < n; i++)
-            to[at + i] = (int32_t)(as_bits(sizes[i]) & MAGNITUDE);
-    }
-}
-
-/* How many |x - base| have just these bits. */
-static TARGET int64_t NAME(equal)(const void *x, int code, const void *base, int of_base, size_t size, uint32_t threshold) {
-    float sizes[CHUNK];
-    int64_t found = 0;
-    for (size_t at = 0, n; at < size; at += n) {
-        n = least(CHUNK, size - at);
-        NAME(size_of)(x, code, base, of_base, at, n, sizes);
-        uint32_t equal = 0;
-        for (size_t i = 0; i < n; i++)
-            equal += (as_bits(sizes[i]) & MAGNITUDE) == threshold;
-        found += equal;
-    }
-    return found;
-}
-
 /* Counts of |x - base| above low + width - 1 and equal to low + shared[...]; the others from low on, less low, are listed. */
 static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, int of_base, size_t size, int32_t low, uint32_t width,
                                    const int32_t *shared, int64_t *counts, int32_t *inside) {
@@ -419,7 +392,7 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
 }
 
 static const Level NAME(level) = {
-    {NAME(merge_f), NAME(merge_d)}, NAME(gram), NAME(magnitudes), NAME(equal), NAME(bracket),
+    {NAME(merge_f), NAME(merge_d)}, NAME(gram), NAME(bracket),
 };
 
 #undef NAME
@@ -647,17 +620,6 @@ EXPORT void twinmerge_fused_merge(const Rule *rule, const void *base, const void
 EXPORT void twinmerge_fused_gram(const void *a, int of_a, const void *b, int of_b, size_t size, double *found) {
     for (size_t at = 0; at < size; at += BLOCK, found += 3)
         levels[level]->gram(from(a, of_a, at), of_a, from(b, of_b, at), of_b, least(BLOCK, size - at), found);
-}
-
-EXPORT void twinmerge_fused_magnitudes(const void *x, int code, const void *base, int of_base, size_t size, int32_t *to) {
-    levels[level]->magnitudes(x, code, base, of_base, size, to);
-}
-
-EXPORT void twinmerge_fused_equal(const void *x, int code, const void *base, int of_base, size_t size, uint32_t threshold,
-                                  size_t block, int64_t *found) {
-    for (size_t at = 0; at < size; at += block)
-        *found++ = levels[level]->equal(from(x, code, at), code, base ? from(base, of_base, at) : NULL, of_base,
-                                        least(block, size - at), threshold);
 }
 
 /* counts: above, and equal to each of the shared values; returns how many `inside` has. */

@@ -167,47 +167,6 @@ def gram(a: Values, b: Values) -> NDArray[np.float64]:
     return found.T
 
 
-def magnitudes(x: Values, base: Values | None) -> NDArray[np.int32]:
-    """The bits of |x - base| in float32 (|x| where there is no base), as `select.magnitude_bits` has them.
-
-    Raises:
-        ValueError, RuntimeError: as `merge`.
-
-    Example:
-        >>> x = Values(np.array([-1, 0], np.float32).view(np.uint8), "F32")
-        >>> if available():
-        ...     assert magnitudes(x, None).tolist() == [0x3F80_0000, 0]
-    """
-    size = _size(x)
-    found = np.empty(size, np.int32)
-    _required().twinmerge_fused_magnitudes(*_stored(x, size), *_stored(base, size), size, found.ctypes.data)
-    return found
-
-
-def count_equal(x: Values, base: Values | None, threshold: int, block: int = _BLOCK) -> NDArray[np.int64]:
-    """How many |x - base| have the bits `threshold`, as `select.ties` counts them, in each block of elements.
-
-    Returns:
-        (ceil(size / block),).
-
-    Raises:
-        ValueError: the block is below 1; and as `merge`.
-        RuntimeError: as `merge`.
-
-    Example:
-        >>> x = Values(np.array([-1, 0, 1], np.float32).view(np.uint8), "F32")
-        >>> if available():
-        ...     assert count_equal(x, None, 0x3F80_0000, block=2).tolist() == [1, 1]
-    """
-    if block < 1:
-        raise ValueError(f"a block of {block} elements")
-    size = _size(x)
-    found = np.empty(-(-size // block), np.int64)
-    values = (*_stored(x, size), *_stored(base, size), size)
-    _required().twinmerge_fused_equal(*values, threshold, block, found.ctypes.data)
-    return found
-
-
 def in_bracket(
     x: Values, base: Values | None, low: int, width: int, shared: Sequence[int]
 ) -> tuple[int, NDArray[np.int32], list[int]]:
@@ -367,8 +326,6 @@ def _opened(path: Path) -> ctypes.CDLL | None:
     for name, arguments, answer in [
         ("merge", [address, address, address, address, ctypes.c_char_p, count, ctypes.c_uint64, address], None),
         ("gram", [*values, address], None),
-        ("magnitudes", [*values, address], None),
-        ("equal", [*values, ctypes.c_uint32, count, address], None),
         ("bracket", [*values, ctypes.c_int32, ctypes.c_uint32, address, address, address], count),
         ("level", [code], code),
     ]:
