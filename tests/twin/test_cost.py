@@ -13,7 +13,8 @@ from transformers import RobertaConfig, RobertaForSequenceClassification, Robert
 
 from twinmerge.maths.lowrank import rank_of_rate
 from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.runtime import Low, State, attach
+from twinmerge.twin.modules import State, attach
+from twinmerge.twin.parts import Low
 from twinmerge.twin.split import split
 from twinmerge.twin.twin import Twin
 
@@ -60,13 +61,20 @@ def test_check13_ratio_of_roberta_base() -> None:
     assert held / sum(m * n for m, n in shapes) == pytest.approx(0.134, abs=0.001)
 
 
+def product_flops(y: Any, a: Any, b: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 def linear_flops(twin: Twin, mixture: Any) -> int:
     """Multiply-adds of matrix products (attention's own products are another operator)."""
     ids = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(input_ids=ids, mixture=mixture, head="e0")
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flops}) as counter,
+    ):
+        twin(input_ids=ids, mixture=mixture, head="e0", strategy="grouped")
     counts = counter.get_flop_counts()["Global"]
-    return sum(v for op, v in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+    return sum(v for op, v in counts.items() if str(op) in ("aten.mm", "aten.addmm", "aten.addmm_"))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +129,6 @@ def test_check17_bfloat16_keeps_small_deltas(lab: Any) -> None:
     layer = nn.Linear(1024, 1024, bias=False).bfloat16().requires_grad_(False)
     layer.weight.zero_()  # so that the output is Δ's effect and nothing else
     state = State()
-    attach(state, "layer", layer, None, {"weight": Low("w", {0: (factors.b, factors.a)})})
+    attach(state, "layer", layer, None, {"weight": Low("w", {0: (factors.b, factors.a)}, 1)})
     state.mixture = Mixture.of(torch.ones(2, 1))
     assert lab.relative(layer(x).double(), exact) <= 0.01

@@ -239,7 +239,7 @@ def test_check12_no_dense_materialisation(wide_twin: Twin) -> None:
 def test_check12_weights_are_never_written(wide_twin: Twin) -> None:
     """Check 12: storage pointers, version counters and bits of all weights are the same after 100 calls."""
     held = dict(wide_twin.named_parameters()) | dict(wide_twin.named_buffers())
-    assert len(held) > 100
+    assert len(held) > 90
     before = {n: (t.data_ptr(), t._version, t.clone()) for n, t in held.items()}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 80, (2, 3))
@@ -382,8 +382,12 @@ def test_deberta_one_mixture_exact_else_refused(lab: Any) -> None:
         for name, expert in experts.items():
             expected = expert(**batch).last_hidden_state
             assert (twin(**batch, expert=name).output.last_hidden_state - expected).abs().max() <= 1e-10
-    with pytest.raises(TwinmergeError, match="rel_embeddings|for 4 rows"):
-        twin(**batch, expert=["e0", "e1", "e0", "e1"])
+    owners = ["e0", "e1", "e0", "e1"]
+    with pytest.raises(TwinmergeError, match="(rel_embeddings|for 4 rows).*rebuild"):
+        twin(**batch, expert=owners, strategy="stacked")
+    rebuilt = twin(**batch, expert=owners, strategy="rebuild").output.last_hidden_state
+    for row, name in enumerate(owners):
+        assert (rebuilt[row] - twin(**batch, expert=name).output.last_hidden_state[row]).abs().max() <= 1e-10
 
 
 @pytest.mark.parametrize("rows", [2, 3, 6])
@@ -406,7 +410,7 @@ def test_sequence_first_layers_are_refused(lab: Any) -> None:
     twin = Twin.build(base, {f"e{i}": lab.nudged(base, 0.01, i) for i in range(2)}, progress=False)
     ids = torch.randint(3, 50, (2, 8))
     with pytest.raises(TwinmergeError, match="self.query' sees 8 entries for 2 rows"):
-        twin(input_ids=ids, expert=["e0", "e1"])
+        twin(input_ids=ids, expert=["e0", "e1"], strategy="grouped")
     assert twin(input_ids=ids, expert="e0").output.last_hidden_state.isfinite().all()
 
 
@@ -457,10 +461,18 @@ def test_unknown_use_of_a_parameter_is_refused_by_name(lab: Any, part: str, word
     torch.manual_seed(0)
     base = Odd(OddConfig(part)).eval()
     experts = {f"e{i}": lab.nudged(base, 0.01, i) for i in range(2)}
-    with pytest.raises(TwinmergeError, match=f"'odd.*{words}"):
-        Twin.build(base, experts, progress=False)
-    spared = {f"e{i}": lab.nudged(base, 0.01, i, only=lambda n: n.startswith("first")) for i in range(2)}
+    with pytest.warns(UserWarning, match=f"'odd.*{words}"):
+        twin = Twin.build(base, experts, rank=None, progress=False)
     x = torch.randn(2, 3, 8)
+    with pytest.raises(TwinmergeError, match=f'\'odd.*{words}.*strategy="rebuild"'):
+        twin(inputs_embeds=x, expert=["e0", "e1"])
+    rebuilt = twin(inputs_embeds=x, expert=["e0", "e1"], strategy="rebuild").output.last_hidden_state
+    with torch.no_grad():
+        for row, expert in enumerate(experts.values()):
+            expected = expert(inputs_embeds=x[row : row + 1]).last_hidden_state[0]
+            assert (rebuilt[row] - expected).abs().max() <= 1e-5
+    assert (twin(inputs_embeds=x, expert="e1").output.last_hidden_state[1] - rebuilt[1]).abs().max() <= 1e-6
+    spared = {f"e{i}": lab.nudged(base, 0.01, i, only=lambda n: n.startswith("first")) for i in range(2)}
     twin = Twin.build(base, spared, rank=None, progress=False)
     with torch.no_grad():
         expected = spared["e1"](inputs_embeds=x).last_hidden_state

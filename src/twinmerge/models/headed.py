@@ -75,6 +75,22 @@ def rows_of(output: Any, rows: Tensor) -> Any:
     return None
 
 
+def joined(outputs: Sequence[Any]) -> Any:
+    """The rows of several outputs of one class, one after the other; logits of different widths get −inf (caches are left out)."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        width = max(o.shape[-1] for o in outputs) if first.dim() > 1 else 0
+        if any(o.dim() > 1 and o.shape[-1] < width for o in outputs):
+            outputs = [nn.functional.pad(o, (0, width - o.shape[-1]), value=-torch.inf) for o in outputs]
+        return torch.cat(list(outputs))
+    if isinstance(first, ModelOutput):
+        names = [k for k in first if k != "past_key_values"]
+        return type(first)(**{k: v for k in names if (v := joined([o[k] for o in outputs])) is not None})
+    if isinstance(first, tuple):
+        return tuple(joined(parts) for parts in zip(*outputs, strict=True))
+    return None
+
+
 def rows_of_batch(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
     """The chosen rows of every input whose leading axis is the batch."""
     return {
@@ -214,7 +230,11 @@ class HeadedModel(nn.Module):
         size = batch_size(batch)
         if heads is None or len(heads) != size:
             raise TwinmergeError(f"{size} rows need {size} head names, got {0 if heads is None else len(heads)}.")
-        groups = {h: torch.tensor([i for i, name in enumerate(heads) if name == h]) for h in dict.fromkeys(heads)}
+        device = next(self.body.parameters()).device
+        groups = {
+            h: torch.tensor([i for i, name in enumerate(heads) if name == h], device=device)
+            for h in dict.fromkeys(heads)
+        }
         logits: list[tuple[Tensor, Tensor]] = []
         first: Any = None
         try:
@@ -231,10 +251,11 @@ class HeadedModel(nn.Module):
             self._groups = []
             self.port.reset()
         width = max(part.shape[-1] for _, part in logits)
-        joined = torch.full((size, *logits[0][1].shape[1:-1], width), -torch.inf, dtype=logits[0][1].dtype)
+        some = logits[0][1]
+        whole = some.new_full((size, *some.shape[1:-1], width), -torch.inf)
         for rows, part in logits:
-            joined[rows, ..., : part.shape[-1]] = part
-        return {"logits": joined, "output": first}
+            whole[rows, ..., : part.shape[-1]] = part
+        return {"logits": whole, "output": first}
 
     def hidden_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The hidden states of all layers, the embedding's first, each (rows, positions, width)."""

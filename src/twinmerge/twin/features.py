@@ -9,18 +9,26 @@ import torch
 from torch import Tensor
 
 from twinmerge.models.headed import HeadedModel
+from twinmerge.twin.early import Early, depth, read_early
 
 
-def default_layers(layers: int, kind: str) -> tuple[int, ...]:
+def default_layers(layers: int, kind: str, deepest: int | None = None) -> tuple[int, ...]:
     """Which hidden states (0 is the embedding): three early ones beside the last; for the paper's MLP the last alone;
     for the projection router the input of a layer at three quarters.
 
     Early layers tell kinds of input apart; the last is bent towards answers by fine-tuning.
 
+    Args:
+        deepest: read none beyond it, but all up to it (the projection router: it alone).
+
     Example:
         >>> default_layers(6, "gaussian"), default_layers(6, "mlp"), default_layers(12, "projection")
         ((1, 2, 3, 6), (6,), (9,))
+        >>> default_layers(6, "gaussian", 1)
+        (0, 1)
     """
+    if deepest is not None:
+        return (deepest,) if kind == "projection" else tuple(range(deepest + 1))
     if kind == "projection":
         return (min(layers - 1, round(0.75 * layers)),)
     if kind == "mlp":
@@ -30,8 +38,16 @@ def default_layers(layers: int, kind: str) -> tuple[int, ...]:
 
 def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> Tensor:
     """(rows, Σ widths) float32: for each layer the mean over the positions that are not padding."""
-    states = model.hidden_states(batch)
-    return torch.cat([masked_mean(states[layer], batch.get("attention_mask")) for layer in layers], dim=-1)
+    return read_states(model, batch, layers)[0]
+
+
+def read_states(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> tuple[Tensor, Early | None]:
+    """The features, and what the first layers gave where the pass could stop at the deepest one that is read."""
+    early = None
+    if max(layers) < (depth(model) or 0):
+        early = read_early(model, batch, max(layers))
+    states = early.states if early is not None else model.hidden_states(batch)
+    return torch.cat([masked_mean(states[layer], batch.get("attention_mask")) for layer in layers], dim=-1), early
 
 
 def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,11 +1,12 @@
-"""One weight per expert and row, turned into the pieces of work that a pass does."""
+"""One weight per expert and row, laid out as the blocks of work that a pass does."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,75 +15,124 @@ from twinmerge.errors import TwinmergeError, nearest
 MixtureLike = Tensor | Mapping[str, float] | Sequence[Mapping[str, float]]
 
 
-class Part(NamedTuple):
-    """Rows [start, stop) take `expert` with `weights` (stop − start,)."""
+class Block(NamedTuple):
+    """The rows `rows` take the experts `experts` (both slices of the weights)."""
 
-    expert: int
-    start: int
-    stop: int
-    weights: Tensor
+    rows: slice
+    experts: slice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixture:
     """The weights (rows, experts) of a batch whose rows are already in the order of `order`.
 
-    parts: the work; where no row has more than one expert, rows of one expert lie side by side and each part is a
-    slice; else each part is all rows with one expert's column. Experts without weight take no part at all.
+    blocks: rectangles of `weights` that hold every weight that is not 0: the work of a pass. An expert that no row uses is in
+    none of them.
     uniform: every row has the same weights.
     owner: (rows,) the one expert of each row (any where a row has none); None where a row has several.
     """
 
     weights: Tensor
-    parts: tuple[Part, ...]
+    blocks: tuple[Block, ...]
     order: Tensor | None
     uniform: bool
     owner: Tensor | None
+    _columns: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return int(self.weights.shape[0])
 
+    @property
+    def used(self) -> list[int]:
+        """The experts of some row."""
+        return (self.weights != 0).any(0).nonzero()[:, 0].tolist()
+
     @classmethod
-    def of(cls, weights: Tensor, group: bool = True) -> Mixture:
-        """Plan a batch.
+    def of(cls, weights: Tensor, grouped: bool = True, reorder: bool = True) -> Mixture:
+        """Lay out a batch.
 
         Args:
             weights: (rows, experts), finite.
-            group: allow another order of the rows.
+            grouped: rows of like experts are brought together and each expert works on its own rows; without it all experts
+                that are used work on all rows at once.
+            reorder: allow another order of the rows.
+
+        Example:
+            >>> mixture = Mixture.of(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
+            >>> mixture.order.tolist(), [(b.rows.start, b.rows.stop, b.experts.start) for b in mixture.blocks]
+            ([1, 0, 2], [(0, 1, 0), (1, 3, 1)])
         """
-        used = weights != 0
+        used = (weights != 0).numpy(force=True)
         uniform = bool((weights == weights[:1]).all())
         order = None
-        single = bool((used.sum(1) <= 1).all())
-        if single and not uniform and group:
-            order = torch.argsort(torch.where(used.any(1), used.int().argmax(1), weights.shape[1]), stable=True)
-            weights, used = weights[order], used[order]
-        parts = []
-        for expert in used.any(0).nonzero()[:, 0].tolist():
-            start, stop = 0, len(weights)
-            if order is not None:
-                rows = used[:, expert].nonzero()[:, 0]
-                start, stop = int(rows[0]), int(rows[-1]) + 1
-            parts.append(Part(expert, start, stop, weights[start:stop, expert]))
-        return cls(weights, tuple(parts), order, uniform, used.int().argmax(1) if single else None)
+        if grouped and reorder and not uniform:
+            by = np.lexsort(~used.T[::-1])  # by the first expert, then by whether the second is used, and so on; stable
+            if not (np.diff(by) == 1).all():
+                order = torch.from_numpy(by).to(weights.device)
+                weights, used = weights[order], used[by]
+        if not grouped or uniform:
+            blocks = [Block(slice(0, len(used)), s) for s in _runs(np.asarray(used.any(0)))]
+        else:
+            blocks = _cover(used)
+        owner = torch.from_numpy(used.argmax(1)).to(weights.device) if (used.sum(1) <= 1).all() else None
+        return cls(weights, tuple(blocks), order, uniform, owner)
 
-    def covers(self, experts: Collection[int]) -> bool:
-        """True where several experts work on the same rows and they are all of `experts`."""
-        return self.order is None and len(self.parts) > 1 and {part.expert for part in self.parts}.issuperset(experts)
+    def columns(self, block: Block, widths: tuple[int, ...], kind: Tensor) -> Tensor:
+        """The weights of a block, one for each column of the experts' factors: (rows, columns), or (1, columns) where all
+        rows are alike.
+
+        Args:
+            widths: columns of each expert; kind: an activation, for device and dtype.
+        """
+        key = (block.rows.start, block.experts.start, block.experts.stop, widths, kind.dtype)
+        if (found := self._columns.get(key)) is None:
+            rows = slice(0, 1) if self.uniform else block.rows
+            times = torch.tensor(widths[block.experts], device=self.weights.device)
+            found = self._columns[key] = self.weights[rows, block.experts].repeat_interleave(times, 1).to(kind)
+        return found
 
     def dense(self, stack: Tensor) -> Tensor:
         """Σ wt dt out of the experts' (experts, *shape): (rows, *shape), or (1, *shape) where all rows are alike.
 
         Experts that no row uses stay untouched.
         """
+        if (found := self._columns.get(id(stack))) is not None:
+            return found
         weights = (self.weights[:1] if self.uniform else self.weights).to(stack)
-        if self.owner is None:
-            used = [part.expert for part in self.parts]
-            mixed: Tensor = torch.tensordot(weights[:, used], stack[used], 1)
-            return mixed
-        owner = self.owner[: len(weights)]
-        return stack[owner] * weights.gather(1, owner[:, None]).reshape(-1, *[1] * (stack.dim() - 1))
+        if self.owner is not None:
+            owner = self.owner[: len(weights)]
+            mixed = stack[owner] * weights.gather(1, owner[:, None]).reshape(-1, *[1] * (stack.dim() - 1))
+        else:
+            mixed = stack.new_zeros(len(weights), *stack.shape[1:])
+            for block in self.blocks:
+                mixed[block.rows] += torch.tensordot(weights[block.rows, block.experts], stack[block.experts], 1)
+        self._columns[id(stack)] = mixed
+        return mixed
+
+
+def _runs(used: np.ndarray) -> list[slice]:
+    """The stretches of True.
+
+    Example:
+        >>> _runs(np.array([True, True, False, True]))
+        [slice(0, 2, None), slice(3, 4, None)]
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], used, [False]]).astype(np.int8)))
+    return [slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _cover(used: np.ndarray) -> list[Block]:
+    """Rectangles that cover (rows, experts): an expert's stretches of rows; neighbours that share their rows are one."""
+    blocks: list[Block] = []
+    for expert in range(used.shape[1]):
+        for rows in _runs(used[:, expert]):
+            last = next((i for i, b in enumerate(blocks) if b.rows == rows and b.experts.stop == expert), None)
+            if last is None:
+                blocks.append(Block(rows, slice(expert, expert + 1)))
+            else:
+                blocks[last] = Block(rows, slice(blocks[last].experts.start, expert + 1))
+    return blocks
 
 
 def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> Tensor:

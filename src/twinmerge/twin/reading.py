@@ -80,7 +80,7 @@ def input_directions(twin: Twin, layer: int) -> list[Tensor]:
         if isinstance(module, (nn.Linear, Conv1D)):
             handles.append(module.register_forward_pre_hook(lambda _, args, path=path: seen.append((path, args[0]))))
     try:
-        twin.model.hidden_states(_nothing_much(twin))
+        twin.model.hidden_states(nothing_much(twin))
     finally:
         for handle in handles:
             handle.remove()
@@ -106,7 +106,7 @@ def _layer_of(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
-def _nothing_much(twin: Twin) -> dict[str, Tensor]:
+def nothing_much(twin: Twin) -> dict[str, Tensor]:
     """A batch that runs through the model."""
     config = twin.model.architecture.config
     if (size := getattr(config, "image_size", None)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -136,6 +136,15 @@ def cut(part: Exclusive, rank: int) -> Exclusive:
             kept = truncate_product([f], [1.0], rank)
         _keep(cuts, name, kept, f.b.dtype)
     return cuts
+
+
+def without_parameters(part: Exclusive, names: Collection[str]) -> Exclusive:
+    """The part without what it changes of some parameters."""
+    return Exclusive(
+        {n: f for n, f in part.low.items() if n not in names},
+        {n: t for n, t in part.dense.items() if n not in names},
+        {n: e for n, e in part.energy.items() if n not in names},
+    )
 
 
 def is_ordered(factors: Factors) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +16,38 @@ from twinmerge.engine.card import model_card
 from twinmerge.engine.merge import Merge, heads_of
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import HeadedModel, architecture_of, batch_size, rows_of, rows_of_batch
+from twinmerge.models.headed import HeadedModel, architecture_of, batch_size
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.locate import locate
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.twin import package as folder_format
+from twinmerge.twin.answer import answer, couples_rows, positions_of
 from twinmerge.twin.compress import compressed, retained
+from twinmerge.twin.early import Early, called_before, depth
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
-from twinmerge.twin.features import default_layers, features
-from twinmerge.twin.mixture import Mixture, MixtureLike, index_of, mixture_weights, on_simplex, one_hot
+from twinmerge.twin.explain import Explanation, explain
+from twinmerge.twin.features import default_layers, read_states
+from twinmerge.twin.generate import Pinned, generate, prompt_of
+from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
 from twinmerge.twin.package import Package
+from twinmerge.twin.planner import Planner
 from twinmerge.twin.predict import predict
-from twinmerge.twin.reading import Given, input_directions, layer_count, position_limit, read_features, read_moments
+from twinmerge.twin.reading import (
+    Given,
+    input_directions,
+    layer_count,
+    nothing_much,
+    position_limit,
+    read_features,
+    read_moments,
+)
 from twinmerge.twin.router import ProjectionRouter, Router, RouterReport, calibrated, fit_router
 from twinmerge.twin.runtime import Runtime
-from twinmerge.twin.split import cut, is_buffer, linear_coefficients, split
+from twinmerge.twin.score import Score, score
+from twinmerge.twin.split import cut, is_buffer, linear_coefficients, split, without_parameters
 
 DEFAULT_RANK = 8
+CHOICE = ("mixture", "expert", "top_k", "normalize", "free")
 CHOSEN_FROM = 64  # the rank that energy and bytes choose from, unless another is said
 
 
@@ -41,7 +57,8 @@ class TwinOutput:
 
     logits: (rows, most labels of any head used), −inf beyond a row's own labels; None for models without logits.
     mixture: (rows, experts); expert: of each row, the one of largest weight, or None where all weights are zero;
-    head: the head of each row, or None; output: what the model's own class returned (of the first head's class).
+    head: the head of each row, or None; output: what the model's own class returned (of the first head's class);
+    strategy: how the parts were added.
     """
 
     logits: Tensor | None
@@ -49,6 +66,7 @@ class TwinOutput:
     expert: list[str | None]
     head: list[str] | None
     output: Any
+    strategy: str = "stacked"
 
 
 class Twin(nn.Module):
@@ -87,6 +105,11 @@ class Twin(nn.Module):
             raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
         self.runtime = Runtime(self.model, list(package.exclusive.values()))
+        for why in self.runtime.refused:
+            warnings.warn(f'{why} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
+        self.planner = Planner(self.runtime, self.model.body)
+        self.strategy = "auto"
+        self._single: bool | None = None
         self.router: Router | None = package.router
         self.layers = package.layers
         self.top_k: int | None = 1
@@ -183,6 +206,42 @@ class Twin(nn.Module):
         twin = Twin(self.package._replace(exclusive=exclusive), self.side_files, self._sources)
         twin.router, twin.layers, twin._encoder = self.router, self.layers, self._encoder
         return twin
+
+    def single_pass(self, layer: int | None = None) -> Twin:
+        """The twin that is routed on the way: experts act from a layer on, and the router reads the states before it.
+
+        What the experts change below `layer` is left to the shared part. The pass stops there, is routed, and goes on: no layer
+        runs twice. The router is to be fitted again (`fit_router` reads only such states then), unless it reads no deeper.
+
+        Args:
+            layer: 0 to the number of layers; a sixth of them where None, at least 1.
+
+        Errors:
+            TwinmergeError: a model that is not one stack of layers, or a layer out of range.
+        """
+        count = depth(self.model)
+        if not count:
+            raise TwinmergeError(
+                f"{type(self.model.body).__name__} is not one stack of layers, so it cannot be routed on the way. "
+                "Route in a pass of its own."
+            )
+        layer = max(1, round(count / 6)) if layer is None else layer
+        if not 0 <= layer < count:
+            raise TwinmergeError(f"Layer {layer} is out of range: the model has {count}. Give 0 to {count - 1}.")
+        before = called_before(self.model, nothing_much(self), layer)
+        below = {part.name for place, part in self.runtime.places if place.path in before}
+        package = self._current()
+        exclusive = {e: without_parameters(part, below) for e, part in package.exclusive.items()}
+        if self.layers and max(self.layers) > layer:
+            package = package._replace(router=None, layers=(), report=None)
+        told = {**package.provenance.get("twin", {}), "single_pass": layer}
+        return self._with(package._replace(exclusive=exclusive, provenance={**package.provenance, "twin": told}))
+
+    @property
+    def first_layer(self) -> int | None:
+        """The layer from which on the experts act in a single-pass twin; None where they act in all."""
+        found = self.package.provenance.get("twin", {}).get("single_pass")
+        return None if found is None else int(found)
 
     def compress(
         self,
@@ -348,7 +407,7 @@ class Twin(nn.Module):
         rows: list[Tensor] = []
         owners: list[int] = []
         if layers is None:
-            layers = default_layers(layer_count(self.model.architecture.config), kind)
+            layers = default_layers(layer_count(self.model.architecture.config), kind, self.first_layer)
         for k, name in enumerate(self.experts):
             given = inputs.get(name)
             found = [] if given is None else read_features(self, given, layers, name, batch_rows, progress)
@@ -368,7 +427,7 @@ class Twin(nn.Module):
         else:
             with torch.random.fork_rng(devices=[]):
                 self.router, report = fit_router(kind, torch.cat(rows), torch.tensor(owners), self.experts, seed)
-        self.layers = tuple(layers)
+        self.layers, self._single = tuple(layers), None
         told = report._asdict() if report else None
         self.package = self.package._replace(router=self.router, layers=self.layers, report=told)
         return report
@@ -379,10 +438,7 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: no router is fitted.
         """
-        if self.router is None:
-            raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
-        with torch.no_grad(), self.lock:
-            return self.router.weights(features(self.model, batch, self.layers), top_k)
+        return self._routed(batch, top_k)[0]
 
     # ------------------------------------------------------------------ answering
 
@@ -396,6 +452,7 @@ class Twin(nn.Module):
         normalize: bool = False,
         free: bool = False,
         oracle_biases: Sequence[str] | None = None,
+        strategy: str | None = None,
         **batch: Any,
     ) -> TwinOutput:
         """Answer a batch whose rows may have different mixtures.
@@ -410,33 +467,23 @@ class Twin(nn.Module):
             top_k: of the router; the twin's own `top_k` (1) where not given, None for soft mixtures.
             oracle_biases: one expert per row whose biases are used in full whatever the mixture. Only to reproduce the
                 paper's evaluation, which hands the labelled task's biases in.
+            strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/planner.py`); the fastest
+                by the planner's reckoning where not given. The answers are the same.
             batch: what the tokenizer or image processor returns.
 
         Errors:
-            TwinmergeError: unknown names, no router, wrong number of rows.
+            TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
         """
         size = batch_size(batch)
-        weights = self._weights(batch, size, mixture, expert, top_k, normalize, free)
+        weights, early = self._weights(batch, size, mixture, expert, top_k, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
         heads = self._heads(head, chosen, size)
-        plan = Mixture.of(weights, group=not self._couples_rows())
-        biases = None
-        if oracle_biases is not None:
-            given = one_hot(oracle_biases, self.experts)
-            biases = Mixture.of(given if plan.order is None else given[plan.order], group=False)
-        inverse = None
-        if plan.order is not None:
-            batch = rows_of_batch(batch, plan.order, size)
-            heads = None if heads is None else [heads[i] for i in plan.order.tolist()]
-            inverse = torch.argsort(plan.order)
-        with self.lock, self.runtime.mixing(plan, biases):
-            answer = self.model(batch, heads)
-        output, logits = (answer["output"], answer["logits"]) if heads else (answer, getattr(answer, "logits", None))
-        if inverse is not None:
-            output = rows_of(output, inverse)
-            logits = None if logits is None else logits[inverse]
-            heads = None if heads is None else [heads[i] for i in inverse.tolist()]
-        return TwinOutput(logits, weights, chosen, heads, output)
+        biases = None if oracle_biases is None else one_hot(oracle_biases, self.experts).to(weights)
+        way = "stacked" if biases is not None else strategy or self.strategy
+        with self.lock:
+            plan = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
+            found = answer(self, batch, heads, weights, plan, biases, early)
+        return TwinOutput(found.logits, weights, chosen, heads, found.output, plan.strategy)
 
     def generate(
         self,
@@ -446,30 +493,66 @@ class Twin(nn.Module):
         top_k: int | None = -1,
         normalize: bool = False,
         free: bool = False,
+        strategy: str | None = None,
         **inputs: Any,
     ) -> Any:
         """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout."""
-        generate = getattr(self.model.body, "generate", None)
-        if generate is None or self.model.head_specs:
-            raise TwinmergeError(
-                f"{type(self.model.body).__name__} does not generate. Build the twin on a language model."
-            )
-        prompt = {
-            k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values", "inputs_embeds")
-        }
-        size = batch_size(prompt)
-        config = inputs.get("generation_config") or self.model.body.generation_config
-        as_dict = inputs.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", False))
-        weights = self._weights(prompt, size, mixture, expert, top_k, normalize, free)
-        plan = Mixture.of(weights, group=not (as_dict or self._couples_rows()))
-        if plan.order is None:
-            with self.lock, self.runtime.mixing(plan, copies=True):
-                return generate(**inputs)
-        with self.lock, self.runtime.mixing(plan, copies=True):
-            found = generate(**rows_of_batch(inputs, plan.order, size))
-        times = len(found) // size  # num_return_sequences: those of one row stand side by side
-        inverse = torch.argsort(plan.order)[:, None] * times + torch.arange(times)
-        return rows_of(found, inverse.flatten())
+        prompt = prompt_of(inputs)
+        weights, _ = self._weights(prompt, batch_size(prompt), mixture, expert, top_k, normalize, free)
+        with self.lock:
+            return generate(self, weights, strategy or self.strategy, inputs)
+
+    def pin(self, **choice: Any) -> Pinned:
+        """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see `Pinned`).
+
+        Errors:
+            TwinmergeError: a prompt of several rows, or neither prompt nor mixture.
+        """
+        weights = self.mixtures(prompt_of(choice), **{k: v for k, v in choice.items() if k in CHOICE})
+        if len(weights) != 1:
+            raise TwinmergeError(f"A conversation has one mixture, got {len(weights)} rows. Give one prompt.")
+        return Pinned(self, weights[0])
+
+    def mixtures(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        mixture: MixtureLike | None = None,
+        expert: str | Sequence[str] | None = None,
+        top_k: int | None = -1,
+        normalize: bool = False,
+        free: bool = False,
+    ) -> Tensor:
+        """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
+        size = batch_size(batch) if batch else 1
+        return self._weights(batch, size, mixture, expert, top_k, normalize, free)[0]
+
+    def score(
+        self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_rows: int = 32, **choice: Any
+    ) -> list[Score]:
+        """The likelihood of each continuation after its context, under the mixture of the context alone.
+
+        Args:
+            contexts, continuations: texts, or lists of tokens; one continuation for each context.
+            choice: mixture, normalize, free, expert or top_k, as in the call of the twin.
+
+        Errors:
+            TwinmergeError: no language model, empty texts, numbers that differ.
+        """
+        return score(self, contexts, continuations, batch_rows, choice)
+
+    def explain(
+        self, batch: Mapping[str, Any], *, measure: bool = True, repeats: int = 5, **choice: Any
+    ) -> Explanation:
+        """What each way of mixing this batch is expected to take and takes, and which one is chosen. Print it.
+
+        Args:
+            measure: run each way; `repeats` times.
+            choice: mixture, expert, top_k, normalize or free, as in the call of the twin.
+        """
+        weights = self.mixtures(batch, **choice)
+        with self.lock:
+            return explain(self, batch, weights, measure, repeats)
 
     @torch.no_grad()
     def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
@@ -516,15 +599,37 @@ class Twin(nn.Module):
         top_k: int | None,
         normalize: bool,
         free: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Early | None]:
+        """The mixtures (rows, experts), and the first layers' states where routing read them and the pass may go on there."""
         if mixture is not None and expert is not None:
             raise TwinmergeError("Both mixture and expert are given. Give one of them.")
         if expert is not None:
-            return one_hot(_per_row(expert, size, "expert"), self.experts)
+            return one_hot(_per_row(expert, size, "expert"), self.experts).to(self.planner.device), None
         if mixture is not None:
-            weights = mixture_weights(mixture, self.experts, size)
-            return weights if free else on_simplex(weights, normalize)
-        return self.route(batch, self.top_k if top_k == -1 else top_k)
+            weights = mixture_weights(mixture, self.experts, size).to(self.planner.device)
+            return (weights if free else on_simplex(weights, normalize)), None
+        return self._routed(batch, self.top_k if top_k == -1 else top_k)
+
+    def _routed(self, batch: Mapping[str, Any], top_k: int | None) -> tuple[Tensor, Early | None]:
+        if self.router is None:
+            raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
+        with torch.no_grad(), self.lock:
+            found, early = read_states(self.model, batch, self.layers)
+            weights = self.router.weights(found, top_k)
+            return weights, early if early is not None and self._goes_on(batch) else None
+
+    def _goes_on(self, batch: Mapping[str, Any]) -> bool:
+        """True where a pass may go on from the states that the router read: no expert changes what made them, and the caller
+        wants nothing of the layers below."""
+        if self._single is None:
+            deepest = max(self.layers)
+            before = called_before(self.model, nothing_much(self), deepest)
+            self._single = not any(place.path in before for place, _ in self.runtime.places)
+        wants = ("output_hidden_states", "output_attentions", "past_key_values", "labels")
+        caches = (
+            hasattr(self.model.body, "generate") and not self.model.head_specs and batch.get("use_cache") is not False
+        )
+        return self._single and not caches and not any(batch.get(k) for k in wants)
 
     def _heads(self, head: str | Sequence[str] | None, chosen: Sequence[str | None], size: int) -> list[str] | None:
         if not self.model.head_specs:
@@ -539,11 +644,6 @@ class Twin(nn.Module):
         for name in set(names):
             index_of(name, known)
         return names
-
-    def _couples_rows(self) -> bool:
-        """Models of two towers score every row of one against every row of the other: rows must keep their order."""
-        config = self.model.architecture.config
-        return hasattr(config, "vision_config") or hasattr(config, "audio_config")
 
     def _has_tokenizer(self) -> bool:
         names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")

@@ -1,0 +1,111 @@
+"""One pass over a batch by a way of the planner's: rows are sorted once, and come back in the caller's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twinmerge.models.headed import batch_size, joined, rows_of, rows_of_batch
+from twinmerge.twin.early import Early, resumed
+from twinmerge.twin.mixture import Mixture
+from twinmerge.twin.planner import Plan, distinct_mixtures
+
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
+PROMPT = ("input_ids", "attention_mask", "pixel_values", "inputs_embeds", "token_type_ids")
+
+
+class Answered(NamedTuple):
+    """output: the model class's own; logits: (rows, labels or ...) or None."""
+
+    output: Any
+    logits: Tensor | None
+
+
+def positions_of(twin: Twin, batch: Mapping[str, Any]) -> int:
+    """How many positions a row has in a pass; for the planner only."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(found := batch.get(name), Tensor) and found.dim() > 1:
+            return max(1, int(found.shape[1]))
+    pixels, config = batch.get("pixel_values"), twin.model.architecture.config
+    if isinstance(pixels, Tensor) and isinstance(patch := getattr(config, "patch_size", None), int):
+        return 1 + (pixels.shape[-1] // patch) * (pixels.shape[-2] // patch)
+    return 1
+
+
+def couples_rows(twin: Twin) -> bool:
+    """Models of two towers score every row of one against every row of the other: rows must keep their order."""
+    config = twin.model.architecture.config
+    return hasattr(config, "vision_config") or hasattr(config, "audio_config")
+
+
+def answer(
+    twin: Twin,
+    batch: Mapping[str, Any],
+    heads: Sequence[str] | None,
+    weights: Tensor,
+    plan: Plan,
+    biases: Tensor | None = None,
+    early: Early | None = None,
+) -> Answered:
+    """Answer a batch whose mixtures are known.
+
+    Args:
+        heads: of each row, where the model has heads.
+        weights: (rows, experts).
+        biases: mixtures (rows, experts) of the biases, where they are not those of the weights.
+        early: what the first layers gave already, where it may be used.
+    """
+    if plan.strategy == "rebuild" and len(groups := distinct_mixtures(weights)) > 1:
+        found = [_rebuilt(twin, batch, heads, mixture, rows, early) for mixture, rows in groups]
+        back = torch.argsort(torch.cat([rows for _, rows in groups]))
+        whole = joined([f.output for f in found])
+        logits = None if found[0].logits is None else joined([f.logits for f in found])
+        return Answered(rows_of(whole, back), None if logits is None else logits[back])
+    if plan.strategy in ("folded", "rebuild"):
+        with twin.runtime.folded(weights[0]):
+            return _passed(twin, batch, heads, early, None)
+    mixture = Mixture.of(weights, plan.strategy == "grouped" and biases is None, not couples_rows(twin))
+    order = mixture.order
+    if order is not None:
+        batch = rows_of_batch(batch, order, batch_size(batch))
+        heads = None if heads is None else [heads[i] for i in order.tolist()]
+    with twin.runtime.mixing(mixture, None if biases is None else Mixture.of(biases, grouped=False)):
+        found_one = _passed(twin, batch, heads, early, order)
+    if order is None:
+        return found_one
+    back = torch.argsort(order)
+    return Answered(
+        rows_of(found_one.output, back), None if found_one.logits is None else found_one.logits.index_select(0, back)
+    )
+
+
+def _rebuilt(
+    twin: Twin,
+    batch: Mapping[str, Any],
+    heads: Sequence[str] | None,
+    mixture: Tensor,
+    rows: Tensor,
+    early: Early | None,
+) -> Answered:
+    part = rows_of_batch(batch, rows, batch_size(batch))
+    own = None if heads is None else [heads[i] for i in rows.tolist()]
+    with twin.runtime.folded(mixture):
+        return _passed(twin, part, own, early, rows)
+
+
+def _passed(
+    twin: Twin, batch: Mapping[str, Any], heads: Sequence[str] | None, early: Early | None, order: Tensor | None
+) -> Answered:
+    with ExitStack() as stack:
+        if early is not None:
+            stack.enter_context(resumed(twin.model, early, order))
+        found = twin.model(batch, heads)
+    if heads:
+        return Answered(found["output"], found["logits"])
+    return Answered(found, getattr(found, "logits", None))

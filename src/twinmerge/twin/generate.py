@@ -1,0 +1,100 @@
+"""Generation: each row's mixture is taken from its prompt and kept throughout; the cache of keys and values stays valid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
+from twinmerge.twin.answer import PROMPT, couples_rows, positions_of
+from twinmerge.twin.mixture import Mixture
+from twinmerge.twin.planner import distinct_mixtures
+
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
+STEPS = 20  # new tokens that the planner reckons with where nothing says how many
+
+
+def prompt_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a mixture is taken from."""
+    return {k: v for k, v in inputs.items() if k in PROMPT}
+
+
+def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, Any]) -> Any:
+    """The model's own `generate` under the mixtures (rows, experts) of the prompts.
+
+    Sampled tokens are drawn in the caller's order of rows, so that a seed gives what rebuilt models of the whole batch would.
+    """
+    run = getattr(twin.model.body, "generate", None)
+    if run is None or twin.model.head_specs:
+        raise TwinmergeError(f"{type(twin.model.body).__name__} does not generate. Build the twin on a language model.")
+    prompt = prompt_of(inputs)
+    size = batch_size(prompt)
+    config: Any = inputs.get("generation_config") or twin.model.body.generation_config
+    as_dict = inputs.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", False))
+    sampled = inputs.get("do_sample", getattr(config, "do_sample", False))
+    reorder = not (as_dict or sampled or couples_rows(twin))
+    steps = inputs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or STEPS
+    plan = twin.planner.choose(weights, positions_of(twin, prompt), int(steps), reorder, strategy)
+    if plan.strategy in ("folded", "rebuild"):
+        groups = distinct_mixtures(weights)
+        found = []
+        for weight, rows in groups:
+            part = dict(inputs) if len(groups) == 1 else rows_of_batch(inputs, rows, size)
+            with twin.runtime.folded(weight):
+                found.append(run(**part))
+        if len(groups) == 1:
+            return found[0]
+        pad = config.pad_token_id if config.pad_token_id is not None else 0
+        longest = max(f.shape[1] for f in found)
+        tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=pad) for f in found])
+        return _in_order(tokens, torch.cat([rows for _, rows in groups]), size)
+    mixture = Mixture.of(weights, plan.strategy == "grouped", reorder)
+    with twin.runtime.mixing(mixture, copies=True):
+        if mixture.order is None:
+            return run(**inputs)
+        tokens = run(**rows_of_batch(inputs, mixture.order, size))
+    return _in_order(tokens, mixture.order, size)
+
+
+def _in_order(tokens: Tensor, order: Tensor, size: int) -> Any:
+    times = len(tokens) // size  # num_return_sequences: those of one row stand side by side
+    back = torch.argsort(order)[:, None] * times + torch.arange(times, device=order.device)
+    return rows_of(tokens, back.flatten())
+
+
+class Pinned:
+    """A conversation: one mixture, taken from its first prompt or named, for all that follows.
+
+    Its dense weights are made once and kept while no other mixture is folded, so that a turn costs what one model costs;
+    in 16 bits the parts are added in activation form instead, since weights of 16 bits would round small changes away.
+
+    Example:
+        >>> # talk = twin.pin(**first_prompt); talk.generate(**first_prompt); talk.generate(**next_prompt)
+    """
+
+    def __init__(self, twin: Twin, weights: Tensor) -> None:
+        self.twin, self.weights = twin, weights
+        self.strategy = "folded" if twin.planner.dtype in (torch.float32, torch.float64) else "auto"
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        return dict(zip(self.twin.experts, self.weights.tolist(), strict=True))
+
+    def generate(self, **inputs: Any) -> Any:
+        """`Twin.generate` under the pinned mixture."""
+        return self.twin.generate(**self._choice(inputs))
+
+    def __call__(self, **batch: Any) -> Any:
+        """The answer of the twin under the pinned mixture."""
+        return self.twin(**self._choice(batch))
+
+    def _choice(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        rows = batch_size(prompt_of(inputs))
+        return {"strategy": self.strategy, **inputs, "mixture": self.weights.expand(rows, -1), "free": True}

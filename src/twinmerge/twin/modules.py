@@ -1,0 +1,356 @@
+"""How each kind of module adds each row's part: y = W x + b + Σt wt [Bt (At x) + dbt], never a dense weight.
+
+The forward of a module that experts change is replaced by one that runs the module's own and adds to what it gave; with no
+mixture set it is the module's own. Everything that is linear in a parameter is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.twin.mixture import Mixture
+from twinmerge.twin.parts import Dense, Low
+
+RELATIVE_BIAS = ("compute_bias", "compute_position_bias")
+"""What T5's kind and MPNet's call their method that turns the table of relative positions into a bias."""
+
+
+class State:
+    """What the modules see: the mixture of the pass under way, the one for biases where it differs, and whether each row may
+    stand for several entries side by side (the beams of a generation)."""
+
+    def __init__(self) -> None:
+        self.mixture: Mixture | None = None
+        self.biases: Mixture | None = None
+        self.copies = False
+
+    @property
+    def work(self) -> Mixture | None:
+        """The mixture where it has any work."""
+        return self.mixture if self.mixture is not None and self.mixture.blocks else None
+
+
+def attach(
+    state: State, path: str, module: nn.Module, parent: nn.Module | None, parameters: Mapping[str, Low | Dense]
+) -> str | None:
+    """Let one module add its rows' parts, by its kind.
+
+    Returns:
+        None, or the sentence that says why this module cannot.
+    """
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    low = weight if isinstance(weight, Low) else None
+    gain, shift = (part if isinstance(part, Dense) else None for part in (weight, bias))
+    if multiplies(module) and not isinstance(parent, nn.MultiheadAttention):
+        _Linear(state, path, module, low, shift)
+    elif _runs(module, nn.Embedding) and low is not None:
+        method = next((m for m in RELATIVE_BIAS if hasattr(parent, m)), None)
+        if method is not None and path.endswith("relative_attention_bias"):
+            setattr(parent, method, _RelativeBias(state, path, module, low, getattr(parent, method)))
+        elif parent is not None and hasattr(parent, "get_rel_embedding"):  # DeBERTa reads the table without its forward
+            swap = _Free(state, path, module, parameters)
+            parent.register_forward_pre_hook(lambda _, args: swap.enter(args))
+            parent.register_forward_hook(lambda *_: swap.leave(), always_call=True)
+        else:
+            _Embedding(state, path, module, low)
+    elif isinstance(module, nn.Conv2d) and takes_factors(module):
+        _Conv2d(state, path, module, low, shift)
+    elif _runs(module, nn.BatchNorm2d):
+        _BatchNorm2d(state, path, module, gain, shift)
+    elif _runs(module, nn.LayerNorm) or rms_offset(module) is not None:
+        _Norm(state, path, module, gain, shift)
+    elif _is_plain_holder(module):
+        swap = _Free(state, path, module, parameters)
+        module.register_forward_pre_hook(lambda _, args: swap.enter(args))
+        module.register_forward_hook(lambda *_: swap.leave(), always_call=True)
+    else:
+        return (
+            f"The module {path!r} ({type(module).__name__}) uses its {', '.join(parameters)} in a way that has no exact "
+            "mixture per row."
+        )
+    return None
+
+
+def multiplies(module: nn.Module) -> bool:
+    """True for nn.Linear and Conv1D, which stores its matrix turned."""
+    return _runs(module, nn.Linear) or isinstance(module, Conv1D)
+
+
+def takes_factors(module: nn.Module) -> bool:
+    """True where a weight of any shape is used as factors."""
+    plain = _runs(module, nn.Conv2d) and getattr(module, "groups", 1) == 1
+    return multiplies(module) or _runs(module, nn.Embedding) or plain
+
+
+def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """The module computes what `kind` computes, also where it is a subclass."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _is_plain_holder(module: nn.Module) -> bool:
+    """A module of the model's own code that holds free parameters (class token, positions, scales)."""
+    return not type(module).__module__.startswith("torch.nn") and any(True for _ in module.children())
+
+
+def rms_offset(module: nn.Module) -> float | None:
+    """o where the module is (o + g) · x / √(mean(x²) + ε), o being 0 or 1, checked on numbers; else None."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 1 or "Norm" not in type(module).__name__ or isinstance(module, nn.LayerNorm):
+        return None
+    x = torch.linspace(-1.0, 2.0, 3 * len(weight), dtype=weight.dtype, device=weight.device).reshape(1, 3, -1)
+    with torch.no_grad():
+        try:
+            got, scaled = module.forward(x), _rms_scaled(module, x)
+        except (RuntimeError, ValueError):
+            return None
+    same = (o for o in (0.0, 1.0) if torch.allclose(got, scaled * (o + weight), rtol=1e-2, atol=1e-3))
+    return next(same, None)
+
+
+def _rms_scaled(module: nn.Module, x: Tensor) -> Tensor:
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or torch.finfo(x.dtype).eps
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class _Added:
+    """A module whose forward is this object."""
+
+    def __init__(self, state: State, path: str, module: nn.Module) -> None:
+        self.state, self.path = state, path
+        self.module: Any = module
+        self.own = type(module).forward
+
+    def install(self) -> None:
+        self.module.forward = self
+
+    def times(self, mixture: Mixture, leading: int) -> int:
+        """How many entries of the leading axis belong to one row (the beams of a generation, side by side)."""
+        # A multiple may also be an axis of positions (MPNet's table, Longformer's queries), which no shape can tell apart.
+        if leading != mixture.rows and (leading % mixture.rows or not self.state.copies):
+            raise TwinmergeError(
+                f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, so rows of different mixtures "
+                'cannot share this batch. Give one mixture for the whole batch, or say strategy="rebuild".'
+            )
+        return leading // mixture.rows
+
+    def pieces(self, part: Low, mixture: Mixture, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows of the activation's leading axis, columns of the factors, weights (those rows or 1, ..., columns))."""
+        times = 1 if mixture.uniform else self.times(mixture, len(x))
+        for block in mixture.blocks:
+            columns = part.columns(block.experts)
+            if columns.start == columns.stop:
+                continue
+            weights = mixture.columns(block, part.widths, x)
+            rows = slice(None) if mixture.uniform else slice(block.rows.start * times, block.rows.stop * times)
+            yield rows, columns, weights.repeat_interleave(times, 0) if times > 1 and len(weights) > 1 else weights
+
+    def dense(self, part: Dense, mixture: Mixture, leading: int) -> Tensor:
+        """Σ wt dt for each entry of the activation's leading axis, or one for all."""
+        mixed = mixture.dense(part.stack)
+        times = 1 if mixture.uniform else self.times(mixture, leading)
+        return mixed.repeat_interleave(times, 0) if times > 1 and len(mixed) > 1 else mixed
+
+
+def _channels_last(vectors: Tensor, y: Tensor) -> Tensor:
+    """(n, channels) shaped to join an activation (n, ..., channels)."""
+    return vectors.to(y).reshape(len(vectors), *[1] * (y.dim() - 2), -1)
+
+
+class _Linear(_Added):
+    """y = W x + (b + w · db) + B (w · A x); nn.Linear, and Conv1D, whose matrix is stored turned."""
+
+    def __init__(self, state: State, path: str, module: nn.Module, weight: Low | None, bias: Dense | None) -> None:
+        super().__init__(state, path, module)
+        self.weight, self.bias = weight, bias
+        self.install()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if (mixture := self.state.work) is None:
+            found: Tensor = self.own(self.module, x)
+            return found
+        y: Tensor = self.own(self.module, x) if self.bias is None else self.with_rows_of_biases(self.bias, mixture, x)
+        if self.weight is not None:
+            for rows, at, w in self.pieces(self.weight, mixture, x):
+                h = F.linear(x[rows], self.weight.a[at])
+                h *= w.view(len(w), *[1] * (h.dim() - 2), -1)
+                y[rows].view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.weight.b[:, at].T)
+        return y
+
+    def with_rows_of_biases(self, bias: Dense, mixture: Mixture, x: Tensor) -> Tensor:
+        """The module's own answer, each row with its bias; no pass over y more than one bias for all takes."""
+        weight = self.module.weight if isinstance(self.module, Conv1D) else self.module.weight.T
+        shift = self.module.bias + _channels_last(self.dense(bias, self.state.biases or mixture, len(x)), x)
+        y: Tensor = shift.expand(*x.shape[:-1], shift.shape[-1]).contiguous()
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight)
+        return y
+
+
+class _Embedding(_Added):
+    """y += (w · B[ids]) A; ids that all rows share (positions) get a leading axis of rows first."""
+
+    def __init__(self, state: State, path: str, module: nn.Module, weight: Low) -> None:
+        super().__init__(state, path, module)
+        self.weight = weight
+        self.install()
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.own(self.module, ids)
+        if (mixture := self.state.work) is None:
+            return y
+        if not mixture.uniform and ids.dim() == 1 and len(ids) != mixture.rows:
+            ids, y = ids[None], y[None]
+        if not mixture.uniform and ids.shape[0] == 1 < mixture.rows:
+            ids = ids.expand(mixture.rows, *ids.shape[1:])
+            y = y.expand(mixture.rows, *y.shape[1:])
+        y = y.clone(memory_format=torch.contiguous_format) if not y.is_contiguous() else y
+        for rows, at, w in self.pieces(self.weight, mixture, y):
+            h = F.embedding(ids[rows], self.weight.b[:, at])
+            h *= w.view(len(w), *[1] * (h.dim() - 2), -1)
+            y[rows].view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.weight.a[at])
+        return y
+
+
+class _Conv2d(_Added):
+    """A convolution with A to as many channels as there are columns, then one of 1×1 with B."""
+
+    def __init__(self, state: State, path: str, module: nn.Conv2d, weight: Low | None, bias: Dense | None) -> None:
+        super().__init__(state, path, module)
+        self.conv, self.weight, self.bias = module, weight, bias
+        self.install()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.own(self.module, x)
+        if (mixture := self.state.work) is None:
+            return y
+        if self.weight is not None:
+            for rows, at, w in self.pieces(self.weight, mixture, x):
+                kernel = self.weight.a[at].reshape(-1, *self.conv.weight.shape[1:])
+                h = self.conv._conv_forward(x[rows], kernel, None)
+                h *= w[..., None, None]
+                y[rows] += F.conv2d(h, self.weight.b[:, at, None, None])
+        if self.bias is not None:
+            y += self.dense(self.bias, self.state.biases or mixture, len(y)).to(y)[..., None, None]
+        return y
+
+
+class _Norm(_Added):
+    """y = x̂ · (g + w · dg) + (b + w · db), with x̂ the input normalised without any affine part."""
+
+    def __init__(self, state: State, path: str, module: nn.Module, weight: Dense | None, bias: Dense | None) -> None:
+        super().__init__(state, path, module)
+        self.weight, self.bias = weight, bias
+        self.offset = rms_offset(module) or 0.0
+        self.install()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if (mixture := self.state.work) is None:
+            found: Tensor = self.own(self.module, x)
+            return found
+        module: Any = self.module
+        gain: Tensor = module.weight
+        shift: Any = getattr(module, "bias", None)
+        if self.weight is not None:
+            gain = gain + _channels_last(self.dense(self.weight, mixture, len(x)), x)
+        if self.bias is not None:
+            shift = shift + _channels_last(self.dense(self.bias, self.state.biases or mixture, len(x)), x)
+        if not isinstance(module, nn.LayerNorm):
+            return _rms_scaled(module, x) * (self.offset + gain)
+        if mixture.uniform:
+            shift = None if shift is None else shift.flatten()
+            return F.layer_norm(x, list(module.normalized_shape), gain.flatten(), shift, module.eps)
+        scaled = F.layer_norm(x, list(module.normalized_shape), eps=module.eps)
+        return scaled * gain if shift is None else torch.addcmul(shift, scaled, gain)
+
+
+class _BatchNorm2d(_Added):
+    """y += x̂ · (w · dg) + w · db, with x̂ normalised by the shared model's running statistics."""
+
+    def __init__(self, state: State, path: str, module: nn.Module, weight: Dense | None, bias: Dense | None) -> None:
+        super().__init__(state, path, module)
+        self.weight, self.bias = weight, bias
+        self.install()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.own(self.module, x)
+        if (mixture := self.state.work) is None:
+            return y
+        if self.weight is not None:
+            m = self.module
+            scaled = F.batch_norm(x, m.running_mean, m.running_var, eps=m.eps)
+            y.addcmul_(scaled, self.dense(self.weight, mixture, len(y)).to(y)[..., None, None])
+        if self.bias is not None:
+            y += self.dense(self.bias, self.state.biases or mixture, len(y)).to(y)[..., None, None]
+        return y
+
+
+class _Free(_Added):
+    """Free parameters of a module: during its forward each is p + Σ w d, with an axis of rows where mixtures differ.
+
+    The instance attribute hides the parameter while the module runs; the parameter itself is not touched.
+    """
+
+    def __init__(self, state: State, path: str, module: nn.Module, parameters: Mapping[str, Low | Dense]) -> None:
+        super().__init__(state, path, module)
+        self.parameters = parameters
+        self.set: list[str] = []
+
+    def enter(self, args: Any) -> None:
+        if (mixture := self.state.work) is None:
+            return
+        for attribute, part in self.parameters.items():
+            self.module.__dict__[attribute] = self.mixed(getattr(self.module, attribute), part, mixture)
+            self.set.append(attribute)
+
+    def leave(self) -> None:
+        for attribute in self.set:
+            self.module.__dict__.pop(attribute, None)
+        self.set.clear()
+
+    def mixed(self, parameter: Tensor, part: Low | Dense, mixture: Mixture) -> Tensor:
+        if mixture.uniform:
+            return part.mixed(parameter, mixture.weights[0])
+        by_row = isinstance(part, Dense) and (parameter.dim() == 1 or (parameter.dim() > 1 and parameter.shape[0] == 1))
+        if not by_row:
+            raise TwinmergeError(
+                f"The parameter {part.name!r} {list(parameter.shape)} is used for the whole batch at once, so rows of "
+                'different mixtures cannot share a batch. Give one mixture for the whole batch, or say strategy="rebuild".'
+            )
+        assert isinstance(part, Dense)
+        delta = mixture.dense(part.stack)
+        return parameter + (delta[:, None] if parameter.dim() == 1 else delta[:, 0])
+
+
+class _RelativeBias(_Added):
+    """A table of relative positions: the bias (1 or rows, heads, q, k) is linear in the table, so each expert's table is
+    looked up the same way and added to its rows."""
+
+    def __init__(self, state: State, path: str, module: nn.Module, weight: Low, compute: Any) -> None:
+        super().__init__(state, path, module)
+        self.weight, self.compute = weight, compute
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        bias: Tensor = self.compute(*args, **kwargs)
+        if (mixture := self.state.work) is None:
+            return bias
+        bias = bias.clone() if mixture.uniform else bias.expand(mixture.rows, *bias.shape[1:]).clone()
+        times = 1 if mixture.uniform else self.times(mixture, len(bias))
+        for expert in mixture.used:
+            if (found := self.weight.of(expert)) is None:
+                continue
+            self.module.__dict__["weight"] = found[0] @ found[1]
+            try:
+                delta = self.compute(*args, **kwargs)
+            finally:
+                self.module.__dict__.pop("weight")
+            own = mixture.weights[:1, expert] if mixture.uniform else mixture.weights[:, expert]
+            w = own.repeat_interleave(times).to(bias).reshape(-1, 1, 1, 1)
+            bias += torch.where(w == 0, 0, w * delta)
+        return bias

@@ -1,0 +1,247 @@
+"""Which way to mix a batch: a cost model of operations and bytes, with what this machine does of each measured once.
+
+All ways compute the same function. `stacked`: every expert in use works on all rows at once. `grouped`: each expert works on its
+own rows, which are brought together for the pass. `folded`: one mixture for all rows is added to the weights first. `rebuild`:
+the same for each mixture of the batch, one after the other; the reference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.twin.mixture import Block, Mixture
+from twinmerge.twin.modules import multiplies
+from twinmerge.twin.parts import Low
+from twinmerge.twin.runtime import Runtime
+
+STRATEGIES = ("stacked", "grouped", "folded", "rebuild")
+WORTH = 0.95  # a way that touches all weights must be predicted this much faster than one that touches none
+
+
+class Machine(NamedTuple):
+    """What a device does with a dtype: operations of a wide and of a thin product and bytes of memory, each in a second, and the
+    seconds that a module's call and one more operation take."""
+
+    wide: float
+    thin: float
+    bytes: float
+    call: float
+    operation: float
+
+
+def best_of(run: Callable[[], object], repeats: int = 5) -> float:
+    """The least seconds of some runs."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@cache
+def probe(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
+    """Measure a machine, in some 50 ms.
+
+    Args:
+        threads: only tells probes apart.
+    """
+
+    def seconds(run: Callable[[], Tensor], repeats: int = 4) -> float:
+        def whole() -> None:
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        whole()
+        return best_of(whole, repeats)
+
+    with torch.inference_mode():
+        x = torch.ones(256, 768, dtype=dtype, device=device)
+        w, a = x.new_ones(768, 768), x.new_ones(64, 768)
+        y = x.new_ones(256, 768)
+        big, one = x.new_ones(4096, 4096), x.new_ones(1, 4096)
+        tiny, linear = x.new_ones(1, 8), nn.Linear(8, 8, device=device, dtype=dtype)
+        wide = 2 * 256 * 768 * 768 / seconds(lambda: F.linear(x, w))
+        thin = 2 * 2 * 256 * 64 * 768 / seconds(lambda: y.addmm_(F.linear(x, a), a))
+        moved = big.numel() * big.element_size() / seconds(lambda: F.linear(one, big))
+        call = seconds(lambda: _many(lambda: linear(tiny))) / 50
+        operation = seconds(lambda: _many(lambda: tiny.mul_(1.0))) / 50
+    return Machine(wide, thin, moved, call, operation)
+
+
+def _many(run: Callable[[], Tensor]) -> Tensor:
+    for _ in range(50):
+        found = run()
+    return found
+
+
+class Site(NamedTuple):
+    """A matrix that experts change: (out, in), the columns of each expert; lookup: rows are looked up, not multiplied."""
+
+    shape: tuple[int, int]
+    ends: tuple[int, ...]
+    lookup: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way that was chosen for a batch, and the seconds that each possible way was expected to take."""
+
+    strategy: str
+    predicted: dict[str, float]
+
+
+class Planner:
+    """The cost model of one twin.
+
+    Example:
+        >>> # twin.planner.break_even() is dm / (d + m) of the model's middle matrix
+    """
+
+    def __init__(self, runtime: Runtime, body: nn.Module) -> None:
+        self.runtime = runtime
+        modules = [m for m in body.modules() if not any(True for _ in m.children())]
+        self.calls = len(modules)
+        self.multiplied = sum(
+            p.numel() for m in modules if multiplies(m) for p in m.parameters(recurse=False) if p.dim() == 2
+        )
+        some = next(body.parameters())
+        self.device, self.dtype = some.device, some.dtype
+        self.sites: list[Site] = []
+        self.small = 0  # norms and biases that experts change
+        for place, part in runtime.places:
+            if isinstance(part, Low):
+                shape = (len(part.b), part.a.shape[1])
+                self.sites.append(Site(shape, tuple(part.ends), not multiplies(place.module)))
+            else:
+                self.small += 1
+
+    @property
+    def machine(self) -> Machine:
+        return probe(self.device, self.dtype, torch.get_num_threads())
+
+    @property
+    def size(self) -> int:
+        return self.dtype.itemsize
+
+    def base(self, tokens: int) -> float:
+        """Seconds of the shared model alone: products or the bytes of their weights, whichever takes longer, and calls."""
+        m = self.machine
+        return max(2 * tokens * self.multiplied / m.wide, self.size * self.multiplied / m.bytes) + self.calls * m.call
+
+    def mixing(self, blocks: Sequence[Block], positions: int) -> float:
+        """Seconds that the experts' parts add to a pass."""
+        m = self.machine
+        seconds = self.small * 4 * m.operation
+        for (out, into), ends, lookup in self.sites:
+            for block in blocks:
+                columns = ends[block.experts.stop] - ends[block.experts.start]
+                if not columns:
+                    continue
+                tokens = (block.rows.stop - block.rows.start) * positions
+                work = 2 * tokens * columns * (into + (0 if lookup else out)) / m.thin
+                moved = self.size * columns * (into + (tokens if lookup else out)) / m.bytes
+                touched = self.size * tokens * 4 * columns / m.bytes
+                seconds += max(work, moved) + touched + 8 * m.operation
+        return seconds
+
+    def folding(self, weights: Tensor) -> float:
+        """Seconds that one mixture takes to become weights; none where it is at hand."""
+        if self.runtime.is_folded(weights):
+            return 0.0
+        m = self.machine
+        used = weights.nonzero()[:, 0].tolist()
+        seconds = self.small * 2 * m.operation
+        for (out, into), ends, _ in self.sites:
+            columns = sum(ends[e + 1] - ends[e] for e in used)
+            moved = (1 + 2 * len(used)) * self.size * out * into / m.bytes
+            seconds += 2 * out * into * columns / m.thin + moved + 3 * len(used) * m.operation
+        return seconds
+
+    def break_even(self) -> float:
+        """Tokens of one mixture above which folding takes fewer operations than mixing: dm / (d + m), whatever the rank."""
+        products = [shape for shape, _, lookup in self.sites if not lookup]
+        return sum(m * n for m, n in products) / max(1, sum(m + n for m, n in products))
+
+    def predict(self, weights: Tensor, positions: int, steps: int = 0, reorder: bool = True) -> dict[str, float]:
+        """Strategy -> seconds, of those that are possible.
+
+        Args:
+            weights: (rows, experts).
+            positions: of each row in the pass.
+            steps: passes of one position more that follow (a generation).
+            reorder: allow another order of the rows, and rows that are answered apart.
+        """
+        rows = len(weights)
+        passes = self.base(rows * positions) + steps * self.base(rows)
+        found: dict[str, float] = {}
+        if not self.runtime.refused:
+            for strategy in ("stacked", "grouped"):
+                blocks = Mixture.of(weights, strategy == "grouped", reorder).blocks
+                added = self.mixing(blocks, positions) + (steps * self.mixing(blocks, 1) if steps else 0.0)
+                found[strategy] = passes + added
+        distinct, counts = weights.unique(dim=0, return_counts=True)
+        if len(distinct) == 1:
+            found["folded"] = passes + self.folding(distinct[0])
+        if len(distinct) == 1 or reorder:
+            found["rebuild"] = sum(
+                self.folding(row) + self.base(count * positions) + steps * self.base(count)
+                for row, count in zip(distinct, counts.tolist(), strict=True)
+            )
+        return found
+
+    def choose(
+        self, weights: Tensor, positions: int, steps: int = 0, reorder: bool = True, strategy: str = "auto"
+    ) -> Plan:
+        """The fastest way by the model, or the one that is asked for.
+
+        In 16 bits only mixing is chosen by itself, since weights of 16 bits round small changes away.
+
+        Errors:
+            TwinmergeError: a strategy that is not known, or that this batch does not allow.
+        """
+        if strategy != "auto" and strategy not in STRATEGIES:
+            kinds = ("auto", *STRATEGIES)
+            raise TwinmergeError(
+                f"Unknown strategy {strategy!r}.{nearest(strategy, kinds)} Choose from {', '.join(kinds)}."
+            )
+        if not bool(weights.any()):  # the shared model alone
+            return Plan("stacked", {"stacked": self.base(len(weights) * positions)})
+        if strategy == "auto" and self.runtime.refused:
+            uniform = bool((weights == weights[:1]).all())
+            if not uniform:
+                raise TwinmergeError(f'{self.runtime.refused[0]} Say strategy="rebuild", or give one mixture.')
+            return Plan("folded", {})
+        predicted = self.predict(weights, positions, steps, reorder)
+        if strategy != "auto":
+            if strategy not in predicted:
+                raise TwinmergeError(self._impossible(strategy))
+            return Plan(strategy, predicted)
+        exact = self.dtype in (torch.float32, torch.float64)
+        handicap = {s: 1.0 if s in ("stacked", "grouped") else 1 / WORTH for s in predicted}
+        allowed = [s for s in predicted if exact or s in ("stacked", "grouped")] or list(predicted)
+        return Plan(min(allowed, key=lambda s: predicted[s] * handicap[s]), predicted)
+
+    def _impossible(self, strategy: str) -> str:
+        if strategy == "folded":
+            return 'The rows have different mixtures, so they cannot share folded weights. Say strategy="rebuild".'
+        if strategy == "rebuild":
+            return "This model scores rows against each other, so they cannot be rebuilt apart. Give one mixture."
+        return f'{self.runtime.refused[0]} Say strategy="rebuild".'
+
+
+def distinct_mixtures(weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(mixture (experts,), numbers of its rows), in the order of first appearance."""
+    rows, which = weights.unique(dim=0, return_inverse=True)
+    groups = [(row, (which == k).nonzero()[:, 0]) for k, row in enumerate(rows)]
+    return sorted(groups, key=lambda g: int(g[1][0]))
