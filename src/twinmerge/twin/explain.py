@@ -63,7 +63,7 @@ def explain(twin: Twin, batch: Mapping[str, Any], weights: Tensor, measure: bool
     positions = positions_of(twin, batch)
     plan = twin.planner.choose(weights, positions, reorder=reorder)
     heads = [next(iter(twin.model.head_specs))] * batch_size(batch) if twin.model.head_specs else None
-    predicted = twin.planner.predict(weights, positions, reorder=reorder) if weights.any() else plan.predicted
+    predicted = twin.planner.predict(weights, positions, reorder=reorder) if weights.any() else {}
     ways: dict[str, Tensor] = {"shared": torch.zeros_like(weights)}
     if measure:
         ways |= dict.fromkeys(predicted, weights)

@@ -8,6 +8,7 @@ the same for each mixture of the batch, one after the other; the reference.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -117,12 +118,12 @@ class Planner:
         )
         some = next(body.parameters())
         self.device, self.dtype = some.device, some.dtype
-        self.sites: list[Site] = []
+        self.sites: Counter[Site] = Counter()  # how many there are of a kind
         self.small = 0  # norms and biases that experts change
         for place, part in runtime.places:
             if isinstance(part, Low):
                 shape = (len(part.b), part.a.shape[1])
-                self.sites.append(Site(shape, tuple(part.ends), not multiplies(place.module)))
+                self.sites[Site(shape, tuple(part.ends), not multiplies(place.module))] += 1
             else:
                 self.small += 1
 
@@ -143,7 +144,7 @@ class Planner:
         """Seconds that the experts' parts add to a pass."""
         m = self.machine
         seconds = self.small * 4 * m.operation
-        for (out, into), ends, lookup in self.sites:
+        for ((out, into), ends, lookup), times in self.sites.items():
             for block in blocks:
                 columns = ends[block.experts.stop] - ends[block.experts.start]
                 if not columns:
@@ -152,7 +153,7 @@ class Planner:
                 work = 2 * tokens * columns * (into + (0 if lookup else out)) / m.thin
                 moved = self.size * columns * (into + (tokens if lookup else out)) / m.bytes
                 touched = self.size * tokens * 4 * columns / m.bytes
-                seconds += max(work, moved) + touched + 8 * m.operation
+                seconds += times * (max(work, moved) + touched + 8 * m.operation)
         return seconds
 
     def folding(self, weights: Tensor) -> float:
@@ -162,16 +163,23 @@ class Planner:
         m = self.machine
         used = weights.nonzero()[:, 0].tolist()
         seconds = self.small * 2 * m.operation
-        for (out, into), ends, _ in self.sites:
+        for ((out, into), ends, _), times in self.sites.items():
             columns = sum(ends[e + 1] - ends[e] for e in used)
             moved = (1 + 2 * len(used)) * self.size * out * into / m.bytes
-            seconds += 2 * out * into * columns / m.thin + moved + 3 * len(used) * m.operation
+            seconds += times * (2 * out * into * columns / m.thin + moved + 3 * len(used) * m.operation)
         return seconds
 
     def break_even(self) -> float:
         """Tokens of one mixture above which folding takes fewer operations than mixing: dm / (d + m), whatever the rank."""
-        products = [shape for shape, _, lookup in self.sites if not lookup]
-        return sum(m * n for m, n in products) / max(1, sum(m + n for m, n in products))
+        products = [(shape, times) for (shape, _, lookup), times in self.sites.items() if not lookup]
+        both = sum(times * (m + n) for (m, n), times in products)
+        return sum(times * m * n for (m, n), times in products) / max(1, both)
+
+    def possible(self, weights: Tensor, reorder: bool = True) -> list[str]:
+        """The strategies that a batch allows."""
+        uniform = bool((weights == weights[:1]).all())
+        mixed = [] if self.runtime.refused else ["stacked", "grouped"]
+        return mixed + ["folded"] * uniform + ["rebuild"] * (uniform or reorder)
 
     def predict(self, weights: Tensor, positions: int, steps: int = 0, reorder: bool = True) -> dict[str, float]:
         """Strategy -> seconds, of those that are possible.
@@ -182,18 +190,17 @@ class Planner:
             steps: passes of one position more that follow (a generation).
             reorder: allow another order of the rows, and rows that are answered apart.
         """
-        rows = len(weights)
+        rows, possible = len(weights), self.possible(weights, reorder)
         passes = self.base(rows * positions) + steps * self.base(rows)
         found: dict[str, float] = {}
-        if not self.runtime.refused:
-            for strategy in ("stacked", "grouped"):
-                blocks = Mixture.of(weights, strategy == "grouped", reorder).blocks
-                added = self.mixing(blocks, positions) + (steps * self.mixing(blocks, 1) if steps else 0.0)
-                found[strategy] = passes + added
-        distinct, counts = weights.unique(dim=0, return_counts=True)
-        if len(distinct) == 1:
-            found["folded"] = passes + self.folding(distinct[0])
-        if len(distinct) == 1 or reorder:
+        for strategy in [s for s in ("stacked", "grouped") if s in possible]:
+            blocks = Mixture.of(weights, strategy == "grouped", reorder).blocks
+            added = self.mixing(blocks, positions) + (steps * self.mixing(blocks, 1) if steps else 0.0)
+            found[strategy] = passes + added
+        if "folded" in possible:
+            found["folded"] = passes + self.folding(weights[0])
+        if "rebuild" in possible:
+            distinct, counts = weights.unique(dim=0, return_counts=True)
             found["rebuild"] = sum(
                 self.folding(row) + self.base(count * positions) + steps * self.base(count)
                 for row, count in zip(distinct, counts.tolist(), strict=True)
@@ -216,17 +223,17 @@ class Planner:
                 f"Unknown strategy {strategy!r}.{nearest(strategy, kinds)} Choose from {', '.join(kinds)}."
             )
         if not bool(weights.any()):  # the shared model alone
-            return Plan("stacked", {"stacked": self.base(len(weights) * positions)})
-        if strategy == "auto" and self.runtime.refused:
-            uniform = bool((weights == weights[:1]).all())
-            if not uniform:
+            return Plan("stacked", {})
+        possible = self.possible(weights, reorder)
+        if strategy != "auto":
+            if strategy not in possible:
+                raise TwinmergeError(self._impossible(strategy))
+            return Plan(strategy, {})
+        if self.runtime.refused:
+            if "folded" not in possible:
                 raise TwinmergeError(f'{self.runtime.refused[0]} Say strategy="rebuild", or give one mixture.')
             return Plan("folded", {})
         predicted = self.predict(weights, positions, steps, reorder)
-        if strategy != "auto":
-            if strategy not in predicted:
-                raise TwinmergeError(self._impossible(strategy))
-            return Plan(strategy, predicted)
         exact = self.dtype in (torch.float32, torch.float64)
         handicap = {s: 1.0 if s in ("stacked", "grouped") else 1 / WORTH for s in predicted}
         allowed = [s for s in predicted if exact or s in ("stacked", "grouped")] or list(predicted)
