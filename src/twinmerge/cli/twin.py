@@ -79,6 +79,17 @@ def build(
     router: Annotated[
         str, typer.Option("--router", help="gaussian, mlp (the paper's), or projection (needs no data).")
     ] = "gaussian",
+    single_pass: Annotated[
+        int | None,
+        typer.Option(
+            "--single-pass",
+            metavar="LAYER",
+            help="Experts act from this layer on, and the router reads the states before it: no layer runs twice.",
+        ),
+    ] = None,
+    null: Annotated[
+        bool, typer.Option("--null/--no-null", help="Leave inputs far from every expert's to the shared model.")
+    ] = True,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     threads: Threads = None,
     json: Json = False,
@@ -116,7 +127,9 @@ def build(
         heads=head or (),
         **values(parameter, "-p"),
     )
-    report = twin.fit_router(inputs, router, seed=seed) if inputs or router == "projection" else None
+    if single_pass is not None:
+        twin = twin.single_pass(single_pass)
+    report = twin.fit_router(inputs, router, null=null, seed=seed) if inputs or router == "projection" else None
     if chosen or codec != "none" or weigh:
         twin = _compressed(twin, None if chosen else rank, energy, bytes_, codec, inputs if weigh else None)
     twin.save_pretrained(output, about)
@@ -144,7 +157,7 @@ def build(
         lines = [(name, f"{100 * share:.1f} %") for name, share in report.right_by_expert.items()]
         print_table(
             f"Router on {report.rows} held-out inputs: {100 * report.right:.1f} % right, "
-            f"calibration error {report.ece_calibrated:.3f}",
+            f"calibration error {report.ece_calibrated:.3f}, {100 * report.refused:.1f} % left to the shared model",
             ["expert", "routed right"],
             lines,
         )
@@ -232,6 +245,23 @@ def _drawn(twin: Twin, file: Path | None) -> dict[str, float]:
 
         draw_retained(shares, ranks, f"What {', '.join(twin.experts)} keep", file)
     return shares
+
+
+@twin_app.command()
+def explain(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    texts: Annotated[list[str], typer.Argument(help="The texts of one batch.")],
+    threads: Threads = None,
+) -> None:
+    """Tell what each way of mixing a batch of texts is expected to take, and takes.
+
+    twinmerge twin explain TWIN "a lovely film" "where is my card?"
+    """
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    loaded = Twin.from_pretrained(twin)
+    typer.echo(loaded.explain(loaded.encoder.encode(texts)))
 
 
 @twin_app.command()

@@ -85,8 +85,9 @@ class TwinRunner:
     def labels(self, head: str) -> list[str]:
         return self.twin.model.labels(head if self.twin.model.head_specs else None)
 
-    def route(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.twin.route(batch, self.twin.top_k)
+    def route(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
+        """Mixtures (rows, experts), and the expert whose head answers each row."""
+        return self.twin.routed(batch)
 
     def answer(
         self, batch: Mapping[str, torch.Tensor], heads: Sequence[str], mixture: torch.Tensor, tasks: Sequence[str]
@@ -223,9 +224,8 @@ def _twin(
         if len(ways) == 1:
             continue
         start = time.perf_counter()
-        routed = runner.route(encoded)
+        routed, chosen = runner.route(encoded)
         routing = time.perf_counter() - start
-        chosen = [experts[int(k)] for k in routed.argmax(-1)]
         right += sum(c == q.task for c, q in zip(chosen, batch, strict=True))
         other = [i for i in range(len(batch)) if not torch.equal(routed[i], given[i])]
         by_head, by_router = list(own), list(own)

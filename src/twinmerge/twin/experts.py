@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from twinmerge.engine.merge import heads_of
@@ -17,6 +18,7 @@ from twinmerge.models.opened import ModelLike, open_model
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
 from twinmerge.twin.mixture import index_of
+from twinmerge.twin.novelty import Novelty, limits_of
 from twinmerge.twin.package import Package
 from twinmerge.twin.router import GaussianRouter
 from twinmerge.twin.split import Exclusive, is_buffer, split
@@ -103,7 +105,13 @@ def without_expert(package: Package, name: str) -> Package:
 
 def routed_to(package: Package, name: str, features: Tensor) -> Package:
     """The package whose router knows one more expert by the features of its inputs (rows, width)."""
-    router, report = _routed(_statistics(package).with_expert(name, features))
+    statistics = _statistics(package).with_expert(name, features)
+    if statistics.novel:  # its limit is that of its own rows
+        novelty = Novelty.of(statistics, statistics.novel)
+        own = len(statistics.experts) - 1
+        novelty.set_limits(features, torch.full((len(features),), own))
+        statistics = statistics._replace(limits=limits_of(novelty, statistics.experts))
+    router, report = _routed(statistics)
     return package._replace(router=router, report=report)
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """label: name; expert: whose head answered; confidence: softmax of the label; mixture: expert -> weight."""
+    """label: name; expert: whose head answered; confidence: softmax of the label; mixture: expert -> weight, all 0 where the
+    text is far from every expert's inputs and the shared model answered alone."""
 
     label: str
     expert: str

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.twin.novelty import Novelty, limits_of
 from twinmerge.twin.statistics import Statistics
 
 SHRINKAGE = 0.05
@@ -24,7 +25,8 @@ DRAWN = 2000  # rows of each expert, where a temperature is fitted on drawn ones
 
 class RouterReport(NamedTuple):
     """On the held-out rows: share routed right (all, and by expert), negative log-likelihood and expected calibration
-    error before and after the temperature; confusion[i][j]: rows of expert i that went to expert j."""
+    error before and after the temperature; confusion[i][j]: rows of expert i that went to expert j; refused:
+    share of rows that the null expert took."""
 
     rows: int
     right: float
@@ -35,6 +37,7 @@ class RouterReport(NamedTuple):
     ece_calibrated: float
     temperature: float
     confusion: list[list[int]]
+    refused: float = 0.0
 
 
 class Router(nn.Module, ABC):
@@ -46,6 +49,7 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(1.0))
+        self.novelty: Novelty | None = None
 
     @classmethod
     @abstractmethod
@@ -59,6 +63,12 @@ class Router(nn.Module, ABC):
     def weights(self, features: Tensor, top_k: int | None = 1) -> Tensor:
         """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `top_k` largest, renormalised."""
         return top_weights(torch.softmax(self.logits(features) / self.temperature, -1), top_k)
+
+    def far(self, features: Tensor) -> Tensor:
+        """(rows,): True for rows that are nobody's, which the shared model answers alone."""
+        if self.novelty is None:
+            return torch.zeros(len(features), dtype=torch.bool, device=features.device)
+        return self.novelty.far(features)
 
 
 def top_weights(weights: Tensor, top_k: int | None) -> Tensor:
@@ -125,6 +135,8 @@ class GaussianRouter(Router):
         bias = -0.5 * ((means - center) * weight).sum(1) - weight @ center
         router = cls(weight.float(), bias.float())
         router.statistics = statistics
+        if statistics.novel:
+            router.novelty = Novelty.of(statistics, statistics.novel)
         return router
 
     @classmethod
@@ -258,9 +270,12 @@ ROUTERS: dict[str, type[GaussianRouter] | type[MlpRouter]] = {"gaussian": Gaussi
 
 
 def fit_router(
-    kind: str, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0
+    kind: str, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0, novel: int = 0
 ) -> tuple[Router, RouterReport]:
-    """Fit on four fifths of the rows, set the temperature on the fifth that was held out, report on it.
+    """Fit on four fifths of the rows, set temperature and limits on the fifth that was held out, report on it.
+
+    Args:
+        novel: how many of the last features tell rows that are nobody's; 0 for no null expert.
 
     Errors:
         TwinmergeError: unknown kind, fewer than two experts, an expert with fewer than five rows.
@@ -279,9 +294,17 @@ def fit_router(
             )
     train, held = held_out_split(owners, seed)
     router: Router = ROUTERS[kind].fit(features[train], owners[train], experts, seed)
+    limits: dict[str, float] = {}
+    if novel:
+        kept = getattr(router, "statistics", None) or Statistics.of(features[train], owners[train], experts)
+        router.novelty = Novelty.of(kept, novel)
+        router.novelty.set_limits(features[held], owners[held])
+        limits = limits_of(router.novelty, experts)
     report = calibrated(router, features[held], owners[held], experts)
     if isinstance(router, GaussianRouter) and router.statistics is not None:
-        router.statistics = router.statistics._replace(temperature=float(router.temperature), report=report._asdict())
+        router.statistics = router.statistics._replace(
+            temperature=float(router.temperature), report=report._asdict(), limits=limits, novel=novel
+        )
     return router, report
 
 
@@ -289,7 +312,8 @@ def calibrated(router: Router, features: Tensor, owners: Tensor, experts: Sequen
     """Set a router's temperature on rows that it was not made from, and report on them."""
     logits = router.logits(features)
     router.temperature.fill_(fit_temperature(logits, owners))
-    return _report(logits, owners, experts, float(router.temperature))
+    refused = router.far(features).double().mean().item()
+    return _report(logits, owners, experts, float(router.temperature))._replace(refused=refused)
 
 
 def held_out_split(owners: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -367,6 +391,8 @@ def router_from(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -
         router = ProjectionRouter(torch.zeros_like(tensors["bases"]))
     else:
         raise TwinmergeError(f"The router is of the kind {kind!r}, which this release does not know. Fit it again.")
+    if "novelty.means" in tensors:
+        router.novelty = Novelty(*tensors["novelty.means"].shape)
     try:
         router.load_state_dict(tensors)
     except RuntimeError as error:

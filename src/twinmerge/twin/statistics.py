@@ -18,7 +18,8 @@ FIRST = ""  # names the scatter of the experts that were there first
 class Statistics(NamedTuple):
     """first: the experts that were fitted together; temperature, report: what their held-out rows gave; counts: expert ->
     rows; means: expert -> (width,); scatters: `FIRST` or an expert that came later -> Σ (z − μ)(z − μ)ᵀ inside the experts,
-    (width, width). Means and scatters are float32: a router is made of what is kept, never of more."""
+    (width, width); limits: expert -> the distance beyond which a row is nobody's, `novel` the last features that it is taken in
+    (0: none). Means and scatters are float32: a router is made of what is kept, never of more."""
 
     first: tuple[str, ...]
     temperature: float
@@ -26,6 +27,8 @@ class Statistics(NamedTuple):
     counts: dict[str, int]
     means: dict[str, Tensor]
     scatters: dict[str, Tensor]
+    limits: dict[str, float] = {}
+    novel: int = 0
 
     @classmethod
     def of(cls, features: Tensor, owners: Tensor, experts: Sequence[str]) -> Statistics:
@@ -71,6 +74,7 @@ class Statistics(NamedTuple):
             counts={e: n for e, n in self.counts.items() if e != name},
             means={e: m for e, m in self.means.items() if e != name},
             scatters={e: s for e, s in self.scatters.items() if e != name},
+            limits={e: v for e, v in self.limits.items() if e != name},
         )
 
     def packed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -83,6 +87,8 @@ class Statistics(NamedTuple):
             "counts": list(self.counts.values()),
             "scatters": list(self.scatters),
         }
+        if self.novel:
+            header |= {"novel": self.novel, "limits": [self.limits.get(e) for e in self.experts]}
         tensors = {f"mean/{e}": mean for e, mean in self.means.items()}
         for i, scatter in enumerate(self.scatters.values()):
             at = torch.triu_indices(*scatter.shape)
@@ -102,4 +108,5 @@ class Statistics(NamedTuple):
             scatter[at[0], at[1]] = tensors[f"scatter/{i}"]
             scatters[name] = scatter.triu() + scatter.triu(1).T
         first, report = tuple(header["first"]), header["report"]
-        return cls(first, float(header["temperature"]), report, counts, means, scatters)
+        limits = {e: v for e, v in zip(counts, header.get("limits", ()), strict=False) if v is not None}
+        return cls(first, float(header["temperature"]), report, counts, means, scatters, limits, header.get("novel", 0))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class TwinOutput:
     """The answer to a batch.
 
     logits: (rows, most labels of any head used), −inf beyond a row's own labels; None for models without logits.
-    mixture: (rows, experts); expert: of each row, the one of largest weight, or None where all weights are zero;
+    mixture: (rows, experts); expert: of each row, the one of largest weight, or None where all weights are
+    zero (routed: the row is far from every expert's inputs, and the nearest one's head answers);
     head: the head of each row, or None; output: what the model's own class returned (of the first head's class);
     strategy: how the parts were added.
     """
@@ -67,6 +68,15 @@ class TwinOutput:
     head: list[str] | None
     output: Any
     strategy: str = "stacked"
+
+
+class Routed(NamedTuple):
+    """weights: the mixtures (rows, experts); early: the first layers' states where routing read them and the pass may go on
+    there; nearest: (rows,) the likeliest expert, also of rows that are nobody's."""
+
+    weights: Tensor
+    early: Early | None = None
+    nearest: Tensor | None = None
 
 
 class Twin(nn.Module):
@@ -383,6 +393,7 @@ class Twin(nn.Module):
         kind: str = "gaussian",
         *,
         layers: Sequence[int] | None = None,
+        null: bool = True,
         seed: int = 0,
         batch_rows: int = 32,
         progress: bool = True,
@@ -394,6 +405,8 @@ class Twin(nn.Module):
             kind: "gaussian" (closed form, early layers beside the last); "mlp" (the paper's, last layer); or "projection", made
                 from the experts' weights, which takes inputs only to set its temperature and to report on them.
             layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one).
+            null: let the shared model answer what is far from every expert's inputs (`twin/novelty.py`); takes 250 inputs or
+                more of an expert. Not for "projection".
 
         Returns:
             how held-out rows were routed; None without inputs.
@@ -410,9 +423,9 @@ class Twin(nn.Module):
             layers = default_layers(layer_count(self.model.architecture.config), kind, self.first_layer)
         for k, name in enumerate(self.experts):
             given = inputs.get(name)
-            found = [] if given is None else read_features(self, given, layers, name, batch_rows, progress)
-            rows += found
-            owners += [k] * sum(len(f) for f in found)
+            read = [] if given is None else read_features(self, given, layers, name, batch_rows, progress)
+            rows += read
+            owners += [k] * sum(len(f) for f in read)
         if self._encoder is not None:
             self._encoder.warn_truncated()
         report = None
@@ -426,19 +439,29 @@ class Twin(nn.Module):
             raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
         else:
             with torch.random.fork_rng(devices=[]):
-                self.router, report = fit_router(kind, torch.cat(rows), torch.tensor(owners), self.experts, seed)
+                found = torch.cat(rows)
+                novel = found.shape[1] // len(layers) if null else 0
+                self.router, report = fit_router(kind, found, torch.tensor(owners), self.experts, seed, novel)
         self.layers, self._single = tuple(layers), None
         told = report._asdict() if report else None
         self.package = self.package._replace(router=self.router, layers=self.layers, report=told)
         return report
 
     def route(self, batch: Mapping[str, Any], top_k: int | None = 1) -> Tensor:
-        """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones.
+        """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones; zeros for rows that are far
+        from every expert's inputs, which the shared model answers alone.
 
         Errors:
             TwinmergeError: no router is fitted.
         """
-        return self._routed(batch, top_k)[0]
+        return self._routed(batch, top_k).weights
+
+    def routed(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
+        """The mixtures (rows, experts) by the twin's own `top_k`, and the likeliest expert of each row, which also rows that are
+        nobody's have."""
+        found = self._routed(batch, self.top_k)
+        assert found.nearest is not None
+        return found.weights, [self.experts[k] for k in found.nearest.tolist()]
 
     # ------------------------------------------------------------------ answering
 
@@ -475,9 +498,10 @@ class Twin(nn.Module):
             TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
         """
         size = batch_size(batch)
-        weights, early = self._weights(batch, size, mixture, expert, top_k, normalize, free)
+        weights, early, nearest = self._weights(batch, size, mixture, expert, top_k, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
-        heads = self._heads(head, chosen, size)
+        likely = chosen if nearest is None else [self.experts[k] for k in nearest.tolist()]
+        heads = self._heads(head, likely, size)
         biases = None if oracle_biases is None else one_hot(oracle_biases, self.experts).to(weights)
         way = "stacked" if biases is not None else strategy or self.strategy
         with self.lock:
@@ -498,7 +522,7 @@ class Twin(nn.Module):
     ) -> Any:
         """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout."""
         prompt = prompt_of(inputs)
-        weights, _ = self._weights(prompt, batch_size(prompt), mixture, expert, top_k, normalize, free)
+        weights = self._weights(prompt, batch_size(prompt), mixture, expert, top_k, normalize, free).weights
         with self.lock:
             return generate(self, weights, strategy or self.strategy, inputs)
 
@@ -525,7 +549,7 @@ class Twin(nn.Module):
     ) -> Tensor:
         """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
         size = batch_size(batch) if batch else 1
-        return self._weights(batch, size, mixture, expert, top_k, normalize, free)[0]
+        return self._weights(batch, size, mixture, expert, top_k, normalize, free).weights
 
     def score(
         self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_rows: int = 32, **choice: Any
@@ -599,24 +623,25 @@ class Twin(nn.Module):
         top_k: int | None,
         normalize: bool,
         free: bool,
-    ) -> tuple[Tensor, Early | None]:
-        """The mixtures (rows, experts), and the first layers' states where routing read them and the pass may go on there."""
+    ) -> Routed:
         if mixture is not None and expert is not None:
             raise TwinmergeError("Both mixture and expert are given. Give one of them.")
         if expert is not None:
-            return one_hot(_per_row(expert, size, "expert"), self.experts).to(self.planner.device), None
+            return Routed(one_hot(_per_row(expert, size, "expert"), self.experts).to(self.planner.device))
         if mixture is not None:
             weights = mixture_weights(mixture, self.experts, size).to(self.planner.device)
-            return (weights if free else on_simplex(weights, normalize)), None
+            return Routed(weights if free else on_simplex(weights, normalize))
         return self._routed(batch, self.top_k if top_k == -1 else top_k)
 
-    def _routed(self, batch: Mapping[str, Any], top_k: int | None) -> tuple[Tensor, Early | None]:
+    def _routed(self, batch: Mapping[str, Any], top_k: int | None) -> Routed:
         if self.router is None:
             raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
         with torch.no_grad(), self.lock:
             found, early = read_states(self.model, batch, self.layers)
             weights = self.router.weights(found, top_k)
-            return weights, early if early is not None and self._goes_on(batch) else None
+            nearest = weights.argmax(1)
+            weights = torch.where(self.router.far(found)[:, None], 0, weights)
+            return Routed(weights, early if early is not None and self._goes_on(batch) else None, nearest)
 
     def _goes_on(self, batch: Mapping[str, Any]) -> bool:
         """True where a pass may go on from the states that the router read: no expert changes what made them, and the caller
