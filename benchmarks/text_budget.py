@@ -36,10 +36,11 @@ from twinmerge.twin.package import extra_bytes
 from twinmerge.twin.twin import Twin
 
 VALIDATION_ROWS = 200
-ROUTER_ROWS = 3000
+ROUTER_ROWS = 1500
 WEIGHED_BY = 300
 SHARED: dict[str, dict[str, float]] = {"task_arithmetic": {"scale": 0.3}, "tsv": {"scale": 1.0}}
 FIVE = ("sst2", "mpqa", "trec", "agnews", "emotion")
+LAYERS = (1, 2)  # of single passes; chosen on validation rows
 FIRST = 64  # the rank that budgets choose from
 
 
@@ -96,9 +97,19 @@ def budgets(base: str, experts: dict[str, str], suite: Any, names: list[str], he
             tried[shared][f"{share:.0%}"] = found.normalised(reference["validation"])
     print(tried, flush=True)
     rows = []
-    for share in (0.04, 0.10):
+    single: dict[int, float] = {}
+    best = max(SHARED, key=lambda s: tried[s]["10%"])
+    for layer in LAYERS:
+        twin = whole[best].single_pass(layer)
+        fit(twin, suite, tuple(range(layer + 1)), names)
+        found_single = evaluate(
+            TwinRunner(_small(twin, 0.10, inputs)), suite, "validation", VALIDATION_ROWS, progress=False
+        )
+        single[layer] = next(e for e in found_single if e.reading == "strict").normalised(reference["validation"])
+    print(single, flush=True)
+    for share in (0.10, 0.04):
         shared = max(SHARED, key=lambda s: tried[s][f"{share:.0%}"])
-        for layer in (None, 1):
+        for layer in (None, max(single, key=lambda n: single[n])):
             twin = whole[shared] if layer is None else whole[shared].single_pass(layer)
             layers = tuple(range(7)) if layer is None else tuple(range(layer + 1))
             fit(twin, suite, layers, names)
@@ -113,7 +124,13 @@ def budgets(base: str, experts: dict[str, str], suite: Any, names: list[str], he
             found_test = [told(e, reference["test"]) for e in evaluate(TwinRunner(small), suite, progress=False)]
             rows.append(one | {"settings": found_test})
             print(json.dumps(rows[-1], default=str)[:900], flush=True)
-    return {"validation": tried, "rows": rows, "experts": reference["test"].scores, "whole": whole["task_arithmetic"]}
+    return {
+        "validation": tried,
+        "single_pass": single,
+        "rows": rows,
+        "experts": reference["test"].scores,
+        "whole": whole["task_arithmetic"],
+    }
 
 
 def _shared_bytes(twin: Twin) -> int:

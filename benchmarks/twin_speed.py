@@ -317,7 +317,7 @@ def _of_one_twin(
     for rows in numbers["batches"]:
         for tokens in numbers["tokens"] if name != "vit" else [197]:
             own = dict(peers)
-            if "rebuild" not in without and (experts, rank, rows) == (8, 16, 32) and name == "roberta":
+            if "rebuild" not in without and (experts, rank, rows) == (8, 16, 32) and tokens in (1, 32):
                 own["rebuild"] = True
             one = cell(name, model, twin, own, rows, tokens, args.repeats) | {"rank": rank}
             told = ", ".join(f"{way} {ms:.0f}" for way, ms in one["median_ms"].items())

@@ -234,3 +234,15 @@ def test_texts_that_are_too_long_are_cut_with_one_line_of_warning(command: Any, 
     ran = command("twin", "run", zoo.twin, long, "w4 w5", long + " w9", "--json")
     assert len(ran.json()) == 3 and ran.json()[0]["confidence"] == ran.json()[2]["confidence"]
     assert ran.err == "Warning: 2 of 3 texts were longer than the 16 tokens that the model takes and were cut.\n"
+
+
+def test_a_single_pass_twin_and_what_its_ways_take(command: Any, zoo: Any, tmp_path: Path) -> None:
+    given = ["twin", "build", "--base", zoo.base, *zoo.given, "--suite", zoo.suite, "--rank", 2, "--no-null"]
+    found = command(*given, "--single-pass", 0, "-o", tmp_path / "twin", "--json").json()
+    assert found["router"]["refused"] == 0
+    read = tm.Twin.from_pretrained(tmp_path / "twin")
+    assert read.first_layer == 0 and read.layers == (0,)
+    ran = command("twin", "explain", tmp_path / "twin", "w3 w4", "w20 w21 w22")
+    assert ran.code == 0 and "<- chosen" in ran.out and "stacked" in ran.out
+    far = command(*given, "--single-pass", 9, "-o", tmp_path / "none")
+    assert far.code != 0 and "out of range" in far.err and not (tmp_path / "none").exists()

@@ -74,9 +74,6 @@ class Pinned:
 
     Its dense weights are made once and kept while no other mixture is folded, so that a turn costs what one model costs;
     in 16 bits the parts are added in activation form instead, since weights of 16 bits would round small changes away.
-
-    Example:
-        >>> # talk = twin.pin(**first_prompt); talk.generate(**first_prompt); talk.generate(**next_prompt)
     """
 
     def __init__(self, twin: Twin, weights: Tensor) -> None:

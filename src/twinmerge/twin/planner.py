@@ -103,11 +103,7 @@ class Plan:
 
 
 class Planner:
-    """The cost model of one twin.
-
-    Example:
-        >>> # twin.planner.break_even() is dm / (d + m) of the model's middle matrix
-    """
+    """The cost model of one twin."""
 
     def __init__(self, runtime: Runtime, body: nn.Module) -> None:
         self.runtime = runtime
