@@ -47,8 +47,13 @@ class Architecture:
     def __init__(self, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
         self.config = config
         self.model_class = model_class
-        with torch.device("meta"):
-            self.skeleton: PreTrainedModel = model_class(config)
+        try:
+            with torch.device("meta"):
+                self.skeleton: PreTrainedModel = model_class(config)
+        except Exception as error:  # whatever a class makes of a config that was changed by hand
+            raise TwinmergeError(
+                f"{model_class.__name__} cannot be made from its config ({_one_line(error)}). Restore its config.json."
+            ) from error
         transforms = get_model_conversion_mapping(self.skeleton)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -107,6 +112,10 @@ class Architecture:
         return next((self.of_module(f"{name}.weight") for name, module in named if module is found), None)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def labels_of(config: PretrainedConfig) -> list[str] | None:
     """The label names of a classifier's config, in the order of its outputs; None where there are none."""
     names = getattr(config, "id2label", None)
@@ -130,15 +139,16 @@ def read_config(folder: Path) -> PretrainedConfig | None:
         raise
     except Exception as error:  # transformers raises many kinds here; the user needs one sentence
         raise TwinmergeError(
-            f"{file} is not a config that transformers {transformers.__version__} reads: {error}"
+            f"{file} is not a config that transformers {transformers.__version__} reads ({_one_line(error)}). Restore it."
         ) from error
     return config
 
 
 def class_of(config: PretrainedConfig, task: str | None = None) -> type[PreTrainedModel]:
     """The class named in the config (`architectures`), or the auto class of a PEFT task type; else the bare model."""
-    named = (getattr(config, "architectures", None) or [None])[0]
-    if task is None and named is not None and hasattr(transformers, named):
+    listed = getattr(config, "architectures", None)
+    named = listed[0] if isinstance(listed, list) and listed else None
+    if task is None and isinstance(named, str) and hasattr(transformers, named):
         found: type[PreTrainedModel] = getattr(transformers, named)
         return found
     auto = getattr(transformers, TASK_CLASSES.get(task or "FEATURE_EXTRACTION", "AutoModel"))

@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
-from twinmerge.store.artefact import Artefact, load_artefact, save_artefact
+from twinmerge.store.artefact import Artefact, load_artefact, save_artefact, undamaged
 
 HEADS_VERSION = 2  # 2: packed by a codec
 HEAD_NAME = re.compile(r"\w[\w.\-]*")  # an expert's name is a folder's name, never a path
@@ -102,6 +102,8 @@ def rows_of_batch(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str
 def batch_size(batch: Mapping[str, Any]) -> int:
     for value in batch.values():
         if isinstance(value, Tensor) and value.dim():
+            if not value.shape[0]:
+                raise TwinmergeError("The batch holds no rows. Give at least one input.")
             return int(value.shape[0])
     raise TwinmergeError("The batch holds no tensor. Pass what the tokenizer or image processor returns.")
 
@@ -158,6 +160,7 @@ class HeadedModel(nn.Module):
                 f"The weights lack {len(missing)} tensors of {self.architecture.model_class.__name__}, the first is "
                 f"{missing[0]!r}. Take a base that has them, or build the output again."
             )
+        _check_shapes(self.body, found, {key: name for name, key in wanted.items()}, "The weights hold")
         self.body.load_state_dict(found, strict=True, assign=True)
         tie = getattr(self.body, "tie_weights", None)
         if tie is not None and aliases:
@@ -201,6 +204,7 @@ class HeadedModel(nn.Module):
         if lacking:
             raise TwinmergeError(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
         state = {k: self._as_body(head.tensors[n]) for n, k in outside.items()}
+        _check_shapes(module, state, {k: n for n, k in outside.items()}, f"The head of {name!r} holds")
         module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)
         return module
@@ -250,6 +254,10 @@ class HeadedModel(nn.Module):
         finally:
             self._groups = []
             self.port.reset()
+        if len({part.shape[1:-1] for _, part in logits}) > 1:
+            raise TwinmergeError(
+                f"The heads {', '.join(groups)} answer in different shapes, so their rows cannot share a batch. Ask them apart."
+            )
         width = max(part.shape[-1] for _, part in logits)
         some = logits[0][1]
         whole = some.new_full((size, *some.shape[1:-1], width), -torch.inf)
@@ -274,6 +282,17 @@ def architecture_of(heads: Mapping[str, HeadSpec]) -> Architecture:
     """The class that runs the body of these heads: that of the first."""
     config = next(iter(heads.values())).config
     return Architecture(config, class_of(config))
+
+
+def _check_shapes(module: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
+    """Refuse tensors of other shapes than the module's; `names` has what a user knows them by."""
+    for key, own in module.state_dict().items():
+        found = state[key]
+        if found.shape != own.shape or found.is_floating_point() != own.is_floating_point():
+            raise TwinmergeError(
+                f"{what} {names[key]!r} as {list(found.shape)}, {type(module).__name__} takes {list(own.shape)} by its "
+                "config. Restore its config.json, or build the output again."
+            )
 
 
 def build_module(architecture: Architecture) -> PreTrainedModel:
@@ -329,17 +348,27 @@ def save_heads(
 def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
     """The heads of a merged or twin folder, in the order of heads.json; empty where it has none."""
     file = folder / "heads.json"
-    if not file.is_file():
-        return {}
-    heads = {}
-    for name in json.loads(file.read_text(encoding="utf-8")):
-        if not HEAD_NAME.fullmatch(name):
+    table: dict[str, Any] = {}
+    if file.is_file():
+        with undamaged(file):
+            table = dict(json.loads(file.read_text(encoding="utf-8")).items())
+    for name, entry in table.items():
+        if not HEAD_NAME.fullmatch(name) or not isinstance(entry, dict):
             raise TwinmergeError(
                 f"{file} names the expert {name!r}, which is no folder name. Copy the whole folder again."
+                if isinstance(entry, dict)
+                else f"{file} says nothing of the expert {name!r}. Copy the whole folder again."
             )
+    heads = {}
+    for name in table:
         config = read_config(folder / "heads" / name)
         if config is None:
             raise TwinmergeError(f"{folder / 'heads' / name / 'config.json'} is missing. Copy the whole folder again.")
         artefact = load_artefact(folder / "heads" / name / "head.safetensors", "head", HEADS_VERSION, base)
-        heads[name] = HeadSpec(config, unpack(artefact.tensors, artefact.header))
+        if artefact.header.get("expert") != name:
+            raise TwinmergeError(
+                f"{folder / 'heads' / name} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again."
+            )
+        with undamaged(folder / "heads" / name / "head.safetensors"):
+            heads[name] = HeadSpec(config, unpack(artefact.tensors, artefact.header))
     return heads

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,7 +83,7 @@ def load_artefact(file: Path, kind: str, version: int, base: str | None = None) 
     try:
         head = json.loads(checkpoint.metadata[KEY])
         found = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
+    except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise TwinmergeError(f"{file} is no twinmerge artefact. Build it again.") from error
     if found.kind != kind:
         raise TwinmergeError(f"{file} is a {found.kind!r} artefact, expected {kind!r}. Name the right file.")
@@ -96,3 +97,28 @@ def load_artefact(file: Path, kind: str, version: int, base: str | None = None) 
         found.tensors[name] = checkpoint.read(name)
     checkpoint.close()
     return found
+
+
+@contextmanager
+def undamaged(file: Path) -> Iterator[None]:
+    """Within the context a file's content is put together; whatever does not fit there is damage to the file.
+
+    Errors:
+        TwinmergeError: in place of anything that Python or torch finds wrong; a sentence of our own stays.
+
+    Example:
+        >>> with undamaged(Path("twin.safetensors")):
+        ...     {}["experts"]
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: twin.safetensors is damaged or was changed by hand. Copy the whole folder again, \
+or build it again.
+    """
+    try:
+        yield
+    except TwinmergeError:
+        raise
+    except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RuntimeError) as error:
+        raise TwinmergeError(
+            f"{file} is damaged or was changed by hand. Copy the whole folder again, or build it again."
+        ) from error

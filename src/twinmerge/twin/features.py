@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.models.headed import HeadedModel
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.headed import HeadedModel, batch_size
 from twinmerge.twin.early import Early, depth, read_early
 
 
@@ -42,11 +43,22 @@ def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int]
 
 
 def read_states(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> tuple[Tensor, Early | None]:
-    """The features, and what the first layers gave where the pass could stop at the deepest one that is read."""
+    """The features, and what the first layers gave where the pass could stop at the deepest one that is read.
+
+    Errors:
+        TwinmergeError: a batch of no rows, or a layer that the model does not have.
+    """
+    batch_size(batch)
+    if not layers or min(layers) < 0:
+        raise TwinmergeError(f"A router cannot read the layers {list(layers)}. Name layers from 0, the embedding, on.")
     early = None
     if max(layers) < (depth(model) or 0):
         early = read_early(model, batch, max(layers))
     states = early.states if early is not None else model.hidden_states(batch)
+    if max(layers) >= len(states):
+        raise TwinmergeError(
+            f"The router reads layer {max(layers)}, the model's last is {len(states) - 1}. Name other layers and fit it again."
+        )
     return torch.cat([masked_mean(states[layer], batch.get("attention_mask")) for layer in layers], dim=-1), early
 
 

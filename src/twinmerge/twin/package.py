@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadSpec, head_artefact, load_heads, save_heads
 from twinmerge.models.opened import InMemory, OpenedModel, open_model
-from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact
+from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.output import OutputFolder, layout, write_checkpoint
 from twinmerge.twin.router import GaussianRouter, MlpRouter, Router, router_from
@@ -114,19 +116,54 @@ def load(folder: Path) -> Package:
     shared = open_model(str(folder))
     base = folder_fingerprint(folder)
     artefact = load_artefact(folder / TWIN, "twin", TWIN_VERSION, base)
+    with undamaged(folder / TWIN):
+        exclusive = _unpack(artefact, shared)
+    provenance: dict[str, Any] = {}
+    if (file := folder / PROVENANCE).is_file():
+        with undamaged(file):
+            provenance = dict(json.loads(file.read_text(encoding="utf-8")).items())
+            named = _named(provenance)
+        _agree(folder / TWIN, list(exclusive), PROVENANCE, named or list(exclusive))
     heads = load_heads(folder, base)
-    router, layers, report = None, (), None
+    _agree(folder / "heads.json", sorted(heads), "the folder heads", sorted(f.name for f in folder.glob("heads/*/")))
+    if strange := [name for name in heads if name not in exclusive]:
+        _agree(folder / "heads.json", strange, TWIN, list(exclusive))
+    router: Router | None = None
+    layers: tuple[int, ...] = ()
+    report: dict[str, Any] | None = None
     if (folder / ROUTER).is_file():
         found = load_artefact(folder / ROUTER, "router", ROUTER_VERSION, base)
-        router = router_from(found.header["router"], found.header, found.tensors)
-        layers, report = tuple(found.header["layers"]), found.header["report"]
+        with undamaged(folder / ROUTER):
+            router = router_from(found.header["router"], found.header, found.tensors)
+            layers, report = tuple(map(operator.index, found.header["layers"])), found.header["report"]
+        if router.shape[0] != len(exclusive):
+            raise TwinmergeError(
+                f"{folder / ROUTER} chooses between {router.shape[0]} experts, the twin has {len(exclusive)}. Fit it again."
+            )
     if isinstance(router, GaussianRouter) and (folder / STATISTICS).is_file():
         kept = load_artefact(folder / STATISTICS, "router statistics", STATISTICS_VERSION, base)
-        router.statistics = Statistics.unpacked(kept.header, kept.tensors)
-    file = folder / PROVENANCE
-    provenance = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        with undamaged(folder / STATISTICS):
+            router.statistics = Statistics.unpacked(kept.header, kept.tensors)
+        _agree(folder / STATISTICS, router.statistics.experts, TWIN, list(exclusive))
     codec = artefact.header.get("codec", "none")
-    return Package(shared, _unpack(artefact), heads, router, layers, report, provenance, codec)
+    return Package(shared, exclusive, heads, router, layers, report, provenance, codec)
+
+
+def _named(provenance: Mapping[str, Any]) -> list[str] | None:
+    """The experts in their order, by the recipe of the build and what came and went since; None where it does not say."""
+    if "recipe" not in provenance:
+        return None
+    told = provenance.get("twin", {})
+    first = [entry["name"] for entry in provenance["recipe"]["models"]]
+    return [n for n in first if n not in told.get("removed", ())] + [entry["name"] for entry in told.get("added", ())]
+
+
+def _agree(file: Path, names: list[str], other: str, expected: list[str]) -> None:
+    if names != expected:
+        raise TwinmergeError(
+            f"{file} names the experts {', '.join(map(str, names)) or 'nobody'}, {other} beside it {', '.join(map(str, expected)) or 'nobody'}. Copy the whole folder again, "
+            "or build it again."
+        )
 
 
 def extra_bytes(package: Package) -> int:
@@ -157,21 +194,47 @@ def _pack(exclusive: Mapping[str, Exclusive], base: str, codec: str) -> Artefact
     return Artefact("twin", TWIN_VERSION if packed else 1, base, header, stored)
 
 
-def _unpack(artefact: Artefact) -> dict[str, Exclusive]:
+def _unpack(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive]:
     experts: list[str] = artefact.header["experts"]
     energies = artefact.header.get("energy") or [{} for _ in experts]
-    parts = [Exclusive({}, {}, energy) for _, energy in zip(experts, energies, strict=True)]
+    if not experts or len({str(name) for name in experts}) < len(experts):
+        raise ValueError("experts")
+    if not all(value >= 0 for energy in energies for value in energy.values()):
+        raise ValueError("energy")
+    parts = {str(name): Exclusive({}, {}, energy) for name, energy in zip(experts, energies, strict=True)}
     tensors = unpack(artefact.tensors, artefact.header)
     for key, tensor in tensors.items():
         index, kind, name = key.split("/", 2)
-        part = parts[int(index)]
+        part = parts[experts[range(len(experts)).index(int(index))]]
+        if not tensor.is_floating_point() or kind not in ("v", "a", "b"):
+            raise ValueError(key)
         if kind == "v":
             part.dense[name] = tensor
+            _fits(name, tuple(tensor.shape), shared)
         elif kind == "b":
             if (a := tensors.get(f"{index}/a/{name}")) is None:
                 raise TwinmergeError(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
+            if tensor.dim() != 2 or a.dim() != 2 or tensor.shape[1] != len(a):
+                raise TwinmergeError(
+                    f"{TWIN} holds factors of {name!r} of the shapes {list(tensor.shape)} and {list(a.shape)}, which are no pair. "
+                    "Build the twin again."
+                )
             part.low[name] = Factors(tensor, a)
-    return dict(zip(experts, parts, strict=True))
+            _fits(name, part.low[name].shape, shared, matrix=True)
+        elif f"{index}/b/{name}" not in tensors:
+            raise TwinmergeError(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
+    return parts
+
+
+def _fits(name: str, shape: tuple[int, ...], shared: OpenedModel, matrix: bool = False) -> None:
+    """Refuse a part of another shape than the parameter; what the model does not have is refused by name later."""
+    if name not in shared.specs:
+        return
+    own = shared.spec(name).shape
+    if shape != ((own[0], math.prod(own[1:])) if matrix and own else own):
+        raise TwinmergeError(
+            f"{TWIN} holds a part of {name!r} of the shape {list(shape)}, the weights beside it are {list(own)}. Build the twin again."
+        )
 
 
 def _pack_router(package: Package, base: str) -> Artefact:

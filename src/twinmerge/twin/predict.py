@@ -29,6 +29,8 @@ def predict(twin: Twin, texts: Sequence[Any], batch_rows: int, choice: Mapping[s
     """The answer to each text (see `Twin.predict`); what `choice` holds for each row is cut along with the texts."""
     if isinstance(texts, str):
         raise TwinmergeError("predict takes a list of texts, got one string. Put it into a list.")
+    if not len(texts):
+        return []
     encoder = twin.encoder
     found: list[Prediction] = []
     for start in range(0, len(texts), batch_rows):

@@ -56,9 +56,27 @@ class Router(nn.Module, ABC):
     def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> Router:
         """Fit on features (rows, width) and the number of the expert that each row belongs to (rows,)."""
 
+    @property
     @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(experts, width): between how many it chooses, and how many features it reads."""
+
+    @abstractmethod
+    def _logits(self, features: Tensor) -> Tensor:
+        """(rows, experts) of features in float32."""
+
     def logits(self, features: Tensor) -> Tensor:
-        """(rows, experts), before the temperature."""
+        """(rows, experts), before the temperature.
+
+        Errors:
+            TwinmergeError: features of another width than the router reads.
+        """
+        if features.shape[-1:] != self.shape[1:]:
+            found = features.shape[-1] if features.dim() else 0
+            raise TwinmergeError(
+                f"The router reads {self.shape[1]} features of each input, got {found}. Fit it again on this model and these layers."
+            )
+        return self._logits(features.float())
 
     def weights(self, features: Tensor, top_k: int | None = 1) -> Tensor:
         """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `top_k` largest, renormalised."""
@@ -171,8 +189,12 @@ class GaussianRouter(Router):
         logits = (means @ weight.T + bias)[:, None] + noise @ root.T
         return logits.flatten(0, 1), torch.arange(count).repeat_interleave(DRAWN)
 
-    def logits(self, features: Tensor) -> Tensor:
-        return F.linear(features.float(), self.weight, self.bias)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
 
 
 class MlpRouter(Router):
@@ -197,6 +219,7 @@ class MlpRouter(Router):
         for size in (width, 2 * width):
             blocks += [nn.Linear(size, 2 * width), nn.BatchNorm1d(2 * width), nn.LeakyReLU(), nn.Dropout(0.5)]
         self.net = nn.Sequential(*blocks, nn.Linear(2 * width, experts))
+        self._shape = experts, width
         self.eval()
 
     @classmethod
@@ -215,8 +238,12 @@ class MlpRouter(Router):
                     optimizer.step()
         return router.eval().requires_grad_(False)
 
-    def logits(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.net(features.float())
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    def _logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.net(features)
         return logits
 
 
@@ -260,8 +287,12 @@ class ProjectionRouter(Router):
             "The projection router is made from the experts, not from inputs: call fit_router of a twin."
         )
 
-    def logits(self, features: Tensor) -> Tensor:
-        z = F.normalize(features.float(), dim=-1)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bases.shape[0], self.bases.shape[1]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        z = F.normalize(features, dim=-1)
         explained = torch.einsum("nd,kdr->nkr", z, self.bases).square().sum(-1)
         return -(1 - explained).clamp(min=0).sqrt()
 
@@ -381,7 +412,11 @@ def _report(logits: Tensor, owners: Tensor, experts: Sequence[str], temperature:
 
 
 def router_from(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> Router:
-    """A router out of its saved tensors."""
+    """A router out of its saved tensors.
+
+    Errors:
+        TwinmergeError: an unknown kind, tensors that are not those of its kind, NaN, or a temperature that is none.
+    """
     router: Router
     if kind == "gaussian":
         router = GaussianRouter(torch.zeros_like(tensors["weight"]), torch.zeros_like(tensors["bias"]))
@@ -395,6 +430,10 @@ def router_from(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -
         router.novelty = Novelty(*tensors["novelty.means"].shape)
     try:
         router.load_state_dict(tensors)
+        router.eval().logits(torch.zeros(1, router.shape[1]))
     except RuntimeError as error:
         raise TwinmergeError(f"The router's tensors do not fit its kind {kind!r}: fit it again.") from error
-    return router.eval()
+    sound = not any(bool(t.isnan().any()) for t in router.state_dict().values())
+    if not sound or not 0 < float(router.temperature) < math.inf:
+        raise TwinmergeError("The router holds NaN, or a temperature that is not above 0. Fit it again.")
+    return router
