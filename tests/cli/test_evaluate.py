@@ -109,10 +109,12 @@ def test_limit_seed_and_split(command: Any, zoo: Any, tmp_path: Path) -> None:
     assert labels("--split", "train") == {n: [row.label for row in t.rows("train")] for n, t in suite.items()}
 
 
-def test_oracle_biases(command: Any, zoo: Any) -> None:
+def test_check30_oracle_biases(command: Any, zoo: Any) -> None:
+    """Check 30: off by default, and the report says which it was."""
     given = ["evaluate", zoo.twin, "--suite", zoo.suite, "--json"]
     plain, oracle = command(*given).json(), command(*given, "--oracle-biases").json()
-    assert oracle["oracle_biases"] and plain["evaluations"][0]["scores"] == oracle["evaluations"][0]["scores"]
+    assert plain["oracle_biases"] is False and oracle["oracle_biases"] is True
+    assert plain["evaluations"][0]["scores"] == oracle["evaluations"][0]["scores"]
     expected = evaluate(open_runner(zoo.twin, True), tm.open_suite(zoo.suite), oracle_biases=True, progress=False)
     assert [e["scores"] for e in oracle["evaluations"]] == [e.scores for e in expected]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import (
 import twinmerge as tm
 from twinmerge.errors import TwinmergeError
 from twinmerge.study import evaluate as module
-from twinmerge.study.evaluate import evaluate, open_runner
+from twinmerge.study.evaluate import TwinRunner, evaluate, open_runner
 from twinmerge.study.scores import Evaluation
 
 LABELS = {"mood": ["bad", "good"], "kind": ["good", "fair", "bad"], "size": ["big", "small"]}
@@ -166,6 +167,50 @@ def test_the_settings_of_a_twin(lab: Any, top_k: int | None, oracle: bool) -> No
     wrong = [(s, n) for task in TASKS for s, n in zip(expected["strict"][task], expected["lenient"][task], strict=True)]
     assert {True, False} == {name >= 0 for strict, name in wrong if strict == -1}
     assert sum(found[3].scores.values()) > sum(found[2].scores.values())
+
+
+def test_check30_the_oracle_is_off_unless_asked_and_changes_the_score(lab: Any) -> None:
+    """Check 30: the evaluation hands no bias in by default; with the switch the scores of the paper's setting differ."""
+    assert inspect.signature(evaluate).parameters["oracle_biases"].default is False
+    assert inspect.signature(tm.Twin.forward).parameters["oracle_biases"].default is None
+    given: list[Any] = []
+
+    class Spy(TwinRunner):
+        def answer(self, batch: Any, heads: Any, mixture: Any, tasks: Any) -> torch.Tensor:
+            given.append(self.oracle_biases)
+            return super().answer(batch, heads, mixture, tasks)
+
+    plain = evaluate(Spy(tm.Twin.from_pretrained(lab.twin)), lab.suite, progress=False)
+    assert given and not any(given)
+    oracle = evaluate(lab.twin, lab.suite, oracle_biases=True, progress=False)
+    assert plain[1].scores != oracle[1].scores and plain[0].scores == oracle[0].scores
+
+
+def test_serving12_nothing_of_a_task_enters_its_answer(lab: Any) -> None:
+    """Serving 12: with nothing given, mixture and head of every row are those that its text alone is routed to, whichever
+    task it is asked under; both that number and the oracle's are there."""
+    twin = tm.Twin.from_pretrained(lab.twin)
+    asked: dict[tuple[int, ...], set[str]] = {}
+
+    class Spy(TwinRunner):
+        def answer(self, batch: Any, heads: Any, mixture: Any, tasks: Any) -> torch.Tensor:
+            for ids, head, row in zip(batch["input_ids"].tolist(), heads, mixture, strict=True):
+                text = tuple(i for i in ids if i)
+                if torch.equal(twin.route({"input_ids": torch.tensor([text])})[0], row):
+                    asked.setdefault(text, set()).add(head)
+            return super().answer(batch, heads, mixture, tasks)
+
+    exchanged = {"mood": lab.suite["size"], "size": lab.suite["mood"]}
+    seen = []
+    for suite in ({"mood": lab.suite["mood"], "size": lab.suite["size"]}, exchanged):
+        asked = {}
+        found = evaluate(Spy(twin), suite, progress=False)
+        assert [e.setting for e in found] == ["task given", "head given", "nothing given", "nothing given"]
+        seen.append(asked)
+    texts = {tuple(ids_of(row.text)[0].tolist()) for task in exchanged.values() for row in task.rows("test")}
+    assert seen[0].keys() == seen[1].keys() == texts
+    own = {text: seen[0][text] & seen[1][text] for text in texts}  # but for the task's, the head is the router's
+    assert {len(heads) for heads in own.values()} == {1} and len(set.union(*own.values())) == 3
 
 
 def test_the_order_of_the_rows_does_not_change_an_answer(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_nonsense_is_refused() -> None:
         Scored("a", "f_1", [1], [1])
 
 
-def test_normalised_score_of_published_tables() -> None:
+def test_check27_normalised_score_of_published_tables() -> None:
     assert normalised(TASK_ARITHMETIC, EXPERTS) == pytest.approx(67.98, abs=0.01)
     assert normalised(TIES, EXPERTS) == pytest.approx(55.72, abs=0.01)
     assert normalised(TWIN, dict.fromkeys(GLUE, 100.0)) == pytest.approx(95.83, abs=0.01)  # published as ratios
@@ -92,7 +92,7 @@ def test_normalised_score_of_published_tables() -> None:
 
 
 @pytest.mark.parametrize("wrong", [0.0, -0.1, np.nan, np.inf])
-def test_an_experts_score_must_be_above_zero(wrong: float) -> None:
+def test_check27_an_experts_score_must_be_above_zero(wrong: float) -> None:
     with pytest.raises(TwinmergeError, match="expert of task 'b' scores"):
         normalised({"a": 1, "b": 1}, {"a": 1, "b": wrong})
 

@@ -1,4 +1,4 @@
-"""What a twin answers: label names, generated tokens, and the oracle's biases (check 30)."""
+"""What a twin answers: label names, generated tokens (check 26), and the oracle's biases (check 30)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.features import features
 from twinmerge.twin.predict import Prediction
+from twinmerge.twin.router import GaussianRouter
 from twinmerge.twin.twin import Twin
 
 LABELS = {"e0": ["no", "yes"], "e1": ["bad", "fair", "good"], "e2": ["a", "b", "c", "d"]}
@@ -222,6 +224,52 @@ def test_generate_equals_rebuilt_models(lab: Any, kind: str, options: dict[str, 
         if not isinstance(answer, torch.Tensor):
             assert (answer.scores[0][row] - alone.scores[0][0]).abs().max() <= 1e-10
     assert len(distinct) > 1
+
+
+@pytest.mark.parametrize("kind", ["soft", "one_hot"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama_tied"])
+def test_check26_twenty_greedy_tokens(lab: Any, name: str, kind: str) -> None:
+    """Check 26: four mixtures in one batch give the very tokens of four rebuilt models that answer alone."""
+    case, twin = lab.case(name), lab.twin(name)
+    weights = lab.mixtures(kind, rows=4)
+    weights[3] = torch.tensor([0.2, 0.0, 0.5])
+    length = {"min_new_tokens": 20, "max_new_tokens": 20, "do_sample": False}
+    mask = torch.ones_like(PROMPTS)
+    found = twin.generate(input_ids=PROMPTS, attention_mask=mask, mixture=weights, **length)
+    assert found.shape == (4, 5 + 20)
+    for row, w in enumerate(weights):
+        one = PROMPTS[row : row + 1]
+        model = case.rebuilt(w.tolist(), "e0")
+        assert torch.equal(found[row], model.generate(input_ids=one, attention_mask=mask[:1], **length)[0])
+    assert len({tuple(tokens) for tokens in found[:, 5:].tolist()}) > 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_check26_the_cache_changes_no_logit(lab: Any, name: str) -> None:
+    """Check 26: with and without the cache of keys and values, logits of all steps to 1e-4, and the same tokens."""
+    twin = lab.twin(name, torch.float32)
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    options |= {"min_new_tokens": 20, "max_new_tokens": 20}
+    inputs = {"input_ids": PROMPTS, "attention_mask": torch.ones_like(PROMPTS), "mixture": lab.mixtures("soft", rows=4)}
+    cached, whole = (twin.generate(**inputs, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences) and len(cached.logits) == 20
+    for a, b in zip(cached.logits, whole.logits, strict=True):
+        assert (a - b).abs().max() <= 1e-4
+
+
+def test_check26_the_prompt_names_the_mixture(lab: Any) -> None:
+    """Check 26: routed generation is generation under the mixtures of the prompts, for all tokens."""
+    twin = lab.new_case("gpt2").twin(3)
+    weight = 30 * torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        middle = (features(twin.model, {"input_ids": PROMPTS}, (1,)) @ weight.T).mean(0)
+    twin.router, twin.layers = GaussianRouter(weight, -middle), (1,)
+    inputs = {"input_ids": PROMPTS, "attention_mask": torch.ones_like(PROMPTS), "do_sample": False}
+    for top_k in (1, None):
+        mixture = twin.route({"input_ids": PROMPTS}, top_k)
+        assert len({tuple(w) for w in mixture.tolist()}) > 1
+        routed = twin.generate(**inputs, top_k=top_k, max_new_tokens=12)
+        assert torch.equal(routed, twin.generate(**inputs, mixture=mixture, max_new_tokens=12))
 
 
 def test_generate_of_t5_keeps_the_prompts_mixture(lab: Any) -> None:

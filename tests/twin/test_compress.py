@@ -181,7 +181,8 @@ def test_moments_leave_padding_out_and_are_those_of_the_inputs(whole: Twin) -> N
 
 @pytest.mark.parametrize("codec", ["none", "float16", "int8"])
 @pytest.mark.parametrize("share", [0.2, 0.5])
-def test_bytes_are_met_within_one_per_cent(whole: Twin, tmp_path: Path, codec: str, share: float) -> None:
+def test_serving15_bytes_are_met_within_one_per_cent(whole: Twin, tmp_path: Path, codec: str, share: float) -> None:
+    """Serving 15: of the files themselves."""
     everything = files(whole.save_pretrained(tmp_path / "whole"))
     limit = int(share * everything * {"none": 1, "float16": 0.5, "int8": 0.25}[codec])
     small = whole.compress(bytes=limit, codec=codec)
@@ -210,6 +211,45 @@ def test_one_order_of_all_components_beats_a_uniform_rank_at_the_same_bytes(whol
     assert weight_error(whole, chosen) < 0.9 * weight_error(whole, uniform)
     weighted = whole.compress(bytes=limit, inputs=inputs())
     assert output_error(whole, weighted) < 0.9 * output_error(whole, uniform)
+
+
+def spectral(seed: int, **sizes: int) -> tuple[Any, dict[str, Any]]:
+    """A BERT of these sizes and two experts whose changes have spectra of real fine-tunes: σi falls as i^-p, p from .5 to 1.5,
+    and some matrices changed ten times as much as others."""
+    torch.manual_seed(seed)
+    base = BertModel(BertConfig(**{**SIZES, **sizes})).eval()
+    experts = {}
+    for i, name in enumerate("ab"):
+        experts[name] = BertForSequenceClassification(BertConfig(num_labels=2 + i, **{**SIZES, **sizes})).eval()
+        experts[name].bert.load_state_dict(base.state_dict())
+        generator = torch.Generator().manual_seed(10 * seed + i)
+        with torch.no_grad():
+            for p in (p for p in experts[name].bert.parameters() if p.dim() == 2):
+                power, size = 0.5 + torch.rand(2, generator=generator)
+                count = min(p.shape)
+                s = 0.25 * 10 ** float(size - 1) / torch.arange(1, count + 1) ** float(power)
+                left = torch.linalg.qr(torch.randn(p.shape[0], count, generator=generator)).Q
+                right = torch.linalg.qr(torch.randn(p.shape[1], count, generator=generator)).Q
+                p += (left * s) @ right.T
+    return base, experts
+
+
+@pytest.mark.parametrize(
+    "seed, sizes",
+    [(1, {}), (2, {"hidden_size": 64, "intermediate_size": 256}), (3, {"num_hidden_layers": 5, "hidden_size": 48})],
+    ids=["wide", "inner", "deep"],
+)
+def test_serving15_output_error_at_equal_bytes(tmp_path: Path, seed: int, sizes: dict[str, int]) -> None:
+    """Serving 15: on three models, the mean error of the output is ≤ 0.9 × that of a uniform rank of the same bytes."""
+    base, experts = spectral(seed, **sizes)
+    whole = Twin.build(base, experts, None, shared="task_arithmetic", progress=False)
+    whole.fit_router(inputs(), progress=False)
+    uniform = whole.compress(rank=6)
+    limit = files(uniform.save_pretrained(tmp_path / "uniform"))
+    chosen = whole.compress(bytes=limit, inputs=inputs(), progress=False)
+    there = files(chosen.save_pretrained(tmp_path / "chosen"))
+    assert 0.99 * limit <= there <= limit
+    assert output_error(whole, chosen) <= 0.9 * output_error(whole, uniform)
 
 
 def test_all_of_it_changes_nothing(whole: Twin) -> None:

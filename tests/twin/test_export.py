@@ -1,4 +1,4 @@
-"""Ways out: stock transformers and stock PEFT answer as the twin does (checks 24 and 25 of the specification)."""
+"""Ways out: stock transformers and stock PEFT answer as the twin does (checks 24 and 25; serving 19 and 20)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.lowrank import Factors
 from twinmerge.twin import export as export_module
 from twinmerge.twin.export import VLLM_RANKS, export_dense, export_lora
 from twinmerge.twin.twin import Twin
@@ -21,12 +23,11 @@ from twinmerge.twin.twin import Twin
 RANK = 4
 
 
-@pytest.fixture(scope="module")
-def cases(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Twin, Path]]:
+def made(lab: Any, root: Path, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, tuple[Any, Twin, Path]]:
     """Family -> its case (experts that moved matrices only), the twin read from its folder, the folder."""
-    made = {}
-    for name in ("bert", "gpt2", "llama", "llama_tied", "vit"):
-        case = lab.new_case(name, torch.float32)
+    found = {}
+    for name in names:
+        case = lab.new_case(name, dtype)
         base = case.base.state_dict()
         for expert in case.experts.values():
             state = expert.state_dict()
@@ -36,9 +37,21 @@ def cases(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple
                     tensor.copy_(own)
             expert.load_state_dict(state)
         twin = Twin.build(case.base, case.experts, RANK, shared="task_arithmetic", progress=False)
-        folder = twin.save_pretrained(tmp_path_factory.mktemp(name) / "twin")
-        made[name] = case, Twin.from_pretrained(folder), folder
-    return made
+        folder = twin.save_pretrained(root / name)
+        found[name] = case, Twin.from_pretrained(folder), folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def cases(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Twin, Path]]:
+    names = ("bert", "gpt2", "llama", "llama_tied", "vit")
+    return made(lab, tmp_path_factory.mktemp("float32"), names, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def exact(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Twin, Path]]:
+    """In float64, where nothing but a mistake is larger than 1e-10."""
+    return made(lab, tmp_path_factory.mktemp("float64"), ("bert", "llama"), torch.float64)
 
 
 def answer(lab: Any, model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -57,7 +70,10 @@ def stock(case: Any, folder: Path, labels: int | None) -> Any:
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama_tied"])
-def test_dense_weights_of_a_mixture_in_stock_transformers(lab: Any, cases: Any, tmp_path: Path, name: str) -> None:
+def test_check25_dense_weights_of_a_mixture_in_stock_transformers(
+    lab: Any, cases: Any, tmp_path: Path, name: str
+) -> None:
+    """Check 25: saved and read again, logits are those of the mixture to 1e-6; safetensors only."""
     case, twin, _ = cases[name]
     mixture = {"e0": 0.7, "e2": 0.3}
     head = "e2" if case.heads else None
@@ -68,12 +84,43 @@ def test_dense_weights_of_a_mixture_in_stock_transformers(lab: Any, cases: Any, 
     got = answer(lab, kind.from_pretrained(out), case.batch)
     with torch.no_grad():
         want = lab.answer(twin(**case.batch, mixture=mixture, **({"head": head} if head else {})))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
+    assert lab.relative(got, want) <= 1e-6
     assert json.loads((out / "twinmerge.json").read_text())["export"] == {"mixture": mixture, "head": head}
     assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert not [f for f in out.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
 
 
-def test_dense_without_a_head_is_the_bare_model(lab: Any, cases: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_check25_dense_weights_in_float64(lab: Any, exact: Any, tmp_path: Path, name: str) -> None:
+    case, twin, _ = exact[name]
+    mixture, head = {"e0": 0.75, "e2": 0.25}, "e2" if case.heads else None
+    out = export_dense(twin, mixture, tmp_path / "out", head)
+    kind = type(case.experts["e0"]) if case.heads else type(case.base)
+    got = answer(lab, kind.from_pretrained(out), case.batch)
+    with torch.no_grad():
+        want = lab.answer(twin(**case.batch, mixture=mixture, **({"head": head} if head else {})))
+    assert got.dtype == torch.float64 and (got - want).abs().max() <= 1e-10
+
+
+def test_check25_nothing_is_written_into_the_models_folders(lab: Any, tmp_path: Path) -> None:
+    """Check 25: the authors' code leaves its classifier heads in the user's folders."""
+    case = lab.case("bert", torch.float32)
+    for name, model in {"base": case.base, **case.experts}.items():
+        model.save_pretrained(tmp_path / "given" / name)
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path / "given").rglob("*.*")}
+    experts = {n: tmp_path / "given" / n for n in case.names}
+    twin = Twin.build(tmp_path / "given" / "base", experts, RANK, progress=False)
+    twin.save_pretrained(tmp_path / "twin")
+    export_dense(twin, {"e0": 0.5, "e1": 0.5}, tmp_path / "dense", "e1")
+    export_lora(twin, "e0", tmp_path / "lora")
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path / "given").rglob("*.*")} == before
+    assert len(before) == 8
+    with pytest.raises(TwinmergeError):
+        export_dense(twin, {"e0": 1.0}, experts["e0"])
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path / "given").rglob("*.*")} == before
+
+
+def test_check25_dense_without_a_head_is_the_bare_model(lab: Any, cases: Any, tmp_path: Path) -> None:
     _, twin, folder = cases["bert"]
     before = {f: f.stat().st_mtime_ns for f in folder.rglob("*")}
     out = export_dense(twin, {"e1": 1.0}, tmp_path / "out")
@@ -86,20 +133,24 @@ def test_dense_without_a_head_is_the_bare_model(lab: Any, cases: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama", "llama_tied"])
-def test_an_expert_in_stock_peft(lab: Any, cases: Any, tmp_path: Path, name: str) -> None:
+def test_check24_serving19_an_expert_in_stock_peft(lab: Any, cases: Any, tmp_path: Path, name: str) -> None:
+    """Check 24, serving 19: one-hot logits to 1e-5, a scaling of 1, and tensors in the file."""
     case, twin, folder = cases[name]
     found = export_lora(twin, "e1", tmp_path / "lora")
     base = stock(case, folder, 3 if case.heads else None)
     model = peft.PeftModel.from_pretrained(base, found.folder)
     with torch.no_grad():
         want = lab.answer(twin(**case.batch, expert="e1"))
-    torch.testing.assert_close(answer(lab, model, case.batch), want, rtol=1e-4, atol=1e-5)
+    assert (answer(lab, model, case.batch) - want).abs().max() <= 1e-5
     assert found.rank == RANK and not found.left_out
     assert load_file(found.folder / "adapter_model.safetensors")
+    scalings = {m.scaling["default"] for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert scalings == {1.0}
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_a_mixture_side_by_side_is_exact(lab: Any, cases: Any, tmp_path: Path, name: str) -> None:
+def test_check24_a_mixture_side_by_side_is_exact(lab: Any, cases: Any, tmp_path: Path, name: str) -> None:
+    """Check 24: the "cat" mixture to 1e-6."""
     case, twin, folder = cases[name]
     mixture = {"e0": 0.55, "e1": 0.25, "e2": -0.15}
     found = export_lora(twin, mixture, tmp_path / "lora")
@@ -107,11 +158,13 @@ def test_a_mixture_side_by_side_is_exact(lab: Any, cases: Any, tmp_path: Path, n
     body = AutoModel.from_pretrained(folder) if case.heads else stock(case, folder, None)
     model = peft.PeftModel.from_pretrained(body, found.folder)
     dense = type(body).from_pretrained(export_dense(twin, mixture, tmp_path / "dense"))
-    torch.testing.assert_close(answer(lab, model, case.batch), answer(lab, dense, case.batch), rtol=1e-4, atol=1e-5)
+    assert lab.relative(answer(lab, model, case.batch), answer(lab, dense, case.batch)) <= 1e-6
 
 
-def test_a_mixed_batch_of_adapters_in_peft(lab: Any, cases: Any, tmp_path: Path) -> None:
-    case, twin, folder = cases["llama"]
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_check24_a_mixed_batch_of_adapters_in_peft(lab: Any, cases: Any, tmp_path: Path, name: str) -> None:
+    """Check 24: rows of one batch with adapters of their own, or none, to 1e-6."""
+    case, twin, folder = cases[name]
     model: Any = stock(case, folder, None)
     for name in case.names:
         where = export_lora(twin, name, tmp_path / name).folder
@@ -124,10 +177,87 @@ def test_a_mixed_batch_of_adapters_in_peft(lab: Any, cases: Any, tmp_path: Path)
         got = model.eval()(**case.batch, adapter_names=owners).logits
         weights = torch.tensor([[float(n == o) for n in case.names] for o in owners])
         want = twin(**case.batch, mixture=weights).logits
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert lab.relative(got, want) <= 1e-6
 
 
-def test_what_lora_cannot_carry_is_listed_with_its_share(lab: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_check24_adapters_in_float64(lab: Any, exact: Any, tmp_path: Path, name: str) -> None:
+    """Check 24: an expert and a mixture, where float32 hides nothing."""
+    case, twin, folder = exact[name]
+    body = AutoModel.from_pretrained(folder) if case.heads else stock(case, folder, None)
+    for mixture in ({"e1": 1.0}, {"e0": 0.5, "e1": 0.25, "e2": -0.125}):
+        found = export_lora(twin, mixture, tmp_path / str(len(mixture)))
+        dense = type(body).from_pretrained(export_dense(twin, mixture, tmp_path / f"dense{len(mixture)}"))
+        model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(folder) if case.heads else body, found.folder)
+        got, want = answer(lab, model, case.batch), answer(lab, dense, case.batch)
+        assert got.dtype == torch.float64 and (got - want).abs().max() <= 1e-10
+        body = AutoModel.from_pretrained(folder) if case.heads else stock(case, folder, None)
+
+
+def loaded(case: Any, twin: Twin, folder: Path, where: Path, **options: Any) -> Any:
+    """Stock PEFT with every expert's adapter on the shared model."""
+    model: Any = stock(case, folder, None)
+    for name in case.names:
+        found = export_lora(twin, name, where / name, **options).folder
+        if isinstance(model, peft.PeftModel):
+            model.load_adapter(found, adapter_name=name)
+        else:
+            model = peft.PeftModel.from_pretrained(model, found, adapter_name=name)
+    return model
+
+
+def test_check24_serving20_cat_is_the_sum_and_linear_is_not(lab: Any, exact: Any, tmp_path: Path) -> None:
+    """Check 24, serving 20: our mixture is Σ wt Δt in every matrix to 1e-6, where PEFT's "linear" is off by 70 % or more."""
+    case, twin, folder = exact["llama"]
+    weights = [0.5, 0.3, 0.2]
+    model = loaded(case, twin, folder, tmp_path)
+    model.load_adapter(
+        export_lora(twin, dict(zip(case.names, weights, strict=True)), tmp_path / "ours").folder, adapter_name="ours"
+    )
+    model.add_weighted_adapter(case.names, weights, "linear", combination_type="linear")
+    seen = 0
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            total = sum(w * module.get_delta_weight(n) for n, w in zip(case.names, weights, strict=True))
+            assert lab.relative(module.get_delta_weight("ours"), total) <= 1e-6
+            assert lab.relative(module.get_delta_weight("linear"), total) >= 0.7
+            seen += 1
+    assert seen == 15  # seven matrices in each of two layers, and the output layer
+    source = Path(export_module.__file__).read_text()
+    assert "add_weighted_adapter" not in source
+
+
+def test_serving19_experts_load_in_arrow(lab: Any, cases: Any, tmp_path: Path) -> None:
+    """Serving 19: PEFT's Arrow takes adapters of one rank on Linear layers, which those for vLLM are."""
+    case, twin, folder = cases["llama"]
+    paths = [str(export_lora(twin, n, tmp_path / n, server="vllm").folder) for n in case.names]
+    model = peft.create_arrow_model(stock(case, folder, None), paths, peft.ArrowConfig(top_k=1))
+    got = answer(lab, model, {"input_ids": case.batch["input_ids"]})
+    assert bool(got.isfinite().all())
+    assert (got - answer(lab, stock(case, folder, None), {"input_ids": case.batch["input_ids"]})).abs().max() > 1e-3
+
+
+def test_check24_ranks_beyond_512_are_refused_for_vllm(cases: Any, tmp_path: Path) -> None:
+    _, twin, _ = cases["llama"]
+    wide = {
+        name: part._replace(
+            low={
+                n: Factors(F.pad(f.b, (0, 200 - f.rank)), F.pad(f.a, (0, 0, 0, 200 - f.rank)))
+                for n, f in part.low.items()
+            }
+        )
+        for name, part in twin.package.exclusive.items()
+    }
+    large = Twin(twin.package._replace(exclusive=wide), twin.side_files)
+    mixture = {"e0": 0.5, "e1": 0.3, "e2": 0.2}
+    with pytest.raises(TwinmergeError, match="rank 600, vLLM takes 512 at most"):
+        export_lora(large, mixture, tmp_path / "lora", server="vllm")
+    assert list(tmp_path.iterdir()) == []
+    assert export_lora(large, mixture, tmp_path / "lora").rank == 600
+    assert export_lora(large, "e0", tmp_path / "one", server="vllm").rank == 256
+
+
+def test_serving19_what_lora_cannot_carry_is_listed_with_its_share(lab: Any, tmp_path: Path) -> None:
     case = lab.new_case("bert", torch.float32)
     twin = Twin.build(case.base, case.experts, RANK, shared="task_arithmetic", progress=False)
     found = export_lora(twin, "e0", tmp_path / "lora")
@@ -139,7 +269,7 @@ def test_what_lora_cannot_carry_is_listed_with_its_share(lab: Any, tmp_path: Pat
     assert all(f"`{name}`" in (found.folder / "README.md").read_text() for name in found.left_out)
 
 
-def test_vllm_gets_ranks_that_it_takes_and_nothing_that_it_refuses(
+def test_check24_serving19_vllm_gets_ranks_that_it_takes_and_nothing_that_it_refuses(
     lab: Any, cases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, twin, folder = cases["llama"]
@@ -148,6 +278,7 @@ def test_vllm_gets_ranks_that_it_takes_and_nothing_that_it_refuses(
     config = json.loads((found.folder / "adapter_config.json").read_text())
     assert found.rank == config["r"] == config["lora_alpha"] == 16 and config["r"] in VLLM_RANKS  # 12, padded
     assert not config["rank_pattern"] and config["modules_to_save"] is None and not config["use_dora"]
+    assert config["bias"] == "none" and not config["use_rslora"]
     assert config["base_model_name_or_path"] == "org/shared"
     tensors = load_file(found.folder / "adapter_model.safetensors")
     assert all(16 in t.shape and "embedding" not in n for n, t in tensors.items())

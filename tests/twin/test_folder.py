@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.output import layout
 from twinmerge.twin.twin import Twin
 
 LABELS = {"e0": ["no", "yes"], "e1": ["bad", "fair", "good"], "e2": ["a", "b", "c", "d"]}
@@ -48,7 +50,8 @@ def folder(saved: Any, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("top_k", [1, None])
-def test_round_trip_is_bitwise(saved: Any, top_k: int | None) -> None:
+def test_serving18_round_trip_is_bitwise(saved: Any, top_k: int | None) -> None:
+    """Serving 18: saved and read again, every logit has the same bits."""
     case, twin, folder = saved
     again = Twin.from_pretrained(folder)
     assert again.experts == twin.experts and again.layers == twin.layers == (1, 2)
@@ -71,9 +74,11 @@ def test_a_second_save_writes_the_same_bytes(saved: Any, tmp_path: Path) -> None
     assert [f for f in files if (folder / f).read_bytes() != (second / f).read_bytes()] == []
 
 
-def test_stock_transformers_reads_the_shared_model(saved: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}, {"local_files_only": True}], ids=str)
+def test_serving18_stock_transformers_reads_the_shared_model(saved: Any, options: dict[str, bool]) -> None:
+    """Serving 18: the folder is a plain static model, with or without leave to run its code (it has none)."""
     case, twin, folder = saved
-    model = AutoModel.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, **options)
     assert type(model) is type(case.base)
     state = model.state_dict()
     assert state.keys() == case.base.state_dict().keys()
@@ -81,6 +86,40 @@ def test_stock_transformers_reads_the_shared_model(saved: Any) -> None:
     with torch.no_grad():
         expected = model(**case.batch).last_hidden_state
     assert torch.equal(twin.model.hidden_states(case.batch)[-1], expected)
+
+
+def test_serving18_there_is_no_pickle_and_no_code(saved: Any) -> None:
+    """Serving 18: nothing in the folder runs when it is opened."""
+    files = [f for f in saved[2].rglob("*") if f.is_file()]
+    assert {f.suffix for f in files} == {".safetensors", ".json", ".md"}
+    for file in files:
+        data = file.read_bytes()
+        assert not data.startswith(b"\x80") and not data.startswith(b"PK") and b"auto_map" not in data[:100_000]
+
+
+def test_serving18_shards_and_folders_inside_folders(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serving 18: a shared model in several files, below another folder, with the hub out of reach."""
+    case, twin, folder = saved
+    monkeypatch.setattr("twinmerge.twin.package.layout", partial(layout, shard_bytes=20_000))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    there = Twin.from_pretrained(folder).save_pretrained(tmp_path / "repository" / "models" / "twin")
+    assert len(list(there.glob("model-*-of-*.safetensors"))) > 3 and not (there / "model.safetensors").exists()
+    again = Twin.from_pretrained(there)
+    assert torch.equal(again(**case.batch).logits, twin(**case.batch).logits)
+    state = AutoModel.from_pretrained(there.parent, subfolder="twin").state_dict()
+    assert all(torch.equal(t, twin.package.shared.read(n)) for n, t in state.items())
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="Twin.from_pretrained has no subfolder and no local_files_only"
+)
+def test_serving18_options_of_from_pretrained(saved: Any) -> None:
+    """Serving 18: the options that stock from_pretrained has for places."""
+    case, twin, folder = saved
+    again = Twin.from_pretrained(folder.parent, subfolder=folder.name, local_files_only=True)
+    assert torch.equal(again(**case.batch).logits, twin(**case.batch).logits)
 
 
 def test_heads_and_labels_are_kept(saved: Any) -> None:
@@ -198,14 +237,14 @@ def strip(file: Path) -> None:
         "router-cut", "router-version", "router-kind", "head-gone", "head-config-gone",
     ],
 )  # fmt: skip
-def test_damage_is_refused_in_one_sentence(folder: Path, name: str, damage: Any, words: str) -> None:
+def test_serving18_damage_is_refused_in_one_sentence(folder: Path, name: str, damage: Any, words: str) -> None:
     damage(folder / name)
     with pytest.raises(TwinmergeError, match=words) as error:
         Twin.from_pretrained(folder)
     one_sentence(error)
 
 
-def test_exclusive_parts_of_another_model_are_refused(lab: Any, folder: Path, tmp_path: Path) -> None:
+def test_serving18_exclusive_parts_of_another_model_are_refused(lab: Any, folder: Path, tmp_path: Path) -> None:
     """A twin.safetensors of equal names and shapes that belongs to another shared model."""
     case = labelled(lab)
     other = Twin.build(case.base, case.experts, 3, shared="task_arithmetic", progress=False)
@@ -215,7 +254,7 @@ def test_exclusive_parts_of_another_model_are_refused(lab: Any, folder: Path, tm
     one_sentence(error)
 
 
-def test_weights_that_were_swapped_are_refused(folder: Path) -> None:
+def test_serving18_weights_that_were_swapped_are_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors["pooler.dense.weight"] += 1

@@ -1,4 +1,4 @@
-"""Check 28: experts that learned something, merged: pretrained < task arithmetic < rank 1 < Twin ≤ experts + 1.
+"""Checks 28 and 29, serving 9 and 12: experts that learned something, merged: pretrained < task arithmetic < rank 1 < Twin.
 
 Four tasks of 16 words each; the answer of task t is the class of its t-th word. The base was trained on all of them with
 other tables of classes, so it knows where to look; each expert learned its own table. Thresholds are the
@@ -8,7 +8,9 @@ specification's and are never loosened.
 from __future__ import annotations
 
 import copy
-from statistics import mean
+from functools import lru_cache
+from itertools import pairwise
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -55,14 +57,22 @@ def tuned(
     return model.eval()
 
 
-def measured(seed: int) -> dict[str, Any]:
+@lru_cache
+def learned(seed: int) -> tuple[BertForSequenceClassification, dict[str, BertForSequenceClassification]]:
+    """The base and an expert of each task."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(vocab_size=4 + TASKS * WORDS, max_position_embeddings=8, num_labels=CLASSES, **sizes, **quiet)
     base = tuned(BertForSequenceClassification(config), [*range(TASKS)], generator, before=True)
-    experts = {f"t{t}": tuned(base, [t], generator) for t in range(TASKS)}
+    return base, {f"t{t}": tuned(base, [t], generator) for t in range(TASKS)}
+
+
+@lru_cache
+def measured(seed: int) -> dict[str, Any]:
+    base, experts = learned(seed)
+    generator = torch.Generator().manual_seed(1000 + seed)
     tests = [draw(t, 500, generator) for t in range(TASKS)]
     inputs = {f"t{t}": {"input_ids": draw(t, 100, generator)[0]} for t in range(TASKS)}
 
@@ -92,6 +102,7 @@ def measured(seed: int) -> dict[str, Any]:
         "twin": score(twin, expert="t{t}"),
         "routed, head given": score(twin, head="t{t}"),
         "routed, nothing given": score(twin),
+        "soft, head given": score(twin, head="t{t}", top_k=None),
         "routed right": report.right,
     }
 
@@ -108,3 +119,43 @@ def test_check28_end_to_end(seed: int) -> None:
     assert found["routed right"] >= 0.98
     assert found["routed, head given"] >= 95 and found["routed, nothing given"] >= 95
     assert found["routed, nothing given"] <= found["routed, head given"] + 1
+
+
+@pytest.mark.slow
+def test_check28_mean_and_spread_of_three_seeds() -> None:
+    """Check 28: means of three seeds keep the ladder, and each step is larger than its standard error."""
+    runs = [measured(seed) for seed in range(3)]
+    ladder = ["pretrained", "arithmetic", "rank 1", "twin"]
+    found = {name: (mean(r[name] for r in runs), stdev(r[name] for r in runs)) for name in ladder}
+    print({name: f"{m:.1f} ± {sd:.1f}" for name, (m, sd) in found.items()})
+    for low, high in pairwise(ladder):
+        steps = [r[high] - r[low] for r in runs]
+        assert mean(steps) > stdev(steps) / len(steps) ** 0.5
+
+
+def test_check29_on_experts_that_learned_something() -> None:
+    """Check 29: at full rank "pretrained + dynamic" is Twin with the same weights to 1e-6; below, the two differ."""
+    base, experts = learned(0)
+    options: dict[str, Any] = {"shared": "task_arithmetic", "heads": ["classifier"], "progress": False}
+    wide = {n: copy.deepcopy(m).double() for n, m in experts.items()}
+    ids = torch.cat([draw(t, 8, torch.Generator().manual_seed(t))[0] for t in range(TASKS)])
+    soft = torch.softmax(torch.randn(len(ids), TASKS, generator=torch.Generator().manual_seed(0)).double(), -1)
+    logits = {}
+    for rank in (None, TENTH):
+        for scale in (0.0, 0.3):
+            twin = Twin.build(copy.deepcopy(base.bert).double(), wide, rank, scale=scale, **options)
+            logits[rank, scale] = twin(input_ids=ids, mixture=soft, head="t0").logits
+    assert (logits[None, 0.0] - logits[None, 0.3]).abs().max() <= 1e-6
+    assert (logits[TENTH, 0.0] - logits[TENTH, 0.3]).abs().max() > 1e-2
+
+
+def test_serving09_one_expert_is_no_worse_than_the_soft_blend() -> None:
+    """Serving 9: on the tasks of this file, with the head given."""
+    found = measured(0)
+    assert found["routed, head given"] >= found["soft, head given"]
+
+
+def test_serving12_unknown_task_and_head_reach_97_per_cent_of_the_oracle() -> None:
+    """Serving 12: nothing given against task and head given."""
+    found = measured(0)
+    assert found["routed, nothing given"] >= 0.97 * found["twin"]
