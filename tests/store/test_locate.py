@@ -28,7 +28,7 @@ def hub(monkeypatch, tmp_path):
     """Hub ids lead to folders under tmp_path; what was asked for is listed."""
     asked = []
 
-    def download(name, revision=None, allow_patterns=None):
+    def download(name, revision=None, allow_patterns=None, local_files_only=False):
         asked.append((name, revision))
         assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in allow_patterns)
         return str(tmp_path / "hub" / name / COMMIT)

@@ -120,7 +120,6 @@ def test_weights_that_are_no_numbers_are_never_taken(lab: Any, routed: Twin, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="mixture_weights and on_simplex take some of these, or raise what Python raises")
 @pytest.mark.parametrize(
     "mixture, normalize",
     [
@@ -142,7 +141,6 @@ def test_mixtures_of_another_type_are_refused_in_a_sentence(
     sentence(lambda: routed(**lab.case("bert", torch.float32).batch, mixture=mixture, normalize=normalize, head="e0"))
 
 
-@pytest.mark.xfail(strict=True, reason="Twin.forward takes oracle_biases of any number for all rows")
 @pytest.mark.parametrize("names", [["e0"], ["e0", "e1"]])
 def test_check30_oracle_biases_name_one_expert_for_each_row(lab: Any, routed: Twin, names: list[str]) -> None:
     call = partial(routed, **lab.case("bert", torch.float32).batch, expert="e0", oracle_biases=names)

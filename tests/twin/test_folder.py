@@ -112,9 +112,6 @@ def test_serving18_shards_and_folders_inside_folders(
     assert all(torch.equal(t, twin.package.shared.read(n)) for n, t in state.items())
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="Twin.from_pretrained has no subfolder and no local_files_only"
-)
 def test_serving18_options_of_from_pretrained(saved: Any) -> None:
     """Serving 18: the options that stock from_pretrained has for places."""
     case, twin, folder = saved

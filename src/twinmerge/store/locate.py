@@ -26,12 +26,15 @@ class Located(NamedTuple):
     commit: str | None = None
 
 
-def locate(ref: str | os.PathLike[str]) -> Located:
+def locate(ref: str | os.PathLike[str], cached: bool = False) -> Located:
     """Resolve a model reference.
 
     A path to a folder; a hub id `org/name` or `org/name@revision`, fetched through huggingface_hub (which obeys
     HF_TOKEN and HF_HUB_OFFLINE); or `base+adapter`, both parts of either kind. A bare PEFT adapter folder is an error:
     its base must be named.
+
+    Args:
+        cached: download nothing; hub ids are read from the local cache.
 
     Errors:
         TwinmergeError: nothing there, or a hub id that cannot be fetched.
@@ -48,20 +51,20 @@ def locate(ref: str | os.PathLike[str]) -> Located:
         raise TwinmergeError("A model's name is empty. Give a path, a hub id or base+adapter.")
     if "+" in text and not Path(text).exists():
         base, _, adapter = text.rpartition("+")
-        left, right = _folder(base), _folder(adapter)
+        left, right = _folder(base, cached), _folder(adapter, cached)
         if not (right.folder / "adapter_config.json").is_file():
             raise TwinmergeError(
                 f"{adapter!r} is no PEFT adapter: it has no adapter_config.json. Write base+adapter with an adapter folder."
             )
         commits = "+".join(c for c in (left.commit, right.commit) if c)
         return Located(text, left.folder, right.folder, commits or None)
-    found = _folder(text)
+    found = _folder(text, cached)
     if (found.folder / "adapter_config.json").is_file() and not (found.folder / "config.json").is_file():
         raise TwinmergeError(f"{text!r} is a PEFT adapter without its base. Write it as base+{text}.")
     return found
 
 
-def _folder(text: str) -> Located:
+def _folder(text: str, cached: bool) -> Located:
     path = Path(text).expanduser()
     if path.is_dir():
         return Located(text, path)
@@ -71,10 +74,10 @@ def _folder(text: str) -> Located:
         raise TwinmergeError(
             f"No model at {text!r}: it is neither a folder nor a hub id (org/name or org/name@revision). Check the path."
         )
-    return _from_hub(text)
+    return _from_hub(text, cached)
 
 
-def _from_hub(text: str) -> Located:
+def _from_hub(text: str, cached: bool) -> Located:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -85,7 +88,9 @@ def _from_hub(text: str) -> Located:
 
     name, _, revision = text.partition("@")
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+        folder = Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES, local_files_only=cached)
+        )
     except RepositoryNotFoundError as error:
         raise TwinmergeError(
             f"The hub has no model {text!r} for you. Check the name, and HF_TOKEN if it is private or gated."

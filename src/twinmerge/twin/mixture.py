@@ -150,11 +150,15 @@ def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> 
         weights = mixture.to(torch.promote_types(mixture.dtype, torch.float32))
         weights = weights.expand(rows, -1) if weights.dim() == 1 else weights
     else:
-        given = [mixture] * rows if isinstance(mixture, Mapping) else list(mixture)
+        given = [mixture] * rows if isinstance(mixture, Mapping) else mixture
+        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(g, Mapping) for g in given):
+            raise TwinmergeError(
+                "A mixture is expert -> weight for all rows, a list of such mappings with one for each row, or a tensor."
+            )
         weights = torch.zeros(len(given), len(experts))
         for row, chosen in zip(weights, given, strict=True):
             for name, value in chosen.items():
-                row[index_of(name, experts)] = value
+                row[index_of(name, experts)] = _number(name, value)
     if weights.shape != (rows, len(experts)):
         raise TwinmergeError(
             f"The mixture is {list(weights.shape)}, expected one row of {len(experts)} weights for each of {rows} inputs."
@@ -162,6 +166,14 @@ def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> 
     if not bool(weights.isfinite().all()):
         raise TwinmergeError("The mixture holds NaN or infinity. Give finite weights.")
     return weights
+
+
+def _number(name: str, value: Any) -> float:
+    """A weight as a float32 can hold it; infinity beyond."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TwinmergeError(f"The weight of {name!r} is {value!r}, which is no number. Give one.")
+    number = float(value)
+    return number if abs(number) <= torch.finfo(torch.float32).max else float("inf")
 
 
 def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
@@ -180,9 +192,9 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
     """
     sums = weights.sum(1)
     if normalize:
-        if not bool((sums > 0).all()):
+        if not bool(((sums > 0) & sums.isfinite()).all()):
             raise TwinmergeError(
-                "A row's weights add up to nothing above 0, so they cannot be normalised. Give other weights."
+                "A row's weights add up to nothing above 0, or to infinity, so they cannot be normalised. Give other weights."
             )
         weights = weights / sums[:, None]
         sums = torch.ones_like(sums)
@@ -198,9 +210,9 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
 
 def index_of(name: str, experts: Sequence[str]) -> int:
     """The position of an expert by its name."""
-    if name not in experts:
+    if not isinstance(name, str) or name not in experts:
         raise TwinmergeError(
-            f"There is no expert {name!r}.{nearest(name, experts)} The twin has: {', '.join(experts)}."
+            f"There is no expert {name!r}.{nearest(str(name), experts)} The twin has: {', '.join(experts)}."
         )
     return list(experts).index(name)
 

@@ -175,9 +175,14 @@ class Twin(nn.Module):
         return twin
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Twin:
-        """Read a twin folder, or a hub id of one."""
-        path = locate(folder).folder
+    def from_pretrained(cls, folder: str | Path, *, subfolder: str = "", local_files_only: bool = False) -> Twin:
+        """Read a twin folder, or a hub id of one.
+
+        Args:
+            subfolder: where in the folder or repository the twin lies.
+            local_files_only: download nothing; a hub id is read from the local cache.
+        """
+        path = locate(folder, cached=local_files_only).folder / subfolder
         return cls(folder_format.load(path), path)
 
     def save_pretrained(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
@@ -502,7 +507,9 @@ class Twin(nn.Module):
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
         likely = chosen if nearest is None else [self.experts[k] for k in nearest.tolist()]
         heads = self._heads(head, likely, size)
-        biases = None if oracle_biases is None else one_hot(oracle_biases, self.experts).to(weights)
+        biases = None
+        if oracle_biases is not None:
+            biases = one_hot(_per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
         way = "stacked" if biases is not None else strategy or self.strategy
         with self.lock:
             plan = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
