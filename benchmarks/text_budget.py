@@ -202,11 +202,10 @@ def _probe(z: Tensor, y: list[int], t: Tensor, labels: list[int]) -> np.ndarray:
     """Which test rows a logistic regression gets right (standardised, ridge 1e-3, LBFGS)."""
     mean, spread = z.mean(0), z.std(0) + 1e-6
     z, t, target = (z - mean) / spread, (t - mean) / spread, torch.tensor(y)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         w = torch.zeros(z.shape[1], int(max(*y, *labels)) + 1, requires_grad=True)
         b = torch.zeros(w.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
-        z, t = z.clone(), t.clone()
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -285,7 +284,7 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in ("--suite", "--experts", "--out"):
