@@ -125,6 +125,13 @@ def test_serving14_statistics_of_parts_make_the_router_of_the_whole() -> None:
     assert list(back.scatters) == [FIRST, "a"] and list(back.counts.items()) == [("b", 30), ("c", 30), ("a", 30)]
 
 
+def test_a_first_expert_that_goes_leaves_the_covariance_as_it_was() -> None:
+    """Its rows stay in the scatter of the first ones, so they stay in the count that the scatter is divided by."""
+    z = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    three = Statistics.of(z, torch.arange(90) % 3, ["a", "b", "c"])
+    assert torch.equal(three.without("b").covariance(), three.covariance())
+
+
 def test_the_temperature_of_drawn_rows_is_that_of_rows(lab: Any) -> None:
     """Gaussian features, as the router takes them for: one temperature out of aggregates, one out of rows."""
     generator = torch.Generator().manual_seed(0)

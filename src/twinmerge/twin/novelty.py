@@ -12,7 +12,6 @@ from twinmerge.twin.statistics import Statistics
 
 KNOWN = 0.995  # of an expert's own held-out rows, that the null expert must leave alone
 ENOUGH = 50  # held-out rows of an expert; such a quantile cannot be told from fewer
-SHRINKAGE = 0.05
 
 
 class Novelty(nn.Module):
@@ -35,33 +34,37 @@ class Novelty(nn.Module):
         super().__init__()
         self.width = width
         self.root: Tensor
+        self.scale: Tensor
         self.means: Tensor
         self.limits: Tensor
+        self.usual = torch.ones(
+            experts
+        )  # the mean distance of an expert's group; only while the statistics are at hand
         self.register_buffer("root", torch.zeros(width * (width + 1) // 2, dtype=torch.float16))
+        self.register_buffer("scale", torch.tensor(1.0))
         self.register_buffer("means", torch.zeros(experts, width))
         self.register_buffer("limits", torch.full((experts,), torch.inf))
 
     @classmethod
     def of(cls, statistics: Statistics, width: int) -> Novelty:
         """Of the last `width` features; limits are to be set, or taken from the statistics."""
-        covariance = statistics.covariance()[-width:, -width:]
-        spread = covariance.diagonal()
-        shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(spread)
-        shrunk += (spread.max() * 1e-6 + torch.finfo(torch.float64).tiny) * torch.eye(width).double()
-        root = torch.linalg.cholesky(torch.linalg.inv(shrunk))
+        inverse = torch.linalg.inv(statistics.shrunk_covariance(width))
+        root = torch.linalg.cholesky(inverse)
         found = cls(len(statistics.experts), width)
         at = torch.tril_indices(width, width)
-        scale = root.abs().max()  # 16 bits hold numbers up to 65504
-        found.root = (root / scale)[at[0], at[1]].half()
+        found.scale = root.abs().max().float()  # 16 bits hold numbers up to 65504
+        found.root = (root / root.abs().max())[at[0], at[1]].half()
         found.means = torch.stack([mean[-width:].float() for mean in statistics.means.values()])
-        found.limits = torch.tensor([statistics.limits.get(e, math.inf) for e in statistics.experts])
+        own = [statistics.own_covariance(e)[-width:, -width:] for e in statistics.experts]
+        found.usual = torch.stack([(inverse * covariance).sum() for covariance in own]).float()
+        found.limits = found.usual * torch.tensor([statistics.limits.get(e, math.inf) for e in statistics.experts])
         return found
 
     def distances(self, features: Tensor) -> Tensor:
-        """(rows, experts), up to one common factor."""
+        """(rows, experts)."""
         at = torch.tril_indices(self.width, self.width, device=self.root.device)
         root = self.means.new_zeros(self.width, self.width)
-        root[at[0], at[1]] = self.root.float()
+        root[at[0], at[1]] = self.scale * self.root.float()
         return torch.cdist(features[:, -self.width :].float() @ root, self.means @ root).square()
 
     def set_limits(self, features: Tensor, owners: Tensor) -> None:
@@ -78,5 +81,6 @@ class Novelty(nn.Module):
 
 
 def limits_of(novelty: Novelty, experts: Sequence[str]) -> dict[str, float]:
-    """Expert -> its limit, of those that have one."""
-    return {e: v for e, v in zip(experts, novelty.limits.tolist(), strict=True) if math.isfinite(v)}
+    """Expert -> its limit over the mean distance of its group, of those that have one: what stays when others come or go."""
+    found = (novelty.limits / novelty.usual).tolist()
+    return {e: v for e, v in zip(experts, found, strict=True) if math.isfinite(v)}

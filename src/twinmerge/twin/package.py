@@ -26,7 +26,7 @@ from twinmerge.twin.split import Exclusive
 from twinmerge.twin.statistics import Statistics
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
-TWIN_VERSION, ROUTER_VERSION, STATISTICS_VERSION = 2, 1, 1  # of the twin 2: packed by a codec
+TWIN_VERSION, ROUTER_VERSION, STATISTICS_VERSION = 2, 1, 2  # of the twin 2: packed by a codec
 SINCE = "\n## Experts since the build\n\n"
 OWN_FILES = {TWIN, ROUTER, STATISTICS, "heads.json", PROVENANCE, *NO_SIDE_FILES}
 

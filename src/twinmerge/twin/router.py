@@ -15,7 +15,6 @@ from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.twin.novelty import Novelty, limits_of
 from twinmerge.twin.statistics import Statistics
 
-SHRINKAGE = 0.05
 HELD_OUT = 0.2
 BINS = 15
 ENERGY = 0.95  # of an expert's directions, kept by the projection router
@@ -144,10 +143,7 @@ class GaussianRouter(Router):
     def from_statistics(cls, statistics: Statistics) -> GaussianRouter:
         """The router of the aggregates alone."""
         means = torch.stack([mean.double() for mean in statistics.means.values()])
-        covariance = statistics.covariance()
-        spread = covariance.diagonal().clone()
-        floor = spread.max() * 1e-6 + torch.finfo(torch.float64).tiny
-        shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(spread) + floor * torch.eye(len(spread)).double()
+        shrunk = statistics.shrunk_covariance()
         center = means.mean(0)  # logits do not depend on it; small numbers keep their digits
         weight = torch.linalg.solve(shrunk, (means - center).T).T
         bias = -0.5 * ((means - center) * weight).sum(1) - weight @ center

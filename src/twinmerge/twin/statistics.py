@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+SHRINKAGE = 0.05
 FIRST = ""  # names the scatter of the experts that were there first
 
 
 class Statistics(NamedTuple):
     """first: the experts that were fitted together; temperature, report: what their held-out rows gave; counts: expert ->
     rows; means: expert -> (width,); scatters: `FIRST` or an expert that came later -> Σ (z − μ)(z − μ)ᵀ inside the experts,
-    (width, width); limits: expert -> the distance beyond which a row is nobody's, `novel` the last features that it is taken in
-    (0: none). Means and scatters are float32: a router is made of what is kept, never of more."""
+    (width, width); freedoms: of each scatter, its rows less the means taken off; limits: expert -> how many times the mean squared
+    distance of its group's rows a row may be away before it is nobody's, `novel` the last features that this is taken in (0:
+    none). Means and scatters are float32: a router is made of what is kept, never of more."""
 
     first: tuple[str, ...]
     temperature: float
@@ -27,6 +29,7 @@ class Statistics(NamedTuple):
     counts: dict[str, int]
     means: dict[str, Tensor]
     scatters: dict[str, Tensor]
+    freedoms: dict[str, int]
     limits: dict[str, float] = {}
     novel: int = 0
 
@@ -44,7 +47,8 @@ class Statistics(NamedTuple):
         inside = z - means[owners]
         counts = {e: int((owners == k).sum()) for k, e in enumerate(experts)}
         by_name = {e: means[k].float() for k, e in enumerate(experts)}
-        return cls(tuple(experts), 1.0, None, counts, by_name, {FIRST: (inside.T @ inside).float()})
+        freedoms = {FIRST: max(1, len(z) - len(experts))}
+        return cls(tuple(experts), 1.0, None, counts, by_name, {FIRST: (inside.T @ inside).float()}, freedoms)
 
     @property
     def experts(self) -> list[str]:
@@ -52,10 +56,25 @@ class Statistics(NamedTuple):
 
     def covariance(self) -> Tensor:
         """The common covariance inside the experts, float64."""
-        rows = sum(self.counts.values())
         total = sum(scatter.double() for scatter in self.scatters.values())
         assert isinstance(total, Tensor)
-        return total / max(1, rows - len(self.counts))
+        return total / sum(self.freedoms.values())
+
+    def own_covariance(self, expert: str) -> Tensor:
+        """The covariance of the rows that an expert's scatter was made of, float64: its own, or that of all the first ones."""
+        group = expert if expert in self.scatters else FIRST
+        return self.scatters[group].double() / self.freedoms[group]
+
+    def shrunk_covariance(self, last: int | None = None) -> Tensor:
+        """(1 − s) Σ + s diag(Σ), s = 0.05, of all features or of the last ones, with a floor that keeps it invertible, float64.
+
+        Source: Friedman 1989, "Regularized discriminant analysis", with the diagonal as the target.
+        """
+        covariance = self.covariance() if last is None else self.covariance()[-last:, -last:]
+        spread = covariance.diagonal().clone()
+        floor = spread.max() * 1e-6 + torch.finfo(torch.float64).tiny
+        shrunk: Tensor = (1 - SHRINKAGE) * covariance + torch.diag(SHRINKAGE * spread + floor)
+        return shrunk
 
     def with_expert(self, name: str, features: Tensor) -> Statistics:
         """With the rows of one more expert."""
@@ -64,6 +83,7 @@ class Statistics(NamedTuple):
             counts={**self.counts, **new.counts},
             means={**self.means, **new.means},
             scatters={**self.scatters, name: new.scatters[FIRST]},
+            freedoms={**self.freedoms, name: new.freedoms[FIRST]},
         )
 
     def without(self, name: str) -> Statistics:
@@ -74,6 +94,7 @@ class Statistics(NamedTuple):
             counts={e: n for e, n in self.counts.items() if e != name},
             means={e: m for e, m in self.means.items() if e != name},
             scatters={e: s for e, s in self.scatters.items() if e != name},
+            freedoms={e: n for e, n in self.freedoms.items() if e != name},
             limits={e: v for e, v in self.limits.items() if e != name},
         )
 
@@ -86,6 +107,7 @@ class Statistics(NamedTuple):
             "experts": self.experts,  # lists: an artefact's header does not keep the order of keys
             "counts": list(self.counts.values()),
             "scatters": list(self.scatters),
+            "freedoms": list(self.freedoms.values()),
         }
         if self.novel:
             header |= {"novel": self.novel, "limits": [self.limits.get(e) for e in self.experts]}
@@ -109,4 +131,6 @@ class Statistics(NamedTuple):
             scatters[name] = scatter.triu() + scatter.triu(1).T
         first, report = tuple(header["first"]), header["report"]
         limits = {e: v for e, v in zip(counts, header.get("limits", ()), strict=False) if v is not None}
-        return cls(first, float(header["temperature"]), report, counts, means, scatters, limits, header.get("novel", 0))
+        freedoms = dict(zip(header["scatters"], header["freedoms"], strict=True))
+        novel = header.get("novel", 0)
+        return cls(first, float(header["temperature"]), report, counts, means, scatters, freedoms, limits, novel)
