@@ -161,8 +161,8 @@ def test_serving07_the_planner_follows_the_operations(lab: Any, steady: Machine)
     twin = lab.twin("bert", torch.float32, 3)
     planner = twin.planner
     soft, one = lab.mixtures("soft", 32).float(), torch.tensor([[0.5, 0.3, 0.2]]).expand(32, 3)
-    assert planner.choose(one, 100_000).strategy == "folded"
-    assert planner.choose(soft, 16).strategy == "stacked"
+    assert planner.choose(one, 100_000) == "folded"
+    assert planner.choose(soft, 16) == "stacked"
     apart = planner.predict(lab.mixtures("one_hot", 32).float(), 10_000)
     assert apart["grouped"] < apart["stacked"]
     d, inner = 32, 48
@@ -200,11 +200,12 @@ def test_serving07_explain_tells_predicted_and_measured(lab: Any) -> None:
 def test_bfloat16_is_not_folded_unless_asked(lab: Any, steady: Machine) -> None:
     """Check 17: weights of 16 bits would round small changes away."""
     twin = lab.case("bert", torch.float32).twin(3)
-    twin.model.bfloat16()
-    twin.planner.dtype = torch.bfloat16
+    twin(**lab.case("bert", torch.float32).batch, expert="e0", strategy="folded")
+    twin.bfloat16()
+    assert twin.planner.dtype == torch.bfloat16 and not twin.runtime.is_folded(torch.tensor([1.0, 0, 0]))
     one = torch.tensor([[0.5, 0.3, 0.2]]).expand(32, 3)
-    assert twin.planner.choose(one, 100_000).strategy in ("stacked", "grouped")
-    assert twin.planner.choose(one, 100_000, strategy="folded").strategy == "folded"
+    assert twin.planner.choose(one, 100_000) in ("stacked", "grouped")
+    assert twin.planner.choose(one, 100_000, strategy="folded") == "folded"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from twinmerge.models.headed import batch_size, joined, rows_of, rows_of_batch
 from twinmerge.twin.early import Early, resumed
 from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.planner import Plan, distinct_mixtures
+from twinmerge.twin.planner import distinct_mixtures
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -49,7 +49,7 @@ def answer(
     batch: Mapping[str, Any],
     heads: Sequence[str] | None,
     weights: Tensor,
-    plan: Plan,
+    strategy: str,
     biases: Tensor | None = None,
     early: Early | None = None,
 ) -> Answered:
@@ -58,19 +58,20 @@ def answer(
     Args:
         heads: of each row, where the model has heads.
         weights: (rows, experts).
+        strategy: one that the batch allows.
         biases: mixtures (rows, experts) of the biases, where they are not those of the weights.
         early: what the first layers gave already, where it may be used.
     """
-    if plan.strategy == "rebuild" and len(groups := distinct_mixtures(weights)) > 1:
+    if strategy == "rebuild" and len(groups := distinct_mixtures(weights)) > 1:
         found = [_rebuilt(twin, batch, heads, mixture, rows, early) for mixture, rows in groups]
         back = torch.argsort(torch.cat([rows for _, rows in groups]))
         whole = joined([f.output for f in found])
         logits = None if found[0].logits is None else joined([f.logits for f in found])
         return Answered(rows_of(whole, back), None if logits is None else logits[back])
-    if plan.strategy in ("folded", "rebuild"):
+    if strategy in ("folded", "rebuild"):
         with twin.runtime.folded(weights[0]):
             return _passed(twin, batch, heads, early, None)
-    mixture = Mixture.of(weights, plan.strategy == "grouped" and biases is None, not couples_rows(twin))
+    mixture = Mixture.of(weights, strategy == "grouped" and biases is None, not couples_rows(twin))
     order = mixture.order
     if order is not None:
         batch = rows_of_batch(batch, order, batch_size(batch))

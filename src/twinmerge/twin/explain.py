@@ -13,7 +13,6 @@ from torch import Tensor
 
 from twinmerge.models.headed import batch_size
 from twinmerge.twin.answer import answer, couples_rows, positions_of
-from twinmerge.twin.planner import Plan
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Explanation:
     """rows, positions: of the batch; mixtures: how many different ones; chosen: by the planner; predicted, measured: strategy ->
-    seconds (measured: the median of some passes, their order mixed; weights of `folded` made anew each time); shared:
+    seconds (measured: the median of some passes, one of each way in turn; weights of `folded` made anew each time); shared:
     seconds of the shared model alone; break_even: tokens of one mixture above which folding takes fewer operations;
     folded_bytes: what dense weights of one mixture take."""
 
@@ -61,7 +60,7 @@ def explain(twin: Twin, batch: Mapping[str, Any], weights: Tensor, measure: bool
     """See `Twin.explain`."""
     reorder = not couples_rows(twin)
     positions = positions_of(twin, batch)
-    plan = twin.planner.choose(weights, positions, reorder=reorder)
+    chosen = twin.planner.choose(weights, positions, reorder=reorder)
     heads = [next(iter(twin.model.head_specs))] * batch_size(batch) if twin.model.head_specs else None
     predicted = twin.planner.predict(weights, positions, reorder=reorder) if weights.any() else {}
     ways: dict[str, Tensor] = {"shared": torch.zeros_like(weights)}
@@ -72,7 +71,7 @@ def explain(twin: Twin, batch: Mapping[str, Any], weights: Tensor, measure: bool
         for name, own in ways.items():
             twin.runtime.forget()
             start = time.perf_counter()
-            answer(twin, batch, heads, own, Plan("stacked" if name == "shared" else name, {}))
+            answer(twin, batch, heads, own, "stacked" if name == "shared" else name)
             if twin.planner.device.type == "cuda":
                 torch.cuda.synchronize(twin.planner.device)
             times[name].append(time.perf_counter() - start)
@@ -82,5 +81,5 @@ def explain(twin: Twin, batch: Mapping[str, Any], weights: Tensor, measure: bool
     made = {id(part): place for place, part in twin.runtime.places}
     size = sum(getattr(p.module, p.attribute).numel() * twin.planner.size for p in made.values())
     return Explanation(
-        len(weights), positions, distinct, plan.strategy, predicted, medians, shared, twin.planner.break_even(), size
+        len(weights), positions, distinct, chosen, predicted, medians, shared, twin.planner.break_even(), size
     )

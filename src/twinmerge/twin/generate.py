@@ -41,8 +41,8 @@ def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, An
     sampled = inputs.get("do_sample", getattr(config, "do_sample", False))
     reorder = not (as_dict or sampled or couples_rows(twin))
     steps = inputs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or STEPS
-    plan = twin.planner.choose(weights, positions_of(twin, prompt), int(steps), reorder, strategy)
-    if plan.strategy in ("folded", "rebuild"):
+    strategy = twin.planner.choose(weights, positions_of(twin, prompt), int(steps), reorder, strategy)
+    if strategy in ("folded", "rebuild"):
         groups = distinct_mixtures(weights)
         found = []
         for weight, rows in groups:
@@ -55,7 +55,7 @@ def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, An
         longest = max(f.shape[1] for f in found)
         tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=pad) for f in found])
         return _in_order(tokens, torch.cat([rows for _, rows in groups]), size)
-    mixture = Mixture.of(weights, plan.strategy == "grouped", reorder)
+    mixture = Mixture.of(weights, strategy == "grouped", reorder)
     with twin.runtime.mixing(mixture, copies=True):
         if mixture.order is None:
             return run(**inputs)
@@ -78,7 +78,7 @@ class Pinned:
 
     def __init__(self, twin: Twin, weights: Tensor) -> None:
         self.twin, self.weights = twin, weights
-        self.strategy = "folded" if twin.planner.dtype in (torch.float32, torch.float64) else "auto"
+        self.strategy = "folded" if twin.planner.folds_exactly else "auto"
 
     @property
     def mixture(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ mixture set it is the module's own. Everything that is linear in a parameter is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,8 +65,10 @@ def attach(
         _Conv2d(state, path, module, low, shift)
     elif _runs(module, nn.BatchNorm2d):
         _BatchNorm2d(state, path, module, gain, shift)
-    elif _runs(module, nn.LayerNorm) or rms_offset(module) is not None:
-        _Norm(state, path, module, gain, shift)
+    elif _runs(module, nn.LayerNorm):
+        _Norm(state, path, module, gain, shift, 0.0)
+    elif (offset := rms_offset(module)) is not None:
+        _Norm(state, path, module, gain, shift, offset)
     elif _is_plain_holder(module):
         swap = _Free(state, path, module, parameters)
         module.register_forward_pre_hook(lambda _, args: swap.enter(args))
@@ -120,16 +123,12 @@ def _rms_scaled(module: nn.Module, x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-class _Added:
-    """A module whose forward is this object."""
+class _Seen:
+    """What adds rows' parts at one place of the model."""
 
     def __init__(self, state: State, path: str, module: nn.Module) -> None:
         self.state, self.path = state, path
         self.module: Any = module
-        self.own = type(module).forward
-
-    def install(self) -> None:
-        self.module.forward = self
 
     def times(self, mixture: Mixture, leading: int) -> int:
         """How many entries of the leading axis belong to one row (the beams of a generation, side by side)."""
@@ -159,139 +158,140 @@ class _Added:
         return mixed.repeat_interleave(times, 0) if times > 1 and len(mixed) > 1 else mixed
 
 
+class _Forward(_Seen, ABC):
+    """The forward of a module whose weight and bias, or one of them, experts change."""
+
+    weight: Any
+    bias: Dense | None
+
+    def __init__(
+        self, state: State, path: str, module: nn.Module, weight: Low | Dense | None, bias: Dense | None = None
+    ) -> None:
+        super().__init__(state, path, module)
+        self.weight, self.bias = weight, bias
+        self.own = type(module).forward
+        module.forward = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mixture = self.state.work
+        found: Tensor = self.own(self.module, x) if mixture is None else self.mixed(x, mixture)
+        return found
+
+    @abstractmethod
+    def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
+        """The answer under a mixture that has work."""
+
+    def shift(self, y: Tensor, mixture: Mixture) -> Tensor:
+        """w · db, of the biases' own mixture where there is one."""
+        assert self.bias is not None
+        return self.dense(self.bias, self.state.biases or mixture, len(y)).to(y)
+
+
 def _channels_last(vectors: Tensor, y: Tensor) -> Tensor:
     """(n, channels) shaped to join an activation (n, ..., channels)."""
     return vectors.to(y).reshape(len(vectors), *[1] * (y.dim() - 2), -1)
 
 
-class _Linear(_Added):
+def _scale(h: Tensor, weights: Tensor) -> Tensor:
+    """h (n, ..., columns) times weights (n or 1, columns), in place, as rows of columns."""
+    h *= weights.view(len(weights), *[1] * (h.dim() - 2), -1)
+    return h.view(-1, h.shape[-1])
+
+
+class _Linear(_Forward):
     """y = W x + (b + w · db) + B (w · A x); nn.Linear, and Conv1D, whose matrix is stored turned."""
 
-    def __init__(self, state: State, path: str, module: nn.Module, weight: Low | None, bias: Dense | None) -> None:
-        super().__init__(state, path, module)
-        self.weight, self.bias = weight, bias
-        self.install()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if (mixture := self.state.work) is None:
-            found: Tensor = self.own(self.module, x)
-            return found
-        y: Tensor = self.own(self.module, x) if self.bias is None else self.with_rows_of_biases(self.bias, mixture, x)
+    def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
+        y: Tensor = self.own(self.module, x) if self.bias is None else self.with_rows_of_biases(x, mixture)
         if self.weight is not None:
             for rows, at, w in self.pieces(self.weight, mixture, x):
-                h = F.linear(x[rows], self.weight.a[at])
-                h *= w.view(len(w), *[1] * (h.dim() - 2), -1)
-                y[rows].view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.weight.b[:, at].T)
+                h = _scale(F.linear(x[rows], self.weight.a[at]), w)
+                y[rows].view(-1, y.shape[-1]).addmm_(h, self.weight.b[:, at].T)
         return y
 
-    def with_rows_of_biases(self, bias: Dense, mixture: Mixture, x: Tensor) -> Tensor:
+    def with_rows_of_biases(self, x: Tensor, mixture: Mixture) -> Tensor:
         """The module's own answer, each row with its bias; no pass over y more than one bias for all takes."""
         weight = self.module.weight if isinstance(self.module, Conv1D) else self.module.weight.T
-        shift = self.module.bias + _channels_last(self.dense(bias, self.state.biases or mixture, len(x)), x)
-        y: Tensor = shift.expand(*x.shape[:-1], shift.shape[-1]).contiguous()
+        biases = self.module.bias + _channels_last(self.shift(x, mixture), x)
+        y: Tensor = biases.expand(*x.shape[:-1], biases.shape[-1]).contiguous()
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight)
         return y
 
 
-class _Embedding(_Added):
+class _Embedding(_Forward):
     """y += (w · B[ids]) A; ids that all rows share (positions) get a leading axis of rows first."""
 
-    def __init__(self, state: State, path: str, module: nn.Module, weight: Low) -> None:
-        super().__init__(state, path, module)
-        self.weight = weight
-        self.install()
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        y: Tensor = self.own(self.module, ids)
-        if (mixture := self.state.work) is None:
-            return y
+    def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
+        ids = x
+        y: Tensor = self.own(self.module, x)
         if not mixture.uniform and ids.dim() == 1 and len(ids) != mixture.rows:
             ids, y = ids[None], y[None]
         if not mixture.uniform and ids.shape[0] == 1 < mixture.rows:
             ids = ids.expand(mixture.rows, *ids.shape[1:])
             y = y.expand(mixture.rows, *y.shape[1:])
-        y = y.clone(memory_format=torch.contiguous_format) if not y.is_contiguous() else y
+        y = y.contiguous()
         for rows, at, w in self.pieces(self.weight, mixture, y):
-            h = F.embedding(ids[rows], self.weight.b[:, at])
-            h *= w.view(len(w), *[1] * (h.dim() - 2), -1)
-            y[rows].view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.weight.a[at])
+            h = _scale(F.embedding(ids[rows], self.weight.b[:, at]), w)
+            y[rows].view(-1, y.shape[-1]).addmm_(h, self.weight.a[at])
         return y
 
 
-class _Conv2d(_Added):
+class _Conv2d(_Forward):
     """A convolution with A to as many channels as there are columns, then one of 1×1 with B."""
 
-    def __init__(self, state: State, path: str, module: nn.Conv2d, weight: Low | None, bias: Dense | None) -> None:
-        super().__init__(state, path, module)
-        self.conv, self.weight, self.bias = module, weight, bias
-        self.install()
-
-    def __call__(self, x: Tensor) -> Tensor:
+    def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
         y: Tensor = self.own(self.module, x)
-        if (mixture := self.state.work) is None:
-            return y
         if self.weight is not None:
             for rows, at, w in self.pieces(self.weight, mixture, x):
-                kernel = self.weight.a[at].reshape(-1, *self.conv.weight.shape[1:])
-                h = self.conv._conv_forward(x[rows], kernel, None)
+                kernel = self.weight.a[at].reshape(-1, *self.module.weight.shape[1:])
+                h = self.module._conv_forward(x[rows], kernel, None)
                 h *= w[..., None, None]
                 y[rows] += F.conv2d(h, self.weight.b[:, at, None, None])
         if self.bias is not None:
-            y += self.dense(self.bias, self.state.biases or mixture, len(y)).to(y)[..., None, None]
+            y += self.shift(y, mixture)[..., None, None]
         return y
 
 
-class _Norm(_Added):
-    """y = x̂ · (g + w · dg) + (b + w · db), with x̂ the input normalised without any affine part."""
+class _Norm(_Forward):
+    """y = x̂ · (o + g + w · dg) + (b + w · db), with x̂ the input normalised without any affine part; nn.LayerNorm (o = 0) and
+    RMSNorm's kind."""
 
-    def __init__(self, state: State, path: str, module: nn.Module, weight: Dense | None, bias: Dense | None) -> None:
-        super().__init__(state, path, module)
-        self.weight, self.bias = weight, bias
-        self.offset = rms_offset(module) or 0.0
-        self.install()
+    def __init__(
+        self, state: State, path: str, module: nn.Module, weight: Dense | None, bias: Dense | None, offset: float
+    ) -> None:
+        super().__init__(state, path, module, weight, bias)
+        self.offset = offset
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if (mixture := self.state.work) is None:
-            found: Tensor = self.own(self.module, x)
-            return found
-        module: Any = self.module
-        gain: Tensor = module.weight
-        shift: Any = getattr(module, "bias", None)
+    def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
+        gain: Tensor = self.module.weight
+        shift: Any = getattr(self.module, "bias", None)
         if self.weight is not None:
             gain = gain + _channels_last(self.dense(self.weight, mixture, len(x)), x)
         if self.bias is not None:
-            shift = shift + _channels_last(self.dense(self.bias, self.state.biases or mixture, len(x)), x)
-        if not isinstance(module, nn.LayerNorm):
-            return _rms_scaled(module, x) * (self.offset + gain)
+            shift = shift + _channels_last(self.shift(x, mixture), x)
+        if not isinstance(self.module, nn.LayerNorm):
+            return _rms_scaled(self.module, x) * (self.offset + gain)
+        shape, eps = list(self.module.normalized_shape), self.module.eps
         if mixture.uniform:
-            shift = None if shift is None else shift.flatten()
-            return F.layer_norm(x, list(module.normalized_shape), gain.flatten(), shift, module.eps)
-        scaled = F.layer_norm(x, list(module.normalized_shape), eps=module.eps)
+            return F.layer_norm(x, shape, gain.flatten(), None if shift is None else shift.flatten(), eps)
+        scaled = F.layer_norm(x, shape, eps=eps)
         return scaled * gain if shift is None else torch.addcmul(shift, scaled, gain)
 
 
-class _BatchNorm2d(_Added):
+class _BatchNorm2d(_Forward):
     """y += x̂ · (w · dg) + w · db, with x̂ normalised by the shared model's running statistics."""
 
-    def __init__(self, state: State, path: str, module: nn.Module, weight: Dense | None, bias: Dense | None) -> None:
-        super().__init__(state, path, module)
-        self.weight, self.bias = weight, bias
-        self.install()
-
-    def __call__(self, x: Tensor) -> Tensor:
+    def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
         y: Tensor = self.own(self.module, x)
-        if (mixture := self.state.work) is None:
-            return y
         if self.weight is not None:
-            m = self.module
-            scaled = F.batch_norm(x, m.running_mean, m.running_var, eps=m.eps)
+            scaled = F.batch_norm(x, self.module.running_mean, self.module.running_var, eps=self.module.eps)
             y.addcmul_(scaled, self.dense(self.weight, mixture, len(y)).to(y)[..., None, None])
         if self.bias is not None:
-            y += self.dense(self.bias, self.state.biases or mixture, len(y)).to(y)[..., None, None]
+            y += self.shift(y, mixture)[..., None, None]
         return y
 
 
-class _Free(_Added):
+class _Free(_Seen):
     """Free parameters of a module: during its forward each is p + Σ w d, with an axis of rows where mixtures differ.
 
     The instance attribute hides the parameter while the module runs; the parameter itself is not touched.
@@ -328,7 +328,7 @@ class _Free(_Added):
         return parameter + (delta[:, None] if parameter.dim() == 1 else delta[:, 0])
 
 
-class _RelativeBias(_Added):
+class _RelativeBias(_Seen):
     """A table of relative positions: the bias (1 or rows, heads, q, k) is linear in the table, so each expert's table is
     looked up the same way and added to its rows."""
 

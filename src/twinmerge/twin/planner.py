@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -39,16 +38,6 @@ class Machine(NamedTuple):
     operation: float
 
 
-def best_of(run: Callable[[], object], repeats: int = 5) -> float:
-    """The least seconds of some runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 @cache
 def probe(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
     """Measure a machine, in some 50 ms.
@@ -57,14 +46,16 @@ def probe(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
         threads: only tells probes apart.
     """
 
-    def seconds(run: Callable[[], Tensor], repeats: int = 4) -> float:
-        def whole() -> None:
+    def seconds(run: Callable[[], Tensor]) -> float:
+        """The least of some runs; the first warms up."""
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-
-        whole()
-        return best_of(whole, repeats)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
 
     with torch.inference_mode():
         x = torch.ones(256, 768, dtype=dtype, device=device)
@@ -94,14 +85,6 @@ class Site(NamedTuple):
     lookup: bool
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The way that was chosen for a batch, and the seconds that each possible way was expected to take."""
-
-    strategy: str
-    predicted: dict[str, float]
-
-
 class Planner:
     """The cost model of one twin."""
 
@@ -112,8 +95,7 @@ class Planner:
         self.multiplied = sum(
             p.numel() for m in modules if multiplies(m) for p in m.parameters(recurse=False) if p.dim() == 2
         )
-        some = next(body.parameters())
-        self.device, self.dtype = some.device, some.dtype
+        self._some = next(body.parameters())
         self.sites: Counter[Site] = Counter()  # how many there are of a kind
         self.small = 0  # norms and biases that experts change
         for place, part in runtime.places:
@@ -124,8 +106,21 @@ class Planner:
                 self.small += 1
 
     @property
+    def device(self) -> torch.device:
+        return self._some.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._some.dtype
+
+    @property
     def machine(self) -> Machine:
         return probe(self.device, self.dtype, torch.get_num_threads())
+
+    @property
+    def folds_exactly(self) -> bool:
+        """False where weights have too few bits for small changes."""
+        return self.dtype in (torch.float32, torch.float64)
 
     @property
     def size(self) -> int:
@@ -205,8 +200,8 @@ class Planner:
 
     def choose(
         self, weights: Tensor, positions: int, steps: int = 0, reorder: bool = True, strategy: str = "auto"
-    ) -> Plan:
-        """The fastest way by the model, or the one that is asked for.
+    ) -> str:
+        """The strategy that is the fastest by the model, or the one that is asked for.
 
         In 16 bits only mixing is chosen by itself, since weights of 16 bits round small changes away.
 
@@ -219,21 +214,20 @@ class Planner:
                 f"Unknown strategy {strategy!r}.{nearest(strategy, kinds)} Choose from {', '.join(kinds)}."
             )
         if not bool(weights.any()):  # the shared model alone
-            return Plan("stacked", {})
+            return "stacked"
         possible = self.possible(weights, reorder)
         if strategy != "auto":
             if strategy not in possible:
                 raise TwinmergeError(self._impossible(strategy))
-            return Plan(strategy, {})
+            return strategy
         if self.runtime.refused:
             if "folded" not in possible:
                 raise TwinmergeError(f'{self.runtime.refused[0]} Say strategy="rebuild", or give one mixture.')
-            return Plan("folded", {})
+            return "folded"
         predicted = self.predict(weights, positions, steps, reorder)
-        exact = self.dtype in (torch.float32, torch.float64)
         handicap = {s: 1.0 if s in ("stacked", "grouped") else 1 / WORTH for s in predicted}
-        allowed = [s for s in predicted if exact or s in ("stacked", "grouped")] or list(predicted)
-        return Plan(min(allowed, key=lambda s: predicted[s] * handicap[s]), predicted)
+        allowed = [s for s in predicted if self.folds_exactly or s in ("stacked", "grouped")] or list(predicted)
+        return min(allowed, key=lambda s: predicted[s] * handicap[s])
 
     def _impossible(self, strategy: str) -> str:
         if strategy == "folded":

@@ -5,8 +5,7 @@ The modules, their names and their weights stay as transformers made them.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -20,8 +19,6 @@ from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.modules import State, attach, takes_factors
 from twinmerge.twin.parts import Dense, Low
 from twinmerge.twin.split import Exclusive
-
-FOLDED = 1  # mixtures whose dense weights are kept at a time
 
 
 class Place(NamedTuple):
@@ -53,7 +50,7 @@ class Runtime(nn.Module):
         self.parts = nn.ModuleDict()
         self.places: list[tuple[Place, Low | Dense]] = []
         self.refused: list[str] = []
-        self._folded: OrderedDict[tuple[float, ...], list[nn.Parameter]] = OrderedDict()
+        self._folded: tuple[list[float], list[nn.Parameter]] | None = None  # of one mixture
         owners = _owners(model)
         names = sorted({n for e in experts for n in (*e.low, *e.dense)})
         if missing := [n for n in names if n not in owners]:
@@ -116,25 +113,28 @@ class Runtime(nn.Module):
 
     def is_folded(self, weights: Tensor) -> bool:
         """True where the dense weights of this mixture are at hand."""
-        return tuple(weights.tolist()) in self._folded
+        return self._folded is not None and self._folded[0] == weights.tolist()
 
     def forget(self) -> None:
         """Give back the memory of the mixture that was folded last."""
-        self._folded.clear()
+        self._folded = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Runtime:
+        """On the way to another device or dtype: what was folded stays behind."""
+        self.forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _dense_weights(self, weights: Tensor) -> list[nn.Parameter]:
-        key = tuple(weights.tolist())
-        if key not in self._folded:
-            while len(self._folded) >= FOLDED:
-                self._folded.popitem(last=False)
+        if self._folded is None or not self.is_folded(weights):
+            self._folded = None  # before the next one is made
             made: dict[int, nn.Parameter] = {}  # a tied parameter is one tensor at all its places
             for place, part in self.places:
                 if id(part) not in made:
                     mixed = part.mixed(getattr(place.module, place.attribute), weights)
                     made[id(part)] = nn.Parameter(mixed, requires_grad=False)
-            self._folded[key] = [made[id(part)] for _, part in self.places]
-        self._folded.move_to_end(key)
-        return self._folded[key]
+            self._folded = (weights.tolist(), [made[id(part)] for _, part in self.places])
+        return self._folded[1]
 
     def check(self, used: Sequence[int]) -> None:
         """Refuse experts whose parts are no numbers; those of no weight are never read."""

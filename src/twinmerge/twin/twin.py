@@ -512,9 +512,9 @@ class Twin(nn.Module):
             biases = one_hot(_per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
         way = "stacked" if biases is not None else strategy or self.strategy
         with self.lock:
-            plan = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
-            found = answer(self, batch, heads, weights, plan, biases, early)
-        return TwinOutput(found.logits, weights, chosen, heads, found.output, plan.strategy)
+            way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
+            found = answer(self, batch, heads, weights, way, biases, early)
+        return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
 
     def generate(
         self,
