@@ -77,6 +77,30 @@ def test_a_pass_that_shows_its_inside_runs_whole(lab: Any) -> None:
     assert count.ran.count(0) == 2 and len(out.output.hidden_states) == 3
 
 
+def test_a_batch_with_labels_is_routed_and_answered(lab: Any) -> None:
+    case = lab.new_case("llama")
+    twin = routed(case.twin(3).single_pass(1), (0, 1), case.batch)
+    out = twin(**case.batch, labels=case.batch["input_ids"], use_cache=False)
+    assert out.output.loss.isfinite()
+    assert torch.equal(out.logits, twin(**case.batch, use_cache=False).logits)
+
+
+def test_a_batch_that_goes_on_from_a_cache_is_not_routed_anew(lab: Any) -> None:
+    """Routing would run the first layers and write into the caller's cache."""
+    case = lab.new_case("llama")
+    twin = routed(case.twin(3), (0, 1), case.batch)
+    first = {"input_ids": case.batch["input_ids"][:, :4]}
+    weights = twin.route(first)
+    with torch.no_grad():
+        start = twin(**first, mixture=weights)
+    length = start.output.past_key_values.get_seq_length()
+    later = {"input_ids": case.batch["input_ids"][:, 4:6], "past_key_values": start.output.past_key_values}
+    with pytest.raises(TwinmergeError, match="goes on from a cache"):
+        twin(**later)
+    assert start.output.past_key_values.get_seq_length() == length
+    assert twin(**later, mixture=weights).logits.isfinite().all()
+
+
 def test_experts_that_act_below_are_not_skipped(lab: Any) -> None:
     """A twin whose experts change the first layer too runs it again, whatever its router reads."""
     case = lab.new_case("bert")

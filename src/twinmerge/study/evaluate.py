@@ -21,6 +21,7 @@ from twinmerge.tasks.metrics import Scored
 from twinmerge.tasks.suite import Row, Task
 from twinmerge.twin.package import is_twin
 from twinmerge.twin.reading import position_limit
+from twinmerge.twin.routing import routed
 from twinmerge.twin.twin import Twin, TwinOutput
 
 BATCH_ROWS = 32
@@ -87,7 +88,9 @@ class TwinRunner:
 
     def route(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
         """Mixtures (rows, experts), and the expert whose head answers each row."""
-        return self.twin.routed(batch)
+        found = routed(self.twin, batch, self.twin.top_k)
+        assert found.nearest is not None
+        return found.weights, [self.heads[k] for k in found.nearest.tolist()]
 
     def answer(
         self, batch: Mapping[str, torch.Tensor], heads: Sequence[str], mixture: torch.Tensor, tasks: Sequence[str]
@@ -224,13 +227,13 @@ def _twin(
         if len(ways) == 1:
             continue
         start = time.perf_counter()
-        routed, chosen = runner.route(encoded)
+        weights, chosen = runner.route(encoded)
         routing = time.perf_counter() - start
         right += sum(c == q.task for c, q in zip(chosen, batch, strict=True))
-        other = [i for i in range(len(batch)) if not torch.equal(routed[i], given[i])]
+        other = [i for i in range(len(batch)) if not torch.equal(weights[i], given[i])]
         by_head, by_router = list(own), list(own)
         if other:
-            few, mixture = rows_of_batch(encoded, torch.tensor(other), len(batch)), routed[other]
+            few, mixture = rows_of_batch(encoded, torch.tensor(other), len(batch)), weights[other]
             tasks = [heads[i] for i in other]
             for i, label in zip(other, _labels(runner, few, tasks, mixture, tasks), strict=True):
                 by_head[i] = label

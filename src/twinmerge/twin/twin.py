@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,31 +23,22 @@ from twinmerge.tasks.encode import TextEncoder
 from twinmerge.twin import package as folder_format
 from twinmerge.twin.answer import answer, couples_rows, positions_of
 from twinmerge.twin.compress import compressed, retained
-from twinmerge.twin.early import Early, called_before, depth
+from twinmerge.twin.early import depth
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
 from twinmerge.twin.explain import Explanation, explain
-from twinmerge.twin.features import default_layers, read_states
 from twinmerge.twin.generate import Pinned, generate, prompt_of
-from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
+from twinmerge.twin.mixture import MixtureLike, mixture_weights, one_hot
 from twinmerge.twin.package import Package
 from twinmerge.twin.planner import Planner
 from twinmerge.twin.predict import predict
-from twinmerge.twin.reading import (
-    Given,
-    input_directions,
-    layer_count,
-    nothing_much,
-    position_limit,
-    read_features,
-    read_moments,
-)
-from twinmerge.twin.router import ProjectionRouter, Router, RouterReport, calibrated, fit_router
+from twinmerge.twin.reading import Given, position_limit, read_features, read_moments
+from twinmerge.twin.router import ProjectionRouter, Router, RouterReport
+from twinmerge.twin.routing import CHOICE, changed_before, fitted, heads_of_rows, mixtures, per_row, routed
 from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.score import Score, score
 from twinmerge.twin.split import cut, is_buffer, linear_coefficients, split, without_parameters
 
 DEFAULT_RANK = 8
-CHOICE = ("mixture", "expert", "top_k", "normalize", "free")
 CHOSEN_FROM = 64  # the rank that energy and bytes choose from, unless another is said
 
 
@@ -68,15 +59,6 @@ class TwinOutput:
     head: list[str] | None
     output: Any
     strategy: str = "stacked"
-
-
-class Routed(NamedTuple):
-    """weights: the mixtures (rows, experts); early: the first layers' states where routing read them and the pass may go on
-    there; nearest: (rows,) the likeliest expert, also of rows that are nobody's."""
-
-    weights: Tensor
-    early: Early | None = None
-    nearest: Tensor | None = None
 
 
 class Twin(nn.Module):
@@ -119,7 +101,7 @@ class Twin(nn.Module):
             warnings.warn(f'{why} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
         self.planner = Planner(self.runtime, self.model.body)
         self.strategy = "auto"
-        self._single: bool | None = None
+        self.acting_above: dict[int, bool] = {}
         self.router: Router | None = package.router
         self.layers = package.layers
         self.top_k: int | None = 1
@@ -243,8 +225,7 @@ class Twin(nn.Module):
         layer = max(1, round(count / 6)) if layer is None else layer
         if not 0 <= layer < count:
             raise TwinmergeError(f"Layer {layer} is out of range: the model has {count}. Give 0 to {count - 1}.")
-        before = called_before(self.model, nothing_much(self), layer)
-        below = {part.name for place, part in self.runtime.places if place.path in before}
+        below = changed_before(self, layer)
         package = self._current()
         exclusive = {e: without_parameters(part, below) for e, part in package.exclusive.items()}
         if self.layers and max(self.layers) > layer:
@@ -419,35 +400,10 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: an expert without inputs, unknown names, too few of them.
         """
-        inputs = inputs or {}
-        for name in inputs:
-            index_of(name, self.experts)
-        rows: list[Tensor] = []
-        owners: list[int] = []
-        if layers is None:
-            layers = default_layers(layer_count(self.model.architecture.config), kind, self.first_layer)
-        for k, name in enumerate(self.experts):
-            given = inputs.get(name)
-            read = [] if given is None else read_features(self, given, layers, name, batch_rows, progress)
-            rows += read
-            owners += [k] * sum(len(f) for f in read)
+        found = fitted(self, inputs or {}, kind, layers, null, seed, batch_rows, progress)
+        self.router, self.layers, report = found
         if self._encoder is not None:
             self._encoder.warn_truncated()
-        report = None
-        if kind == ProjectionRouter.kind:
-            if len(layers) != 1:
-                raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
-            self.router = ProjectionRouter.from_bases(input_directions(self, layers[0]))
-            if rows:
-                report = calibrated(self.router, torch.cat(rows), torch.tensor(owners), self.experts)
-        elif not rows:
-            raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
-        else:
-            with torch.random.fork_rng(devices=[]):
-                found = torch.cat(rows)
-                novel = found.shape[1] // len(layers) if null else 0
-                self.router, report = fit_router(kind, found, torch.tensor(owners), self.experts, seed, novel)
-        self.layers, self._single = tuple(layers), None
         told = report._asdict() if report else None
         self.package = self.package._replace(router=self.router, layers=self.layers, report=told)
         return report
@@ -459,14 +415,7 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: no router is fitted.
         """
-        return self._routed(batch, top_k).weights
-
-    def routed(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
-        """The mixtures (rows, experts) by the twin's own `top_k`, and the likeliest expert of each row, which also rows that are
-        nobody's have."""
-        found = self._routed(batch, self.top_k)
-        assert found.nearest is not None
-        return found.weights, [self.experts[k] for k in found.nearest.tolist()]
+        return routed(self, batch, top_k).weights
 
     # ------------------------------------------------------------------ answering
 
@@ -503,13 +452,13 @@ class Twin(nn.Module):
             TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
         """
         size = batch_size(batch)
-        weights, early, nearest = self._weights(batch, size, mixture, expert, top_k, normalize, free)
+        weights, nearest, early = mixtures(self, batch, mixture, expert, top_k, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
         likely = chosen if nearest is None else [self.experts[k] for k in nearest.tolist()]
-        heads = self._heads(head, likely, size)
+        heads = heads_of_rows(self, head, likely)
         biases = None
         if oracle_biases is not None:
-            biases = one_hot(_per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
+            biases = one_hot(per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
         way = "stacked" if biases is not None else strategy or self.strategy
         with self.lock:
             way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
@@ -528,8 +477,7 @@ class Twin(nn.Module):
         **inputs: Any,
     ) -> Any:
         """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout."""
-        prompt = prompt_of(inputs)
-        weights = self._weights(prompt, batch_size(prompt), mixture, expert, top_k, normalize, free).weights
+        weights = mixtures(self, prompt_of(inputs), mixture, expert, top_k, normalize, free).weights
         with self.lock:
             return generate(self, weights, strategy or self.strategy, inputs)
 
@@ -544,19 +492,9 @@ class Twin(nn.Module):
             raise TwinmergeError(f"A conversation has one mixture, got {len(weights)} rows. Give one prompt.")
         return Pinned(self, weights[0])
 
-    def mixtures(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        mixture: MixtureLike | None = None,
-        expert: str | Sequence[str] | None = None,
-        top_k: int | None = -1,
-        normalize: bool = False,
-        free: bool = False,
-    ) -> Tensor:
+    def mixtures(self, batch: Mapping[str, Any], **choice: Any) -> Tensor:
         """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
-        size = batch_size(batch) if batch else 1
-        return self._weights(batch, size, mixture, expert, top_k, normalize, free).weights
+        return mixtures(self, batch, **choice).weights
 
     def score(
         self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_rows: int = 32, **choice: Any
@@ -619,71 +557,6 @@ class Twin(nn.Module):
             self._encoder = TextEncoder(self.side_files, positions=position_limit(self.model.architecture.config))
         return self._encoder
 
-    # ------------------------------------------------------------------ inside
-
-    def _weights(
-        self,
-        batch: Mapping[str, Any],
-        size: int,
-        mixture: MixtureLike | None,
-        expert: str | Sequence[str] | None,
-        top_k: int | None,
-        normalize: bool,
-        free: bool,
-    ) -> Routed:
-        if mixture is not None and expert is not None:
-            raise TwinmergeError("Both mixture and expert are given. Give one of them.")
-        if expert is not None:
-            return Routed(one_hot(_per_row(expert, size, "expert"), self.experts).to(self.planner.device))
-        if mixture is not None:
-            weights = mixture_weights(mixture, self.experts, size).to(self.planner.device)
-            return Routed(weights if free else on_simplex(weights, normalize))
-        return self._routed(batch, self.top_k if top_k == -1 else top_k)
-
-    def _routed(self, batch: Mapping[str, Any], top_k: int | None) -> Routed:
-        if self.router is None:
-            raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
-        with torch.no_grad(), self.lock:
-            found, early = read_states(self.model, batch, self.layers)
-            weights = self.router.weights(found, top_k)
-            nearest = weights.argmax(1)
-            weights = torch.where(self.router.far(found)[:, None], 0, weights)
-            return Routed(weights, early if early is not None and self._goes_on(batch) else None, nearest)
-
-    def _goes_on(self, batch: Mapping[str, Any]) -> bool:
-        """True where a pass may go on from the states that the router read: no expert changes what made them, and the caller
-        wants nothing of the layers below."""
-        if self._single is None:
-            deepest = max(self.layers)
-            before = called_before(self.model, nothing_much(self), deepest)
-            self._single = not any(place.path in before for place, _ in self.runtime.places)
-        wants = ("output_hidden_states", "output_attentions", "past_key_values", "labels")
-        caches = (
-            hasattr(self.model.body, "generate") and not self.model.head_specs and batch.get("use_cache") is not False
-        )
-        return self._single and not caches and not any(batch.get(k) for k in wants)
-
-    def _heads(self, head: str | Sequence[str] | None, chosen: Sequence[str | None], size: int) -> list[str] | None:
-        if not self.model.head_specs:
-            return None
-        known = list(self.model.head_specs)
-        if head is None:
-            if None in chosen:
-                raise TwinmergeError("A row has no expert (all its weights are zero) and no head. Name its head.")
-            names = [str(name) for name in chosen]
-        else:
-            names = _per_row(head, size, "head")
-        for name in set(names):
-            index_of(name, known)
-        return names
-
     def _has_tokenizer(self) -> bool:
         names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
         return self.side_files is not None and any((self.side_files / n).is_file() for n in names)
-
-
-def _per_row(names: str | Sequence[str], size: int, what: str) -> list[str]:
-    found = [names] * size if isinstance(names, str) else list(names)
-    if len(found) != size:
-        raise TwinmergeError(f"{size} rows need one {what} or {size}, got {len(found)}.")
-    return found

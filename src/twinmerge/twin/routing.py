@@ -1,0 +1,159 @@
+"""Which mixture each row of a batch gets: the one that is named, or the router's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.headed import batch_size
+from twinmerge.twin.early import Early, called_before
+from twinmerge.twin.features import default_layers, read_states
+from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
+from twinmerge.twin.reading import Given, input_directions, layer_count, nothing_much, read_features
+from twinmerge.twin.router import ProjectionRouter, Router, RouterReport, calibrated, fit_router
+
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
+CHOICE = ("mixture", "expert", "top_k", "normalize", "free")
+"""What a caller may say of mixtures."""
+
+WANTS_ALL_LAYERS = ("output_hidden_states", "output_attentions", "labels")
+
+
+class Routed(NamedTuple):
+    """weights: the mixtures (rows, experts), zeros for rows that are nobody's; nearest: (rows,) the likeliest expert, also of such
+    rows, None where mixtures were named; early: the first layers' states, where routing read them and the pass may go on there."""
+
+    weights: Tensor
+    nearest: Tensor | None = None
+    early: Early | None = None
+
+
+def mixtures(
+    twin: Twin,
+    batch: Mapping[str, Any],
+    mixture: MixtureLike | None = None,
+    expert: str | Sequence[str] | None = None,
+    top_k: int | None = -1,
+    normalize: bool = False,
+    free: bool = False,
+) -> Routed:
+    """What a call with these choices uses (see `Twin.forward`); one row where the batch is empty."""
+    if mixture is None and expert is None:
+        return routed(twin, batch, twin.top_k if top_k == -1 else top_k)
+    if mixture is not None and expert is not None:
+        raise TwinmergeError("Both mixture and expert are given. Give one of them.")
+    size = batch_size(batch) if batch else 1
+    if expert is not None:
+        return Routed(one_hot(per_row(expert, size, "expert"), twin.experts).to(twin.planner.device))
+    assert mixture is not None
+    weights = mixture_weights(mixture, twin.experts, size).to(twin.planner.device)
+    return Routed(weights if free else on_simplex(weights, normalize))
+
+
+def routed(twin: Twin, batch: Mapping[str, Any], top_k: int | None) -> Routed:
+    """The router's mixtures.
+
+    Errors:
+        TwinmergeError: no router is fitted, or a batch that continues a cache.
+    """
+    if twin.router is None:
+        raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
+    if batch.get("past_key_values") is not None:
+        raise TwinmergeError(
+            "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was made under."
+        )
+    with torch.no_grad(), twin.lock:
+        found, early = read_states(twin.model, batch, twin.layers)
+        weights = twin.router.weights(found, top_k)
+        nearest = weights.argmax(1)
+        weights = torch.where(twin.router.far(found)[:, None], 0, weights)
+        return Routed(weights, nearest, early if early is not None and _goes_on(twin, batch) else None)
+
+
+def _goes_on(twin: Twin, batch: Mapping[str, Any]) -> bool:
+    """True where a pass may go on from the states that the router read: no expert changes what made them, and the caller wants
+    nothing of the layers below (a cache holds every layer)."""
+    if any(batch.get(name) is not None and batch.get(name) is not False for name in WANTS_ALL_LAYERS):
+        return False
+    caches = hasattr(twin.model.body, "generate") and not twin.model.head_specs
+    return not (caches and batch.get("use_cache") is not False) and acts_above(twin, max(twin.layers))
+
+
+def acts_above(twin: Twin, layer: int) -> bool:
+    """True where no expert changes anything that a pass does before it reaches a layer."""
+    if layer not in twin.acting_above:
+        twin.acting_above[layer] = not changed_before(twin, layer)
+    return twin.acting_above[layer]
+
+
+def changed_before(twin: Twin, layer: int) -> set[str]:
+    """Names of the parameters that experts change and that a pass uses before it reaches a layer."""
+    before = called_before(twin.model, nothing_much(twin), layer)
+    return {part.name for place, part in twin.runtime.places if place.path in before}
+
+
+def fitted(
+    twin: Twin,
+    inputs: Mapping[str, Given],
+    kind: str,
+    layers: Sequence[int] | None,
+    null: bool,
+    seed: int,
+    batch_rows: int,
+    progress: bool,
+) -> tuple[Router, tuple[int, ...], RouterReport | None]:
+    """A router, the layers that it reads, and how held-out rows were routed (see `Twin.fit_router`)."""
+    for name in inputs:
+        index_of(name, twin.experts)
+    if layers is None:
+        layers = default_layers(layer_count(twin.model.architecture.config), kind, twin.first_layer)
+    rows: list[Tensor] = []
+    owners: list[int] = []
+    for k, name in enumerate(twin.experts):
+        if (given := inputs.get(name)) is not None:
+            read = read_features(twin, given, layers, name, batch_rows, progress)
+            rows += read
+            owners += [k] * sum(len(f) for f in read)
+    whose = torch.tensor(owners)
+    if kind == ProjectionRouter.kind:
+        if len(layers) != 1:
+            raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
+        from_experts = ProjectionRouter.from_bases(input_directions(twin, layers[0]))
+        report = calibrated(from_experts, torch.cat(rows), whose, twin.experts) if rows else None
+        return from_experts, tuple(layers), report
+    if not rows:
+        raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
+    found = torch.cat(rows)
+    novel = found.shape[1] // len(layers) if null else 0
+    with torch.random.fork_rng(devices=[]):
+        router, report = fit_router(kind, found, whose, twin.experts, seed, novel)
+    return router, tuple(layers), report
+
+
+def heads_of_rows(twin: Twin, head: str | Sequence[str] | None, likely: Sequence[str | None]) -> list[str] | None:
+    """The head of each row: the one that is named, or the likeliest expert's; None where the model has none."""
+    if not twin.model.head_specs:
+        return None
+    if head is not None:
+        names = per_row(head, len(likely), "head")
+    elif None in likely:
+        raise TwinmergeError("A row has no expert (all its weights are zero) and no head. Name its head.")
+    else:
+        names = [str(name) for name in likely]
+    for name in set(names):
+        index_of(name, list(twin.model.head_specs))
+    return names
+
+
+def per_row(names: str | Sequence[str], size: int, what: str) -> list[str]:
+    """One name for each row."""
+    found = [names] * size if isinstance(names, str) else list(names)
+    if len(found) != size:
+        raise TwinmergeError(f"{size} rows need one {what} or {size}, got {len(found)}.")
+    return found
