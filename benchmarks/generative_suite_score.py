@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import twinmerge as tm
 from twinmerge.twin.router import calibration_error
+from twinmerge.twin.routing import routed
 
 Losses: TypeAlias = dict[str, NDArray[np.float64]]
 """Kind -> nats per token of the continuation, (windows,)."""
@@ -32,15 +33,16 @@ Losses: TypeAlias = dict[str, NDArray[np.float64]]
 VALIDATION_WINDOWS, TEST_WINDOWS, ROUTER_WINDOWS = 100, 300, 500  # per kind; the router's are of the train split
 RANKS = (4, 8, 16)
 HIGHEST = 64  # the twins are built at this rank and cut; it is scored as well, to see what rank costs
+BY_INPUTS = (8,)  # ranks at which the directions kept are chosen by inputs as well
 BATCH = 50
 DRAWS = 2000
 GENERATED = {"rank": 8, "batches": 8, "tokens": 64}  # of each batch one prompt per kind
 SETTINGS = ("task given", "routed top-1", "routed soft")
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "average": {},
-    "task_arithmetic": {"scale": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]},
-    "ties": {"density": [0.1, 0.3, 0.6], "scale": [0.4, 0.7, 1.0, 1.5]},
-    "tsv": {"scale": [0.4, 0.7, 1.0, 1.3]},
+    "task_arithmetic": {"scale": [0.05, 0.1, 0.15, 0.2, 0.3, 0.4]},
+    "ties": {"density": [0.1, 0.3, 0.6], "scale": [0.1, 0.2, 0.3, 0.4, 0.7, 1.0]},
+    "tsv": {"scale": [0.1, 0.2, 0.3, 0.4, 0.7, 1.0]},
 }
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -209,14 +211,14 @@ def twins(
     contexts = {kind: batch_of(r[:, :CONTEXT]) for kind, r in train.items()}
     report = highest.fit_router(contexts, progress=False)
     assert report is not None
-    routed = router_on(highest, test)
+    router = router_on(highest, test)
     expert_losses = {k: np.stack([by_expert[e][k] for e in highest.experts], 1) for k in KINDS}  # (windows, experts)
-    picked = {k: expert_losses[k][np.arange(len(c)), c] for k, c in routed["chosen"].items()}
+    picked = {k: expert_losses[k][np.arange(len(c)), c] for k, c in router["chosen"].items()}
     tally.add("the expert itself", "routed top-1", picked, shared=shared)
     checks: list[dict[str, Any]] = []
     inputs = {kind: batch_of(r) for kind, r in train.items()}
     ladder = {("weights", rank): highest.at_rank(rank) for rank in (*RANKS, HIGHEST)}
-    ladder |= {("inputs", rank): highest.compress(rank=rank, inputs=inputs, progress=False) for rank in RANKS}
+    ladder |= {("inputs", rank): highest.compress(rank=rank, inputs=inputs, progress=False) for rank in BY_INPUTS}
     for (cut, rank), made in ladder.items():
         folder = made.save_pretrained(work / f"twin-{shared}-{cut}-{rank}")
         twin = tm.Twin.from_pretrained(folder)
@@ -226,31 +228,33 @@ def twins(
         more["energy_retained"] = float(np.mean(list(shares.values())))
         name = f"twin over {shared}, rank {rank}" + (" (by inputs)" if cut == "inputs" else "")
         for setting in SETTINGS:
-            share = None if setting == "task given" else routed["right"]
+            share = None if setting == "task given" else router["right"]
             tally.add(name, setting, twin_losses(twin, setting, test), routed_right=share, **more)
         if (cut, rank) == ("weights", GENERATED["rank"]):
             checks += [check_generation(twin, shared, setting, test) for setting in SETTINGS[1:]]
         shutil.rmtree(folder)
-    routed.pop("chosen")
-    return {"parameters": parameters, "test": routed, "held_out": report._asdict()}, checks
+    router.pop("chosen")
+    return {"parameters": parameters, "test": router, "held_out": report._asdict()}, checks
 
 
 def router_on(twin: tm.Twin, test: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the router chose for the contexts of the test windows, and how far its confidence can be believed."""
-    soft = {kind: twin.route(batch_of(rows[:, :CONTEXT]), top_k=None) for kind, rows in test.items()}
-    owners = torch.cat([torch.full((len(w),), twin.experts.index(kind)) for kind, w in soft.items()])
-    weights = torch.cat(list(soft.values()))
-    chosen = weights.argmax(1)
+    found = {kind: routed(twin, batch_of(rows[:, :CONTEXT]), top_k=None) for kind, rows in test.items()}
+    owners = torch.cat([torch.full((len(r.weights),), twin.experts.index(kind)) for kind, r in found.items()])
+    weights = torch.cat([r.weights for r in found.values()])
+    nearest = {kind: r.nearest for kind, r in found.items() if r.nearest is not None}
+    chosen, known = torch.cat(list(nearest.values())), weights.any(1)
     table = [[int(((owners == i) & (chosen == j)).sum()) for j in range(len(KINDS))] for i in range(len(KINDS))]
     return {
         "experts": twin.experts,
         "rows": len(owners),
         "right": float((chosen == owners).float().mean()),
+        "refused": float((~known).float().mean()),
         "right_by_kind": {e: table[i][i] / sum(table[i]) for i, e in enumerate(twin.experts)},
         "confusion": table,
-        "calibration_error": calibration_error(weights, owners),
-        "mean_largest_weight": float(weights.max(1).values.mean()),
-        "chosen": {kind: w.argmax(1).numpy() for kind, w in soft.items()},
+        "calibration_error": calibration_error(weights[known], owners[known]),
+        "mean_largest_weight": float(weights[known].max(1).values.mean()),
+        "chosen": {kind: k.numpy() for kind, k in nearest.items()},
     }
 
 
@@ -334,7 +338,8 @@ def table(data: dict[str, Any]) -> str:
         lines += [
             f"Router over {shared}, contexts of {data['windows']['context']} tokens of the test windows: "
             f"{100 * found['right']:.1f} % of {found['rows']} right, expected calibration error "
-            f"{found['calibration_error']:.3f}, temperature {router['held_out']['temperature']:.2f}.",
+            f"{found['calibration_error']:.3f}, temperature {router['held_out']['temperature']:.2f}; "
+            f"{100 * found['refused']:.1f} % were left to the shared model.",
             "",
             "| kind, and the expert chosen | " + " | ".join(found["experts"]) + " |",
             "| --- |" + " ---: |" * len(KINDS),
@@ -364,11 +369,11 @@ def picture(data: dict[str, Any], file: Path) -> None:
     for y, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
         value, low, high = (100 * v for v in row["kept"])
         left.barh(y, value, height=0.62, color="#2a9d8f" if "twin" in row["method"] else "#7b8794", alpha=0.45)
-        left.errorbar(value, y, xerr=[[value - low], [high - value]], color="black", capsize=3, lw=1.2)
+        left.errorbar(value, y, xerr=[[value - low], [high - value]], color="black", capsize=3, lw=1.2, zorder=5)
         for kind, colour in colours.items():
             found = 100 * row["per_kind"][kind]["kept"][0]
             left.plot(found, y, "o", color=colour, ms=5, mec="white", mew=0.5, label=kind if y == 0 else None)
-        left.annotate(f"{value:.0f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+        left.annotate(f"{value:.1f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     labels = [r["method"] + ("" if r["setting"] == "–" else f", {r['setting']}") for r in rows]
     left.set_yticks(range(len(rows) - 1, -1, -1), [x.replace("task_arithmetic", "task arithmetic") for x in labels])
     left.axvline(0, color="black", lw=0.8)
