@@ -34,6 +34,16 @@ def test_weighted_average_by_hand(zoo):
         np.testing.assert_array_equal(tensor.numpy(), ((3 * a + b) / 4).astype(np.float32))
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_merge_does_not_mind_the_callers_mode(zoo, mode):
+    """Worker threads are outside the caller's inference mode."""
+    experts = {"a": zoo.a, "b": zoo.b}
+    expected = merge("average", experts=experts).state_dict()
+    with mode():
+        got = merge("average", experts=experts).state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in got.items())
+
+
 def test_task_arithmetic_by_hand(zoo):
     got = merge("task_arithmetic", base=zoo.base, experts={"b": zoo.b, "a": zoo.a}, scale=0.5, weights={"b": 2.0})
     for name, tensor in got.state_dict().items():

@@ -554,6 +554,24 @@ def test_many_processes(tmp_path):
         assert (folder / "a").read_text() == (folder / "b").read_text()
 
 
+def test_a_lock_that_is_made_while_the_folder_gets_its_name_is_taken_away(tmp_path, monkeypatch):
+    """Another process is between finding the folder and making its lock in it when the folder is renamed."""
+    folder, opened = tmp_path / "out", os.open
+
+    def late(path, flags, *rest, **more):
+        if str(path).endswith("out.partial/lock") and not folder.exists():
+            (tmp_path / "out.partial").rename(folder)  # as the first process does, its own lock gone
+            return opened(folder / "lock", flags, *rest, **more)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(output.os, "open", late)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "a").write_text("1")
+    with pytest.raises(TwinmergeError, match="there already|not empty"):
+        OutputFolder(folder).__enter__()
+    assert [p.name for p in folder.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("locks", ["flock", "file"])
 def test_second_one_into_a_folder_is_refused(tmp_path, monkeypatch, locks):
     if locks == "file":

@@ -155,10 +155,11 @@ class Merge:
         """The whole merged model in memory, by the base's own tensor names."""
         import torch
 
-        merged = {
-            self.base.stored[name]: torch.empty(spec.shape, dtype=spec.dtype)
-            for name, spec in ((n, self.out_specs[self.base.stored[n]]) for n in self.matched.merged)
-        }
+        with torch.inference_mode(False):  # which is a thread's own, and other threads fill these
+            merged = {
+                self.base.stored[name]: torch.empty(spec.shape, dtype=spec.dtype)
+                for name, spec in ((n, self.out_specs[self.base.stored[n]]) for n in self.matched.merged)
+            }
 
         def keep(each: Range, known: Known) -> None:
             got = combine(each, known, self.method, self.inputs, self.rounding(each.name))

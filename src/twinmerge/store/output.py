@@ -418,8 +418,12 @@ def _lock(file: Path, output: Path) -> int | None:
             held = os.path.samestat(os.fstat(fd), os.stat(file))  # or it is a lock that was removed meanwhile
         except BlockingIOError:
             raise TwinmergeError(f"{busy}.") from None
-        except FileNotFoundError:
-            pass
+        except (
+            FileNotFoundError
+        ):  # the folder was renamed while the lock was opened: it may have been made in the finished one
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(fd), os.stat(output / LOCK)):
+                    (output / LOCK).unlink()
         finally:
             if not held:
                 os.close(fd)
