@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -62,51 +62,39 @@ def answer(
         biases: mixtures (rows, experts) of the biases, where they are not those of the weights.
         early: what the first layers gave already, where it may be used.
     """
-    if strategy == "rebuild" and len(groups := distinct_mixtures(weights)) > 1:
-        found = [_rebuilt(twin, batch, heads, mixture, rows, early) for mixture, rows in groups]
-        back = torch.argsort(torch.cat([rows for _, rows in groups]))
-        whole = joined([f.output for f in found])
-        logits = None if found[0].logits is None else joined([f.logits for f in found])
-        return Answered(rows_of(whole, back), None if logits is None else logits[back])
     if strategy in ("folded", "rebuild"):
-        with twin.runtime.folded(weights[0]):
-            return _passed(twin, batch, heads, early, None)
-    mixture = Mixture.of(weights, strategy == "grouped" and biases is None, not couples_rows(twin))
-    order = mixture.order
-    if order is not None:
-        batch = rows_of_batch(batch, order, batch_size(batch))
-        heads = None if heads is None else [heads[i] for i in order.tolist()]
-    with twin.runtime.mixing(mixture, None if biases is None else Mixture.of(biases, grouped=False)):
-        found_one = _passed(twin, batch, heads, early, order)
-    if order is None:
-        return found_one
-    back = torch.argsort(order)
-    return Answered(
-        rows_of(found_one.output, back), None if found_one.logits is None else found_one.logits.index_select(0, back)
-    )
-
-
-def _rebuilt(
-    twin: Twin,
-    batch: Mapping[str, Any],
-    heads: Sequence[str] | None,
-    mixture: Tensor,
-    rows: Tensor,
-    early: Early | None,
-) -> Answered:
-    part = rows_of_batch(batch, rows, batch_size(batch))
-    own = None if heads is None else [heads[i] for i in rows.tolist()]
-    with twin.runtime.folded(mixture):
-        return _passed(twin, part, own, early, rows)
+        groups = distinct_mixtures(weights)
+        found = []
+        for mixture, rows in groups:
+            with twin.runtime.folded(mixture):
+                found.append(_passed(twin, batch, heads, early, rows if len(groups) > 1 else None))
+        if len(groups) == 1:
+            return found[0]
+        logits = None if found[0].logits is None else joined([f.logits for f in found])
+        whole = Answered(joined([f.output for f in found]), logits)
+        return _back(whole, torch.cat([rows for _, rows in groups]))
+    plan = Mixture.of(weights, strategy == "grouped" and biases is None, not couples_rows(twin))
+    with twin.runtime.mixing(plan, None if biases is None else Mixture.of(biases, grouped=False)):
+        answered = _passed(twin, batch, heads, early, plan.order)
+    return answered if plan.order is None else _back(answered, plan.order)
 
 
 def _passed(
-    twin: Twin, batch: Mapping[str, Any], heads: Sequence[str] | None, early: Early | None, order: Tensor | None
+    twin: Twin, batch: Mapping[str, Any], heads: Sequence[str] | None, early: Early | None, rows: Tensor | None
 ) -> Answered:
-    with ExitStack() as stack:
-        if early is not None:
-            stack.enter_context(resumed(twin.model, early, order))
+    """One pass over some rows, in an order; None for all as they are."""
+    if rows is not None:
+        batch = rows_of_batch(batch, rows, batch_size(batch))
+        heads = None if heads is None else [heads[i] for i in rows.tolist()]
+    with nullcontext() if early is None else resumed(twin.model, early, rows):
         found = twin.model(batch, heads)
     if heads:
         return Answered(found["output"], found["logits"])
     return Answered(found, getattr(found, "logits", None))
+
+
+def _back(answered: Answered, order: Tensor) -> Answered:
+    """The rows in the caller's order again."""
+    back = torch.argsort(order)
+    logits = None if answered.logits is None else answered.logits.index_select(0, back)
+    return Answered(rows_of(answered.output, back), logits)
