@@ -130,6 +130,21 @@ def test_what_experts_change_below_the_layer_is_left_out(lab: Any, tmp_path: Pat
     assert again.layers == (0, 1)
 
 
+def test_experts_that_come_act_from_the_layer_too(lab: Any) -> None:
+    case = lab.new_case("bert")
+    two = Twin.build(case.base, {n: case.experts[n] for n in ("e0", "e1")}, 3, progress=False).single_pass(1)
+    inputs = {f"e{i}": lab.text_batch(12, 6, seed=i) for i in range(3)}
+    two.fit_router({n: inputs[n] for n in ("e0", "e1")}, progress=False)
+    three = two.add("e2", case.experts["e2"], inputs["e2"], progress=False)
+    assert three.first_layer == 1 and three.layers == (0, 1) and three.router is not None
+    assert not any(n.startswith("encoder.layer.0") for n in three.package.exclusive["e2"].low)
+    three(**case.batch)
+    count = Count(three)
+    three(**case.batch)
+    assert count.ran.count(0) == 1
+    assert three.remove("e2").package.exclusive.keys() == two.package.exclusive.keys()
+
+
 @pytest.mark.parametrize("name, layer, says", [("bert", 2, "Layer 2 is out of range"), ("t5", 1, "not one stack")])
 def test_layers_that_cannot_be(lab: Any, name: str, layer: int, says: str) -> None:
     with pytest.raises(TwinmergeError, match=says):

@@ -304,7 +304,7 @@ class Twin(nn.Module):
         if inputs is not None and self.router is not None and not from_experts:
             found = read_features(self, inputs, self.layers, name, batch_rows, progress)
             package = routed_to(package, name, torch.cat(found))
-        return self._changed(package)
+        return self._changed(package)._acting_from(self.first_layer)
 
     def remove(self, name: str) -> Twin:
         """The twin without an expert; what was added last and is removed leaves the bytes that were there before.
@@ -351,10 +351,13 @@ class Twin(nn.Module):
         limits = {k: v for k, v in told.get("compressed", {}).items() if k in ("rank", "energy", "bytes", "codec")}
         rank = told.get("rank") or (CHOSEN_FROM if limits else None)
         options = {"shared": recipe.method, "heads": recipe.heads, "progress": progress, **recipe.parameters}
-        twin = Twin.build(recipe.base, recipe.experts, rank, **options)
+        twin = Twin.build(recipe.base, recipe.experts, rank, **options)._acting_from(self.first_layer)
         if inputs is not None:
             twin.fit_router(inputs, self.router.kind if self.router else "gaussian", progress=progress)
         return twin.compress(**limits) if limits else twin
+
+    def _acting_from(self, layer: int | None) -> Twin:
+        return self if layer is None else self.single_pass(layer)
 
     def _current(self) -> Package:
         return self.package._replace(router=self.router, layers=self.layers)
