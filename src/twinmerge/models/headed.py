@@ -322,7 +322,7 @@ def body_path(architecture: Architecture, head_names: set[str]) -> str:
 
 
 def head_artefact(name: str, head: HeadSpec, base: str, codec: str = "none") -> Artefact:
-    """A head as it is stored: with the codec "int8" matrices have a scale for each row, all else half precision."""
+    """A head as it is stored: with the codecs of few bits, matrices have scales for each row, all else half precision."""
     tensors, packed = pack(head.tensors, codec, {n: 0 for n, t in head.tensors.items() if t.dim() == 2})
     return Artefact("head", HEADS_VERSION if packed else 1, base, {"expert": name, **packed}, tensors)
 

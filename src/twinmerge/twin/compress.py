@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.maths.codec import projected
+from twinmerge.maths.codec import projected, slice_bytes
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate_product
 from twinmerge.twin.moments import Moments
 from twinmerge.twin.package import Package, extra_bytes
@@ -24,9 +24,6 @@ from twinmerge.twin.split import Exclusive, is_ordered
 
 Key = tuple[str, str]
 """(expert, matrix)."""
-
-BYTES = {"float16": 2, "int8": 1}
-SCALES = {"int8": 8}  # bytes of one component's two scales
 
 
 class Components(NamedTuple):
@@ -144,7 +141,7 @@ def compressed(
         rank: of every matrix.
         energy: the least share of all worth that is kept, 0 to 1.
         bytes: of the files of exclusive parts, heads and router together, at most.
-        codec: of their numbers on the disk, "none", "float16" or "int8".
+        codec: of their numbers on the disk, "none", "float16", "int8" or "int4".
         moments: expert -> matrix -> moments of its inputs; without any they are taken for white noise.
 
     Errors:
@@ -259,7 +256,7 @@ def _cut(
 
 def component_bytes(factors: Factors, codec: str) -> int:
     """Bytes of one component on the disk."""
-    return BYTES.get(codec, factors.b.element_size()) * sum(factors.shape) + SCALES.get(codec, 0)
+    return sum(slice_bytes(n, codec, factors.b.element_size()) for n in factors.shape)
 
 
 def projected_factors(factors: Factors, rank: int, codec: str) -> Factors:
