@@ -1,7 +1,7 @@
 """Mixed batches of a twin against one static model, a rebuild for every row, PEFT's mixed batch and PEFT's Arrow.
 
     python benchmarks/twin_speed.py --out OUT [--models roberta,vit,llama] [--experts 2,8,20] [--ranks 8,16,64]
-        [--batches 1,8,32] [--tokens 1,32] [--repeats 5] [--threads 2]
+        [--batches 1,8,32] [--tokens 1,4,32] [--repeats 5] [--threads 2]
 
 Random models of RoBERTa-base, ViT-B and 0.5 B Llama size; every linear layer of every block has K random experts of rank r.
 All ways run in one process on the same weights, dtype, threads and back-end, one after the other in each repeat; mixtures are
@@ -30,7 +30,7 @@ from twinmerge.maths.lowrank import Factors
 from twinmerge.models.opened import open_model
 from twinmerge.twin.features import features
 from twinmerge.twin.package import Package
-from twinmerge.twin.router import GaussianRouter
+from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.split import Exclusive
 from twinmerge.twin.twin import Twin
 
@@ -258,7 +258,7 @@ def routing(name: str, model: PreTrainedModel, twin: Twin, rows: int, tokens: in
     return {
         "model": name,
         "rows": rows,
-        "tokens": tokens,
+        "tokens": tokens if name != "vit" else 197,
         "layer": layer,
         "median_ms": {way: 1000 * statistics.median(t) for way, t in times.items()},
         "single_pass_adds": ratios(times, "single pass, routed", "single pass, mixture given"),
@@ -336,6 +336,43 @@ def told(ratio: list[float] | None) -> str:
     return "–" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})"
 
 
+def by_size(cells: list[dict[str, Any]]) -> list[str]:
+    """Markdown: all batches of one model, number of experts and rank in a line. What PEFT takes over the static model bounds what can be
+    won of it: no mixture is faster than the static model."""
+    if not cells:
+        return []
+    lines = [
+        "",
+        "| model | K | r | at the largest batch: stacked / static | top-1 / static | all batches: planned / PEFT mixed batch | "
+        "4 tokens or fewer: PEFT / planned | PEFT / static | Arrow / top-1 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for size in dict.fromkeys((c["model"], c["experts"], c["rank"]) for c in cells):
+        own = [c for c in cells if (c["model"], c["experts"], c["rank"]) == size]
+        few, largest = [c for c in own if c["rows"] * c["tokens"] <= 4], own[-1]
+        columns = [
+            [c["planned_over_peft"][0] for c in own],
+            [1 / c["planned_over_peft"][0] for c in few],
+            [c["over_static"]["PEFT mixed batch"][0] for c in few],
+            [c["arrow_over_top1"][0] for c in own if c.get("arrow_over_top1")],
+        ]
+        over = largest["over_static"]
+        ends = [[statistics.median(x), min(x), max(x)] if x else None for x in columns]
+        lines.append(
+            f"| {' | '.join(map(str, size))} | {over['stacked'][0]:.2f} | {over['top-1'][0]:.2f} | "
+            f"{' | '.join(map(told, ends))} |"
+        )
+    against = [c["planned_over_peft"][0] for c in cells]
+    few = [1 / c["planned_over_peft"][0] for c in cells if c["rows"] * c["tokens"] <= 4]
+    lines += ["", f"Planned / PEFT's mixed batch: median {statistics.median(against):.2f}, highest {max(against):.2f}"]
+    if few:
+        lines[-1] += (
+            f"; at 4 tokens or fewer PEFT / planned: median {statistics.median(few):.2f}, lowest {min(few):.2f}"
+        )
+    lines[-1] += "."
+    return lines
+
+
 def table(cells: list[dict[str, Any]], routed: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
@@ -349,20 +386,7 @@ def table(cells: list[dict[str, Any]], routed: list[dict[str, Any]]) -> str:
             f"{told(over['stacked'])} | {told(over['top-1'])} | {told(over['planned'])} | {c['chosen']} | "
             f"{told(c.get('planned_over_peft'))} | {told(c.get('arrow_over_top1'))} | {told(c.get('rebuild_over_stacked'))} |"
         )
-    against = [c["planned_over_peft"][0] for c in cells if "planned_over_peft" in c]
-    if against:
-        few = [
-            1 / c["planned_over_peft"][0] for c in cells if "planned_over_peft" in c and c["rows"] * c["tokens"] <= 4
-        ]
-        lines += [
-            "",
-            f"Planned / PEFT's mixed batch: median {statistics.median(against):.2f}, highest {max(against):.2f}",
-        ]
-        lines[-1] += (
-            f"; at 4 tokens or fewer PEFT / planned: median {statistics.median(few):.2f}, lowest {min(few):.2f}."
-            if few
-            else "."
-        )
+    lines += by_size([c for c in cells if "planned_over_peft" in c])
     for c in [c for c in cells if "extra_memory_mb" in c]:
         extra = c["extra_memory_mb"]
         lines.append(
