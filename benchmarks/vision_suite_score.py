@@ -18,6 +18,7 @@ from vision_suite import BASE, BASE_RECIPE, MODEL, RECIPE, TASKS, Labels, fixed_
 import twinmerge as tm
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.metrics import Scored
+from twinmerge.twin.routing import routed
 
 VALIDATION_ROWS = 500  # per task; scales and densities are chosen on these and on nothing else
 ROUTER_ROWS = 500  # per task, of the images that the experts were trained on
@@ -82,12 +83,12 @@ def score(data: Path, models: Path, out: Path, names: list[str], limit: int | No
         inputs = {name: {"pixel_values": part.pixels} for name, part in splits["train"].items()}
         report = highest.fit_router(inputs, progress=False)
         assert report is not None
-        went = _route(highest, splits["test"])
-        routers[shared] = {"held_out": report._asdict(), **_routed(went, splits["test"])}
+        routes = _route(highest, splits["test"])
+        routers[shared] = {"held_out": report._asdict(), **_told(routes, splits["test"])}
         for rank in RANKS:
             twin = highest if rank == max(RANKS) else highest.at_rank(rank)
             numbers = sum(map(_numbers, twin.package.exclusive.values()))
-            for answer in _twin(twin, splits["test"], went):
+            for answer in _twin(twin, splits["test"], routes):
                 add(f"twin over {shared}, rank {rank}", answer, rank=rank, shared=shared, numbers=numbers)
     result = {
         "tasks": names,
@@ -145,19 +146,29 @@ def _static(method: str, base: str, experts: dict[str, str], parameters: dict[st
     return Evaluation.of(answers, "head given")
 
 
-def _route(twin: tm.Twin, split: Split) -> dict[str, Labels]:
-    """Task -> the number of the expert that each of its rows goes to. The rank does not matter: the shared model is read."""
+class Routes(NamedTuple):
+    """mixtures: (rows, experts), zeros for rows that are left to the shared model; nearest: the number of each row's expert,
+    whose head answers."""
+
+    mixtures: Tensor
+    nearest: Labels
+
+
+def _route(twin: tm.Twin, split: Split) -> dict[str, Routes]:
+    """Where each task's rows go. The rank does not matter: the shared model is read."""
     found = {}
     for name, rows in split.items():
-        parts = [twin.route({"pixel_values": batch}).argmax(-1) for batch in rows.pixels.split(BATCH_ROWS)]
-        found[name] = torch.cat(parts).numpy()
+        parts = [routed(twin, {"pixel_values": batch}, twin.top_k) for batch in rows.pixels.split(BATCH_ROWS)]
+        nearest = torch.cat([p.nearest for p in parts if p.nearest is not None])
+        found[name] = Routes(torch.cat([p.weights for p in parts]), nearest.numpy())
     return found
 
 
-def _routed(went: dict[str, Labels], split: Split) -> dict[str, Any]:
-    """How the test rows were routed: right of all, by task, by label; and how many rows of a task went to each expert."""
+def _told(routes: dict[str, Routes], split: Split) -> dict[str, Any]:
+    """How the test rows were routed: right of all, by task, by label; how many rows of a task went to each expert; and the
+    share that was left to the shared model."""
     names = list(split)
-    right = {name: went[name] == k for k, name in enumerate(names)}
+    right = {name: routes[name].nearest == k for k, name in enumerate(names)}
     by_label = {
         name: {text: float(right[name][rows.labels == i].mean()) for i, text in enumerate(TASKS[name].labels)}
         for name, rows in split.items()
@@ -167,25 +178,29 @@ def _routed(went: dict[str, Labels], split: Split) -> dict[str, Any]:
         "right_mean_of_tasks": float(np.mean([r.mean() for r in right.values()])),
         "right_by_task": {name: float(r.mean()) for name, r in right.items()},
         "right_by_label": by_label,
-        "confusion": [np.bincount(went[name], minlength=len(names)).tolist() for name in names],
+        "confusion": [np.bincount(routes[name].nearest, minlength=len(names)).tolist() for name in names],
+        "refused": float(np.concatenate([~r.mixtures.any(1).numpy() for r in routes.values()]).mean()),
     }
 
 
-def _twin(twin: tm.Twin, split: Split, went: dict[str, Labels]) -> list[Evaluation]:
-    """The four readings. A row that was routed right is asked once; the three others differ on misrouted rows alone."""
+def _twin(twin: tm.Twin, split: Split, routes: dict[str, Routes]) -> list[Evaluation]:
+    """The four readings. A row that was routed right is asked once; the three others differ on the other rows alone."""
     names = list(split)
     answers: dict[str, dict[str, Scored]] = {setting: {} for setting in SETTINGS}
-    right = float(np.concatenate([went[name] == k for k, name in enumerate(names)]).mean())
+    right = float(np.concatenate([routes[name].nearest == k for k, name in enumerate(names)]).mean())
     for k, (name, rows) in enumerate(split.items()):
-        labels, own = TASKS[name].labels, _answers(twin, rows.pixels, [name] * len(rows.labels), None)
+        labels, given = TASKS[name].labels, torch.eye(len(names))[k].expand(len(rows.labels), -1)
+        own = _answers(twin, rows.pixels, given, [name] * len(given))
         by_head, strict, lenient = own.copy(), own.copy(), own.copy()
-        lost = np.flatnonzero(went[name] != k)
-        if len(lost):
-            experts, pixels = [names[i] for i in went[name][lost]], rows.pixels[torch.from_numpy(lost)]
-            by_head[lost] = _answers(twin, pixels, experts, [name] * len(lost))
-            said = [TASKS[e].labels[i] for e, i in zip(experts, _answers(twin, pixels, experts, None), strict=True)]
-            strict[lost] = -1
-            lenient[lost] = [labels.index(text) if text in labels else -1 for text in said]
+        other = np.flatnonzero((routes[name].mixtures != given).any(1).numpy())
+        if len(other):
+            mixtures, pixels = routes[name].mixtures[other], rows.pixels[torch.from_numpy(other)]
+            chosen = [names[i] for i in routes[name].nearest[other]]
+            by_head[other] = _answers(twin, pixels, mixtures, [name] * len(other))
+            for row, head, said in zip(other, chosen, _answers(twin, pixels, mixtures, chosen), strict=True):
+                text = TASKS[head].labels[said]
+                strict[row] = said if head == name else -1
+                lenient[row] = labels.index(text) if text in labels else -1
         for setting, found in zip(SETTINGS, (own, by_head, strict, lenient), strict=True):
             answers[setting][name] = Scored(name, "accuracy", rows.labels, found)
     return [
@@ -201,13 +216,13 @@ def _numbers(part: Any) -> int:
     return sum(f.a.numel() + f.b.numel() for f in part.low.values()) + sum(t.numel() for t in part.dense.values())
 
 
-def _answers(twin: tm.Twin, pixels: Tensor, experts: list[str], heads: list[str] | None) -> Labels:
-    """What the twin says with the named expert for each row, by its head or by another one."""
+def _answers(twin: tm.Twin, pixels: Tensor, mixtures: Tensor, heads: list[str]) -> Labels:
+    """What the twin says of each row with this mixture (rows, experts) and head."""
     found = []
     with torch.inference_mode():
         for at in range(0, len(pixels), BATCH_ROWS):
             cut = slice(at, at + BATCH_ROWS)
-            out = twin(pixel_values=pixels[cut], expert=experts[cut], head=None if heads is None else heads[cut])
+            out = twin(pixel_values=pixels[cut], mixture=mixtures[cut], head=heads[cut])
             assert out.logits is not None
             found.append(out.logits.argmax(-1))
     return torch.cat(found).numpy()
@@ -238,7 +253,10 @@ def table(data: dict[str, Any]) -> str:
         lines.append(f"| {method} | " + " | ".join(f"{100 * scores[task]:.1f}" for task in data["tasks"]) + " |")
     for shared, router in data["routers"].items():
         own = ", ".join(f"{task} {100 * value:.1f}" for task, value in router["right_by_task"].items())
-        lines += ["", f"Router over {shared}: {100 * router['right']:.1f} % of the test rows right ({own})."]
+        lines += [
+            "",
+            f"Router over {shared}: {100 * router['right']:.1f} % of the test rows right ({own}); {100 * router['refused']:.1f} % left to the shared model.",
+        ]
         lines += [
             "",
             "| rows of / go to | " + " | ".join(data["tasks"]) + " |",
