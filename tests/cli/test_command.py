@@ -17,7 +17,7 @@ import typer
 import twinmerge.cli
 from twinmerge.errors import TwinmergeError
 
-TWIN = ["build", "compress", "explain", "add", "remove", "rebuild", "export", "run"]
+TWIN = ["build", "compress", "refine", "explain", "add", "remove", "rebuild", "export", "run"]
 COMMANDS = ["", "merge", "check", "verify", "twin", *(f"twin {word}" for word in TWIN)]
 COMMANDS += ["evaluate", "diff", "methods", "demo"]
 

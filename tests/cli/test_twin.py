@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import twinmerge as tm
+from twinmerge.tasks.texts import read_texts
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -86,6 +87,35 @@ def test_build_to_bytes_and_compress_further(command: Any, zoo: Any, tmp_path: P
     assert command("twin", "run", tmp_path / "b", "w3 w4").code == 0
     weighed = command(*given, "--rank", 2, "--weigh", "-o", tmp_path / "c")
     assert weighed.code == 0 and "at rank 2" in weighed.err and "of a matrix's energy kept" in weighed.err
+
+
+def test_refine_a_small_twin(command: Any, zoo: Any, tmp_path: Path) -> None:
+    """What the library writes; the experts are found by the folder; nobody else changes."""
+    small = tm.Twin.from_pretrained(zoo.twin).compress(rank=1, codec="int4").save_pretrained(tmp_path / "small")
+    task = next(iter(zoo.data))
+    words = ["--data", f"{task}={zoo.data[task]}", "--steps", 3, "--rate", 0.002, "--seed", 5]
+    found = command("twin", "refine", small, *words, "-o", tmp_path / "fine")
+    assert found.code == 0 and f"Refined {task} in 3 steps each" in found.err
+    texts = read_texts(zoo.data[task])
+    own = tm.Twin.from_pretrained(small).refine({task: texts}, steps=3, rate=0.002, seed=5, progress=False)
+    read = tm.Twin.from_pretrained(tmp_path / "fine")
+    assert all(torch.equal(a, b) for a, b in zip(read.buffers(), own.buffers(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(read.buffers(), tm.Twin.from_pretrained(small).buffers(), strict=True)
+    )
+    assert command("twin", "refine", small, "-o", tmp_path / "none").err.count("No texts are named") == 1
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["knn", "entropy", "projection"])
+def test_build_with_other_routers(command: Any, zoo: Any, tmp_path: Path, kind: str) -> None:
+    given = ["twin", "build", "--base", zoo.base, *zoo.given, "--rank", 2, "--router", kind]
+    with_data = [word for task, file in zoo.data.items() for word in ("--data", f"{task}={file}")]
+    found = command(*given, *(with_data if kind == "knn" else []), "-o", tmp_path / "twin")
+    assert found.code == 0 and ("Router on 18" in found.out or "was made from the experts alone" in found.err)
+    router = tm.Twin.from_pretrained(tmp_path / "twin").router
+    assert router is not None and router.kind == kind
+    assert command("twin", "run", tmp_path / "twin", "w3 w4").code == 0
 
 
 def test_limits_and_pictures_that_cannot_be(command: Any, zoo: Any, tmp_path: Path) -> None:

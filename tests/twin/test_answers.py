@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.features import features
 from twinmerge.twin.predict import Prediction
-from twinmerge.twin.router import GaussianRouter
+from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.twin import Twin
 
 LABELS = {"e0": ["no", "yes"], "e1": ["bad", "fair", "good"], "e2": ["a", "b", "c", "d"]}

@@ -16,7 +16,10 @@ from transformers import GPT2ForTokenClassification
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.twin.export import export_dense, export_lora
-from twinmerge.twin.router import GaussianRouter, MlpRouter, ProjectionRouter, Router
+from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.mlp import MlpRouter
+from twinmerge.twin.routers.projection import ProjectionRouter
+from twinmerge.twin.routers.router import Router
 from twinmerge.twin.twin import Twin
 
 NOBODY = {

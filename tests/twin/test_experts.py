@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.router import GaussianRouter
+from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.statistics import FIRST, Statistics
 from twinmerge.twin.twin import Twin
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.router import GaussianRouter
+from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.twin import Twin
 
 PROMPTS = torch.randint(3, 50, (4, 5), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from twinmerge.twin.novelty import Novelty
-from twinmerge.twin.router import GaussianRouter, fit_router
+from twinmerge.twin.routers.fit import fit_router
+from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.statistics import Statistics
 from twinmerge.twin.twin import Twin
 

@@ -12,16 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.router import (
-    GaussianRouter,
-    MlpRouter,
-    ProjectionRouter,
-    calibration_error,
-    fit_router,
-    fit_temperature,
-    held_out_split,
-    router_from,
-)
+from twinmerge.twin.routers.calibration import calibration_error, fit_temperature, held_out_split
+from twinmerge.twin.routers.entropy import unsureness
+from twinmerge.twin.routers.fit import fit_router, router_from
+from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.knn import KnnRouter
+from twinmerge.twin.routers.mlp import MlpRouter
+from twinmerge.twin.routers.projection import ProjectionRouter
 from twinmerge.twin.twin import Twin
 
 EXPERTS = [f"e{i}" for i in range(8)]
@@ -48,7 +45,7 @@ def test_check18_size_of_the_papers_router(width: int, experts: int, count: int)
     assert kinds == ["Linear", "BatchNorm1d", "LeakyReLU", "Dropout"] * 2 + ["Linear"]
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "mlp"])
+@pytest.mark.parametrize("kind", ["gaussian", "mlp", "knn"])
 def test_check18_weights(kind: str) -> None:
     """Check 18: w ≥ 0 with sum 1; a row's weights do not depend on the batch, nor on the calls before."""
     z, owners = blobs(1, 20)
@@ -66,7 +63,7 @@ def test_check18_weights(kind: str) -> None:
 # ---------------------------------------------------------------------------------------- check 19
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "mlp"])
+@pytest.mark.parametrize("kind", ["gaussian", "mlp", "knn"])
 def test_check19_learns_blobs(kind: str) -> None:
     """Check 19: eight blobs with Bayes ≥ 99.5 %: ≥ 98 % on fresh rows in 10 epochs; same seed, same bits."""
     means = blobs(0, 1, 1e6)[0] / 1e6
@@ -87,7 +84,7 @@ def test_check19_learns_blobs(kind: str) -> None:
     assert any(not torch.equal(t, other.state_dict()[n]) for n, t in state.items())
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "mlp"])
+@pytest.mark.parametrize("kind", ["gaussian", "mlp", "knn"])
 def test_check19_permuted_labels_teach_nothing(kind: str) -> None:
     """Check 19: with shuffled labels accuracy on fresh rows and on the held-out ones is chance, 12.5 % ± 4."""
     z, owners = blobs(1, 200)
@@ -115,7 +112,7 @@ def test_check19_held_out_rows_are_not_trained_on() -> None:
     _, held = held_out_split(owners, 0)
     spoiled = z.clone()
     spoiled[held] = 1e3 * torch.randn(len(held), 64, generator=torch.Generator().manual_seed(0))
-    for kind in ("gaussian", "mlp"):
+    for kind in ("gaussian", "mlp", "knn"):
         a, b = fit_router(kind, z, owners, EXPERTS)[0], fit_router(kind, spoiled, owners, EXPERTS)[0]
         assert all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items() if n != "temperature")
 
@@ -324,3 +321,82 @@ def test_router_of_a_later_release_is_refused() -> None:
     router = GaussianRouter(torch.ones(2, 3), torch.zeros(2))
     with pytest.raises(TwinmergeError, match="do not fit its kind 'gaussian'"):
         router_from("gaussian", {}, {k: v for k, v in router.state_dict().items() if k != "temperature"})
+
+
+# ---------------------------------------------------------------------------------------- knn and entropy
+
+
+def test_knn_of_eight_blobs_and_what_it_keeps() -> None:
+    z, owners = blobs(1, 400, classes=8)
+    fresh, truth = blobs(2, 50)
+    router = KnnRouter.fit(z, owners, EXPERTS)
+    assert (router.weights(fresh).argmax(1) == truth).double().mean() >= 0.98
+    assert router.bank.shape == (8 * 256, 64) and torch.bincount(router.owners).tolist() == [256] * 8
+    few = KnnRouter.fit(z[:24], owners[:24], EXPERTS)
+    assert few.bank.shape == (24, 64) and bool(few.logits(fresh).isfinite().all())
+
+
+def test_unsureness_by_hand() -> None:
+    """Of three labels, of two where the third is another head's, and of a language model's prompt with padding."""
+    logits = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf], [0.0, math.log(3.0), -torch.inf]])
+    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    torch.testing.assert_close(unsureness(logits), torch.tensor([1.0, 1.0, quarter]))
+    words = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]]))
+    ids = torch.tensor([[0, 1, 1]])
+    expected = -(math.log(0.5) + math.log(0.75)) / 2
+    assert unsureness(words, ids).item() == pytest.approx(expected)
+    assert unsureness(words, ids, torch.tensor([[1, 1, 0]])).item() == pytest.approx(-math.log(0.5))
+    for shape in ((3, 1), (3, 4, 5), (3,)):
+        with pytest.raises(TwinmergeError, match="classifiers of two labels or more"):
+            unsureness(torch.zeros(shape))
+
+
+def test_entropy_router_asks_every_expert(lab: Any, tmp_path: Path) -> None:
+    """No data; the surest expert of each row answers; the same out of a folder, and after an expert has gone."""
+    case = lab.new_case("bert", torch.float32)
+    for expert in case.experts.values():
+        expert.classifier.weight.data.mul_(15)  # answers that are sure of themselves
+    twin, batch = case.twin(3), inputs(lab, 40)["e1"]
+    assert twin.fit_router(kind="entropy") is None
+    by_hand = torch.stack([unsureness(twin(**batch, expert=e).logits) for e in twin.experts], 1)
+    out = twin(**batch)
+    assert out.expert == [twin.experts[k] for k in by_hand.argmin(1).tolist()] and len(set(out.expert)) > 1
+    again = Twin.from_pretrained(twin.save_pretrained(tmp_path / "twin"))
+    assert torch.equal(again.route(batch), twin.route(batch))
+    less = again.remove("e0")
+    assert less.router is not None and less.router.kind == "entropy"
+    assert less(**batch).expert == [less.experts[k] for k in by_hand[:, 1:].argmin(1).tolist()]
+    report = twin.fit_router(inputs(lab), "entropy", progress=False)
+    assert report is not None and report.rows == 60
+    with pytest.raises(TwinmergeError, match="reads the experts' answers, no layers"):
+        twin.fit_router(kind="entropy", layers=(1,))
+
+
+def test_entropy_router_of_a_language_model_reads_the_prompt(lab: Any) -> None:
+    case = lab.new_case("llama", torch.float32)
+    twin = case.twin(3)
+    twin.fit_router(kind="entropy")
+    batch = {"input_ids": case.batch["input_ids"], "attention_mask": torch.ones_like(case.batch["input_ids"])}
+    loss = torch.stack(
+        [
+            F.cross_entropy(
+                twin(**batch, expert=e).output.logits[:, :-1].transpose(1, 2),
+                batch["input_ids"][:, 1:],
+                reduction="none",
+            ).mean(1)
+            for e in twin.experts
+        ],
+        1,
+    )
+    assert torch.equal(twin.route(batch).argmax(1), loss.argmin(1))
+
+
+def test_knn_router_of_a_twin_comes_back_from_its_folder(lab: Any, tmp_path: Path) -> None:
+    twin = lab.new_case("bert", torch.float32).twin(3)
+    given = inputs(lab, 60)
+    twin.fit_router(given, "knn", progress=False)
+    again = Twin.from_pretrained(twin.save_pretrained(tmp_path / "twin"))
+    batch = given["e1"]
+    assert torch.equal(again.route(batch, None), twin.route(batch, None))
+    with pytest.raises(TwinmergeError, match="keeps no statistics"):
+        again.remove("e0")

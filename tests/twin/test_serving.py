@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 from twinmerge.twin.features import features
-from twinmerge.twin.router import GaussianRouter, MlpRouter, ProjectionRouter, fit_router
+from twinmerge.twin.routers.fit import fit_router
+from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.mlp import MlpRouter
+from twinmerge.twin.routers.projection import ProjectionRouter
 from twinmerge.twin.twin import Twin
 
 SAMPLES = 64
@@ -225,11 +228,11 @@ def test_serving10_gaussian_and_mlp_on_32_examples_a_task() -> None:
     fresh, truth = synthetic(200, 2)
     names = [str(k) for k in range(8)]
     right = {}
-    for kind in ("gaussian", "mlp"):
+    for kind in ("gaussian", "mlp", "knn"):
         router, _ = fit_router(kind, z, owners, names)
         right[kind] = (router.weights(fresh).argmax(1) == truth).double().mean().item()
     assert right["gaussian"] >= 0.97 and right["gaussian"] >= right["mlp"] - 0.01
-    assert MlpRouter.kind == "mlp" and right["mlp"] > 0.3
+    assert MlpRouter.kind == "mlp" and right["mlp"] > 0.3 and right["knn"] >= 0.9
 
 
 def test_serving10_without_data_on_planted_subspaces() -> None:

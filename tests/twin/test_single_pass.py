@@ -12,7 +12,7 @@ from torch import nn
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.early import layers_of, read_early
 from twinmerge.twin.features import features
-from twinmerge.twin.router import GaussianRouter
+from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.twin import Twin
 
 

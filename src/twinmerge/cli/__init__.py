@@ -14,7 +14,8 @@ from twinmerge.cli.diff import diff
 from twinmerge.cli.evaluate import evaluate
 from twinmerge.cli.merge import check, merge
 from twinmerge.cli.methods import methods
-from twinmerge.cli.twin import twin_app
+from twinmerge.cli.twin import build, explain, export, run
+from twinmerge.cli.twin_change import add, compress, rebuild, refine, remove
 from twinmerge.cli.verify import verify
 from twinmerge.errors import TwinmergeError
 
@@ -26,10 +27,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn many fine-tuned models of one base into one: merged once, or mixed anew for every input.",
 )
+twin = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
+for command in (build, compress, refine, explain, add, remove, rebuild, export, run):
+    twin.command()(command)
 app.command()(merge)
 app.command()(check)
 app.command()(verify)
-app.add_typer(twin_app, name="twin")
+app.add_typer(twin, name="twin")
 app.command()(evaluate)
 app.command()(diff)
 app.command()(methods)

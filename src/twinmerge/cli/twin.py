@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,41 +15,30 @@ from twinmerge.cli.common import (
     Json,
     Parameters,
     Threads,
-    byte_count,
-    folder_bytes,
     numbers,
     pairs,
     print_json,
     print_table,
     said,
-    size,
     values,
+)
+from twinmerge.cli.twin_common import (
+    Bytes,
+    Codec,
+    Energy,
+    Picture,
+    bytes_beside,
+    check_picture,
+    compressed,
+    drawn,
+    told,
 )
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
 
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
-
-twin_app = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
-
-
-Energy = Annotated[
-    float | None,
-    typer.Option("--energy", metavar="SHARE", help="Keep this share of what the experts know, in the fewest bytes."),
-]
-Bytes = Annotated[
-    str | None,
-    typer.Option("--bytes", metavar="SIZE", help="Of the files beside the shared model, at most: 3.5MB, or 4% of it."),
-]
-Codec = Annotated[str, typer.Option("--codec", help="Of the numbers on the disk: none, float16, int8.")]
 Weigh = Annotated[bool, typer.Option("--weigh", help="Keep what matters for inputs like --data, not for the weights.")]
-Picture = Annotated[
-    Path | None, typer.Option("--picture", metavar="FILE", help="Draw what is kept, layer by layer (.png, .svg, .pdf).")
-]
 
 
-@twin_app.command()
 def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     base: Base = None,
@@ -77,7 +66,10 @@ def build(
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=5, help="Inputs per expert for the router.")] = 500,
     router: Annotated[
-        str, typer.Option("--router", help="gaussian, mlp (the paper's), or projection (needs no data).")
+        str,
+        typer.Option(
+            "--router", help="gaussian, mlp (the paper's), knn, or projection and entropy, which need no data."
+        ),
     ] = "gaussian",
     single_pass: Annotated[
         int | None,
@@ -101,6 +93,7 @@ def build(
     from twinmerge.store.output import OutputFolder
     from twinmerge.tasks.suite import open_suite
     from twinmerge.tasks.texts import read_texts
+    from twinmerge.twin.routers.fit import router_kind
     from twinmerge.twin.twin import CHOSEN_FROM, DEFAULT_RANK, Twin
 
     use_threads(threads)
@@ -116,7 +109,7 @@ def build(
             about[name] = {"task": name, "metric": task.metric}
     for name, file in pairs(data, "--data").items():
         inputs[name] = read_texts(Path(file))[:rows]
-    _check_picture(picture)
+    check_picture(picture)
     chosen = energy is not None or bytes_ is not None
     rank = (CHOSEN_FROM if chosen else DEFAULT_RANK) if rank is None else rank
     twin = Twin.build(
@@ -129,24 +122,28 @@ def build(
     )
     if single_pass is not None:
         twin = twin.single_pass(single_pass)
-    report = twin.fit_router(inputs, router, null=null, seed=seed) if inputs or router == "projection" else None
+    report = (
+        twin.fit_router(inputs, router, null=null, seed=seed)
+        if inputs or not router_kind(router).needs_inputs
+        else None
+    )
     if chosen or codec != "none" or weigh:
-        twin = _compressed(twin, None if chosen else rank, energy, bytes_, codec, inputs if weigh else None)
+        twin = compressed(twin, None if chosen else rank, energy, bytes_, codec, inputs if weigh else None)
     twin.save_pretrained(output, about)
-    extra = _extra(output)
-    kept = _drawn(twin, picture)
+    beside = bytes_beside(output)
+    kept = drawn(twin, picture)
     if json:
         print_json(
             {
                 "output": str(output),
-                "bytes_extra": extra,
+                "bytes_extra": beside,
                 "retained": kept,
                 "router": report._asdict() if report else None,
             }
         )
         return
     at = "" if chosen else f" at rank {rank}"
-    said(f"Built a twin of {len(experts)} experts{at}: {_told(extra, kept)} -> {output}")
+    said(f"Built a twin of {len(experts)} experts{at}: {told(beside, kept)} -> {output}")
     if twin.router is None:
         said("It has no router: name the expert in each call, or build again with --data or --suite.")
     elif report is None:
@@ -163,91 +160,6 @@ def build(
         )
 
 
-@twin_app.command()
-def compress(
-    twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of every exclusive matrix.")] = None,
-    energy: Energy = None,
-    bytes_: Bytes = None,
-    codec: Codec = "none",
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data", metavar="NAME=FILE", help="Texts of an expert's kind: keep what matters for them. Repeat."
-        ),
-    ] = None,
-    picture: Picture = None,
-    threads: Threads = None,
-    json: Json = False,
-) -> None:
-    """Make a twin smaller: by rank, by the share of energy kept, or by bytes on the disk.
-
-    twinmerge twin compress TWIN --bytes 4% --codec int8 --data a=a.jsonl --data b=b.jsonl -o SMALL
-    """
-    from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.texts import read_texts
-    from twinmerge.twin.twin import Twin
-
-    use_threads(threads)
-    OutputFolder(output).check()
-    _check_picture(picture)
-    loaded = Twin.from_pretrained(twin)
-    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
-    small = _compressed(loaded, rank, energy, bytes_, codec, inputs or None)
-    small.save_pretrained(output)
-    extra = _extra(output)
-    kept = _drawn(small, picture)
-    if json:
-        print_json({"output": str(output), "bytes_extra": extra, "retained": kept})
-        return
-    said(f"{_told(extra, kept)} -> {output}")
-
-
-def _compressed(
-    twin: Twin,
-    rank: int | None,
-    energy: float | None,
-    size_: str | None,
-    codec: str,
-    inputs: Mapping[str, Sequence[Any]] | None,
-) -> Twin:
-    shared = twin.package.shared
-    whole = sum(spec.bytes for spec in shared.specs.values())
-    limit = None if size_ is None else byte_count(size_, whole)
-    return twin.compress(rank=rank, energy=energy, bytes=limit, codec=codec, inputs=inputs)
-
-
-def _extra(folder: Path) -> int:
-    """Bytes of the files beside the shared model."""
-    files = [folder / name for name in ("twin.safetensors", "router.safetensors")]
-    extra = sum(file.stat().st_size for file in files if file.exists())
-    return extra + (folder_bytes(folder / "heads") if (folder / "heads").exists() else 0)
-
-
-def _told(extra: int, kept: Mapping[str, float]) -> str:
-    mean = sum(kept.values()) / len(kept) if kept else 1.0
-    return f"{size(extra)} beside the shared model, on average {100 * mean:.1f} % of a matrix's energy kept"
-
-
-def _check_picture(file: Path | None) -> None:
-    if file is not None:
-        from twinmerge.study.heatmap import check_picture
-
-        check_picture(file)
-
-
-def _drawn(twin: Twin, file: Path | None) -> dict[str, float]:
-    """The share of the energy that each matrix keeps; drawn where a picture is asked for."""
-    shares, ranks = twin.retained()
-    if file is not None:
-        from twinmerge.study.heatmap import draw_retained
-
-        draw_retained(shares, ranks, f"What {', '.join(twin.experts)} keep", file)
-    return shares
-
-
-@twin_app.command()
 def explain(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     texts: Annotated[list[str], typer.Argument(help="The texts of one batch.")],
@@ -264,91 +176,6 @@ def explain(
     typer.echo(loaded.explain(loaded.encoder.encode(texts)))
 
 
-@twin_app.command()
-def add(
-    twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    expert: Annotated[str, typer.Option("--expert", metavar="NAME=MODEL", help="The new expert.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Texts of its kind, for the router (.jsonl or .txt).")
-    ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its matrices; the twin's by default.")] = None,
-    threads: Threads = None,
-) -> None:
-    """Add an expert to a twin; the shared part and the other experts stay as they are.
-
-    twinmerge twin add TWIN --expert c=C --data c.jsonl -o MORE
-    """
-    from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.texts import read_texts
-    from twinmerge.twin.twin import Twin
-
-    use_threads(threads)
-    OutputFolder(output).check()
-    if len(named := pairs([expert], "--expert")) != 1:
-        raise TwinmergeError("Add one expert at a time.")
-    ((name, model),) = named.items()
-    more = Twin.from_pretrained(twin).add(name, model, read_texts(data) if data else None, rank=rank)
-    more.save_pretrained(output)
-    said(
-        f"Added {name}: the twin has {', '.join(more.experts)}, {size(_extra(output))} beside the shared model -> {output}"
-    )
-
-
-@twin_app.command()
-def remove(
-    twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    expert: Annotated[str, typer.Argument(help="The expert's name.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    threads: Threads = None,
-) -> None:
-    """Remove an expert from a twin; the shared part stays as it was built.
-
-    twinmerge twin remove TWIN c -o FEWER
-    """
-    from twinmerge.store.output import OutputFolder
-    from twinmerge.twin.twin import Twin
-
-    use_threads(threads)
-    OutputFolder(output).check()
-    less = Twin.from_pretrained(twin).remove(expert)
-    less.save_pretrained(output)
-    said(f"Removed {expert}: the twin has {', '.join(less.experts)} -> {output}")
-    if expert in less.package.provenance.get("twin", {}).get("removed", ()):
-        said(f"The shared part was built with {expert}; `twinmerge twin rebuild` makes it without.")
-
-
-@twin_app.command()
-def rebuild(
-    twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    base: Base = None,
-    expert: Experts = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind, for the router. Repeat."),
-    ] = None,
-    threads: Threads = None,
-) -> None:
-    """Build a twin anew, shared part and all, from the experts that it has now; it needs every one of them.
-
-    twinmerge twin rebuild TWIN --data a=a.jsonl --data c=c.jsonl -o ANEW
-    """
-    from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.texts import read_texts
-    from twinmerge.twin.twin import Twin
-
-    use_threads(threads)
-    OutputFolder(output).check()
-    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
-    anew = Twin.from_pretrained(twin).rebuild(inputs or None, base=base, experts=pairs(expert, "--expert"))
-    anew.save_pretrained(output)
-    said(f"Built anew from {', '.join(anew.experts)}: {size(_extra(output))} beside the shared model -> {output}")
-    if anew.router is None:
-        said("It has no router: the old one read the old shared part. Name --data for each expert to fit one.")
-
-
-@twin_app.command()
 def export(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -403,7 +230,6 @@ def export(
         )
 
 
-@twin_app.command()
 def run(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     text: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,

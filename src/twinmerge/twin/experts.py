@@ -20,7 +20,7 @@ from twinmerge.twin.compress import projected_factors
 from twinmerge.twin.mixture import index_of
 from twinmerge.twin.novelty import Novelty, limits_of
 from twinmerge.twin.package import Package
-from twinmerge.twin.router import GaussianRouter
+from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.split import Exclusive, is_buffer, split
 from twinmerge.twin.statistics import Statistics
 
@@ -129,11 +129,8 @@ def recipe_of(
     """
     if "recipe" not in provenance:
         raise TwinmergeError("The twin does not say what it was made from. Build it again from its base and experts.")
-    recipe, told = Recipe.from_description(provenance["recipe"]), provenance.get("twin", {})
-    models = {**recipe.experts, **{entry["name"]: entry["model"] for entry in told.get("added", ())}}
-    models = {name: model for name, model in models.items() if name not in told.get("removed", ())} | dict(
-        experts or {}
-    )
+    recipe = Recipe.from_description(provenance["recipe"])
+    models = models_of(provenance) | dict(experts or {})
     whole = {"base": recipe.base if base is None else base, **{f"expert {name!r}": m for name, m in models.items()}}
     for label, model in whole.items():
         if isinstance(model, str):
@@ -146,6 +143,16 @@ def recipe_of(
                 ) from error
     parameters = {k: v for k, v in recipe.parameters.items() if "." not in k or k.rpartition(".")[0] in models}
     return replace(recipe, base=whole["base"], experts=models, parameters=parameters)
+
+
+def models_of(provenance: Mapping[str, Any]) -> dict[str, ModelLike]:
+    """Where the experts of now were read from, by name; empty where the provenance does not say."""
+    if "recipe" not in provenance:
+        return {}
+    told = provenance.get("twin", {})
+    models = dict(Recipe.from_description(provenance["recipe"]).experts)
+    models |= {entry["name"]: entry["model"] for entry in told.get("added", ())}
+    return {name: model for name, model in models.items() if name not in told.get("removed", ())}
 
 
 def _statistics(package: Package) -> Statistics:

@@ -21,7 +21,9 @@ from twinmerge.models.opened import InMemory, OpenedModel, open_model
 from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.output import OutputFolder, layout, write_checkpoint
-from twinmerge.twin.router import GaussianRouter, MlpRouter, Router, router_from
+from twinmerge.twin.routers.fit import router_from
+from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.router import Router
 from twinmerge.twin.split import Exclusive
 from twinmerge.twin.statistics import Statistics
 
@@ -241,8 +243,7 @@ def _pack_router(package: Package, base: str) -> Artefact:
     router = package.router
     assert router is not None
     header: dict[str, Any] = {"router": router.kind, "layers": list(package.layers), "report": package.report}
-    if isinstance(router, MlpRouter):
-        header |= {"width": router.net[0].in_features, "experts": len(package.exclusive)}
+    header |= router.header()
     return Artefact("router", ROUTER_VERSION, base, header, dict(router.state_dict()))
 
 

@@ -13,8 +13,12 @@ from twinmerge.models.headed import batch_size
 from twinmerge.twin.early import Early, called_before
 from twinmerge.twin.features import default_layers, read_states
 from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
-from twinmerge.twin.reading import Given, input_directions, layer_count, nothing_much, read_features
-from twinmerge.twin.router import ProjectionRouter, Router, RouterReport, calibrated, fit_router
+from twinmerge.twin.reading import Given, input_directions, layer_count, nothing_much, read_batches, read_features
+from twinmerge.twin.routers.calibration import RouterReport
+from twinmerge.twin.routers.entropy import EntropyRouter, unsureness
+from twinmerge.twin.routers.fit import calibrated, fit_router, router_kind
+from twinmerge.twin.routers.projection import ProjectionRouter
+from twinmerge.twin.routers.router import Router
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -69,7 +73,11 @@ def routed(twin: Twin, batch: Mapping[str, Any], top_k: int | None) -> Routed:
             "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was made under."
         )
     with torch.no_grad(), twin.lock:
-        found, early = read_states(twin.model, batch, twin.layers)
+        early = None
+        if twin.router.reads == "answers":
+            found = answers(twin, batch)
+        else:
+            found, early = read_states(twin.model, batch, twin.layers)
         weights = twin.router.weights(found, top_k)
         nearest = weights.argmax(1)
         weights = torch.where(twin.router.far(found)[:, None], 0, weights)
@@ -111,20 +119,26 @@ def fitted(
     """A router, the layers that it reads, and how held-out rows were routed (see `Twin.fit_router`)."""
     for name in inputs:
         index_of(name, twin.experts)
-    if layers is None:
+    made = router_kind(kind)
+    if made.reads == "answers":
+        if layers is not None:
+            raise TwinmergeError(f"The {kind} router reads the experts' answers, no layers. Leave layers out.")
+        layers = ()
+    elif layers is None:
         layers = default_layers(layer_count(twin.model.architecture.config), kind, twin.first_layer)
     rows: list[Tensor] = []
     owners: list[int] = []
     for k, name in enumerate(twin.experts):
         if (given := inputs.get(name)) is not None:
-            read = read_features(twin, given, layers, name, batch_rows, progress)
+            if made.reads == "answers":
+                read = [answers(twin, batch) for batch in read_batches(twin, given, name, batch_rows, progress)]
+            else:
+                read = read_features(twin, given, layers, name, batch_rows, progress)
             rows += read
             owners += [k] * sum(len(f) for f in read)
     whose = torch.tensor(owners)
-    if kind == ProjectionRouter.kind:
-        if len(layers) != 1:
-            raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
-        from_experts = ProjectionRouter.from_bases(input_directions(twin, layers[0]))
+    if not made.needs_inputs:
+        from_experts = _of_experts(twin, made, layers)
         report = calibrated(from_experts, torch.cat(rows), whose, twin.experts) if rows else None
         return from_experts, tuple(layers), report
     if not rows:
@@ -134,6 +148,29 @@ def fitted(
     with torch.random.fork_rng(devices=[]):
         router, report = fit_router(kind, found, whose, twin.experts, seed, novel)
     return router, tuple(layers), report
+
+
+def _of_experts(twin: Twin, kind: type[Router], layers: Sequence[int]) -> Router:
+    """A router that is made of the experts alone."""
+    if kind is EntropyRouter:
+        return EntropyRouter(len(twin.experts))
+    if len(layers) != 1:
+        raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
+    return ProjectionRouter.from_bases(input_directions(twin, layers[0]))
+
+
+@torch.no_grad()
+def answers(twin: Twin, batch: Mapping[str, Any]) -> Tensor:
+    """(rows, experts): how unsure each expert's own answer is (see `routers/entropy.py`)."""
+    given = {k: v for k, v in batch.items() if k not in WANTS_ALL_LAYERS and k != "past_key_values"}
+    found = []
+    for name in twin.experts:
+        out = twin(**given, expert=name)
+        logits = out.logits if out.logits is not None else getattr(out.output, "logits", None)
+        if logits is None:
+            raise TwinmergeError("The entropy router reads answers, and this twin gives none. Choose another router.")
+        found.append(unsureness(logits, given.get("input_ids"), given.get("attention_mask")))
+    return torch.stack(found, 1)
 
 
 def heads_of_rows(twin: Twin, head: str | Sequence[str] | None, likely: Sequence[str | None]) -> list[str] | None:

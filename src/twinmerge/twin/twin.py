@@ -32,7 +32,9 @@ from twinmerge.twin.package import Package
 from twinmerge.twin.planner import Planner
 from twinmerge.twin.predict import predict
 from twinmerge.twin.reading import Given, position_limit, read_features, read_moments
-from twinmerge.twin.router import ProjectionRouter, Router, RouterReport
+from twinmerge.twin.refine import refined
+from twinmerge.twin.routers.calibration import RouterReport
+from twinmerge.twin.routers.router import Router
 from twinmerge.twin.routing import CHOICE, changed_before, fitted, heads_of_rows, mixtures, per_row, routed
 from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.score import Score, score
@@ -105,7 +107,7 @@ class Twin(nn.Module):
         self.router: Router | None = package.router
         self.layers = package.layers
         self.top_k: int | None = 1
-        self._sources = dict(licences or {})
+        self.sources = dict(licences or {})
         self._encoder: TextEncoder | None = None
         self.lock = threading.RLock()
         self.eval()
@@ -174,11 +176,11 @@ class Twin(nn.Module):
             folder: one that does not exist or is empty.
             about: expert -> more keys of its entry in heads.json, such as its task and metric.
         """
-        self.package = self._current()
+        self.package = self.package_now()
         provenance = self.package.provenance
-        if self._sources:
-            base = self._sources["base"]
-            others = {n: m for n, m in self._sources.items() if n != "base"}
+        if self.sources:
+            base = self.sources["base"]
+            others = {n: m for n, m in self.sources.items() if n != "base"}
             card = model_card(
                 provenance, base, others, sorted({n for h in self.package.heads.values() for n in h.tensors}), "twin"
             )
@@ -200,7 +202,7 @@ class Twin(nn.Module):
     def at_rank(self, rank: int) -> Twin:
         """The same twin with every exclusive matrix cut to a lower rank; shares the weights' memory where it can."""
         exclusive = {name: cut(part, rank) for name, part in self.package.exclusive.items()}
-        twin = Twin(self.package._replace(exclusive=exclusive), self.side_files, self._sources)
+        twin = Twin(self.package._replace(exclusive=exclusive), self.side_files, self.sources)
         twin.router, twin.layers, twin._encoder = self.router, self.layers, self._encoder
         return twin
 
@@ -226,7 +228,7 @@ class Twin(nn.Module):
         if not 0 <= layer < count:
             raise TwinmergeError(f"Layer {layer} is out of range: the model has {count}. Give 0 to {count - 1}.")
         below = changed_before(self, layer)
-        package = self._current()
+        package = self.package_now()
         exclusive = {e: without_parameters(part, below) for e, part in package.exclusive.items()}
         if self.layers and max(self.layers) > layer:
             package = package._replace(router=None, layers=(), report=None)
@@ -258,7 +260,7 @@ class Twin(nn.Module):
             rank: of every matrix.
             energy: the least share kept, 0 to 1; each matrix gets the rank that is worth its bytes.
             bytes: of the files beside the shared model (exclusive parts, heads, router), at most; ranks as with `energy`.
-            codec: of the numbers on the disk: "none", "float16" or "int8".
+            codec: of the numbers on the disk: "none", "float16", "int8" or "int4".
             inputs: expert -> texts (or a batch of tensors) of its kind, as in `fit_router`. With them, what is kept is what
                 matters for the outputs on such inputs, not for the weights alone.
 
@@ -268,8 +270,36 @@ class Twin(nn.Module):
         moments = None
         if inputs is not None:
             moments = {name: read_moments(self, given, name, batch_rows, progress) for name, given in inputs.items()}
-        package = self._current()
+        package = self.package_now()
         return self._with(compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments))
+
+    def refine(
+        self,
+        inputs: Mapping[str, Given],
+        *,
+        experts: Mapping[str, ModelLike] | None = None,
+        steps: int = 200,
+        rate: float = 1e-3,
+        batch_rows: int = 32,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Twin:
+        """The same twin, as small as it is, whose exclusive parts answer more like the experts (see `twin/refine.py`).
+
+        Makes up for low ranks, few bits and, in a single-pass twin, for what the lower layers leave out. It takes the experts
+        and some seconds to minutes for each; compress first, refine last.
+
+        Args:
+            inputs: expert -> a few hundred texts (or a batch of tensors) of its kind, as in `fit_router`; labels are not read.
+                Experts without inputs stay as they are.
+            experts: where models lie that are no longer where they were.
+            steps: of one batch each, for every expert.
+            rate: of Adam.
+
+        Errors:
+            TwinmergeError: unknown names, an expert that is not there any more, or no inputs.
+        """
+        return self._with(refined(self, inputs, experts or {}, steps, rate, batch_rows, seed, progress))
 
     # ------------------------------------------------------------------ experts that come and go
 
@@ -295,12 +325,12 @@ class Twin(nn.Module):
             TwinmergeError: a name that is taken, a model of another kind, no inputs for the router, or a router without
                 statistics.
         """
-        from_experts = isinstance(self.router, ProjectionRouter)
+        from_experts = self.router is not None and not self.router.needs_inputs
         if self.router is not None and inputs is None and not from_experts:
             raise TwinmergeError(f"The router must learn what inputs {name!r} is for. Give inputs of its kind.")
         own = self.package.provenance.get("twin", {}).get("rank")
         ranks = [f.rank for part in self.package.exclusive.values() for f in part.low.values()]
-        package = with_expert(self._current(), name, model, rank or own or max([1, *ranks]), progress)
+        package = with_expert(self.package_now(), name, model, rank or own or max([1, *ranks]), progress)
         if inputs is not None and self.router is not None and not from_experts:
             found = read_features(self, inputs, self.layers, name, batch_rows, progress)
             package = routed_to(package, name, torch.cat(found))
@@ -314,18 +344,18 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: no such expert, the only one, or a router without statistics.
         """
-        package = self._current()
-        if isinstance(self.router, ProjectionRouter):
+        package = self.package_now()
+        if self.router is not None and not self.router.needs_inputs:
             package = package._replace(router=None)
         return self._changed(without_expert(package, name))
 
     def _changed(self, package: Package) -> Twin:
         """A twin of other experts; a router that is made from them is made anew."""
-        if not isinstance(self.router, ProjectionRouter):
+        if self.router is None or self.router.needs_inputs:
             return self._with(package)
         twin = self._with(package._replace(router=None, layers=(), report=None))
         if len(twin.experts) > 1:
-            twin.fit_router(kind=ProjectionRouter.kind, layers=self.layers)
+            twin.fit_router(kind=self.router.kind, layers=self.layers or None)
         return twin
 
     def rebuild(
@@ -359,11 +389,12 @@ class Twin(nn.Module):
     def _acting_from(self, layer: int | None) -> Twin:
         return self if layer is None else self.single_pass(layer)
 
-    def _current(self) -> Package:
+    def package_now(self) -> Package:
+        """All that a twin folder holds, with the router of now."""
         return self.package._replace(router=self.router, layers=self.layers)
 
     def _with(self, package: Package) -> Twin:
-        twin = Twin(package, self.side_files, self._sources)
+        twin = Twin(package, self.side_files, self.sources)
         twin._encoder = self._encoder
         return twin
 
@@ -391,11 +422,12 @@ class Twin(nn.Module):
 
         Args:
             inputs: expert -> texts (or pairs, or suite rows), or a batch of tensors such as {"pixel_values": ...}.
-            kind: "gaussian" (closed form, early layers beside the last); "mlp" (the paper's, last layer); or "projection", made
-                from the experts' weights, which takes inputs only to set its temperature and to report on them.
-            layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one).
+            kind: "gaussian" (closed form, early layers beside the last); "mlp" (the paper's, last layer); "knn" (keeps examples);
+                "projection" and "entropy", made of the experts alone: with no inputs they are not calibrated.
+            layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one, "entropy" none but every
+                expert's answer).
             null: let the shared model answer what is far from every expert's inputs (`twin/novelty.py`); takes 250 inputs or
-                more of an expert. Not for "projection".
+                more of an expert. Not for "projection" and "entropy".
 
         Returns:
             how held-out rows were routed; None without inputs.

@@ -1,0 +1,179 @@
+"""`twinmerge twin`: make a twin smaller or better, let experts come and go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinmerge.cli.common import Base, Experts, Json, Threads, pairs, print_json, said, size
+from twinmerge.cli.twin_common import (
+    Bytes,
+    Codec,
+    Energy,
+    Picture,
+    bytes_beside,
+    check_picture,
+    compressed,
+    drawn,
+    told,
+)
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import use_threads
+
+
+def compress(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of every exclusive matrix.")] = None,
+    energy: Energy = None,
+    bytes_: Bytes = None,
+    codec: Codec = "none",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", metavar="NAME=FILE", help="Texts of an expert's kind: keep what matters for them. Repeat."
+        ),
+    ] = None,
+    picture: Picture = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Make a twin smaller: by rank, by the share of energy kept, or by bytes on the disk.
+
+    twinmerge twin compress TWIN --bytes 4% --codec int8 --data a=a.jsonl --data b=b.jsonl -o SMALL
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.tasks.texts import read_texts
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    check_picture(picture)
+    loaded = Twin.from_pretrained(twin)
+    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    small = compressed(loaded, rank, energy, bytes_, codec, inputs or None)
+    small.save_pretrained(output)
+    beside = bytes_beside(output)
+    kept = drawn(small, picture)
+    if json:
+        print_json({"output": str(output), "bytes_extra": beside, "retained": kept})
+        return
+    said(f"{told(beside, kept)} -> {output}")
+
+
+def refine(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind, a few hundred. Repeat."),
+    ] = None,
+    expert: Experts = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of 32 texts each, for every expert.")] = 200,
+    rate: Annotated[float, typer.Option("--rate", help="Of Adam.")] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    threads: Threads = None,
+) -> None:
+    """Fit a small twin's parts to their experts' answers; needs the experts, and texts without labels.
+
+    twinmerge twin refine SMALL --data a=a.jsonl --data b=b.jsonl -o BETTER
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.tasks.texts import read_texts
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    if not inputs:
+        raise TwinmergeError("No texts are named. Add --data NAME=FILE for every expert that is to be refined.")
+    fine = Twin.from_pretrained(twin).refine(
+        inputs, experts=pairs(expert, "--expert"), steps=steps, rate=rate, seed=seed
+    )
+    fine.save_pretrained(output)
+    said(
+        f"Refined {', '.join(inputs)} in {steps} steps each: {size(bytes_beside(output))} beside the shared model -> {output}"
+    )
+
+
+def add(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    expert: Annotated[str, typer.Option("--expert", metavar="NAME=MODEL", help="The new expert.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Texts of its kind, for the router (.jsonl or .txt).")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its matrices; the twin's by default.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Add an expert to a twin; the shared part and the other experts stay as they are.
+
+    twinmerge twin add TWIN --expert c=C --data c.jsonl -o MORE
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.tasks.texts import read_texts
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    if len(named := pairs([expert], "--expert")) != 1:
+        raise TwinmergeError("Add one expert at a time.")
+    ((name, model),) = named.items()
+    more = Twin.from_pretrained(twin).add(name, model, read_texts(data) if data else None, rank=rank)
+    more.save_pretrained(output)
+    said(
+        f"Added {name}: the twin has {', '.join(more.experts)}, {size(bytes_beside(output))} beside the shared model -> {output}"
+    )
+
+
+def remove(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    expert: Annotated[str, typer.Argument(help="The expert's name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    threads: Threads = None,
+) -> None:
+    """Remove an expert from a twin; the shared part stays as it was built.
+
+    twinmerge twin remove TWIN c -o FEWER
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    less = Twin.from_pretrained(twin).remove(expert)
+    less.save_pretrained(output)
+    said(f"Removed {expert}: the twin has {', '.join(less.experts)} -> {output}")
+    if expert in less.package.provenance.get("twin", {}).get("removed", ()):
+        said(f"The shared part was built with {expert}; `twinmerge twin rebuild` makes it without.")
+
+
+def rebuild(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    base: Base = None,
+    expert: Experts = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind, for the router. Repeat."),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Build a twin anew, shared part and all, from the experts that it has now; it needs every one of them.
+
+    twinmerge twin rebuild TWIN --data a=a.jsonl --data c=c.jsonl -o ANEW
+    """
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.tasks.texts import read_texts
+    from twinmerge.twin.twin import Twin
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    anew = Twin.from_pretrained(twin).rebuild(inputs or None, base=base, experts=pairs(expert, "--expert"))
+    anew.save_pretrained(output)
+    said(f"Built anew from {', '.join(anew.experts)}: {size(bytes_beside(output))} beside the shared model -> {output}")
+    if anew.router is None:
+        said("It has no router: the old one read the old shared part. Name --data for each expert to fit one.")

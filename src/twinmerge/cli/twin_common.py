@@ -1,0 +1,72 @@
+"""What the commands of `twinmerge twin` share: options, and what is told of a folder that was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from twinmerge.cli.common import byte_count, folder_bytes, size
+
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
+
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", metavar="SHARE", help="Keep this share of what the experts know, in the fewest bytes."),
+]
+Bytes = Annotated[
+    str | None,
+    typer.Option("--bytes", metavar="SIZE", help="Of the files beside the shared model, at most: 3.5MB, or 4% of it."),
+]
+Codec = Annotated[str, typer.Option("--codec", help="Of the numbers on the disk: none, float16, int8, int4.")]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE", help="Draw what is kept, layer by layer (.png, .svg, .pdf).")
+]
+
+
+def compressed(
+    twin: Twin,
+    rank: int | None,
+    energy: float | None,
+    size_: str | None,
+    codec: str,
+    inputs: Mapping[str, Sequence[Any]] | None,
+) -> Twin:
+    shared = twin.package.shared
+    whole = sum(spec.bytes for spec in shared.specs.values())
+    limit = None if size_ is None else byte_count(size_, whole)
+    return twin.compress(rank=rank, energy=energy, bytes=limit, codec=codec, inputs=inputs)
+
+
+def bytes_beside(folder: Path) -> int:
+    """Bytes of the files beside the shared model."""
+    files = [folder / name for name in ("twin.safetensors", "router.safetensors")]
+    beside = sum(file.stat().st_size for file in files if file.exists())
+    return beside + (folder_bytes(folder / "heads") if (folder / "heads").exists() else 0)
+
+
+def told(beside: int, kept: Mapping[str, float]) -> str:
+    if not kept:  # refined parts are no share of what there was
+        return f"{size(beside)} beside the shared model"
+    return f"{size(beside)} beside the shared model, on average {100 * sum(kept.values()) / len(kept):.1f} % of a matrix's energy kept"
+
+
+def check_picture(file: Path | None) -> None:
+    if file is not None:
+        from twinmerge.study.heatmap import check_picture
+
+        check_picture(file)
+
+
+def drawn(twin: Twin, file: Path | None) -> dict[str, float]:
+    """The share of the energy that each matrix keeps; drawn where a picture is asked for."""
+    shares, ranks = twin.retained()
+    if file is not None:
+        from twinmerge.study.heatmap import draw_retained
+
+        draw_retained(shares, ranks, f"What {', '.join(twin.experts)} keep", file)
+    return shares

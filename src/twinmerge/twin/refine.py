@@ -1,0 +1,225 @@
+"""Exclusive parts made to answer as their experts do: the factors, small as they are, fitted to the experts' own answers.
+
+A cut leaves out what matters least by its size. What is left can do better than its share of the whole: gradient descent on the
+factors alone, towards the states and answers of the expert on a few hundred inputs of its kind. No label is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.codec import projected
+from twinmerge.maths.lowrank import Factors
+from twinmerge.models.headed import HeadedModel
+from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.twin.compress import projected_factors
+from twinmerge.twin.experts import models_of
+from twinmerge.twin.mixture import index_of
+from twinmerge.twin.package import Package
+from twinmerge.twin.reading import Given, read_batches
+from twinmerge.twin.split import Exclusive
+
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
+WARM = 0.1  # share of the steps in which the rate grows
+CLIP = 1.0  # of the gradient's norm
+
+
+def refined(
+    twin: Twin,
+    inputs: Mapping[str, Given],
+    experts: Mapping[str, ModelLike],
+    steps: int,
+    rate: float,
+    batch_rows: int,
+    seed: int,
+    progress: bool,
+) -> Package:
+    """The twin's package with refined exclusive parts (see `Twin.refine`)."""
+    if steps < 1:
+        raise TwinmergeError(f"steps={steps} is out of range. Give at least 1.")
+    for name in inputs:
+        index_of(name, twin.experts)
+    package = twin.package_now()
+    models = {**models_of(package.provenance), **twin.sources, **experts}
+    parts = dict(package.exclusive)
+    for name, given in inputs.items():
+        batches = list(read_batches(twin, given, name, batch_rows, progress))
+        if not batches:
+            raise TwinmergeError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
+        if (model := models.get(name)) is None:
+            raise TwinmergeError(f"The twin does not say where the expert {name!r} is. Say it with experts.")
+        opened = (
+            model if isinstance(model, OpenedModel) else open_model(model, None if isinstance(model, str) else name)
+        )
+        with twin.lock:
+            parts[name] = fitted_part(twin, name, opened, batches, steps, rate, seed, progress)
+    told = {"experts": list(inputs), "steps": steps, "rate": rate}
+    provenance = {**package.provenance, "twin": {**package.provenance.get("twin", {}), "refined": told}}
+    return package._replace(exclusive=parts, provenance=provenance)
+
+
+def fitted_part(
+    twin: Twin,
+    name: str,
+    expert: OpenedModel,
+    batches: Sequence[Mapping[str, Any]],
+    steps: int,
+    rate: float,
+    seed: int = 0,
+    progress: bool = True,
+) -> Exclusive:
+    """The exclusive part of one expert, its factors fitted to the expert's answers.
+
+    Adam on b, a and what is no matrix, from what they are; the loss is `gap`. With a codec, the numbers that count are those
+    that it stores (straight through: gradients are taken as if they were not rounded).
+
+    Args:
+        expert: the model itself.
+        batches: of its kind of inputs.
+        steps: of one batch each; rate: of Adam, grows over a tenth of the steps and falls to nothing along a cosine.
+
+    Errors:
+        TwinmergeError: answers that turn to NaN.
+    """
+    part, codec = twin.package.exclusive[name], twin.package.codec
+    teacher = HeadedModel(_class_of(expert), {n: expert.read(n) for n in expert.specs})
+    low = {n: [x.float().clone().requires_grad_() for x in _balanced(f)] for n, f in part.low.items()}
+    dense = {n: v.float().clone().requires_grad_() for n, v in part.dense.items()}
+    optimizer = torch.optim.Adam([*(x for f in low.values() for x in f), *dense.values()], lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
+    heads = [name] if twin.model.head_specs else None
+    order = _shuffled(len(batches), steps, seed)
+    bar = tqdm(order, f"refining {name}", delay=1, leave=False, disable=None if progress else True)
+    for k in bar:
+        batch = batches[k]
+        with torch.no_grad():
+            goal = teacher(batch, output_hidden_states=True)
+        rows = len(goal.hidden_states[-1])
+        with torch.enable_grad(), _weights(twin, low, dense, codec):
+            found = twin.model(batch, heads * rows if heads else None, output_hidden_states=True)
+            loss = gap(_states(found), goal, batch.get("attention_mask"), _logits(found))
+        if not bool(loss.isfinite()):
+            raise TwinmergeError(f"The answers of {name!r} turned to NaN. Refine at a lower rate.")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
+    made = Exclusive({}, {n: projected(v.detach().to(part.dense[n]), codec) for n, v in dense.items()})
+    for n, (b, a) in low.items():
+        dtype = part.low[n].b.dtype if codec == "none" else torch.float32
+        near = projected_factors(Factors(b.detach(), a.detach()), len(a), codec)
+        made.low[n] = Factors(near.b.to(dtype), near.a.to(dtype))
+    return made
+
+
+def gap(states: Tensor, goal: Any, mask: Tensor | None, logits: Tensor | None) -> Tensor:
+    """How far answers are from an expert's: ‖h − h*‖² / ‖h* − mean h*‖² of the last states over the inputs' own positions, and
+    KL(p* ‖ p) of the answers where both have them.
+
+    Example:
+        >>> from transformers.modeling_outputs import BaseModelOutput
+        >>> h = torch.tensor([[[1.0], [3.0]]])
+        >>> gap(h + 1, BaseModelOutput(hidden_states=(h,)), None, None)
+        tensor(1.)
+    """
+    wanted: Tensor = goal.hidden_states[-1].float()
+    if mask is not None and mask.shape == wanted.shape[:2]:
+        own = mask.bool()
+        states, wanted = states[own], wanted[own]
+    else:
+        own = None
+        states, wanted = states.flatten(0, -2), wanted.flatten(0, -2)
+    found = (states.float() - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum().clamp(min=1e-12)
+    right = getattr(goal, "logits", None)
+    if logits is None or right is None or logits.shape != right.shape or logits.shape[-1] < 2:
+        return found
+    if logits.dim() == 3 and own is not None:
+        logits, right = logits[own], right[own]
+    logs, target = torch.log_softmax(logits.float(), -1), torch.log_softmax(right.float(), -1)
+    return found + F.kl_div(logs.flatten(0, -2), target.flatten(0, -2), reduction="batchmean", log_target=True)
+
+
+@contextmanager
+def _weights(
+    twin: Twin, low: Mapping[str, Sequence[Tensor]], dense: Mapping[str, Tensor], codec: str
+) -> Iterator[None]:
+    """Within the context the body has θs + b a and θs + v, made so that gradients reach b, a and v."""
+    made: dict[str, Tensor] = {}
+    before = []
+    for place, part in twin.runtime.places:
+        parameter = place.module._parameters[place.attribute]
+        assert parameter is not None
+        if part.name not in made:
+            if part.name in low:
+                b, a = _stored(Factors(*low[part.name]), codec)
+                made[part.name] = parameter + (b @ a).reshape(parameter.shape).to(parameter)
+            elif part.name in dense:
+                made[part.name] = parameter + dense[part.name].to(parameter)
+        if part.name in made:
+            before.append((place, parameter))
+            place.module._parameters[place.attribute] = made[part.name]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for place, parameter in before:
+            place.module._parameters[place.attribute] = parameter
+
+
+def _stored(factors: Factors, codec: str) -> Factors:
+    """The factors as they read once they were stored; gradients pass as if nothing was rounded."""
+    if codec == "none":
+        return factors
+    with torch.no_grad():
+        near = projected_factors(factors, factors.rank, codec)
+    return Factors(*(x + (y.to(x) - x).detach() for x, y in zip(_balanced(factors), near, strict=True)))
+
+
+def _balanced(factors: Factors) -> Factors:
+    """The same product, b and a alike in size."""
+    by = (factors.a.norm(dim=1) / factors.b.norm(dim=0).clamp(min=1e-30)).sqrt().nan_to_num(1.0).detach()
+    by = torch.where(by > 0, by, 1.0)
+    return Factors(factors.b * by, factors.a / by[:, None])
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    warm = max(1, round(WARM * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _shuffled(count: int, steps: int, seed: int) -> list[int]:
+    """Numbers of batches, each as often as the others."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-steps // count))]
+    found: list[int] = torch.cat(rounds)[:steps].tolist()
+    return found
+
+
+def _states(output: Any) -> Tensor:
+    inner = output["output"] if isinstance(output, dict) and "output" in output else output
+    states: Tensor = inner.hidden_states[-1]
+    return states
+
+
+def _logits(output: Any) -> Tensor | None:
+    return output["logits"] if isinstance(output, dict) and "output" in output else getattr(output, "logits", None)
+
+
+def _class_of(expert: OpenedModel) -> Any:
+    if expert.architecture is None:
+        raise TwinmergeError(f"{expert.name} has no config.json, so it cannot answer. Add its config.json.")
+    return expert.architecture

@@ -1,0 +1,95 @@
+"""How good a router's weights are on rows that it was not fitted on, and the temperature that makes them honest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+HELD_OUT = 0.2
+BINS = 15
+
+
+class RouterReport(NamedTuple):
+    """On the held-out rows: share routed right (all, and by expert), negative log-likelihood and expected calibration
+    error before and after the temperature; confusion[i][j]: rows of expert i that went to expert j; refused:
+    share of rows that the null expert took."""
+
+    rows: int
+    right: float
+    right_by_expert: dict[str, float]
+    nll: float
+    nll_calibrated: float
+    ece: float
+    ece_calibrated: float
+    temperature: float
+    confusion: list[list[int]]
+    refused: float = 0.0
+
+
+def held_out_split(owners: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Disjoint (train, held-out) row numbers: a fifth of every expert's rows, at least one, is held out."""
+    generator = torch.Generator().manual_seed(seed)
+    train, held = [], []
+    for k in owners.unique().tolist():
+        rows = (owners == k).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        cut = max(1, int(HELD_OUT * len(rows)))
+        held.append(rows[:cut])
+        train.append(rows[cut:])
+    return torch.cat(train).sort().values, torch.cat(held).sort().values
+
+
+def fit_temperature(logits: Tensor, owners: Tensor) -> float:
+    """The temperature of least negative log-likelihood, by golden-section search over log T in [−4, 6].
+
+    Source: Guo et al. 2017, "On calibration of modern neural networks", section 4.2.
+    """
+    low, high, ratio = -4.0, 6.0, (math.sqrt(5) - 1) / 2
+
+    def nll(log_t: float) -> float:
+        return F.cross_entropy(logits.double() / math.exp(log_t), owners).item()
+
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if nll(left) <= nll(right):
+            high = right
+        else:
+            low = left
+    best = (low + high) / 2
+    return math.exp(best) if nll(best) <= nll(0.0) else 1.0
+
+
+def calibration_error(weights: Tensor, owners: Tensor) -> float:
+    """Expected calibration error: mean |accuracy − confidence| over 15 equal bins of confidence, weighted by rows."""
+    confidence, chosen = weights.max(-1)
+    right = (chosen == owners).double()
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps: list[float] = [
+        abs(right[bins == k].mean().item() - confidence[bins == k].double().mean().item()) * (bins == k).sum().item()
+        for k in bins.unique()
+    ]
+    return sum(gaps, 0.0) / len(owners)
+
+
+def report_of(logits: Tensor, owners: Tensor, experts: Sequence[str], temperature: float) -> RouterReport:
+    plain, calibrated = torch.softmax(logits, -1), torch.softmax(logits / temperature, -1)
+    chosen = logits.argmax(-1)
+    count = len(experts)
+    confusion = torch.bincount(owners * count + chosen, minlength=count * count).reshape(count, count)
+    by_expert = {n: (confusion[k, k] / confusion[k].sum()).item() for k, n in enumerate(experts)}
+    return RouterReport(
+        rows=len(owners),
+        right=(chosen == owners).float().mean().item(),
+        right_by_expert=by_expert,
+        nll=F.cross_entropy(logits.double(), owners).item(),
+        nll_calibrated=F.cross_entropy(logits.double() / temperature, owners).item(),
+        ece=calibration_error(plain, owners),
+        ece_calibrated=calibration_error(calibrated, owners),
+        temperature=temperature,
+        confusion=confusion.tolist(),
+    )
