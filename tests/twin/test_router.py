@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.features import features
 from twinmerge.twin.routers.calibration import calibration_error, fit_temperature, held_out_split
 from twinmerge.twin.routers.entropy import unsureness
 from twinmerge.twin.routers.fit import fit_router, router_from
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.knn import KnnRouter
+from twinmerge.twin.routers.logistic import LogisticRouter
 from twinmerge.twin.routers.mlp import MlpRouter
 from twinmerge.twin.routers.projection import ProjectionRouter
 from twinmerge.twin.twin import Twin
@@ -45,7 +47,7 @@ def test_check18_size_of_the_papers_router(width: int, experts: int, count: int)
     assert kinds == ["Linear", "BatchNorm1d", "LeakyReLU", "Dropout"] * 2 + ["Linear"]
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "mlp", "knn"])
+@pytest.mark.parametrize("kind", ["gaussian", "logistic", "mlp", "knn"])
 def test_check18_weights(kind: str) -> None:
     """Check 18: w ≥ 0 with sum 1; a row's weights do not depend on the batch, nor on the calls before."""
     z, owners = blobs(1, 20)
@@ -63,7 +65,7 @@ def test_check18_weights(kind: str) -> None:
 # ---------------------------------------------------------------------------------------- check 19
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "mlp", "knn"])
+@pytest.mark.parametrize("kind", ["gaussian", "logistic", "mlp", "knn"])
 def test_check19_learns_blobs(kind: str) -> None:
     """Check 19: eight blobs with Bayes ≥ 99.5 %: ≥ 98 % on fresh rows in 10 epochs; same seed, same bits."""
     means = blobs(0, 1, 1e6)[0] / 1e6
@@ -84,7 +86,7 @@ def test_check19_learns_blobs(kind: str) -> None:
     assert any(not torch.equal(t, other.state_dict()[n]) for n, t in state.items())
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "mlp", "knn"])
+@pytest.mark.parametrize("kind", ["gaussian", "logistic", "mlp", "knn"])
 def test_check19_permuted_labels_teach_nothing(kind: str) -> None:
     """Check 19: with shuffled labels accuracy on fresh rows and on the held-out ones is chance, 12.5 % ± 4."""
     z, owners = blobs(1, 200)
@@ -112,7 +114,7 @@ def test_check19_held_out_rows_are_not_trained_on() -> None:
     _, held = held_out_split(owners, 0)
     spoiled = z.clone()
     spoiled[held] = 1e3 * torch.randn(len(held), 64, generator=torch.Generator().manual_seed(0))
-    for kind in ("gaussian", "mlp", "knn"):
+    for kind in ("gaussian", "logistic", "mlp", "knn"):
         a, b = fit_router(kind, z, owners, EXPERTS)[0], fit_router(kind, spoiled, owners, EXPERTS)[0]
         assert all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items() if n != "temperature")
 
@@ -400,3 +402,35 @@ def test_knn_router_of_a_twin_comes_back_from_its_folder(lab: Any, tmp_path: Pat
     assert torch.equal(again.route(batch, None), twin.route(batch, None))
     with pytest.raises(TwinmergeError, match="keeps no statistics"):
         again.remove("e0")
+
+
+def test_logistic_router_reads_means_and_spreads(lab: Any, tmp_path: Path) -> None:
+    """Two kinds of rows with the same mean word and another spread: the Gaussian on means sees nothing, the logistic one does."""
+    twin = lab.new_case("bert", torch.float32).twin(3)
+    batch = inputs(lab, 8)["e0"]
+    states = twin.model.hidden_states(batch)
+    both = features(twin.model, batch, (0, 1), spreads=True)
+    assert torch.equal(both[:, 64:], features(twin.model, batch, (0, 1)))
+    row = states[1][0, :4]  # its last two positions are padding
+    torch.testing.assert_close(both[0, 32:64], row.std(0, unbiased=False), rtol=1e-4, atol=1e-6)
+    given = inputs(lab, 60)
+    report = twin.fit_router(given, "logistic", progress=False)
+    assert report is not None and report.right >= 0.9 and twin.router.shape == (3, 2 * 32 * 2)
+    again = Twin.from_pretrained(twin.save_pretrained(tmp_path / "twin"))
+    assert torch.equal(again.route(given["e2"], None), twin.route(given["e2"], None))
+
+
+def test_logistic_regression_is_the_minimum_of_its_loss() -> None:
+    z, owners = blobs(1, 30, separation=2.0, classes=3, width=8)
+    router = LogisticRouter.fit(5 + 3 * z, owners, EXPERTS[:3])
+    spread = (5 + 3 * z).std(0)
+
+    def loss(weight: Tensor, bias: Tensor) -> float:
+        ridge = 1e-3 / 2 * (weight * spread).square().sum()
+        return (F.cross_entropy(F.linear(5 + 3 * z, weight, bias), owners) + ridge).item()
+
+    best = loss(router.weight, router.bias)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        step = 1e-2 * torch.randn(router.weight.shape, generator=generator)
+        assert best <= loss(router.weight + step, router.bias) + 1e-6

@@ -228,7 +228,7 @@ def test_serving10_gaussian_and_mlp_on_32_examples_a_task() -> None:
     fresh, truth = synthetic(200, 2)
     names = [str(k) for k in range(8)]
     right = {}
-    for kind in ("gaussian", "mlp", "knn"):
+    for kind in ("gaussian", "logistic", "mlp", "knn"):
         router, _ = fit_router(kind, z, owners, names)
         right[kind] = (router.weights(fresh).argmax(1) == truth).double().mean().item()
     assert right["gaussian"] >= 0.97 and right["gaussian"] >= right["mlp"] - 0.01

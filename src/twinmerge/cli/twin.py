@@ -68,7 +68,8 @@ def build(
     router: Annotated[
         str,
         typer.Option(
-            "--router", help="gaussian, mlp (the paper's), knn, or projection and entropy, which need no data."
+            "--router",
+            help="gaussian, logistic, mlp (the paper's), knn, or projection and entropy, which need no data.",
         ),
     ] = "gaussian",
     single_pass: Annotated[

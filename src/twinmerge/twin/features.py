@@ -1,4 +1,4 @@
-"""What a router reads: means of the shared model's hidden states over an input's own positions."""
+"""What a router reads: means of the shared model's hidden states over an input's own positions, and their spreads."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ def default_layers(layers: int, kind: str, deepest: int | None = None) -> tuple[
     return tuple(sorted({1, max(1, round(layers / 3)), max(1, layers // 2), layers}))
 
 
-def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> Tensor:
-    """(rows, Σ widths) float32: for each layer the mean over the positions that are not padding."""
-    return read_states(model, batch, layers)[0]
+def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int], spreads: bool = False) -> Tensor:
+    """(rows, Σ widths) float32: for each layer the mean over the positions that are not padding; with `spreads` twice as many, the
+    standard deviations over the same positions first."""
+    return read_states(model, batch, layers, spreads)[0]
 
 
-def read_states(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int]) -> tuple[Tensor, Early | None]:
+def read_states(
+    model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int], spreads: bool = False
+) -> tuple[Tensor, Early | None]:
     """The features, and what the first layers gave where the pass could stop at the deepest one that is read.
 
     Errors:
@@ -59,7 +62,9 @@ def read_states(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[i
         raise TwinmergeError(
             f"The router reads layer {max(layers)}, the model's last is {len(states) - 1}. Name other layers and fit it again."
         )
-    return torch.cat([masked_mean(states[layer], batch.get("attention_mask")) for layer in layers], dim=-1), early
+    mask, read = batch.get("attention_mask"), [states[layer] for layer in layers]
+    found = [masked_spread(s, mask) for s in read] if spreads else []
+    return torch.cat([*found, *(masked_mean(s, mask) for s in read)], dim=-1), early
 
 
 def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,3 +81,15 @@ def masked_mean(states: Tensor, mask: Tensor | None) -> Tensor:
         return wide.mean(1)
     m = mask.to(wide)[..., None]
     return torch.where(m > 0, wide, 0.0).sum(1) / m.sum(1).clamp(min=1)
+
+
+def masked_spread(states: Tensor, mask: Tensor | None) -> Tensor:
+    """The standard deviation over the same positions, around their mean.
+
+    Example:
+        >>> masked_spread(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
+        tensor([[1.]])
+    """
+    mean, wide = masked_mean(states, mask), states.float()
+    centered = wide - (mean[:, :, None, None] if wide.dim() == 4 else mean[:, None])
+    return masked_mean(centered.square(), mask).sqrt()

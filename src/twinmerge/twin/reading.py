@@ -42,10 +42,17 @@ def read_batches(twin: Twin, given: Given, name: str, batch_rows: int, progress:
 
 @torch.no_grad()
 def read_features(
-    twin: Twin, given: Given, layers: Sequence[int], name: str, batch_rows: int, progress: bool
+    twin: Twin,
+    given: Given,
+    layers: Sequence[int],
+    name: str,
+    batch_rows: int,
+    progress: bool,
+    spreads: bool = False,
 ) -> list[Tensor]:
     """The router's features, batch by batch."""
-    return [features(twin.model, batch, layers) for batch in read_batches(twin, given, name, batch_rows, progress)]
+    found = read_batches(twin, given, name, batch_rows, progress)
+    return [features(twin.model, batch, layers, spreads) for batch in found]
 
 
 @torch.no_grad()

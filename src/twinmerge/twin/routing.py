@@ -77,7 +77,7 @@ def routed(twin: Twin, batch: Mapping[str, Any], top_k: int | None) -> Routed:
         if twin.router.reads == "answers":
             found = answers(twin, batch)
         else:
-            found, early = read_states(twin.model, batch, twin.layers)
+            found, early = read_states(twin.model, batch, twin.layers, twin.router.spreads)
         weights = twin.router.weights(found, top_k)
         nearest = weights.argmax(1)
         weights = torch.where(twin.router.far(found)[:, None], 0, weights)
@@ -133,7 +133,7 @@ def fitted(
             if made.reads == "answers":
                 read = [answers(twin, batch) for batch in read_batches(twin, given, name, batch_rows, progress)]
             else:
-                read = read_features(twin, given, layers, name, batch_rows, progress)
+                read = read_features(twin, given, layers, name, batch_rows, progress, made.spreads)
             rows += read
             owners += [k] * sum(len(f) for f in read)
     whose = torch.tensor(owners)
@@ -144,7 +144,7 @@ def fitted(
     if not rows:
         raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
     found = torch.cat(rows)
-    novel = found.shape[1] // len(layers) if null else 0
+    novel = found.shape[1] // (len(layers) * (2 if made.spreads else 1)) if null else 0
     with torch.random.fork_rng(devices=[]):
         router, report = fit_router(kind, found, whose, twin.experts, seed, novel)
     return router, tuple(layers), report

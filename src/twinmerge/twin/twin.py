@@ -422,7 +422,8 @@ class Twin(nn.Module):
 
         Args:
             inputs: expert -> texts (or pairs, or suite rows), or a batch of tensors such as {"pixel_values": ...}.
-            kind: "gaussian" (closed form, early layers beside the last); "mlp" (the paper's, last layer); "knn" (keeps examples);
+            kind: "gaussian" (closed form, early layers beside the last; experts can come and go); "logistic" (the same layers, often
+                a little better, most of all on early layers); "mlp" (the paper's, last layer); "knn" (keeps examples);
                 "projection" and "entropy", made of the experts alone: with no inputs they are not calibrated.
             layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one, "entropy" none but every
                 expert's answer).

@@ -15,12 +15,20 @@ from twinmerge.twin.routers.calibration import RouterReport, fit_temperature, he
 from twinmerge.twin.routers.entropy import EntropyRouter
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.knn import KnnRouter
+from twinmerge.twin.routers.logistic import LogisticRouter
 from twinmerge.twin.routers.mlp import MlpRouter
 from twinmerge.twin.routers.projection import ProjectionRouter
 from twinmerge.twin.routers.router import Router
 from twinmerge.twin.statistics import Statistics
 
-KINDS: tuple[type[Router], ...] = (GaussianRouter, MlpRouter, KnnRouter, ProjectionRouter, EntropyRouter)
+KINDS: tuple[type[Router], ...] = (
+    GaussianRouter,
+    LogisticRouter,
+    MlpRouter,
+    KnnRouter,
+    ProjectionRouter,
+    EntropyRouter,
+)
 ROUTERS = {router.kind: router for router in KINDS}
 
 
@@ -60,7 +68,8 @@ def fit_router(
     router: Router = made.fit(features[train], owners[train], experts, seed)
     limits: dict[str, float] = {}
     if novel:
-        kept = getattr(router, "statistics", None) or Statistics.of(features[train], owners[train], experts)
+        kept = getattr(router, "statistics", None)
+        kept = kept or Statistics.of(features[train][:, -novel:], owners[train], experts)
         router.novelty = Novelty.of(kept, novel)
         router.novelty.set_limits(features[held], owners[held])
         limits = limits_of(router.novelty, experts)

@@ -21,6 +21,8 @@ class Router(nn.Module, ABC):
     """False for kinds that are made of the experts; inputs then only calibrate them."""
     reads: ClassVar[str] = "states"
     """"states": means of the shared model's hidden states; "answers": how unsure each expert's own answer is."""
+    spreads: ClassVar[bool] = False
+    """True for kinds that read standard deviations of the states beside their means."""
 
     def __init__(self) -> None:
         super().__init__()
