@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.refine import gap
+from twinmerge.twin.refine import Goal, gap
 from twinmerge.twin.twin import Twin
 
 
@@ -137,8 +136,8 @@ def test_gap_by_hand() -> None:
     mask = torch.tensor([[1, 1, 0]])
     right = torch.log(torch.tensor([[0.5, 0.5]]))
     ours = torch.log(torch.tensor([[0.25, 0.75]]))
-    target = SequenceClassifierOutput(logits=right, hidden_states=(goal,))
+    target = Goal(goal, right)
     kl = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
-    assert float(gap(states, target, mask, ours)) == pytest.approx(0.5 + float(kl), rel=1e-5)
-    assert float(gap(states, target, mask, None)) == pytest.approx(0.5)
-    assert float(gap(states, target, mask, ours[:, :1])) == pytest.approx(0.5)
+    assert float(gap(states, ours, target, mask)) == pytest.approx(0.5 + float(kl), rel=1e-5)
+    assert float(gap(states, None, target, mask)) == pytest.approx(0.5)
+    assert float(gap(states, ours[:, :1], target, mask)) == pytest.approx(0.5)

@@ -7,14 +7,15 @@ factors alone, towards the states and answers of the expert on a few hundred inp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import projected
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 WARM = 0.1  # share of the steps in which the rate grows
 CLIP = 1.0  # of the gradient's norm
+KEPT = 1 << 28  # bytes of an expert's answers that are kept for the next time
 
 
 def refined(
@@ -101,14 +103,16 @@ def fitted_part(
     heads = [name] if twin.model.head_specs else None
     order = _shuffled(len(batches), steps, seed)
     bar = tqdm(order, f"refining {name}", delay=1, leave=False, disable=None if progress else True)
+    goals: dict[int, Goal] = {}  # of batches that come again, as many as fit
     for k in bar:
         batch = batches[k]
-        with torch.no_grad():
-            goal = teacher(batch, output_hidden_states=True)
-        rows = len(goal.hidden_states[-1])
-        with torch.enable_grad(), _weights(twin, low, dense, codec):
+        goal = goals[k] if k in goals else Goal.of(teacher(batch, output_hidden_states=True))
+        if sum(g.bytes for g in goals.values()) + goal.bytes <= KEPT:
+            goals[k] = goal
+        rows = len(goal.states)
+        with torch.enable_grad(), _attached(twin, low, dense, codec):
             found = twin.model(batch, heads * rows if heads else None, output_hidden_states=True)
-            loss = gap(_states(found), goal, batch.get("attention_mask"), _logits(found))
+            loss = gap(_states(found), _logits(found), goal, batch.get("attention_mask"))
         if not bool(loss.isfinite()):
             raise TwinmergeError(f"The answers of {name!r} turned to NaN. Refine at a lower rate.")
         optimizer.zero_grad()
@@ -125,17 +129,31 @@ def fitted_part(
     return made
 
 
-def gap(states: Tensor, goal: Any, mask: Tensor | None, logits: Tensor | None) -> Tensor:
+class Goal(NamedTuple):
+    """What an expert answers: its last states, and its logits where it has any."""
+
+    states: Tensor
+    logits: Tensor | None
+
+    @classmethod
+    def of(cls, output: Any) -> Goal:
+        return cls(output.hidden_states[-1], getattr(output, "logits", None))
+
+    @property
+    def bytes(self) -> int:
+        return self.states.nbytes + (0 if self.logits is None else self.logits.nbytes)
+
+
+def gap(states: Tensor, logits: Tensor | None, goal: Goal, mask: Tensor | None) -> Tensor:
     """How far answers are from an expert's: ‖h − h*‖² / ‖h* − mean h*‖² of the last states over the inputs' own positions, and
     KL(p* ‖ p) of the answers where both have them.
 
     Example:
-        >>> from transformers.modeling_outputs import BaseModelOutput
         >>> h = torch.tensor([[[1.0], [3.0]]])
-        >>> gap(h + 1, BaseModelOutput(hidden_states=(h,)), None, None)
+        >>> gap(h + 1, None, Goal(h, None), None)
         tensor(1.)
     """
-    wanted: Tensor = goal.hidden_states[-1].float()
+    wanted = goal.states.float()
     if mask is not None and mask.shape == wanted.shape[:2]:
         own = mask.bool()
         states, wanted = states[own], wanted[own]
@@ -143,7 +161,7 @@ def gap(states: Tensor, goal: Any, mask: Tensor | None, logits: Tensor | None) -
         own = None
         states, wanted = states.flatten(0, -2), wanted.flatten(0, -2)
     found = (states.float() - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum().clamp(min=1e-12)
-    right = getattr(goal, "logits", None)
+    right = goal.logits
     if logits is None or right is None or logits.shape != right.shape or logits.shape[-1] < 2:
         return found
     if logits.dim() == 3 and own is not None:
@@ -153,29 +171,46 @@ def gap(states: Tensor, goal: Any, mask: Tensor | None, logits: Tensor | None) -
 
 
 @contextmanager
-def _weights(
+def _attached(
     twin: Twin, low: Mapping[str, Sequence[Tensor]], dense: Mapping[str, Tensor], codec: str
 ) -> Iterator[None]:
-    """Within the context the body has θs + b a and θs + v, made so that gradients reach b, a and v."""
-    made: dict[str, Tensor] = {}
+    """Within the context the body is θs + b a and θs + v, and gradients reach b, a and v.
+
+    Linear, Conv1D and embedding add x aᵀ bᵀ to what they answer, so that no gradient of a whole matrix is ever made; in all other places
+    the weights themselves take the parameter's place.
+    """
+    factors = {n: _stored(Factors(*f), codec) for n, f in low.items()}
+    handles: list[Any] = []
     before = []
     for place, part in twin.runtime.places:
-        parameter = place.module._parameters[place.attribute]
+        parameter, module = place.module._parameters[place.attribute], place.module
         assert parameter is not None
-        if part.name not in made:
-            if part.name in low:
-                b, a = _stored(Factors(*low[part.name]), codec)
-                made[part.name] = parameter + (b @ a).reshape(parameter.shape).to(parameter)
-            elif part.name in dense:
-                made[part.name] = parameter + dense[part.name].to(parameter)
-        if part.name in made:
+        if part.name in factors and place.attribute == "weight" and (adds := _adding(module)) is not None:
+            own = Factors(*(x.to(parameter) for x in factors[part.name]))
+            handles.append(module.register_forward_hook(lambda m, args, y, f=own, adds=adds: y + adds(args[0], f)))
+        elif part.name in factors or part.name in dense:
+            change = dense[part.name] if part.name in dense else factors[part.name].b @ factors[part.name].a
             before.append((place, parameter))
-            place.module._parameters[place.attribute] = made[part.name]  # type: ignore[assignment]
+            changed = parameter + change.reshape(parameter.shape).to(parameter)
+            module._parameters[place.attribute] = changed  # type: ignore[assignment]
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for place, parameter in before:
             place.module._parameters[place.attribute] = parameter
+
+
+def _adding(module: nn.Module) -> Callable[[Tensor, Factors], Tensor] | None:
+    """What a module's answer to x grows by where its weight grows by b a; None for kinds that are not linear in a simple way."""
+    if isinstance(module, nn.Linear):
+        return lambda x, f: F.linear(F.linear(x, f.a), f.b)
+    if isinstance(module, Conv1D):  # stored (in, out)
+        return lambda x, f: x @ f.b @ f.a
+    if isinstance(module, nn.Embedding):
+        return lambda ids, f: F.embedding(ids, f.b) @ f.a
+    return None
 
 
 def _stored(factors: Factors, codec: str) -> Factors:
