@@ -4,8 +4,8 @@
 
 EXPERTS is what `text_suite.py train` wrote. The shared part is chosen on validation rows; test splits are answered once, whole.
 Parts:
- budgets: all experts in 4 % and in 10 % of the shared model's bytes (heads and router included, int8, ranks by one global order
-    that is weighed by training inputs), and the same in single-pass mode;
+ budgets: all experts in 4 % and in 10 % of the shared model's bytes (heads and router included, ranks by one global order
+    that is weighed by training inputs), in two passes and in one, as they are cut and refined towards the experts' answers;
  ranks: squared error of the first token's last state on validation rows, one order of all ranks against one uniform rank, at the
     same bytes and codec;
  unknown: a twin of five tasks; a linear probe on the features of the other three, the twin's against the shared model's;
@@ -31,21 +31,26 @@ from twinmerge.study.evaluate import TwinRunner, evaluate
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.tasks.suite import open_suite
+from twinmerge.twin.compress import compressed
 from twinmerge.twin.features import masked_mean
 from twinmerge.twin.package import extra_bytes
+from twinmerge.twin.reading import read_moments
 from twinmerge.twin.twin import Twin
 
 VALIDATION_ROWS = 200
-ROUTER_ROWS = 1500
+ROUTER_ROWS = 3000
 WEIGHED_BY = 300
+REFINED_BY, STEPS = 1000, 100  # rows of each expert; steps of 32 rows
+BUDGETS = (0.10, 0.04)
+CODECS = ("int8", "int4")  # chosen on validation rows
 SHARED: dict[str, dict[str, float]] = {"task_arithmetic": {"scale": 0.3}, "tsv": {"scale": 1.0}}
 FIVE = ("sst2", "mpqa", "trec", "agnews", "emotion")
 LAYERS = (1, 2)  # of single passes; chosen on validation rows
 FIRST = 64  # the rank that budgets choose from
 
 
-def fit(twin: Twin, suite: Any, layers: tuple[int, ...], names: list[str]) -> None:
-    twin.fit_router({n: suite[n].rows("train", ROUTER_ROWS) for n in names}, layers=layers)
+def fit(twin: Twin, suite: Any, layers: tuple[int, ...], names: list[str], kind: str = "logistic") -> None:
+    twin.fit_router({n: suite[n].rows("train", ROUTER_ROWS) for n in names}, kind, layers=layers, progress=False)
 
 
 def first_states(twin: Twin, suite: Any, names: list[str]) -> Tensor:
@@ -81,58 +86,74 @@ def told(e: Evaluation, reference: Evaluation) -> dict[str, Any]:
     }
 
 
+class Cut:
+    """A twin of rank 64 that is cut to budgets; what its modules see of the experts' inputs is looked at once."""
+
+    def __init__(self, whole: Twin, suite: Any, names: list[str]) -> None:
+        self.whole = whole
+        self.size = sum(spec.bytes for spec in whole.package.shared.specs.values())
+        rows = {n: suite[n].rows("train", WEIGHED_BY) for n in names}
+        self.moments = {n: read_moments(whole, given, n, 32, False) for n, given in rows.items()}
+
+    def to(self, share: float, codec: str) -> Twin:
+        package = self.whole.package_now()
+        small = compressed(package, bytes=share * self.size, codec=codec, moments=self.moments)
+        return Twin(small, self.whole.side_files)
+
+    def share(self, twin: Twin) -> float:
+        return extra_bytes(twin.package) / self.size
+
+
 def budgets(base: str, experts: dict[str, str], suite: Any, names: list[str], heads: tuple[str, ...]) -> dict[str, Any]:
     reference = {s: scored_experts(experts, suite, s, n) for s, n in (("validation", VALIDATION_ROWS), ("test", None))}
-    inputs = {n: suite[n].rows("train", WEIGHED_BY) for n in names}
-    whole: dict[str, Twin] = {}
-    tried: dict[str, dict[str, float]] = {}
+    tried: dict[str, float] = {}
+
+    def on_validation(twin: Twin, what: str, reading: str | None = None) -> float:
+        found = evaluate(TwinRunner(twin), suite, "validation", VALIDATION_ROWS, progress=False)
+        tried[what] = next(e for e in found if e.reading == reading).normalised(reference["validation"])
+        print(f"validation, {what}: {tried[what]:.2f}", flush=True)
+        return tried[what]
+
+    whole: dict[str, Cut] = {}
     for shared, parameters in SHARED.items():
-        start = time.perf_counter()
-        whole[shared] = Twin.build(base, experts, FIRST, shared=shared, heads=heads, progress=False, **parameters)
-        print(f"built over {shared}: {time.perf_counter() - start:.0f} s", flush=True)
-        tried[shared] = {}
-        for share in (0.04, 0.10):
-            small = _small(whole[shared], share, inputs)
-            found = evaluate(TwinRunner(small), suite, "validation", VALIDATION_ROWS, progress=False)[0]
-            tried[shared][f"{share:.0%}"] = found.normalised(reference["validation"])
-    print(tried, flush=True)
-    rows = []
-    single: dict[int, float] = {}
-    best = max(SHARED, key=lambda s: tried[s]["10%"])
+        twin = Twin.build(base, experts, FIRST, shared=shared, heads=heads, progress=False, **parameters)
+        whole[shared] = Cut(twin, suite, names)
+    best = max(SHARED, key=lambda s: on_validation(whole[s].to(0.10, "int8"), f"{s}, 10 %, int8"))
+    codecs = {
+        share: max(CODECS, key=lambda c, share=share: on_validation(whole[best].to(share, c), f"{share:.0%}, {c}"))
+        for share in BUDGETS
+    }
+    passes: dict[int | None, Cut] = {None: whole[best]}
     for layer in LAYERS:
-        twin = whole[best].single_pass(layer)
-        fit(twin, suite, tuple(range(layer + 1)), names)
-        found_single = evaluate(
-            TwinRunner(_small(twin, 0.10, inputs)), suite, "validation", VALIDATION_ROWS, progress=False
-        )
-        single[layer] = next(e for e in found_single if e.reading == "strict").normalised(reference["validation"])
-    print(single, flush=True)
-    for share in (0.10, 0.04):
-        shared = max(SHARED, key=lambda s: tried[s][f"{share:.0%}"])
-        for layer in (None, max(single, key=lambda n: single[n])):
-            twin = whole[shared] if layer is None else whole[shared].single_pass(layer)
-            layers = tuple(range(7)) if layer is None else tuple(range(layer + 1))
-            fit(twin, suite, layers, names)
-            small = _small(twin, share, inputs)
+        passes[layer] = Cut(whole[best].whole.single_pass(layer), suite, names)
+    for layer, cut in passes.items():
+        fit(cut.whole, suite, tuple(range(7 if layer is None else layer + 1)), names)
+    single = max(
+        LAYERS, key=lambda n: on_validation(passes[n].to(0.10, codecs[0.10]), f"single pass from layer {n}", "strict")
+    )
+    rows = []
+    for share in BUDGETS:
+        for layer, fine in ((None, False), (None, True), (single, False), (single, True)):
+            twin, seconds = passes[layer].to(share, codecs[share]), 0.0
+            if fine:
+                start = time.perf_counter()
+                given = {n: suite[n].rows("train", REFINED_BY) for n in names}
+                twin = twin.refine(given, experts=experts, steps=STEPS, progress=False)
+                seconds = time.perf_counter() - start
             one = {
-                "shared": shared,
+                "shared": best,
+                "codec": codecs[share],
                 "budget": share,
                 "single_pass": layer,
-                "bytes": extra_bytes(small.package) / _shared_bytes(small),
-                "refused": small.package.report["refused"] if small.package.report else None,
+                "refined": fine,
+                "refine_seconds": seconds,
+                "bytes": passes[layer].share(twin),
+                "refused": twin.package.report["refused"] if twin.package.report else None,
             }
-            found_test = [told(e, reference["test"]) for e in evaluate(TwinRunner(small), suite, progress=False)]
+            found_test = [told(e, reference["test"]) for e in evaluate(TwinRunner(twin), suite, progress=False)]
             rows.append(one | {"settings": found_test})
             print(json.dumps(rows[-1], default=str)[:900], flush=True)
-    return {"validation": tried, "single_pass": single, "rows": rows, "experts": reference["test"].scores}
-
-
-def _shared_bytes(twin: Twin) -> int:
-    return sum(spec.bytes for spec in twin.package.shared.specs.values())
-
-
-def _small(twin: Twin, share: float, inputs: dict[str, Any]) -> Twin:
-    return twin.compress(bytes=share * _shared_bytes(twin), codec="int8", inputs=inputs, progress=False)
+    return {"validation": tried, "rows": rows, "experts": reference["test"].scores}
 
 
 def ranks(whole: Twin, exact: Tensor, suite: Any, names: list[str]) -> list[dict[str, Any]]:
@@ -157,7 +178,7 @@ def unknown(base: str, experts: dict[str, str], suite: Any, names: list[str], he
     """Logistic probes on mean last states; 1,000 training rows and all test rows of each unknown task."""
     five = {n: experts[n] for n in FIVE}
     twin = Twin.build(base, five, 16, shared="task_arithmetic", heads=heads, progress=False, scale=0.3)
-    fit(twin, suite, tuple(range(7)), list(FIVE))
+    fit(twin, suite, tuple(range(7)), list(FIVE), "gaussian")
     refused, rows_of_five, found = 0, 0, {}
     for name in FIVE:
         routed = torch.cat(
@@ -241,16 +262,16 @@ def table(data: dict[str, Any]) -> str:
     lines: list[str] = []
     if "budgets" in data:
         lines += [
-            "| eight experts in | shared part | pass | task given | head given | nothing given, strict | nothing given, lenient | "
+            "| eight experts in | codec | pass | refined | task given | head given | nothing given, strict | nothing given, lenient | "
             "routed right | refused, held-out |",
-            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for row in data["budgets"]["rows"]:
             cells = [f"{s['normalised']:.1f} [{s['interval'][0]:.1f}, {s['interval'][1]:.1f}]" for s in row["settings"]]
             mode = "two passes" if row["single_pass"] is None else f"single, from layer {row['single_pass']}"
             right = next(s["routed_right"] for s in row["settings"] if s["routed_right"] is not None)
             lines.append(
-                f"| {100 * row['bytes']:.2f} % | {row['shared']} | {mode} | {' | '.join(cells)} | {100 * right:.1f} % | "
+                f"| {100 * row['bytes']:.2f} % | {row['codec']} | {mode} | {'yes' if row['refined'] else '–'} | {' | '.join(cells)} | {100 * right:.1f} % | "
                 f"{100 * row['refused']:.1f} % |"
             )
         lines.append("")

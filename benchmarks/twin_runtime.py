@@ -2,7 +2,7 @@
 
     python benchmarks/twin_runtime.py [--threads 2] [--repeats 7]
 
-The toy of the specification: a BERT of 4 layers, width 256, 8 experts at rank 16, 32 rows of 32 tokens, float32. Two
+Check 15, the toy of the specification: a BERT of 4 layers, width 256, 8 experts at rank 16, 32 rows of 32 tokens, float32. Two
 rebuilds, both with the experts' parts dense and ready and one row answered at a time: tensor by tensor (θs + Σ wt vt, as
 the paper's code does), and fused (all tensors in one buffer, one matrix-vector product; the best that a rebuild can do).
 Times are medians of interleaved repeats in one process.

@@ -7,6 +7,9 @@ Random models of RoBERTa-base, ViT-B and 0.5 B Llama size; every linear layer of
 All ways run in one process on the same weights, dtype, threads and back-end, one after the other in each repeat; mixtures are
 given, except in the rows on routing. Ratios are taken repeat by repeat; the table has their median (lowest to highest). Answers
 are compared first. A GPU is used where there is one.
+
+The rows answer the serving specification's checks 3 (rebuild), 4 (static model), 5 (PEFT's mixed batch), 6 (Arrow), 7 (what the
+planner chose beside the best) and 11 (single pass).
 """
 
 from __future__ import annotations

@@ -210,7 +210,8 @@ class Twin(nn.Module):
         """The twin that is routed on the way: experts act from a layer on, and the router reads the states before it.
 
         What the experts change below `layer` is left to the shared part. The pass stops there, is routed, and goes on: no layer
-        runs twice. A table of words that is the output layer too counts as below. The router is to be fitted again (`fit_router` reads only such states then), unless it reads no deeper.
+        runs twice. A table of words that is the output layer too counts as below. The router is to be fitted again (`fit_router` reads only such states then;
+        kind "logistic" tells most of them), unless it reads no deeper.
 
         Args:
             layer: 0 to the number of layers; a sixth of them where None, at least 1.
