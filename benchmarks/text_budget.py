@@ -5,7 +5,7 @@
 EXPERTS is what `text_suite.py train` wrote. The shared part is chosen on validation rows; test splits are answered once, whole.
 Parts:
  budgets: all experts in 4 % and in 10 % of the shared model's bytes (heads and router included, ranks by one global order
-    that is weighed by training inputs), in two passes and in one, as they are cut and refined towards the experts' answers;
+    that is weighed by training inputs), in two passes and in one, as they are cut and refined towards the experts' states;
  ranks: squared error of the first token's last state on validation rows, one order of all ranks against one uniform rank, at the
     same bytes and codec;
  unknown: a twin of five tasks; a linear probe on the features of the other three, the twin's against the shared model's;
@@ -133,7 +133,7 @@ def budgets(base: str, experts: dict[str, str], suite: Any, names: list[str], he
     )
     rows = []
     for share in BUDGETS:
-        for layer, fine in ((None, False), (None, True), (single, False), (single, True)):
+        for layer, fine in ((None, False), (None, True), (single, True)):
             twin, seconds = passes[layer].to(share, codecs[share]), 0.0
             if fine:
                 start = time.perf_counter()

@@ -76,7 +76,7 @@ def refine(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     threads: Threads = None,
 ) -> None:
-    """Fit a small twin's parts to their experts' answers; needs the experts, and texts without labels.
+    """Fit a small twin's parts to their experts' states; needs the experts, and texts without labels.
 
     twinmerge twin refine SMALL --data a=a.jsonl --data b=b.jsonl -o BETTER
     """

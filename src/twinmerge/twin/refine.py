@@ -1,4 +1,4 @@
-"""Exclusive parts made to answer as their experts do: the factors, small as they are, fitted to the experts' own answers.
+"""Exclusive parts made to do as their experts do: the factors, small as they are, fitted to the experts' own last states.
 
 A cut leaves out what matters least by its size. What is left can do better than its share of the whole: gradient descent on the
 factors alone, towards the states and answers of the expert on a few hundred inputs of its kind. No label is read.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 WARM = 0.1  # share of the steps in which the rate grows
 CLIP = 1.0  # of the gradient's norm
-KEPT = 1 << 28  # bytes of an expert's answers that are kept for the next time
+KEPT = 1 << 28  # bytes of an expert's states that are kept for the next time
 
 
 def refined(
@@ -81,7 +81,7 @@ def fitted_part(
     seed: int = 0,
     progress: bool = True,
 ) -> Exclusive:
-    """The exclusive part of one expert, its factors fitted to the expert's answers.
+    """The exclusive part of one expert, its factors fitted to the expert's last states.
 
     Adam on b, a and what is no matrix, from what they are; the loss is `gap`. With a codec, the numbers that count are those
     that it stores (straight through: gradients are taken as if they were not rounded).
@@ -92,7 +92,7 @@ def fitted_part(
         steps: of one batch each; rate: of Adam, grows over a tenth of the steps and falls to nothing along a cosine.
 
     Errors:
-        TwinmergeError: answers that turn to NaN.
+        TwinmergeError: states that turn to NaN.
     """
     part, codec = twin.package.exclusive[name], twin.package.codec
     teacher = HeadedModel(_class_of(expert), {n: expert.read(n) for n in expert.specs})
@@ -100,21 +100,18 @@ def fitted_part(
     dense = {n: v.float().clone().requires_grad_() for n, v in part.dense.items()}
     optimizer = torch.optim.Adam([*(x for f in low.values() for x in f), *dense.values()], lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
-    heads = [name] if twin.model.head_specs else None
     order = _shuffled(len(batches), steps, seed)
     bar = tqdm(order, f"refining {name}", delay=1, leave=False, disable=None if progress else True)
-    goals: dict[int, Goal] = {}  # of batches that come again, as many as fit
+    goals: dict[int, Tensor] = {}  # of batches that come again, as many as fit
     for k in bar:
         batch = batches[k]
-        goal = goals[k] if k in goals else Goal.of(teacher(batch, output_hidden_states=True))
-        if sum(g.bytes for g in goals.values()) + goal.bytes <= KEPT:
+        goal = goals[k] if k in goals else teacher.hidden_states(batch)[-1]
+        if sum(g.nbytes for g in goals.values()) + goal.nbytes <= KEPT:
             goals[k] = goal
-        rows = len(goal.states)
         with torch.enable_grad(), _attached(twin, low, dense, codec):
-            found = twin.model(batch, heads * rows if heads else None, output_hidden_states=True)
-            loss = gap(_states(found), _logits(found), goal, batch.get("attention_mask"))
+            loss = gap(twin.model.hidden_states(batch)[-1], goal, batch.get("attention_mask"))
         if not bool(loss.isfinite()):
-            raise TwinmergeError(f"The answers of {name!r} turned to NaN. Refine at a lower rate.")
+            raise TwinmergeError(f"The states of {name!r} turned to NaN. Refine at a lower rate.")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP)
@@ -129,45 +126,23 @@ def fitted_part(
     return made
 
 
-class Goal(NamedTuple):
-    """What an expert answers: its last states, and its logits where it has any."""
+def gap(states: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
+    """‖h − h*‖² / ‖h* − mean h*‖² of last states (rows, positions, width) over the inputs' own positions.
 
-    states: Tensor
-    logits: Tensor | None
+    The answers themselves are not asked for: with their Kullback-Leibler divergence in the loss, as many answers on validation rows of
+    text8 were those of the experts as without it.
 
-    @classmethod
-    def of(cls, output: Any) -> Goal:
-        return cls(output.hidden_states[-1], getattr(output, "logits", None))
-
-    @property
-    def bytes(self) -> int:
-        return self.states.nbytes + (0 if self.logits is None else self.logits.nbytes)
-
-
-def gap(states: Tensor, logits: Tensor | None, goal: Goal, mask: Tensor | None) -> Tensor:
-    """How far answers are from an expert's: ‖h − h*‖² / ‖h* − mean h*‖² of the last states over the inputs' own positions, and
-    KL(p* ‖ p) of the answers where both have them.
+    Args:
+        mask: (rows, positions), 0 where there is padding.
 
     Example:
         >>> h = torch.tensor([[[1.0], [3.0]]])
-        >>> gap(h + 1, None, Goal(h, None), None)
+        >>> gap(h + 1, h, None)
         tensor(1.)
     """
-    wanted = goal.states.float()
-    if mask is not None and mask.shape == wanted.shape[:2]:
-        own = mask.bool()
-        states, wanted = states[own], wanted[own]
-    else:
-        own = None
-        states, wanted = states.flatten(0, -2), wanted.flatten(0, -2)
-    found = (states.float() - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum().clamp(min=1e-12)
-    right = goal.logits
-    if logits is None or right is None or logits.shape != right.shape or logits.shape[-1] < 2:
-        return found
-    if logits.dim() == 3 and own is not None:
-        logits, right = logits[own], right[own]
-    logs, target = torch.log_softmax(logits.float(), -1), torch.log_softmax(right.float(), -1)
-    return found + F.kl_div(logs.flatten(0, -2), target.flatten(0, -2), reduction="batchmean", log_target=True)
+    own = mask.bool() if mask is not None and mask.shape == wanted.shape[:2] else torch.ones(wanted.shape[:2]).bool()
+    found, goal = states[own].float(), wanted[own].float()
+    return (found - goal).square().sum() / (goal - goal.mean(0)).square().sum().clamp(min=1e-12)
 
 
 @contextmanager
@@ -242,16 +217,6 @@ def _shuffled(count: int, steps: int, seed: int) -> list[int]:
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-steps // count))]
     found: list[int] = torch.cat(rounds)[:steps].tolist()
     return found
-
-
-def _states(output: Any) -> Tensor:
-    inner = output["output"] if isinstance(output, dict) and "output" in output else output
-    states: Tensor = inner.hidden_states[-1]
-    return states
-
-
-def _logits(output: Any) -> Tensor | None:
-    return output["logits"] if isinstance(output, dict) and "output" in output else getattr(output, "logits", None)
 
 
 def _class_of(expert: OpenedModel) -> Any:

@@ -285,7 +285,7 @@ class Twin(nn.Module):
         seed: int = 0,
         progress: bool = True,
     ) -> Twin:
-        """The same twin, as small as it is, whose exclusive parts answer more like the experts (see `twin/refine.py`).
+        """The same twin, as small as it is, whose exclusive parts do more as the experts do (see `twin/refine.py`).
 
         Makes up for low ranks, few bits and, in a single-pass twin, for what the lower layers leave out. It takes the experts
         and some seconds to minutes for each; compress first, refine last.
