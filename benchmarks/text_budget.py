@@ -40,7 +40,7 @@ from twinmerge.twin.twin import Twin
 VALIDATION_ROWS = 200
 ROUTER_ROWS = 3000
 WEIGHED_BY = 300
-REFINED_BY, STEPS = 1000, 60  # rows of each expert; steps of 32 rows
+REFINED_BY, STEPS = 2000, 150  # rows of each expert; steps of 16 rows
 BUDGETS = (0.10, 0.04)
 CODECS = ("int8", "int4")  # chosen on validation rows
 SHARED: dict[str, dict[str, float]] = {"task_arithmetic": {"scale": 0.3}, "tsv": {"scale": 1.0}}

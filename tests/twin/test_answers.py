@@ -339,3 +339,30 @@ def test_weights_outside_the_simplex_are_asked_for(lab: Any, mixture: dict[str, 
     assert twin(**case.batch, mixture=mixture, free=True).mixture[0, 1] == pytest.approx(mixture["e1"])
     with pytest.raises(TwinmergeError, match="add up to nothing above 0"):
         twin(**case.batch, mixture={}, normalize=True)
+
+
+# ---------------------------------------------------------------------------------------- another dtype or device
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "logistic", "knn", "mlp"])
+def test_heads_and_router_go_along_to_another_dtype_and_device(lab: Any, kind: str) -> None:
+    """The parts of heads inside the body (a pooler) too; the router computes in float32 wherever it is."""
+    case = lab.new_case("bert", torch.float32)
+    twin = Twin.build(case.base, case.experts, 3, heads=("pooler",), progress=False)
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        name: {"input_ids": torch.randint(3 + 15 * i, 18 + 15 * i, (60, 6), generator=generator)}
+        for i, name in enumerate(case.names)
+    }
+    twin.fit_router(given, kind, progress=False)
+    batch = {"input_ids": torch.cat([part["input_ids"][:3] for part in given.values()])}
+    before, went = twin(**batch).logits, twin.route(batch, None)
+    twin.to(torch.float64)
+    after = twin(**batch)
+    assert after.logits.dtype == torch.float64
+    torch.testing.assert_close(after.logits, before.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twin.route(batch, None), went, rtol=1e-4, atol=1e-5)
+    twin.to("meta")
+    held = [t for module in (twin, *twin.model._outer.values()) for t in (*module.parameters(), *module.buffers())]
+    held += [t for own in twin.model._inner.values() for t in own.values()]
+    assert len(twin.model._inner["e0"]) == 2 and all(t.device.type == "meta" for t in held)

@@ -71,7 +71,7 @@ def refine(
         typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind, a few hundred. Repeat."),
     ] = None,
     expert: Experts = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of 32 texts each, for every expert.")] = 200,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of 16 texts each, for every expert.")] = 200,
     rate: Annotated[float, typer.Option("--rate", help="Of Adam.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     threads: Threads = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,8 +132,8 @@ class HeadedModel(nn.Module):
         self.body: nn.Module = model.get_submodule(self.body_path) if self.body_path else model
         self._load(state)
         self.body.eval()
-        self._groups: list[tuple[Tensor, HeadSpec]] = []
-        self._hook_inner_heads(head_names)
+        self._groups: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._inner = self._hook_inner_heads(head_names)
         self.port = BodyPort(self.body)
         self._outer: dict[str, PreTrainedModel] = {}
         for name, head in self.head_specs.items():
@@ -167,8 +167,21 @@ class HeadedModel(nn.Module):
             tie()
         self.body.requires_grad_(False)
 
-    def _hook_inner_heads(self, head_names: set[str]) -> None:
-        """Heads may lie inside the body (a pooler): their modules answer each row with its own head's tensors."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadedModel:
+        """On the way to another device or dtype the heads go along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module in self._outer.values():
+            module._apply(fn)
+        self._inner = {head: {n: fn(t) for n, t in own.items()} for head, own in self._inner.items()}
+        return self
+
+    def _hook_inner_heads(self, head_names: set[str]) -> dict[str, dict[str, Tensor]]:
+        """Heads may lie inside the body (a pooler): their modules answer each row with its own head's tensors.
+
+        Returns:
+            head -> canonical name -> tensor of such modules.
+        """
+        inside: set[str] = set()
         for path, module in self.body.named_modules():
             names = {a: self.canonical(f"{path}.{a}") for a, _ in module.named_parameters(recurse=False)}
             inner = {a: n for a, n in names.items() if n in head_names}
@@ -180,10 +193,15 @@ class HeadedModel(nn.Module):
                     "whole layers with --head."
                 )
             module.register_forward_hook(partial(self._by_head, inner))
+            inside.update(inner.values())
+        return {
+            name: {n: self._as_body(t) for n, t in head.tensors.items() if n in inside}
+            for name, head in self.head_specs.items()
+        }
 
     def _by_head(self, names: Mapping[str, str], module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        for rows, head in self._groups:
-            own = {a: self._as_body(head.tensors[n]) for a, n in names.items() if n in head.tensors}
+        for rows, tensors in self._groups:
+            own = {a: tensors[n] for a, n in names.items() if n in tensors}
             module.__dict__.update(own)  # hides the parameters while the module runs
             try:
                 y[rows] = module.forward(args[0][rows])
@@ -242,7 +260,7 @@ class HeadedModel(nn.Module):
         logits: list[tuple[Tensor, Tensor]] = []
         first: Any = None
         try:
-            self._groups = [(rows, self.head_specs[head]) for head, rows in groups.items()]
+            self._groups = [(rows, self._inner[head]) for head, rows in groups.items()]
             for head, rows in groups.items():
                 if first is None:
                     first = self._outer[head](**batch, **options)

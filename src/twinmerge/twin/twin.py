@@ -281,7 +281,7 @@ class Twin(nn.Module):
         experts: Mapping[str, ModelLike] | None = None,
         steps: int = 200,
         rate: float = 1e-3,
-        batch_rows: int = 32,
+        batch_rows: int = 16,
         seed: int = 0,
         progress: bool = True,
     ) -> Twin:

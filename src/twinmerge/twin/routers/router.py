@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,11 @@ class Router(nn.Module, ABC):
         self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(1.0))
         self.novelty: Novelty | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """To another device, but never to another dtype: logits are computed in float32."""
+        super()._apply(lambda t: fn(t).to(t.dtype), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @classmethod
     @abstractmethod
