@@ -1,7 +1,7 @@
 """Exclusive parts made to do as their experts do: the factors, small as they are, fitted to the experts' own last states.
 
 A cut leaves out what matters least by its size. What is left can do better than its share of the whole: gradient descent on the
-factors alone, towards the states and answers of the expert on a few hundred inputs of its kind. No label is read.
+factors alone, towards the last states of the expert on a few hundred inputs of its kind. No label is read.
 """
 
 from __future__ import annotations
