@@ -49,10 +49,8 @@ LAYERS = (1, 2)  # of single passes; chosen on validation rows
 FIRST = 64  # the rank that budgets choose from
 
 
-def fit(
-    twin: Twin, suite: Any, layers: tuple[int, ...], names: list[str], kind: str = "logistic", rows: int = ROUTER_ROWS
-) -> None:
-    twin.fit_router({n: suite[n].rows("train", rows) for n in names}, kind, layers=layers, progress=False)
+def fit(twin: Twin, suite: Any, layers: tuple[int, ...], names: list[str], kind: str = "logistic") -> None:
+    twin.fit_router({n: suite[n].rows("train", ROUTER_ROWS) for n in names}, kind, layers=layers, progress=False)
 
 
 def first_states(twin: Twin, suite: Any, names: list[str]) -> Tensor:
@@ -180,7 +178,7 @@ def unknown(base: str, experts: dict[str, str], suite: Any, names: list[str], he
     """Logistic probes on mean last states; 1,000 training rows and all test rows of each unknown task."""
     five = {n: experts[n] for n in FIVE}
     twin = Twin.build(base, five, 16, shared="task_arithmetic", heads=heads, progress=False, scale=0.3)
-    fit(twin, suite, tuple(range(7)), list(FIVE), "gaussian", 1500)
+    fit(twin, suite, tuple(range(7)), list(FIVE), "gaussian")
     refused, rows_of_five, found = 0, 0, {}
     for name in FIVE:
         routed = torch.cat(
