@@ -1,4 +1,4 @@
-"""The command `twinmerge`: one file per command, no maths, no tensors; heavy imports happen inside the commands."""
+"""The command `twinmerge`: a file per command and two for those of `twin`, no maths, no tensors; heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
