@@ -25,12 +25,14 @@ from twinmerge.cli.common import (
 from twinmerge.cli.twin_common import (
     Bytes,
     Codec,
+    Data,
     Energy,
     Picture,
     bytes_beside,
     check_picture,
     compressed,
     drawn,
+    texts_of,
     told,
 )
 from twinmerge.errors import TwinmergeError
@@ -55,12 +57,7 @@ def build(
     shared: Annotated[str, typer.Option("--shared", help="The static method of the shared part.")] = "tsv",
     parameter: Parameters = None,
     head: Heads = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data", metavar="NAME=FILE", help="Texts of an expert's kind for the router (.jsonl or .txt). Repeat."
-        ),
-    ] = None,
+    data: Data = None,
     suite: Annotated[
         Path | None, typer.Option("--suite", help="A suite whose tasks are the experts: its train rows fit the router.")
     ] = None,
@@ -93,7 +90,6 @@ def build(
     """
     from twinmerge.store.output import OutputFolder
     from twinmerge.tasks.suite import open_suite
-    from twinmerge.tasks.texts import read_texts
     from twinmerge.twin.routers.fit import router_kind
     from twinmerge.twin.twin import CHOSEN_FROM, DEFAULT_RANK, Twin
 
@@ -108,8 +104,7 @@ def build(
         for name, task in open_suite(suite, list(experts)).items():
             inputs[name] = task.rows("train", rows, seed)
             about[name] = {"task": name, "metric": task.metric}
-    for name, file in pairs(data, "--data").items():
-        inputs[name] = read_texts(Path(file))[:rows]
+    inputs |= {name: texts[:rows] for name, texts in texts_of(data).items()}
     check_picture(picture)
     chosen = energy is not None or bytes_ is not None
     rank = (CHOSEN_FROM if chosen else DEFAULT_RANK) if rank is None else rank

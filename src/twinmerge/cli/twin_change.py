@@ -11,12 +11,14 @@ from twinmerge.cli.common import Base, Experts, Json, Threads, pairs, print_json
 from twinmerge.cli.twin_common import (
     Bytes,
     Codec,
+    Data,
     Energy,
     Picture,
     bytes_beside,
     check_picture,
     compressed,
     drawn,
+    texts_of,
     told,
 )
 from twinmerge.errors import TwinmergeError
@@ -30,12 +32,7 @@ def compress(
     energy: Energy = None,
     bytes_: Bytes = None,
     codec: Codec = "none",
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data", metavar="NAME=FILE", help="Texts of an expert's kind: keep what matters for them. Repeat."
-        ),
-    ] = None,
+    data: Data = None,
     picture: Picture = None,
     threads: Threads = None,
     json: Json = False,
@@ -45,14 +42,13 @@ def compress(
     twinmerge twin compress TWIN --bytes 4% --codec int8 --data a=a.jsonl --data b=b.jsonl -o SMALL
     """
     from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.texts import read_texts
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
     OutputFolder(output).check()
     check_picture(picture)
     loaded = Twin.from_pretrained(twin)
-    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    inputs = texts_of(data)
     small = compressed(loaded, rank, energy, bytes_, codec, inputs or None)
     small.save_pretrained(output)
     beside = bytes_beside(output)
@@ -66,10 +62,7 @@ def compress(
 def refine(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind, a few hundred. Repeat."),
-    ] = None,
+    data: Data = None,
     expert: Experts = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of 16 texts each, for every expert.")] = 200,
     rate: Annotated[float, typer.Option("--rate", help="Of Adam.")] = 1e-3,
@@ -81,12 +74,11 @@ def refine(
     twinmerge twin refine SMALL --data a=a.jsonl --data b=b.jsonl -o BETTER
     """
     from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.texts import read_texts
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
     OutputFolder(output).check()
-    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    inputs = texts_of(data)
     if not inputs:
         raise TwinmergeError("No texts are named. Add --data NAME=FILE for every expert that is to be refined.")
     fine = Twin.from_pretrained(twin).refine(
@@ -155,10 +147,7 @@ def rebuild(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     base: Base = None,
     expert: Experts = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind, for the router. Repeat."),
-    ] = None,
+    data: Data = None,
     threads: Threads = None,
 ) -> None:
     """Build a twin anew, shared part and all, from the experts that it has now; it needs every one of them.
@@ -166,12 +155,11 @@ def rebuild(
     twinmerge twin rebuild TWIN --data a=a.jsonl --data c=c.jsonl -o ANEW
     """
     from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.texts import read_texts
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
     OutputFolder(output).check()
-    inputs = {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    inputs = texts_of(data)
     anew = Twin.from_pretrained(twin).rebuild(inputs or None, base=base, experts=pairs(expert, "--expert"))
     anew.save_pretrained(output)
     said(f"Built anew from {', '.join(anew.experts)}: {size(bytes_beside(output))} beside the shared model -> {output}")

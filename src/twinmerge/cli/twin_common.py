@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twinmerge.cli.common import byte_count, folder_bytes, size
+from twinmerge.cli.common import byte_count, folder_bytes, pairs, size
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -23,9 +23,20 @@ Bytes = Annotated[
     typer.Option("--bytes", metavar="SIZE", help="Of the files beside the shared model, at most: 3.5MB, or 4% of it."),
 ]
 Codec = Annotated[str, typer.Option("--codec", help="Of the numbers on the disk: none, float16, int8, int4.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind (.jsonl or .txt). Repeat."),
+]
 Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE", help="Draw what is kept, layer by layer (.png, .svg, .pdf).")
 ]
+
+
+def texts_of(data: list[str] | None) -> dict[str, Sequence[Any]]:
+    """Expert -> its texts."""
+    from twinmerge.tasks.texts import read_texts
+
+    return {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
 
 
 def compressed(
