@@ -120,4 +120,10 @@ def test_what_a_code_book_and_a_folder_refuse(twin: Twin, tmp_path: Path) -> Non
     folder = AdapterFolder(twin, tmp_path / "a", cap=2)
     with pytest.raises(TwinmergeError, match="no expert 'e9'"):
         folder.adapter({"e9": 1.0})
+    routed = torch.cat([random_mixtures(20, 3, 2), torch.zeros(2, 3)])  # the last rows are left to the shared model
+    book = CodeBook.fit(twin, routed, 8)
+    assert book.codes.isfinite().all() and float(book.nearest(routed).error.max()) < 1
+    for empty in (folder, AdapterFolder(twin, tmp_path / "b", cap=2, book=CodeBook.fit(twin, torch.eye(3), 3))):
+        with pytest.raises(TwinmergeError, match="holds no expert: such an input is the shared model's own"):
+            empty.adapter(torch.zeros(3))
     assert len(folder) == 0 and not any((tmp_path / "a").iterdir())

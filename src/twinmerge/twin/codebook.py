@@ -160,9 +160,13 @@ class AdapterFolder:
         """The folder of the adapter for one mixture.
 
         Errors:
-            TwinmergeError: unknown names, weights that are not finite, more than one mixture.
+            TwinmergeError: unknown names, weights that are not finite, more than one mixture, or one of no expert.
         """
         weights = mixture_weights(mixture, self.twin.experts, 1)
+        if not bool(weights.any()):
+            raise TwinmergeError(
+                "The mixture holds no expert: such an input is the shared model's own. Ask the base model, without an adapter."
+            )
         if self.book is not None:
             weights = self.book.codes[self.book.nearest(weights).code]
         chosen = {e: round(w, DIGITS) for e, w in zip(self.twin.experts, weights[0].tolist(), strict=True) if w}
