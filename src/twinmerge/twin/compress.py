@@ -264,6 +264,17 @@ def projected_factors(factors: Factors, rank: int, codec: str) -> Factors:
     b, a = factors.b[:, :rank], factors.a[:rank]
     if codec == "none":
         return Factors(b.contiguous(), a.contiguous())
-    by = (a.norm(dim=1) / b.norm(dim=0).clamp(min=1e-30)).sqrt().nan_to_num(1.0)
+    b, a = balanced(Factors(b, a))
+    return Factors(projected(b, codec, 1), projected(a, codec, 0))
+
+
+def balanced(factors: Factors) -> Factors:
+    """The same product, each component's column of b and row of a of one norm.
+
+    Example:
+        >>> balanced(Factors(torch.tensor([[4.0]]), torch.tensor([[1.0]])))
+        Factors(b=tensor([[2.]]), a=tensor([[2.]]))
+    """
+    by = (factors.a.norm(dim=1) / factors.b.norm(dim=0).clamp(min=1e-30)).sqrt().nan_to_num(1.0).detach()
     by = torch.where(by > 0, by, 1.0)
-    return Factors(projected(b * by, codec, 1), projected(a / by[:, None], codec, 0))
+    return Factors(factors.b * by, factors.a / by[:, None])

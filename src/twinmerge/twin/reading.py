@@ -42,17 +42,10 @@ def read_batches(twin: Twin, given: Given, name: str, batch_rows: int, progress:
 
 @torch.no_grad()
 def read_features(
-    twin: Twin,
-    given: Given,
-    layers: Sequence[int],
-    name: str,
-    batch_rows: int,
-    progress: bool,
-    spreads: bool = False,
+    twin: Twin, given: Given, layers: Sequence[int], name: str, batch_rows: int, progress: bool
 ) -> list[Tensor]:
-    """The router's features, batch by batch."""
-    found = read_batches(twin, given, name, batch_rows, progress)
-    return [features(twin.model, batch, layers, spreads) for batch in found]
+    """The means of these layers' states, batch by batch."""
+    return [features(twin.model, batch, layers) for batch in read_batches(twin, given, name, batch_rows, progress)]
 
 
 @torch.no_grad()

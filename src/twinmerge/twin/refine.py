@@ -22,7 +22,7 @@ from twinmerge.maths.codec import projected
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
-from twinmerge.twin.compress import projected_factors
+from twinmerge.twin.compress import balanced, projected_factors
 from twinmerge.twin.experts import models_of
 from twinmerge.twin.mixture import index_of
 from twinmerge.twin.package import Package
@@ -96,7 +96,7 @@ def fitted_part(
     """
     part, codec = twin.package.exclusive[name], twin.package.codec
     teacher = HeadedModel(_class_of(expert), {n: expert.read(n) for n in expert.specs})
-    low = {n: [x.float().clone().requires_grad_() for x in _balanced(f)] for n, f in part.low.items()}
+    low = {n: [x.float().clone().requires_grad_() for x in balanced(f)] for n, f in part.low.items()}
     dense = {n: v.float().clone().requires_grad_() for n, v in part.dense.items()}
     optimizer = torch.optim.Adam([*(x for f in low.values() for x in f), *dense.values()], lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
@@ -194,14 +194,7 @@ def _stored(factors: Factors, codec: str) -> Factors:
         return factors
     with torch.no_grad():
         near = projected_factors(factors, factors.rank, codec)
-    return Factors(*(x + (y.to(x) - x).detach() for x, y in zip(_balanced(factors), near, strict=True)))
-
-
-def _balanced(factors: Factors) -> Factors:
-    """The same product, b and a alike in size."""
-    by = (factors.a.norm(dim=1) / factors.b.norm(dim=0).clamp(min=1e-30)).sqrt().nan_to_num(1.0).detach()
-    by = torch.where(by > 0, by, 1.0)
-    return Factors(factors.b * by, factors.a / by[:, None])
+    return Factors(*(x + (y.to(x) - x).detach() for x, y in zip(balanced(factors), near, strict=True)))
 
 
 def _share_of_rate(step: int, steps: int) -> float:

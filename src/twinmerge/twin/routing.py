@@ -13,7 +13,7 @@ from twinmerge.models.headed import batch_size
 from twinmerge.twin.early import Early, called_before
 from twinmerge.twin.features import default_layers, read_states
 from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
-from twinmerge.twin.reading import Given, input_directions, layer_count, nothing_much, read_batches, read_features
+from twinmerge.twin.reading import Given, input_directions, layer_count, nothing_much, read_batches
 from twinmerge.twin.routers.calibration import RouterReport
 from twinmerge.twin.routers.entropy import EntropyRouter, unsureness
 from twinmerge.twin.routers.fit import calibrated, fit_router, router_kind
@@ -73,15 +73,20 @@ def routed(twin: Twin, batch: Mapping[str, Any], top_k: int | None) -> Routed:
             "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was made under."
         )
     with torch.no_grad(), twin.lock:
-        early = None
-        if twin.router.reads == "answers":
-            found = answers(twin, batch)
-        else:
-            found, early = read_states(twin.model, batch, twin.layers, twin.router.spreads)
+        found, early = _read(twin, twin.router, twin.layers, batch)
         weights = twin.router.weights(found, top_k)
         nearest = weights.argmax(1)
         weights = torch.where(twin.router.far(found)[:, None], 0, weights)
         return Routed(weights, nearest, early if early is not None and _goes_on(twin, batch) else None)
+
+
+def _read(
+    twin: Twin, router: Router | type[Router], layers: Sequence[int], batch: Mapping[str, Any]
+) -> tuple[Tensor, Early | None]:
+    """What a kind of router reads of a batch, and what the first layers gave where it reads no more."""
+    if router.reads == "answers":
+        return answers(twin, batch), None
+    return read_states(twin.model, batch, layers, router.spreads)
 
 
 def _goes_on(twin: Twin, batch: Mapping[str, Any]) -> bool:
@@ -130,10 +135,9 @@ def fitted(
     owners: list[int] = []
     for k, name in enumerate(twin.experts):
         if (given := inputs.get(name)) is not None:
-            if made.reads == "answers":
-                read = [answers(twin, batch) for batch in read_batches(twin, given, name, batch_rows, progress)]
-            else:
-                read = read_features(twin, given, layers, name, batch_rows, progress, made.spreads)
+            given_batches = read_batches(twin, given, name, batch_rows, progress)
+            with torch.no_grad():
+                read = [_read(twin, made, layers, batch)[0] for batch in given_batches]
             rows += read
             owners += [k] * sum(len(f) for f in read)
     whose = torch.tensor(owners)
@@ -159,7 +163,6 @@ def _of_experts(twin: Twin, kind: type[Router], layers: Sequence[int]) -> Router
     return ProjectionRouter.from_bases(input_directions(twin, layers[0]))
 
 
-@torch.no_grad()
 def answers(twin: Twin, batch: Mapping[str, Any]) -> Tensor:
     """(rows, experts): how unsure each expert's own answer is (see `routers/entropy.py`)."""
     given = {k: v for k, v in batch.items() if k not in WANTS_ALL_LAYERS and k != "past_key_values"}

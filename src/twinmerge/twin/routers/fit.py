@@ -68,9 +68,8 @@ def fit_router(
     router: Router = made.fit(features[train], owners[train], experts, seed)
     limits: dict[str, float] = {}
     if novel:
-        kept = getattr(router, "statistics", None)
-        kept = kept or Statistics.of(features[train][:, -novel:], owners[train], experts)
-        router.novelty = Novelty.of(kept, novel)
+        own = router.statistics if isinstance(router, GaussianRouter) else None
+        router.novelty = Novelty.of(own or Statistics.of(features[train][:, -novel:], owners[train], experts), novel)
         router.novelty.set_limits(features[held], owners[held])
         limits = limits_of(router.novelty, experts)
     report = calibrated(router, features[held], owners[held], experts)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from twinmerge.twin.novelty import Novelty
 from twinmerge.twin.routers.calibration import fit_temperature
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.linear import LinearRouter
 from twinmerge.twin.statistics import Statistics
 
 DRAWN = 2000  # rows of each expert, where a temperature is fitted on drawn ones
 
 
-class GaussianRouter(Router):
+class GaussianRouter(LinearRouter):
     """One Gaussian per expert with a common covariance, in closed form (linear discriminant analysis).
 
     logit_k = μkᵀ P z − ½ μkᵀ P μk, P the inverse of (1 − s) Σ + s diag(Σ), s = 0.05, Σ the covariance inside the experts.
@@ -38,20 +36,12 @@ class GaussianRouter(Router):
     kind = "gaussian"
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
+        super().__init__(weight, bias)
         self.statistics: Statistics | None = None
-        self.weight: Tensor
-        self.bias: Tensor
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
 
     @classmethod
     def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> GaussianRouter:
         return cls.from_statistics(Statistics.of(features, owners, experts))
-
-    @classmethod
-    def blank(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GaussianRouter:
-        return cls(torch.zeros_like(tensors["weight"]), torch.zeros_like(tensors["bias"]))
 
     @classmethod
     def from_statistics(cls, statistics: Statistics) -> GaussianRouter:
@@ -98,10 +88,3 @@ class GaussianRouter(Router):
         means = torch.stack([mean.double() for mean in statistics.means.values()])
         logits = (means @ weight.T + bias)[:, None] + noise @ root.T
         return logits.flatten(0, 1), torch.arange(count).repeat_interleave(DRAWN)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def _logits(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.weight, self.bias)

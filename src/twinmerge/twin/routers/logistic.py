@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.linear import LinearRouter
 
 RIDGE = 1e-2  # of standardised features; chosen on validation rows of text8
 STEPS = 150  # of LBFGS
 
 
-class LogisticRouter(Router):
+class LogisticRouter(LinearRouter):
     """Multinomial logistic regression on means and spreads of the states, standardised; every expert weighs the same.
 
     min over W, b of the mean over experts of the mean −log softmax(W z + b) of their rows, plus (10⁻² / 2) ‖W‖². It tells inputs apart
@@ -35,13 +34,6 @@ class LogisticRouter(Router):
 
     kind = "logistic"
     spreads = True
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight: Tensor
-        self.bias: Tensor
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
 
     @classmethod
     def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> LogisticRouter:
@@ -64,14 +56,3 @@ class LogisticRouter(Router):
             optimizer.step(loss)
         scaled = weight.detach() / spread
         return cls(scaled, bias.detach() - scaled @ center)
-
-    @classmethod
-    def blank(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LogisticRouter:
-        return cls(torch.zeros_like(tensors["weight"]), torch.zeros_like(tensors["bias"]))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def _logits(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.weight, self.bias)
