@@ -19,7 +19,11 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.methods.registry import method_class, method_names
 
 HEAD = ["classifier.bias", "classifier.weight"]
-SYMMETRIC = [n for n in method_names() if "symmetric" in method_class(n).laws]
+SYMMETRIC = [
+    n
+    for n in method_names()
+    if "symmetric" in method_class(n).laws and method_class(n).outputs == "model" and not method_class(n).needs
+]
 
 
 def equal(one, other) -> bool:

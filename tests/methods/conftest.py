@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +18,10 @@ from torch import Tensor
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.run import Run
 from twinmerge.maths.keyed_random import uniform
-from twinmerge.methods.base import Known, Method, Place, Tile
+from twinmerge.methods.base import Gram, Known, Method, Place, Tile
 from twinmerge.methods.registry import make_method, method_class
+from twinmerge.models.opened import open_model
+from twinmerge.models.statistics import save_statistics
 
 BLOCK = 65_536
 State = dict[str, Tensor]
@@ -36,6 +41,44 @@ def order(name: str, experts: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(experts)) if "symmetric" in method_class(name).laws else tuple(experts)
 
 
+def fisher_of(expert: str, tensor: str, shape: tuple[int, ...]) -> Tensor:
+    """What was measured of an expert, in place of a model: a third of the entries are 0."""
+    drawn = uniform(0, expert, f"fisher of {tensor}", 0, math.prod(shape)).reshape(shape)
+    return (drawn - 0.3).clamp_min(0) ** 2 * 1e-3
+
+
+def gram_of(expert: str, tensor: str, shape: tuple[int, ...]) -> Gram | None:
+    """The same of a matrix: of 12 tokens; one of its inputs is dead. Kernels have none."""
+    if len(shape) != 2:
+        return None
+    tokens = uniform(0, expert, f"gram of {tensor}", 0, 12 * shape[1]).reshape(12, shape[1]).double() - 0.5
+    tokens[:, -1] = 0
+    return Gram(tokens.T @ tokens / 12)
+
+
+def measured(name: str, expert: str, folder: str) -> list[Path]:
+    """The statistics file of an expert's folder, made up and written where the method needs one; or none."""
+    found = []
+    for what in method_class(name).needs:
+        file = Path(folder).parent / f"{expert}.{what}"
+        if not file.is_file():
+            model = open_model(folder)
+            header = {"data": [], "settings": {}, "examples": 1, "tokens": 1}
+            floats = {n: spec.shape for n, spec in model.specs.items() if spec.is_float}
+            if what == "fisher":
+                tensors = {n: fisher_of(expert, n, shape) for n, shape in floats.items()}
+            else:
+                grams = {n: g for n, shape in floats.items() if (g := gram_of(expert, n, shape)) is not None}
+                tensors = {f"gram/{n}": gram.second for n, gram in grams.items()}
+                header["modules"] = {
+                    n: {"group": n, "inputs": len(g.second), "turned": False} for n, g in grams.items()
+                }
+                header["counts"] = dict.fromkeys(grams, 1)
+            save_statistics(file, what, model.fingerprint(), header, tensors)
+        found.append(file)
+    return found
+
+
 def prepare(
     name: str, experts: Mapping[str, State], parameters: Mapping[str, Any]
 ) -> tuple[Method, Callable[[State, str], Tile]]:
@@ -49,7 +92,12 @@ def prepare(
     def load(base: State, tensor: str) -> Tile:
         x = torch.stack([experts[e][tensor].float() for e in names])
         if method.space == "parameters":
-            return Tile(x, None, Place(tensor, tuple(x.shape[1:]), 0, names))
+            fisher, grams = None, []
+            if "fisher" in method.needs:
+                fisher = torch.stack([fisher_of(e, tensor, tuple(x.shape[1:])) for e in names])
+            if "gram" in method.needs:
+                grams = [partial(gram_of, e, tensor, tuple(x.shape[1:])) for e in names]
+            return Tile(x, None, Place(tensor, tuple(x.shape[1:]), 0, names), fisher=fisher, grams=grams)
         reference = base[tensor].float()
         return Tile(x - reference, reference, Place(tensor, tuple(x.shape[1:]), 0, names))
 
@@ -64,9 +112,7 @@ def through(method: Method, tiles: Mapping[str, Tile]) -> State:
         tile = tiles[each.name]
         if method.grain == "matrix":
             return tile
-        flat, at = tile.x.reshape(len(tile.x), -1), tile.at._replace(offset=each.start)
-        x = flat[:, each.start : each.stop]
-        return Tile(x, None if tile.base is None else tile.base.flatten()[each.start : each.stop], at, tile.work)
+        return piece(method, tile, each.start, each.stop)
 
     run = Run(method, list(tiles), shapes, load, progress=False)
     run.survey()
@@ -86,13 +132,19 @@ def combine(name: str, base: State, experts: Mapping[str, State], **parameters: 
     return through(method, {tensor: load(base, tensor) for tensor in base})
 
 
-def split(tile: Tile, step: int) -> list[Tile]:
-    x = tile.x.reshape(len(tile.x), -1)
-    base = None if tile.base is None else tile.base.flatten()
-    return [
-        Tile(x[:, at : at + step], None if base is None else base[at : at + step], tile.at._replace(offset=at))
-        for at in range(0, x.shape[1], step)
-    ]
+def piece(method: Method, tile: Tile, start: int, stop: int) -> Tile:
+    """Elements start ... stop − 1 of a tile, flat."""
+
+    def rows(stack: Tensor) -> Tensor:
+        return stack.reshape(len(stack), -1)[:, start:stop]
+
+    base = None if tile.base is None else tile.base.flatten()[start:stop]
+    fisher = rows(tile.fisher) if "fisher" in method.needs else None
+    return Tile(rows(tile.x), base, tile.at._replace(offset=start), tile.work, fisher, tile.grams)
+
+
+def split(method: Method, tile: Tile, step: int) -> list[Tile]:
+    return [piece(method, tile, at, at + step) for at in range(0, tile.x[0].numel(), step)]
 
 
 def combine_tiled(
@@ -100,7 +152,7 @@ def combine_tiled(
 ) -> State:
     """The same in tiles of `step`; tiles are read, and their partial results added, in a shuffled order."""
     method, load = prepare(name, experts, parameters)
-    tiles = {tensor: split(load(base, tensor), step) for tensor in base}
+    tiles = {tensor: split(method, load(base, tensor), step) for tensor in base}
     known: dict[str, dict[str, Any]] = {tensor: {} for tensor in base}
     rng = random.Random(shuffle)
     for each in method.passes():
@@ -260,8 +312,69 @@ def tsv(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
     return out
 
 
+def marked(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> tuple[Arrays, Arrays]:
+    """τ, and how many tasks mark each entry of it."""
+    vector = {n: v.sum(0) for n, v in x.items()}
+    if p.vector == "ties":
+        one = SimpleNamespace(weights=1.0, merge="sum", scale=1.0)
+        vector = elect_and_merge(trim(x, p.density, p.scope), one)
+    above = each(p.threshold, len(experts))
+    masks = {n: [np.abs(t) > c * np.abs(vector[n] - t) for t, c in zip(v, above, strict=True)] for n, v in x.items()}
+    return vector, {n: np.sum(m, 0) for n, m in masks.items()}
+
+
+def tall_masks(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    return marked(x, experts, p)[0]
+
+
+def consensus(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    vector, times = marked(x, experts, p)
+    return {n: p.scale * v * (times[n] >= p.k) for n, v in vector.items()}
+
+
+def emr(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    flag = {n: np.where(v.sum(0) > 0, 1.0, -1.0) for n, v in x.items()}
+    return {n: flag[n] * np.maximum(v * flag[n], 0).max(0) for n, v in x.items()}
+
+
+def fisher(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    f = {n: np.stack([fisher_of(e, n, v.shape[1:]).double().numpy() for e in experts]) for n, v in x.items()}
+    flat = np.concatenate([v.reshape(len(v), -1) for v in f.values()], 1)
+    c = each(p.weights, len(experts)) / (np.sqrt((flat**2).sum(1)) if p.normalize else 1)
+    floor = p.floor * (1 if p.compat == "official" else flat.mean(1))
+    target = p.target or experts[0]
+    floor = np.array(
+        [0 if p.favor_target and e != target else g for e, g in zip(experts, floor * np.ones(len(c)), strict=True)]
+    )
+    out = {}
+    for n, v in x.items():
+        column = (-1, *[1] * (v.ndim - 1))
+        share = c.reshape(column) * np.maximum(f[n], floor.reshape(column))
+        w = each(p.weights, len(experts)).reshape(column) * np.ones_like(share)
+        share = np.where(share.sum(0) > 0, share, w)
+        out[n] = (share * v).sum(0) / share.sum(0)
+    return out
+
+
+def regmean(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    """Least squares on the tokens themselves, with rows that pull to the mean."""
+    out = average(x, experts, p)
+    for n, v in x.items():
+        if v.ndim != 2 + 1 or min(v.shape[1:]) < 2:
+            continue
+        grams = [gram_of(e, n, v.shape[1:]).second.numpy() for e in experts]
+        damped = [p.alpha * g + (1 - p.alpha) * np.diag(np.diag(g)) for g in grams]
+        w = each(p.weights, len(experts))
+        left = sum(a * g for a, g in zip(w, damped, strict=True))
+        left = left + p.ridge * np.trace(left) / len(left) * np.eye(len(left))
+        right = sum(a * (t - out[n]) @ g for a, t, g in zip(w, v, damped, strict=True))
+        out[n] = out[n] + np.linalg.solve(left, right.T).T
+    return out
+
+
 TRANSCRIPTIONS = {
-    f.__name__: f for f in (average, task_arithmetic, ties, dare, dare_ties, slerp, tsv)
+    f.__name__: f
+    for f in (average, fisher, regmean, task_arithmetic, ties, dare, dare_ties, slerp, tsv, tall_masks, consensus, emr)
 }  # one for every method of the library
 
 
@@ -286,6 +399,7 @@ def methods() -> SimpleNamespace:
         transcribe=transcribe,
         problem=problem,
         prepare=prepare,
+        measured=measured,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twinmerge.engine.inputs import Inputs
-from twinmerge.engine.merge import merge
+from twinmerge.engine.merge import Merge
 from twinmerge.engine.ranges import Range
+from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.base import Place, Tile
 from twinmerge.methods.registry import is_per_expert, make_method, method_class, method_names
@@ -36,11 +38,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dare_ties": [{"rescale": "l1"}, {"trim_density": 0.3}, {"trim_density": 0.5, "scope": "tensor", "density": 0.3}],
     "slerp": [{"t": 0.3}, {"t": 1.0}],
     "tsv": [{"scale": 0.5}],
+    "tall_masks": [{"vector": "ties"}, {"vector": "ties", "density": 0.5, "scope": "tensor"}],
+    "consensus": [
+        {"k": 0, "scale": 0.5},
+        {"k": 1, "threshold": 0.6},
+        {"k": 9},
+        {"vector": "ties", "density": 0.4, "scale": 1.0, "threshold": 0.2},
+    ],
 }
 # ... and those that only the specification's numbers cover.
 OTHERS: dict[str, list[dict[str, Any]]] = {
     "ties": [{"compat": "official"}, {"compat": "mergekit"}, {"tie": "majority"}, {"tie": "positive"}],
     "dare_ties": [{"compat": "official", "rescale": "l1"}, {"tie": "majority", "trim_density": 0.4}],
+    "emr": [{"compat": "official"}],
 }
 
 
@@ -153,7 +163,14 @@ def test_a_number_that_is_not_finite_is_an_error_with_its_place(methods, name, b
 
     def load() -> Tensor:
         models = {e: opened(e, m) for e, m in experts.items()}
-        inputs = Inputs(method, opened("the-base", base), models, {n: n for n in base})
+        unmeasured = SimpleNamespace(has=lambda _: False)
+        inputs = Inputs(
+            method,
+            opened("the-base", base),
+            models,
+            {n: n for n in base},
+            statistics=dict.fromkeys(experts, unmeasured),
+        )
         return inputs.load(Range("a.weight", 0, 63)).x
 
     assert load().isfinite().all()
@@ -181,8 +198,18 @@ def on_disk(tmp_path: Path, base: dict[str, Tensor], experts: dict[str, dict[str
     return {
         "base": save(tmp_path / "base", base),
         "experts": {e: save(tmp_path / e, tensors) for e, tensors in experts.items()},
-        "progress": False,
     }
+
+
+def merge(
+    methods: Any, name: str, base: str, experts: dict[str, str], tile: int | None = None, **parameters: Any
+) -> Merge:
+    """The merge of folders, with statistics beside them where the method needs some; masks as the model θ0 + τ."""
+    flat = {}
+    for key, value in parameters.items():
+        flat.update({f"{e}.{key}": v for e, v in value.items()} if isinstance(value, dict) else {key: value})
+    statistics = {e: path for e, folder in experts.items() for path in methods.measured(name, e, folder)}
+    return Merge(Recipe(name, base, experts, flat, statistics=statistics), progress=False, tile=tile)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -194,7 +221,7 @@ def test_checkpoints_keep_dtype_and_integers_and_odd_shapes(methods, tmp_path, n
     files = on_disk(
         tmp_path, {**base, "steps": steps}, {e: {**tensors, "steps": steps + 5} for e, tensors in experts.items()}
     )
-    got = merge(name, **files).state_dict()
+    got = merge(methods, name, **files).state_dict()
     assert torch.equal(got.pop("steps"), steps)
     assert got.keys() == base.keys()
     for tensor, value in got.items():
@@ -238,9 +265,9 @@ def test_symmetric_same_bits_in_any_dict_order(methods, tmp_path, name, paramete
         f: {e: (i + 2) / 8 for i, e in enumerate(files["experts"])} for f in cls.model_fields if is_per_expert(cls, f)
     }
     chosen = {**own, **parameters}
-    one = merge(name, **files, **chosen).state_dict()
+    one = merge(methods, name, **files, **chosen).state_dict()
     files["experts"] = dict(sorted(files["experts"].items(), key=lambda item: item[0] in "xv"))
-    other = merge(name, **files, **chosen).state_dict()
+    other = merge(methods, name, **files, **chosen).state_dict()
     assert all(same_bits(one[tensor], other[tensor]) for tensor in one)
 
 
@@ -252,7 +279,8 @@ def test_symmetric_rule_sees_no_order_in_its_stack(methods, name, parameters):
 
     def permuted(tile: Tile) -> Tile:
         names = tuple(tile.at.experts[i] for i in turned)
-        return Tile(tile.x[turned], tile.base, tile.at._replace(experts=names))
+        grams = [tile.grams[i] for i in turned] if tile.grams else ()
+        return Tile(tile.x[turned], tile.base, tile.at._replace(experts=names), grams=grams)
 
     tiles = {tensor: load(base, tensor) for tensor in base}
     got = methods.through(method, {n: permuted(tile) for n, tile in tiles.items()})

@@ -22,9 +22,11 @@ def checked(merge: Merge) -> dict[str, Any]:
     that need them), beside what the libraries themselves take; time is what a disk of 1 GB/s needs for the bytes.
     """
     matched, base = merge.matched, merge.base
-    reads = 1 + sum(not step.sampled and not step.rare for step in merge.plan().leading)
+    run = merge.plan()
+    reads = 1 + sum(not step.sampled and not step.rare and step.name not in run.known for step in run.leading)
     inputs = [*merge.experts.values(), *([base] if merge.inputs.base is not None else [])]
     input_bytes = sum(model.spec(n).bytes for model in inputs for n in matched.merged)
+    input_bytes += sum(spec.bytes for found in merge.statistics.values() for spec in found.specs.values())
     output_bytes = sum(spec.bytes for spec in merge.out_specs.values())
     return {
         "method": merge.recipe.method,

@@ -69,5 +69,6 @@ def _compiled(
     rule = method.rule(inputs.place(each), known)
     if rule is None:
         return None
-    outcome = fused.merge(rule, stored.base, stored.experts, Values(values, rounding.code), each.start)
+    out = Values(values, rounding.code)
+    outcome = fused.merge(rule, stored.base, stored.experts, out, each.start, stored.fisher)
     return Combined(values, outcome.changed, outcome.erased) if outcome.sound and outcome.fits else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +15,9 @@ from twinmerge.engine.ranges import PIECE, Range
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
-from twinmerge.methods.base import Method, Place, Stored, Tile
+from twinmerge.methods.base import Gram, Method, Place, Stored, Tile
 from twinmerge.models.opened import OpenedModel, as_tensor
+from twinmerge.models.statistics import Statistics
 from twinmerge.store.checksum import block_digests
 from twinmerge.store.header import SIZES, torch_dtype
 
@@ -37,6 +39,7 @@ class Inputs:
         names: canonical name -> name of the tensor in the output, which keys random numbers and orders equal entries, so
             that neither depends on how another input spells its names.
         device: where the arithmetic runs.
+        statistics: of each expert, for methods that need them.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Inputs:
         experts: Mapping[str, OpenedModel],
         names: Mapping[str, str],
         device: torch.device | str = "cpu",
+        statistics: Mapping[str, Statistics] = MappingProxyType({}),
     ) -> None:
         self.whole = method.grain == "matrix"
         self.base = base if method.space == "deltas" else None
@@ -54,12 +58,29 @@ class Inputs:
         self.shapes = {out: next(iter(experts.values())).spec(name).shape for name, out in names.items()}
         self.compiled = fused.available() and str(device) == "cpu" and not self.whole
         self._models = {**experts, **({} if self.base is None else {BASE: self.base})}
+        self.needs, self.statistics = method.needs, statistics
         self._local = threading.local()
 
     @cached_property
     def element_bytes(self) -> int:
         """Of one element of every input, of the widest dtype that it has."""
-        return sum(max(SIZES[model.range_code(n)] for n in self.canonical.values()) for model in self._models.values())
+        inputs = (max(SIZES[model.range_code(n)] for n in self.canonical.values()) for model in self._models.values())
+        return sum(inputs) + ("fisher" in self.needs) * SIZES["F32"] * len(self.experts)
+
+    def told(self) -> dict[str, object]:
+        """What passes would find, as the headers of the statistics tell it."""
+        if "fisher" not in self.needs:
+            return {}
+        from twinmerge.methods.fisher import FisherSquares, squares_of
+
+        found = []
+        for expert, model in self.experts.items():
+            squares = self.statistics[expert].header["squares"]
+            parts = [
+                (*squares.get(name, (0.0, 0.0)), math.prod(model.spec(name).shape)) for name in self.canonical.values()
+            ]
+            found.append(squares_of(parts))
+        return {FisherSquares.name: found}
 
     def load(self, each: Range) -> Tile:
         """The tile of a range.
@@ -88,7 +109,8 @@ class Inputs:
             values[label] = self._read(label, model, name, each)
             if digests is not None:  # while the bytes are in the cache
                 digests[label] = block_digests(values[label].memory, SIZES[values[label].code])
-        return Stored(values.pop(BASE) if self.base is not None else None, tuple(values.values()))
+        fisher = tuple(self._fisher(e, name, each) for e in self.experts) if "fisher" in self.needs else ()
+        return Stored(values.pop(BASE) if self.base is not None else None, tuple(values.values()), fisher)
 
     def place(self, each: Range) -> Place:
         return Place(each.name, self.shapes[each.name], each.start, tuple(self.experts))
@@ -106,11 +128,37 @@ class Inputs:
         model.read_range(name, each.start, out)
         return Values(out, code)
 
+    def _fisher(self, expert: str, name: str, each: Range) -> Values:
+        """Of a range; zeros where none was measured."""
+        out = self.buffer(f"fisher of {expert}", each.size * SIZES["F32"])
+        if self.statistics[expert].has(name):
+            self.statistics[expert].read_range(name, each.start, out)
+        else:
+            out.fill(0)
+        return Values(out, "F32")
+
     def _tile(self, each: Range, stored: Stored) -> Tile:
         known = all(v.code in fused.CODES for v in (*stored.experts, *filter(None, [stored.base])))
+        grams = []
+        if "gram" in self.needs:
+            name = self.canonical[each.name]
+            grams = [partial(gram, self.statistics[e], name) for e in self.experts]
         return Tile.of(
-            lambda: self._widened(each, stored), self.place(each), stored if self.compiled and known else None
+            lambda: self._widened(each, stored),
+            self.place(each),
+            stored if self.compiled and known else None,
+            lambda: self._measured(each, stored),
+            grams,
         )
+
+    def _measured(self, each: Range, stored: Stored) -> Tensor | None:
+        """The Fisher information of a range, widened."""
+        if not stored.fisher:
+            return None
+        import torch
+
+        shape = self.shapes[each.name] if self.whole else (each.size,)
+        return torch.stack([_numbers(v).reshape(shape) for v in stored.fisher]).to(self.device)
 
     def _widened(self, each: Range, stored: Stored) -> tuple[Tensor, Tensor | None, torch.dtype]:
         """x, base and the dtype of sums."""
@@ -155,4 +203,14 @@ def _part(stored: Stored, start: int, stop: int) -> Stored:
         size = SIZES[values.code]
         return Values(values.memory[start * size : stop * size], values.code)
 
-    return Stored(None if stored.base is None else cut(stored.base), tuple(map(cut, stored.experts)))
+    fisher = tuple(map(cut, stored.fisher))
+    return Stored(None if stored.base is None else cut(stored.base), tuple(map(cut, stored.experts)), fisher)
+
+
+def gram(statistics: Statistics, name: str) -> Gram | None:
+    """The Gram matrix that was measured of a matrix's inputs, per token."""
+    module = statistics.header["modules"].get(name)
+    if module is None:
+        return None
+    count = statistics.header["counts"][module["group"]]
+    return Gram(statistics.read(f"gram/{module['group']}") / max(count, 1), bool(module["turned"]))

@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,11 @@ from twinmerge.engine.side_files import CHECKSUMS, PROVENANCE, copy_side_files, 
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.base import Known, Method
+from twinmerge.methods.registry import method_class
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor, open_model
 from twinmerge.models.plain import open_plain
+from twinmerge.models.statistics import Statistics
 from twinmerge.models.vocabulary import other_tokens
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
@@ -130,7 +133,20 @@ class Merge:
         """The base and the experts, tile by tile."""
         reference = self.base if self.recipe.base is not None else None
         names = {name: self.base.stored[name] for name in self.matched.merged}
-        return Inputs(self.method, reference, self.experts, names, self.device)
+        return Inputs(self.method, reference, self.experts, names, self.device, self.statistics)
+
+    @cached_property
+    def statistics(self) -> dict[str, Statistics]:
+        """The statistics of each expert, where the method needs them; headers only are read."""
+        found = {}
+        for name in self.experts if self.recipe.statistics else ():
+            statistics = Statistics.open(Path(self.recipe.statistics[name]), self.method.needs[0])
+            if statistics.model != self.experts[name].fingerprint():
+                raise TwinmergeError(
+                    f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or name the right file."
+                )
+            found[name] = statistics
+        return found
 
     @cached_property
     def tile(self) -> int:
@@ -149,7 +165,9 @@ class Merge:
         first = next(iter(self.experts.values()))
         order = sorted(self.matched.merged, key=first.place)
         names = [self.base.stored[name] for name in order]
-        return Run(self.method, names, self.inputs.shapes, self.inputs.load, self.tile, self.progress, self.processes)
+        run = Run(self.method, names, self.inputs.shapes, self.inputs.load, self.tile, self.progress, self.processes)
+        run.known |= self.inputs.told()
+        return run
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole merged model in memory, by the base's own tensor names."""
@@ -235,6 +253,20 @@ class Merge:
         self.report = report
         return Path(out)
 
+    def varied(self, **parameters: Any) -> Merge:
+        """The same merge with other parameters of the method; models that are open stay open.
+
+        Args:
+            parameters: those that differ, as in `Recipe` (`expert.field` sets a field for one expert).
+
+        Errors:
+            TwinmergeError: unknown parameters, values out of range.
+        """
+        other = copy.copy(self)
+        other.recipe = replace(self.recipe, parameters={**self.recipe.parameters, **parameters})
+        other.method, other.report = other.recipe.make_method(), None
+        return other
+
     def provenance(self) -> dict[str, Any]:
         """Recipe, resolved parameters, versions and the hub commits that were read."""
         return provenance(self)
@@ -254,6 +286,7 @@ def merge(
     stochastic: int | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    statistics: Mapping[str, str | Path] | None = None,
     **parameters: Any,
 ) -> Merge:
     """Describe a merge; nothing is read until you ask: `.check()`, `.diff()`, `.save(out)`, `.load()`, `.state_dict()`.
@@ -266,11 +299,13 @@ def merge(
         heads: patterns of tensors to keep per expert besides those found.
         stochastic: the seed of stochastic rounding to the output's dtype; to nearest where None.
         device: where the arithmetic runs.
+        statistics: expert -> the file that `twinmerge measure` wrote of it, for methods that need one.
         parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
 
     Errors:
         TwinmergeError: unknown method or parameter, values out of range.
     """
+    require_model(method)
     flat: dict[str, Any] = {}
     for name, value in parameters.items():
         if isinstance(value, Mapping):
@@ -278,8 +313,23 @@ def merge(
         else:
             flat[name] = value
     patterns = (heads,) if isinstance(heads, str) else tuple(heads)
-    recipe = Recipe(method, base, dict(experts), flat, dtype, patterns, stochastic)
+    recipe = Recipe(method, base, dict(experts), flat, dtype, patterns, stochastic, dict(statistics or {}))
     return Merge(recipe, progress, device=device)
+
+
+def require_model(method: str) -> None:
+    """Refuse a method that gives masks where one model is wanted.
+
+    Errors:
+        TwinmergeError: such a method.
+
+    Example:
+        >>> require_model("ties")
+    """
+    if method_class(method).outputs != "model":
+        raise TwinmergeError(
+            f"{method} makes a mask for each expert, and no one model of them. Use `twinmerge compress --method {method}`."
+        )
 
 
 def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[str]) -> dict[str, HeadSpec]:

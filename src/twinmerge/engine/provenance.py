@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.models.opened import OpenedModel
@@ -45,8 +46,12 @@ def plan_key(merge: Merge) -> str | None:
     for label, model in inputs_of(merge).items():
         if not model.files:
             return None
-        for file in model.files:
-            status = file.stat()
-            files.append([label, str(file.resolve()), status.st_size, status.st_mtime_ns])
+        files += [_state(label, file) for file in model.files]
+    files += [_state(f"statistics {name}", found.file) for name, found in merge.statistics.items()]
     plan = {**provenance(merge), "rounding": merge.recipe.stochastic, "files": files, "tile": merge.tile}
     return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _state(label: str, file: Path) -> list[Any]:
+    status = file.stat()
+    return [label, str(file.resolve()), status.st_size, status.st_mtime_ns]

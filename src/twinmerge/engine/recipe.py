@@ -6,6 +6,7 @@ command's options. It is strict: an unknown key is an error with the nearest rig
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ MERGEKIT_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 RECIPE_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "heads", "stochastic"}
 MERGEKIT_ONLY = {"slices", "modules", "tokenizer", "tokenizer_source", "chat_template"}
-MODEL_KEYS = {"model", "name", "parameters"}
+MODEL_KEYS = {"model", "name", "parameters", "statistics"}
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 EXPERT_NAME = re.compile(r"^\w[\w.\-]*$")
 
@@ -38,7 +39,7 @@ EXPERT_NAME = re.compile(r"^\w[\w.\-]*$")
 class Recipe:
     """method: name; base: model or None; experts: name -> model; parameters: field (or expert.field) -> value;
     dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the seed of
-    stochastic rounding, None for rounding to nearest."""
+    stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods that need one."""
 
     method: str
     base: ModelLike | None
@@ -47,6 +48,7 @@ class Recipe:
     dtype: str | None = None
     heads: tuple[str, ...] = ()
     stochastic: int | None = None
+    statistics: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -65,13 +67,34 @@ class Recipe:
             )
         if self.base is None and method_class(self.method).space == "deltas":
             raise TwinmergeError(f"{self.method} works on changes to a base. Name the base with --base.")
+        self._check_statistics()
+
+    def _check_statistics(self) -> None:
+        needs = method_class(self.method).needs
+        for name in self.statistics:
+            if name not in self.experts:
+                raise TwinmergeError(
+                    f"--statistics names {name!r}, which is no expert of this merge.{nearest(name, self.experts)}"
+                )
+            if not needs:
+                raise TwinmergeError(f"{self.method} reads no statistics. Leave those of {name!r} out.")
+        for need in needs:
+            for name in self.experts:
+                if name not in self.statistics:
+                    raise TwinmergeError(
+                        f"{self.method} needs the {need} statistics of every expert, and {name!r} has none. Take them with `twinmerge "
+                        f"measure {need} MODEL --data FILE -o {name}.{need}.safetensors`, and add --statistics {name}=that file."
+                    )
 
     @classmethod
     def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
         """The recipe that `describe` wrote down."""
         experts = {entry["name"]: entry["model"] for entry in raw["models"]}
         heads, seed = tuple(raw["heads"]), raw.get("stochastic")
-        return cls(raw["merge_method"], raw["base_model"], experts, raw["parameters"], raw["dtype"], heads, seed)
+        statistics = {entry["name"]: entry["statistics"] for entry in raw["models"] if "statistics" in entry}
+        return cls(
+            raw["merge_method"], raw["base_model"], experts, raw["parameters"], raw["dtype"], heads, seed, statistics
+        )
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -88,7 +111,10 @@ class Recipe:
         return {
             "merge_method": self.method,
             "base_model": None if self.base is None else _ref(self.base),
-            "models": [{"name": n, "model": ref} for n, ref in refs.items()],
+            "models": [
+                {"name": n, "model": ref} | ({"statistics": str(self.statistics[n])} if n in self.statistics else {})
+                for n, ref in refs.items()
+            ],
             "parameters": dict(self.parameters),
             "dtype": self.dtype,
             "heads": list(self.heads),
@@ -133,6 +159,7 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     base = raw.get("base_model")
     parameters = {**MERGEKIT_DEFAULTS.get(method, {}), **_parameters(raw.get("parameters"), method, where)}
     experts: dict[str, ModelLike] = {}
+    statistics: dict[str, str] = {}
     models = raw.get("models")
     if not isinstance(models, list):
         raise TwinmergeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")
@@ -146,6 +173,8 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         if name in experts:
             raise TwinmergeError(f"{where} names the expert {name!r} twice. Give one of them another 'name:'.")
         experts[name] = entry["model"]
+        if "statistics" in entry:
+            statistics[name] = str(entry["statistics"])
         own = _parameters(entry.get("parameters"), method, f"{where}, model {entry['model']!r}")
         parameters.update({f"{name}.{key}": value for key, value in own.items()})
     if base is not None and base in experts.values() and method_class(method).space == "parameters":
@@ -159,7 +188,7 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
             f"{where}: stochastic is the seed of stochastic rounding, got {seed!r}. Write stochastic: 0."
         )
     dtype = raw.get("out_dtype") or raw.get("dtype")
-    return Recipe(method, base, experts, parameters, dtype, tuple(heads), seed)
+    return Recipe(method, base, experts, parameters, dtype, tuple(heads), seed, statistics)
 
 
 def expert_name(ref: str) -> str:

@@ -35,6 +35,9 @@ class Run:
         load: range -> its tile, flat, or in the tensor's shape for methods of grain "matrix". Called from any thread.
         tile: elements of a tile, a multiple of 65,536; the result does not depend on it.
         processes: spread large work over forked processes and not over threads (see `maths/workers.py`).
+
+    Attributes:
+        known: what the passes found; a pass whose result is put there before `survey` is left out.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class Run:
     def survey(self) -> None:
         """All passes that must be over before the first tensor is merged."""
         for number, step in enumerate(self.leading, 1):
+            if step.name in self.known:  # it was told
+                continue
             self._sweep(step, self.names, f"pass {number} of {len(self.leading)}")
 
     def groups(self, order: Iterable[str] | None = None) -> list[list[Range]]:

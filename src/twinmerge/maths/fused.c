@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 1
+#define VERSION 2
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -51,6 +51,8 @@ typedef struct {
     const int64_t *rooms;       /* how many entries equal to the threshold are kept */
     const double *votes;
     const uint8_t *flip;        /* the experts whose side is the other one */
+    const double *importances;  /* factors of the Fisher information */
+    const double *floors;       /* of it */
     int32_t deltas, combine, tie;
 } Rule;
 
@@ -151,6 +153,7 @@ INLINE uint64_t high_product(uint64_t x, uint64_t y, bool pieces) {
 
 typedef struct {
     void (*merge[2])(const Rule *, const Range *, Outcome *); /* sums in float, in double */
+    void (*weigh)(const Rule *, const Range *, const void *const *, Outcome *);
     void (*gram)(const void *, int, const void *, int, size_t, double *);
     size_t (*bracket)(const void *, int, const void *, int, size_t, int32_t, uint32_t, const int32_t *, int64_t *, int32_t *);
 } Level;
@@ -305,6 +308,56 @@ static TARGET void NAME(round)(const float *x, const float *base, size_t n, void
 #undef KIND
 #undef FMA
 
+/* share = factor · max(F, floor), and the sums of share · x and of share; the greatest of F's bits, as a number without sign:
+ * what is negative has more than infinity. */
+INLINE uint32_t NAME(shares)(const void *fisher, const float *restrict x, size_t n, double factor, double least_fisher,
+                             double *restrict total, double *restrict mass) {
+    uint32_t worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = ((const stored32 *)fisher)[i];
+        worst = bits > worst ? bits : worst;
+        double f = as_float(bits), share = (f < least_fisher ? least_fisher : f) * factor;
+        total[i] += share * x[i];
+        mass[i] += share;
+    }
+    return worst;
+}
+
+/* Fisher-weighted averaging; where nothing has any weight, the plain weighted mean. */
+static TARGET void NAME(weigh)(const Rule *rule, const Range *range, const void *const *fisher, Outcome *outcome) {
+    double total[CHUNK], mass[CHUNK];
+    float x[CHUNK], merged[CHUNK];
+    int out = range->codes[rule->experts];
+    for (size_t at = 0, n; at < range->size; at += n) {
+        n = least(CHUNK, range->size - at);
+        memset(total, 0, sizeof total);
+        memset(mass, 0, sizeof mass);
+        for (int64_t e = 0; e < rule->experts; e++) {
+            int code = range->codes[e];
+            outcome->sound &= NAME(load)(from(range->experts[e], code, at), code, NULL, n, x);
+            uint32_t worst = NAME(shares)(from(fisher[e], F32, at), x, n, rule->importances[e], rule->floors[e], total, mass);
+            outcome->sound &= worst < INFINITE;
+        }
+        uint32_t none = 0;
+        for (size_t i = 0; i < n; i++) {
+            none += !(mass[i] > 0);
+            merged[i] = (float)(total[i] / mass[i]);
+        }
+        if (none) {
+            memset(total, 0, sizeof total);
+            for (int64_t e = 0; e < rule->experts; e++) {
+                int code = range->codes[e];
+                NAME(load)(from(range->experts[e], code, at), code, NULL, n, x);
+                for (size_t i = 0; i < n; i++)
+                    total[i] += rule->weights[e] * x[i];
+            }
+            for (size_t i = 0; i < n; i++)
+                merged[i] = mass[i] > 0 ? merged[i] : (float)(total[i] / rule->divisor);
+        }
+        NAME(round)(merged, NULL, n, (void *)from(range->out, out, at), out, outcome);
+    }
+}
+
 INLINE void NAME(products)(const float a[BRANCH][COLUMNS], const float b[BRANCH][COLUMNS], double *restrict to) {
     for (int i = 0; i < COLUMNS; i++) {
         double p[BRANCH];
@@ -392,7 +445,7 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
 }
 
 static const Level NAME(level) = {
-    {NAME(merge_f), NAME(merge_d)}, NAME(gram), NAME(bracket),
+    {NAME(merge_f), NAME(merge_d)}, NAME(weigh), NAME(gram), NAME(bracket),
 };
 
 #undef NAME
@@ -613,6 +666,15 @@ EXPORT void twinmerge_fused_merge(const Rule *rule, const void *base, const void
     for (int64_t e = 0; e < rule->experts; e++)
         wide |= codes[e + 1] == F32;
     levels[level]->merge[wide](rule, &range, &outcome);
+    found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;
+}
+
+/* found: as above; codes: of experts and out. */
+EXPORT void twinmerge_fused_weigh(const Rule *rule, const void *const *experts, const void *const *fisher, void *out,
+                                  const char *codes, size_t size, int64_t *found) {
+    Range range = {NULL, experts, out, (const uint8_t *)codes, size, 0};
+    Outcome outcome = {0, 0, 1, 1};
+    levels[level]->weigh(rule, &range, fisher, &outcome);
     found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;
 }
 

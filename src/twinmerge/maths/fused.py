@@ -25,7 +25,7 @@ CODES = ("BF16", "F16", "F32")
 
 SHARED = 4  # values that `in_bracket` counts apart, at most
 MOST = 1024  # experts, at most
-_VERSION = 1  # of fused.c
+_VERSION = 2  # of fused.c
 _BLOCK = 65_536
 _CODE = {name: number for number, name in enumerate(CODES)}
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -71,11 +71,21 @@ class Elect(NamedTuple):
     flip: tuple[bool, ...]
 
 
+class Importance(NamedTuple):
+    """Fisher-weighted averaging. factors: of each expert's Fisher information; floors: the least that it counts as; order: the
+    experts' numbers, as they are summed up."""
+
+    factors: tuple[float, ...]
+    floors: tuple[float, ...]
+    order: tuple[int, ...]
+
+
 class Rule(NamedTuple):
     """What is done with the values; whatever is used again is prepared once.
 
     deltas: x_t = θt - θ0, and the result is θ0 + scale · s; else x_t = θt, and it is s / divisor. s = Σt wt x_t, or what
     `elect` makes of x_t. First x_t is dropped, then trimmed, where that is asked for.
+    importance: the result is Σ It θt / Σ It with It = factor · max(Ft, floor), and Σ wt θt / divisor where all It are 0.
     """
 
     weights: tuple[float, ...]
@@ -85,6 +95,7 @@ class Rule(NamedTuple):
     drop: Drop | None = None
     trim: Trim | None = None
     elect: Elect | None = None
+    importance: Importance | None = None
 
 
 class Outcome(NamedTuple):
@@ -107,7 +118,14 @@ def available() -> bool:
     return _library() is not None
 
 
-def merge(rule: Rule, base: Values | None, experts: Sequence[Values], out: Values, offset: int = 0) -> Outcome:
+def merge(
+    rule: Rule,
+    base: Values | None,
+    experts: Sequence[Values],
+    out: Values,
+    offset: int = 0,
+    fisher: Sequence[Values] = (),
+) -> Outcome:
     """Write the merged values to `out`, rounded once.
 
     Sums over the experts are taken in float32 where all inputs have 16 bits, else in float64 (`Tile.work`).
@@ -117,6 +135,7 @@ def merge(rule: Rule, base: Values | None, experts: Sequence[Values], out: Value
         experts: θt, one for each weight, at most 1024.
         out: its memory is written.
         offset: index of the first element in its tensor, which the random draws of `Drop` are keyed with.
+        fisher: of each expert, float32, for `Importance`; what is negative is not sound.
 
     Raises:
         ValueError: sizes or counts that differ, an unknown dtype, memory that is not contiguous, no base for deltas.
@@ -136,10 +155,20 @@ def merge(rule: Rule, base: Values | None, experts: Sequence[Values], out: Value
     if theirs is None and rule.deltas:
         raise ValueError("deltas need a base")
     size = _size(out)
+    found = _Found()
+    if rule.importance is not None:
+        order = rule.importance.order
+        if len(fisher) != len(experts) or sorted(order) != list(range(len(experts))):
+            raise ValueError(f"{len(fisher)} Fishers in the order {order} for {len(experts)} experts")
+        addresses = prepared.row(*[_address(experts[e], size) for e in order])
+        importances = prepared.row(*[_address(Values(fisher[e].memory, "F32"), size) for e in order])
+        codes = bytes([*[_CODE[experts[e].code] for e in order], _CODE[out.code]])
+        target = _address(out, size, writes=True)
+        library.twinmerge_fused_weigh(prepared.pointer, addresses, importances, target, codes, size, found)
+        return Outcome(0, 0, bool(found[2]), bool(found[3]))
     at, of_base = _stored(theirs, size)
     addresses = prepared.row(*[_address(each, size) for each in experts])
     codes = bytes([of_base, *[_CODE[each.code] for each in experts], _CODE[out.code]])
-    found = _Found()
     library.twinmerge_fused_merge(
         prepared.pointer, at, addresses, _address(out, size, writes=True), codes, size, offset, found
     )
@@ -220,6 +249,8 @@ class _Rule(ctypes.Structure):
         ("rooms", ctypes.c_void_p),
         ("votes", ctypes.c_void_p),
         ("flip", ctypes.c_void_p),
+        ("importances", ctypes.c_void_p),
+        ("floors", ctypes.c_void_p),
         ("deltas", ctypes.c_int32),
         ("combine", ctypes.c_int32),
         ("tie", ctypes.c_int32),
@@ -240,6 +271,7 @@ def _prepared(rule: Rule) -> _Prepared:
     if not 1 <= count <= MOST:
         raise ValueError(f"{count} experts; 1 to {MOST} can be merged")
     kept: list[object] = []
+    rank = rule.importance.order if rule.importance is not None else range(count)
 
     def pointer(values: Sequence[Any], dtype: type, per_expert: int = 1) -> int:
         array: NDArray[Any] = np.array(values, dtype).reshape(-1)
@@ -249,7 +281,10 @@ def _prepared(rule: Rule) -> _Prepared:
         return array.ctypes.data
 
     filled = _Rule(experts=count, scale=rule.scale, divisor=rule.divisor, deltas=rule.deltas)
-    filled.weights = pointer(rule.weights, np.float64)
+    filled.weights = pointer([rule.weights[e] for e in rank], np.float64)
+    if rule.importance is not None:
+        filled.importances = pointer([rule.importance.factors[e] for e in rank], np.float64)
+        filled.floors = pointer([rule.importance.floors[e] for e in rank], np.float64)
     if rule.drop is not None:
         filled.keys = pointer(rule.drop.keys, np.uint64, per_expert=2)
         filled.below = pointer([_below(share) for share in rule.drop.shares], np.uint32)
@@ -325,6 +360,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
     values = [address, code, address, code, count]
     for name, arguments, answer in [
         ("merge", [address, address, address, address, ctypes.c_char_p, count, ctypes.c_uint64, address], None),
+        ("weigh", [address, address, address, address, ctypes.c_char_p, count, address], None),
         ("gram", [*values, address], None),
         ("bracket", [*values, ctypes.c_int32, ctypes.c_uint32, address, address, address], count),
         ("level", [code], code),

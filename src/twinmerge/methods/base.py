@@ -31,6 +31,9 @@ have a key of their own."""
 Scope = Literal["model", "tensor"]
 """What a count or a reduction is over."""
 
+Need = Literal["fisher", "gram"]
+"""Statistics that `twinmerge measure` takes of every expert."""
+
 PerExpert = float | tuple[float, ...]
 """One number for all experts, or one for each, in the experts' order."""
 
@@ -57,10 +60,20 @@ _Made = tuple["Tensor", "Tensor | None", "torch.dtype"]
 
 
 class Stored(NamedTuple):
-    """A tile as it lies in the files, for the compiled library. base: None where the method needs none."""
+    """A tile as it lies in the files, for the compiled library. base: None where the method needs none; fisher: of each
+    expert, empty where the method needs none."""
 
     base: Values | None
     experts: tuple[Values, ...]
+    fisher: tuple[Values, ...] = ()
+
+
+class Gram(NamedTuple):
+    """What was measured of the inputs x of one matrix: second: E[x xᵀ] over tokens, (in, in) or, block-diagonal,
+    (blocks, size, size), the last one padded with zeros, float64; turned: the matrix is stored (in, out)."""
+
+    second: Tensor
+    turned: bool = False
 
 
 class Tile:
@@ -72,21 +85,39 @@ class Tile:
         at: where it lies.
         work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least: float32 for
             checkpoints of 16 bits, else float64 (None).
+        fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over examples.
+        grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was measured.
 
     Attributes:
         stored: the tile as it lies in the files, where the compiled library may work on it.
     """
 
-    def __init__(self, x: Tensor, base: Tensor | None, at: Place, work: torch.dtype | None = None) -> None:
-        self.at = at
+    def __init__(
+        self,
+        x: Tensor,
+        base: Tensor | None,
+        at: Place,
+        work: torch.dtype | None = None,
+        fisher: Tensor | None = None,
+        grams: Sequence[Callable[[], Gram | None]] = (),
+    ) -> None:
+        self.at, self.grams = at, grams
         self.stored: Stored | None = None
         self._make: Callable[[], _Made] = lambda: (x, base, work or x.double().dtype)
+        self._make_fisher = lambda: fisher
 
     @classmethod
-    def of(cls, make: Callable[[], _Made], at: Place, stored: Stored | None) -> Tile:
-        """A tile whose x, base and work are made when they are first asked for."""
+    def of(
+        cls,
+        make: Callable[[], _Made],
+        at: Place,
+        stored: Stored | None,
+        fisher: Callable[[], Tensor | None] = lambda: None,
+        grams: Sequence[Callable[[], Gram | None]] = (),
+    ) -> Tile:
+        """A tile whose x, base, work and Fisher are made when they are first asked for."""
         tile = cls.__new__(cls)
-        tile.at, tile.stored, tile._make = at, stored, make
+        tile.at, tile.stored, tile._make, tile._make_fisher, tile.grams = at, stored, make, fisher, grams
         return tile
 
     @cached_property
@@ -104,6 +135,14 @@ class Tile:
     @property
     def work(self) -> torch.dtype:
         return self._made[2]
+
+    @cached_property
+    def fisher(self) -> Tensor:
+        """(experts, *tile) float32, for methods that need it."""
+        made = self._make_fisher()
+        if made is None:
+            raise AssertionError("the engine gives every method the statistics that it needs")
+        return made
 
     def require_base(self) -> Tensor:
         """The base's tile, for methods whose formula needs it."""
@@ -153,6 +192,8 @@ class Method(BaseModel, ABC):
         laws: which algebraic laws the conformance test holds the method to, out of "idempotent" (equal experts give
             that expert, at scale 1), "symmetric" (the experts' order is irrelevant), "odd" (negated deltas give the
             negated change) and "homogeneous" (deltas times c give the change times c).
+        needs: statistics of every expert that the formula reads besides the weights.
+        outputs: "model", or "masks": one vector and a mask for each expert, which `twinmerge compress` writes.
         paper: the source, as printed by `twinmerge methods`.
     """
 
@@ -163,6 +204,8 @@ class Method(BaseModel, ABC):
     experts_min: ClassVar[int] = 1
     experts_max: ClassVar[int | None] = None
     laws: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[tuple[Need, ...]] = ()
+    outputs: ClassVar[Literal["model", "masks"]] = "model"
     paper: ClassVar[str] = ""
 
     def passes(self) -> Sequence[Pass]:

@@ -104,7 +104,7 @@ class Bracket(_TrimPass):
     def observe(self, tile: Tile, known: Known) -> Partial:
         bracket: select.Bracket = known[Sketch.name]
         if tile.stored is not None and self.method.trims_stored:
-            base, rows = tile.stored
+            base, rows = tile.stored.base, tile.stored.experts
             size = rows[0].memory.nbytes // SIZES[rows[0].code]
             found = [select.in_bracket_stored(row, base, bracket, e) for e, row in enumerate(rows)]
         else:

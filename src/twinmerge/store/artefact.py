@@ -64,11 +64,20 @@ def artefact_bytes(artefact: Artefact) -> int:
     return len(header_of(specs, head)) + sum(spec.bytes for spec in specs.values())
 
 
-def _head_and_specs(artefact: Artefact) -> tuple[dict[str, str], dict[str, Spec]]:
+def metadata_of(artefact: Artefact) -> dict[str, str]:
+    """What the file's header says beside its tensors."""
     head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header}
+    return {KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}
+
+
+def in_order(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The tensors in the order of the file: wide dtypes first (alignment), then by name."""
+    return dict(sorted(specs.items(), key=lambda item: (-item[1].itemsize, item[0])))
+
+
+def _head_and_specs(artefact: Artefact) -> tuple[dict[str, str], dict[str, Spec]]:
     specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in artefact.tensors.items()}
-    specs = dict(sorted(specs.items(), key=lambda item: (-item[1].itemsize, item[0])))
-    return {KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}, specs
+    return metadata_of(artefact), in_order(specs)
 
 
 def load_artefact(file: Path, kind: str, version: int, base: str | None = None) -> Artefact:
@@ -77,6 +86,15 @@ def load_artefact(file: Path, kind: str, version: int, base: str | None = None) 
     Errors:
         TwinmergeError: missing, corrupt, another kind, a version this release does not read, another base.
     """
+    found, checkpoint = open_artefact(file, kind, version, base)
+    for name in checkpoint.specs:
+        found.tensors[name] = checkpoint.read(name)
+    checkpoint.close()
+    return found
+
+
+def open_artefact(file: Path, kind: str, version: int, base: str | None = None) -> tuple[Artefact, Checkpoint]:
+    """The same without its tensors, which are read from the checkpoint when they are wanted."""
     if not file.is_file():
         raise TwinmergeError(f"{file} is missing. Copy the whole folder again, or build it again.")
     checkpoint = Checkpoint([file])
@@ -93,10 +111,7 @@ def load_artefact(file: Path, kind: str, version: int, base: str | None = None) 
         )
     if base is not None and found.base != base:
         raise TwinmergeError(f"{file} belongs to another base model than the weights beside it. Build it again.")
-    for name in checkpoint.specs:
-        found.tensors[name] = checkpoint.read(name)
-    checkpoint.close()
-    return found
+    return found, checkpoint
 
 
 @contextmanager

@@ -1,0 +1,218 @@
+"""Statistics files: what `twinmerge measure` found about one model on one data file, as sums that add up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.sums import block_sums, blocked_dot, total
+from twinmerge.store.artefact import Artefact, in_order, metadata_of, open_artefact, undamaged
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.checksum import block_digests, joined, streamed
+from twinmerge.store.output import header_of, write_tensor
+from twinmerge.store.ranges import bytes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND, VERSION = "statistics", 1
+WHAT = ("fisher", "gram", "activations")
+
+
+class Statistics:
+    """An opened statistics file: its header at once, its tensors on demand.
+
+    Attributes:
+        file: where it lies; what: "fisher", "gram" or "activations"; model: fingerprint of the measured model; header: what
+            was measured and how; specs: tensor -> dtype and shape.
+    """
+
+    def __init__(self, file: Path, artefact: Artefact, checkpoint: Any) -> None:
+        self.file, self.model, self.header = file, artefact.base, artefact.header
+        self._checkpoint = checkpoint
+        self.specs: Mapping[str, Spec] = checkpoint.specs
+        with undamaged(file):
+            self.what, self.examples = str(self.header["what"]), int(self.header["examples"])
+            if self.what not in WHAT or not set(self.specs) <= set(self.header["checksums"]):
+                raise ValueError(self.what)
+
+    @classmethod
+    def open(cls, file: str | os.PathLike[str], what: str | None = None) -> Statistics:
+        """Open a file.
+
+        Args:
+            what: the kind that is wanted; None for any.
+
+        Errors:
+            TwinmergeError: no statistics file, another version, or another kind than `what`.
+        """
+        path = Path(file)
+        if not path.is_file():
+            raise TwinmergeError(f"There is no statistics file {path}. Name one that `twinmerge measure` wrote.")
+        found = cls(path, *open_artefact(path, KIND, VERSION))
+        if what is not None and found.what != what:
+            raise TwinmergeError(
+                f"{path} holds {found.what} statistics, {what} statistics are needed. Take them with `twinmerge measure {what}`."
+            )
+        return found
+
+    def has(self, name: str) -> bool:
+        return name in self.specs
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor."""
+        found: Tensor = self._checkpoint.read(name)
+        return found
+
+    def read_range(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill the bytes of `out` with elements from `start` on, flat."""
+        self._checkpoint.read_into(name, start, out)
+
+    def verify(self) -> None:
+        """Read everything and compare it with the checksums of the measurement.
+
+        Errors:
+            TwinmergeError: a tensor that is not what was written.
+        """
+        for name, spec in self.specs.items():
+            read = streamed(lambda start, out, n=name: self.read_range(n, start, out), spec.itemsize, spec.numel)
+            if read != self.header["checksums"][name]:
+                raise TwinmergeError(f"Tensor {name!r} of {self.file} is not what was measured. Measure it again.")
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+
+def save_statistics(
+    file: str | os.PathLike[str], what: str, model: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Path:
+    """Write a statistics file, whole or not at all.
+
+    Args:
+        model: fingerprint of the measured model.
+        header: data, settings, examples, tokens, and what the kind needs; checksums and, for "fisher", squares are added.
+        tensors: the sums; fisher: canonical name -> (the parameter's shape) float32.
+
+    Errors:
+        TwinmergeError: the file is there already, or cannot be written.
+    """
+    specs = in_order({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    whole = {**header, "what": what, "checksums": {name: _checksum(tensors[name]) for name in specs}}
+    if what == "fisher":
+        whole["squares"] = {name: _squares(tensors[name]) for name in specs}
+    return _write(Path(file), Artefact(KIND, VERSION, model, whole, {}), specs, ((n, tensors[n]) for n in specs))
+
+
+def added(files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+    """Write the sum of statistics of one model, taken in parts: as if all data had been measured at once.
+
+    One tensor of each file is in memory at a time.
+
+    Errors:
+        TwinmergeError: fewer than two files; another model, kind, setting or version; data that were counted before.
+    """
+    if len(files) < 2:
+        raise TwinmergeError("There is nothing to add. Name at least two statistics files.")
+    parts = [Statistics.open(file) for file in files]
+    first = parts[0]
+    for part in parts[1:]:
+        _same(first, part)
+    data = [piece for part in parts for piece in part.header["data"]]
+    _disjoint(data)
+    header = {**first.header, "data": data}
+    for count in ("examples", "tokens"):
+        header[count] = sum(part.header[count] for part in parts)
+    if "counts" in header:
+        groups = dict.fromkeys(name for part in parts for name in part.header["counts"])
+        header["counts"] = {name: sum(part.header["counts"].get(name, 0) for part in parts) for name in groups}
+    if "modules" in header:
+        header["modules"] = {name: module for part in parts for name, module in part.header["modules"].items()}
+    specs = in_order({name: spec for part in parts for name, spec in part.specs.items()})
+    sums, squares = {}, {}
+    for name in specs:  # the header comes before the tensors, so they are added up twice rather than held
+        summed = _sum(parts, name)
+        sums[name] = _checksum(summed)
+        if first.what == "fisher":
+            squares[name] = _squares(summed)
+    header["checksums"] = sums
+    if first.what == "fisher":
+        header["squares"] = squares
+    artefact = Artefact(KIND, VERSION, first.model, header, {})
+    written = _write(Path(out), artefact, specs, ((name, _sum(parts, name)) for name in specs))
+    for part in parts:
+        part.close()
+    return written
+
+
+def _sum(parts: Sequence[Statistics], name: str) -> Tensor:
+    """In float64, rounded once."""
+    found = [part.read(name) for part in parts if part.has(name)]
+    whole = found[0].double()
+    for tensor in found[1:]:
+        whole = whole + tensor.double()
+    return whole.to(found[0].dtype)
+
+
+def _same(first: Statistics, other: Statistics) -> None:
+    for what, one, two in (
+        ("another kind", first.what, other.what),
+        ("another model", first.model, other.model),
+        ("other settings", first.header["settings"], other.header["settings"]),
+    ):
+        if one != two:
+            raise TwinmergeError(
+                f"{other.file} has {what} than {first.file} ({_difference(one, two)}), so they do not add up. Measure both alike."
+            )
+
+
+def _difference(one: Any, two: Any) -> str:
+    if isinstance(one, dict) and isinstance(two, dict):
+        names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+        return ", ".join(f"{name}: {two.get(name)} and {one.get(name)}" for name in names)
+    return f"{str(two)[:12]} and {str(one)[:12]}"
+
+
+def _disjoint(data: Sequence[Mapping[str, Any]]) -> None:
+    seen: dict[str, list[tuple[int, int, str]]] = {}
+    for piece in data:
+        start, stop = piece["rows"]
+        for other_start, other_stop, file in seen.get(piece["sha256"], []):
+            if start < other_stop and other_start < stop:
+                raise TwinmergeError(
+                    f"Rows {max(start, other_start)} to {min(stop, other_stop) - 1} of {file} are in two of the statistics, and would count "
+                    "twice. Measure parts that do not overlap, with --rows START:STOP."
+                )
+        seen.setdefault(piece["sha256"], []).append((start, stop, piece["file"]))
+
+
+def _checksum(tensor: Tensor) -> str:
+    flat = np.frombuffer(bytes_of(tensor.detach().contiguous().reshape(-1)), np.uint8)
+    return joined(block_digests(flat, tensor.element_size()))
+
+
+def _squares(tensor: Tensor) -> list[float]:
+    """ΣF and ΣF², each rounded once."""
+    return [total(block_sums(tensor)), total(blocked_dot(tensor, tensor))]
+
+
+def _write(file: Path, artefact: Artefact, specs: Mapping[str, Spec], tensors: Iterator[tuple[str, Tensor]]) -> Path:
+    if file.exists() or file.is_symlink():
+        raise TwinmergeError(f"The output {file} is there already. Name another one or remove it.")
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with partial.open("wb") as out:
+            out.write(header_of(specs, metadata_of(artefact)))
+            for _, tensor in tensors:
+                write_tensor(out, tensor)
+        os.replace(partial, file)
+    except OSError as error:
+        raise TwinmergeError(f"{file} cannot be written: {error}. Free some space, or name another place.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
