@@ -33,6 +33,10 @@ Out = Annotated[Path | None, typer.Argument(help="The folder to write.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")]
 MethodName = Annotated[str | None, typer.Option("--method", help="See `twinmerge methods`.")]
 Weights = Annotated[list[str] | None, typer.Option("--weight", metavar="NAME=NUMBER", help="An expert's weight.")]
+StatisticsFiles = Annotated[
+    list[str] | None,
+    typer.Option("--statistics", metavar="NAME=FILE", help="What `twinmerge measure` wrote of an expert. Repeat."),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the output: float32, bfloat16, float16.")]
 Stochastic = Annotated[
     int | None,
@@ -50,6 +54,7 @@ def merge(
     expert: Experts = None,
     weight: Weights = None,
     parameter: Parameters = None,
+    statistics: StatisticsFiles = None,
     head: Heads = None,
     dtype: Dtype = None,
     stochastic: Stochastic = None,
@@ -75,8 +80,8 @@ def merge(
     use_threads(threads)
     if smoke is not None and not smoke.is_file():
         raise TwinmergeError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
-    described, target = _described(
-        recipe, out, output, method, base, expert, weight, parameter, head, dtype, stochastic
+    described, target = recipe_of(
+        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic
     )
     if target is None and not dry_run:
         raise TwinmergeError("No output is named. Add -o FOLDER.")
@@ -121,6 +126,7 @@ def check(
     expert: Experts = None,
     weight: Weights = None,
     parameter: Parameters = None,
+    statistics: StatisticsFiles = None,
     head: Heads = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -133,11 +139,13 @@ def check(
     from twinmerge.engine.merge import Merge
 
     use_threads(threads)
-    described, target = _described(recipe, out, output, method, base, expert, weight, parameter, head, dtype, None)
+    described, target = recipe_of(
+        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, None
+    )
     _checked(Merge(described), target, json, "Nothing is written")
 
 
-def _described(
+def recipe_of(
     recipe: Path | None,
     out: Path | None,
     output: Path | None,
@@ -146,11 +154,13 @@ def _described(
     expert: list[str] | None,
     weight: list[str] | None,
     parameter: list[str] | None,
+    statistics: list[str] | None,
     head: list[str] | None,
     dtype: str | None,
     stochastic: int | None,
 ) -> tuple[Recipe, Path | None]:
     """The recipe and the output that the options name."""
+    from twinmerge.engine.merge import require_model
     from twinmerge.engine.recipe import Recipe, read_recipe
 
     if method is not None and recipe is not None and out is None:
@@ -162,17 +172,22 @@ def _described(
             raise TwinmergeError(
                 "A recipe file and --method are both given. Put everything into the recipe, or use options."
             )
+        require_model(method)
         parameters = values(parameter, "-p")
         parameters |= {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
         heads = tuple(head or ())
-        return Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic), output or out
+        measured = pairs(statistics, "--statistics")
+        found = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic, measured)
+        return found, output or out
     if recipe is None:
         raise TwinmergeError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
-    if expert or base or weight or parameter or head or dtype or stochastic is not None:
+    if expert or base or weight or parameter or statistics or head or dtype or stochastic is not None:
         raise TwinmergeError(
             "A recipe file and options are both given. Put everything into the recipe, or use --method."
         )
-    return read_recipe(recipe), output or out
+    read = read_recipe(recipe)
+    require_model(read.method)
+    return read, output or out
 
 
 def _device(name: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from twinmerge.cli.common import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from twinmerge.methods.base import Method
 
 
 def methods(
@@ -26,6 +29,8 @@ def methods(
                     "space": c.space,
                     "grain": c.grain,
                     "laws": sorted(c.laws),
+                    "needs": _needs(c),
+                    "outputs": c.outputs,
                     "parameters": {
                         f: {"default": i.default, "about": i.description} for f, i in c.model_fields.items()
                     },
@@ -36,12 +41,25 @@ def methods(
         return
     if name is None:
         rows = [
-            (n, (inspect.getdoc(c) or "").split("\n\n")[0].replace("\n", " "), ", ".join(c.model_fields), c.paper)
+            (
+                n,
+                (inspect.getdoc(c) or "").split("\n\n")[0].replace("\n", " "),
+                ", ".join(f"{f}={i.default}" for f, i in c.model_fields.items()),
+                ", ".join(_needs(c)),
+                c.outputs,
+                c.paper,
+            )
             for n, c in classes.items()
         ]
-        print_table("Static methods", ["method", "rule", "parameters", "paper"], rows)
+        print_table("Static methods", ["method", "rule", "parameters", "needs", "gives", "paper"], rows)
         return
     found = classes[name]
     typer.echo(f"{name}\n\n{(inspect.getdoc(found) or '').split('Example:')[0].strip()}\n")
+    typer.echo(f"Needs: {', '.join(_needs(found))}. Gives: {found.outputs}. Paper: {found.paper}.\n")
     lines = [(f, str(i.default), i.description or "") for f, i in found.model_fields.items()]
     print_table("Parameters", ["name", "default", "meaning"], lines)
+
+
+def _needs(method: type[Method]) -> list[str]:
+    """What it reads besides the experts' weights."""
+    return ["base"] * (method.space == "deltas") + [f"{need} statistics" for need in method.needs]

@@ -38,11 +38,26 @@ class Question:
 
 
 class StaticRunner:
-    """A plain classifier (one task), or a merged folder with one head per task."""
+    """A plain classifier (one task), or a merged model with one head per task.
+
+    Args:
+        model: runs; its heads are the tasks.
+        encoder: makes its inputs of texts.
+    """
 
     settings: tuple[Setting, ...] = ("head given",)
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, model: HeadedModel, encoder: TextEncoder) -> None:
+        self.model, self.encoder = model, encoder
+        self.heads = list(model.head_specs)
+
+    @classmethod
+    def open(cls, folder: Path) -> StaticRunner:
+        """The model of a folder.
+
+        Errors:
+            TwinmergeError: no config.json, or nothing that could answer.
+        """
         opened = open_model(str(folder))
         if opened.architecture is None:
             raise TwinmergeError(f"{folder} has no config.json, so it cannot be evaluated. Add its config.json.")
@@ -50,13 +65,12 @@ class StaticRunner:
         architecture = opened.architecture
         if heads:
             architecture = architecture_of(heads)
-        self.model = HeadedModel(architecture, {n: opened.read(n) for n in opened.specs}, heads)
-        if not heads and not hasattr(self.model.body, "num_labels"):
+        model = HeadedModel(architecture, {n: opened.read(n) for n in opened.specs}, heads)
+        if not heads and not hasattr(model.body, "num_labels"):
             raise TwinmergeError(
                 f"{folder} has no heads and is no classifier. Name a classifier, a merge with heads, or a twin."
             )
-        self.encoder = TextEncoder(folder, positions=position_limit(architecture.config))
-        self.heads = list(heads)
+        return cls(model, TextEncoder(folder, positions=position_limit(architecture.config)))
 
     def labels(self, head: str) -> list[str]:
         return self.model.labels(head if self.heads else None)
@@ -107,7 +121,7 @@ def open_runner(folder: Path, oracle_biases: bool = False) -> StaticRunner | Twi
         return TwinRunner(Twin.from_pretrained(folder), oracle_biases)
     if oracle_biases:
         raise TwinmergeError(f"{folder} is no twin, so there are no biases to hand in. Leave --oracle-biases out.")
-    return StaticRunner(folder)
+    return StaticRunner.open(folder)
 
 
 def evaluate(

@@ -1,0 +1,301 @@
+"""From a base and its experts to a folder of θ0, one vector and a mask for each expert, written range by range.
+
+Every input is read once (with TIES once more for its thresholds) and a few tiles for each thread are all that is held.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twinmerge.engine.card import model_card
+from twinmerge.engine.merge import Merge
+from twinmerge.engine.provenance import provenance
+from twinmerge.engine.ranges import Range, ranges
+from twinmerge.engine.recipe import Recipe
+from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.bits import byte_count, pack
+from twinmerge.maths.sums import BLOCK, total
+from twinmerge.maths.threads import parallel
+from twinmerge.methods.base import Known
+from twinmerge.methods.masks import Form, Marks, MaskMethod, described, storage_bits
+from twinmerge.methods.registry import method_class
+from twinmerge.models.headed import save_heads
+from twinmerge.models.opened import as_tensor
+from twinmerge.store.artefact import Artefact, fingerprint, in_order, metadata_of
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.header import SIZES, torch_dtype
+from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
+from twinmerge.store.ranges import bytes_of
+from twinmerge.twin.package import TWIN
+
+MASKS_VERSION = 3  # of a twin's layout: the first with masks
+SCALES = "scales"
+Bytes = NDArray[np.uint8]
+Answer = TypeVar("Answer")
+
+
+class Compressed(NamedTuple):
+    """What was written.
+
+    folder, experts: as named; thresholds: λt of each expert, empty for EMR; scales: st; marks: how many weights how many
+    tasks marked; trained, frozen: weights that have a mask, and the others; number_bits: of a weight; formula: form of
+    storage -> bytes, as the paper counts them.
+    """
+
+    folder: Path
+    experts: list[str]
+    thresholds: list[float]
+    scales: list[float]
+    marks: Marks
+    trained: int
+    frozen: int
+    number_bits: int
+
+    def formula(self, form: Form) -> float:
+        """Bytes by the paper's formula, which counts no heads."""
+        return storage_bits(self.trained, self.frozen, len(self.experts), form, self.number_bits) / 8
+
+    def told(self) -> dict[str, Any]:
+        """The same as plain data, for the provenance and the command."""
+        return {
+            "thresholds": dict(zip(self.experts, self.thresholds, strict=False)),
+            "scales": dict(zip(self.experts, self.scales, strict=True)),
+            "trained_weights": self.trained,
+            "frozen_weights": self.frozen,
+            "weights_counted": self.marks.moved,
+            "marked_by": list(self.marks.by_count),
+            "shares": self.marks.shares(),
+            "densities": dict(zip(self.experts, self.marks.densities(), strict=True)),
+            "formula_bytes": {form: self.formula(form) for form in ("merged", "fine_tuned", "masks")},
+        }
+
+
+def compress(
+    recipe: Recipe,
+    out: str | Path,
+    about: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    progress: bool = True,
+    tile: int | None = None,
+) -> Compressed:
+    """Write θ0, τ and a bit for each weight and expert: θt ≈ θ0 + st · mt ⊙ τ.
+
+    The folder is a twin: stock transformers loads it as θ0, `Twin.from_pretrained` runs every expert from it, and
+    `extract` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert changes
+    are kept once and have no mask.
+
+    Args:
+        recipe: base, experts and a method that gives masks; without a dtype, since θ0 stays what it is.
+        out: a folder that does not exist or is empty; it is whole or not there.
+        about: expert -> more keys of its entry in heads.json.
+        tile: as of `Merge`; it changes no byte.
+
+    Errors:
+        TwinmergeError: a method of another kind, experts that change nothing at all, and as `Merge.save` says.
+    """
+    merge = mask_merge(recipe, progress, tile)
+    OutputFolder(out).check()
+    changed = changed_tensors(merge)
+    for name, said in merge.other_tokens.items():
+        warnings.warn(
+            f"The expert {name!r} has another tokenizer: {said}. Rows of the embeddings share a vector by their number, so give "
+            "every model the base's tokenizer first, or keep the embeddings with --head.",
+            stacklevel=2,
+        )
+    specs, base = _mask_specs(merge, changed), _fingerprint(merge)
+    header = {"experts": list(recipe.experts), "masks": _header(merge, changed)}
+    metadata = metadata_of(Artefact("twin", MASKS_VERSION, base, header, {}))
+    needed = sum(spec.bytes for spec in (*merge.out_specs.values(), *specs.values()))
+    with OutputFolder(out, needed) as folder:
+        model = CheckpointWriter(folder, layout(merge.out_specs))
+        twin = CheckpointWriter(folder, {TWIN: in_order(specs)}, metadata)
+        try:
+            found = _write(merge, changed, model, twin, Path(out))
+            model.finish()
+            twin.finish()
+        finally:
+            model.close()
+            twin.close()
+        copy_side_files(merge.base.folder, folder)
+        write_config(merge.base, folder, None)
+        if heads := merge.heads():
+            save_heads(folder, heads, base, about or {})
+        described = {**provenance(merge), "masks": found.told()}
+        (folder / PROVENANCE).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+        card = model_card(described, merge.base, merge.experts, sorted(merge.matched.head_names), "twin")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return found
+
+
+def mask_merge(recipe: Recipe, progress: bool = True, tile: int | None = None) -> Merge:
+    """The merge of a method that gives masks.
+
+    Errors:
+        TwinmergeError: it gives something else, or a dtype is asked for.
+    """
+    if method_class(recipe.method).outputs != "masks":
+        raise TwinmergeError(
+            f"{recipe.method} gives one model and no masks. Use `twinmerge merge`, or name tall_masks or emr."
+        )
+    if recipe.dtype is not None or recipe.stochastic is not None:
+        raise TwinmergeError("Masks belong to the base as it is. Leave the dtype and stochastic rounding out.")
+    return Merge(recipe, progress, architecture=True, tile=tile)
+
+
+def changed_tensors(merge: Merge) -> list[str]:
+    """The merged tensors, by their names in the output and in the order of the disk, that at least one expert changes.
+
+    What is changed shows in the first elements; what is not is read once here, and never again but to be copied.
+
+    Errors:
+        TwinmergeError: there is none.
+    """
+
+    def is_changed(name: str) -> bool:
+        return any(bool(merge.inputs.load(each).x.any()) for each in ranges([name], merge.inputs.shapes, BLOCK))
+
+    names = merge.plan().names
+    found = [name for name, one in zip(names, parallel(is_changed, names), strict=True) if one]
+    if not found:
+        raise TwinmergeError("No expert changes anything of the base, so there is nothing to mask. Check the paths.")
+    return found
+
+
+def walk(merge: Merge, names: Sequence[str], work: Callable[[Range, Known], Answer]) -> Iterator[tuple[Range, Answer]]:
+    """What `work` gives of every range of the tensors, in their order."""
+    run = merge.plan()
+    run.survey()
+    groups = run.groups(names)
+    for group, answers in zip(groups, run.merge(groups, work), strict=True):
+        yield from zip(group, answers, strict=True)
+
+
+def in_given_order(merge: Merge, values: Sequence[Any]) -> list[Any]:
+    """One value for each expert, in the order in which the experts were given; methods see them by name."""
+    by_name = dict(zip(merge.experts, values, strict=True))
+    return [by_name[name] for name in merge.recipe.experts]
+
+
+class _Seen(NamedTuple):
+    """Of one range: how many weights how many tasks marked, and what the scales are made of."""
+
+    marks: Marks
+    masses: list[Tensor]
+
+
+def _write(
+    merge: Merge, changed: Sequence[str], model: CheckpointWriter, twin: CheckpointWriter, out: Path
+) -> Compressed:
+    kept = {out_name: name for out_name, name in _canonical(merge).items() if out_name not in set(changed)}
+    for each in ranges(kept, {name: merge.out_specs[name].shape for name in kept}, merge.tile):
+        model.write(each.name, each.start, _of_base(merge, kept[each.name], each.start, each.stop))
+    marks, count = Marks.none(len(merge.experts)), len(merge.experts)
+    masses: dict[str, list[list[float]]] = {}
+    held: list[Tensor] = []  # of the tensor under way, so that what is kept is one number for each tensor and expert
+    sizes = {name: math.prod(merge.inputs.shapes[name]) for name in changed}
+    for each, seen in walk(merge, changed, partial(_write_range, merge, model, twin)):
+        marks = marks.plus(seen.marks)
+        held += seen.masses
+        if each.stop == sizes[each.name] and held:
+            masses[each.name] = [[total(*(part[p, e] for part in held)) for e in range(count)] for p in (0, 1)]
+            held.clear()
+    method = _method(merge)
+    scales = in_given_order(merge, method.scales(masses, sizes, count))
+    twin.write(SCALES, 0, torch.tensor(scales, dtype=torch.float64))
+    by_task = tuple(in_given_order(merge, marks.by_task))
+    trained = sum(sizes.values())
+    return Compressed(
+        out,
+        list(merge.recipe.experts),
+        _header(merge, changed).get("thresholds", []),
+        scales,
+        marks._replace(by_task=by_task),
+        trained,
+        sum(spec.numel for spec in merge.out_specs.values()) - trained,
+        8 * max(merge.out_specs[name].itemsize for name in changed),
+    )
+
+
+def _write_range(merge: Merge, model: CheckpointWriter, twin: CheckpointWriter, each: Range, known: Known) -> _Seen:
+    method, inputs, rounding = _method(merge), merge.inputs, merge.rounding(each.name)
+    name = inputs.canonical[each.name]
+    stored = inputs.stored(each)
+    assert stored.base is not None
+    model.write(each.name, each.start, _as_code(stored.base.memory, stored.base.code, rounding.code))
+    bits = np.empty((len(merge.experts), byte_count(each.size)), np.uint8)
+    seen = _Seen(Marks.none(len(bits)), [])
+    for tile in inputs.pieces(each, stored):  # each starts at a multiple of 65,536 elements, so at a whole byte
+        vector = method.one_vector(tile, known)
+        masks = method.masks(tile, vector)
+        twin.write(f"vector/{name}", tile.at.offset, rounding.of(vector, tile, method))
+        start = (tile.at.offset - each.start) // 8
+        for row, mask in zip(bits, masks, strict=True):
+            row[start : start + byte_count(mask.numel())] = pack(mask).numpy()
+        seen = seen._replace(marks=seen.marks.plus(Marks.of(tile.x, vector, masks)))
+        if (masses := method.masses(tile, vector, masks)) is not None:
+            seen.masses.append(masses)
+    for i, row in enumerate(in_given_order(merge, list(bits))):
+        twin.write(f"{i}/m/{name}", each.start // 8, row)
+    return seen
+
+
+def _method(merge: Merge) -> MaskMethod:
+    assert isinstance(merge.method, MaskMethod)  # `mask_merge` looked
+    return merge.method
+
+
+def _header(merge: Merge, changed: Sequence[str]) -> dict[str, Any]:
+    canonical, shapes = merge.inputs.canonical, merge.inputs.shapes
+    fields = described(merge.method, list(merge.experts))
+    fields = {k: in_given_order(merge, v) if isinstance(v, list) else v for k, v in fields.items()}
+    if "threshold" in fields:
+        fields["thresholds"] = fields.pop("threshold")
+    lengths = {canonical[name]: math.prod(shapes[name]) for name in changed}
+    return {"method": merge.recipe.method, "lengths": lengths, **fields}
+
+
+def _mask_specs(merge: Merge, changed: Sequence[str]) -> dict[str, Spec]:
+    specs = {SCALES: Spec("F64", (len(merge.experts),))}
+    for out_name in changed:
+        name, spec = merge.inputs.canonical[out_name], merge.out_specs[out_name]
+        specs[f"vector/{name}"] = spec
+        specs |= {f"{i}/m/{name}": Spec("U8", (byte_count(spec.numel),)) for i in range(len(merge.experts))}
+    return specs
+
+
+def _fingerprint(merge: Merge) -> str:
+    """What `folder_fingerprint` will find in the folder."""
+    names = _canonical(merge)
+    return fingerprint(merge.out_specs, lambda name, count: _of_base(merge, names[name], 0, count))
+
+
+def _canonical(merge: Merge) -> dict[str, str]:
+    """Name in the output -> canonical name, of every tensor of it."""
+    return {merge.base.stored[name]: name for name in [*merge.matched.merged, *merge.matched.from_base]}
+
+
+def _of_base(merge: Merge, name: str, start: int, stop: int) -> Bytes:
+    """Some of the base's elements as they are written."""
+    code = merge.base.range_code(name)
+    stored = np.empty((stop - start) * SIZES[code], np.uint8)
+    merge.base.read_range(name, start, stored)
+    return _as_code(stored, code, merge.out_specs[merge.base.stored[name]].code)
+
+
+def _as_code(stored: Bytes, code: str, wanted: str) -> Bytes:
+    """The same numbers in the dtype that is written: an adapter makes float32 of its base's 16 bits."""
+    if code == wanted:
+        return stored
+    return np.frombuffer(bytes_of(as_tensor(stored, torch_dtype(code)).to(torch_dtype(wanted))), np.uint8)
