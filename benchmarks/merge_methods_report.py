@@ -1,0 +1,123 @@
+"""The `report` step of merge_methods.py: a table and a picture of what `score` found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from twinmerge.study.scores import Evaluation
+from twinmerge.tasks.metrics import Interval
+
+Rows = dict[int, dict[str, Any]]
+MASKED = ("tall_masks", "emr")
+COLOURS = {
+    "average": "#8d99ae",
+    "fisher": "#e9c46a",
+    "task_arithmetic": "#5f6c7b",
+    "regmean": "#2a9d8f",
+    "ties": "#e76f51",
+    "dare": "#c9ada7",
+    "dare_ties": "#b5838d",
+    "tsv": "#1b6ca8",
+    "consensus (sum)": "#9b5de5",
+    "consensus (ties)": "#f15bb5",
+    "tall_masks (sum)": "#264653",
+    "tall_masks (ties)": "#588157",
+    "emr": "#bc6c25",
+}
+
+
+def report(out: Path, rows: Rows, data: dict[str, str]) -> None:
+    """Write table.md, methods-by-count.png and methods-at-most.png to `out`."""
+    experts = _experts(out)
+    (out / "table.md").write_text(table(rows, experts, data), encoding="utf-8")
+    pictures(rows, out)
+    print((out / "table.md").read_text(encoding="utf-8"))
+
+
+def _experts(out: Path) -> dict[str, Any]:
+    found = {}
+    for file in sorted((out / "experts").glob("*-test.json")):
+        found |= Evaluation.from_json(file.read_text()).predictions
+    return found
+
+
+def _paired(rows: dict[str, Any], label: str, other: str, experts: dict[str, Any]) -> Interval:
+    one, two = (Evaluation.from_json(json.dumps(rows[n]["evaluation"])) for n in (label, other))
+    own = Evaluation.of({task: experts[task] for task in one.predictions}, "task given")
+    return one.difference(two, own)
+
+
+def _shown(parameters: dict[str, Any], thresholds: bool) -> str:
+    plain = {k: v for k, v in parameters.items() if "." not in k and k != "vector"}
+    words = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in plain.items()]
+    weights = [v for k, v in parameters.items() if k.endswith(".weights")]
+    if weights:
+        words.append("equal weights" if len(set(weights)) == 1 else "weights of a draw")
+    if thresholds:
+        chosen = [v for k, v in parameters.items() if k.endswith(".threshold")]
+        words.append(f"thresholds {min(chosen):g}–{max(chosen):g}")
+    return ", ".join(words) or "–"
+
+
+def table(rows: Rows, experts: dict[str, Any], data: dict[str, str]) -> str:
+    """Markdown: a line per method; the largest merge in full, the smaller ones by their scores."""
+    most = max(rows)
+    counts = sorted(rows)
+    lines = [
+        "| method | chosen | "
+        + " | ".join(f"{count} experts" for count in counts)
+        + " | above average | above task arithmetic | MB | seconds | evaluations | data |",
+        "| --- | --- |" + " ---: |" * (len(counts) + 5) + " --- |",
+    ]
+    for label, row in rows[most].items():
+        cells = []
+        for count in counts:
+            found = rows[count].get(label)
+            cells.append(
+                f"{found['normalised']:.1f} [{found['interval'][0]:.1f}, {found['interval'][1]:.1f}]" if found else "–"
+            )
+        for other in ("average", "task_arithmetic"):
+            gap = _paired(rows[most], label, other, experts) if label != other else None
+            cells.append("–" if gap is None else f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]")
+        method = label.partition(" ")[0]
+        needs = data.get(method, "labelled validation rows")
+        chosen = _shown(row["parameters"], any(k.endswith(".threshold") for k in row["parameters"]))
+        lines.append(
+            f"| {label} | {chosen} | {' | '.join(cells)} | {row['bytes'] / 1e6:.0f} | {row['seconds']:.1f} | {row['evaluations']} | {needs} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def pictures(rows: Rows, out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    most, counts = max(rows), sorted(rows)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.1, 1))
+    for label in rows[most]:
+        at = [count for count in counts if label in rows[count]]
+        y = [rows[count][label]["normalised"] for count in at]
+        style = "--" if label.startswith(MASKED) else "-"
+        left.plot(at, y, style, marker="o", ms=4, color=COLOURS.get(label), label=label)
+    left.set_xticks(counts)
+    left.set_xlabel("experts merged")
+    left.set_ylabel("per cent of the experts")
+    left.axhline(100, color="black", lw=0.8)
+    left.grid(alpha=0.3)
+    left.legend(fontsize=7, ncol=2, loc="lower left")
+    ordered = sorted(rows[most].items(), key=lambda item: item[1]["normalised"])
+    for i, (label, row) in enumerate(ordered):
+        low, high = row["interval"]
+        value = row["normalised"]
+        right.barh(i, value, color=COLOURS.get(label), xerr=[[value - low], [high - value]])
+        right.text(min(value, 100) / 2, i, f"{value:.1f}", va="center", ha="center", color="white", fontsize=8)
+    right.set_yticks(range(len(ordered)), [label for label, _ in ordered], fontsize=8)
+    right.axvline(100, color="black", lw=0.8)
+    right.set_xlabel(f"per cent of the experts, {most} experts, 95 % intervals")
+    figure.tight_layout()
+    figure.savefig(out / "merge-methods.png", dpi=130)
+    plt.close(figure)
