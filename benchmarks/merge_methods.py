@@ -189,10 +189,15 @@ class Comparison:
         self.keep(label, scored, dict(recipe.parameters), seconds, spent, size, thresholds=thresholds, told=told)
 
     def keep(
-        self, label: str, scored: Evaluation, parameters: dict[str, Any], seconds: float, spent: int, **more: Any
+        self,
+        label: str,
+        scored: Evaluation,
+        parameters: dict[str, Any],
+        seconds: float,
+        spent: int,
+        size: int,
+        **more: Any,
     ) -> None:
-        size = sum(f.stat().st_size for f in self.work.rglob("*.safetensors"))
-        shutil.rmtree(self.work)
         interval = scored.interval(self.reference["test"])
         self.rows[label] = {
             "normalised": interval.value,

@@ -16,10 +16,14 @@ _WHERE = {
     "Twin": "twin.twin",
     "TwinOutput": "twin.twin",
     "TwinmergeError": "errors",
+    "compress": "twin.masks",
     "diff": "engine.diff",
+    "evaluate": "study.evaluate",
+    "extract": "twin.extract",
     "merge": "engine.merge",
     "open_suite": "tasks.suite",
     "read_recipe": "engine.recipe",
+    "search": "study.search",
 }
 __all__ = ["__version__", *_WHERE]
 
@@ -30,7 +34,11 @@ if TYPE_CHECKING:
     from twinmerge.engine.recipe import Recipe as Recipe
     from twinmerge.engine.recipe import read_recipe as read_recipe
     from twinmerge.errors import TwinmergeError as TwinmergeError
+    from twinmerge.study.evaluate import evaluate as evaluate
+    from twinmerge.study.search import search as search
     from twinmerge.tasks.suite import open_suite as open_suite
+    from twinmerge.twin.extract import extract as extract
+    from twinmerge.twin.masks import compress as compress
     from twinmerge.twin.predict import Prediction as Prediction
     from twinmerge.twin.twin import Twin as Twin
     from twinmerge.twin.twin import TwinOutput as TwinOutput

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.maths import fused
+from twinmerge.models.opened import open_model
 from twinmerge.models.plain import PLAIN, open_plain
 
 SIZES = {
@@ -111,3 +112,12 @@ def test_ties_heads_adapters_and_modules_are_not_plain(families, tmp_path):
     root = families["llama"]
     assert Merge(recipe(root, heads=("lm_head",))).base.architecture is not None
     assert open_plain([AutoModelForCausalLM.from_pretrained(root / "base")]) is None
+
+
+@pytest.mark.parametrize("kind", sorted(PLAIN))
+def test_names_and_fingerprint_are_those_of_the_class(families, kind):
+    folder = str(families[kind] / "base")
+    (found,) = open_plain([folder])
+    whole = open_model(folder)
+    assert found.specs == whole.specs and found.stored == whole.stored
+    assert found.fingerprint() == whole.fingerprint()

@@ -1,7 +1,7 @@
 """Inputs so alike that transformers is not needed to tell what goes where.
 
 Importing transformers and building a model class takes two seconds and 100 MB, more than many a merge. Checkpoints of one
-causal language model, the same names and shapes in each, need neither: everything is merged, under its own name.
+causal language model, the same names and shapes in each, need neither: everything is merged, under its own canonical name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from twinmerge.store.locate import locate
 
 PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose classes have no buffers in their files, no renamed tensors and no parts that loading drops."""
+PREFIX = "model."  # of the bare model inside each of these classes; canonical names are without it
 
 
 def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
@@ -35,8 +36,11 @@ def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
     opened = []
     for model, place in zip(models, places, strict=True):
         checkpoint = Checkpoint.open(place.folder)
-        names = {name: name for name in checkpoint.specs}
-        opened.append(OpenedModel(str(model), checkpoint.specs, names, None, checkpoint))
+        stored = {name.removeprefix(PREFIX): name for name in checkpoint.specs}
+        specs = {canonical: checkpoint.specs[name] for canonical, name in stored.items()}
+        if len(specs) < len(checkpoint.specs):  # a name with the prefix and one without
+            return None
+        opened.append(OpenedModel(str(model), specs, stored, None, checkpoint))
         opened[-1].folder, opened[-1].commit, opened[-1].files = place.folder, place.commit, checkpoint.files
     first = opened[0].specs
     alike = all({n: s.shape for n, s in m.specs.items()} == {n: s.shape for n, s in first.items()} for m in opened)
