@@ -18,8 +18,10 @@ import twinmerge.cli
 from twinmerge.errors import TwinmergeError
 
 TWIN = ["build", "compress", "refine", "explain", "add", "remove", "rebuild", "export", "run"]
+MEASURE = ["fisher", "gram", "activations", "add"]
 COMMANDS = ["", "merge", "check", "verify", "twin", *(f"twin {word}" for word in TWIN)]
-COMMANDS += ["evaluate", "diff", "methods", "demo"]
+COMMANDS += ["search", "compress", "extract", "evaluate", "diff", "methods", "demo"]
+COMMANDS += ["measure", *(f"measure {word}" for word in MEASURE)]
 
 
 def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -9,11 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.compress import compress as compress_experts
+from twinmerge.cli.compress import extract
 from twinmerge.cli.demo import demo
 from twinmerge.cli.diff import diff
 from twinmerge.cli.evaluate import evaluate
+from twinmerge.cli.measure import activations, fisher, gram
+from twinmerge.cli.measure import add as add_statistics
 from twinmerge.cli.merge import check, merge
 from twinmerge.cli.methods import methods
+from twinmerge.cli.search import search
 from twinmerge.cli.twin import build, explain, export, run
 from twinmerge.cli.twin_change import add, compress, rebuild, refine, remove
 from twinmerge.cli.verify import verify
@@ -30,10 +35,21 @@ app = typer.Typer(
 twin = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
 for command in (build, compress, refine, explain, add, remove, rebuild, export, run):
     twin.command()(command)
+measure = typer.Typer(
+    no_args_is_help=True, help="What Fisher and RegMean merging must know of each expert, from its data."
+)
+measure.command()(fisher)
+measure.command()(gram)
+measure.command()(activations)
+measure.command("add")(add_statistics)
 app.command()(merge)
 app.command()(check)
+app.command()(search)
+app.command("compress")(compress_experts)
+app.command()(extract)
 app.command()(verify)
 app.add_typer(twin, name="twin")
+app.add_typer(measure, name="measure")
 app.command()(evaluate)
 app.command()(diff)
 app.command()(methods)

@@ -160,3 +160,11 @@ def class_of(config: PretrainedConfig, task: str | None = None) -> type[PreTrain
             f"transformers has no {auto.__name__} for {kind}. Give the full model, not an adapter."
         ) from error
     return model_class[0] if isinstance(model_class, (tuple, list)) else model_class
+
+
+def position_limit(config: Any) -> int | None:
+    """How many tokens the position embeddings allow; RoBERTa's kind keeps two for padding."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
+        limit -= 2
+    return int(limit) if limit else None

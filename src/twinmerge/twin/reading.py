@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.architecture import position_limit as position_limit
 from twinmerge.models.headed import batch_size, rows_of_batch
 from twinmerge.tasks.encode import batches
 from twinmerge.twin.features import features
@@ -125,11 +126,3 @@ def layer_count(config: Any) -> int:
     if count is None:
         raise TwinmergeError(f"{type(config).__name__} does not say how many layers it has. Name the router's layers.")
     return int(count)
-
-
-def position_limit(config: Any) -> int | None:
-    """How many tokens the position embeddings allow; RoBERTa's kind keeps two for padding."""
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
-        limit -= 2
-    return int(limit) if limit else None

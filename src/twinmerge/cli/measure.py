@@ -1,0 +1,195 @@
+"""`twinmerge measure`: what merges by Fisher information or RegMean must know of each expert, from its data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from twinmerge.cli.common import Json, Threads, print_json, print_table, size
+from twinmerge.cli.merge import Device
+from twinmerge.cli.merge import _device as device_of
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import use_threads
+
+if TYPE_CHECKING:
+    from twinmerge.measure.measure import What
+
+Model = Annotated[str, typer.Argument(help="A path, a hub id or base+adapter.")]
+DataFile = Annotated[
+    Path, typer.Option("--data", help="A .jsonl file of text, input_ids or image, or a text file, a text a line.")
+]
+Out = Annotated[Path, typer.Option("-o", "--output", help="The statistics file to write.")]
+Rows = Annotated[
+    str | None, typer.Option("--rows", metavar="START:STOP", help="Which rows of the file, from 0 on; all by default.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many of them, drawn at random.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", min=1, help="Cut longer rows; by default what the model takes.")
+]
+BatchRows = Annotated[int, typer.Option("--batch", min=1, help="Rows at once; changes no result.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of --limit.")]
+
+
+def fisher(
+    model: Model,
+    data: DataFile,
+    output: Out,
+    rows: Rows = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = None,
+    batch: BatchRows = 8,
+    labels: Annotated[
+        str, typer.Option("--labels", help="exact: all classes; sampled: draws; auto: exact up to 32 classes.")
+    ] = "auto",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Draws for each row, where labels are sampled.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit and of sampled labels.")] = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Take the diagonal Fisher information of a model, for `twinmerge merge --method fisher`.
+
+    twinmerge measure fisher MODEL --data FILE -o a.fisher.safetensors
+    """
+    if labels not in ("auto", "exact", "sampled"):
+        raise TwinmergeError(f"--labels {labels!r} is none of auto, exact and sampled. Choose one of them.")
+    own = {"labels": labels, "samples": samples}
+    _measure("fisher", model, data, output, rows, limit, max_tokens, batch, seed, device, threads, json, own)
+
+
+def gram(
+    model: Model,
+    data: DataFile,
+    output: Out,
+    rows: Rows = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = None,
+    batch: BatchRows = 8,
+    seed: Seed = 0,
+    block: Annotated[
+        int, typer.Option("--block", min=1, help="Matrices with more inputs get a block-diagonal Gram of this width.")
+    ] = 4096,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Take the Gram matrices of what a model's matrices see, for `twinmerge merge --method regmean`.
+
+    twinmerge measure gram MODEL --data FILE -o a.gram.safetensors
+    """
+    own = {"block": block}
+    _measure("gram", model, data, output, rows, limit, max_tokens, batch, seed, device, threads, json, own)
+
+
+def activations(
+    model: Model,
+    data: DataFile,
+    output: Out,
+    rows: Rows = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = None,
+    batch: BatchRows = 8,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Take sums and sums of squares of what a model's modules answer, feature by feature.
+
+    twinmerge measure activations MODEL --data FILE -o a.activations.safetensors
+    """
+    _measure("activations", model, data, output, rows, limit, max_tokens, batch, seed, device, threads, json, {})
+
+
+def add(
+    files: Annotated[list[Path], typer.Argument(help="Statistics of one model on parts of its data.")],
+    output: Out,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Add statistics of one model that were taken in parts, as if all data had been measured at once.
+
+    twinmerge measure add A B -o OUT
+    """
+    from twinmerge.models.statistics import added
+
+    use_threads(threads)
+    started = perf_counter()
+    _report(added(files, output), perf_counter() - started, json)
+
+
+def _measure(
+    what: What,
+    model: str,
+    data: Path,
+    output: Path,
+    rows: str | None,
+    limit: int | None,
+    max_tokens: int | None,
+    batch: int,
+    seed: int,
+    device: str,
+    threads: int | None,
+    json: bool,
+    own: Mapping[str, Any],
+) -> None:
+    use_threads(threads)
+    started = perf_counter()
+    chosen = None if rows is None else row_range(rows)
+    from twinmerge.measure.measure import measure
+
+    written = measure(
+        what,
+        model,
+        data,
+        output,
+        rows=chosen,
+        limit=limit,
+        max_tokens=max_tokens,
+        batch=batch,
+        seed=seed,
+        device=device_of(device),
+        **own,
+    )
+    _report(written, perf_counter() - started, json)
+
+
+def _report(written: Path, seconds: float, json: bool) -> None:
+    from twinmerge.models.statistics import Statistics
+
+    found = Statistics.open(written)
+    told = {
+        "what": found.what,
+        "examples": found.examples,
+        "tokens": found.header["tokens"],
+        "tensors": len(found.specs),
+        "bytes": written.stat().st_size,
+        "seconds": round(seconds, 2),
+    }
+    if json:
+        print_json({"file": str(written), **told, "data": found.header["data"], "settings": found.header["settings"]})
+        return
+    shown = {key: f"{value:,}" if isinstance(value, int) else str(value) for key, value in told.items()}
+    print_table(str(written), ["what", found.what], [*(shown | {"bytes": size(told["bytes"])}).items()][1:])
+
+
+def row_range(text: str) -> tuple[int, int]:
+    """START:STOP, either of which may be left out.
+
+    Errors:
+        TwinmergeError: anything else, or a range without rows.
+
+    Example:
+        >>> row_range("10:20"), row_range(":20")
+        ((10, 20), (0, 20))
+    """
+    found = re.fullmatch(r"(\d*):(\d*)", text.strip())
+    start, stop = (int(found[1] or 0), int(found[2] or 1 << 62)) if found else (0, 0)
+    if start >= stop:
+        raise TwinmergeError(f"--rows {text!r} is no range of rows. Write START:STOP, such as 0:500, counted from 0.")
+    return start, stop

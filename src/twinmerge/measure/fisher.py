@@ -1,0 +1,193 @@
+"""The diagonal Fisher information of a model, example by example, under the model's own predictions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.measure.data import Batch
+from twinmerge.measure.per_example import InseparableError, PerExample, Squares
+from twinmerge.measure.scores import draws_of, of_bernoullis, of_classes, of_sampled
+from twinmerge.models.headed import rows_of_batch
+
+Labels = Literal["auto", "exact", "sampled"]
+MOST_CLASSES = 32  # of "auto": each class more is a backward pass more
+AGREEMENT = 1e-3  # of the batched way and the plain one, as a share of a tensor's largest entry
+NOISE = 1e-8  # of the model's largest entry: a tensor below is rounding (a key's bias, which softmax cancels)
+
+
+class Fisher:
+    """Σx Σy p(y|x) (∂ log p(y|x) / ∂θ)² for every parameter θ, over the examples that are added.
+
+    The expectation is over the model's own predictions, and every example's gradient is squared by itself: the square of a
+    sum over a batch is another quantity. "exact" takes all classes in, in one backward pass less than there are classes;
+    "sampled" draws y from the prediction. One output is a Gaussian of variance 1, a multi-label head independent Bernoullis.
+
+    Language models are always sampled: at every position a token is drawn given the data's own prefix, all positions of a text
+    in one backward pass. Draws of different positions are independent and their scores have mean 0, so the square of their sum
+    is an unbiased estimate of the sum over positions.
+
+    Args:
+        module: a transformers model with logits, in eval mode; its floating parameters get gradients.
+        kind: "classifier", "causal", "seq2seq" or "bare".
+        names: name of a parameter in the module -> canonical name.
+        labels, samples, seed: "auto" is exact up to 32 outputs; draws are keyed by the row's number in its file.
+
+    Attributes:
+        sums: canonical name -> sum of squares, float32; parameters that no example reached are not there.
+        settings: what changes the numbers; tokens: unpadded positions that were predicted, or examples.
+
+    Errors:
+        TwinmergeError: a model without a head.
+
+    Source: Matena & Raffel 2022, arXiv 2111.09832, section 3.2 and appendix.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        kind: str,
+        names: Mapping[str, str],
+        *,
+        labels: Labels = "auto",
+        samples: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if kind == "bare":
+            raise TwinmergeError(
+                f"{type(module).__name__} has no head, so it predicts nothing whose Fisher information could be taken. Name a "
+                "classifier, a language model, or the expert with its head."
+            )
+        if samples < 1:
+            raise TwinmergeError(f"samples={samples} is out of range. Give at least 1.")
+        self.module, self.kind = module, kind
+        config: Any = module.config
+        self.outputs = int(getattr(config, "num_labels", 0)) if kind == "classifier" else 0
+        self.problem = getattr(config, "problem_type", None)
+        tokens = kind != "classifier"
+        if tokens and labels == "exact":
+            raise TwinmergeError(
+                f"{type(module).__name__} predicts tokens, and a sum over its whole vocabulary takes a backward pass for each. Leave out "
+                "--labels, or say sampled."
+            )
+        exact = not tokens and (labels == "exact" or (labels == "auto" and self._is_small()))
+        self.labels = "exact" if exact else "sampled"
+        self.samples, self.seed = samples, seed
+        self.settings = {"labels": self.labels} | ({} if exact else {"samples": samples, "seed": seed})
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self.examples = PerExample(module, names)
+        self.sums: Squares = {}
+        self.tokens = 0
+        self._separable: bool | None = None
+
+    def _is_small(self) -> bool:
+        return self.outputs <= MOST_CLASSES or self.problem == "multi_label_classification"
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch."""
+        size = len(batch.rows)
+        if self._separable is None:
+            self._separable = self._agree(_rows(batch, range(min(2, size))))
+        if not self._separable:
+            self._one_by_one(batch, self.sums)
+        else:
+            self.examples.batched(partial(self._run, batch), size, self.sums)
+        self.tokens += int(self._predicted(batch).sum()) if self.kind != "classifier" else size
+
+    def _one_by_one(self, batch: Batch, to: Squares) -> None:
+        self.examples.one_by_one(lambda i: self._run(_rows(batch, [i])), len(batch.rows), to)
+
+    def _agree(self, batch: Batch) -> bool:
+        """Whether the batched way gives what the plain one gives, on two examples."""
+        plain: Squares = {}
+        self._one_by_one(batch, plain)
+        quick: Squares = {}
+        try:
+            self.examples.batched(partial(self._run, batch), len(batch.rows), quick)
+        except InseparableError:
+            return False
+        largest = {n: float(t.max()) for n, t in plain.items()}
+        noise = NOISE * max(largest.values(), default=0.0)
+        same = plain.keys() == quick.keys() and all(
+            float((plain[n] - quick[n]).abs().max()) <= AGREEMENT * max(largest[n], noise) for n in plain
+        )
+        if not same:
+            warnings.warn(
+                f"{type(self.module).__name__} does not answer the examples of a batch apart from each other, so they are taken one by one.",
+                stacklevel=2,
+            )
+        return same
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """The logits, and the vectors to multiply them with."""
+        inputs = dict(batch.inputs)
+        if self.kind == "seq2seq":
+            assert batch.targets is not None
+            inputs["decoder_input_ids"] = self.module.prepare_decoder_input_ids_from_labels(labels=batch.targets)  # type: ignore[operator]
+        if self.kind != "classifier":
+            inputs["use_cache"] = False
+        with torch.enable_grad():
+            logits = getattr(self.module(**inputs), "logits", None)
+        if logits is None:
+            raise TwinmergeError(
+                f"{type(self.module).__name__} gives no logits, so there is no prediction to take the Fisher information of."
+            )
+        if not bool(logits.isfinite().all()):
+            raise TwinmergeError(
+                f"The model gives NaN or infinite logits among rows {min(batch.rows)} to {max(batch.rows)}. Take a sound checkpoint of it."
+            )
+        return logits, self._vectors(logits.detach(), batch)
+
+    def _vectors(self, logits: Tensor, batch: Batch) -> Sequence[Tensor]:
+        """rk, each like the logits."""
+        if self.kind == "classifier" and logits.dim() == 2:
+            if self.problem == "regression" or logits.shape[1] == 1:
+                return [torch.diag_embed(torch.ones_like(logits))[:, k] for k in range(logits.shape[1])]
+            if self.problem == "multi_label_classification":
+                return list(of_bernoullis(logits).unbind(1))
+            if self.labels == "exact":
+                return list(of_classes(logits).unbind(1))
+            draws = draws_of(batch.rows, [1] * len(logits), self.samples, self.seed, 1)[..., 0]
+            return [of_sampled(logits, own) / self.samples**0.5 for own in draws]
+        predicted = self._predicted(batch)
+        counts = predicted.sum(1).tolist()
+        width = max(counts, default=0)
+        found = []
+        for own in draws_of(batch.rows, counts, self.samples, self.seed, width):
+            draws = torch.zeros(predicted.shape, dtype=own.dtype)
+            draws[predicted] = torch.cat([d[:count] for d, count in zip(own, counts, strict=True)])
+            r = of_sampled(logits, draws) * predicted[..., None].to(logits) / self.samples**0.5
+            found.append(r)
+        return found
+
+    def _predicted(self, batch: Batch) -> Tensor:
+        """(examples, positions) bool: where a token is predicted that the data have."""
+        if self.kind == "seq2seq":
+            assert batch.targets is not None
+            return batch.targets != -100
+        assert batch.mask is not None
+        mask = batch.mask.bool()
+        if self.kind != "causal":  # a label for every token
+            return mask
+        following = torch.zeros_like(mask)
+        following[:, :-1] = mask[:, 1:]
+        return mask & following
+
+
+def _rows(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Some rows of a batch."""
+    at = torch.tensor(list(rows))
+    size = len(batch.rows)
+    return Batch(
+        rows_of_batch(batch.inputs, at, size),
+        [batch.rows[i] for i in rows],
+        None if batch.mask is None else batch.mask[at],
+        None if batch.targets is None else batch.targets[at],
+    )

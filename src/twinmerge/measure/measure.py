@@ -1,0 +1,106 @@
+"""`measure`: a model and a data file in, a statistics file out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm.auto import tqdm
+
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.measure.activations import Activations
+from twinmerge.measure.data import Data
+from twinmerge.measure.gram import Gram
+from twinmerge.measure.model import Measured
+from twinmerge.models.opened import ModelLike
+from twinmerge.models.statistics import WHAT, save_statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twinmerge.measure.fisher import Labels
+
+What = Literal["fisher", "gram", "activations"]
+
+
+def measure(
+    what: What,
+    model: ModelLike,
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rows: tuple[int, int] | None = None,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    batch: int = 8,
+    labels: Labels = "auto",
+    samples: int = 1,
+    seed: int = 0,
+    block: int = 4096,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Path:
+    """Measure a model on data.
+
+    In memory are the model in float32, a few batches, and the sums: as much again for "fisher"; half of in² float64 for each
+    input of a matrix for "gram".
+
+    Args:
+        what: "fisher", "gram" or "activations".
+        model: a path, a hub id, `base+adapter`, or a model in memory (with a file of `input_ids`).
+        data: a `.jsonl` file of `text` (`text_pair`, `target`), `input_ids` or `image`, or a text file, a text a line.
+        out: the file to write; must not exist.
+        rows, limit, max_tokens, batch, seed: as `Data`.
+        labels, samples, seed: as `Fisher`; block: as `Gram`.
+
+    Errors:
+        TwinmergeError: as `Measured`, `Data` and the statistics' own class say; the output is there already.
+
+    Example:
+        >>> import json, tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "data.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}))
+        >>> measure("gram", BertModel(tiny), folder / "data.jsonl", folder / "a.gram.safetensors").name
+        'a.gram.safetensors'
+    """
+    if what not in WHAT:
+        raise TwinmergeError(f"There are no {what!r} statistics.{nearest(what, WHAT)} There are: {', '.join(WHAT)}.")
+    target = Path(out)
+    if target.exists() or target.is_symlink():
+        raise TwinmergeError(f"The output {target} is there already. Name another one or remove it.")
+    if not target.absolute().parent.is_dir():
+        raise TwinmergeError(f"{target} cannot be written: its folder is not there. Name a file in a folder that is.")
+    measured = Measured(model, device)
+    found: Any
+    if what == "fisher":
+        from twinmerge.measure.fisher import Fisher
+
+        found = Fisher(measured.module, measured.kind, measured.names, labels=labels, samples=samples, seed=seed)
+    elif what == "gram":
+        found = Gram(measured.module, measured.names, block=block)
+    else:
+        found = Activations(measured.module, measured.names)
+    targets = what == "fisher" and measured.kind == "seq2seq"
+    read = Data(data, measured, rows=rows, limit=limit, max_tokens=max_tokens, batch=batch, seed=seed, targets=targets)
+    with tqdm(total=read.examples, desc=what, delay=1, leave=False, disable=None if progress else True) as bar:
+        for part in read:
+            found.add(part.to(device))
+            bar.update(len(part.rows))
+    read.warn_truncated()
+    header = {"data": [read.about], "examples": read.examples, "tokens": found.tokens}
+    settings = {"max_tokens": read.max_tokens}
+    if what == "fisher":
+        tensors: Mapping[str, Tensor] = {name: t.cpu() for name, t in found.sums.items()}
+        return save_statistics(
+            target, what, measured.fingerprint, header | {"settings": settings | found.settings}, tensors
+        )
+    found.warn_left_out()
+    header |= {"counts": found.counts}
+    if what == "gram":
+        settings["block"] = block
+        header |= {"modules": found.modules}
+    return save_statistics(target, what, measured.fingerprint, header | {"settings": settings}, found.tensors)

@@ -1,0 +1,209 @@
+"""The rows of a data file, read strictly and one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from twinmerge.errors import TwinmergeError, nearest
+
+FIELDS = ("text", "input_ids", "image")
+
+
+class Row(NamedTuple):
+    """number: of the row in its file, from 0 on, blank lines not counted; where: how messages call it; one of text (and pair), ids (and attended, 1 or 0
+    each) and image; target: what an encoder-decoder is to answer."""
+
+    number: int
+    where: str
+    text: str | None = None
+    pair: str | None = None
+    ids: list[int] | None = None
+    attended: list[int] | None = None
+    image: Path | None = None
+    target: str | None = None
+
+
+class Rows:
+    """A `.jsonl` file whose rows have `text` (and `text_pair`), `input_ids` (and `attention_mask`) or `image` (a path inside
+    the file's folder), and maybe `target`; any other file is text, a row a line.
+
+    Args:
+        vocabulary: token ids are below it.
+
+    Attributes:
+        field: which of the three the file has.
+
+    Errors:
+        TwinmergeError: no such file, no rows, another field than the first row's, a wrong value; named by file and line.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "x.jsonl"
+        >>> _ = file.write_text('{"text": "a", "label": 1}\\n\\n{"text": "b", "text_pair": "c"}\\n')
+        >>> rows = Rows(file)
+        >>> rows.count, [(row.number, row.text, row.pair) for row in rows.between(1, 2)]
+        (2, [(1, 'b', 'c')])
+    """
+
+    def __init__(self, file: Path, vocabulary: int | None = None) -> None:
+        self.file, self.vocabulary = file, vocabulary
+        if not file.is_file():
+            raise TwinmergeError(
+                f"There is no file {file}. Name a .jsonl file, or a text file with a text on each line."
+            )
+        self.field = "text"
+        if file.suffix == ".jsonl":
+            _, line, where = next(self._lines(), (0, b"", ""))
+            if line:
+                self.field = self._field(_json(line, where), where)
+
+    @cached_property
+    def _scanned(self) -> tuple[int, str]:
+        """How many rows there are, and the SHA-256 of the file's bytes and, row by row, of its images'."""
+        digest, count = hashlib.sha256(), 0
+        with self.file.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        for number, line, where in self._lines():
+            count = number + 1
+            if self.field == "image":
+                image = self._row(number, line, where).image
+                assert image is not None
+                digest.update(image.read_bytes())
+        if not count:
+            raise TwinmergeError(f"{self.file} has no rows. Write one a line.")
+        return count, digest.hexdigest()
+
+    @property
+    def count(self) -> int:
+        return self._scanned[0]
+
+    @property
+    def sha256(self) -> str:
+        return self._scanned[1]
+
+    def between(self, start: int, stop: int) -> Iterator[Row]:
+        """Rows start ... stop - 1."""
+        for number, line, where in self._lines():
+            if number >= stop:
+                return
+            if number >= start:
+                yield self._row(number, line, where)
+
+    def _lines(self) -> Iterator[tuple[int, bytes, str]]:
+        """Number of the row, its bytes, and how messages call it."""
+        number = 0
+        with self.file.open("rb") as lines:  # bytes: only \n ends a line, never a separator inside a text
+            for at, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line, f"{self.file}, line {at}"
+                    number += 1
+
+    def _row(self, number: int, line: bytes, where: str) -> Row:
+        if self.file.suffix != ".jsonl":
+            try:
+                return Row(number, where, text=line.decode().rstrip("\r\n"))
+            except UnicodeDecodeError as error:
+                raise TwinmergeError(f"{where} is no UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+        found = _json(line, where)
+        if (field := self._field(found, where)) != self.field:
+            raise TwinmergeError(
+                f"{where} has the field {field!r}, the rows before have {self.field!r}. Give all rows the same."
+            )
+        target = _text(found, "target", where)
+        if field == "image":
+            return Row(number, where, image=self._image(found["image"], where), target=target)
+        if field == "input_ids":
+            return Row(
+                number, where, ids=self._ids(found["input_ids"], where), attended=_attended(found, where), target=target
+            )
+        return Row(
+            number, where, text=_text(found, "text", where), pair=_text(found, "text_pair", where), target=target
+        )
+
+    def _field(self, found: dict[str, Any], where: str) -> str:
+        """Which one of the fields a row has."""
+        here = [name for name in FIELDS if found.get(name) is not None]
+        if not here:
+            close = next((close for name in found if (close := nearest(name, FIELDS))), "")
+            raise TwinmergeError(
+                f"{where} has none of the fields {', '.join(FIELDS)}.{close} Give every row one of them."
+            )
+        if len(here) > 1:
+            raise TwinmergeError(f"{where} has the fields {' and '.join(here)}. Give every row one of them.")
+        return here[0]
+
+    def _ids(self, found: Any, where: str) -> list[int]:
+        below = self.vocabulary or 1 << 62
+        if not isinstance(found, list) or not found:
+            raise TwinmergeError(f"{where}: field 'input_ids' is {_short(found)}. Give a list of token ids.")
+        wrong = next((i for i in found if type(i) is not int or not 0 <= i < below), None)
+        if wrong is not None:
+            raise TwinmergeError(
+                f"{where}: field 'input_ids' holds {wrong!r}. The model's token ids are 0 to {below - 1}."
+            )
+        return found
+
+    def _image(self, found: Any, where: str) -> Path:
+        """The image's file, links followed: one outside the folder is none of the data's."""
+        if not isinstance(found, str):
+            raise TwinmergeError(
+                f"{where}: field 'image' is {_short(found)}. Give the path of an image in {self.file.parent}."
+            )
+        folder = self.file.parent.resolve()
+        image = (folder / found).resolve()
+        if not image.is_relative_to(folder):
+            raise TwinmergeError(
+                f"{where}: the image {found!r} lies outside {self.file.parent}. Put it into that folder."
+            )
+        if not image.is_file():
+            raise TwinmergeError(
+                f"{where}: there is no image {found!r} in {self.file.parent}. Add it, or mend the line."
+            )
+        return image
+
+
+def _json(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TwinmergeError(f"{where} is no JSON ({error}). Write one JSON object a line, in UTF-8.") from error
+    if not isinstance(found, dict):
+        raise TwinmergeError(f'{where} is no JSON object. Write {{"text": "..."}}.')
+    return found
+
+
+def _text(found: dict[str, Any], name: str, where: str) -> str | None:
+    text = found.get(name)
+    if not isinstance(text, str | None):
+        raise TwinmergeError(f"{where}: field {name!r} is {_short(text)}. Give a string.")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise TwinmergeError(
+            f"{where}: field {name!r} has half of a surrogate pair, which is no character. Mend it."
+        ) from error
+    return text
+
+
+def _attended(found: dict[str, Any], where: str) -> list[int] | None:
+    mask = found.get("attention_mask")
+    if mask is None:
+        return None
+    right = isinstance(mask, list) and len(mask) == len(found["input_ids"])
+    if not right or any(type(i) is not int or i not in (0, 1) for i in mask) or not any(mask):
+        raise TwinmergeError(
+            f"{where}: field 'attention_mask' is {_short(mask)}. Give a 1 or a 0 for each of the {len(found['input_ids'])} token ids, "
+            "at least one 1, or leave it out."
+        )
+    return list(mask)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
