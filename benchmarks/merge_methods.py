@@ -35,7 +35,8 @@ from twinmerge.twin.extract import extract
 from twinmerge.twin.masks import compress
 
 EVALUATIONS = 12  # of each method that has parameters to choose
-VALIDATION_ROWS = 200  # per task
+VALIDATION_ROWS = 200  # per task, of the largest merge; half as many of the smaller ones
+TEST_ROWS = 500  # per task, of the smaller merges; all of the largest one
 MEASURED_ROWS = 1000  # per expert
 COUNTS = (2, 4, 6, 8)
 MASKS = {"tall_masks (sum)": ("tall_masks", "sum"), "tall_masks (ties)": ("tall_masks", "ties"), "emr": ("emr", None)}
@@ -101,15 +102,16 @@ class Comparison:
         self.file = options.out / f"scores-{count}.json"
         self.rows: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
         self.work = options.out / f"work-{count}"
-        self.reference = {
-            split: self.own(split, limit) for split, limit in (("validation", VALIDATION_ROWS), ("test", None))
-        }
+        whole = count == max(COUNTS)
+        self.rows_chosen_on, self.rows_tested = (VALIDATION_ROWS, None) if whole else (VALIDATION_ROWS // 2, TEST_ROWS)
+        limits = (("validation", self.rows_chosen_on), ("test", self.rows_tested))
+        self.reference = {split: self.own(split, limit) for split, limit in limits}
 
     def own(self, split: str, limit: int | None) -> Evaluation:
         """Every expert on its own task; told once for all counts."""
         found = {}
         for name, folder in self.experts.items():
-            file = self.options.out / "experts" / f"{name}-{split}.json"
+            file = self.options.out / "experts" / f"{name}-{split}{'' if limit is None else f'-{limit}'}.json"
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 scored = evaluate(folder, {name: self.suite[name]}, split, limit, progress=False)[0]
@@ -144,7 +146,7 @@ class Comparison:
             merge,
             self.suite,
             points(),
-            limit=VALIDATION_ROWS,
+            limit=self.rows_chosen_on,
             experts=self.reference["validation"],
             progress=False,
         )
@@ -153,7 +155,7 @@ class Comparison:
         start = time.perf_counter()
         Merge(best.recipe, progress=False).save(self.work)
         seconds = time.perf_counter() - start
-        scored = evaluate(self.work, self.suite, progress=False)[0]
+        scored = evaluate(self.work, self.suite, limit=self.rows_tested, progress=False)[0]
         size = bytes_of(self.work)
         shutil.rmtree(self.work)
         spent = len(found.trials) + (5 if method == "consensus" else 0)
@@ -165,7 +167,7 @@ class Comparison:
             return
         recipe, spent, thresholds = self.recipe(method, **({"vector": vector} if vector else {})), 0, {}
         if vector:
-            chosen = choose_thresholds(recipe, self.suite, limit=VALIDATION_ROWS, progress=False)
+            chosen = choose_thresholds(recipe, self.suite, limit=self.rows_chosen_on, progress=False)
             thresholds, spent = chosen.thresholds, 5
             own = {f"{name}.threshold": value for name, value in thresholds.items()}
             recipe = replace(recipe, parameters={**recipe.parameters, **own})
@@ -175,7 +177,8 @@ class Comparison:
         seconds, predictions = time.perf_counter() - start, {}
         for name in self.names:
             extract(self.work / "masks", name, self.work / name)
-            predictions |= evaluate(self.work / name, {name: self.suite[name]}, progress=False)[0].predictions
+            one = {name: self.suite[name]}
+            predictions |= evaluate(self.work / name, one, limit=self.rows_tested, progress=False)[0].predictions
         scored, size = Evaluation.of(predictions, "task given"), bytes_of(self.work / "masks")
         without_heads = sum(f.stat().st_size for f in (self.work / "masks").glob("*.safetensors"))
         told = {

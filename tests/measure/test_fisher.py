@@ -91,7 +91,7 @@ def brute(model, ids, score):
 def every_class(model):
     def score(row, text):
         log = model(input_ids=torch.tensor([text])).logits[0].log_softmax(-1)
-        return [(float(log[y].exp()), log[y]) for y in range(len(log))]
+        return [(float(log[y].detach().exp()), log[y]) for y in range(len(log))]
 
     return score
 
@@ -224,7 +224,7 @@ def test_drawing_every_token_of_a_position_gives_the_sum_over_the_vocabulary():
 
     def every_token(_, text):
         log = model(input_ids=torch.tensor([text])).logits[0, :-1].log_softmax(-1)
-        return [(float(log[t, y].exp()), log[t, y]) for t in range(len(text) - 1) for y in range(30)]
+        return [(float(log[t, y].detach().exp()), log[t, y]) for t in range(len(text) - 1) for y in range(30)]
 
     want = brute(model, ids, every_token)
     got = measured(model, "causal", ids, 2, samples=600).sums
@@ -261,7 +261,7 @@ def test_images():
 
     def score(row, image):
         log = model(pixel_values=image[None]).logits[0].log_softmax(-1)
-        return [(float(log[y].exp()), log[y]) for y in range(3)]
+        return [(float(log[y].detach().exp()), log[y]) for y in range(3)]
 
     fisher = Fisher(model, "classifier", names_of(model))
     for at in (0, 3):
@@ -309,7 +309,7 @@ def test_refusals():
     with pytest.raises(TwinmergeError, match="BertModel has no head"):
         Fisher(BertModel(BertConfig(**BERT)), "bare", {})
     model = gpt2()
-    with pytest.raises(TwinmergeError, match="predicts tokens"):
+    with pytest.raises(TwinmergeError, match="predicts something at every token"):
         Fisher(model, "causal", names_of(model), labels="exact")
     with pytest.raises(TwinmergeError, match="samples=0"):
         Fisher(model, "causal", names_of(model), samples=0)

@@ -16,6 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of the arithmetic; all cores by default.")
 ]
+Device = Annotated[str, typer.Option("--device", help="Where the arithmetic runs: cpu, cuda, mps.")]
 Experts = Annotated[
     list[str] | None,
     typer.Option("--expert", metavar="NAME=MODEL", help="An expert: a path, a hub id or base+adapter. Repeat."),
@@ -143,3 +144,21 @@ def folder_bytes(folder: Path) -> int:
 def said(text: str) -> None:
     """A line for people, on stderr, so that stdout stays data."""
     typer.echo(text, err=True)
+
+
+def device_of(name: str) -> str:
+    """The device that --device names.
+
+    Errors:
+        TwinmergeError: it is not there.
+    """
+    if name == "cpu":
+        return name
+    import torch
+
+    kind = name.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        usable = ", ".join(k for k, v in there.items() if v)
+        raise TwinmergeError(f"There is no device {name!r} here. Leave --device out, or choose from: {usable}.")
+    return name

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twinmerge.cli.common import Json, Threads, print_json, print_table, size
-from twinmerge.cli.merge import Device
-from twinmerge.cli.merge import _device as device_of
+from twinmerge.cli.common import Device, Json, Threads, device_of, print_json, print_table, size
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
 

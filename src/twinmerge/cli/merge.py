@@ -9,11 +9,13 @@ import typer
 
 from twinmerge.cli.common import (
     Base,
+    Device,
     Experts,
     Heads,
     Json,
     Parameters,
     Threads,
+    device_of,
     numbers,
     pairs,
     print_json,
@@ -42,7 +44,6 @@ Stochastic = Annotated[
     int | None,
     typer.Option("--stochastic", metavar="SEED", min=0, help="Round to the output's dtype at random, unbiased."),
 ]
-Device = Annotated[str, typer.Option("--device", help="Where the arithmetic runs: cpu, cuda, mps.")]
 
 
 def merge(
@@ -85,7 +86,7 @@ def merge(
     )
     if target is None and not dry_run:
         raise TwinmergeError("No output is named. Add -o FOLDER.")
-    merged = Merge(described, architecture=smoke is not None, device=_device(device), processes=True)
+    merged = Merge(described, architecture=smoke is not None, device=device_of(device), processes=True)
     if dry_run:
         _checked(merged, target, json, "Nothing is written (--dry-run)")
         return
@@ -188,19 +189,6 @@ def recipe_of(
     read = read_recipe(recipe)
     require_model(read.method)
     return read, output or out
-
-
-def _device(name: str) -> str:
-    if name == "cpu":
-        return name
-    import torch
-
-    kind = name.partition(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, False):
-        usable = ", ".join(k for k, v in there.items() if v)
-        raise TwinmergeError(f"There is no device {name!r} here. Leave --device out, or choose from: {usable}.")
-    return name
 
 
 def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:

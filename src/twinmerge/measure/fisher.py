@@ -66,17 +66,17 @@ class Fisher:
             )
         if samples < 1:
             raise TwinmergeError(f"samples={samples} is out of range. Give at least 1.")
-        self.module, self.kind = module, kind
-        config: Any = module.config
+        self.module: Any = module
+        self.kind, config = kind, self.module.config
         self.outputs = int(getattr(config, "num_labels", 0)) if kind == "classifier" else 0
         self.problem = getattr(config, "problem_type", None)
-        tokens = kind != "classifier"
-        if tokens and labels == "exact":
+        self.by_token = kind != "classifier" or type(module).__name__.endswith("TokenClassification")
+        if self.by_token and labels == "exact":
             raise TwinmergeError(
-                f"{type(module).__name__} predicts tokens, and a sum over its whole vocabulary takes a backward pass for each. Leave out "
-                "--labels, or say sampled."
+                f"{type(module).__name__} predicts something at every token, and an exact sum takes a backward pass for each of them. Leave "
+                "out --labels, or say sampled."
             )
-        exact = not tokens and (labels == "exact" or (labels == "auto" and self._is_small()))
+        exact = not self.by_token and (labels == "exact" or (labels == "auto" and self._is_small()))
         self.labels = "exact" if exact else "sampled"
         self.samples, self.seed = samples, seed
         self.settings = {"labels": self.labels} | ({} if exact else {"samples": samples, "seed": seed})
@@ -95,11 +95,14 @@ class Fisher:
         size = len(batch.rows)
         if self._separable is None:
             self._separable = self._agree(_rows(batch, range(min(2, size))))
+        if self._separable:
+            try:
+                self.examples.batched(partial(self._run, batch), size, self.sums)
+            except InseparableError:  # nothing was added: the first batch was one row alone, say
+                self._separable = False
         if not self._separable:
             self._one_by_one(batch, self.sums)
-        else:
-            self.examples.batched(partial(self._run, batch), size, self.sums)
-        self.tokens += int(self._predicted(batch).sum()) if self.kind != "classifier" else size
+        self.tokens += int(self._predicted(batch).sum()) if self.by_token else size
 
     def _one_by_one(self, batch: Batch, to: Squares) -> None:
         self.examples.one_by_one(lambda i: self._run(_rows(batch, [i])), len(batch.rows), to)
@@ -115,7 +118,7 @@ class Fisher:
             return False
         largest = {n: float(t.max()) for n, t in plain.items()}
         noise = NOISE * max(largest.values(), default=0.0)
-        same = plain.keys() == quick.keys() and all(
+        same: bool = plain.keys() == quick.keys() and all(
             float((plain[n] - quick[n]).abs().max()) <= AGREEMENT * max(largest[n], noise) for n in plain
         )
         if not same:
@@ -127,10 +130,10 @@ class Fisher:
 
     def _run(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """The logits, and the vectors to multiply them with."""
-        inputs = dict(batch.inputs)
+        inputs: dict[str, Any] = dict(batch.inputs)
         if self.kind == "seq2seq":
             assert batch.targets is not None
-            inputs["decoder_input_ids"] = self.module.prepare_decoder_input_ids_from_labels(labels=batch.targets)  # type: ignore[operator]
+            inputs["decoder_input_ids"] = self.module.prepare_decoder_input_ids_from_labels(labels=batch.targets)
         if self.kind != "classifier":
             inputs["use_cache"] = False
         with torch.enable_grad():
@@ -147,7 +150,7 @@ class Fisher:
 
     def _vectors(self, logits: Tensor, batch: Batch) -> Sequence[Tensor]:
         """rk, each like the logits."""
-        if self.kind == "classifier" and logits.dim() == 2:
+        if not self.by_token:
             if self.problem == "regression" or logits.shape[1] == 1:
                 return [torch.diag_embed(torch.ones_like(logits))[:, k] for k in range(logits.shape[1])]
             if self.problem == "multi_label_classification":
@@ -162,7 +165,7 @@ class Fisher:
         found = []
         for own in draws_of(batch.rows, counts, self.samples, self.seed, width):
             draws = torch.zeros(predicted.shape, dtype=own.dtype)
-            draws[predicted] = torch.cat([d[:count] for d, count in zip(own, counts, strict=True)])
+            draws[predicted.cpu()] = torch.cat([d[:count] for d, count in zip(own, counts, strict=True)])
             r = of_sampled(logits, draws) * predicted[..., None].to(logits) / self.samples**0.5
             found.append(r)
         return found
@@ -183,7 +186,8 @@ class Fisher:
 
 def _rows(batch: Batch, rows: Sequence[int]) -> Batch:
     """Some rows of a batch."""
-    at = torch.tensor(list(rows))
+    device = next(t.device for t in batch.inputs.values())
+    at = torch.tensor(list(rows), device=device)
     size = len(batch.rows)
     return Batch(
         rows_of_batch(batch.inputs, at, size),

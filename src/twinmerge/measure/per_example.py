@@ -113,8 +113,8 @@ class LeafUse(Use):
         own = getattr(self.module, attribute).detach().requires_grad_()
         with torch.enable_grad():
             y = torch.func.functional_call(self.module, {attribute: own}, (self.x[example : example + 1],))
-            (found,) = torch.autograd.grad(y, own, g[example : example + 1])
-        return found
+            found: tuple[Tensor, ...] = torch.autograd.grad(y, own, g[example : example + 1])
+        return found[0]
 
 
 class FreeUse(Use):
@@ -250,13 +250,18 @@ def _kind_of(module: nn.Module) -> type[Use] | None:
     """How a module's examples are told apart; None for one that holds free parameters beside its parts."""
     if any(True for _ in module.children()):
         return None
-    if isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward:
+    if isinstance(module, Conv1D) or _runs(module, nn.Linear):
         return LinearUse
-    if type(module).forward is nn.Embedding.forward:
+    if _runs(module, nn.Embedding):
         return EmbeddingUse
-    if type(module).forward is nn.LayerNorm.forward and len(module.normalized_shape) == 1:
+    if isinstance(module, nn.LayerNorm) and _runs(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return LayerNormUse
     return LeafUse
+
+
+def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """The module computes what `kind` computes, also where it is a subclass."""
+    return type(module).forward is kind.forward
 
 
 def _place(to: Squares, name: str, like: Tensor) -> Tensor:

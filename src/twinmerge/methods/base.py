@@ -104,7 +104,7 @@ class Tile:
         self.at, self.grams = at, grams
         self.stored: Stored | None = None
         self._make: Callable[[], _Made] = lambda: (x, base, work or x.double().dtype)
-        self._make_fisher = lambda: fisher
+        self._make_fisher: Callable[[], Tensor | None] = lambda: fisher
 
     @classmethod
     def of(

@@ -21,7 +21,7 @@ class Squares(NamedTuple):
 
     total: float
     squares: float
-    count: int
+    entries: int
 
 
 class FisherSquares(Pass):
@@ -59,7 +59,7 @@ def squares_of(by_tensor: Iterable[tuple[float, float, int]]) -> Squares:
 
     Example:
         >>> squares_of([(1.0, 1.0, 2), (2.0, 4.0, 1)])
-        Squares(total=3.0, squares=5.0, count=3)
+        Squares(total=3.0, squares=5.0, entries=3)
     """
     parts = list(by_tensor)
     return Squares(sums.total(p[0] for p in parts), sums.total(p[1] for p in parts), sum(p[2] for p in parts))
@@ -96,7 +96,9 @@ class Fisher(Method):
     normalize: bool = Field(default=True, description="divide each Fisher by its norm over the whole model")
     floor: float = Field(default=1e-6, ge=0, description="least Fisher, as a multiple of its mean")
     favor_target: bool = Field(default=True, description="only the target has the floor")
-    target: str | None = Field(default=None, description="the expert that is favoured; the first one where none is named")
+    target: str | None = Field(
+        default=None, description="the expert that is favoured; the first one where none is named"
+    )
     compat: Literal["paper", "official"] = Field(default="paper", description="whose floor: relative, or absolute")
 
     def passes(self) -> Sequence[Pass]:
@@ -110,7 +112,9 @@ class Fisher(Method):
         """
         target = experts[0] if self.target is None else self.target
         if target not in experts:
-            raise TwinmergeError(f"fisher: the target {target!r} is no expert of this merge. It has: {', '.join(experts)}.")
+            raise TwinmergeError(
+                f"fisher: the target {target!r} is no expert of this merge. It has: {', '.join(experts)}."
+            )
         factors, floors = [], []
         for name, weight, size in zip(
             experts, per_expert(self.weights, len(experts)), known[FisherSquares.name], strict=True
@@ -123,7 +127,7 @@ class Fisher(Method):
                     "on data that the model is not certain of, leave the expert out, or set normalize=false."
                 )
             factors.append(weight / size.squares**0.5 if self.normalize else weight)
-            least = self.floor if self.compat == "official" else self.floor * size.total / max(size.count, 1)
+            least = self.floor if self.compat == "official" else self.floor * size.total / max(size.entries, 1)
             floors.append(0.0 if self.favor_target and name != target else least)
         by_name = sorted(range(len(experts)), key=experts.__getitem__)  # the order given changes no bit
         return Importance(tuple(factors), tuple(floors), tuple(by_name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ class Statistics:
             TwinmergeError: a tensor that is not what was written.
         """
         for name, spec in self.specs.items():
-            read = streamed(lambda start, out, n=name: self.read_range(n, start, out), spec.itemsize, spec.numel)
+            read = streamed(partial(self.read_range, name), spec.itemsize, spec.numel)
             if read != self.header["checksums"][name]:
                 raise TwinmergeError(f"Tensor {name!r} of {self.file} is not what was measured. Measure it again.")
 
