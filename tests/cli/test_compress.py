@@ -55,6 +55,26 @@ def test_compress_and_every_expert_out_again(command: Any, zoo: SimpleNamespace,
         assert min(far, key=far.__getitem__) == task and far[task] < 0.8 * min(v for e, v in far.items() if e != task)
 
 
+def test_a_folder_of_masks_is_a_twin_for_the_other_commands(command: Any, zoo: SimpleNamespace, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    assert compressed(command, zoo, masks).code == 0
+    ran = command("twin", "run", masks, "a lovely film", "--expert", "mood", "--json").json()
+    assert ran[0]["label"] in zoo.labels["mood"] and ran[0]["mixture"]["mood"] == 1
+    scores = command("evaluate", masks, "--suite", zoo.suite, "--json").json()
+    for task in zoo.labels:
+        assert command("extract", masks, task, "-o", tmp_path / task).code == 0
+        found, alone = (
+            evaluate(folder, open_suite(zoo.suite, [task]), progress=False)[0] for folder in (masks, tmp_path / task)
+        )
+        assert found.predictions == alone.predictions and scores
+    assert command("twin", "export", masks, "--expert", "kind", "-o", tmp_path / "dense").code == 0
+    dense, out = weights(tmp_path / "dense"), weights(tmp_path / "kind")
+    assert dense.keys() == out.keys() and all(torch.equal(dense[n], out[n]) for n in out)
+    ran = command("twin", "export", masks, "--expert", "kind", "--lora", "-o", tmp_path / "adapter")
+    assert ran.code != 0 and "Export dense weights" in ran.err
+    assert command("twin", "explain", masks, "a lovely film").code != 0  # it has no router
+
+
 def test_language_models_without_heads(command: Any, zoo: SimpleNamespace, tmp_path: Path) -> None:
     experts = ("--expert", f"alice={zoo.alice}", "--expert", f"bob={zoo.bob}")
     ran = command("compress", "--method", "emr", "--base", zoo.lm, *experts, "-o", tmp_path / "masks")

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twinmerge.engine.merge import merge
+from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import load_heads
+from twinmerge.twin.masks import compress
 from twinmerge.twin.twin import Twin
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
@@ -27,7 +29,7 @@ TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.sta
 
 @pytest.fixture(scope="module")
 def folders(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """classifiers: with heads and a router; writers: language models without; small: the classifiers in int8."""
+    """classifiers: with heads and a router; writers: language models without; small: the classifiers in int8; masks: of the classifiers."""
     case, root = lab.new_case("bert", torch.float32), tmp_path_factory.mktemp("folders")
     twin = Twin.build(case.base, case.experts, 3, progress=False)
     generator = torch.Generator().manual_seed(0)
@@ -39,6 +41,7 @@ def folders(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     made = {
         "classifiers": twin.save_pretrained(root / "classifiers"),
         "small": twin.compress(rank=2, codec="int8").save_pretrained(root / "small"),
+        "masks": compress(Recipe("emr", case.base, case.experts), root / "masks", progress=False).folder,
         "writers": lab.new_case("gpt2", torch.float32).twin(2).save_pretrained(root / "writers"),
     }
     twin.fit_router(inputs, "mlp", progress=False)
@@ -314,6 +317,7 @@ FUZZ = settings(
 SPOILED = [
     ("classifiers", TWIN),
     ("small", TWIN),
+    ("masks", TWIN),
     ("classifiers", ROUTER),
     ("mlp", ROUTER),
     ("classifiers", STATISTICS),
@@ -374,7 +378,7 @@ def test_files_cut_short_or_with_a_byte_of_the_header_changed(
             refused(folders["classifiers"], {})
 
 
-@pytest.mark.parametrize("folder", ["classifiers", "small"])
+@pytest.mark.parametrize("folder", ["classifiers", "small", "masks"])
 @FUZZ
 @given(seed=st.integers(0, 2**32))
 def test_tensors_of_any_other_shape(lab: Any, folders: Any, folder: str, seed: int) -> None:

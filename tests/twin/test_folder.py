@@ -219,7 +219,7 @@ def strip(file: Path) -> None:
         ("twin.safetensors", truncate, "twin.safetensors"),
         ("twin.safetensors", scribble, "twin.safetensors"),
         ("twin.safetensors", strip, "no twinmerge artefact"),
-        ("twin.safetensors", lambda f: rewrite(f, version=3), "version 3 .* reads version 2"),
+        ("twin.safetensors", lambda f: rewrite(f, version=4), "version 4 .* reads version 3"),
         ("twin.safetensors", lambda f: rewrite(f, kind="router"), "'router' artefact, expected 'twin'"),
         ("twin.safetensors", lambda f: rewrite(f, base="0" * 64), "another base model"),
         ("twin.safetensors", Path.unlink, "no twin: it has no twin.safetensors"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.export import Server, export_lora
 from twinmerge.twin.mixture import MixtureLike, mixture_weights
-from twinmerge.twin.split import Exclusive
+from twinmerge.twin.split import Exclusive, refuse_masks
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -106,6 +106,7 @@ def gram(parts: Mapping[str, Exclusive]) -> Tensor:
         >>> gram({"a": one, "b": Exclusive({}, {"b": torch.tensor([1.0, 0.0, 0.0])})}).tolist()
         [[7.0, 1.0], [1.0, 1.0]]
     """
+    refuse_masks(parts.values(), "rounded to a code-book of adapters")
     names = list(parts)
     found = torch.zeros(len(names), len(names), dtype=torch.float64)
     for i, one in enumerate(parts.values()):

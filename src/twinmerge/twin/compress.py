@@ -20,7 +20,7 @@ from twinmerge.maths.codec import projected, slice_bytes
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate_product
 from twinmerge.twin.moments import Moments
 from twinmerge.twin.package import Package, extra_bytes
-from twinmerge.twin.split import Exclusive, is_ordered
+from twinmerge.twin.split import Exclusive, is_ordered, refuse_masks
 
 Key = tuple[str, str]
 """(expert, matrix)."""
@@ -145,9 +145,10 @@ def compressed(
         moments: expert -> matrix -> moments of its inputs; without any they are taken for white noise.
 
     Errors:
-        TwinmergeError: none of the three is given, or more than one; a value out of range; a budget below what heads, router
+        TwinmergeError: none of the three is given, or more than one; a value out of range; experts that are masks; a budget below what heads, router
             and all that is no matrix take.
     """
+    refuse_masks(package.exclusive.values(), "cut any smaller")
     if sum(limit is not None for limit in (rank, energy, bytes)) != 1:
         raise TwinmergeError("Give one limit: rank, energy or bytes.")
     if energy is not None and not 0 < energy <= 1:

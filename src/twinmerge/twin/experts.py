@@ -17,11 +17,12 @@ from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, open_model
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
+from twinmerge.twin.masked import told_without
 from twinmerge.twin.mixture import index_of
 from twinmerge.twin.novelty import Novelty, limits_of
 from twinmerge.twin.package import Package
 from twinmerge.twin.routers.gaussian import GaussianRouter
-from twinmerge.twin.split import Exclusive, is_buffer, split
+from twinmerge.twin.split import Exclusive, is_buffer, refuse_masks, split
 from twinmerge.twin.statistics import Statistics
 
 
@@ -33,8 +34,10 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
         rank: of each matrix, at least 1.
 
     Errors:
-        TwinmergeError: a name that is taken, a model of another kind, or one that has a head where the others have none.
+        TwinmergeError: a name that is taken, a model of another kind, one that has a head where the others have none, or
+            experts that are masks, whose vector is made from all of them.
     """
+    refuse_masks(package.exclusive.values(), "joined by one more expert")
     if name in package.exclusive:
         raise TwinmergeError(
             f"The twin has an expert {name!r} already. Give the new one another name, or remove that one."
@@ -78,7 +81,7 @@ def without_expert(package: Package, name: str) -> Package:
     Errors:
         TwinmergeError: no such expert, or the last one; a router that keeps no statistics.
     """
-    index_of(name, list(package.exclusive))
+    which = index_of(name, list(package.exclusive))
     if len(package.exclusive) == 1:
         raise TwinmergeError(f"{name!r} is the twin's only expert. Use the shared model alone, or add another first.")
     router, layers, report = package.router, package.layers, package.report
@@ -100,6 +103,7 @@ def without_expert(package: Package, name: str) -> Package:
         layers=layers,
         report=report,
         provenance={**package.provenance, "twin": twin},
+        masks=told_without(package.masks, which, len(package.exclusive)),
     )
 
 

@@ -100,13 +100,18 @@ def export_lora(
         base: what the adapter names as its base model; the twin's own folder where None.
 
     Errors:
-        TwinmergeError: unknown names, a rank beyond 512 for vLLM, nothing that an adapter could carry.
+        TwinmergeError: unknown names, experts that are masks, a rank beyond 512 for vLLM, nothing that an adapter could
+            carry.
 
     Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; PEFT's file layout; vLLM's documentation for its limits.
     """
     weights = {mixture: 1.0} if isinstance(mixture, str) else dict(mixture)
     row = dict(zip(twin.experts, mixture_weights(weights, twin.experts, 1)[0].tolist(), strict=True))
     used = {name: w for name, w in row.items() if w}
+    if any(twin.package.exclusive[e].masked for e in used):
+        raise TwinmergeError(
+            f"{', '.join(used)}: masks of one vector are no low-rank factors, so no LoRA adapter holds them. Export dense weights."
+        )
     low = {n: _joined(twin, used, n) for n in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].low)}
     head = mixture if isinstance(mixture, str) and mixture in twin.package.heads else None
     architecture, own = _class_with_head(twin, head)

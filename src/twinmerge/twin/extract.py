@@ -25,7 +25,7 @@ from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store.artefact import open_artefact, undamaged
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
-from twinmerge.twin.masks import MASKS_VERSION, SCALES
+from twinmerge.twin.masked import MASKS_VERSION, SCALES
 from twinmerge.twin.mixture import index_of
 from twinmerge.twin.package import TWIN, is_twin
 

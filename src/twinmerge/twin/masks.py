@@ -38,10 +38,9 @@ from twinmerge.store.checkpoint import Spec
 from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
 from twinmerge.store.ranges import bytes_of
+from twinmerge.twin.masked import MASKS_VERSION, SCALES
 from twinmerge.twin.package import TWIN
 
-MASKS_VERSION = 3  # of a twin's layout: the first with masks
-SCALES = "scales"
 Bytes = NDArray[np.uint8]
 Answer = TypeVar("Answer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,13 @@ class Block(NamedTuple):
 
     rows: slice
     experts: slice
+
+
+class Stretch(NamedTuple):
+    """Rows side by side of one mixture, and the (expert, weight) that it is made of."""
+
+    rows: slice
+    used: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +55,23 @@ class Mixture:
     def used(self) -> list[int]:
         """The experts of some row."""
         return (self.weights != 0).any(0).nonzero()[:, 0].tolist()
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The rows as stretches of one mixture each, in their order.
+
+        Example:
+            >>> Mixture.of(torch.tensor([[0.0, 1.0], [0.5, 0.0], [0.0, 1.0]])).stretches  # doctest: +NORMALIZE_WHITESPACE
+            (Stretch(rows=slice(0, 1, None), used=((0, 0.5),)),
+             Stretch(rows=slice(1, 3, None), used=((1, 1.0),)))
+        """
+        weights = self.weights.numpy(force=True)
+        starts = np.flatnonzero(np.r_[True, (weights[1:] != weights[:-1]).any(1)])
+        ends = [*starts[1:].tolist(), len(weights)]
+        return tuple(
+            Stretch(slice(start, end), tuple((e, w) for e, w in enumerate(weights[start].tolist()) if w))
+            for start, end in zip(starts.tolist(), ends, strict=True)
+        )
 
     @classmethod
     def of(cls, weights: Tensor, grouped: bool = True, reorder: bool = True) -> Mixture:

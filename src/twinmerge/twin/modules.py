@@ -1,4 +1,5 @@
-"""How each kind of module adds each row's part: y = W x + b + Σt wt [Bt (At x) + dbt], never a dense weight.
+"""How each kind of module adds each row's part: y = W x + b + Σt wt [Bt (At x) + dbt], never a dense weight; masks are in
+`masked_modules.py`.
 
 The forward of a module that experts change is replaced by one that runs the module's own and adds to what it gave; with no
 mixture set it is the module's own. Everything that is linear in a parameter is exact.
@@ -6,40 +7,35 @@ mixture set it is the module's own. Everything that is linear in a parameter is 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.forward import (
+    Forward,
+    Seen,
+    State,
+    channels_last,
+    matrix_of,
+    multiplies,
+    rows_with_biases,
+    runs,
+    takes_factors,
+)
+from twinmerge.twin.masked_modules import MaskedConv2d, MaskedEmbedding, MaskedLinear
 from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.parts import Dense, Low
+from twinmerge.twin.parts import Dense, Low, Masks, Part
 
 RELATIVE_BIAS = ("compute_bias", "compute_position_bias")
 """What T5's kind and MPNet's call their method that turns the table of relative positions into a bias."""
 
 
-class State:
-    """What the modules see: the mixture of the pass under way, the one for biases where it differs, and whether each row may
-    stand for several entries side by side (the beams of a generation)."""
-
-    def __init__(self) -> None:
-        self.mixture: Mixture | None = None
-        self.biases: Mixture | None = None
-        self.copies = False
-
-    @property
-    def work(self) -> Mixture | None:
-        """The mixture where it has any work."""
-        return self.mixture if self.mixture is not None and self.mixture.blocks else None
-
-
 def attach(
-    state: State, path: str, module: nn.Module, parent: nn.Module | None, parameters: Mapping[str, Low | Dense]
+    state: State, path: str, module: nn.Module, parent: nn.Module | None, parameters: Mapping[str, Part]
 ) -> str | None:
     """Let one module add its rows' parts, by its kind.
 
@@ -47,25 +43,26 @@ def attach(
         None, or the sentence that says why this module cannot.
     """
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    low = weight if isinstance(weight, Low) else None
+    matrix = weight if isinstance(weight, (Low, Masks)) else None
+    masked = isinstance(weight, Masks)
     gain, shift = (part if isinstance(part, Dense) else None for part in (weight, bias))
     if multiplies(module) and not isinstance(parent, nn.MultiheadAttention):
-        _Linear(state, path, module, low, shift)
-    elif _runs(module, nn.Embedding) and low is not None:
+        (MaskedLinear if masked else _Linear)(state, path, module, matrix, shift)
+    elif runs(module, nn.Embedding) and matrix is not None:
         method = next((m for m in RELATIVE_BIAS if hasattr(parent, m)), None)
         if method is not None and path.endswith("relative_attention_bias"):
-            setattr(parent, method, _RelativeBias(state, path, module, low, getattr(parent, method)))
+            setattr(parent, method, _RelativeBias(state, path, module, matrix, getattr(parent, method)))
         elif parent is not None and hasattr(parent, "get_rel_embedding"):  # DeBERTa reads the table without its forward
             swap = _Free(state, path, module, parameters)
             parent.register_forward_pre_hook(lambda _, args: swap.enter(args))
             parent.register_forward_hook(lambda *_: swap.leave(), always_call=True)
         else:
-            _Embedding(state, path, module, low)
+            (MaskedEmbedding if masked else _Embedding)(state, path, module, matrix)
     elif isinstance(module, nn.Conv2d) and takes_factors(module):
-        _Conv2d(state, path, module, low, shift)
-    elif _runs(module, nn.BatchNorm2d):
+        (MaskedConv2d if masked else _Conv2d)(state, path, module, matrix, shift)
+    elif runs(module, nn.BatchNorm2d):
         _BatchNorm2d(state, path, module, gain, shift)
-    elif _runs(module, nn.LayerNorm):
+    elif runs(module, nn.LayerNorm):
         _Norm(state, path, module, gain, shift, 0.0)
     elif (offset := rms_offset(module)) is not None:
         _Norm(state, path, module, gain, shift, offset)
@@ -79,22 +76,6 @@ def attach(
             "mixture per row."
         )
     return None
-
-
-def multiplies(module: nn.Module) -> bool:
-    """True for nn.Linear and Conv1D, which stores its matrix turned."""
-    return _runs(module, nn.Linear) or isinstance(module, Conv1D)
-
-
-def takes_factors(module: nn.Module) -> bool:
-    """True where a weight of any shape is used as factors."""
-    plain = _runs(module, nn.Conv2d) and getattr(module, "groups", 1) == 1
-    return multiplies(module) or _runs(module, nn.Embedding) or plain
-
-
-def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """The module computes what `kind` computes, also where it is a subclass."""
-    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def _is_plain_holder(module: nn.Module) -> bool:
@@ -123,73 +104,16 @@ def _rms_scaled(module: nn.Module, x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-class _Seen:
-    """What adds rows' parts at one place of the model."""
-
-    def __init__(self, state: State, path: str, module: nn.Module) -> None:
-        self.state, self.path = state, path
-        self.module: Any = module
-
-    def times(self, mixture: Mixture, leading: int) -> int:
-        """How many entries of the leading axis belong to one row (the beams of a generation, side by side)."""
-        # A multiple may also be an axis of positions (MPNet's table, Longformer's queries), which no shape can tell apart.
-        if leading != mixture.rows and (leading % mixture.rows or not self.state.copies):
-            raise TwinmergeError(
-                f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, so rows of different mixtures "
-                'cannot share this batch. Give one mixture for the whole batch, or say strategy="rebuild".'
-            )
-        return leading // mixture.rows
-
-    def pieces(self, part: Low, mixture: Mixture, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(rows of the activation's leading axis, columns of the factors, weights (those rows or 1, ..., columns))."""
-        times = 1 if mixture.uniform else self.times(mixture, len(x))
-        for block in mixture.blocks:
-            columns = part.columns(block.experts)
-            if columns.start == columns.stop:
-                continue
-            weights = mixture.columns(block, part.widths, x)
-            rows = slice(None) if mixture.uniform else slice(block.rows.start * times, block.rows.stop * times)
-            yield rows, columns, weights.repeat_interleave(times, 0) if times > 1 and len(weights) > 1 else weights
-
-    def dense(self, part: Dense, mixture: Mixture, leading: int) -> Tensor:
-        """Σ wt dt for each entry of the activation's leading axis, or one for all."""
-        mixed = mixture.dense(part.stack)
-        times = 1 if mixture.uniform else self.times(mixture, leading)
-        return mixed.repeat_interleave(times, 0) if times > 1 and len(mixed) > 1 else mixed
-
-
-class _Forward(_Seen, ABC):
-    """The forward of a module whose weight and bias, or one of them, experts change."""
-
-    weight: Any
-    bias: Dense | None
-
-    def __init__(
-        self, state: State, path: str, module: nn.Module, weight: Low | Dense | None, bias: Dense | None = None
-    ) -> None:
-        super().__init__(state, path, module)
-        self.weight, self.bias = weight, bias
-        self.own = type(module).forward
-        module.forward = self
-
-    def __call__(self, x: Tensor) -> Tensor:
-        mixture = self.state.work
-        found: Tensor = self.own(self.module, x) if mixture is None else self.mixed(x, mixture)
-        return found
-
-    @abstractmethod
-    def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
-        """The answer under a mixture that has work."""
-
-    def shift(self, y: Tensor, mixture: Mixture) -> Tensor:
-        """w · db, of the biases' own mixture where there is one."""
-        assert self.bias is not None
-        return self.dense(self.bias, self.state.biases or mixture, len(y)).to(y)
-
-
-def _channels_last(vectors: Tensor, y: Tensor) -> Tensor:
-    """(n, channels) shaped to join an activation (n, ..., channels)."""
-    return vectors.to(y).reshape(len(vectors), *[1] * (y.dim() - 2), -1)
+def _pieces(place: Seen, part: Low, mixture: Mixture, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows of the activation's leading axis, columns of the factors, weights (those rows or 1, ..., columns))."""
+    times = 1 if mixture.uniform else place.times(mixture, len(x))
+    for block in mixture.blocks:
+        columns = part.columns(block.experts)
+        if columns.start == columns.stop:
+            continue
+        weights = mixture.columns(block, part.widths, x)
+        rows = slice(None) if mixture.uniform else slice(block.rows.start * times, block.rows.stop * times)
+        yield rows, columns, weights.repeat_interleave(times, 0) if times > 1 and len(weights) > 1 else weights
 
 
 def _scale(h: Tensor, weights: Tensor) -> Tensor:
@@ -198,27 +122,25 @@ def _scale(h: Tensor, weights: Tensor) -> Tensor:
     return h.view(-1, h.shape[-1])
 
 
-class _Linear(_Forward):
+class _Linear(Forward):
     """y = W x + (b + w · db) + B (w · A x); nn.Linear, and Conv1D, whose matrix is stored turned."""
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
         y: Tensor = self.own(self.module, x) if self.bias is None else self.with_rows_of_biases(x, mixture)
         if self.weight is not None:
-            for rows, at, w in self.pieces(self.weight, mixture, x):
+            for rows, at, w in _pieces(self, self.weight, mixture, x):
                 h = _scale(F.linear(x[rows], self.weight.a[at]), w)
                 y[rows].view(-1, y.shape[-1]).addmm_(h, self.weight.b[:, at].T)
         return y
 
     def with_rows_of_biases(self, x: Tensor, mixture: Mixture) -> Tensor:
         """The module's own answer, each row with its bias; no pass over y more than one bias for all takes."""
-        weight = self.module.weight if isinstance(self.module, Conv1D) else self.module.weight.T
-        biases = self.module.bias + _channels_last(self.shift(x, mixture), x)
-        y: Tensor = biases.expand(*x.shape[:-1], biases.shape[-1]).contiguous()
-        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight)
+        y = rows_with_biases(self.module, x, self.shift(x, mixture))
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), matrix_of(self.module))
         return y
 
 
-class _Embedding(_Forward):
+class _Embedding(Forward):
     """y += (w · B[ids]) A; ids that all rows share (positions) get a leading axis of rows first."""
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
@@ -230,19 +152,19 @@ class _Embedding(_Forward):
             ids = ids.expand(mixture.rows, *ids.shape[1:])
             y = y.expand(mixture.rows, *y.shape[1:])
         y = y.contiguous()
-        for rows, at, w in self.pieces(self.weight, mixture, y):
+        for rows, at, w in _pieces(self, self.weight, mixture, y):
             h = _scale(F.embedding(ids[rows], self.weight.b[:, at]), w)
             y[rows].view(-1, y.shape[-1]).addmm_(h, self.weight.a[at])
         return y
 
 
-class _Conv2d(_Forward):
+class _Conv2d(Forward):
     """A convolution with A to as many channels as there are columns, then one of 1×1 with B."""
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
         y: Tensor = self.own(self.module, x)
         if self.weight is not None:
-            for rows, at, w in self.pieces(self.weight, mixture, x):
+            for rows, at, w in _pieces(self, self.weight, mixture, x):
                 kernel = self.weight.a[at].reshape(-1, *self.module.weight.shape[1:])
                 h = self.module._conv_forward(x[rows], kernel, None)
                 h *= w[..., None, None]
@@ -252,7 +174,7 @@ class _Conv2d(_Forward):
         return y
 
 
-class _Norm(_Forward):
+class _Norm(Forward):
     """y = x̂ · (o + g + w · dg) + (b + w · db), with x̂ the input normalised without any affine part; nn.LayerNorm (o = 0) and
     RMSNorm's kind."""
 
@@ -266,9 +188,9 @@ class _Norm(_Forward):
         gain: Tensor = self.module.weight
         shift: Any = getattr(self.module, "bias", None)
         if self.weight is not None:
-            gain = gain + _channels_last(self.dense(self.weight, mixture, len(x)), x)
+            gain = gain + channels_last(self.dense(self.weight, mixture, len(x)), x)
         if self.bias is not None:
-            shift = shift + _channels_last(self.shift(x, mixture), x)
+            shift = shift + channels_last(self.shift(x, mixture), x)
         if not isinstance(self.module, nn.LayerNorm):
             return _rms_scaled(self.module, x) * (self.offset + gain)
         shape, eps = list(self.module.normalized_shape), self.module.eps
@@ -278,7 +200,7 @@ class _Norm(_Forward):
         return scaled * gain if shift is None else torch.addcmul(shift, scaled, gain)
 
 
-class _BatchNorm2d(_Forward):
+class _BatchNorm2d(Forward):
     """y += x̂ · (w · dg) + w · db, with x̂ normalised by the shared model's running statistics."""
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
@@ -291,13 +213,13 @@ class _BatchNorm2d(_Forward):
         return y
 
 
-class _Free(_Seen):
+class _Free(Seen):
     """Free parameters of a module: during its forward each is p + Σ w d, with an axis of rows where mixtures differ.
 
     The instance attribute hides the parameter while the module runs; the parameter itself is not touched.
     """
 
-    def __init__(self, state: State, path: str, module: nn.Module, parameters: Mapping[str, Low | Dense]) -> None:
+    def __init__(self, state: State, path: str, module: nn.Module, parameters: Mapping[str, Part]) -> None:
         super().__init__(state, path, module)
         self.parameters = parameters
         self.set: list[str] = []
@@ -314,7 +236,7 @@ class _Free(_Seen):
             self.module.__dict__.pop(attribute, None)
         self.set.clear()
 
-    def mixed(self, parameter: Tensor, part: Low | Dense, mixture: Mixture) -> Tensor:
+    def mixed(self, parameter: Tensor, part: Part, mixture: Mixture) -> Tensor:
         if mixture.uniform:
             return part.mixed(parameter, mixture.weights[0])
         by_row = isinstance(part, Dense) and (parameter.dim() == 1 or (parameter.dim() > 1 and parameter.shape[0] == 1))
@@ -328,11 +250,11 @@ class _Free(_Seen):
         return parameter + (delta[:, None] if parameter.dim() == 1 else delta[:, 0])
 
 
-class _RelativeBias(_Seen):
+class _RelativeBias(Seen):
     """A table of relative positions: the bias (1 or rows, heads, q, k) is linear in the table, so each expert's table is
     looked up the same way and added to its rows."""
 
-    def __init__(self, state: State, path: str, module: nn.Module, weight: Low, compute: Any) -> None:
+    def __init__(self, state: State, path: str, module: nn.Module, weight: Low | Masks, compute: Any) -> None:
         super().__init__(state, path, module)
         self.weight, self.compute = weight, compute
 
@@ -343,9 +265,9 @@ class _RelativeBias(_Seen):
         bias = bias.clone() if mixture.uniform else bias.expand(mixture.rows, *bias.shape[1:]).clone()
         times = 1 if mixture.uniform else self.times(mixture, len(bias))
         for expert in mixture.used:
-            if (found := self.weight.of(expert)) is None:
+            if (table := self.weight.delta(expert)) is None:
                 continue
-            self.module.__dict__["weight"] = found[0] @ found[1]
+            self.module.__dict__["weight"] = table
             try:
                 delta = self.compute(*args, **kwargs)
             finally:

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,14 +22,16 @@ from twinmerge.models.opened import InMemory, OpenedModel, open_model
 from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.output import OutputFolder, layout, write_checkpoint
+from twinmerge.twin.masked import MASKS_VERSION, pack_masks, told_of, unpack_masks
 from twinmerge.twin.routers.fit import router_from
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.router import Router
-from twinmerge.twin.split import Exclusive
+from twinmerge.twin.split import Exclusive, shared_vectors
 from twinmerge.twin.statistics import Statistics
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
-TWIN_VERSION, ROUTER_VERSION, STATISTICS_VERSION = 2, 1, 2  # of the twin 2: packed by a codec
+TWIN_VERSION, ROUTER_VERSION, STATISTICS_VERSION = MASKS_VERSION, 1, 2
+PACKED_VERSION = 2  # of the twin: packed by a codec
 SINCE = "\n## Experts since the build\n\n"
 OWN_FILES = {TWIN, ROUTER, STATISTICS, "heads.json", PROVENANCE, *NO_SIDE_FILES}
 
@@ -38,7 +41,7 @@ class Package(NamedTuple):
 
     shared: the opened shared model; exclusive: expert -> its part, in the router's order; router, layers and the
     router's report: None, () and None where none is fitted; provenance: as written; codec: of exclusive parts and heads on
-    the disk (see `maths/codec.py`), which their values are already those of.
+    the disk (see `maths/codec.py`), which their values are already those of; masks: what the file says of masked experts: the method and its fields.
     """
 
     shared: OpenedModel
@@ -49,6 +52,7 @@ class Package(NamedTuple):
     report: dict[str, Any] | None
     provenance: dict[str, Any]
     codec: str = "none"
+    masks: Mapping[str, Any] = MappingProxyType({})
 
 
 def about_of(folder: Path | None) -> dict[str, dict[str, Any]]:
@@ -80,7 +84,8 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
     specs = {shared.stored[n]: spec for n, spec in shared.specs.items()}
     canonical = {shared.stored[n]: n for n in shared.specs}
     numel = sum(part.numel() for part in package.exclusive.values())
-    needed = sum(spec.bytes for spec in specs.values()) + 4 * numel
+    vectors = sum(v.nbytes for v in shared_vectors(package.exclusive.values()).values())
+    needed = sum(spec.bytes for spec in specs.values()) + 4 * numel + vectors
     files = layout(specs)
     with OutputFolder(folder, needed) as partial:
         names = [name for shard in files.values() for name in shard]
@@ -90,7 +95,7 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
             (partial / own).unlink(missing_ok=True)
         write_config(shared, partial, None)
         base = folder_fingerprint(partial)
-        save_artefact(partial / TWIN, _pack(package.exclusive, base, package.codec))
+        save_artefact(partial / TWIN, _pack(package, base))
         if package.heads:
             save_heads(partial, package.heads, base, about, package.codec)
         if package.router is not None:
@@ -119,7 +124,10 @@ def load(folder: Path) -> Package:
     base = folder_fingerprint(folder)
     artefact = load_artefact(folder / TWIN, "twin", TWIN_VERSION, base)
     with undamaged(folder / TWIN):
-        exclusive = _unpack(artefact, shared)
+        if ("masks" in artefact.header) != (artefact.version >= MASKS_VERSION):
+            raise ValueError("version")
+        masks = told_of(artefact) if "masks" in artefact.header else {}
+        exclusive = unpack_masks(artefact, shared) if masks else _unpack(artefact, shared)
     provenance: dict[str, Any] = {}
     if (file := folder / PROVENANCE).is_file():
         with undamaged(file):
@@ -148,7 +156,7 @@ def load(folder: Path) -> Package:
             router.statistics = Statistics.unpacked(kept.header, kept.tensors)
         _agree(folder / STATISTICS, router.statistics.experts, TWIN, list(exclusive))
     codec = artefact.header.get("codec", "none")
-    return Package(shared, exclusive, heads, router, layers, report, provenance, codec)
+    return Package(shared, exclusive, heads, router, layers, report, provenance, codec, masks)
 
 
 def _named(provenance: Mapping[str, Any]) -> list[str] | None:
@@ -171,7 +179,7 @@ def _agree(file: Path, names: list[str], other: str, expected: list[str]) -> Non
 def extra_bytes(package: Package) -> int:
     """What the files of the exclusive parts, the heads and the router will take, to within what `about` adds to heads.json."""
     base = "0" * 64
-    sizes = [artefact_bytes(_pack(package.exclusive, base, package.codec))]
+    sizes = [artefact_bytes(_pack(package, base))]
     sizes += [artefact_bytes(head_artefact(n, head, base, package.codec)) for n, head in package.heads.items()]
     sizes += [len(head.config.to_json_string(use_diff=True).encode()) for head in package.heads.values()]
     if package.router is not None:
@@ -179,7 +187,10 @@ def extra_bytes(package: Package) -> int:
     return sum(sizes)
 
 
-def _pack(exclusive: Mapping[str, Exclusive], base: str, codec: str) -> Artefact:
+def _pack(package: Package, base: str) -> Artefact:
+    exclusive, codec = package.exclusive, package.codec
+    if any(part.masked for part in exclusive.values()):
+        return pack_masks(exclusive, base, package.masks)
     tensors: dict[str, Tensor] = {}
     dims: dict[str, int] = {}
     for i, part in enumerate(exclusive.values()):
@@ -193,7 +204,7 @@ def _pack(exclusive: Mapping[str, Exclusive], base: str, codec: str) -> Artefact
     header: dict[str, Any] = {"experts": list(exclusive), **packed}
     if any(part.energy for part in exclusive.values()):
         header["energy"] = [dict(part.energy) for part in exclusive.values()]
-    return Artefact("twin", TWIN_VERSION if packed else 1, base, header, stored)
+    return Artefact("twin", PACKED_VERSION if packed else 1, base, header, stored)
 
 
 def _unpack(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive]:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.twin.forward import multiplies
+from twinmerge.twin.masked_modules import apart
 from twinmerge.twin.mixture import Block, Mixture
-from twinmerge.twin.modules import multiplies
-from twinmerge.twin.parts import Low
+from twinmerge.twin.parts import Low, Masks
 from twinmerge.twin.runtime import Runtime
 
 STRATEGIES = ("stacked", "grouped", "folded", "rebuild")
@@ -97,11 +98,17 @@ class Planner:
         )
         self._some = next(body.parameters())
         self.sites: Counter[Site] = Counter()  # how many there are of a kind
+        self.masked: Counter[tuple[tuple[int, int], bool]] = (
+            Counter()
+        )  # ((out, in), lookup) of matrices that are masked
         self.small = 0  # norms and biases that experts change
         for place, part in runtime.places:
             if isinstance(part, Low):
                 shape = (len(part.b), part.a.shape[1])
                 self.sites[Site(shape, tuple(part.ends), not multiplies(place.module))] += 1
+            elif isinstance(part, Masks):
+                shape = (part.vector.shape[0], part.vector[0].numel())
+                self.masked[shape, not multiplies(place.module)] += 1
             else:
                 self.small += 1
 
@@ -147,6 +154,29 @@ class Planner:
                 seconds += times * (max(work, moved) + touched + 8 * m.operation)
         return seconds
 
+    def adding(self, mixture: Mixture, positions: int) -> float:
+        """Seconds that the experts add to a pass, whatever their parts are."""
+        return self.mixing(mixture.blocks, positions) + (self.masking(mixture, positions) if self.masked else 0.0)
+
+    def masking(self, mixture: Mixture, positions: int) -> float:
+        """Seconds that masked experts add to a pass: making st mt ⊙ τ, and the products that go beyond the shared model's."""
+        m, seconds = self.machine, 0.0
+        own = apart(mixture, positions)
+        blocks = [(b.rows.stop - b.rows.start, b.experts.stop - b.experts.start) for b in mixture.blocks]
+        made = sum(len(s.used) for s in mixture.stretches) if own else sum(experts for _, experts in blocks)
+        tokens = positions * sum(rows * experts for rows, experts in blocks)
+        for ((out, into), lookup), times in self.masked.items():
+            if lookup:
+                seconds += times * (4 * self.size * tokens * into / m.bytes + 8 * made * m.operation)
+            else:
+                again = 0.0 if own else 2 * tokens * out * into / m.wide
+                seconds += times * (made * self.making(out * into) + again)
+        return seconds
+
+    def making(self, numel: int) -> float:
+        """Seconds to make W + w s m ⊙ τ for one expert: of what is read and written, τ, W and the sum are not in the cache."""
+        return numel * (3 + 3 * self.size) / self.machine.bytes + 6 * self.machine.operation
+
     def folding(self, weights: Tensor) -> float:
         """Seconds that one mixture takes to become weights; none where it is at hand."""
         if self.runtime.is_folded(weights):
@@ -158,10 +188,13 @@ class Planner:
             columns = sum(ends[e + 1] - ends[e] for e in used)
             moved = (1 + 2 * len(used)) * self.size * out * into / m.bytes
             seconds += times * (2 * out * into * columns / m.thin + moved + 3 * len(used) * m.operation)
+        for ((out, into), _), times in self.masked.items():
+            seconds += times * len(used) * self.making(out * into)
         return seconds
 
     def break_even(self) -> float:
-        """Tokens of one mixture above which folding takes fewer operations than mixing: dm / (d + m), whatever the rank."""
+        """Tokens of one mixture above which folding takes fewer operations than mixing: dm / (d + m), whatever the rank; 0 for
+        masks, whose mixing is no less work than folding."""
         products = [(shape, times) for (shape, _, lookup), times in self.sites.items() if not lookup]
         both = sum(times * (m + n) for (m, n), times in products)
         return sum(times * m * n for (m, n), times in products) / max(1, both)
@@ -185,8 +218,8 @@ class Planner:
         passes = self.base(rows * positions) + steps * self.base(rows)
         found: dict[str, float] = {}
         for strategy in [s for s in ("stacked", "grouped") if s in possible]:
-            blocks = Mixture.of(weights, strategy == "grouped", reorder).blocks
-            added = self.mixing(blocks, positions) + (steps * self.mixing(blocks, 1) if steps else 0.0)
+            mixture = Mixture.of(weights, strategy == "grouped", reorder)
+            added = self.adding(mixture, positions) + (steps * self.adding(mixture, 1) if steps else 0.0)
             found[strategy] = passes + added
         if "folded" in possible:
             found["folded"] = passes + self.folding(weights[0])

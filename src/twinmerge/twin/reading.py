@@ -17,6 +17,7 @@ from twinmerge.tasks.encode import batches
 from twinmerge.twin.features import features
 from twinmerge.twin.mixture import Mixture, index_of, one_hot
 from twinmerge.twin.moments import Moments, input_moments
+from twinmerge.twin.split import refuse_masks
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -70,8 +71,9 @@ def input_directions(twin: Twin, layer: int) -> list[Tensor]:
     factors of the matrices that the layer's input goes to first (queries, keys and values).
 
     Errors:
-        TwinmergeError: a layer that is not there, or whose first matrices no expert changes.
+        TwinmergeError: a layer that is not there, or whose first matrices no expert changes, or experts that are masks.
     """
+    refuse_masks(twin.package.exclusive.values(), "told apart by their low-rank factors")
     modules = {
         path: m for path, m in twin.model.body.named_modules() if _layer_of(path) == layer and not any(m.children())
     }

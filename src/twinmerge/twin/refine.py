@@ -27,7 +27,7 @@ from twinmerge.twin.experts import models_of
 from twinmerge.twin.mixture import index_of
 from twinmerge.twin.package import Package
 from twinmerge.twin.reading import Given, read_batches
-from twinmerge.twin.split import Exclusive
+from twinmerge.twin.split import Exclusive, refuse_masks
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -53,6 +53,7 @@ def refined(
     for name in inputs:
         index_of(name, twin.experts)
     package = twin.package_now()
+    refuse_masks(package.exclusive.values(), "refined")
     models = {**models_of(package.provenance), **twin.sources, **experts}
     parts = dict(package.exclusive)
     for name, given in inputs.items():

@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel
+from twinmerge.twin.forward import State, takes_factors
 from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.modules import State, attach, takes_factors
-from twinmerge.twin.parts import Dense, Low
-from twinmerge.twin.split import Exclusive
+from twinmerge.twin.modules import attach
+from twinmerge.twin.parts import Dense, Low, Masks, Part
+from twinmerge.twin.split import Exclusive, Masked, shared_vectors
 
 
 class Place(NamedTuple):
@@ -48,23 +49,24 @@ class Runtime(nn.Module):
         super().__init__()
         self.state = State()
         self.parts = nn.ModuleDict()
-        self.places: list[tuple[Place, Low | Dense]] = []
+        self.places: list[tuple[Place, Part]] = []
         self.refused: list[str] = []
         self._folded: tuple[list[float], list[nn.Parameter]] | None = None  # of one mixture
         owners = _owners(model)
-        names = sorted({n for e in experts for n in (*e.low, *e.dense)})
+        names = sorted({n for e in experts for n in e.names})
         if missing := [n for n in names if n not in owners]:
             raise TwinmergeError(
                 f"The model has no parameter {missing[0]!r}, which the experts change. Build the twin on the model that "
                 "they were tuned from."
             )
+        finite = {id(v): bool(v.isfinite().all()) for v in shared_vectors(experts).values()}  # each looked at once
         self.broken = {
             i: name
             for i, e in enumerate(experts)
             for name in names
-            if not all(bool(t.isfinite().all()) for t in _tensors(e, name))
+            if not all(finite[id(t)] if id(t) in finite else bool(t.isfinite().all()) for t in _tensors(e, name))
         }
-        changed: dict[str, dict[str, Low | Dense]] = {}
+        changed: dict[str, dict[str, Part]] = {}
         modules: dict[str, nn.Module] = {}
         for name in names:
             part = _gather(name, experts, owners[name][0])
@@ -166,12 +168,16 @@ def _owners(model: HeadedModel) -> dict[str, list[Place]]:
 def _tensors(expert: Exclusive, name: str) -> list[Tensor]:
     if name in expert.low:
         return [expert.low[name].b, expert.low[name].a]
+    if name in expert.masked:
+        return [expert.masked[name].vector]
     return [expert.dense[name]] if name in expert.dense else []
 
 
-def _gather(name: str, experts: Sequence[Exclusive], place: Place) -> Low | Dense:
+def _gather(name: str, experts: Sequence[Exclusive], place: Place) -> Part:
     """The experts' parts of one parameter, in its dtype."""
     parameter: Tensor = getattr(place.module, place.attribute)
+    if any(name in e.masked for e in experts):
+        return _gather_masks(name, [e.masked.get(name) for e in experts], place, parameter)
     factors = {i: (e.low[name].b, e.low[name].a) for i, e in enumerate(experts) if name in e.low}
     if not factors and place.attribute == "weight" and takes_factors(place.module):
         factors = {i: _own_factors(e.dense[name]) for i, e in enumerate(experts) if name in e.dense}
@@ -180,6 +186,17 @@ def _gather(name: str, experts: Sequence[Exclusive], place: Place) -> Low | Dens
         return Low(name, low, len(experts), turned=isinstance(place.module, Conv1D))
     dense = [e.dense.get(name) for e in experts]
     return Dense(name, torch.stack([torch.zeros_like(parameter) if d is None else d.to(parameter) for d in dense]))
+
+
+def _gather_masks(name: str, masks: Sequence[Masked | None], place: Place, parameter: Tensor) -> Masks | Dense:
+    """Masks as they are, τ once; a parameter that is a vector, or has an axis of rows to spare, is small and made dense."""
+    multiplied = place.attribute == "weight" and takes_factors(place.module)
+    if (parameter.dim() == 1 or parameter.shape[0] == 1) and not multiplied:
+        dense = [torch.zeros_like(parameter) if m is None else m.dense().to(parameter) for m in masks]
+        return Dense(name, torch.stack(dense))
+    vector = next(m.vector for m in masks if m is not None)
+    bits = [m.bits if m is not None and bool(m.bits.any()) else None for m in masks]
+    return Masks(name, vector.to(parameter), bits, [0.0 if m is None else m.scale for m in masks])
 
 
 def _own_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

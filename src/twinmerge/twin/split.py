@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.bits import unpack
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_product
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.average import Average
@@ -20,20 +21,56 @@ from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.opened import OpenedModel
 
 
+class Masked(NamedTuple):
+    """vt = st · mt ⊙ τ of one parameter.
+
+    vector: τ, in the parameter's shape, the same tensor for all experts; bits: mt, packed (see `maths/bits.py`),
+    (⌈numel / 8⌉,) uint8; scale: st.
+
+    Example:
+        >>> Masked(torch.tensor([[1.0, 2.0], [3.0, -4.0]]), torch.tensor([0b1010], dtype=torch.uint8), 0.5).dense().tolist()
+        [[0.0, 1.0], [0.0, -2.0]]
+    """
+
+    vector: Tensor
+    bits: Tensor
+    scale: float
+
+    def mask(self) -> Tensor:
+        """mt, bool, in the parameter's shape."""
+        return unpack(self.bits, self.vector.numel()).reshape(self.vector.shape)
+
+    def dense(self) -> Tensor:
+        """vt in the parameter's shape, in the vector's dtype."""
+        wide = self.vector.to(torch.promote_types(self.vector.dtype, torch.float32))
+        return torch.where(self.mask(), self.scale * wide, 0).to(self.vector.dtype)
+
+
 class Exclusive(NamedTuple):
     """vt = θt − θs of one expert, compressed.
 
     low: canonical name -> (b, a) with b·a ≈ vt as a matrix (out, rest); dense: canonical name -> vt itself, for
     parameters that are no matrix. A matrix that the expert leaves at θs is in neither. energy: canonical name ->
-    ‖vt‖² of each matrix before it was cut, where that is known.
+    ‖vt‖² of each matrix before it was cut, where that is known. masked: canonical name -> vt of any shape as a mask of a
+    vector that all experts share; an expert is either masks alone or none.
     """
 
     low: dict[str, Factors]
     dense: dict[str, Tensor]
     energy: Mapping[str, float] = MappingProxyType({})
+    masked: Mapping[str, Masked] = MappingProxyType({})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that the expert changes."""
+        return (*self.low, *self.dense, *self.masked)
 
     def numel(self) -> int:
-        return sum(f.a.numel() + f.b.numel() for f in self.low.values()) + sum(t.numel() for t in self.dense.values())
+        """How many numbers are the expert's own: 32 bits of a mask count as one, the shared vectors not at all."""
+        numbers = sum(f.a.numel() + f.b.numel() for f in self.low.values()) + sum(
+            t.numel() for t in self.dense.values()
+        )
+        return numbers + -(-sum(m.bits.numel() for m in self.masked.values()) // 4)
 
 
 def split(
@@ -120,7 +157,7 @@ def cut(part: Exclusive, rank: int) -> Exclusive:
     experts kept whole) by an SVD of the product.
 
     Errors:
-        TwinmergeError: rank below 1.
+        TwinmergeError: rank below 1, or an expert that is a mask.
 
     Example:
         >>> part = Exclusive({"w": Factors(torch.eye(3), torch.eye(3))}, {})
@@ -129,6 +166,7 @@ def cut(part: Exclusive, rank: int) -> Exclusive:
     """
     if rank < 1:
         raise TwinmergeError(f"rank={rank} is out of range. Give at least 1.")
+    refuse_masks([part], "cut to a rank")
     cuts = Exclusive({}, part.dense, part.energy)
     for name, f in part.low.items():
         kept = Factors(f.b[:, :rank], f.a[:rank])
@@ -144,7 +182,33 @@ def without_parameters(part: Exclusive, names: Collection[str]) -> Exclusive:
         {n: f for n, f in part.low.items() if n not in names},
         {n: t for n, t in part.dense.items() if n not in names},
         {n: e for n, e in part.energy.items() if n not in names},
+        {n: m for n, m in part.masked.items() if n not in names},
     )
+
+
+def shared_vectors(parts: Iterable[Exclusive]) -> dict[str, Tensor]:
+    """Canonical name -> τ, of all parameters that some expert masks."""
+    return {name: masked.vector for part in parts for name, masked in part.masked.items()}
+
+
+def refuse_masks(parts: Iterable[Exclusive], what: str) -> None:
+    """Stop before something is done that only low-rank parts allow.
+
+    Errors:
+        TwinmergeError: an expert is a mask.
+
+    Example:
+        >>> refuse_masks([Exclusive({}, {}, {}, {"w": Masked(torch.ones(1), torch.ones(1, dtype=torch.uint8), 1.0)})], "refined")
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: The experts are masks of one vector, which cannot be refined. Make them anew \
+with all experts by `twinmerge compress`, or build a twin of low-rank parts.
+    """
+    if any(part.masked for part in parts):
+        raise TwinmergeError(
+            f"The experts are masks of one vector, which cannot be {what}. Make them anew with all experts by "
+            "`twinmerge compress`, or build a twin of low-rank parts."
+        )
 
 
 def is_ordered(factors: Factors) -> bool:

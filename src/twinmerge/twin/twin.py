@@ -26,6 +26,7 @@ from twinmerge.twin.compress import compressed, retained
 from twinmerge.twin.early import depth
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
 from twinmerge.twin.explain import Explanation, explain
+from twinmerge.twin.extract import unmasked
 from twinmerge.twin.generate import Pinned, generate, prompt_of
 from twinmerge.twin.mixture import MixtureLike, mixture_weights, one_hot
 from twinmerge.twin.package import Package
@@ -38,7 +39,7 @@ from twinmerge.twin.routers.router import Router
 from twinmerge.twin.routing import CHOICE, changed_before, fitted, heads_of_rows, mixtures, per_row, routed
 from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.score import Score, score
-from twinmerge.twin.split import cut, is_buffer, linear_coefficients, split, without_parameters
+from twinmerge.twin.split import cut, is_buffer, linear_coefficients, refuse_masks, split, without_parameters
 
 DEFAULT_RANK = 8
 CHOSEN_FROM = 64  # the rank that energy and bytes choose from, unless another is said
@@ -266,8 +267,9 @@ class Twin(nn.Module):
                 matters for the outputs on such inputs, not for the weights alone.
 
         Errors:
-            TwinmergeError: not one limit, out of range, or too few bytes.
+            TwinmergeError: not one limit, out of range, too few bytes, or experts that are masks.
         """
+        refuse_masks(self.package.exclusive.values(), "cut any smaller")
         moments = None
         if inputs is not None:
             moments = {name: read_moments(self, given, name, batch_rows, progress) for name, given in inputs.items()}
@@ -377,6 +379,7 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: a model that is not there any more (named); and as `build`.
         """
+        refuse_masks(self.package.exclusive.values(), "made anew here")
         recipe = recipe_of(self.package.provenance, base, experts)
         told = self.package.provenance.get("twin", {})
         limits = {k: v for k, v in told.get("compressed", {}).items() if k in ("rank", "energy", "bytes", "codec")}
@@ -581,6 +584,8 @@ class Twin(nn.Module):
                     state[name] = state[name] + weight * f.dense().reshape(state[name].shape).to(state[name].dtype)
                 for name, tensor in part.dense.items():
                     state[name] = state[name] + weight * tensor.to(state[name].dtype)
+                for name, m in part.masked.items():
+                    state[name] = unmasked(state[name], m.vector, m.mask(), weight * m.scale)
         return state
 
     @property
