@@ -119,6 +119,15 @@ class Merge:
         found = {name: other_tokens(self.base.folder, expert.folder) for name, expert in self.experts.items()}
         return {name: said for name, said in found.items() if said}
 
+    def warn_of_tokens(self) -> None:
+        """Warn of every expert whose tokenizer gives rows of the embeddings another meaning."""
+        for name, said in self.other_tokens.items():
+            warnings.warn(
+                f"The expert {name!r} has another tokenizer: {said}. Rows of the embeddings go together by their number, so give every "
+                "model the base's tokenizer first, or keep the embeddings with --head.",
+                stacklevel=3,
+            )
+
     @cached_property
     def out_specs(self) -> dict[str, Spec]:
         """Name in the output -> dtype and shape of every tensor of it."""
@@ -225,12 +234,7 @@ class Merge:
         """
         output = OutputFolder(out, sum(spec.bytes for spec in self.out_specs.values()), plan_key(self))
         output.check()
-        for name, said in self.other_tokens.items():
-            warnings.warn(
-                f"The expert {name!r} has another tokenizer: {said}. Rows of the embeddings are merged by their number, so give every "
-                "model the base's tokenizer first, or keep the embeddings with --head.",
-                stacklevel=2,
-            )
+        self.warn_of_tokens()
         with output as folder:
             writer = CheckpointWriter(folder, layout(self.out_specs))
             try:

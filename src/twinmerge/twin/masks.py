@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -107,12 +106,7 @@ def compress(
     merge = mask_merge(recipe, progress, tile)
     OutputFolder(out).check()
     changed = changed_tensors(merge)
-    for name, said in merge.other_tokens.items():
-        warnings.warn(
-            f"The expert {name!r} has another tokenizer: {said}. Rows of the embeddings share a vector by their number, so give "
-            "every model the base's tokenizer first, or keep the embeddings with --head.",
-            stacklevel=2,
-        )
+    merge.warn_of_tokens()
     specs, base = _mask_specs(merge, changed), _fingerprint(merge)
     header = {"experts": list(recipe.experts), "masks": _header(merge, changed)}
     metadata = metadata_of(Artefact("twin", MASKS_VERSION, base, header, {}))
