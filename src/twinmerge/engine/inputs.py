@@ -71,14 +71,17 @@ class Inputs:
         """What passes would find, as the headers of the statistics tell it."""
         if "fisher" not in self.needs:
             return {}
-        from twinmerge.methods.fisher import FisherSquares, squares_of
+        from twinmerge.methods.fisher import FisherSquares, squares_of, unsound
 
         found = []
         for expert, model in self.experts.items():
             squares = self.statistics[expert].header["squares"]
-            parts = [
-                (*squares.get(name, (0.0, 0.0)), math.prod(model.spec(name).shape)) for name in self.canonical.values()
-            ]
+            parts = []
+            for out, name in self.canonical.items():
+                total, square = squares.get(name, (0.0, 0.0))
+                if not (math.isfinite(square) and total >= 0):
+                    raise unsound(expert, out)
+                parts.append((total, square, math.prod(model.spec(name).shape)))
             found.append(squares_of(parts))
         return {FisherSquares.name: found}
 

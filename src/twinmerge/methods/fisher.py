@@ -155,6 +155,11 @@ class Fisher(Method):
 
 def _require_sound(fisher: Tensor, at: Place, expert: str) -> None:
     if not bool((fisher >= 0).all() & fisher.isfinite().all()):
-        raise TwinmergeError(
-            f"The Fisher information of {expert!r} has negative, NaN or infinite entries in tensor {at.name!r}. Measure it again."
-        )
+        raise unsound(expert, at.name)
+
+
+def unsound(expert: str, tensor: str) -> TwinmergeError:
+    """What is said of Fisher information that cannot be any."""
+    return TwinmergeError(
+        f"The Fisher information of {expert!r} has negative, NaN or infinite entries in tensor {tensor!r}. Measure it again."
+    )
