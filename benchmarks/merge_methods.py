@@ -26,7 +26,6 @@ from text_suite import default_base
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.study.evaluate import evaluate
-from twinmerge.study.mask_shares import draw_shares
 from twinmerge.study.scores import Evaluation
 from twinmerge.study.search import grid, search, weightings
 from twinmerge.study.thresholds import choose_thresholds
@@ -186,8 +185,6 @@ class Comparison:
             "bytes_without_heads": without_heads,
             "over_formula": without_heads / found.formula("masks"),
         }
-        if vector and self.count == max(COUNTS):
-            draw_shares({label: found.marks}, f"{self.count} experts", self.options.out / f"mask-shares-{vector}.png")
         shutil.rmtree(self.work)
         self.keep(label, scored, dict(recipe.parameters), seconds, spent, size, thresholds=thresholds, told=told)
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from twinmerge.methods.masks import Marks
+from twinmerge.study.mask_shares import draw_shares
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.metrics import Interval
 
@@ -29,10 +31,17 @@ COLOURS = {
 
 
 def report(out: Path, rows: Rows, data: dict[str, str]) -> None:
-    """Write table.md, methods-by-count.png and methods-at-most.png to `out`."""
+    """Write table.md, merge-methods.png and mask-shares.png to `out`."""
     experts = _experts(out)
     (out / "table.md").write_text(table(rows, experts, data), encoding="utf-8")
     pictures(rows, out)
+    most = rows[max(rows)]
+    marks = {
+        label: Marks(tuple(row["told"]["marked_by"]), (), row["told"]["trained_weights"])
+        for label, row in most.items()
+        if label.startswith("tall_masks")
+    }
+    draw_shares(marks, f"Weights of {max(rows)} experts by how many tasks need them", out / "mask-shares.png")
     print((out / "table.md").read_text(encoding="utf-8"))
 
 
