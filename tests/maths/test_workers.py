@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import OMP
 from twinmerge.maths.workers import CAN_FORK, forked
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="forks on Linux only")
@@ -83,3 +84,10 @@ def test_workers_die_with_their_parent():
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_what_a_worker_imports_gets_one_thread(monkeypatch):
+    """torch, imported by a worker for the first time, would otherwise take all cores in each of them."""
+    monkeypatch.setenv(OMP, "2")
+    assert list(forked(lambda _: os.environ[OMP], [0, 1, 2])) == ["1", "1", "1"]
+    assert os.environ[OMP] == "2"

@@ -57,6 +57,8 @@ class Inputs:
         self.canonical = {out: name for name, out in names.items()}
         self.shapes = {out: next(iter(experts.values())).spec(name).shape for name, out in names.items()}
         self.compiled = fused.available() and str(device) == "cpu" and not self.whole
+        if not self.compiled or type(method).rule is Method.rule:
+            import torch  # noqa: F401  before there are workers: each would import it, and give it all cores
         self._models = {**experts, **({} if self.base is None else {BASE: self.base})}
         self.needs, self.statistics = method.needs, statistics
         self._local = threading.local()

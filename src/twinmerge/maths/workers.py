@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import BinaryIO, TypeVar
 
-from twinmerge.maths.threads import one_thread_each, thread_count
+from twinmerge.maths.threads import OMP, one_thread_each, thread_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -78,6 +78,7 @@ def _fork(
 
 
 def _serve(function: Callable[[Item], Result], items: Sequence[Item], out: BinaryIO) -> None:
+    os.environ[OMP] = "1"  # of what is imported here
     one_thread_each()  # the threads of torch's pool were not forked
     with suppress(BrokenPipeError):
         for item in items:
