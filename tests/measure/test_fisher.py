@@ -13,6 +13,8 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -317,3 +319,16 @@ def test_refusals():
     broken.classifier.bias.data[0] = math.nan
     with pytest.raises(TwinmergeError, match="NaN or infinite logits among rows 0 to 0"):
         measured(broken, "classifier", texts())
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_table_that_all_rows_share_is_taken_one_example_at_a_time(first):
+    """DeBERTa reads its table of relative positions without an axis of examples, whatever the first batch holds."""
+    torch.manual_seed(0)
+    config = DebertaV2Config(**SMALL, max_position_embeddings=16, num_labels=3, relative_attention=True)
+    config.pos_att_type, config.max_relative_positions, config.pad_token_id = ["p2c", "c2p"], 8, 0
+    model, ids = drawn(DebertaV2ForSequenceClassification(config)), texts((5, 3, 6, 4))
+    fisher = Fisher(model, "classifier", names_of(model))
+    for rows in (range(first), range(first, len(ids))):
+        fisher.add(batch_of([ids[i] for i in rows], rows))
+    assert_same(fisher.sums, brute(model, ids, every_class(model)))

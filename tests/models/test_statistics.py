@@ -215,3 +215,10 @@ def test_one_file_is_no_sum_and_the_same_twice_neither(fisher, tmp_path):
     other = save_statistics(tmp_path / "g", "fisher", "model", header(4, 9), fishers(1))
     with pytest.raises(TwinmergeError, match="is there already"):
         added([fisher, other], other)
+
+
+def test_a_file_that_lost_a_tensor_is_refused(fisher):
+    whole = Statistics.open(fisher)
+    changed(fisher, checksums={**whole.header["checksums"], "gone": "0" * 32})
+    with pytest.raises(TwinmergeError, match="is damaged or was changed by hand"):
+        Statistics.open(fisher)

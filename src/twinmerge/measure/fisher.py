@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.measure.data import Batch
-from twinmerge.measure.per_example import InseparableError, PerExample, Squares
+from twinmerge.measure.per_example import InseparableError, PerExample, Squares, Vectors
 from twinmerge.measure.scores import draws_of, of_bernoullis, of_classes, of_sampled
 from twinmerge.models.headed import rows_of_batch
 
@@ -61,8 +61,8 @@ class Fisher:
     ) -> None:
         if kind == "bare":
             raise TwinmergeError(
-                f"{type(module).__name__} has no head, so it predicts nothing whose Fisher information could be taken. Name a "
-                "classifier, a language model, or the expert with its head."
+                f"{type(module).__name__} has no head that classifies or writes on, so it makes no prediction whose Fisher information could "
+                "be taken. Name a classifier, a language model, or the expert with its head."
             )
         if samples < 1:
             raise TwinmergeError(f"samples={samples} is out of range. Give at least 1.")
@@ -128,7 +128,7 @@ class Fisher:
             )
         return same
 
-    def _run(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+    def _run(self, batch: Batch) -> tuple[Tensor, Vectors]:
         """The logits, and the vectors to multiply them with."""
         inputs: dict[str, Any] = dict(batch.inputs)
         if self.kind == "seq2seq":
@@ -148,27 +148,30 @@ class Fisher:
             )
         return logits, self._vectors(logits.detach(), batch)
 
-    def _vectors(self, logits: Tensor, batch: Batch) -> Sequence[Tensor]:
+    def _vectors(self, logits: Tensor, batch: Batch) -> Vectors:
         """rk, each like the logits."""
         if not self.by_token:
             if self.problem == "regression" or logits.shape[1] == 1:
-                return [torch.diag_embed(torch.ones_like(logits))[:, k] for k in range(logits.shape[1])]
+                return _all_of(torch.diag_embed(torch.ones_like(logits)))
             if self.problem == "multi_label_classification":
-                return list(of_bernoullis(logits).unbind(1))
+                return _all_of(of_bernoullis(logits))
             if self.labels == "exact":
-                return list(of_classes(logits).unbind(1))
+                return _all_of(of_classes(logits))
             draws = draws_of(batch.rows, [1] * len(logits), self.samples, self.seed, 1)[..., 0]
-            return [of_sampled(logits, own) / self.samples**0.5 for own in draws]
+            return [partial(self._sampled, logits, own, None) for own in draws]
         predicted = self._predicted(batch)
         counts = predicted.sum(1).tolist()
-        width = max(counts, default=0)
         found = []
-        for own in draws_of(batch.rows, counts, self.samples, self.seed, width):
+        for own in draws_of(batch.rows, counts, self.samples, self.seed, max(counts, default=0)):
             draws = torch.zeros(predicted.shape, dtype=own.dtype)
             draws[predicted.cpu()] = torch.cat([d[:count] for d, count in zip(own, counts, strict=True)])
-            r = of_sampled(logits, draws) * predicted[..., None].to(logits) / self.samples**0.5
-            found.append(r)
+            found.append(partial(self._sampled, logits, draws, predicted))
         return found
+
+    def _sampled(self, logits: Tensor, draws: Tensor, predicted: Tensor | None) -> Tensor:
+        """r of one draw out of `samples`; 0 where nothing is predicted."""
+        r = of_sampled(logits, draws).div_(self.samples**0.5)
+        return r if predicted is None else r.mul_(predicted[..., None])
 
     def _predicted(self, batch: Batch) -> Tensor:
         """(examples, positions) bool: where a token is predicted that the data have."""
@@ -182,6 +185,11 @@ class Fisher:
         following = torch.zeros_like(mask)
         following[:, :-1] = mask[:, 1:]
         return mask & following
+
+
+def _all_of(vectors: Tensor) -> Vectors:
+    """(rows, vectors, outputs), one after the other."""
+    return [partial(vectors.select, 1, k) for k in range(vectors.shape[1])]
 
 
 def _rows(batch: Batch, rows: Sequence[int]) -> Batch:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+Vectors = Sequence[Callable[[], Tensor]]
+"""What logits are multiplied with, one vector like the logits after the other, each made when it is used."""
+
 Squares = dict[str, Tensor]
 """Name of a parameter -> sums of squares, its shape, float32."""
 
@@ -143,7 +146,7 @@ class PerExample:
             if own := {a: by_parameter[id(p)] for a, p in part.named_parameters(recurse=False)}:
                 self.owners[part] = own
 
-    def one_by_one(self, run: Callable[[int], tuple[Tensor, Sequence[Tensor]]], examples: int, to: Squares) -> None:
+    def one_by_one(self, run: Callable[[int], tuple[Tensor, Vectors]], examples: int, to: Squares) -> None:
         """The plain way, right for every model: one example at a time.
 
         Args:
@@ -152,15 +155,18 @@ class PerExample:
         parameters = dict(self.module.named_parameters())
         for example in range(examples):
             logits, vectors = run(example)
-            for k, r in enumerate(vectors):
+            for k, made in enumerate(vectors):
                 found = torch.autograd.grad(
-                    (logits * r).sum(), list(parameters.values()), retain_graph=k + 1 < len(vectors), allow_unused=True
+                    (logits * made()).sum(),
+                    list(parameters.values()),
+                    retain_graph=k + 1 < len(vectors),
+                    allow_unused=True,
                 )
                 for name, g in zip(parameters, found, strict=True):
                     if g is not None:
                         _place(to, self.names[name], g).addcmul_(g, g)
 
-    def batched(self, run: Callable[[], tuple[Tensor, Sequence[Tensor]]], examples: int, to: Squares) -> None:
+    def batched(self, run: Callable[[], tuple[Tensor, Vectors]], examples: int, to: Squares) -> None:
         """All examples at once.
 
         Args:
@@ -170,16 +176,21 @@ class PerExample:
             InseparableError: a module whose outputs have no axis of examples.
         """
         with self._watching(examples) as uses:
-            logits, vectors = run()
+            try:
+                logits, vectors = run()
+            except (
+                RuntimeError
+            ) as error:  # a table that all rows share (DeBERTa's) has no place for an axis of examples
+                raise InseparableError(str(error)) from error
         if any(use.y._version != use.version for use in uses):
             raise InseparableError("an output was changed in place")
         by_parameter: dict[str, list[tuple[int, str]]] = {}
         for i, use in enumerate(uses):
             for attribute, name in use.parameters.items():
                 by_parameter.setdefault(name, []).append((i, attribute))
-        for k, r in enumerate(vectors):
+        for k, made in enumerate(vectors):
             gradients = torch.autograd.grad(
-                (logits * r).sum(), [use.y for use in uses], retain_graph=k + 1 < len(vectors), allow_unused=True
+                (logits * made()).sum(), [use.y for use in uses], retain_graph=k + 1 < len(vectors), allow_unused=True
             )
             for name, places in by_parameter.items():
                 reached = [(uses[i], a, g) for i, a in places if (g := gradients[i]) is not None]

@@ -40,7 +40,7 @@ class Statistics:
         self.specs: Mapping[str, Spec] = checkpoint.specs
         with undamaged(file):
             self.what, self.examples = str(self.header["what"]), int(self.header["examples"])
-            if self.what not in WHAT or not set(self.specs) <= set(self.header["checksums"]):
+            if self.what not in WHAT or set(self.specs) != set(self.header["checksums"]):
                 raise ValueError(self.what)
 
     @classmethod
@@ -120,6 +120,7 @@ def added(files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     """
     if len(files) < 2:
         raise TwinmergeError("There is nothing to add. Name at least two statistics files.")
+    _require_free(Path(out))
     parts = [Statistics.open(file) for file in files]
     first = parts[0]
     for part in parts[1:]:
@@ -192,6 +193,11 @@ def _disjoint(data: Sequence[Mapping[str, Any]]) -> None:
         seen.setdefault(piece["sha256"], []).append((start, stop, piece["file"]))
 
 
+def _require_free(file: Path) -> None:
+    if file.exists() or file.is_symlink():
+        raise TwinmergeError(f"The output {file} is there already. Name another one or remove it.")
+
+
 def _checksum(tensor: Tensor) -> str:
     flat = np.frombuffer(bytes_of(tensor.detach().contiguous().reshape(-1)), np.uint8)
     return joined(block_digests(flat, tensor.element_size()))
@@ -203,8 +209,7 @@ def _squares(tensor: Tensor) -> list[float]:
 
 
 def _write(file: Path, artefact: Artefact, specs: Mapping[str, Spec], tensors: Iterator[tuple[str, Tensor]]) -> Path:
-    if file.exists() or file.is_symlink():
-        raise TwinmergeError(f"The output {file} is there already. Name another one or remove it.")
+    _require_free(file)
     partial = file.with_name(f"{file.name}.partial")
     try:
         with partial.open("wb") as out:
