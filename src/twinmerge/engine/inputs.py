@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from twinmerge.maths.lowrank import Factors
+
 BASE = "base"
 Digests = dict[str, list[str]]
 """Input -> checksums of the blocks of a range, in order."""
@@ -154,7 +156,20 @@ class Inputs:
             stored if self.compiled and known else None,
             lambda: self._measured(each, stored),
             grams,
+            self._factors(self.canonical[each.name]) if self.whole else None,
         )
+
+    def _factors(self, name: str) -> list[Factors] | None:
+        """Of every expert's delta, where all are adapters of this base's very tensor."""
+        if self.base is None or not any(expert.low_rank(name) for expert in self.experts.values()):
+            return None
+        found = []
+        for expert in self.experts.values():
+            factors = expert.factors_on(self.base, name)
+            if factors is None:
+                return None
+            found.append(factors)
+        return found
 
     def _measured(self, each: Range, stored: Stored) -> Tensor | None:
         """The Fisher information of a range, widened."""

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from twinmerge.maths.fused import Rule
 from twinmerge.methods.base import Known, Method, PerExpert, Place, Tile, per_expert, weighted_sum, weights_field
+from twinmerge.methods.fold import Seen, State, SumFold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Average(Method):
+class Average(Method, SumFold):
     """θ = Σt wt θt / Σt wt, element by element. No base is needed.
 
     Source: Wortsman et al. 2022, "Model soups", arXiv 2203.05482 (uniform soup); the `linear` of other tools.
@@ -38,3 +39,6 @@ class Average(Method):
     def rule(self, at: Place, known: Known) -> Rule:
         weights = per_expert(self.weights, len(at.experts))
         return Rule(weights, deltas=False, divisor=sum(weights))
+
+    def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
+        return state["sum"] / max(seen.count, 1)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # the compiled library does without torch, whose import takes
     import torch
     from torch import Tensor
 
+    from twinmerge.maths.lowrank import Factors
+
 Known = Mapping[str, Any]
 """What the earlier passes found, by the name of the pass."""
 
@@ -87,6 +89,8 @@ class Tile:
             checkpoints of 16 bits, else float64 (None).
         fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over examples.
         grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was measured.
+        factors: of every expert's delta where all are low-rank adapters of this base, rank 0 where one does not change the
+            tensor; else None.
 
     Attributes:
         stored: the tile as it lies in the files, where the compiled library may work on it.
@@ -100,8 +104,9 @@ class Tile:
         work: torch.dtype | None = None,
         fisher: Tensor | None = None,
         grams: Sequence[Callable[[], Gram | None]] = (),
+        factors: Sequence[Factors] | None = None,
     ) -> None:
-        self.at, self.grams = at, grams
+        self.at, self.grams, self.factors = at, grams, factors
         self.stored: Stored | None = None
         self._make: Callable[[], _Made] = lambda: (x, base, work or x.double().dtype)
         self._make_fisher: Callable[[], Tensor | None] = lambda: fisher
@@ -114,10 +119,12 @@ class Tile:
         stored: Stored | None,
         fisher: Callable[[], Tensor | None] = lambda: None,
         grams: Sequence[Callable[[], Gram | None]] = (),
+        factors: Sequence[Factors] | None = None,
     ) -> Tile:
         """A tile whose x, base, work and Fisher are made when they are first asked for."""
         tile = cls.__new__(cls)
-        tile.at, tile.stored, tile._make, tile._make_fisher, tile.grams = at, stored, make, fisher, grams
+        tile.at, tile.stored, tile._make, tile._make_fisher = at, stored, make, fisher
+        tile.grams, tile.factors = grams, factors
         return tile
 
     @cached_property

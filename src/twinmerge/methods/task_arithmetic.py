@@ -17,12 +17,13 @@ from twinmerge.methods.base import (
     weighted_sum,
     weights_field,
 )
+from twinmerge.methods.fold import Seen, State, SumFold
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TaskArithmetic(Method):
+class TaskArithmetic(Method, SumFold):
     """θ = θ0 + λ Σt wt τt, element by element.
 
     The default λ = 0.3 is what the paper's authors use without validation data; λ = 1/n is the average of n experts.
@@ -48,3 +49,6 @@ class TaskArithmetic(Method):
 
     def rule(self, at: Place, known: Known) -> Rule:
         return Rule(per_expert(self.weights, len(at.experts)), deltas=True, scale=self.scale)
+
+    def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
+        return state["sum"] * self.scale

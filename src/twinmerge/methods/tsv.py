@@ -1,25 +1,14 @@
 """TSV-Merge: the experts' leading singular vectors, made orthogonal to each other."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from twinmerge.maths.lowrank import polar, truncate
-from twinmerge.methods.base import (
-    Known,
-    Method,
-    PerExpert,
-    Tile,
-    column,
-    moved,
-    scale_field,
-    weighted_sum,
-    weights_field,
-)
+from twinmerge.maths.gram_svd import gram_polar, gram_svd
+from twinmerge.methods.base import Place
+from twinmerge.methods.spectral import Spectral, short_side
 
 
-class Tsv(Method):
+class Tsv(Spectral):
     """Matrices: θ = θ0 + λ U⊥ S V⊥ᵀ; all other tensors: θ = θ0 + λ mean(wt τt).
 
     Each τt (m × n) is cut to its k = ⌊min(m, n)/T⌋ leading singular triplets (at least one); U = [U1 … UT],
@@ -39,37 +28,21 @@ class Tsv(Method):
                 [0.3000, 2.9000]])
     """
 
-    grain = "matrix"
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Gargiulo et al. 2025, CVPR, arXiv 2412.00081"
 
-    weights: PerExpert = weights_field()
-    scale: float = scale_field(1.0)
-
-    def apply(self, tile: Tile, known: Known) -> Tensor:
-        if not tile.at.is_matrix:
-            return moved(tile, weighted_sum(self.weights, tile.x, tile.work) / len(tile.x), self.scale)
-        deltas = column(self.weights, tile.x) * tile.x
-        return moved(tile, merge_singular(deltas.flatten(2), tile.at.name).reshape(tile.x[0].shape), self.scale)
+    def combine(self, deltas: Tensor, at: Place) -> Tensor:
+        return merge_singular(deltas, max(1, short_side(at) // len(deltas)), at.name)
 
 
-def merge_singular(deltas: Tensor, name: str) -> Tensor:
-    """U⊥ S V⊥ᵀ of the stack `deltas` (T, m, n); a matrix that no expert changed stays zero."""
-    experts, m, n = deltas.shape
-    if experts == 1:
+def merge_singular(deltas: Tensor, k: int, name: str) -> Tensor:
+    """U⊥ S V⊥ᵀ of the k leading triplets of each of `deltas` (T, m, n); a matrix that no expert changed stays zero."""
+    if len(deltas) == 1:
         return deltas[0]
-    k = max(1, math.floor(min(m, n) / experts))
-    left, values, right = [], [], []
-    for delta in deltas:
-        factors = truncate(delta, k, name=name)
-        if factors.rank == 0:
-            continue
-        b = factors.b.double()  # squares of float32 numbers below 1e-23 or above 1e19 leave its range
-        s = b.norm(dim=0)
-        left.append((b / s).to(delta.dtype))
-        values.append(s.to(delta.dtype))
-        right.append(factors.a.T)
-    if not left:
+    found = [gram_svd(delta, name) for delta in deltas]
+    u = torch.cat([u[:, :k] for u, _, _ in found], 1).to(deltas.dtype)
+    s = torch.cat([s[:k] for _, s, _ in found])
+    v = torch.cat([vh[:k].mT for _, _, vh in found], 1).to(deltas.dtype)
+    if not len(s):
         return torch.zeros_like(deltas[0])
-    u, v = polar(torch.cat(left, 1)), polar(torch.cat(right, 1))
-    return (u * torch.cat(values)) @ v.T
+    return ((gram_polar(u, name) * s) @ gram_polar(v, name).mT).to(deltas.dtype)

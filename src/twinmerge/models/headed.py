@@ -345,6 +345,27 @@ def head_artefact(name: str, head: HeadSpec, base: str, codec: str = "none") -> 
     return Artefact("head", HEADS_VERSION if packed else 1, base, {"expert": name, **packed}, tensors)
 
 
+def save_head(folder: Path, name: str, head: HeadSpec, base: str, codec: str = "none") -> None:
+    """Write `heads/<name>/` (config.json, head.safetensors), which must not be there."""
+    where = folder / "heads" / name
+    where.mkdir(parents=True)
+    (where / "config.json").write_text(head.config.to_json_string(use_diff=True), encoding="utf-8")
+    save_artefact(where / "head.safetensors", head_artefact(name, head, base, codec))
+
+
+def load_head(folder: Path, name: str, base: str | None = None) -> HeadSpec:
+    """The head in `heads/<name>/`."""
+    where = folder / "heads" / name
+    config = read_config(where)
+    if config is None:
+        raise TwinmergeError(f"{where / 'config.json'} is missing. Copy the whole folder again.")
+    artefact = load_artefact(where / "head.safetensors", "head", HEADS_VERSION, base)
+    if artefact.header.get("expert") != name:
+        raise TwinmergeError(f"{where} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again.")
+    with undamaged(where / "head.safetensors"):
+        return HeadSpec(config, unpack(artefact.tensors, artefact.header))
+
+
 def save_heads(
     folder: Path,
     heads: Mapping[str, HeadSpec],
@@ -355,10 +376,7 @@ def save_heads(
     """Write `heads.json` (expert -> labels, class, and `about`) and `heads/<expert>/` (config.json, head.safetensors)."""
     table = {}
     for name, head in heads.items():
-        where = folder / "heads" / name
-        where.mkdir(parents=True)
-        (where / "config.json").write_text(head.config.to_json_string(use_diff=True), encoding="utf-8")
-        save_artefact(where / "head.safetensors", head_artefact(name, head, base, codec))
+        save_head(folder, name, head, base, codec)
         table[name] = {"labels": head.labels, "class": class_of(head.config).__name__, **about.get(name, {})}
     (folder / "heads.json").write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -377,16 +395,4 @@ def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
                 if isinstance(entry, dict)
                 else f"{file} says nothing of the expert {name!r}. Copy the whole folder again."
             )
-    heads = {}
-    for name in table:
-        config = read_config(folder / "heads" / name)
-        if config is None:
-            raise TwinmergeError(f"{folder / 'heads' / name / 'config.json'} is missing. Copy the whole folder again.")
-        artefact = load_artefact(folder / "heads" / name / "head.safetensors", "head", HEADS_VERSION, base)
-        if artefact.header.get("expert") != name:
-            raise TwinmergeError(
-                f"{folder / 'heads' / name} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again."
-            )
-        with undamaged(folder / "heads" / name / "head.safetensors"):
-            heads[name] = HeadSpec(config, unpack(artefact.tensors, artefact.header))
-    return heads
+    return {name: load_head(folder, name, base) for name in table}

@@ -132,6 +132,33 @@ class OpenedModel:
         else:
             self.source.read_into(self.stored[name], start, out)
 
+    def low_rank(self, name: str) -> bool:
+        """Whether an adapter changes the tensor."""
+        return self._own(name) in self.factors
+
+    def factors_on(self, base: OpenedModel, name: str) -> Factors | None:
+        """What takes the base's tensor to this model's, as a low-rank product; None where it is none.
+
+        Rank 0 where the tensor is the base's own. Tensors of the same file are not read for that.
+        """
+        import torch
+
+        from twinmerge.maths.lowrank import Factors
+
+        name = self._own(name)
+        theirs = base._own(name)
+        spec = self.spec(name)
+        if name in self._dense or theirs in base._dense or base.low_rank(name) or spec != base.spec(name):
+            return None
+        if not (self.files and self.files[: len(base.files)] == base.files and self.stored[name] == base.stored[theirs]):
+            own, other = self.source.read(self.stored[name]), base.source.read(base.stored[theirs])
+            if own is not other and not torch.equal(own, other):
+                return None
+        if name in self.factors:
+            return self.factors[name]
+        rows = spec.shape[0] if spec.shape else 1
+        return Factors(torch.zeros(rows, 0), torch.zeros(0, spec.numel // max(rows, 1)))
+
     def place(self, name: str) -> tuple[int, int]:
         """Where the tensor lies: file number and offset."""
         name = self._own(name)

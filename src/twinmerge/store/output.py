@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -302,6 +302,24 @@ class CheckpointWriter:
         """Close the files as they are."""
         for handle in self._handles:
             handle.close()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within the context no other process changes the folder, if it asks too.
+
+    Errors:
+        TwinmergeError: one does.
+    """
+    fd = _lock(folder / LOCK, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+        if fd is not None:
+            _HELD.discard(fd)
+            os.close(fd)
 
 
 def write_tensor(file: BinaryIO, tensor: Tensor) -> None:

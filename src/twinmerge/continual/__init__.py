@@ -1,0 +1,1 @@
+"""Experts over time: one state of constant size that takes experts in, and gives the merged model of now."""

@@ -1,0 +1,392 @@
+"""Continual merging: experts come one by one, and the merged model of now can be had at any time."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twinmerge.continual.pieces import Sums, in_shape, is_whole, of_model, of_state, pieces, worked
+from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
+from twinmerge.engine.card import licence_of
+from twinmerge.engine.merge import heads_of
+from twinmerge.engine.ranges import Range
+from twinmerge.engine.recipe import DTYPES, EXPERT_NAME
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.methods.base import Place
+from twinmerge.methods.fold import Fold, Seen, SumFold
+from twinmerge.methods.registry import make_method, method_class, method_names
+from twinmerge.models.headed import HeadSpec, load_head, save_head
+from twinmerge.models.matching import check_ancestry, match
+from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.checksum import block_digests
+from twinmerge.store.output import OutputFolder, alone_in
+from twinmerge.store.ranges import bytes_of
+
+Change = Literal["absorb", "release"]
+STATE_DTYPES = ("float64", "float32")
+
+
+class Continual:
+    """A state folder: what a method keeps of the experts so far, whose size does not grow with their number.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = dict(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+        >>> base = BertModel(BertConfig(**sizes))
+        >>> state = Continual.init(Path(tempfile.mkdtemp()) / "state", base, "iso_c", progress=False)
+        >>> state.add("math", base)
+        >>> state.status()["experts"][0]["name"]
+        'math'
+    """
+
+    def __init__(self, folder: str | Path, base: ModelLike | None = None, progress: bool = True) -> None:
+        self.folder, self.progress = Path(folder), progress
+        self._base = base
+        with StateFile(self.folder) as state:
+            self.about, self.fingerprint = state.about, state.base
+        self.method = fold_of(self.about.method, self.about.parameters)
+
+    @classmethod
+    def init(
+        cls,
+        folder: str | Path,
+        base: ModelLike,
+        method: str = "iso_c",
+        *,
+        heads: Sequence[str] = (),
+        dtype: str = "float64",
+        progress: bool = True,
+        **parameters: Any,
+    ) -> Continual:
+        """Make a state that has no expert yet.
+
+        Args:
+            folder: one that does not exist or is empty.
+            base: the model that all experts were and will be tuned from.
+            method: one that takes experts one by one, see `fold_names`.
+            heads: patterns of tensors that stay with each expert, besides those found.
+            dtype: of what is kept: "float64" (sums are exact: an expert can be taken out again to the last bit, nearly
+                always) or "float32" (half the bytes).
+            parameters: of the method.
+
+        Errors:
+            TwinmergeError: a method that needs all experts at once, unknown parameters, a folder that is in use.
+        """
+        made = fold_of(method, parameters)
+        if dtype not in STATE_DTYPES:
+            raise TwinmergeError(f"A state is kept in {' or '.join(STATE_DTYPES)}, not {dtype!r}.{nearest(dtype, STATE_DTYPES)}")
+        opened = open_model(base)
+        about = Description(opened.name, method, made.model_dump(), tuple(heads), dtype)
+        output = OutputFolder(folder)
+        with output as partial, next_state(partial, opened.fingerprint(), about, {}) as writer:
+            writer.commit(about)
+        return cls(folder, base, progress)
+
+    # ------------------------------------------------------------------ experts come and go
+
+    def add(self, name: str, model: ModelLike) -> None:
+        """Take in one more expert; killed at any time, the old state is whole.
+
+        Args:
+            name: a new one; model: tuned from the state's base.
+
+        Errors:
+            TwinmergeError: a name that is in use, a model of another base or kind, NaN or infinity in it, a state that is damaged.
+        """
+        if not EXPERT_NAME.match(name) or name in ("base", "output"):
+            raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
+        with alone_in(self.folder), StateFile(self.folder) as state:
+            about = state.about
+            if name in about.names:
+                raise TwinmergeError(f"The state has an expert {name!r} already. Give the new one another name, or remove that one.")
+            expert = open_model(model, name if not isinstance(model, str | Path) else None)
+            names, head = self._matched(state, name, expert)
+            print_of = expert.fingerprint()
+            for other in about.experts:
+                if other.fingerprint == print_of:
+                    warnings.warn(f"{name!r} is the same model as the expert {other.name!r}: it counts twice from now on.", stacklevel=2)
+            entry = Arrived(name, expert.name, print_of, "", 0.0, licence_of(expert.folder))
+            self._keep_head(name, head)
+            about = replace(about, experts=(*about.experts, entry), removed=tuple(n for n in about.removed if n != name))
+            self._change(state, about, expert, names, "absorb")
+
+    def remove(self, name: str, model: ModelLike | None = None) -> None:
+        """Take an expert out again, which needs the expert itself; killed at any time, the old state is whole.
+
+        Args:
+            name: of the expert; model: where it lies now, unless where it was.
+
+        Errors:
+            TwinmergeError: a method whose state is no sum, an expert that is not in the state, another model than was added.
+        """
+        with alone_in(self.folder), StateFile(self.folder) as state:
+            about = state.about
+            if not isinstance(self.method, SumFold):
+                raise TwinmergeError(
+                    f"{about.method} cannot take {name!r} out again: {self.method.unremovable}. Start a new state from the experts that are to "
+                    "stay, or use a method whose state is a sum (iso_c, wudi, task_arithmetic, average)."
+                )
+            entry = next((e for e in about.experts if e.name == name), None)
+            if entry is None:
+                gone = " It was removed before." if name in about.removed else nearest(name, about.names)
+                raise TwinmergeError(f"The state has no expert {name!r}.{gone} It has: {', '.join(about.names) or 'none'}.")
+            expert = open_model(entry.model if model is None else model, None)
+            if expert.fingerprint() != entry.fingerprint:
+                raise TwinmergeError(f"{expert.name} is not the model that was added as {name!r}. Name that model with --expert.")
+            names, _ = self._matched(state, name, expert)
+            left = tuple(e for e in about.experts if e.name != name)
+            about = replace(about, experts=(*left, entry), removed=(*about.removed, name))
+            self._change(state, about, expert, names, "release")
+            shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)
+
+    def _change(self, state: StateFile, about: Description, expert: OpenedModel, names: list[str], change: Change) -> None:
+        """Write the state with, or without, the last expert of `about`."""
+        entry, fold = about.experts[-1], self.method
+        places = self._places(names)
+        shapes = {name: fold.parts(place) for name, place in places.items()}
+        if change == "release":
+            about = replace(about, experts=about.experts[:-1])
+        empty = not about.experts  # nothing is left, and nothing is what is kept
+        dtype = getattr(torch, about.dtype)
+        specs = {} if empty else {f"{part}/{n}": Spec(dtype, shape) for n in names for part, shape in shapes[n].items()}
+        before, after, read = Sums(state.about.checksums, str(state.file)), Sums(), Sums()
+        squares: list[float] = []
+        kept: list[float] = []
+
+        def work(each: Range) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str], float, float]:
+            place = places[each.name]
+            own = of_model(expert, each, f"the expert {entry.name!r}")
+            delta = own.values - of_model(self.base, each, f"the base {self.base.name}").values
+            old = self._old(state, shapes[each.name], each, place)
+            held = in_shape({part: found.values for part, found in old.items()}, shapes[each.name], each, place)
+            shaped = delta.reshape(place.shape) if is_whole(each, place) else delta
+            if change == "absorb":
+                new = fold.absorb(held, shaped, place)
+            else:
+                assert isinstance(fold, SumFold)
+                new = fold.release(held, shaped, place)
+            digests = {}
+            for part, tensor in new.items() if not empty else ():
+                flat = tensor.to(dtype).contiguous().reshape(-1)
+                if not math.isfinite(flat.sum().item()) and not bool(flat.isfinite().all()):
+                    raise TwinmergeError(f"Tensor {each.name!r} of the state would not fit {about.dtype}. Make the state in float64.")
+                raw = np.frombuffer(bytes_of(flat), np.uint8)
+                start = 0 if is_whole(each, place) else each.start
+                writer.write(f"{part}/{each.name}", start, raw)
+                digests[part] = block_digests(raw, flat.element_size())
+            size = sum(float(x.double().square().sum()) for x in new.values())
+            return {part: found.digests for part, found in old.items()}, digests, own.digests, float(delta.square().sum()), size
+
+        with next_state(self.folder, state.base, about, specs) as writer:
+            todo = list(pieces(places.values(), fold.absorbs_whole))
+            title = f"{'adding' if change == 'absorb' else 'removing'} {entry.name}"
+            for each, (old, new, content, square, size) in worked(todo, work, title, self.progress):
+                for part, digests in old.items():
+                    before.add(f"{part}/{each.name}", digests)
+                for part, digests in new.items():
+                    after.add(f"{part}/{each.name}", digests)
+                read.add(each.name, content)
+                squares.append(square)
+                kept.append(size)
+            before.check()
+            if change == "absorb":
+                entry = replace(entry, content=read.of_all(), norm=math.sqrt(math.fsum(squares)))
+                about = replace(about, experts=(*about.experts[:-1], entry))
+            elif read.of_all() != entry.content:
+                raise TwinmergeError(
+                    f"The weights of {expert.name} are not those that were added as {entry.name!r}: taking them out would leave a difference. "
+                    "Name the model that was added with --expert."
+                )
+            norm = 0.0 if empty else math.sqrt(math.fsum(kept))
+            about = replace(about, state_norm=norm, checksums=after.found())
+            writer.commit(about)
+        self.about = about
+
+    # ------------------------------------------------------------------ the model of now
+
+    def settled(self) -> Iterator[tuple[Range, Tensor]]:
+        """The merged model piece by piece, in order: range and its values in float64, flat; tensors of the base alone are not in it."""
+        with StateFile(self.folder) as state:
+            if not state.about.experts:
+                raise TwinmergeError(f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`.")
+            places = self._places(names_of(state))
+            shapes = {name: self.method.parts(place) for name, place in places.items()}
+            seen, sums = self.seen, Sums(state.about.checksums, str(state.file))
+
+            def work(each: Range) -> tuple[Tensor, dict[str, list[str]]]:
+                place = places[each.name]
+                old = self._old(state, shapes[each.name], each, place)
+                held = in_shape({part: found.values for part, found in old.items()}, shapes[each.name], each, place)
+                change = self.method.settle(held, place, seen).reshape(-1)
+                theta = of_model(self.base, each, f"the base {self.base.name}").values
+                return theta + change, {part: found.digests for part, found in old.items()}
+
+            todo = list(pieces(places.values(), self.method.settles_whole))
+            for each, (values, digests) in worked(todo, work, "merging", self.progress):
+                for part, found in digests.items():
+                    sums.add(f"{part}/{each.name}", found)
+                yield each, values
+            sums.check()
+
+    def canonical_state(self, dtype: str | None = None) -> dict[str, Tensor]:
+        """The whole merged model in memory by canonical names; `dtype`: the base's where None."""
+        found = {name: self.base.read(name) for name in self.base.specs}
+        code = getattr(torch, dtype) if dtype else None
+        merged: dict[str, Tensor] = {}
+        for each, values in self.settled():
+            spec = self.base.spec(each.name)
+            if each.name not in merged:
+                merged[each.name] = torch.empty(spec.numel, dtype=code or spec.dtype)
+            merged[each.name][each.start : each.stop] = rounded(values, merged[each.name].dtype, each.name)
+        return {**found, **{name: flat.reshape(self.base.spec(name).shape) for name, flat in merged.items()}}
+
+    def materialise(self, out: str | Path, dtype: str | None = None) -> Path:
+        """Write the merged model of now as a folder that stock transformers loads, with the heads of all experts.
+
+        Args:
+            out: a folder that does not exist or is empty; dtype: "float32", "bfloat16", ...; the base's where None.
+
+        Errors:
+            TwinmergeError: no expert yet, a value that does not fit the dtype, a state or base that is damaged or gone.
+        """
+        from twinmerge.continual.folder import write_folder
+
+        if dtype is not None and dtype not in DTYPES:
+            raise TwinmergeError(f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}.")
+        return write_folder(self, Path(out), dtype)
+
+    def heads(self) -> dict[str, HeadSpec]:
+        """The heads of the experts that have one, in their order."""
+        there = [name for name in self.about.names if (self.folder / "heads" / name).is_dir()]
+        return {name: load_head(self.folder, name, self.fingerprint) for name in there}
+
+    @property
+    def seen(self) -> Seen:
+        """What is known of the whole model."""
+        norms = [expert.norm for expert in self.about.experts]
+        return Seen(len(norms), math.fsum(norms) / max(len(norms), 1), self.about.state_norm)
+
+    def status(self) -> dict[str, Any]:
+        """Method, experts, norms and bytes, as plain data."""
+        seen = self.seen
+        heads = sum(f.stat().st_size for f in (self.folder / "heads").rglob("*") if f.is_file())
+        return {
+            "folder": str(self.folder),
+            "base": self.about.base_model,
+            "method": self.about.method,
+            "parameters": self.about.parameters,
+            "dtype": self.about.dtype,
+            "experts": [{"name": e.name, "model": e.model, "norm": e.norm} for e in self.about.experts],
+            "removed": list(self.about.removed),
+            "removable": self.method.keeps_sums,
+            "mean_norm": seen.mean_norm,
+            "state_norm": seen.state_norm,
+            "state_bytes": (self.folder / FILE).stat().st_size,
+            "heads_bytes": heads,
+        }
+
+    @cached_property
+    def base(self) -> OpenedModel:
+        """The opened base, which must be the model that the state was made for."""
+        try:
+            opened = open_model(self.about.base_model if self._base is None else self._base)
+        except TwinmergeError as error:
+            raise TwinmergeError(f"The base of the state cannot be read: {error} Say where it is with --base.") from error
+        if opened.fingerprint() != self.fingerprint:
+            raise TwinmergeError(f"{opened.name} is not the base that the state {self.folder} was made for. Name that one with --base.")
+        return opened
+
+    # ------------------------------------------------------------------ inside
+
+    def _matched(self, state: StateFile, name: str, expert: OpenedModel) -> tuple[list[str], HeadSpec | None]:
+        """The tensors that are merged, and the expert's head.
+
+        Errors:
+            TwinmergeError: another architecture or base, or other tensors than the experts before it.
+        """
+        opened = {name: expert}
+        matched = match(self.base, opened, state.about.heads)
+        check_ancestry(self.base, opened, matched.merged)
+        have = names_of(state)
+        if have and have != matched.merged:
+            other = sorted(set(have) ^ set(matched.merged))
+            raise TwinmergeError(
+                f"{expert.name} is no expert of the kind that the state has: {other[0]!r} is merged in one of them only ({len(other)} such "
+                "tensors). Give --head when the state is made, for what differs between the experts."
+            )
+        return matched.merged, heads_of(opened, matched, [name]).get(name)
+
+    def _keep_head(self, name: str, head: HeadSpec | None) -> None:
+        shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)  # of a run that was killed
+        if head is not None:
+            save_head(self.folder, name, head, self.fingerprint)
+
+    def _places(self, names: Sequence[str]) -> dict[str, Place]:
+        return {name: Place(name, self.base.spec(name).shape) for name in names}
+
+    def _old(self, state: StateFile, shapes: dict[str, tuple[int, ...]], each: Range, place: Place) -> dict[str, Any]:
+        """The present parts of a piece; none before the first expert."""
+        if not state.specs:
+            return {}
+        whole = is_whole(each, place)
+        return {
+            part: of_state(state, f"{part}/{each.name}", 0 if whole else each.start, math.prod(shape) if whole else each.size)
+            for part, shape in shapes.items()
+        }
+
+
+def fold_of(method: str, parameters: dict[str, Any]) -> Any:
+    """A method that takes experts one by one.
+
+    Errors:
+        TwinmergeError: it needs all experts at once, or has no such parameter.
+
+    Example:
+        >>> fold_of("tsv", {})
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
+null_space, opcm, task_arithmetic, wudi.
+    """
+    if not issubclass(method_class(method), Fold):
+        raise TwinmergeError(f"{method} needs all experts at once. Choose from {', '.join(fold_names())}.")
+    made = make_method(method, ("expert",), parameters)
+    for name, neutral in (("weights", 1.0), ("calibration", 0.0)):
+        if getattr(made, name, neutral) != neutral:
+            raise TwinmergeError(f"A state knows its experts as a whole, so {name} has no place in it. Leave it out.")
+    return made
+
+
+def fold_names() -> list[str]:
+    """The methods that take experts one by one."""
+    return [name for name in method_names() if issubclass(method_class(name), Fold)]
+
+
+def names_of(state: StateFile) -> list[str]:
+    """The tensors that are merged."""
+    return sorted({key.partition("/")[2] for key in state.specs})
+
+
+def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Once, and refused where it does not fit.
+
+    Errors:
+        TwinmergeError: NaN or infinity.
+    """
+    out = values.to(dtype)
+    if not math.isfinite(out.sum().item()) and not bool(out.isfinite().all()):
+        raise TwinmergeError(f"Tensor {name!r} does not fit {dtype}. Choose a wider --dtype, such as bfloat16 or float32.")
+    return out
+

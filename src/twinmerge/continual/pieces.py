@@ -1,0 +1,116 @@
+"""The pieces that a state is worked through in, side by side: whole matrices where the method must see them, ranges of all else."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from twinmerge.continual.state import StateFile
+from twinmerge.engine.ranges import TILE, Range, ranges
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import parallel
+from twinmerge.methods.base import Place
+from twinmerge.methods.fold import State
+from twinmerge.models.opened import OpenedModel, as_tensor
+from twinmerge.store.checksum import block_digests, joined
+from twinmerge.store.header import SIZES, torch_dtype
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Answer = TypeVar("Answer")
+
+
+class Read(NamedTuple):
+    """values: float64, flat; digests: of the bytes as they are stored."""
+
+    values: Tensor
+    digests: list[str]
+
+
+def pieces(places: Iterable[Place], whole: Callable[[Place], bool]) -> Iterator[Range]:
+    """The tensors in their order, as one piece or in tiles."""
+    for place in places:
+        yield from ranges([place.name], {place.name: place.shape}, None if whole(place) else TILE)
+
+
+def worked(
+    work: Sequence[Range], function: Callable[[Range], Answer], title: str, progress: bool
+) -> Iterator[tuple[Range, Answer]]:
+    """`function` of every piece, in order, one BLAS thread each, behind a progress bar."""
+    total = sum(each.size for each in work)
+    with tqdm(total=total, desc=title, unit_scale=True, delay=1, leave=False, disable=None if progress else True) as bar:
+        for each, answer in zip(work, parallel(function, work), strict=True):
+            yield each, answer
+            bar.update(each.size)
+
+
+def of_model(model: OpenedModel, each: Range, label: str) -> Read:
+    """A range of a model's tensor.
+
+    Errors:
+        TwinmergeError: NaN or infinity in it.
+    """
+    code = model.range_code(each.name)
+    out = np.empty(each.size * SIZES[code], np.uint8)
+    model.read_range(each.name, each.start, out)
+    values = as_tensor(out, torch_dtype(code)).double()
+    if not math.isfinite(values.sum().item()) and not bool(values.isfinite().all()):
+        raise TwinmergeError(
+            f"Tensor {each.name!r} of {label} holds NaN or infinity. Take a sound checkpoint of it, or leave it out."
+        )
+    return Read(values, block_digests(out, SIZES[code]))
+
+
+def of_state(state: StateFile, key: str, start: int, size: int) -> Read:
+    """A range of a part of the state."""
+    spec = state.specs[key]
+    out = np.empty(size * spec.itemsize, np.uint8)
+    state.read_range(key, start, out)
+    return Read(as_tensor(out, spec.dtype).double(), block_digests(out, spec.itemsize))
+
+
+def in_shape(state: State, shapes: Mapping[str, tuple[int, ...]], each: Range, place: Place) -> State:
+    """Flat parts in the shapes that the method knows them by, where the piece is the whole tensor."""
+    return {part: x.reshape(shapes[part]) for part, x in state.items()} if is_whole(each, place) else state
+
+
+def is_whole(each: Range, place: Place) -> bool:
+    return each.size == math.prod(place.shape)
+
+
+class Sums:
+    """The checksums of tensors whose blocks come in order, each checked against what is expected as soon as it is whole."""
+
+    def __init__(self, expected: Mapping[str, str] | None = None, what: str = "") -> None:
+        self.expected, self.what = expected, what
+        self.blocks: dict[str, list[str]] = {}
+
+    def add(self, key: str, digests: list[str]) -> None:
+        self.blocks.setdefault(key, []).extend(digests)
+
+    def found(self) -> dict[str, str]:
+        return {key: joined(blocks) for key, blocks in self.blocks.items()}
+
+    def check(self) -> None:
+        """Refuse a state that is not what was written.
+
+        Errors:
+            TwinmergeError: a part with another checksum.
+        """
+        found = self.found()
+        for key, wanted in (self.expected or {}).items():
+            if found.get(key, wanted) != wanted:
+                raise TwinmergeError(f"{key!r} of {self.what} is not what was written: the file is damaged. Restore a copy of it.")
+
+    def of_all(self) -> str:
+        """One checksum of all tensors."""
+        found = self.found()
+        return hashlib.sha256("".join(f"{key}\0{found[key]}\n" for key in sorted(found)).encode()).hexdigest()[:32]

@@ -1,0 +1,65 @@
+"""Iso-C: the sum of the task vectors with a flat spectrum."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from twinmerge.maths.gram_svd import gram_svd
+from twinmerge.methods.base import Place
+from twinmerge.methods.fold import Seen, State, SumFold
+from twinmerge.methods.spectral import Spectral, rest_of, short_side
+
+Over = Literal["size", "rank"]
+
+
+class IsoC(Spectral, SumFold):
+    """Matrices: θ = θ0 + λ s̄ U Vᵀ of Σt wt τt = U diag(s) Vᵀ; all other tensors: θ = θ0 + λ mean(wt τt).
+
+    s̄ is the mean of the singular values: over min(m, n) as in the paper (`mean_over` size), or over those that are not 0
+    (rank), which low-rank experts may want. U Vᵀ has the numerical rank of the sum, so nothing depends on the basis that
+    LAPACK picks for a null space. λ = 1 suits few experts; choose it on validation rows.
+
+    Source: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
+    ICML, arXiv 2502.04959.
+
+    Example:
+        >>> import torch
+        >>> from twinmerge.methods.base import Tile
+        >>> deltas = torch.diag(torch.tensor([3.0, 1.0]))[None]
+        >>> IsoC().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+
+    laws = frozenset({"symmetric", "odd", "homogeneous"})
+    paper = "Marczak et al. 2025, ICML, arXiv 2502.04959"
+
+    mean_over: Over = Field(default="size", description="what the singular values are averaged over")
+
+    def combine(self, deltas: Tensor, at: Place) -> Tensor:
+        return isotropic(deltas.double().sum(0).to(deltas.dtype), self.mean_over, at)
+
+    def settles_whole(self, at: Place) -> bool:
+        return self.decomposes(at)
+
+    def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
+        total = state["sum"]
+        if not self.decomposes(at):
+            return rest_of(self.rest, total, max(seen.count, 1)) * self.scale
+        return isotropic(total.flatten(1).float(), self.mean_over, at).double().reshape(total.shape) * self.scale
+
+
+def isotropic(total: Tensor, mean_over: Over, at: Place) -> Tensor:
+    """s̄ U Vᵀ of the sum (m, n), in its dtype; zero for a zero matrix.
+
+    Example:
+        >>> import torch
+        >>> isotropic(torch.diag(torch.tensor([4.0, 0.0])), "size", Place("w", (2, 2))).tolist()
+        [[2.0, 0.0], [0.0, 0.0]]
+    """
+    u, s, vh = gram_svd(total, at.name)
+    mean = s.sum() / max(1, short_side(at) if mean_over == "size" else len(s))
+    return (mean * (u @ vh)).to(total.dtype)

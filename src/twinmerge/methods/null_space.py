@@ -1,0 +1,56 @@
+"""The null-space filter: an arriving expert only writes on inputs that the merged change does not use."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinmerge.maths.gram_svd import gram_svd
+from twinmerge.methods.base import Known, Method, Place, Tile, moved, scale_field
+from twinmerge.methods.fold import Fold, Seen, State, folded
+
+
+class NullSpace(Method, Fold):
+    """Matrices: A ← A + τt (I − V_r V_rᵀ), V_r being the `rank` leading right singular vectors of A; all other tensors: A ← A + τt,
+    divided by the number of experts. θ = θ0 + λ A. Experts are taken in their order, which has a meaning.
+
+    The closed form in the ablation of NUFILT, which then trains a low-rank correction on top; nothing is trained here.
+
+    Source: NUFILT, ICLR 2026, its ablation "null space only".
+
+    Example:
+        >>> method, at = NullSpace(rank=1), Place("w", (2, 2))
+        >>> state = method.absorb({}, torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double(), at)
+        >>> method.absorb(state, torch.tensor([[5.0, 6.0], [7.0, 8.0]]).double(), at)["accumulated"].tolist()
+        [[2.0, 6.0], [0.0, 8.0]]
+    """
+
+    grain = "matrix"
+    paper = "NUFILT, ICLR 2026, ablation"
+    unremovable: ClassVar[str] = "every later expert was filtered by what it had changed"
+
+    rank: int = Field(default=128, ge=1, description="leading input directions of the merged change that are protected")
+    scale: float = scale_field(1.0)
+
+    def absorbs_whole(self, at: Place) -> bool:
+        return at.is_matrix
+
+    def absorb(self, state: State, delta: Tensor, at: Place) -> State:
+        if not state:
+            return {"accumulated": delta}
+        before = state["accumulated"]
+        if at.is_matrix:
+            own = delta.flatten(1)
+            vh = gram_svd(before.flatten(1), at.name, torch.float32)[2][: self.rank]
+            delta = (own - (own @ vh.mT) @ vh).reshape(delta.shape)
+        return {"accumulated": before + delta}
+
+    def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
+        change = state["accumulated"] if at.is_matrix else state["accumulated"] / max(seen.count, 1)
+        return change * self.scale
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        return moved(tile, self.settle(folded(self, tile), tile.at, Seen(len(tile.x), 0.0, 0.0)), 1.0)

@@ -1,0 +1,151 @@
+"""OPCM: each arriving expert is projected away from what is merged already; the merged change keeps the experts' mean norm."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinmerge.maths.core_space import CoreSpace
+from twinmerge.maths.gram_svd import gram_svd
+from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile, moved
+from twinmerge.methods.fold import Fold, Seen, State, folded
+
+Form = Literal["fixed", "released", "paper"]
+
+
+class Opcm(Method, Fold):
+    """A ← A + P(τt), matrix by matrix; all other tensors: A ← A + τt; θ = θ0 + A · n̄ / ‖A‖.
+
+    n̄ is the mean of ‖τ1‖ … ‖τt‖ and ‖A‖ the norm of the whole A, so that the merged model stays as far from the base as the
+    experts are. This is the paper's recursion, in which λt = ‖A‖ / n̄, to the last digit: P sees of A only the directions and
+    their shares, which no rescaling changes. Nothing but A and n̄ has to be kept between experts. Experts are taken in their
+    order, which has a meaning.
+
+    With A = U diag(s) Vᵀ of numerical rank k and r the number of directions whose cumulative share of Σ s is at most `alpha` (all k
+    for alpha = 1), the three forms in circulation take out of Uᵀ τ V
+
+    - released: the leading r × r block (the authors' code; its removal of the diagonal has no effect). ⟨A, P(τ)⟩ is not 0.
+    - fixed: that block, and the diagonal up to k (FusionBench since 2025-03).
+    - paper: all rows and columns below r, and the diagonal up to k (equation 6).
+
+    Singular vectors beyond the numerical rank are never used. While A is 0, P(τ) = τ.
+
+    Source: Tang et al. 2025, "Merging Models on the Fly Without Retraining", NeurIPS, arXiv 2501.09522; the forms as the
+    project's specification found them.
+
+    Example:
+        >>> from twinmerge.methods.fold import Seen
+        >>> method, at = Opcm(), Place("w", (2, 2))
+        >>> state = method.absorb({}, torch.diag(torch.tensor([3.0, 1.0])).double(), at)
+        >>> state = method.absorb(state, torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double(), at)
+        >>> state["accumulated"].round(decimals=6).tolist()
+        [[3.0, 2.0], [3.0, 1.0]]
+    """
+
+    grain = "matrix"
+    paper = "Tang et al. 2025, NeurIPS, arXiv 2501.09522"
+    unremovable: ClassVar[str] = "every later expert was projected away from it"
+
+    alpha: float = Field(default=0.5, ge=0, le=1, description="share of the singular values' sum that is protected as a block")
+    form: Form = Field(default="fixed", description="which of the three operators in circulation")
+
+    def absorbs_whole(self, at: Place) -> bool:
+        return at.is_matrix
+
+    def absorb(self, state: State, delta: Tensor, at: Place) -> State:
+        if not state:
+            return {"accumulated": delta}
+        before = state["accumulated"]
+        if at.is_matrix:
+            delta = project(before.flatten(1), delta.flatten(1), self.alpha, self.form, at.name).reshape(delta.shape)
+        return {"accumulated": before + delta}
+
+    def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
+        factor = seen.mean_norm / seen.state_norm if seen.state_norm > 0 else 1.0
+        return state["accumulated"] * factor
+
+    def passes(self) -> tuple[Pass, ...]:
+        return (Norms(self),)
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        return moved(tile, self.settle(self.fold(tile), tile.at, known[Norms.name]), 1.0).to(tile.x.dtype)
+
+    def fold(self, tile: Tile) -> State:
+        """The state after all experts; low-rank ones are folded in their core space."""
+        if tile.factors is None or not tile.at.is_matrix:
+            return folded(self, tile)
+        space = CoreSpace.of(tile.factors)
+        state: State = {}
+        for core in space.cores:
+            state = self.absorb(state, core, tile.at)
+        whole = space.left @ state["accumulated"] @ space.right.mT
+        return {"accumulated": whole.reshape(tile.require_base().shape)}
+
+
+class Norms(Pass):
+    """‖A‖ and the mean ‖τt‖ of the whole model. Every matrix is folded here and once more when it is merged; `twinmerge
+    continual` keeps A and folds once."""
+
+    name = "opcm_norms"
+    scope = "model"
+
+    def __init__(self, method: Opcm) -> None:
+        self.method = method
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        squares = tile.x.double().flatten(1).square().sum(1).tolist()
+        state = float(self.method.fold(tile)["accumulated"].square().sum())
+        return {tile.at.name: (squares, state)}
+
+    def finish(self, total: Partial, known: Known) -> object:
+        parts = [total[name] for name in sorted(total)]
+        experts = [math.sqrt(math.fsum(squares)) for squares in zip(*(squares for squares, _ in parts), strict=True)]
+        return Seen(len(experts), math.fsum(experts) / len(experts), math.sqrt(math.fsum(state for _, state in parts)))
+
+
+def project(accumulated: Tensor, delta: Tensor, alpha: float, form: Form = "fixed", name: str = "matrix") -> Tensor:
+    """P(τ): what an expert may add to A, by one of the three forms.
+
+    Args:
+        accumulated: A (m, n); delta: τ (m, n); alpha: share that is protected; name: for errors.
+
+    Returns:
+        (m, n) in float64; τ itself where A is 0.
+
+    Example:
+        >>> a, ones = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.ones(3, 3)
+        >>> project(a, ones, 0.5, "released").round(decimals=6).tolist()
+        [[0.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+        >>> project(a, ones, 0.9, "fixed").abs().round(decimals=6).tolist()
+        [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
+    """
+    delta = delta.double()
+    u, s, vh = gram_svd(accumulated, name, torch.float32)
+    r = protected(s, alpha)
+    left, right, top = u[:, :r], vh[:r].mT, vh[:r]
+    if form == "paper":
+        delta = delta - left @ (left.mT @ delta)
+        delta = delta - (delta @ right) @ top
+    else:
+        delta = delta - left @ (left.mT @ delta @ right) @ top
+    if form == "released":
+        return delta
+    own = ((u[:, r:].mT @ delta) * vh[r:]).sum(1)  # uᵢᵀ τ vᵢ
+    return delta - (u[:, r:] * own) @ vh[r:]
+
+
+def protected(s: Tensor, alpha: float) -> int:
+    """r = #{i : (s1 + … + si) / Σ s ≤ alpha}, all of them for alpha = 1.
+
+    Example:
+        >>> protected(torch.tensor([3.0, 2.0, 1.0]), 0.8), protected(torch.tensor([3.0, 2.0, 1.0]), 1.0)
+        (1, 3)
+    """
+    if alpha >= 1:
+        return len(s)
+    return int((s.double().cumsum(0) / s.double().sum() <= alpha).sum()) if len(s) else 0
+

@@ -1,0 +1,133 @@
+"""What the methods on singular values share: which tensors are matrices, what happens to the others, and the core space."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinmerge.maths.core_space import CoreSpace
+from twinmerge.maths.gram_svd import gram_svd
+from twinmerge.maths.lowrank import Factors
+from twinmerge.methods.base import (
+    Known,
+    Method,
+    PerExpert,
+    Place,
+    Tile,
+    column,
+    moved,
+    per_expert,
+    scale_field,
+    weighted_sum,
+    weights_field,
+)
+
+Rest = Literal["mean", "sum", "base"]
+
+
+class Spectral(Method):
+    """Matrices: θ = θ0 + λ f(w1 τ1, …, wT τT), f being the subclass's `combine`; all other tensors by `rest`.
+
+    Convolution kernels are matrices (out, in·kh·kw). `combine` must not depend on the orthonormal bases that its matrices
+    are written in, so that low-rank experts are merged in their core space (`maths/core_space.py`), exactly and without
+    a decomposition of a matrix of the model's size.
+    """
+
+    grain = "matrix"
+
+    weights: PerExpert = weights_field()
+    scale: float = scale_field(1.0)
+    rest: Rest = Field(default="mean", description="vectors, and what elementwise names: mean or sum of τt, or the base's own")
+    elementwise: str = Field(default="", description="matrices to treat like vectors: name patterns with *, separated by spaces")
+    calibration: float = Field(default=0.0, ge=0, description="least projection α of singular value calibration; 0: none")
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        if not self.decomposes(tile.at):
+            return moved(tile, rest_of(self.rest, weighted_sum(self.weights, tile.x, tile.work), len(tile.x)), self.scale)
+        if tile.factors is not None:
+            change = self.merge_factors(tile.factors, tile.at).dense()
+            return moved(tile, change.reshape(tile.require_base().shape), 1.0)
+        deltas = (column(self.weights, tile.x) * tile.x).flatten(2)
+        merged = self.calibrated(self.combine(deltas, tile.at), deltas, tile.at)
+        return moved(tile, merged.reshape(tile.x[0].shape), self.scale)
+
+    def merge_factors(self, parts: Sequence[Factors], at: Place) -> Factors:
+        """λ f(w1 B1 A1, …) of low-rank experts, as a low-rank product again.
+
+        Args:
+            parts: of every expert, rank 0 where it has none; at: of the matrix that they change.
+        """
+        space = CoreSpace.of(parts, per_expert(self.weights, len(parts)))
+        merged = self.calibrated(self.combine(space.cores, at), space.cores, at)
+        return space.factors(merged.double() * self.scale)
+
+    @abstractmethod
+    def combine(self, deltas: Tensor, at: Place) -> Tensor:
+        """f of the weighted deltas.
+
+        Args:
+            deltas: (experts, m, n) in float32, or in float64 in the core space, where m and n are the core's; at: of the whole
+                matrix, whose shape the formula's sizes are to be taken from.
+        """
+
+    def decomposes(self, at: Place) -> bool:
+        """Whether the tensor is treated as a matrix."""
+        return at.is_matrix and not any(fnmatchcase(at.name, pattern) for pattern in self.elementwise.split())
+
+    def calibrated(self, merged: Tensor, deltas: Tensor, at: Place) -> Tensor:
+        """`calibrate`, where it is asked for."""
+        return calibrate(merged, deltas, self.calibration, at.name) if self.calibration else merged
+
+
+def rest_of(rest: Rest, total: Tensor, experts: int) -> Tensor:
+    """What is done to tensors that are not decomposed, from the sum of their deltas."""
+    if rest == "base":
+        return torch.zeros_like(total)
+    return total / experts if rest == "mean" else total
+
+
+def short_side(at: Place) -> int:
+    """min(m, n) of the matrix."""
+    m = at.shape[0]
+    n = 1
+    for size in at.shape[1:]:
+        n *= size
+    return min(m, n)
+
+
+def calibrate(merged: Tensor, deltas: Tensor, least: float, name: str = "matrix") -> Tensor:
+    """Singular value calibration: directions that several experts share are counted once, not once for each.
+
+    With M = U diag(s) Vᵀ, direction r answers u_rᵀ M = s_r v_rᵀ; of it p_rt = ⟨u_rᵀ M, u_rᵀ τt⟩ / ‖u_rᵀ τt‖² is how many times
+    expert t's own answer is in it, and
+
+        s_r ← s_r · T / Σt max(α, p_rt).
+
+    Args:
+        merged: M (m, n); deltas: τt (experts, m, n); least: α > 0, which also bounds what is made larger; name: for errors.
+
+    Returns:
+        (m, n), of the same singular vectors; an expert that has no part in a direction counts as p = 0.
+
+    Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv 2602.05536.
+
+    Example:
+        >>> same = torch.diag(torch.tensor([2.0, 1.0]))
+        >>> calibrate(2 * same, torch.stack([same, same]), 0.1).tolist()
+        [[2.0, 0.0], [0.0, 1.0]]
+    """
+    u, s, vh = gram_svd(merged, name)
+    answer = s[:, None] * vh
+    total = torch.zeros_like(s)
+    for delta in deltas:
+        own = u.mT @ delta.double()
+        norm = own.square().sum(1)
+        share = (answer * own).sum(1) / torch.where(norm > 0, norm, 1)
+        total += share.clamp_min(least)
+    return ((u * (s * len(deltas) / total)) @ vh).to(merged.dtype)

@@ -1,0 +1,129 @@
+"""WUDI-Merging in closed form: the matrix that interferes least with every task vector on that vector's own input space."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.methods.base import Place
+from twinmerge.methods.fold import Seen, State, SumFold
+from twinmerge.methods.spectral import Spectral, rest_of
+
+LARGEST_RIDGE = 1e-2
+
+
+class Wudi(Spectral, SumFold):
+    """Matrices: θ = θ0 + λ M*, M* = argmin Σt ‖(M − τt) τtᵀ‖² / ‖τt‖²; all other tensors: θ = θ0 + λ mean(wt τt).
+
+    The rows of τt span the inputs that the expert was trained on, as far as weights can tell. The paper takes 300 steps of Adam
+    from Σt τt; the objective is quadratic, so its minimum is in closed form, RegMean's with the task vectors' own Gram matrices:
+
+        M* = (Σt τt Gt) (Σt Gt + ridge · tr(Σt Gt)/n · I)⁻¹,   Gt = τtᵀ τt / ‖τt‖²,
+
+    by Cholesky in float64. The ridge is relative, so the result scales with the task vectors. Since Gt has trace 1, experts weigh
+    alike however far they went from the base. `inputs`: which axis of the stored matrix the layer reads, columns for Linear,
+    rows for GPT-2's Conv1D.
+
+    Source: Cheng et al. 2025, "Whoever Started the Interference Should End It", ICML, arXiv 2503.08099; the closed form is ours.
+
+    Example:
+        >>> from twinmerge.methods.base import Tile
+        >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.tensor([[0.0, 0.0], [0.0, 3.0]])])
+        >>> Wudi(ridge=1e-12).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        tensor([[2., 0.],
+                [0., 3.]])
+    """
+
+    laws = frozenset({"symmetric", "odd", "homogeneous"})
+    paper = "Cheng et al. 2025, ICML, arXiv 2503.08099"
+
+    ridge: float = Field(default=1e-6, gt=0, description="pull to the base, as a share of the mean eigenvalue")
+    inputs: Literal["columns", "rows"] = Field(default="columns", description="the axis that the layer reads")
+
+    def combine(self, deltas: Tensor, at: Place) -> Tensor:
+        return self.solved(*normal_equations(self.turned(deltas)), at).to(deltas.dtype)
+
+    def parts(self, at: Place) -> dict[str, tuple[int, ...]]:
+        if not self.decomposes(at):
+            return {"sum": at.shape}
+        inputs = self.side(at)
+        outputs = torch.Size(at.shape).numel() // inputs
+        return {"normal": (outputs, inputs), "gram": (inputs, inputs)}
+
+    def absorbs_whole(self, at: Place) -> bool:
+        return self.decomposes(at)
+
+    def settles_whole(self, at: Place) -> bool:
+        return self.decomposes(at)
+
+    def terms(self, delta: Tensor, at: Place) -> State:
+        if not self.decomposes(at):
+            return {"sum": delta}
+        normal, gram = normal_equations(self.turned(delta.flatten(1).float()[None]))
+        return {"normal": normal, "gram": gram}
+
+    def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
+        if not self.decomposes(at):
+            return rest_of(self.rest, state["sum"], max(seen.count, 1)) * self.scale
+        return self.solved(state["normal"], state["gram"], at).reshape(at.shape) * self.scale
+
+    def solved(self, normal: Tensor, gram: Tensor, at: Place) -> Tensor:
+        """M* as it is stored, (m, n) float64."""
+        return self.turned(solve(normal, gram, self.ridge, self.side(at), at.name))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """The inputs along the columns, and back."""
+        return x.mT if self.inputs == "rows" else x
+
+    def side(self, at: Place) -> int:
+        """n, the number of inputs of the whole matrix."""
+        m = at.shape[0]
+        return m if self.inputs == "rows" else int(torch.Size(at.shape).numel() // max(m, 1))
+
+
+def normal_equations(deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """Σt τt Gt (m, n) and Σt Gt (n, n) in float64; an expert that changed nothing adds nothing.
+
+    Example:
+        >>> normal, gram = normal_equations(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]))
+        >>> (25 * normal).round().tolist(), (25 * gram).round().tolist()
+        ([[27.0, 0.0], [0.0, 64.0]], [[9.0, 0.0], [0.0, 16.0]])
+    """
+    _, m, n = deltas.shape
+    normal, gram = deltas.new_zeros(m, n, dtype=torch.float64), deltas.new_zeros(n, n, dtype=torch.float64)
+    for delta in deltas:
+        one = delta.double()
+        norm = one.norm()
+        if not norm > 0:
+            continue
+        one = one / norm  # before it is squared, so that nothing overflows
+        own = one.mT @ one
+        normal.add_((one @ own if n <= m else (one @ one.mT) @ one), alpha=float(norm))
+        gram.add_(own)
+    return normal, gram
+
+
+def solve(normal: Tensor, gram: Tensor, ridge: float, inputs: int, name: str = "matrix") -> Tensor:
+    """normal (gram + ridge · tr(gram)/inputs · I)⁻¹, (m, n) float64; zero where nothing was changed.
+
+    A ridge that rounding leaves without a Cholesky factor is raised a hundredfold at a time.
+
+    Errors:
+        TwinmergeError: no ridge up to a hundredth is enough.
+    """
+    level = gram.trace() / max(inputs, 1)
+    if not level > 0:
+        return torch.zeros_like(normal)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        if not int(failed):
+            return torch.cholesky_solve(normal.mT, factor).mT
+        if ridge > LARGEST_RIDGE:
+            raise TwinmergeError(
+                f"The equations of {name!r} have no solution by Cholesky. Look for damage in the experts, or set a larger ridge."
+            )
+        ridge *= 100
