@@ -295,20 +295,165 @@ def svd_within_rank(a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return u[:, :rank], s[:rank], vt[:rank]
 
 
-def tsv(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+def weighted(v: np.ndarray, p: SimpleNamespace) -> np.ndarray:
+    return v * each(p.weights, len(v)).reshape(-1, *[1] * (v.ndim - 1))
+
+
+def by_matrix(
+    x: Arrays,
+    p: SimpleNamespace,
+    combine: Callable[[np.ndarray], np.ndarray],
+    directions: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]] = lambda merged, v: svd_within_rank(merged),
+) -> Arrays:
+    """`combine` of matrices (experts, m, n), calibrated in its `directions`; the mean of everything else."""
+    assert (p.rest, p.elementwise) == ("mean", "")
     out = {}
     for n, v in x.items():
-        v = v * each(p.weights, len(v)).reshape(-1, *[1] * (v.ndim - 1))
+        v = weighted(v, p)
         matrices = v.reshape(len(v), len(v[0]), -1) if v.ndim > 2 and v.size else v
         if matrices.ndim < 3 or min(matrices.shape[1:]) < 2:
             out[n] = p.scale * v.mean(0)
             continue
-        k = max(1, min(matrices.shape[1:]) // len(v))
-        parts = [tuple(a[..., :k] if i == 0 else a[:k] for i, a in enumerate(svd_within_rank(m))) for m in matrices]
+        merged = combine(matrices)
+        if p.calibration:
+            u, s, vt = directions(merged, matrices)
+            for r in range(len(s)):
+                a = [u[:, r] @ t for t in matrices]
+                times = [max(p.calibration, s[r] * vt[r] @ row / (row @ row)) for row in a]
+                s[r] *= len(a) / sum(times)
+            merged = (u * s) @ vt
+        out[n] = p.scale * merged.reshape(v.shape[1:])
+    return out
+
+
+def tsv(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    def orthogonal(v: np.ndarray) -> np.ndarray:
+        k = max(1, min(v.shape[1:]) // len(v))
+        parts = [tuple(a[..., :k] if i == 0 else a[:k] for i, a in enumerate(svd_within_rank(m))) for m in v]
         u, _, ut = svd_within_rank(np.concatenate([q[0] for q in parts], 1))
         w, _, wt = svd_within_rank(np.concatenate([q[2].T for q in parts], 1))
-        s = np.concatenate([q[1] for q in parts])
-        out[n] = p.scale * ((u @ ut) * s @ (w @ wt).T).reshape(v.shape[1:])
+        return (u @ ut) * np.concatenate([q[1] for q in parts]) @ (w @ wt).T
+
+    return by_matrix(x, p, orthogonal)
+
+
+def svc(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    return by_matrix(x, p, lambda v: v.sum(0))
+
+
+def iso_c(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    def flat(v: np.ndarray) -> tuple[np.ndarray, ...]:
+        u, s, vt = svd_within_rank(v.sum(0))
+        return u, s.sum() / (min(v.shape[1:]) if p.mean_over == "size" else len(s)) * np.ones(len(s)), vt
+
+    return by_matrix(x, p, lambda v: (flat(v)[0] * flat(v)[1]) @ flat(v)[2], lambda _, v: flat(v))
+
+
+def iso_cts(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    def chosen(v: np.ndarray) -> np.ndarray:
+        d, t = min(v.shape[1:]), len(v)
+        own = min(round((d - int(p.common * d)) / t), d // t)
+        k = d - own * t
+        u, s, vt = svd_within_rank(v.sum(0))
+        u, s, vt = u[:, :k], s[:k], vt[:k]
+        parts = [(u, s, vt)]
+        for delta in v if own else ():
+            a, b, ct = np.linalg.svd(delta - u @ u.T @ delta, full_matrices=False)
+            keep = min(own, int((b > 1e-5 * np.linalg.norm(delta)).sum()))
+            parts.append((a[:, :keep], b[:keep], ct[:keep]))
+        left, _, right = svd_within_rank(np.concatenate([q[0] for q in parts], 1))
+        above, _, below = svd_within_rank(np.concatenate([q[2] for q in parts], 0).T)
+        return np.concatenate([q[1] for q in parts]).mean() * (left @ right) @ (above @ below).T
+
+    return by_matrix(x, p, chosen)
+
+
+def wudi(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    """Least squares of the rows of all τt at once, with rows that pull to 0."""
+
+    def solved(v: np.ndarray) -> np.ndarray:
+        v = v.transpose(0, 2, 1) if p.inputs == "rows" else v
+        rows = np.concatenate([t / np.linalg.norm(t) for t in v])
+        wanted = np.concatenate([t @ t.T / np.linalg.norm(t) for t in v], 1)
+        pull = np.sqrt(p.ridge * (rows**2).sum() / v.shape[2]) * np.eye(v.shape[2])
+        left = np.concatenate([rows, pull])
+        right = np.concatenate([wanted, np.zeros((v.shape[1], v.shape[2]))], 1)
+        merged = np.linalg.lstsq(left, right.T, rcond=None)[0].T
+        return merged.T if p.inputs == "rows" else merged
+
+    return by_matrix(x, p, solved)
+
+
+def knots(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    def tied(v: np.ndarray) -> np.ndarray:
+        t, m, n = v.shape
+        u, s, vt = svd_within_rank(np.concatenate(list(v), 1))
+        parts = (s[:, None] * vt).reshape(len(s), t, n).transpose(1, 0, 2)
+        one = SimpleNamespace(weights=1.0, merge="mean", scale=1.0)
+        return u @ elect_and_merge(trim({"": parts.copy()}, p.density, "model"), one)[""]
+
+    return by_matrix(x, p, tied)
+
+
+def opcm_projected(a: np.ndarray, t: np.ndarray, p: SimpleNamespace) -> np.ndarray:
+    """By the full U and V, whose columns beyond the rank are not touched."""
+    if not a.any():
+        return t
+    u, s, vt = np.linalg.svd(a)
+    k = int((s > s[0] * max(a.shape) * np.finfo(np.float32).eps).sum())
+    r = k if p.alpha >= 1 else int((np.cumsum(s[:k]) / s[:k].sum() <= p.alpha).sum())
+    inside = u.T @ t @ vt.T
+    if p.form == "paper":
+        inside[:r], inside[:, :r] = 0, 0
+    inside[:r, :r] = 0
+    if p.form != "released":
+        inside[range(k), range(k)] = 0
+    return u @ inside @ vt
+
+
+def opcm(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    """The paper's recursion, rescaled at every step."""
+    norm = lambda m: np.sqrt(sum((v**2).sum() for v in m.values()))  # noqa: E731
+    merged = {n: v[0] for n, v in x.items()}
+    scale, mean = 1.0, norm(merged)
+    for i in range(1, len(experts)):
+        tau = {n: v[i] for n, v in x.items()}
+        mean = (i * mean + norm(tau)) / (i + 1)
+        kept = {}
+        for n, t in tau.items():
+            flat = t.reshape(len(t), -1) if t.ndim > 1 and t.size else None
+            if flat is not None and min(flat.shape) > 1:
+                t = opcm_projected(merged[n].reshape(flat.shape), flat, p).reshape(t.shape)
+            kept[n] = scale * merged[n] + t
+        scale = norm(kept) / mean
+        merged = {n: v / scale for n, v in kept.items()}
+    return merged
+
+
+def null_space(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    out = {}
+    for n, v in x.items():
+        total = v[0]
+        for t in v[1:]:
+            flat = t.reshape(len(t), -1) if t.ndim > 1 and t.size else None
+            if flat is not None and min(flat.shape) > 1:
+                old = svd_within_rank(total.reshape(flat.shape))[2][: p.rank]
+                t = (flat - flat @ old.T @ old).reshape(t.shape)
+            total = total + t
+        matrix = v.ndim > 2 and v.size and min(len(v[0]), v[0].size // len(v[0])) > 1
+        out[n] = p.scale * (total if matrix else total / len(v))
+    return out
+
+
+def continual_ties(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    out = {n: np.zeros(v.shape[1:]) for n, v in x.items()}
+    one = SimpleNamespace(weights=1.0, merge="sum", scale=p.scale)
+    for i in range(len(experts)):
+        stack = {n: np.stack([out[n], v[i]]) for n, v in x.items()}
+        # what is kept is chosen among float32 numbers
+        narrow = trim({n: v.astype(np.float32).astype(np.float64) for n, v in stack.items()}, p.density, "tensor")
+        step = elect_and_merge({n: np.where(narrow[n] != 0, v, 0) for n, v in stack.items()}, one)
+        out = {n: out[n] + step[n] for n in out}
     return out
 
 
@@ -374,7 +519,9 @@ def regmean(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
 
 TRANSCRIPTIONS = {
     f.__name__: f
-    for f in (average, fisher, regmean, task_arithmetic, ties, dare, dare_ties, slerp, tsv, tall_masks, consensus, emr)
+    for f in (average, fisher, regmean, task_arithmetic, ties, dare, dare_ties, slerp, tall_masks, consensus, emr)
+} | {
+    f.__name__: f for f in (tsv, svc, iso_c, iso_cts, wudi, knots, opcm, null_space, continual_ties)
 }  # one for every method of the library
 
 

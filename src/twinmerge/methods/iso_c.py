@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_svd
+from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import Place
 from twinmerge.methods.fold import Seen, State, SumFold
 from twinmerge.methods.spectral import Spectral, rest_of, short_side
@@ -42,6 +43,10 @@ class IsoC(Spectral, SumFold):
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
         return isotropic(deltas.double().sum(0).to(deltas.dtype), self.mean_over, at)
 
+    def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
+        """Those of the sum: equal singular values leave the merged matrix's own to chance."""
+        return flattened(deltas.double().sum(0).to(deltas.dtype), self.mean_over, at)
+
     def settles_whole(self, at: Place) -> bool:
         return self.decomposes(at)
 
@@ -60,6 +65,12 @@ def isotropic(total: Tensor, mean_over: Over, at: Place) -> Tensor:
         >>> isotropic(torch.diag(torch.tensor([4.0, 0.0])), "size", Place("w", (2, 2))).tolist()
         [[2.0, 0.0], [0.0, 0.0]]
     """
+    u, s, vh = flattened(total, mean_over, at)
+    return ((u * s) @ vh).to(total.dtype)
+
+
+def flattened(total: Tensor, mean_over: Over, at: Place) -> SVD:
+    """The singular vectors of the sum, and s̄ for each of them."""
     u, s, vh = gram_svd(total, at.name)
     mean = s.sum() / max(1, short_side(at) if mean_over == "size" else len(s))
-    return (mean * (u @ vh)).to(total.dtype)
+    return u, mean.expand(len(s)), vh

@@ -6,7 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram_polar, gram_svd
+from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import Place
 from twinmerge.methods.spectral import Spectral, short_side
 
@@ -34,6 +36,9 @@ class IsoCts(Spectral):
     paper = "Marczak et al. 2025, ICML, arXiv 2502.04959"
 
     common: float = Field(default=0.8, ge=0, le=1, description="share of the directions that the experts have in common")
+
+    def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
+        raise TwinmergeError("iso_cts leaves all singular values equal, so there are no directions to calibrate. Leave calibration out.")
 
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
         return common_and_own(deltas, self.common, at)

@@ -12,7 +12,7 @@ from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.select import keep_count, largest
 from twinmerge.methods.base import Place, per_expert, scale_field
-from twinmerge.methods.spectral import Spectral, calibrate
+from twinmerge.methods.spectral import Spectral
 
 
 class Knots(Spectral):
@@ -49,9 +49,7 @@ class Knots(Spectral):
         reduced = torch.stack([w * (basis.mT @ p.b.double()) @ p.a.double() for w, p in zip(by, parts, strict=True)])
         left, aligned_parts = aligned(reduced, at.name)
         merged = left @ self.ties(aligned_parts)
-        if self.calibration:
-            merged = calibrate(merged, reduced, self.calibration, at.name)
-        return Factors(basis.float(), (merged * self.scale).float())
+        return Factors(basis.float(), (self.calibrated(merged, reduced, at) * self.scale).float())
 
     def ties(self, parts: Tensor) -> Tensor:
         """The mean of what agrees with the elected sign, of (experts, rank, n)."""

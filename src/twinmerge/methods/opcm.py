@@ -97,7 +97,7 @@ class Norms(Pass):
         self.method = method
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        squares = tile.x.double().flatten(1).square().sum(1).tolist()
+        squares = tile.x.double().reshape(len(tile.x), -1).square().sum(1).tolist()
         state = float(self.method.fold(tile)["accumulated"].square().sum())
         return {tile.at.name: (squares, state)}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
+from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import (
     Known,
     Method,
@@ -82,7 +83,13 @@ class Spectral(Method):
 
     def calibrated(self, merged: Tensor, deltas: Tensor, at: Place) -> Tensor:
         """`calibrate`, where it is asked for."""
-        return calibrate(merged, deltas, self.calibration, at.name) if self.calibration else merged
+        if not self.calibration:
+            return merged
+        return calibrate(self.directions(merged, deltas, at), deltas, self.calibration).to(merged.dtype)
+
+    def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
+        """The singular value decomposition of the merged matrix that calibration works on."""
+        return gram_svd(merged, at.name)
 
 
 def rest_of(rest: Rest, total: Tensor, experts: int) -> Tensor:
@@ -101,7 +108,7 @@ def short_side(at: Place) -> int:
     return min(m, n)
 
 
-def calibrate(merged: Tensor, deltas: Tensor, least: float, name: str = "matrix") -> Tensor:
+def calibrate(svd: SVD, deltas: Tensor, least: float) -> Tensor:
     """Singular value calibration: directions that several experts share are counted once, not once for each.
 
     With M = U diag(s) Vᵀ, direction r answers u_rᵀ M = s_r v_rᵀ; of it p_rt = ⟨u_rᵀ M, u_rᵀ τt⟩ / ‖u_rᵀ τt‖² is how many times
@@ -110,24 +117,23 @@ def calibrate(merged: Tensor, deltas: Tensor, least: float, name: str = "matrix"
         s_r ← s_r · T / Σt max(α, p_rt).
 
     Args:
-        merged: M (m, n); deltas: τt (experts, m, n); least: α > 0, which also bounds what is made larger; name: for errors.
+        svd: U (m, k), s (k,), Vᵀ (k, n) of M; deltas: τt (experts, m, n); least: α > 0, which also bounds what is made larger.
 
     Returns:
-        (m, n), of the same singular vectors; an expert that has no part in a direction counts as p = 0.
+        (m, n) in float64, of the same singular vectors; an expert that has no part in a direction counts as p = 0.
 
     Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv 2602.05536.
 
     Example:
         >>> same = torch.diag(torch.tensor([2.0, 1.0]))
-        >>> calibrate(2 * same, torch.stack([same, same]), 0.1).tolist()
+        >>> calibrate(gram_svd(2 * same), torch.stack([same, same]), 0.1).tolist()
         [[2.0, 0.0], [0.0, 1.0]]
     """
-    u, s, vh = gram_svd(merged, name)
+    u, s, vh = svd
     answer = s[:, None] * vh
     total = torch.zeros_like(s)
     for delta in deltas:
         own = u.mT @ delta.double()
         norm = own.square().sum(1)
-        share = (answer * own).sum(1) / torch.where(norm > 0, norm, 1)
-        total += share.clamp_min(least)
-    return ((u * (s * len(deltas) / total)) @ vh).to(merged.dtype)
+        total += ((answer * own).sum(1) / torch.where(norm > 0, norm, 1)).clamp_min(least)
+    return (u * (s * len(deltas) / total)) @ vh
