@@ -22,6 +22,7 @@ MEASURE = ["fisher", "gram", "activations", "add"]
 COMMANDS = ["", "merge", "check", "verify", "twin", *(f"twin {word}" for word in TWIN)]
 COMMANDS += ["search", "compress", "extract", "evaluate", "diff", "methods", "demo"]
 COMMANDS += ["measure", *(f"measure {word}" for word in MEASURE)]
+COMMANDS += ["lora", "lora merge", "lora extract"]
 
 
 def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import twinmerge as tm
@@ -99,6 +99,86 @@ def test_smoke_of_classifiers_and_language_models(command: Any, zoo: Any, tmp_pa
     table = {line[0]: line[1:] for line in lines if len(line) == 3 and line[2] == "2"}
     assert shown.code == 0 and list(table) == ["merged", "base", "alice", "bob"]
     assert all(0 < float(loss) < 20 for loss, _ in table.values()) and len({loss for loss, _ in table.values()}) == 4
+
+
+# --------------------------------------------------------------------------------------------- LiNeS
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Options that name a base and two experts of three blocks each, and the tensors' names."""
+    rng = torch.Generator().manual_seed(0)
+    names = ["norm.weight", *(f"blocks.{i}.{part}.weight" for i in range(3) for part in ("attn", "mlp.0"))]
+    base = {n: torch.randn(8, 9, generator=rng) for n in names}
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        tensors = {n: t if name == "base" else t + 0.1 * torch.randn(8, 9, generator=rng) for n, t in base.items()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    given = ["--base", tmp_path / "base", "--expert", f"a={tmp_path / 'a'}", "--expert", f"b={tmp_path / 'b'}"]
+    return [str(word) for word in given], names
+
+
+def test_lines(command: Any, deep: Any, tmp_path: Path) -> None:
+    given, names = deep
+    run = ["merge", "--method", "task_arithmetic", *given, "-p", "scale=1"]
+    found = command(*run, "--lines", "b=0.5", "-o", tmp_path / "auto", "--json").json()
+    assert found["lines"] == {"a": "auto", "b": 0.5, "blocks": {"blocks": 3}}
+    assert command("verify", tmp_path / "auto").code == 0
+    told = json.loads((tmp_path / "auto" / "twinmerge.json").read_text())
+    assert told["parameters"]["lines"] == {"a": pytest.approx(0.5, rel=1e-6), "b": 0.5}
+    assert command(*run, "--lines", "a=5e-1,b=0.5", "-o", tmp_path / "fixed").code == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {tmp_path / 'base'}\nlines: {{a: 0.5, b: 0.5}}\n"
+        f"models: [{{model: {tmp_path / 'a'}}}, {{model: {tmp_path / 'b'}}}]\n"
+    )
+    assert command("merge", recipe, tmp_path / "read").code == 0
+    fixed, auto = weights(tmp_path / "fixed"), weights(tmp_path / "auto")
+    assert same(weights(tmp_path / "read"), fixed)
+    base, a, b = (weights(tmp_path / name) for name in ("base", "a", "b"))
+    for name in names:
+        by = 0.5 + (0.25 * int(name.split(".")[1]) if name.startswith("blocks") else 0)
+        want = base[name] + by * ((a[name] - base[name]) + (b[name] - base[name]))
+        torch.testing.assert_close(fixed[name], want, rtol=0, atol=1e-6)
+        torch.testing.assert_close(auto[name], want, rtol=0, atol=1e-6)
+    shown = command("check", *run[1:], "--lines", "a=0.25,b=1")
+    assert shown.code == 0 and "a: 0.25, b: 1.0, blocks: 1" in shown.out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--lines", "a=1"], "lines has no b"),
+        (["--lines", "a=1,c=2"], "lines has no key 'c'"),
+        (["--lines", "a=1,b=nan"], "b is 'nan', which is no finite number"),
+        (["--lines", "0.5"], "--lines '0.5' is not name=value"),
+        (["--lines", ""], "--lines '' is not name=value"),
+        (["--lines", "b=1,b=2"], "--lines names 'b' twice"),
+    ],
+)
+def test_mistakes_of_lines(command: Any, deep: Any, tmp_path: Path, words: list[str], said: str) -> None:
+    ran = command("merge", "--method", "ties", *deep[0], *words, "-o", tmp_path / "out")
+    assert ran.code == 2 and said in ran.err and not (tmp_path / "out").exists()
+
+
+def test_lines_beside_a_recipe_or_without_a_base(command: Any, deep: Any, tmp_path: Path) -> None:
+    ran = command("merge", "recipe.yaml", tmp_path / "out", "--lines", "b=1")
+    assert ran.code == 2 and "A recipe file and options are both given" in ran.err
+    ran = command("merge", "--method", "average", *deep[0][2:], "--lines", "b=1", "-o", tmp_path / "out")
+    assert ran.code == 2 and "LiNeS scales changes to a base. Name the base with --base" in ran.err
+
+
+@pytest.mark.filterwarnings("ignore:LiNeS finds no stack")
+def test_search_of_lines(command: Any, zoo: Any, tmp_path: Path) -> None:
+    """With one block, which a alone scales."""
+    given = ["search", "--base", zoo.base, *zoo.given, "--suite", zoo.suite, "--split", "train", "--json", "--method"]
+    lines = ["--lines", "b=0", "--grid", "lines.a=0.2,0.6", "-o", tmp_path / "best"]
+    found = command(*given, "task_arithmetic", "-p", "scale=1", *lines).json()
+    plain = command(*given, "task_arithmetic", "--grid", "scale=0.2,0.6").json()
+    assert [t["parameters"] for t in found["trials"]] == [{"lines.a": 0.2}, {"lines.a": 0.6}]
+    assert [t["scores"] for t in found["trials"]] == [t["scores"] for t in plain["trials"]]
+    told = json.loads((tmp_path / "best" / "twinmerge.json").read_text())
+    assert told["recipe"]["lines"] == {"a": found["best"]["lines.a"], "b": 0.0}
 
 
 # ---------------------------------------------------------------------------------------------- diff

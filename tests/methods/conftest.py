@@ -482,6 +482,14 @@ def emr(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
     return {n: flag[n] * np.maximum(v * flag[n], 0).max(0) for n, v in x.items()}
 
 
+def magmax(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    out = {}
+    for n, v in x.items():
+        v = weighted(v, p)[::-1]  # of equal magnitudes argmax takes the first
+        out[n] = p.scale * np.take_along_axis(v, np.abs(v).argmax(0)[None], 0)[0]
+    return out
+
+
 def fisher(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
     f = {n: np.stack([fisher_of(e, n, v.shape[1:]).double().numpy() for e in experts]) for n, v in x.items()}
     flat = np.concatenate([v.reshape(len(v), -1) for v in f.values()], 1)
@@ -521,7 +529,7 @@ TRANSCRIPTIONS = {
     f.__name__: f
     for f in (average, fisher, regmean, task_arithmetic, ties, dare, dare_ties, slerp, tall_masks, consensus, emr)
 } | {
-    f.__name__: f for f in (tsv, svc, iso_c, iso_cts, wudi, knots, opcm, null_space, continual_ties)
+    f.__name__: f for f in (magmax, tsv, svc, iso_c, iso_cts, wudi, knots, opcm, null_space, continual_ties)
 }  # one for every method of the library
 
 

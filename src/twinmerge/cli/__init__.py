@@ -11,9 +11,15 @@ import typer
 
 from twinmerge.cli.compress import compress as compress_experts
 from twinmerge.cli.compress import extract
+from twinmerge.cli.continual import add as add_arrived
+from twinmerge.cli.continual import init, materialise, status
+from twinmerge.cli.continual import remove as remove_arrived
+from twinmerge.cli.continual import twin as twin_of_state
 from twinmerge.cli.demo import demo
 from twinmerge.cli.diff import diff
 from twinmerge.cli.evaluate import evaluate
+from twinmerge.cli.lora import extract as extract_lora
+from twinmerge.cli.lora import merge as merge_lora
 from twinmerge.cli.measure import activations, fisher, gram
 from twinmerge.cli.measure import add as add_statistics
 from twinmerge.cli.merge import check, merge
@@ -42,6 +48,19 @@ measure.command()(fisher)
 measure.command()(gram)
 measure.command()(activations)
 measure.command("add")(add_statistics)
+continual = typer.Typer(
+    no_args_is_help=True,
+    help="Experts that come, and go, one by one: a state of constant size, and the merged model of now.",
+)
+continual.command()(init)
+continual.command("add")(add_arrived)
+continual.command("remove")(remove_arrived)
+continual.command()(materialise)
+continual.command()(status)
+continual.command("twin")(twin_of_state)
+lora = typer.Typer(no_args_is_help=True, help="LoRA adapters: many into one, or one out of a tuned model.")
+lora.command("merge")(merge_lora)
+lora.command("extract")(extract_lora)
 app.command()(merge)
 app.command()(check)
 app.command()(search)
@@ -50,6 +69,8 @@ app.command()(extract)
 app.command()(verify)
 app.add_typer(twin, name="twin")
 app.add_typer(measure, name="measure")
+app.add_typer(lora, name="lora")
+app.add_typer(continual, name="continual")
 app.command()(evaluate)
 app.command()(diff)
 app.command()(methods)

@@ -44,6 +44,12 @@ Stochastic = Annotated[
     int | None,
     typer.Option("--stochastic", metavar="SEED", min=0, help="Round to the output's dtype at random, unbiased."),
 ]
+Depth = Annotated[
+    str | None,
+    typer.Option(
+        "--lines", metavar="[a=NUMBER,]b=NUMBER", help="LiNeS: scale block l of L by a + b·l/(L−1), all else by a."
+    ),
+]
 
 
 def merge(
@@ -59,6 +65,7 @@ def merge(
     head: Heads = None,
     dtype: Dtype = None,
     stochastic: Stochastic = None,
+    lines: Depth = None,
     smoke: Annotated[
         Path | None,
         typer.Option("--smoke", help="Texts (.jsonl or .txt): print their loss under base, experts and result."),
@@ -82,7 +89,7 @@ def merge(
     if smoke is not None and not smoke.is_file():
         raise TwinmergeError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
     described, target = recipe_of(
-        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic
+        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines
     )
     if target is None and not dry_run:
         raise TwinmergeError("No output is named. Add -o FOLDER.")
@@ -130,6 +137,7 @@ def check(
     statistics: StatisticsFiles = None,
     head: Heads = None,
     dtype: Dtype = None,
+    lines: Depth = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -141,7 +149,7 @@ def check(
 
     use_threads(threads)
     described, target = recipe_of(
-        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, None
+        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, None, lines
     )
     _checked(Merge(described), target, json, "Nothing is written")
 
@@ -159,8 +167,10 @@ def recipe_of(
     head: list[str] | None,
     dtype: str | None,
     stochastic: int | None,
+    lines: str | None = None,
 ) -> tuple[Recipe, Path | None]:
     """The recipe and the output that the options name."""
+    from twinmerge.engine.lines import Lines
     from twinmerge.engine.merge import require_model
     from twinmerge.engine.recipe import Recipe, read_recipe
 
@@ -178,11 +188,13 @@ def recipe_of(
         parameters |= {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
         heads = tuple(head or ())
         measured = pairs(statistics, "--statistics")
-        found = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic, measured)
+        depth = None if lines is None else Lines.of(values(lines.split(","), "--lines"))
+        found = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic, measured, depth)
         return found, output or out
     if recipe is None:
         raise TwinmergeError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
-    if expert or base or weight or parameter or statistics or head or dtype or stochastic is not None:
+    given = expert or base or weight or parameter or statistics or head or dtype or lines is not None
+    if given or stochastic is not None:
         raise TwinmergeError(
             "A recipe file and options are both given. Put everything into the recipe, or use --method."
         )

@@ -20,7 +20,7 @@ from twinmerge.cli.common import (
     said,
     values,
 )
-from twinmerge.cli.merge import MethodName, StatisticsFiles, Weights, recipe_of
+from twinmerge.cli.merge import Depth, MethodName, StatisticsFiles, Weights, recipe_of
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
 
@@ -34,6 +34,7 @@ def search(
     parameter: Parameters = None,
     statistics: StatisticsFiles = None,
     head: Heads = None,
+    lines: Depth = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,7 +78,9 @@ def search(
     check_split(split)
     if method is None:
         raise TwinmergeError("No method is named. Add --method, such as --method task_arithmetic.")
-    recipe, _ = recipe_of(None, None, None, method, base, expert, weight, parameter, statistics, head, None, None)
+    recipe, _ = recipe_of(
+        None, None, None, method, base, expert, weight, parameter, statistics, head, None, None, lines
+    )
     if output is not None:
         OutputFolder(output).check()
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):

@@ -86,7 +86,9 @@ class Continual:
         """
         made = fold_of(method, parameters)
         if dtype not in STATE_DTYPES:
-            raise TwinmergeError(f"A state is kept in {' or '.join(STATE_DTYPES)}, not {dtype!r}.{nearest(dtype, STATE_DTYPES)}")
+            raise TwinmergeError(
+                f"A state is kept in {' or '.join(STATE_DTYPES)}, not {dtype!r}.{nearest(dtype, STATE_DTYPES)}"
+            )
         opened = open_model(base)
         about = Description(opened.name, method, made.model_dump(), tuple(heads), dtype)
         output = OutputFolder(folder)
@@ -110,16 +112,23 @@ class Continual:
         with alone_in(self.folder), StateFile(self.folder) as state:
             about = state.about
             if name in about.names:
-                raise TwinmergeError(f"The state has an expert {name!r} already. Give the new one another name, or remove that one.")
+                raise TwinmergeError(
+                    f"The state has an expert {name!r} already. Give the new one another name, or remove that one."
+                )
             expert = open_model(model, name if not isinstance(model, str | Path) else None)
             names, head = self._matched(state, name, expert)
             print_of = expert.fingerprint()
             for other in about.experts:
                 if other.fingerprint == print_of:
-                    warnings.warn(f"{name!r} is the same model as the expert {other.name!r}: it counts twice from now on.", stacklevel=2)
+                    warnings.warn(
+                        f"{name!r} is the same model as the expert {other.name!r}: it counts twice from now on.",
+                        stacklevel=2,
+                    )
             entry = Arrived(name, expert.name, print_of, "", 0.0, licence_of(expert.folder))
             self._keep_head(name, head)
-            about = replace(about, experts=(*about.experts, entry), removed=tuple(n for n in about.removed if n != name))
+            about = replace(
+                about, experts=(*about.experts, entry), removed=tuple(n for n in about.removed if n != name)
+            )
             self._change(state, about, expert, names, "absorb")
 
     def remove(self, name: str, model: ModelLike | None = None) -> None:
@@ -141,17 +150,23 @@ class Continual:
             entry = next((e for e in about.experts if e.name == name), None)
             if entry is None:
                 gone = " It was removed before." if name in about.removed else nearest(name, about.names)
-                raise TwinmergeError(f"The state has no expert {name!r}.{gone} It has: {', '.join(about.names) or 'none'}.")
+                raise TwinmergeError(
+                    f"The state has no expert {name!r}.{gone} It has: {', '.join(about.names) or 'none'}."
+                )
             expert = open_model(entry.model if model is None else model, None)
             if expert.fingerprint() != entry.fingerprint:
-                raise TwinmergeError(f"{expert.name} is not the model that was added as {name!r}. Name that model with --expert.")
+                raise TwinmergeError(
+                    f"{expert.name} is not the model that was added as {name!r}. Name that model with --expert."
+                )
             names, _ = self._matched(state, name, expert)
             left = tuple(e for e in about.experts if e.name != name)
             about = replace(about, experts=(*left, entry), removed=(*about.removed, name))
             self._change(state, about, expert, names, "release")
             shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)
 
-    def _change(self, state: StateFile, about: Description, expert: OpenedModel, names: list[str], change: Change) -> None:
+    def _change(
+        self, state: StateFile, about: Description, expert: OpenedModel, names: list[str], change: Change
+    ) -> None:
         """Write the state with, or without, the last expert of `about`."""
         entry, fold = about.experts[-1], self.method
         places = self._places(names)
@@ -181,13 +196,21 @@ class Continual:
             for part, tensor in new.items() if not empty else ():
                 flat = tensor.to(dtype).contiguous().reshape(-1)
                 if not math.isfinite(flat.sum().item()) and not bool(flat.isfinite().all()):
-                    raise TwinmergeError(f"Tensor {each.name!r} of the state would not fit {about.dtype}. Make the state in float64.")
+                    raise TwinmergeError(
+                        f"Tensor {each.name!r} of the state would not fit {about.dtype}. Make the state in float64."
+                    )
                 raw = np.frombuffer(bytes_of(flat), np.uint8)
                 start = 0 if is_whole(each, place) else each.start
                 writer.write(f"{part}/{each.name}", start, raw)
                 digests[part] = block_digests(raw, flat.element_size())
             size = sum(float(x.double().square().sum()) for x in new.values())
-            return {part: found.digests for part, found in old.items()}, digests, own.digests, float(delta.square().sum()), size
+            return (
+                {part: found.digests for part, found in old.items()},
+                digests,
+                own.digests,
+                float(delta.square().sum()),
+                size,
+            )
 
         with next_state(self.folder, state.base, about, specs) as writer:
             todo = list(pieces(places.values(), fold.absorbs_whole))
@@ -220,7 +243,9 @@ class Continual:
         """The merged model piece by piece, in order: range and its values in float64, flat; tensors of the base alone are not in it."""
         with StateFile(self.folder) as state:
             if not state.about.experts:
-                raise TwinmergeError(f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`.")
+                raise TwinmergeError(
+                    f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`."
+                )
             places = self._places(names_of(state))
             shapes = {name: self.method.parts(place) for name, place in places.items()}
             seen, sums = self.seen, Sums(state.about.checksums, str(state.file))
@@ -264,7 +289,9 @@ class Continual:
         from twinmerge.continual.folder import write_folder
 
         if dtype is not None and dtype not in DTYPES:
-            raise TwinmergeError(f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}.")
+            raise TwinmergeError(
+                f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}."
+            )
         return write_folder(self, Path(out), dtype)
 
     def heads(self) -> dict[str, HeadSpec]:
@@ -303,9 +330,13 @@ class Continual:
         try:
             opened = open_model(self.about.base_model if self._base is None else self._base)
         except TwinmergeError as error:
-            raise TwinmergeError(f"The base of the state cannot be read: {error} Say where it is with --base.") from error
+            raise TwinmergeError(
+                f"The base of the state cannot be read: {error} Say where it is with --base."
+            ) from error
         if opened.fingerprint() != self.fingerprint:
-            raise TwinmergeError(f"{opened.name} is not the base that the state {self.folder} was made for. Name that one with --base.")
+            raise TwinmergeError(
+                f"{opened.name} is not the base that the state {self.folder} was made for. Name that one with --base."
+            )
         return opened
 
     # ------------------------------------------------------------------ inside
@@ -342,7 +373,9 @@ class Continual:
             return {}
         whole = is_whole(each, place)
         return {
-            part: of_state(state, f"{part}/{each.name}", 0 if whole else each.start, math.prod(shape) if whole else each.size)
+            part: of_state(
+                state, f"{part}/{each.name}", 0 if whole else each.start, math.prod(shape) if whole else each.size
+            )
             for part, shape in shapes.items()
         }
 
@@ -357,7 +390,7 @@ def fold_of(method: str, parameters: dict[str, Any]) -> Any:
         >>> fold_of("tsv", {})
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
+        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, \
 null_space, opcm, task_arithmetic, wudi.
     """
     if not issubclass(method_class(method), Fold):
@@ -387,6 +420,7 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """
     out = values.to(dtype)
     if not math.isfinite(out.sum().item()) and not bool(out.isfinite().all()):
-        raise TwinmergeError(f"Tensor {name!r} does not fit {dtype}. Choose a wider --dtype, such as bfloat16 or float32.")
+        raise TwinmergeError(
+            f"Tensor {name!r} does not fit {dtype}. Choose a wider --dtype, such as bfloat16 or float32."
+        )
     return out
-

@@ -64,7 +64,9 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
 
 def _told(continual: Continual) -> dict[str, Any]:
     found = continual.status()
-    return {key: found[key] for key in ("base", "method", "parameters", "experts", "removed", "mean_norm", "state_norm")}
+    return {
+        key: found[key] for key in ("base", "method", "parameters", "experts", "removed", "mean_norm", "state_norm")
+    }
 
 
 def _card(continual: Continual) -> str:

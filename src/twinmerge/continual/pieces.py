@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,7 +22,7 @@ from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 Answer = TypeVar("Answer")
 
@@ -46,7 +45,9 @@ def worked(
 ) -> Iterator[tuple[Range, Answer]]:
     """`function` of every piece, in order, one BLAS thread each, behind a progress bar."""
     total = sum(each.size for each in work)
-    with tqdm(total=total, desc=title, unit_scale=True, delay=1, leave=False, disable=None if progress else True) as bar:
+    with tqdm(
+        total=total, desc=title, unit_scale=True, delay=1, leave=False, disable=None if progress else True
+    ) as bar:
         for each, answer in zip(work, parallel(function, work), strict=True):
             yield each, answer
             bar.update(each.size)
@@ -108,7 +109,9 @@ class Sums:
         found = self.found()
         for key, wanted in (self.expected or {}).items():
             if found.get(key, wanted) != wanted:
-                raise TwinmergeError(f"{key!r} of {self.what} is not what was written: the file is damaged. Restore a copy of it.")
+                raise TwinmergeError(
+                    f"{key!r} of {self.what} is not what was written: the file is damaged. Restore a copy of it."
+                )
 
     def of_all(self) -> str:
         """One checksum of all tensors."""

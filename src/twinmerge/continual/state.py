@@ -83,7 +83,9 @@ class StateFile:
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / FILE
         if not self.file.is_file():
-            raise TwinmergeError(f"{folder} is no continual state: it has no {FILE}. Make one with `twinmerge continual init`.")
+            raise TwinmergeError(
+                f"{folder} is no continual state: it has no {FILE}. Make one with `twinmerge continual init`."
+            )
         artefact, self._checkpoint = open_artefact(self.file, KIND, VERSION)
         self.base, self.specs = artefact.base, self._checkpoint.specs
         with undamaged(self.file):
@@ -104,7 +106,9 @@ class StateFile:
     def __enter__(self) -> StateFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -165,7 +169,9 @@ def next_state(folder: Path, base: str, about: Description, specs: Mapping[str, 
         yield writer
     except OSError as error:
         advice = "Free some space" if error.errno in DISK_FULL else "Look at the disk"
-        raise TwinmergeError(f"The state {folder} could not be written: {error}. It is as before. {advice} and run again.") from error
+        raise TwinmergeError(
+            f"The state {folder} could not be written: {error}. It is as before. {advice} and run again."
+        ) from error
     finally:
         if writer is not None:
             writer._writer.close()

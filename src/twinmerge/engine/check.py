@@ -44,7 +44,7 @@ def checked(merge: Merge) -> dict[str, Any]:
         "output_bytes": output_bytes,
         "memory_bytes": _memory(merge),
         "seconds_at_1_GB_per_s": round((reads * input_bytes + output_bytes) / RATE, 1),
-    }
+    } | ({} if merge.recipe.lines is None else {"lines": {**merge.recipe.lines.describe(), "blocks": merge.blocks}})
 
 
 def _memory(merge: Merge) -> int:

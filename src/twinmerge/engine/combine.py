@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from twinmerge.engine.inputs import Digests, Inputs
+from twinmerge.engine.lines import at_depth
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.maths import fused
@@ -40,12 +41,13 @@ def combine(
     """
     stored = inputs.stored(each, digests)
     values = inputs.buffer("output", each.size * rounding.itemsize)
-    done = _compiled(each, known, method, inputs, rounding, stored, values)
+    scaled = at_depth(method, known, each.name)
+    done = _compiled(each, known, scaled, inputs, rounding, stored, values)
     if done is not None:  # else torch finds out what is wrong with the values, and where
         return done
     changed = lost = 0
     for tile in inputs.pieces(each, stored):
-        merged = method.apply(tile, known)
+        merged = scaled.apply(tile, known)
         out = rounding.of(merged, tile, method)
         start = (tile.at.offset - each.start) * rounding.itemsize
         values[start : start + out.nbytes] = np.frombuffer(bytes_of(out), np.uint8)

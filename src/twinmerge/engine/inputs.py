@@ -42,6 +42,7 @@ class Inputs:
             that neither depends on how another input spells its names.
         device: where the arithmetic runs.
         statistics: of each expert, for methods that need them.
+        with_base: give the base to methods that work on parameters, too.
     """
 
     def __init__(
@@ -52,14 +53,15 @@ class Inputs:
         names: Mapping[str, str],
         device: torch.device | str = "cpu",
         statistics: Mapping[str, Statistics] = MappingProxyType({}),
+        with_base: bool = False,
     ) -> None:
-        self.whole = method.grain == "matrix"
-        self.base = base if method.space == "deltas" else None
+        self.whole, self.deltas = method.grain == "matrix", method.space == "deltas"
+        self.base = base if self.deltas or with_base else None
         self.experts, self.names, self.device = experts, names, device
         self.canonical = {out: name for name, out in names.items()}
         self.shapes = {out: next(iter(experts.values())).spec(name).shape for name, out in names.items()}
         self.compiled = fused.available() and str(device) == "cpu" and not self.whole
-        if not self.compiled or type(method).rule is Method.rule:
+        if not self.compiled or type(method).rule is Method.rule or (not self.deltas and with_base):
             import torch  # noqa: F401  before there are workers: each would import it, and give it all cores
         self._models = {**experts, **({} if self.base is None else {BASE: self.base})}
         self.needs, self.statistics = method.needs, statistics
@@ -161,7 +163,7 @@ class Inputs:
 
     def _factors(self, name: str) -> list[Factors] | None:
         """Of every expert's delta, where all are adapters of this base's very tensor."""
-        if self.base is None or not any(expert.low_rank(name) for expert in self.experts.values()):
+        if self.base is None or not self.deltas or not any(expert.low_rank(name) for expert in self.experts.values()):
             return None
         found = []
         for expert in self.experts.values():
@@ -190,8 +192,9 @@ class Inputs:
         base = None
         if stored.base is not None:
             base = _numbers(stored.base).float()
-            x -= base
-        if not math.isfinite(x.sum().item()):
+            if self.deltas:
+                x -= base
+        if not math.isfinite(x.sum().item() + (0.0 if base is None or self.deltas else base.sum().item())):
             self._require_finite(each, stored)
         if str(self.device) != "cpu":
             x, base = x.to(self.device), None if base is None else base.to(self.device)

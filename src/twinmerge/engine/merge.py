@@ -6,7 +6,6 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
 from twinmerge.engine.inputs import Inputs
+from twinmerge.engine.lines import KEY, Automatic, Depths, Lines, stacks
 from twinmerge.engine.provenance import plan_key, provenance
 from twinmerge.engine.ranges import Range, tile_of
 from twinmerge.engine.recipe import Recipe
@@ -83,6 +83,7 @@ class Merge:
         self.processes = processes and str(device) == "cpu"
         self.method: Method = recipe.make_method()
         self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
+        self.run: Run | None = None  # what was planned last
 
     @cached_property
     def _opened(self) -> tuple[OpenedModel, dict[str, OpenedModel]]:
@@ -142,7 +143,8 @@ class Merge:
         """The base and the experts, tile by tile."""
         reference = self.base if self.recipe.base is not None else None
         names = {name: self.base.stored[name] for name in self.matched.merged}
-        return Inputs(self.method, reference, self.experts, names, self.device, self.statistics)
+        with_base = self.recipe.lines is not None
+        return Inputs(self.method, reference, self.experts, names, self.device, self.statistics, with_base)
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
@@ -155,6 +157,18 @@ class Merge:
                     f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or name the right file."
                 )
             found[name] = statistics
+        return found
+
+    @cached_property
+    def blocks(self) -> dict[str, int]:
+        """Path -> number of blocks of every stack of them, for LiNeS."""
+        found, lines = stacks(self.base.specs), self.recipe.lines
+        if not found and lines is not None and lines.b:
+            warnings.warn(
+                f"LiNeS finds no stack of two or more blocks in {self.base.name}, so that every tensor is scaled by a alone. Look at "
+                "the names of its tensors, or leave lines out.",
+                stacklevel=2,
+            )
         return found
 
     @cached_property
@@ -176,7 +190,21 @@ class Merge:
         names = [self.base.stored[name] for name in order]
         run = Run(self.method, names, self.inputs.shapes, self.inputs.load, self.tile, self.progress, self.processes)
         run.known |= self.inputs.told()
+        if self.recipe.lines is not None:
+            self._add_lines(run, self.recipe.lines)
+        self.run = run
         return run
+
+    def _add_lines(self, run: Run, lines: Lines) -> None:
+        """Tell the run the coefficient of every tensor, or how to find them when all else is known."""
+        names = {name: self.base.stored[name] for name in self.matched.merged}
+        if lines.a is not None:
+            run.known[KEY] = Depths.of(lines.a, lines.b, names, self.blocks)
+            return
+        import torch  # noqa: F401  as in `Inputs`
+
+        last = Automatic(self.method, lines.b, names, self.blocks)
+        run.leading, run.trailing = [*run.leading, *run.trailing, last], []
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole merged model in memory, by the base's own tensor names."""
@@ -249,6 +277,9 @@ class Merge:
 
                 save_heads(folder, heads, folder_fingerprint(folder), about or {})
             described = {**provenance(self), "rounding": report.rounding(self.recipe.stochastic)}
+            if self.run is not None and KEY in self.run.known:  # with the a that was found
+                found = {"a": self.run.known[KEY].a, "b": self.run.known[KEY].b}
+                described["parameters"] = {**described["parameters"], KEY: found}
             (folder / PROVENANCE).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
             (folder / CHECKSUMS).write_text(json.dumps(report.checksums, indent=0), encoding="utf-8")
             (folder / "README.md").write_text(
@@ -261,14 +292,18 @@ class Merge:
         """The same merge with other parameters of the method; models that are open stay open.
 
         Args:
-            parameters: those that differ, as in `Recipe` (`expert.field` sets a field for one expert).
+            parameters: those that differ, as in `Recipe` (`expert.field` sets a field for one expert), and `lines.a` and
+                `lines.b`.
 
         Errors:
             TwinmergeError: unknown parameters, values out of range.
         """
         other = copy.copy(self)
-        other.recipe = replace(self.recipe, parameters={**self.recipe.parameters, **parameters})
-        other.method, other.report = other.recipe.make_method(), None
+        other.recipe = self.recipe.varied(parameters)
+        other.method, other.report, other.run = other.recipe.make_method(), None, None
+        if (other.recipe.lines is None) != (self.recipe.lines is None):  # which may read the base besides
+            other.__dict__.pop("inputs", None)
+            other.__dict__.pop("tile", None)
         return other
 
     def provenance(self) -> dict[str, Any]:
@@ -291,6 +326,7 @@ def merge(
     device: torch.device | str = "cpu",
     progress: bool = True,
     statistics: Mapping[str, str | Path] | None = None,
+    lines: Mapping[str, Any] | None = None,
     **parameters: Any,
 ) -> Merge:
     """Describe a merge; nothing is read until you ask: `.check()`, `.diff()`, `.save(out)`, `.load()`, `.state_dict()`.
@@ -304,6 +340,8 @@ def merge(
         stochastic: the seed of stochastic rounding to the output's dtype; to nearest where None.
         device: where the arithmetic runs.
         statistics: expert -> the file that `twinmerge measure` wrote of it, for methods that need one.
+        lines: LiNeS: {"a": 0.125, "b": 0.5} scales the merged change of block l of L by a + b·l/(L−1) and all else by a;
+            without a, it is taken from the sizes of the changes.
         parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
 
     Errors:
@@ -317,7 +355,8 @@ def merge(
         else:
             flat[name] = value
     patterns = (heads,) if isinstance(heads, str) else tuple(heads)
-    recipe = Recipe(method, base, dict(experts), flat, dtype, patterns, stochastic, dict(statistics or {}))
+    depth = None if lines is None else Lines.of(lines)
+    recipe = Recipe(method, base, dict(experts), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
     return Merge(recipe, progress, device=device)
 
 

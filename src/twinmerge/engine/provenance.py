@@ -17,7 +17,7 @@ PACKAGES = ("twinmerge", "torch", "safetensors", "transformers")
 
 
 def provenance(merge: Merge) -> dict[str, Any]:
-    """Recipe, resolved parameters, versions and the hub commits that were read."""
+    """Recipe, resolved parameters, versions and the hub commits that were read; LiNeS' blocks where it is asked for."""
     stored, matched = merge.base.stored, merge.matched
     return {
         "recipe": merge.recipe.describe(),
@@ -29,7 +29,7 @@ def provenance(merge: Merge) -> dict[str, Any]:
             "from_base": sorted(stored[name] for name in matched.from_base),
             "heads": matched.heads,
         },
-    }
+    } | ({} if merge.recipe.lines is None else {"blocks": merge.blocks})
 
 
 def inputs_of(merge: Merge) -> dict[str, OpenedModel]:

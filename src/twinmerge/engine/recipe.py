@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from twinmerge.engine.lines import KEY, KEYS, Lines
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.base import Method
 from twinmerge.methods.registry import make_method, method_class
@@ -28,7 +29,7 @@ MERGEKIT_DEFAULTS: dict[str, dict[str, Any]] = {
     "dare": {"scale": 1.0, "density": 1.0},
     "dare_ties": {"density": 1.0},
 }
-RECIPE_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "heads", "stochastic"}
+RECIPE_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "heads", "stochastic", KEY}
 MERGEKIT_ONLY = {"slices", "modules", "tokenizer", "tokenizer_source", "chat_template"}
 MODEL_KEYS = {"model", "name", "parameters", "statistics"}
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -39,7 +40,8 @@ EXPERT_NAME = re.compile(r"^\w[\w.\-]*$")
 class Recipe:
     """method: name; base: model or None; experts: name -> model; parameters: field (or expert.field) -> value;
     dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the seed of
-    stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods that need one."""
+    stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods that need one;
+    lines: how the merged change is scaled by depth, None for not at all."""
 
     method: str
     base: ModelLike | None
@@ -49,6 +51,7 @@ class Recipe:
     heads: tuple[str, ...] = ()
     stochastic: int | None = None
     statistics: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
+    lines: Lines | None = None
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -56,7 +59,8 @@ class Recipe:
         for name in self.experts:
             if not EXPERT_NAME.match(name):
                 raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
-        taken = {"output", *(["base"] if method_class(self.method).space == "deltas" else [])}
+        reads_base = method_class(self.method).space == "deltas" or self.lines is not None
+        taken = {"output", *(["base"] if reads_base else [])}
         if clash := taken & set(self.experts):
             raise TwinmergeError(
                 f"The expert name {clash.pop()!r} stands for something else in checksums and messages. Give it another one."
@@ -67,6 +71,10 @@ class Recipe:
             )
         if self.base is None and method_class(self.method).space == "deltas":
             raise TwinmergeError(f"{self.method} works on changes to a base. Name the base with --base.")
+        if self.base is None and self.lines is not None:
+            raise TwinmergeError("LiNeS scales changes to a base. Name the base with --base, or leave lines out.")
+        if self.lines is not None and method_class(self.method).outputs != "model":
+            raise TwinmergeError(f"{self.method} makes masks, whose vector LiNeS cannot scale. Leave lines out.")
         self._check_statistics()
 
     def _check_statistics(self) -> None:
@@ -90,10 +98,18 @@ class Recipe:
     def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
         """The recipe that `describe` wrote down."""
         experts = {entry["name"]: entry["model"] for entry in raw["models"]}
-        heads, seed = tuple(raw["heads"]), raw.get("stochastic")
+        heads, seed, lines = tuple(raw["heads"]), raw.get("stochastic"), _lines(raw)
         statistics = {entry["name"]: entry["statistics"] for entry in raw["models"] if "statistics" in entry}
         return cls(
-            raw["merge_method"], raw["base_model"], experts, raw["parameters"], raw["dtype"], heads, seed, statistics
+            raw["merge_method"],
+            raw["base_model"],
+            experts,
+            raw["parameters"],
+            raw["dtype"],
+            heads,
+            seed,
+            statistics,
+            lines,
         )
 
     @property
@@ -101,6 +117,26 @@ class Recipe:
         """The experts as methods see them: by name, so that the order given changes no bit, unless it has a meaning."""
         symmetric = "symmetric" in method_class(self.method).laws
         return tuple(sorted(self.experts)) if symmetric else tuple(self.experts)
+
+    def varied(self, parameters: Mapping[str, Any]) -> Recipe:
+        """The same recipe with other parameters: of the method, and `lines.a` and `lines.b`.
+
+        Errors:
+            TwinmergeError: those of `Lines.of`.
+
+        Example:
+            >>> recipe = Recipe("ties", "base", {"x": "model"}, {"scale": 0.5}).varied({"density": 0.1, "lines.b": 0.5})
+            >>> recipe.parameters, recipe.lines
+            ({'scale': 0.5, 'density': 0.1}, Lines(a=None, b=0.5))
+        """
+        own, lines = dict(self.parameters), {} if self.lines is None else self.lines.describe()
+        for key, value in parameters.items():
+            expert, _, name = key.rpartition(".")
+            if expert == KEY and (name in KEYS or KEY not in self.experts):
+                lines[name] = value
+            else:
+                own[key] = value
+        return replace(self, parameters=own, lines=Lines.of(lines) if lines else None)
 
     def make_method(self) -> Method:
         return make_method(self.method, self.order, self.parameters)
@@ -119,7 +155,7 @@ class Recipe:
             "dtype": self.dtype,
             "heads": list(self.heads),
             "stochastic": self.stochastic,
-        }
+        } | ({} if self.lines is None else {KEY: self.lines.describe()})
 
 
 def _ref(model: ModelLike) -> str:
@@ -188,7 +224,11 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
             f"{where}: stochastic is the seed of stochastic rounding, got {seed!r}. Write stochastic: 0."
         )
     dtype = raw.get("out_dtype") or raw.get("dtype")
-    return Recipe(method, base, experts, parameters, dtype, tuple(heads), seed, statistics)
+    return Recipe(method, base, experts, parameters, dtype, tuple(heads), seed, statistics, _lines(raw))
+
+
+def _lines(raw: Mapping[str, Any]) -> Lines | None:
+    return None if raw.get(KEY) is None else Lines.of(raw[KEY])
 
 
 def expert_name(ref: str) -> str:

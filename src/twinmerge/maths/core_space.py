@@ -47,9 +47,9 @@ class CoreSpace(NamedTuple):
             raise TwinmergeError(f"low-rank parts of shapes {sorted(shapes)} share no space: use one shape")
         b = [part.b.double() for part in parts]
         a = [part.a.double() for part in parts]
-        left, right = _basis(torch.cat(b, 1)), _basis(torch.cat(a).mT)
-        if not (bool(left.isfinite().all()) and bool(right.isfinite().all())):
+        if not all(bool(x.isfinite().all()) for x in (*b, *a)):
             raise TwinmergeError("a low-rank part holds NaN or infinity: leave it out, or mend the expert it came from")
+        left, right = _basis(torch.cat(b, 1)), _basis(torch.cat(a).mT)
         by = weights or [1.0] * len(parts)
         cores = [w * (left.mT @ one) @ (two @ right) for w, one, two in zip(by, b, a, strict=True)]
         return cls(left, right, torch.stack(cores))

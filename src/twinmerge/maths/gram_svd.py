@@ -43,13 +43,14 @@ def gram_svd(x: Tensor, name: str = "matrix", rounded: torch.dtype | None = None
     rounded = rounded or core.x.dtype
     small = core.x.dtype == torch.float64 and min(core.x.shape, default=0) <= SMALL
     exact = rounded == torch.float64 or small
-    u, s, vh = core.restore(svd_core(core.x.double()) if exact else _by_gram(core.x))
-    keep = numerical_rank(s.to(rounded), core.x.shape)
+    found = svd_core(core.x.double()) if exact else _by_gram(core.x)
+    keep = numerical_rank(found[1].to(rounded), core.x.shape)  # before the scale is back, which float32 may not hold
+    u, s, vh = core.restore(found)
     return u[:, :keep], s[:keep], vh[:keep]
 
 
-def gram_polar(x: Tensor, name: str = "matrix") -> Tensor:
-    """U V^T over the numerical rank: the partial isometry nearest to x, (m, n), float64.
+def gram_polar(x: Tensor, name: str = "matrix", rounded: torch.dtype | None = None) -> Tensor:
+    """U V^T over the numerical rank: the partial isometry nearest to x, (m, n), float64; arguments as `gram_svd`.
 
     Example:
         >>> gram_polar(torch.tensor([[0.0, 2.0], [0.0, 0.0]])).tolist()
@@ -57,7 +58,7 @@ def gram_polar(x: Tensor, name: str = "matrix") -> Tensor:
 
     Source: as `gram_svd`; TSV-Merge and Iso-C use it.
     """
-    u, _, vh = gram_svd(x, name)
+    u, _, vh = gram_svd(x, name, rounded)
     return u @ vh
 
 

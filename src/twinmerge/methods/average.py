@@ -41,4 +41,4 @@ class Average(Method, SumFold):
         return Rule(weights, deltas=False, divisor=sum(weights))
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
-        return state["sum"] / max(seen.count, 1)
+        return state["sum"] / max(seen.experts, 1)

@@ -16,10 +16,10 @@ State = Mapping[str, "Tensor"]
 
 
 class Seen(NamedTuple):
-    """What is known of the whole model. count: experts so far; mean_norm: mean of their ‖τt‖; state_norm: ‖state‖, the norm
+    """What is known of the whole model. experts: how many so far; mean_norm: mean of their ‖τt‖; state_norm: ‖state‖, the norm
     of all parts of all tensors."""
 
-    count: int
+    experts: int
     mean_norm: float
     state_norm: float
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class IsoC(Spectral, SumFold):
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
         total = state["sum"]
         if not self.decomposes(at):
-            return rest_of(self.rest, total, max(seen.count, 1)) * self.scale
+            return rest_of(self.rest, total, max(seen.experts, 1)) * self.scale
         return isotropic(total.flatten(1).float(), self.mean_over, at).double().reshape(total.shape) * self.scale
 
 
@@ -71,6 +72,6 @@ def isotropic(total: Tensor, mean_over: Over, at: Place) -> Tensor:
 
 def flattened(total: Tensor, mean_over: Over, at: Place) -> SVD:
     """The singular vectors of the sum, and s̄ for each of them."""
-    u, s, vh = gram_svd(total, at.name)
+    u, s, vh = gram_svd(total, at.name, torch.float32)
     mean = s.sum() / max(1, short_side(at) if mean_over == "size" else len(s))
     return u, mean.expand(len(s)), vh

@@ -35,10 +35,14 @@ class IsoCts(Spectral):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Marczak et al. 2025, ICML, arXiv 2502.04959"
 
-    common: float = Field(default=0.8, ge=0, le=1, description="share of the directions that the experts have in common")
+    common: float = Field(
+        default=0.8, ge=0, le=1, description="share of the directions that the experts have in common"
+    )
 
     def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
-        raise TwinmergeError("iso_cts leaves all singular values equal, so there are no directions to calibrate. Leave calibration out.")
+        raise TwinmergeError(
+            "iso_cts leaves all singular values equal, so there are no directions to calibrate. Leave calibration out."
+        )
 
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
         return common_and_own(deltas, self.common, at)
@@ -58,13 +62,13 @@ def sizes(common: float, short: int, experts: int) -> tuple[int, int]:
 def common_and_own(deltas: Tensor, common: float, at: Place) -> Tensor:
     """s̄ U⊥ V⊥ᵀ of the chosen directions, (m, n)."""
     k, own = sizes(common, short_side(at), len(deltas))
-    u, s, vh = gram_svd(deltas.double().sum(0).to(deltas.dtype), at.name)
+    u, s, vh = gram_svd(deltas.double().sum(0).to(deltas.dtype), at.name, torch.float32)
     u, s, vh = u[:, :k], s[:k], vh[:k]
     left, values, right = [u], [s], [vh.mT]
     for delta in deltas if own else ():
         outside = delta.double() - u @ (u.mT @ delta.double())
-        rounding = torch.finfo(deltas.dtype).eps * max(deltas.shape[1:]) * delta.double().norm()
-        own_u, own_s, own_vh = gram_svd(outside.to(deltas.dtype), at.name)
+        rounding = torch.finfo(torch.float32).eps * max(deltas.shape[1:]) * delta.double().norm()
+        own_u, own_s, own_vh = gram_svd(outside.to(deltas.dtype), at.name, torch.float32)
         keep = min(own, int((own_s > rounding).sum()))  # what is left of an expert inside the common space is rounding
         left.append(own_u[:, :keep])
         values.append(own_s[:keep])
@@ -76,4 +80,4 @@ def common_and_own(deltas: Tensor, common: float, at: Place) -> Tensor:
 
 
 def _orthonormal(parts: list[Tensor], deltas: Tensor, at: Place) -> Tensor:
-    return gram_polar(torch.cat(parts, 1).to(deltas.dtype), at.name)
+    return gram_polar(torch.cat(parts, 1).to(deltas.dtype), at.name, torch.float32)

@@ -63,5 +63,5 @@ class Knots(Spectral):
 def aligned(deltas: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
     """U (m, r) and diag(s) Vtᵀ (experts, r, n) of deltas (experts, m, n), so that U @ diag(s) Vtᵀ is expert t's delta."""
     experts, m, n = deltas.shape
-    u, s, vh = gram_svd(deltas.permute(1, 0, 2).reshape(m, experts * n), name)
+    u, s, vh = gram_svd(deltas.permute(1, 0, 2).reshape(m, experts * n), name, torch.float32)
     return u, (s[:, None] * vh).reshape(len(s), experts, n).permute(1, 0, 2).contiguous()

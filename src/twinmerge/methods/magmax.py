@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from twinmerge.methods.base import Known, Method, PerExpert, Tile, moved, per_expert, scale_field, weights_field
+from twinmerge.methods.base import Known, Method, PerExpert, Place, Tile, moved, per_expert, scale_field, weights_field
+from twinmerge.methods.fold import Fold, Seen, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Magmax(Method):
+class Magmax(Method, Fold):
     """θ = θ0 + λ · wt τt with t the expert of largest |wt τt|, element by element; of equal ones the later expert.
 
     Made for experts that were tuned one after the other, each from the one before; on independent experts it is weak. The
@@ -28,6 +29,7 @@ class Magmax(Method):
 
     laws = frozenset({"odd", "homogeneous"})
     paper = "Marczak et al. 2024, ECCV, arXiv 2407.06322"
+    unremovable: ClassVar[str] = "what it covered of the others is gone"
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(0.5)
@@ -39,3 +41,13 @@ class Magmax(Method):
             change = row.to(tile.work) * weight
             most = change.where(change.abs() >= most.abs(), most)
         return moved(tile, most, self.scale)
+
+    def absorbs_whole(self, at: Place) -> bool:
+        return False
+
+    def absorb(self, state: State, delta: Tensor, at: Place) -> State:
+        before = state.get("accumulated", delta)
+        return {"accumulated": delta.where(delta.abs() >= before.abs(), before)}
+
+    def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
+        return state["accumulated"] * self.scale

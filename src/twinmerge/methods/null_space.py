@@ -49,7 +49,7 @@ class NullSpace(Method, Fold):
         return {"accumulated": before + delta}
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
-        change = state["accumulated"] if at.is_matrix else state["accumulated"] / max(seen.count, 1)
+        change = state["accumulated"] if at.is_matrix else state["accumulated"] / max(seen.experts, 1)
         return change * self.scale
 
     def apply(self, tile: Tile, known: Known) -> Tensor:

@@ -50,7 +50,9 @@ class Opcm(Method, Fold):
     paper = "Tang et al. 2025, NeurIPS, arXiv 2501.09522"
     unremovable: ClassVar[str] = "every later expert was projected away from it"
 
-    alpha: float = Field(default=0.5, ge=0, le=1, description="share of the singular values' sum that is protected as a block")
+    alpha: float = Field(
+        default=0.5, ge=0, le=1, description="share of the singular values' sum that is protected as a block"
+    )
     form: Form = Field(default="fixed", description="which of the three operators in circulation")
 
     def absorbs_whole(self, at: Place) -> bool:
@@ -148,4 +150,3 @@ def protected(s: Tensor, alpha: float) -> int:
     if alpha >= 1:
         return len(s)
     return int((s.double().cumsum(0) / s.double().sum() <= alpha).sum()) if len(s) else 0
-

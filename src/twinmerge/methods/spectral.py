@@ -37,20 +37,29 @@ class Spectral(Method):
 
     Convolution kernels are matrices (out, in·kh·kw). `combine` must not depend on the orthonormal bases that its matrices
     are written in, so that low-rank experts are merged in their core space (`maths/core_space.py`), exactly and without
-    a decomposition of a matrix of the model's size.
+    a decomposition of a matrix of the model's size. Numerical ranks there are float32's too, to which factors are
+    rounded as deltas are: experts that share a direction but for rounding must not be given one each.
     """
 
     grain = "matrix"
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(1.0)
-    rest: Rest = Field(default="mean", description="vectors, and what elementwise names: mean or sum of τt, or the base's own")
-    elementwise: str = Field(default="", description="matrices to treat like vectors: name patterns with *, separated by spaces")
-    calibration: float = Field(default=0.0, ge=0, description="least projection α of singular value calibration; 0: none")
+    rest: Rest = Field(
+        default="mean", description="vectors, and what elementwise names: mean or sum of τt, or the base's own"
+    )
+    elementwise: str = Field(
+        default="", description="matrices to treat like vectors: name patterns with *, separated by spaces"
+    )
+    calibration: float = Field(
+        default=0.0, ge=0, description="least projection α of singular value calibration; 0: none"
+    )
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         if not self.decomposes(tile.at):
-            return moved(tile, rest_of(self.rest, weighted_sum(self.weights, tile.x, tile.work), len(tile.x)), self.scale)
+            return moved(
+                tile, rest_of(self.rest, weighted_sum(self.weights, tile.x, tile.work), len(tile.x)), self.scale
+            )
         if tile.factors is not None:
             change = self.merge_factors(tile.factors, tile.at).dense()
             return moved(tile, change.reshape(tile.require_base().shape), 1.0)
@@ -89,7 +98,7 @@ class Spectral(Method):
 
     def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
         """The singular value decomposition of the merged matrix that calibration works on."""
-        return gram_svd(merged, at.name)
+        return gram_svd(merged, at.name, torch.float32)
 
 
 def rest_of(rest: Rest, total: Tensor, experts: int) -> Tensor:
@@ -120,7 +129,7 @@ def calibrate(svd: SVD, deltas: Tensor, least: float) -> Tensor:
         svd: U (m, k), s (k,), Vᵀ (k, n) of M; deltas: τt (experts, m, n); least: α > 0, which also bounds what is made larger.
 
     Returns:
-        (m, n) in float64, of the same singular vectors; an expert that has no part in a direction counts as p = 0.
+        (m, n) in float64, of the same singular vectors; an expert that has no part in a direction, but for rounding, counts as p = 0.
 
     Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv 2602.05536.
 
@@ -135,5 +144,7 @@ def calibrate(svd: SVD, deltas: Tensor, least: float) -> Tensor:
     for delta in deltas:
         own = u.mT @ delta.double()
         norm = own.square().sum(1)
-        total += ((answer * own).sum(1) / torch.where(norm > 0, norm, 1)).clamp_min(least)
+        rounding = torch.finfo(torch.float32).eps * max(delta.shape) * delta.double().norm()
+        part = norm > rounding.square()  # divided by less, p would be any number
+        total += torch.where(part, (answer * own).sum(1) / torch.where(part, norm, 1), 0).clamp_min(least)
     return (u * (s * len(deltas) / total)) @ vh

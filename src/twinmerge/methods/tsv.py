@@ -39,10 +39,11 @@ def merge_singular(deltas: Tensor, k: int, name: str) -> Tensor:
     """U⊥ S V⊥ᵀ of the k leading triplets of each of `deltas` (T, m, n); a matrix that no expert changed stays zero."""
     if len(deltas) == 1:
         return deltas[0]
-    found = [gram_svd(delta, name) for delta in deltas]
+    found = [gram_svd(delta, name, torch.float32) for delta in deltas]
     u = torch.cat([u[:, :k] for u, _, _ in found], 1).to(deltas.dtype)
     s = torch.cat([s[:k] for _, s, _ in found])
     v = torch.cat([vh[:k].mT for _, _, vh in found], 1).to(deltas.dtype)
     if not len(s):
         return torch.zeros_like(deltas[0])
-    return ((gram_polar(u, name) * s) @ gram_polar(v, name).mT).to(deltas.dtype)
+    left, right = (gram_polar(side, name, torch.float32) for side in (u, v))
+    return ((left * s) @ right.mT).to(deltas.dtype)

@@ -68,7 +68,7 @@ class Wudi(Spectral, SumFold):
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
         if not self.decomposes(at):
-            return rest_of(self.rest, state["sum"], max(seen.count, 1)) * self.scale
+            return rest_of(self.rest, state["sum"], max(seen.experts, 1)) * self.scale
         return self.solved(state["normal"], state["gram"], at).reshape(at.shape) * self.scale
 
     def solved(self, normal: Tensor, gram: Tensor, at: Place) -> Tensor:
@@ -119,7 +119,9 @@ def solve(normal: Tensor, gram: Tensor, ridge: float, inputs: int, name: str = "
     if not level > 0:
         return torch.zeros_like(normal)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        factor, failed = torch.linalg.cholesky_ex(
+            gram + ridge * level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
         if not int(failed):
             return torch.cholesky_solve(normal.mT, factor).mT
         if ridge > LARGEST_RIDGE:

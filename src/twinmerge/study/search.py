@@ -26,7 +26,7 @@ WEIGHTS = 51
 
 @dataclass(frozen=True)
 class Trial:
-    """parameters: of the method; score: what is to be large, in per cent; scores: by task, fractions."""
+    """parameters: of the method, and of LiNeS (`lines.b`); score: what is to be large, in per cent; scores: by task, fractions."""
 
     parameters: dict[str, Any]
     score: float

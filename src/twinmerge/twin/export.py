@@ -5,18 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
+from twinmerge.models.adapter import PREFIX
+from twinmerge.models.adapter_files import (
+    KINDS,
+    MATRICES,
+    adapter_config,
+    carried,
+    lora_tensors,
+    saved_modules,
+    write_adapter,
+)
 from twinmerge.models.architecture import Architecture, class_of
 from twinmerge.models.headed import HeadSpec
 from twinmerge.store.checkpoint import Spec
@@ -29,14 +37,6 @@ if TYPE_CHECKING:
 Server = Literal["peft", "vllm"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.14 takes as `max_lora_rank`."""
-TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
 
 
 class Exported(NamedTuple):
@@ -115,33 +115,31 @@ def export_lora(
     low = {n: _joined(twin, used, n) for n in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].low)}
     head = mixture if isinstance(mixture, str) and mixture in twin.package.heads else None
     architecture, own = _class_with_head(twin, head)
-    carried = dict(_modules(architecture, low, server))
-    if not carried:
+    modules = carried(architecture, low, MATRICES if server == "vllm" else KINDS)
+    if not modules:
         raise TwinmergeError(
             f"Nothing that {', '.join(used) or 'no expert'} adds fits into an adapter. Export dense weights."
         )
-    rank = max(f.rank for _, _, f in carried.values())
+    rank = max(one.factors.rank for one in modules.values())
     if server == "vllm":
         if rank > VLLM_RANKS[-1]:
             raise TwinmergeError(
                 f"The adapter has rank {rank}, vLLM takes {VLLM_RANKS[-1]} at most. Mix fewer experts, or compress the twin first."
             )
         rank = next(r for r in VLLM_RANKS if r >= rank)
-        carried = {path: (name, module, _padded(f, rank)) for path, (name, module, f) in carried.items()}
-    tensors = {k: t for path, (_, module, f) in carried.items() for k, t in _lora(path, module, f).items()}
-    saved: set[str] = set()
+        modules = {path: one._replace(factors=_padded(one.factors, rank)) for path, one in modules.items()}
+    tensors = lora_tensors(modules)
+    saved: dict[str, list[str]] = {}
     if own is not None and server == "peft":
-        for key in architecture.skeleton.state_dict():
+        saved = saved_modules(architecture, own.tensors)
+        for key in (key for keys in saved.values() for key in keys):
             if (name := architecture.of_module(key)) in own.tensors:
-                tensors[f"base_model.model.{key}"] = own.tensors[name]
-                saved.add(key.rpartition(".")[0])
+                tensors[f"{PREFIX}{key}"] = own.tensors[name]
     tensors = {n: t.contiguous() for n, t in tensors.items()}
-    config = _config(architecture, carried, sorted(saved), base or str(twin.side_files or ""))
+    config = adapter_config(architecture, modules, list(saved), base or str(twin.side_files or ""))
     with OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values())) as folder:
-        specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-        write_checkpoint(folder, {"adapter_model.safetensors": specs}, ((n, tensors[n]) for n in specs))
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        left = _left_out(twin, used, low, {name for name, _, _ in carried.values()})
+        write_adapter(folder, tensors, config)
+        left = _left_out(twin, used, low, {one.name for one in modules.values()})
         _write_about(folder, twin, {"mixture": used, "left_out": left}, _card(used, base, left))
     return Exported(Path(out), rank, left)
 
@@ -181,60 +179,9 @@ def _joined(twin: Twin, used: Mapping[str, float], name: str) -> Factors:
     return Factors(torch.cat([w * f.b for w, f in parts], 1), torch.cat([f.a for _, f in parts]))
 
 
-def _modules(
-    architecture: Architecture, low: Mapping[str, Factors], server: Server
-) -> Iterator[tuple[str, tuple[str, nn.Module, Factors]]]:
-    """Module path -> (parameter, module, its factors), for every module that an adapter may change."""
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
-    if server == "peft":
-        kinds += (nn.Embedding, nn.Conv2d)
-    for path, module in architecture.skeleton.named_modules():
-        name = architecture.of_module(f"{path}.weight")
-        name = architecture.aliases.get(name, name)
-        if name in low and isinstance(module, kinds) and getattr(module, "groups", 1) == 1:
-            yield path, (name, module, low[name])
-
-
 def _padded(f: Factors, rank: int) -> Factors:
     more = rank - f.rank
     return Factors(nn.functional.pad(f.b, (0, more)), nn.functional.pad(f.a, (0, 0, 0, more)))
-
-
-def _lora(path: str, module: nn.Module, f: Factors) -> dict[str, Tensor]:
-    """The two tensors of a module as PEFT names and shapes them."""
-    where = f"base_model.model.{path}"
-    if isinstance(module, nn.Embedding):
-        return {f"{where}.lora_embedding_A": f.b.T, f"{where}.lora_embedding_B": f.a.T}
-    a, b = (f.b.T, f.a.T) if isinstance(module, Conv1D) else (f.a, f.b)  # Conv1D stores (in, out)
-    if isinstance(module, nn.Conv2d):
-        a, b = a.reshape(f.rank, -1, *module.kernel_size), b[..., None, None]
-    return {f"{where}.lora_A.weight": a, f"{where}.lora_B.weight": b}
-
-
-def _config(
-    architecture: Architecture, carried: Mapping[str, tuple[str, nn.Module, Factors]], saved: list[str], base: str
-) -> dict[str, Any]:
-    ranks = {path: f.rank for path, (_, _, f) in carried.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: r for path, r in ranks.items() if r != common}
-    kind = architecture.model_class.__name__
-    return {
-        "peft_type": "LORA",
-        "task_type": next((task for end, task in TASKS.items() if kind.endswith(end)), None),
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": common,
-        "lora_alpha": common,  # a scaling of 1
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": any(isinstance(module, Conv1D) for _, module, _ in carried.values()),
-        "target_modules": sorted(carried),
-        "modules_to_save": saved or None,
-    }
 
 
 def _left_out(twin: Twin, used: Mapping[str, float], low: Mapping[str, Factors], carried: set[str]) -> dict[str, float]:

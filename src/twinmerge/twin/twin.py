@@ -17,6 +17,7 @@ from twinmerge.engine.merge import Merge, heads_of
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, architecture_of, batch_size
+from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.locate import locate
 from twinmerge.tasks.encode import TextEncoder
@@ -145,18 +146,38 @@ class Twin(nn.Module):
         merge = Merge(recipe, progress, architecture=True)
         if len(experts) < 1:
             raise TwinmergeError("A twin needs experts. Name at least one.")
-        state = merge.canonical_state()
         opened = {name: merge.experts[name] for name in experts}
-        names = [n for n in merge.matched.merged if not is_buffer(merge.base, n)]
         linear = linear_coefficients(merge.method, merge.recipe.order, list(experts))
-        exclusive = split(state, opened, names, rank, linear, progress)
-        head_specs = heads_of(merge.experts, merge.matched, list(experts))
         provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": shared}}
-        shared_model = folder_format.shared_in_memory(merge.base, state, f"twin of {', '.join(experts)}")
-        package = Package(shared_model, exclusive, head_specs, None, (), None, provenance)
-        twin = cls(package, merge.base.folder, {"base": merge.base, **opened})
-        if merge.base.folder is not None and not twin._has_tokenizer():
-            twin.side_files = next((m.folder for m in opened.values() if m.folder), merge.base.folder)
+        return cls.around(merge.canonical_state(), merge.base, opened, merge.matched, provenance, rank, linear, progress)
+
+    @classmethod
+    def around(
+        cls,
+        state: Mapping[str, Tensor],
+        base: OpenedModel,
+        experts: Mapping[str, OpenedModel],
+        matched: Matched,
+        provenance: Mapping[str, Any],
+        rank: int | None = DEFAULT_RANK,
+        linear: Sequence[float] | None = None,
+        progress: bool = True,
+    ) -> Twin:
+        """The twin whose shared part is there already, as it is.
+
+        Args:
+            state: canonical name -> θs, all tensors of the shared model; base: what it stands for (names, config, side files);
+            matched: of the experts with it; provenance: what twinmerge.json will say; rank: as in `build`; linear: as in
+            `split`.
+        """
+        names = [n for n in matched.merged if not is_buffer(base, n)]
+        exclusive = split(state, experts, names, rank, linear, progress)
+        head_specs = heads_of(experts, matched, list(experts))
+        shared_model = folder_format.shared_in_memory(base, state, f"twin of {', '.join(experts)}")
+        package = Package(shared_model, exclusive, head_specs, None, (), None, dict(provenance))
+        twin = cls(package, base.folder, {"base": base, **experts})
+        if base.folder is not None and not twin._has_tokenizer():
+            twin.side_files = next((m.folder for m in experts.values() if m.folder), base.folder)
         return twin
 
     @classmethod

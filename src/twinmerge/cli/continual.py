@@ -1,0 +1,217 @@
+"""`twinmerge continual`: experts that come, and go, one by one, and the merged model of now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from twinmerge.cli.common import (
+    Base,
+    Experts,
+    Heads,
+    Json,
+    Parameters,
+    Threads,
+    pairs,
+    print_json,
+    print_table,
+    said,
+    size,
+    values,
+)
+from twinmerge.cli.twin_common import Data, texts_of
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import use_threads
+
+if TYPE_CHECKING:
+    from twinmerge.continual.continual import Continual
+
+State = Annotated[Path, typer.Argument(help="The folder of the state.")]
+Moved = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now, if it moved.")]
+
+
+def init(
+    state: State,
+    base: Base = None,
+    method: Annotated[str, typer.Option("--method", help="One that takes experts one by one; see below.")] = "iso_c",
+    parameter: Parameters = None,
+    head: Heads = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of what is kept: float64, or float32 for half the bytes.")
+    ] = "float64",
+    json: Json = False,
+) -> None:
+    """Make a state without experts.
+
+    Methods whose state is a sum give what merging all experts at once would, and experts can be taken out again: iso_c, wudi,
+    task_arithmetic, average. In these the order matters: opcm, null_space, continual_ties. magmax keeps the largest entries.
+
+    twinmerge continual init STATE --base B --method wudi
+    """
+    from twinmerge.continual.continual import Continual
+
+    if base is None:
+        raise TwinmergeError("No base is named. Add --base MODEL, the model that all experts are tuned from.")
+    chosen = values(parameter, "-p")
+    made = Continual.init(state, base, method, heads=tuple(head or ()), dtype=dtype, **chosen)
+    if json:
+        print_json(made.status())
+    else:
+        said(f"A state for {method} -> {state}. Add experts with: twinmerge continual add {state} NAME=MODEL")
+
+
+def add(
+    state: State,
+    expert: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="Experts, in their order.")],
+    base: Moved = None,
+    twin: Annotated[Path | None, typer.Option("--twin", help="A twin folder that takes the expert in too.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder of the new twin.")] = None,
+    data: Data = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its part of the twin.")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Take experts in; killed at any time, the old state is whole.
+
+    twinmerge continual add STATE math=MODEL
+
+    twinmerge continual add STATE math=MODEL --twin TWIN --data math=math.jsonl -o NEWTWIN
+    """
+    from twinmerge.continual.continual import Continual
+
+    use_threads(threads)
+    named = pairs(expert, "NAME=MODEL")
+    opened = Continual(state, base)
+    if twin is None:
+        if output is not None or data:
+            raise TwinmergeError("-o and --data are of a twin. Add --twin, or leave them out.")
+        for name, model in named.items():
+            opened.add(name, model)
+    else:
+        from twinmerge.continual.twins import add_to_both
+
+        if output is None or len(named) != 1:
+            raise TwinmergeError(
+                "A twin takes one expert at a time into a new folder. Name one expert, and the folder with -o."
+            )
+        (name, model), inputs = next(iter(named.items())), texts_of(data)
+        if unknown := set(inputs) - {name}:
+            raise TwinmergeError(f"--data names {unknown.pop()!r}, and {name!r} is added. Give the texts of {name!r}.")
+        add_to_both(opened, twin, output, name, model, inputs.get(name), rank)
+    if json:
+        print_json(opened.status())
+    else:
+        said(f"{_told(opened)}{'' if output is None else f', and the twin {output}'}")
+
+
+def remove(
+    state: State,
+    name: Annotated[str, typer.Argument(help="The expert that leaves.")],
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="MODEL", help="Where it is now, if it moved.")
+    ] = None,
+    base: Moved = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Take an expert out again, as if it had never been there; for methods whose state is a sum.
+
+    twinmerge continual remove STATE math
+    """
+    from twinmerge.continual.continual import Continual
+
+    use_threads(threads)
+    opened = Continual(state, base)
+    opened.remove(name, expert)
+    if json:
+        print_json(opened.status())
+    else:
+        said(_told(opened))
+
+
+def materialise(
+    state: State,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the output: float32, bfloat16, float16.")] = None,
+    base: Moved = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Write the merged model of now, which stock transformers loads; the heads of all experts go with it.
+
+    twinmerge continual materialise STATE -o MERGED
+    """
+    from twinmerge.continual.continual import Continual
+
+    use_threads(threads)
+    opened = Continual(state, base)
+    opened.materialise(output, dtype)
+    if json:
+        print_json({**opened.status(), "output": str(output)})
+    else:
+        said(f"{_told(opened)} -> {output}")
+
+
+def status(state: State, json: Json = False) -> None:
+    """The experts in a state, what it keeps, and how large it is.
+
+    twinmerge continual status STATE
+    """
+    from twinmerge.continual.continual import Continual
+
+    found = Continual(state).status()
+    if json:
+        print_json(found)
+        return
+    print_table(
+        f"{state}: {found['method']}, {size(found['state_bytes'])}",
+        ["expert", "‖τ‖", "model"],
+        map(_row, found["experts"]),
+    )
+    said(
+        f"Base {found['base']}; heads {size(found['heads_bytes'])}; experts can{'' if found['removable'] else 'not'} be removed"
+        + (f"; removed so far: {', '.join(found['removed'])}" if found["removed"] else "")
+    )
+
+
+def twin(
+    state: State,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of every exclusive matrix.")] = 8,
+    data: Data = None,
+    expert: Experts = None,
+    base: Moved = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Build a twin around the merged model of now; reads every expert.
+
+    twinmerge continual twin STATE --data math=math.jsonl --data code=code.jsonl -o TWIN
+    """
+    from twinmerge.continual.continual import Continual
+    from twinmerge.continual.twins import twin_of
+    from twinmerge.store.output import OutputFolder
+
+    use_threads(threads)
+    OutputFolder(output).check()
+    inputs = texts_of(data)
+    opened = Continual(state, base)
+    built = twin_of(opened, rank, experts=pairs(expert, "--expert"))
+    if inputs:
+        built.fit_router(inputs)
+    built.save_pretrained(output)
+    if json:
+        print_json({**opened.status(), "output": str(output)})
+    else:
+        said(f"A twin of {', '.join(built.experts)} around the state's merged model -> {output}")
+
+
+def _told(continual: Continual) -> str:
+    found = continual.status()
+    return f"{found['method']} of {len(found['experts'])} experts ({', '.join(e['name'] for e in found['experts']) or 'none'}), {size(found['state_bytes'])}"
+
+
+def _row(expert: dict[str, Any]) -> tuple[str, str, str]:
+    return expert["name"], f"{expert['norm']:.4g}", str(expert["model"])

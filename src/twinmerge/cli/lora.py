@@ -1,0 +1,148 @@
+"""`twinmerge lora`: adapters merged into one adapter, and an adapter out of a fully tuned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinmerge.cli.common import (
+    Base,
+    Experts,
+    Json,
+    Parameters,
+    Threads,
+    folder_bytes,
+    numbers,
+    pairs,
+    print_json,
+    print_table,
+    said,
+    size,
+    values,
+)
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.threads import use_threads
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="The adapter's folder to write.")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="At most so many directions per matrix.")]
+Energy = Annotated[
+    float | None, typer.Option("--energy", help="The fewest directions with this share of the squared norm: 0.99.")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the output: float32 (the default), bfloat16, float16.")]
+
+
+def merge(
+    output: Output,
+    base: Base = None,
+    expert: Experts = None,
+    weight: Annotated[
+        list[str] | None, typer.Option("--weight", metavar="NAME=NUMBER", help="An expert's weight.")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", help="λ; 1 for task_arithmetic, else the method's own.")
+    ] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    method: Annotated[
+        str, typer.Option("--method", help="task_arithmetic, or one on singular values, such as tsv.")
+    ] = "task_arithmetic",
+    parameter: Parameters = None,
+    dtype: Dtype = None,
+    drop_heads: Annotated[
+        bool, typer.Option("--drop-heads", help="Leave out what adapters trained in full, such as heads.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Merge and tell the ranks, write nothing.")] = False,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Merge LoRA adapters of one base into one adapter: the exact weighted sum, of any ranks, in its fewest directions.
+
+    twinmerge lora merge --base B --expert a=ADAPTER --expert b=ADAPTER2 [--weight a=0.7] [--rank 16] -o OUT
+
+    twinmerge lora merge --method tsv --base B --expert a=ADAPTER --expert b=ADAPTER2 -o OUT
+    """
+    use_threads(threads)
+    if base is None:
+        raise TwinmergeError("No base is named. Add --base MODEL, the model that the adapters belong to.")
+    from twinmerge.engine.lora import merge_lora
+    from twinmerge.store.output import OutputFolder
+
+    OutputFolder(output).check()
+    found = merge_lora(
+        base,
+        pairs(expert, "--expert"),
+        None if dry_run else output,
+        weights=numbers(weight, "--weight"),
+        scale=scale,
+        rank=rank,
+        energy=energy,
+        method=method,
+        parameters=values(parameter, "-p"),
+        dtype=dtype,
+        drop_heads=drop_heads,
+    )
+    ranks = found.ranks
+    if json:
+        told = {"output": None if dry_run else str(output), **found._asdict()}
+        told.pop("folder")
+        print_json(told)
+    elif dry_run:
+        lines = [(name, str(r), f"{100 * found.energy[name]:.4g} %") for name, r in ranks.items()]
+        print_table("Nothing is written (--dry-run)", ["matrix", "rank", "of its squared norm"], lines)
+    else:
+        said(f"Merged {len(ranks)} matrices, {_span(list(ranks.values()))}, {size(folder_bytes(output))} -> {output}")
+
+
+def extract(
+    model: Annotated[str, typer.Argument(help="The tuned model: a path or a hub id.")],
+    output: Output,
+    base: Base = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", min=1, help="With --energy: at most so many directions all the same.")
+    ] = None,
+    dtype: Dtype = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Full decompositions, no sketches.")] = False,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Write what a fully tuned model changed in its base as a LoRA adapter, and tell what no adapter can carry.
+
+    twinmerge lora extract MODEL --base B --rank 16 -o OUT
+
+    twinmerge lora extract MODEL --base B --energy 0.9 --max-rank 64 -o OUT
+    """
+    use_threads(threads)
+    if base is None:
+        raise TwinmergeError("No base is named. Add --base MODEL, the model that was tuned.")
+    from twinmerge.engine.lora_extract import extract_lora
+
+    found = extract_lora(model, base, output, rank=rank, energy=energy, max_rank=max_rank, dtype=dtype, exact=exact)
+    if json:
+        told = {"output": str(output), "bytes": folder_bytes(output), **found._asdict()}
+        told.pop("folder")
+        print_json(told)
+        return
+    least = min(found.energy, key=found.energy.__getitem__)
+    said(
+        f"Extracted {len(found.ranks)} matrices, {_span(list(found.ranks.values()))}, {size(folder_bytes(output))} -> {output}"
+    )
+    said(f"Least kept: {100 * found.energy[least]:.4g} % of the squared norm of {least}.")
+    if found.saved:
+        said(f"In full: {', '.join(found.saved)}.")
+    if found.left_out:
+        lines = [(name, f"{100 * share:.3g} %") for name, share in found.left_out.items()]
+        print_table("No adapter can carry these; they stay the base's", ["parameter", "of all changes"], lines)
+
+
+def _span(ranks: list[int]) -> str:
+    """
+    Example:
+        >>> _span([2, 5]), _span([4])
+        ('ranks 2 to 5', 'rank 4')
+    """
+    low, high = min(ranks), max(ranks)
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"

@@ -1,0 +1,93 @@
+"""A twin over time: the state's merged model as its shared part, and experts that arrive in both."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twinmerge.continual.continual import Continual
+from twinmerge.engine.recipe import Recipe
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.matching import match
+from twinmerge.models.opened import ModelLike, open_model
+from twinmerge.store.output import OutputFolder
+from twinmerge.twin.reading import Given
+from twinmerge.twin.twin import DEFAULT_RANK, Twin
+
+
+def twin_of(
+    continual: Continual,
+    rank: int | None = DEFAULT_RANK,
+    *,
+    experts: Mapping[str, ModelLike] | None = None,
+    progress: bool = True,
+) -> Twin:
+    """A twin around the merged model of now: θ*(x) = θs + Σt wt(x) vt with θs of the state and vt = θt − θs.
+
+    Args:
+        rank: of each exclusive matrix; None keeps everything.
+        experts: where models lie that are no longer where they were when they were added; all of them are read.
+
+    Errors:
+        TwinmergeError: no expert yet, or one that is not there any more or is another model (named).
+    """
+    about = continual.about
+    opened = {}
+    for entry in about.experts:
+        model = (experts or {}).get(entry.name, entry.model)
+        try:
+            opened[entry.name] = open_model(model, None if isinstance(model, str | Path) else entry.name)
+        except TwinmergeError as error:
+            raise TwinmergeError(
+                f"A twin needs every expert itself, and {entry.name!r} cannot be read: {error} Say where it is with --expert {entry.name}=MODEL."
+            ) from error
+        if opened[entry.name].fingerprint() != entry.fingerprint:
+            raise TwinmergeError(
+                f"{opened[entry.name].name} is not the model that was added as {entry.name!r}. Say where that one is with --expert."
+            )
+    base = continual.base
+    state = continual.canonical_state()
+    matched = match(base, opened, about.heads)
+    parameters = {k: v for k, v in about.parameters.items() if k != "weights"}
+    recipe = Recipe(
+        about.method, about.base_model, {n: m.name for n, m in opened.items()}, parameters, heads=about.heads
+    )
+    told: dict[str, Any] = {
+        "recipe": recipe.describe(),
+        "parameters": about.parameters,
+        "twin": {"rank": rank, "shared": about.method},
+    }
+    return Twin.around(state, base, opened, matched, told, rank, None, progress)
+
+
+def add_to_both(
+    continual: Continual,
+    twin: str | Path,
+    out: str | Path,
+    name: str,
+    model: ModelLike,
+    inputs: Given | None = None,
+    rank: int | None = None,
+) -> Twin:
+    """One more expert in the state and in a twin, or in neither.
+
+    The twin's shared part stays as it is, so that what its other experts answer stays too; the new one's part is what it knows
+    beyond that. `twin_of` makes a twin around the state's model of now, which needs all experts.
+
+    Args:
+        twin: a twin folder whose shared part came from the state; out: the folder of the new twin; inputs, rank: as in `Twin.add`.
+
+    Errors:
+        TwinmergeError: as `Continual.add` and `Twin.add`.
+    """
+    OutputFolder(out).check()
+    larger = Twin.from_pretrained(twin).add(name, model, inputs, rank=rank, progress=continual.progress)
+    larger.save_pretrained(out)
+    try:
+        continual.add(name, model)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return larger

@@ -1,0 +1,199 @@
+"""LiNeS: the merged change of every block of the model, scaled by its depth; on top of any method.
+
+Block l of a stack of L is scaled by a + b·l/(L−1), tensors outside blocks by a. A method whose last step is its `scale` is
+given another one for each tensor, which costs nothing; of any other θ0 + c·(θ − θ0) is taken after it.
+
+Source: Wang et al. 2025, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", ICLR,
+arXiv 2410.17146.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.maths.sums import block_sums, total
+from twinmerge.methods.base import Known, Method, Partial, Pass, Tile, moved, weighted_sum
+from twinmerge.methods.fold import Fold
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "lines"  # in recipes, in what is known of a run, and before the dot of a parameter
+KEYS = ("a", "b")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """a: the coefficient of the first block and of tensors outside blocks, None to take it from the sizes of the changes
+    (see `Automatic`); b: what is added to it up to the last block."""
+
+    a: float | None
+    b: float
+
+    @classmethod
+    def of(cls, raw: object) -> Lines:
+        """Out of plain data.
+
+        Errors:
+            TwinmergeError: no mapping, an unknown key (with the nearest right one), no b, a value that is no finite number.
+
+        Example:
+            >>> Lines.of({"b": 0.5}), Lines.of({"a": 0.125, "b": 0.5})
+            (Lines(a=None, b=0.5), Lines(a=0.125, b=0.5))
+        """
+        if not isinstance(raw, Mapping):
+            raise TwinmergeError(f"{KEY} is {raw!r}, which has no a and b. Write {KEY}: {{a: 0.125, b: 0.5}}.")
+        for key in raw:
+            if key not in KEYS:
+                raise TwinmergeError(f"{KEY} has no key {key!r}.{nearest(str(key), KEYS)} It has: {', '.join(KEYS)}.")
+        if raw.get("b") is None:
+            raise TwinmergeError(f"{KEY} has no b, the coefficient that depth adds. Add one, such as b: 0.5.")
+        a = raw.get("a")
+        return cls(None if a is None or a == AUTO else _finite("a", a), _finite("b", raw["b"]))
+
+    def describe(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {"a": AUTO if self.a is None else self.a, "b": self.b}
+
+
+def _finite(key: str, value: object) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        instead = f", or {key}: {AUTO}" if key == "a" else ""
+        raise TwinmergeError(f"{KEY}: {key} is {value!r}, which is no finite number. Write {key}: 0.5{instead}.")
+    return number
+
+
+# ------------------------------------------------------------------------------------------- depth
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """The first number in a dotted name, and the path before it; None where there is none.
+
+    Example:
+        >>> block_of("blocks.5.mlp.0.weight"), block_of("norm.weight")
+        (('blocks', 5), None)
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if at is None else (".".join(parts[:at]), int(parts[at]))
+
+
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """Path -> L of every stack of blocks among the tensors of a model; an encoder and a decoder have one each.
+
+    The members of a stack are modules with modules in them, and have some tensor in common. Linear layers in a row, as in
+    heads, are none, nor is a single block, which is first and last.
+
+    Example:
+        >>> names = [f"layers.{i}.{n}.weight" for i in range(3) for n in ("norm", "mlp.0")]
+        >>> stacks([*names, "classifier.0.weight", "classifier.2.weight"])
+        {'layers': 3}
+    """
+    inside: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        if (found := block_of(name)) is not None:
+            path, block = found
+            below = name.split(".")[len(path.split(".")) + 1 if path else 1 :]
+            inside.setdefault(path, {}).setdefault(block, set()).add(".".join(below))
+    return {
+        path: max(blocks) + 1
+        for path, blocks in inside.items()
+        if len(blocks) > 1 and any("." in common for common in set.intersection(*blocks.values()))
+    }
+
+
+def coefficient(name: str, depths: Mapping[str, int], a: float, b: float) -> float:
+    """What the merged change of a tensor is multiplied with.
+
+    Args:
+        name: canonical; depths: as `stacks` gives them.
+
+    Example:
+        >>> round(coefficient("blocks.5.norm.weight", {"blocks": 12}, 0.125, 0.5), 4)
+        0.3523
+    """
+    found = block_of(name)
+    if found is None or found[0] not in depths:
+        return a
+    return a + b * found[1] / (depths[found[0]] - 1)
+
+
+# ---------------------------------------------------------------------------------------- one merge
+
+
+class Depths(NamedTuple):
+    """What is known once a is: a, b, and tensor of the output -> its coefficient."""
+
+    a: float
+    b: float
+    coefficients: dict[str, float]
+
+    @classmethod
+    def of(cls, a: float, b: float, names: Mapping[str, str], depths: Mapping[str, int]) -> Depths:
+        """Args: names: canonical -> name in the output; depths: as `stacks` gives them."""
+        return cls(a, b, {out: coefficient(name, depths, a, b) for name, out in names.items()})
+
+
+class Automatic(Pass):
+    """a = ‖Σt τt‖₁ / (T ‖θ − θ0‖₁) with θ as the method alone merges: 1/T for task arithmetic at scale 1.
+
+    In float64 over fixed blocks. Where the method changes nothing there is nothing to scale, and a = 0.
+    """
+
+    name = KEY
+    scope = "model"
+
+    def __init__(self, method: Method, b: float, names: Mapping[str, str], depths: Mapping[str, int]) -> None:
+        self.method, self.b, self.names, self.depths = method, b, names, depths
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        base = tile.require_base()
+        x = tile.x if self.method.space == "deltas" else tile.x - base
+        together = weighted_sum(1.0, x, base.double().dtype)
+        merged = self.method.apply(tile, known).double() - base.double()
+        key = f"{tile.at.name}\0{tile.at.offset}"
+        return {key: [len(x), *(block_sums(part.abs().flatten()).tolist() for part in (together, merged))]}
+
+    def finish(self, total_: Partial, known: Known) -> object:
+        experts = next((part[0] for part in total_.values()), 1)
+        together, merged = (total(*(part[i] for part in total_.values())) for i in (1, 2))
+        if not (math.isfinite(together) and math.isfinite(merged)):
+            raise TwinmergeError(
+                f"The merged change is NaN or infinite, so {KEY} cannot take its a from it. Lower the method's scale."
+            )
+        return Depths.of(together / (experts * merged) if merged else 0.0, self.b, self.names, self.depths)
+
+
+class Scaled(Method):
+    """θ0 + c·(θ − θ0), θ being what another method merges."""
+
+    method: Method
+    by: float
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        merged = self.method.apply(tile, known)
+        if self.by == 1:
+            return merged
+        return moved(tile, merged.double() - tile.require_base().double(), self.by)
+
+
+def at_depth(method: Method, known: Known, name: str) -> Method:
+    """What merges the tensor `name` of the output: the method itself where LiNeS is not asked for."""
+    if KEY not in known:
+        return method
+    by = known[KEY].coefficients[name]
+    scale = getattr(method, "scale", None)
+    # what a fold has scaled goes into what it does with the next expert, unless it only adds up
+    last = not isinstance(method, Fold) or method.keeps_sums
+    if method.space == "deltas" and isinstance(scale, float) and last:
+        return method.model_copy(update={"scale": scale * by})
+    return Scaled(method=method, by=by)
