@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from text_suite import default_base
 
+from twinmerge.engine.lines import Lines
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.study.evaluate import evaluate
@@ -39,6 +40,7 @@ TEST_ROWS = 500  # per task, of the smaller merges; all of the largest one
 MEASURED_ROWS = 1000  # per expert
 COUNTS = (2, 4, 6, 8)
 MASKS = {"tall_masks (sum)": ("tall_masks", "sum"), "tall_masks (ties)": ("tall_masks", "ties"), "emr": ("emr", None)}
+SPECTRAL = ("iso_c", "iso_cts", "wudi", "svc", "knots", "magmax", "opcm", "null_space")
 DATA = {
     "fisher": f"{MEASURED_ROWS} texts per expert, {VALIDATION_ROWS} labelled rows",
     "regmean": f"{MEASURED_ROWS} texts per expert, {VALIDATION_ROWS} labelled rows",
@@ -77,9 +79,36 @@ def candidates(method: str, experts: list[str]) -> list[dict[str, Any]]:
             return list(grid(density=[0.5, 0.7, 0.9], scale=means))
         case "tsv":
             return list(grid(scale=[0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8]))
+        case "iso_c" | "wudi" | "iso_cts":
+            return list(grid(scale=[0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8]))
+        case "svc":
+            return list(grid(calibration=[0.05, 0.1, 0.3], scale=[0.8, 1.2, 1.6, 2.0]))
+        case "knots":
+            return list(grid(density=[0.1, 0.2, 0.4], scale=means))
+        case "magmax":
+            return list(grid(scale=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6]))
+        case "opcm":
+            return list(grid(form=["fixed", "released", "paper"], alpha=[0.2, 0.4, 0.5, 0.6]))
+        case "null_space":
+            return list(grid(rank=[32, 128], scale=[0.4, 0.6, 0.7, 0.85, 1.0, 1.3]))
         case "regmean":
             return list(grid(alpha=[0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0]))
     raise AssertionError(method)
+
+
+def calibrated_candidates(method: str) -> list[dict[str, Any]]:
+    scales = {"tsv": [0.7, 1.0, 1.3, 1.6], "iso_c": [0.7, 1.0, 1.3, 1.6]}
+    return list(grid(calibration=[0.05, 0.1, 0.3], scale=scales[method]))
+
+
+def lines_candidates(method: str) -> list[dict[str, Any]]:
+    """LiNeS: a for the lowest block, a + b for the highest, times a scale of 1."""
+    low, rise = (
+        ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4])
+        if method == "task_arithmetic"
+        else ([0.4, 0.7, 1.0], [0.2, 0.5, 0.8, 1.1])
+    )
+    return [{"scale": 1.0, "lines.a": a, "lines.b": b} for a in low for b in rise]
 
 
 def consensus_candidates(vector: str, experts: list[str], thresholds: dict[str, float]) -> list[dict[str, Any]]:
@@ -119,8 +148,16 @@ class Comparison:
         return Evaluation.of(found, "task given")
 
     def run(self) -> None:
+        for method in SPECTRAL if self.options.spectral else ():
+            self.static(method, lambda m=method: candidates(m, self.names))
+        for method in ("tsv", "iso_c") if self.options.spectral else ():
+            self.static(f"{method} + calibration", lambda m=method: calibrated_candidates(m))
+        for method in ("task_arithmetic", "tsv", "iso_c", "wudi") if self.options.spectral else ():
+            self.static(f"{method} + LiNeS", lambda m=method: lines_candidates(m))
         for method in ("average", "task_arithmetic", "ties", "dare", "dare_ties", "tsv"):
             self.static(method, lambda m=method: candidates(m, self.names))
+        if self.options.spectral == "only":
+            return
         for label, (method, vector) in MASKS.items():
             self.masked(label, method, vector)
         for vector in ("sum", "ties"):
@@ -140,7 +177,10 @@ class Comparison:
         if label in self.rows:
             return
         method = label.partition(" ")[0]
-        merge = Merge(self.recipe(method), progress=False, architecture=True)
+        recipe = self.recipe(method)
+        if "LiNeS" in label:
+            recipe = replace(recipe, lines=Lines(b=0.0))
+        merge = Merge(recipe, progress=False, architecture=True)
         found = search(
             merge,
             self.suite,
@@ -255,6 +295,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base")
     parser.add_argument("--counts", default="8,6,4,2")
+    parser.add_argument(
+        "--spectral",
+        choices=["too", "only"],
+        help="methods on singular values, LiNeS and MagMax; alone: without masks and statistics",
+    )
     parser.add_argument("--tasks", default="sst2,cr,mpqa,trec,agnews,emotion,sick,banking77")
     options = parser.parse_args()
     options.tasks = options.tasks.split(",")

@@ -27,7 +27,20 @@ COLOURS = {
     "tall_masks (sum)": "#264653",
     "tall_masks (ties)": "#588157",
     "emr": "#bc6c25",
+    "iso_c": "#0077b6",
+    "iso_cts": "#48cae4",
+    "wudi": "#03045e",
+    "svc": "#80ed99",
+    "knots": "#6d597a",
+    "magmax": "#adb5bd",
+    "opcm": "#b08968",
+    "null_space": "#ddb892",
 }
+
+
+def colour_of(label: str) -> str | None:
+    """A plug-in has the colour of its method."""
+    return COLOURS.get(label) or COLOURS.get(label.partition(" ")[0])
 
 
 def report(out: Path, rows: Rows, data: dict[str, str]) -> None:
@@ -41,7 +54,8 @@ def report(out: Path, rows: Rows, data: dict[str, str]) -> None:
         for label, row in most.items()
         if label.startswith("tall_masks")
     }
-    draw_shares(marks, f"Weights of {max(rows)} experts by how many tasks need them", out / "mask-shares.png")
+    if marks:
+        draw_shares(marks, f"Weights of {max(rows)} experts by how many tasks need them", out / "mask-shares.png")
     print((out / "table.md").read_text(encoding="utf-8"))
 
 
@@ -59,7 +73,7 @@ def _paired(rows: dict[str, Any], label: str, other: str, experts: dict[str, Any
 
 
 def _shown(parameters: dict[str, Any], thresholds: bool) -> str:
-    plain = {k: v for k, v in parameters.items() if "." not in k and k != "vector"}
+    plain = {k: v for k, v in parameters.items() if ("." not in k or k.startswith("lines.")) and k != "vector"}
     words = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in plain.items()]
     weights = [v for k, v in parameters.items() if k.endswith(".weights")]
     if weights:
@@ -111,7 +125,7 @@ def pictures(rows: Rows, out: Path) -> None:
         at = [count for count in counts if label in rows[count]]
         y = [rows[count][label]["normalised"] for count in at]
         style = "--" if label.startswith(MASKED) else "-"
-        left.plot(at, y, style, marker="o", ms=4, color=COLOURS.get(label), label=label)
+        left.plot(at, y, style, marker="o", ms=4, color=colour_of(label), label=label)
     left.set_xticks(counts)
     left.set_xlabel("experts merged")
     left.set_ylabel("per cent of the experts")
@@ -122,7 +136,7 @@ def pictures(rows: Rows, out: Path) -> None:
     for i, (label, row) in enumerate(ordered):
         low, high = row["interval"]
         value = row["normalised"]
-        right.barh(i, value, color=COLOURS.get(label), xerr=[[value - low], [high - value]])
+        right.barh(i, value, color=colour_of(label), xerr=[[value - low], [high - value]])
         right.text(min(value, 100) / 2, i, f"{value:.1f}", va="center", ha="center", color="white", fontsize=8)
     right.set_yticks(range(len(ordered)), [label for label, _ in ordered], fontsize=8)
     right.axvline(100, color="black", lw=0.8)

@@ -23,6 +23,7 @@ COMMANDS = ["", "merge", "check", "verify", "twin", *(f"twin {word}" for word in
 COMMANDS += ["search", "compress", "extract", "evaluate", "diff", "methods", "demo"]
 COMMANDS += ["measure", *(f"measure {word}" for word in MEASURE)]
 COMMANDS += ["lora", "lora merge", "lora extract"]
+COMMANDS += ["continual", *(f"continual {word}" for word in ("init", "add", "remove", "materialise", "status", "twin"))]
 
 
 def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -242,6 +242,7 @@ class Continual:
     def settled(self) -> Iterator[tuple[Range, Tensor]]:
         """The merged model piece by piece, in order: range and its values in float64, flat; tensors of the base alone are not in it."""
         with StateFile(self.folder) as state:
+            self.about = state.about  # another process may have changed it
             if not state.about.experts:
                 raise TwinmergeError(
                     f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`."
