@@ -28,7 +28,7 @@ from twinmerge.tasks.suite import open_suite
 
 CHOOSING_ORDER = 1000  # seed of the order that parameters are chosen in
 VALIDATION_ROWS = 100  # per task
-SCALES = [0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.8]
+SCALES = [0.6, 0.8, 1.0, 1.15, 1.3, 1.45, 1.6, 1.8]
 METHODS: dict[str, tuple[str, dict[str, list[Any]]]] = {  # label -> method, grid of at most eight points
     "running mean": ("average", {}),
     "continual TA, λ 0.3": ("task_arithmetic", {"scale": [0.3]}),
@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[str, dict[str, list[Any]]]] = {  # label -> method, gri
     "OPCM paper": ("opcm", {"form": ["paper"], "alpha": [0.5]}),
     "null space": ("null_space", {"rank": [128], "scale": SCALES}),
     "Iso-C": ("iso_c", {"scale": SCALES}),
-    "WUDI": ("wudi", {"scale": SCALES}),
+    "WUDI": ("wudi", {"ridge": [1e-2, 1e-1], "scale": [0.85, 1.0, 1.15, 1.3]}),
 }
 
 
@@ -89,20 +89,18 @@ class Study:
 
     def chosen(self, method: str, grid: dict[str, list[Any]]) -> dict[str, Any]:
         """The best point of the grid on validation rows, after the last arrival."""
-        fixed = {k: v[0] for k, v in grid.items() if len(v) == 1}
-        free = [(k, v) for k, v in grid.items() if len(v) > 1]
-        if not free:
-            return fixed
-        ((name, values),) = free
-        state = self.made(method, fixed)
+        points = list(candidates(**grid))
+        if len(points) == 1:
+            return points[0]
+        state = self.made(method, points[0])
         for task in order_of(self.options.tasks, CHOOSING_ORDER):
             state.add(task, str(self.options.experts / task))
-        scored = {}
-        for value in values:  # what is kept does not depend on the scale
-            state.method = state.method.model_copy(update={name: value})
-            scored[value] = self.mean(state, self.options.tasks, "validation", VALIDATION_ROWS)
-            print(f"  {method} {name}={value}: {scored[value]:.2f}", flush=True)
-        return {**fixed, name: max(scored, key=lambda v: scored[v])}
+        scored = []
+        for point in points:  # what is kept does not depend on scale and ridge
+            state.method = state.method.model_copy(update=point)
+            scored.append(self.mean(state, self.options.tasks, "validation", VALIDATION_ROWS))
+            print(f"  {method} {point}: {scored[-1]:.2f}", flush=True)
+        return points[scored.index(max(scored))]
 
     def mean(self, state: Continual, tasks: list[str], split: str, rows: int) -> float:
         scores = self.scores(state, tasks, split, rows)

@@ -79,8 +79,10 @@ def candidates(method: str, experts: list[str]) -> list[dict[str, Any]]:
             return list(grid(density=[0.5, 0.7, 0.9], scale=means))
         case "tsv":
             return list(grid(scale=[0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8]))
-        case "iso_c" | "wudi" | "iso_cts":
-            return list(grid(scale=[0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8]))
+        case "wudi":
+            return list(grid(ridge=[1e-4, 1e-2, 1e-1], scale=[0.8, 1.0, 1.2, 1.5]))
+        case "iso_c" | "iso_cts":
+            return list(grid(scale=[0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.1]))
         case "svc":
             return list(grid(calibration=[0.05, 0.1, 0.3], scale=[0.8, 1.2, 1.6, 2.0]))
         case "knots":

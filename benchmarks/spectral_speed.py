@@ -31,6 +31,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ from twinmerge.maths import gram_svd as by_gram
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.threads import use_threads
 from twinmerge.methods import wudi as wudi_rule
-from twinmerge.methods.base import Place, Tile
+from twinmerge.methods.base import Method, Place, Tile
 from twinmerge.methods.opcm import Opcm
 from twinmerge.methods.registry import make_method
-from twinmerge.methods.spectral import Spectral, short_side
+from twinmerge.methods.spectral import Spectral
 from twinmerge.models.opened import open_model
 
 SECTIONS = ("factorise", "core", "state")
@@ -381,50 +382,48 @@ def factorise_table(found: dict[str, Any], args: argparse.Namespace) -> str:
 # ------------------------------------------------------------------------------------------------ core
 
 
+def dense(method: Method, deltas: Tensor, at: Place) -> Tensor:
+    """The change, by the rule on the whole matrices."""
+    if isinstance(method, Opcm):
+        return method.fold(Tile(deltas, torch.zeros(at.shape), at))["accumulated"]
+    assert isinstance(method, Spectral)
+    return method.calibrated(method.combine(deltas, at), deltas, at) * method.scale
+
+
+def in_core(method: Method, parts: Sequence[Factors], at: Place) -> Factors | Tensor:
+    """The change, by the rule in the core space; dense for OPCM, whose state is."""
+    if isinstance(method, Opcm):
+        return method.fold(Tile(torch.empty(0), torch.zeros(at.shape), at, factors=parts))["accumulated"]
+    assert isinstance(method, Spectral)
+    return method.merge_factors(parts, at)
+
+
 def core(args: argparse.Namespace, report: dict[str, Any]) -> None:
     """Low-rank experts in their core space, and dense."""
     torch.set_num_threads(args.threads)
-    rng = torch.Generator().manual_seed(0)
-    scale = 1 / math.sqrt(SIDE)
-    parts = [
-        Factors(
-            scale * torch.randn(args.side, RANK, generator=rng), scale * torch.randn(RANK, args.side, generator=rng)
-        )
-        for _ in range(args.lora_experts)
-    ]
+    rng, scale = torch.Generator().manual_seed(0), 1 / math.sqrt(args.side)
+    shapes = (args.side, RANK), (RANK, args.side)
+    parts = [Factors(*(scale * torch.randn(s, generator=rng) for s in shapes)) for _ in range(args.lora_experts)]
     at = Place("w", (args.side, args.side))
     wide = torch.stack([part.b.double() @ part.a.double() for part in parts])
-    narrow, base = wide.float(), torch.zeros(at.shape)
+    narrow = wide.float()
     rows = []
-    for name in ("tsv", "iso_c", "wudi", "svc", "opcm"):
+    for name in args.core_methods.split(","):
         method = make_method(name, [f"e{i}" for i in range(len(parts))], {})
-
-        def by_core() -> Tensor:
-            if isinstance(method, Opcm):
-                return method.fold(Tile(narrow, base, at, factors=parts))["accumulated"]
-            return method.merge_factors(parts, at).dense()
-
-        def factors_alone() -> object:
-            return by_core() if isinstance(method, Opcm) else method.merge_factors(parts, at)
-
-        def dense(deltas: Tensor) -> Tensor:
-            if isinstance(method, Opcm):
-                return method.fold(Tile(deltas, base, at))["accumulated"]
-            assert isinstance(method, Spectral)
-            return method.calibrated(method.combine(deltas, at), deltas, at) * method.scale
-
-        factors_alone()  # loads the libraries
-        exact, wide_s = timed(lambda: dense(wide), 1)
-        _, narrow_s = timed(lambda: dense(narrow), args.repeats)
-        _, core_s = timed(factors_alone, max(5, args.repeats))
-        found, product_s = timed(by_core, max(5, args.repeats))
+        in_core(method, parts, at)  # loads the libraries
+        exact, wide_s = timed(partial(dense, method, wide, at), 1)
+        _, narrow_s = timed(partial(dense, method, narrow, at), args.repeats)
+        found, core_s = timed(partial(in_core, method, parts, at), max(5, args.repeats))
+        product_s = 0.0
+        if isinstance(found, Factors):
+            found, product_s = timed(found.dense, max(5, args.repeats))
         error = float((found.double() - exact).norm() / exact.norm())
         rows.append(
             {
                 "method": name,
                 "error": error,
                 "core_s": core_s,
-                "core_and_product_s": product_s,
+                "core_and_product_s": core_s + product_s,
                 "dense_float64_s": wide_s,
                 "dense_float32_s": narrow_s,
             }
@@ -578,6 +577,7 @@ def main() -> None:
     parser.add_argument("--methods", default="iso_c,tsv,wudi", help="of factorise")
     parser.add_argument("--side", type=int, default=SIDE, help="of core")
     parser.add_argument("--lora-experts", type=int, default=8, help="of core")
+    parser.add_argument("--core-methods", default="tsv,iso_c,wudi,svc,opcm")
     parser.add_argument("--arrivals", type=int, default=ARRIVALS, help="of state")
     parser.add_argument("--state-methods", default=",".join(STATE_METHODS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -587,12 +587,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="all numbers as JSON")
     args = parser.parse_args()
-    args.work = args.work.resolve()
+    args.work = args.work.absolute()
+    args.out = args.out and args.out.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
-    hidden = (str(args.work), "WORK"), (str(args.out), "OUT")
-    told = " ".join(
-        next((name for path, name in hidden if word in (path, Path(path).name)), word) for word in sys.argv[1:]
-    )
+    hidden = {str(args.work): "WORK", str(args.out): "OUT"}
+    told = " ".join(hidden.get(str(Path(word).absolute()) if "/" in word else word, word) for word in sys.argv[1:])
     report: dict[str, Any] = {
         "command": f"python benchmarks/spectral_speed.py {told}",
         "machine": machine(None) | libraries(),

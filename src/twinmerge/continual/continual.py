@@ -107,7 +107,7 @@ class Continual:
         Errors:
             TwinmergeError: a name that is in use, a model of another base or kind, NaN or infinity in it, a state that is damaged.
         """
-        if not EXPERT_NAME.match(name) or name in ("base", "output"):
+        if not EXPERT_NAME.fullmatch(name) or name in ("base", "output"):
             raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
         with alone_in(self.folder), StateFile(self.folder) as state:
             about = state.about
@@ -129,7 +129,11 @@ class Continual:
             about = replace(
                 about, experts=(*about.experts, entry), removed=tuple(n for n in about.removed if n != name)
             )
-            self._change(state, about, expert, names, "absorb")
+            try:
+                self._change(state, about, expert, names, "absorb")
+            except Exception:
+                self._drop_head(name)
+                raise
 
     def remove(self, name: str, model: ModelLike | None = None) -> None:
         """Take an expert out again, which needs the expert itself; killed at any time, the old state is whole.
@@ -162,7 +166,7 @@ class Continual:
             left = tuple(e for e in about.experts if e.name != name)
             about = replace(about, experts=(*left, entry), removed=(*about.removed, name))
             self._change(state, about, expert, names, "release")
-            shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)
+            self._drop_head(name)
 
     def _change(
         self, state: StateFile, about: Description, expert: OpenedModel, names: list[str], change: Change
@@ -361,9 +365,12 @@ class Continual:
         return matched.merged, heads_of(opened, matched, [name]).get(name)
 
     def _keep_head(self, name: str, head: HeadSpec | None) -> None:
-        shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)  # of a run that was killed
+        self._drop_head(name)  # of a run that was killed
         if head is not None:
             save_head(self.folder, name, head, self.fingerprint)
+
+    def _drop_head(self, name: str) -> None:
+        shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)
 
     def _places(self, names: Sequence[str]) -> dict[str, Place]:
         return {name: Place(name, self.base.spec(name).shape) for name in names}

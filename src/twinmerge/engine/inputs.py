@@ -166,10 +166,12 @@ class Inputs:
         if self.base is None or not self.deltas or not any(expert.low_rank(name) for expert in self.experts.values()):
             return None
         found = []
-        for expert in self.experts.values():
+        for label, expert in self.experts.items():
             factors = expert.factors_on(self.base, name)
             if factors is None:
                 return None
+            if not all(bool(side.isfinite().all()) for side in factors):
+                raise TwinmergeError(_not_finite(self.names[name], label))
             found.append(factors)
         return found
 
@@ -212,9 +214,11 @@ class Inputs:
             )
         for expert, values in zip(self.experts, stored.experts, strict=True):
             if not bool(_numbers(values).isfinite().all()):
-                raise TwinmergeError(
-                    f"Tensor {each.name!r} of the expert {expert!r} holds NaN or infinity. Take a sound checkpoint of it, or leave it out."
-                )
+                raise TwinmergeError(_not_finite(each.name, expert))
+
+
+def _not_finite(tensor: str, expert: str) -> str:
+    return f"Tensor {tensor!r} of the expert {expert!r} holds NaN or infinity. Take a sound checkpoint of it, or leave it out."
 
 
 def _numbers(values: Values) -> Tensor:

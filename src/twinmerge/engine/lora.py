@@ -26,7 +26,7 @@ from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
 from twinmerge.models.matching import check_ancestry
-from twinmerge.models.opened import ModelLike, OpenedModel, _adapted, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel, adapted, open_model
 from twinmerge.store.output import OutputFolder
 
 
@@ -181,7 +181,7 @@ def _open(base: ModelLike, origin: OpenedModel, expert: ModelLike, name: str) ->
         elif isinstance(base, (str, os.PathLike)):
             found = open_model(f"{os.fspath(base)}+{ref}")
         else:
-            found = _adapted(open_model(base, origin.name), read_adapter(Path(ref)))
+            found = adapted(open_model(base, origin.name), read_adapter(Path(ref)))
     if not found.factors:
         raise TwinmergeError(
             f"The expert {name!r} has no LoRA factors. Give an adapter, or make one of a full model with `twinmerge lora extract`."
@@ -192,7 +192,7 @@ def _open(base: ModelLike, origin: OpenedModel, expert: ModelLike, name: str) ->
 def _trained_in_full(expert: OpenedModel, base: OpenedModel) -> list[str]:
     """What an adapter holds as whole tensors, but for the copies of the base's embeddings that PEFT saves."""
     found = []
-    for name, tensor in expert._dense.items():
+    for name, tensor in expert.dense.items():
         same = base.has(name) and base.spec(name).shape == tuple(tensor.shape)
         if not (same and torch.equal(tensor.float(), base.read(name).float())):
             found.append(name)

@@ -13,7 +13,7 @@ from twinmerge.methods.base import Place
 from twinmerge.methods.fold import Seen, State, SumFold
 from twinmerge.methods.spectral import Spectral, rest_of
 
-LARGEST_RIDGE = 1e-2
+LARGEST_RIDGE = 1.0
 
 
 class Wudi(Spectral, SumFold):
@@ -25,7 +25,9 @@ class Wudi(Spectral, SumFold):
         M* = (Σt τt Gt) (Σt Gt + ridge · tr(Σt Gt)/n · I)⁻¹,   Gt = τtᵀ τt / ‖τt‖²,
 
     by Cholesky in float64. The ridge is relative, so the result scales with the task vectors. Since Gt has trace 1, experts weigh
-    alike however far they went from the base. `inputs`: which axis of the stored matrix the layer reads, columns for Linear,
+    alike however far they went from the base. Tables of embeddings are looked up and not multiplied with, so they are averaged, as the
+    paper leaves them out (`elementwise` names them). The default ridge is what validation rows of eight text experts preferred to 1e-8
+    … 1e-4 (docs/quality.md); a small one gives the plain minimum. `inputs`: which axis of the stored matrix the layer reads, columns for Linear,
     rows for GPT-2's Conv1D.
 
     Source: Cheng et al. 2025, "Whoever Started the Interference Should End It", ICML, arXiv 2503.08099; the closed form is ours.
@@ -41,7 +43,11 @@ class Wudi(Spectral, SumFold):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Cheng et al. 2025, ICML, arXiv 2503.08099"
 
-    ridge: float = Field(default=1e-6, gt=0, description="pull to the base, as a share of the mean eigenvalue")
+    ridge: float = Field(default=1e-2, gt=0, description="pull to the base, as a share of the mean eigenvalue")
+    elementwise: str = Field(
+        default="*embed* *wte* *wpe*",
+        description="matrices to treat like vectors: name patterns with *, separated by spaces",
+    )
     inputs: Literal["columns", "rows"] = Field(default="columns", description="the axis that the layer reads")
 
     def combine(self, deltas: Tensor, at: Place) -> Tensor:

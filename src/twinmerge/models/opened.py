@@ -82,7 +82,7 @@ class OpenedModel:
     commit: str | None = None
     files: tuple[Path, ...] = ()
     factors: Mapping[str, Factors] = field(default_factory=dict)
-    _dense: Mapping[str, Tensor] = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def config(self) -> PretrainedConfig | None:
@@ -105,7 +105,7 @@ class OpenedModel:
     def read(self, name: str) -> Tensor:
         """The tensor, with the adapter's part added (in float32) where there is one."""
         name = self._own(name)
-        tensor = self._dense[name] if name in self._dense else self.source.read(self.stored[name])
+        tensor = self.dense[name] if name in self.dense else self.source.read(self.stored[name])
         if name in self.factors:
             tensor = tensor.float() + self.factors[name].entries(0, tensor.numel()).reshape(tensor.shape)
         return tensor
@@ -118,8 +118,8 @@ class OpenedModel:
     def read_range(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
         """Fill the bytes of `out` with elements from `start` on of the tensor, flat."""
         name = self._own(name)
-        if name in self._dense:
-            tensor = self._dense[name].reshape(-1)
+        if name in self.dense:
+            tensor = self.dense[name].reshape(-1)
             to = as_tensor(out, tensor.dtype)
             to.copy_(tensor[start : start + len(to)])
         elif name in self.factors:
@@ -148,7 +148,7 @@ class OpenedModel:
         name = self._own(name)
         theirs = base._own(name)
         spec = self.spec(name)
-        if name in self._dense or theirs in base._dense or base.low_rank(name) or spec != base.spec(name):
+        if name in self.dense or theirs in base.dense or base.low_rank(name) or spec != base.spec(name):
             return None
         if not (self.files and self.files[: len(base.files)] == base.files and self.stored[name] == base.stored[theirs]):
             own, other = self.source.read(self.stored[name]), base.source.read(base.stored[theirs])
@@ -162,7 +162,7 @@ class OpenedModel:
     def place(self, name: str) -> tuple[int, int]:
         """Where the tensor lies: file number and offset."""
         name = self._own(name)
-        return (-1, 0) if name in self._dense else self.source.place(self.stored[name])
+        return (-1, 0) if name in self.dense else self.source.place(self.stored[name])
 
     def _own(self, name: str) -> str:
         return self.aliases[name] if name not in self.specs and name in self.aliases else name
@@ -219,7 +219,7 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     from twinmerge.models.adapter import ADAPTER_FILES, read_adapter
 
     opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
-    return _adapted(opened, read_adapter(found.adapter))
+    return adapted(opened, read_adapter(found.adapter))
 
 
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
@@ -273,10 +273,10 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
     for alias in architecture.aliases:
         stored.pop(alias, None)
     specs = {n: Spec(plain[o].dtype, tuple(plain[o].shape)) for n, o in stored.items()}
-    return _adapted(OpenedModel(name, specs, stored, architecture, InMemory(plain)), adapter)
+    return adapted(OpenedModel(name, specs, stored, architecture, InMemory(plain)), adapter)
 
 
-def _adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
+def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
     """The model with the adapter on top; its class becomes that of the adapter's task."""
     import torch
 
@@ -313,7 +313,7 @@ def _adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
             )
     for name, tensor in dense.items():
         opened.specs[name] = Spec(tensor.dtype, tuple(tensor.shape))
-    opened.factors, opened._dense = factors, dense
+    opened.factors, opened.dense = factors, dense
     return opened
 
 
