@@ -24,6 +24,7 @@ from text_suite import default_base
 from twinmerge.continual.continual import Continual
 from twinmerge.study.evaluate import StaticRunner, evaluate
 from twinmerge.study.over_time import Course, mean_and_sd
+from twinmerge.study.search import grid as candidates
 from twinmerge.tasks.suite import open_suite
 
 CHOOSING_ORDER = 1000  # seed of the order that parameters are chosen in

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,7 +307,7 @@ def by_matrix(
     directions: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]] = lambda merged, v: svd_within_rank(merged),
 ) -> Arrays:
     """`combine` of matrices (experts, m, n), calibrated in its `directions`; the mean of everything else."""
-    assert (p.rest, p.elementwise) == ("mean", "")
+    assert p.rest == "mean" and not any(fnmatchcase(n, pattern) for n in x for pattern in p.elementwise.split())
     out = {}
     for n, v in x.items():
         v = weighted(v, p)
