@@ -40,7 +40,6 @@ TEST_ROWS = 500  # per task, of the smaller merges; all of the largest one
 MEASURED_ROWS = 1000  # per expert
 COUNTS = (2, 4, 6, 8)
 MASKS = {"tall_masks (sum)": ("tall_masks", "sum"), "tall_masks (ties)": ("tall_masks", "ties"), "emr": ("emr", None)}
-SPECTRAL = ("iso_c", "iso_cts", "wudi", "svc", "knots", "magmax", "opcm", "null_space")
 DATA = {
     "fisher": f"{MEASURED_ROWS} texts per expert, {VALIDATION_ROWS} labelled rows",
     "regmean": f"{MEASURED_ROWS} texts per expert, {VALIDATION_ROWS} labelled rows",
@@ -150,22 +149,32 @@ class Comparison:
         return Evaluation.of(found, "task given")
 
     def run(self) -> None:
-        for method in SPECTRAL if self.options.spectral else ():
-            self.static(method, lambda m=method: candidates(m, self.names))
-        for method in ("tsv", "iso_c") if self.options.spectral else ():
-            self.static(f"{method} + calibration", lambda m=method: calibrated_candidates(m))
-        for method in ("task_arithmetic", "tsv", "iso_c", "wudi") if self.options.spectral else ():
-            self.static(f"{method} + LiNeS", lambda m=method: lines_candidates(m))
-        for method in ("average", "task_arithmetic", "ties", "dare", "dare_ties", "tsv"):
-            self.static(method, lambda m=method: candidates(m, self.names))
+        if self.options.spectral:
+            self.spectral()
         if self.options.spectral == "only":
             return
+        for method in ("average", "task_arithmetic", "ties", "dare", "dare_ties", "tsv"):
+            self.static(method, lambda m=method: candidates(m, self.names))
         for label, (method, vector) in MASKS.items():
             self.masked(label, method, vector)
         for vector in ("sum", "ties"):
             thresholds = self.rows[f"tall_masks ({vector})"]["thresholds"]
             self.static(f"consensus ({vector})", lambda v=vector, t=thresholds: consensus_candidates(v, self.names, t))
         for method in ("fisher", "regmean"):
+            self.static(method, lambda m=method: candidates(m, self.names))
+
+    def spectral(self) -> None:
+        """The baselines, the methods on singular values, and what goes on top of them."""
+        for method in ("average", "task_arithmetic", "tsv", "iso_c", "wudi", "iso_cts"):
+            self.static(method, lambda m=method: candidates(m, self.names))
+        for method in ("tsv", "iso_c", "wudi"):
+            self.static(f"{method} + LiNeS", lambda m=method: lines_candidates(m))
+        for method in ("svc", "opcm", "magmax"):
+            self.static(method, lambda m=method: candidates(m, self.names))
+        for method in ("tsv", "iso_c"):
+            self.static(f"{method} + calibration", lambda m=method: calibrated_candidates(m))
+        self.static("task_arithmetic + LiNeS", lambda: lines_candidates("task_arithmetic"))
+        for method in ("knots", "null_space"):
             self.static(method, lambda m=method: candidates(m, self.names))
 
     def recipe(self, method: str, **parameters: Any) -> Recipe:

@@ -5,7 +5,8 @@
 - factorise: RoBERTas in bfloat16 (hidden size 768, 12 layers, as many tokens as the size asks for), a base and `--experts`.
   `twinmerge merge` as a process from start to end, and by turns with it a process that has the deltas in memory and takes the time
   of the decompositions alone, those of the largest matrices first, one BLAS thread each. Then where the command's threads spend
-  their time, and what each decomposition takes on one thread beside gesdd in float32.
+  their time, and what each decomposition takes on one thread beside gesdd in float32. CPU seconds stand beside wall seconds
+  because they are what a busy machine leaves comparable.
 - core: experts of rank 16 on one matrix, merged in their core space, against the same rule on the dense products: the error against
   float64, the time against float64 and against float32, which is what a merge of dense experts uses.
 - state: one expert after the other into a `twinmerge.continual` state, a process each; peak memory is the kernel's, less that of
@@ -140,7 +141,7 @@ def decompose(method: str, name: str, deltas: Tensor) -> object:
 
 
 def alone(method: str, family: Family, threads: int) -> dict[str, Any]:
-    """Wall seconds of all decompositions, and the share of the embeddings in the threads' seconds."""
+    """Wall and CPU seconds of all decompositions, and CPU seconds of the embeddings'."""
     work = dict(deltas_of(family))
     if method == "iso_c":
         work = {name: deltas.double().sum(0, keepdim=True).float() for name, deltas in work.items()}
@@ -150,23 +151,23 @@ def alone(method: str, family: Family, threads: int) -> dict[str, Any]:
     took: dict[str, float] = {}
 
     def timed(name: str) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()
         decompose(method, name, work[name])
-        took[name] = time.perf_counter() - start
+        took[name] = time.thread_time() - start
 
     start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(timed, order))
     wall = time.perf_counter() - start
     words = sum(took[name] for name in took if "word_embeddings" in name)
-    return {"alone_s": wall, "thread_s": sum(took.values()), "embeddings_s": words}
+    return {"alone_s": wall, "alone_cpu_s": sum(took.values()), "embeddings_s": words}
 
 
 # ------------------------------------------------------------------------------------------------ factorise: where the command's time goes
 
 
 class Clock:
-    """Seconds that the threads spent in functions, less what they spent in others of them."""
+    """CPU seconds that the threads spent in functions, less what they spent in others of them."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
@@ -176,11 +177,11 @@ class Clock:
     def on(self, label: str) -> Iterator[None]:
         inner: list[float] = self._local.__dict__.setdefault("inner", [])
         inner.append(0.0)
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             yield
         finally:
-            took = time.perf_counter() - start
+            took = time.thread_time() - start
             with self._lock:
                 self.spent[label] += took - inner.pop()
             if inner:
@@ -198,7 +199,7 @@ class Clock:
 
 
 def phases(method: str, family: Family, out: Path, threads: int) -> dict[str, float]:
-    """The command's work in this process, by what it is: thread seconds; "wall", "idle": of all threads together."""
+    """The command's work in this process, by what it is, in CPU seconds; "waiting": what is left of the threads' wall time."""
     from twinmerge.engine import combine, inputs
     from twinmerge.engine import write as writing
     from twinmerge.engine.merge import Merge
@@ -233,7 +234,7 @@ def phases(method: str, family: Family, out: Path, threads: int) -> dict[str, fl
         "imports": float("nan"),
         "opening and checking": planned - start,
         **clock.spent,
-        "idle and all else": threads * wall - busy,
+        "waiting and all else": threads * wall - busy,
         "wall of the merge": wall,
     }
 
@@ -254,15 +255,15 @@ def decomposed_shapes(method: str, shapes: Iterable[Shape], experts: int) -> Cou
 
 
 def per_shape(shape: Shape) -> dict[str, float]:
-    """Seconds of one decomposition on one thread, by the Gram matrix (with its parts) and by gesdd in float32."""
+    """CPU seconds of one decomposition on one thread, by the Gram matrix (with its parts) and by gesdd in float32."""
     torch.set_num_threads(1)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found: dict[str, float] = {}
 
     def timed(label: str, function: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start = time.thread_time()
         out = function()
-        found[label] = time.perf_counter() - start
+        found[label] = time.thread_time() - start
         return out
 
     torch.linalg.eigh(torch.eye(64, dtype=torch.float64))
@@ -326,8 +327,10 @@ def factorise(args: argparse.Namespace, report: dict[str, Any]) -> None:
             "driver": DRIVERS[method],
             "command_s": spread([run["wall_s"] for run in runs["command"]]),
             "alone_s": spread([run["alone_s"] for run in runs["alone"]]),
+            "command_cpu_s": spread([run["cpu_s"] for run in runs["command"]]),
+            "alone_cpu_s": spread([run["alone_cpu_s"] for run in runs["alone"]]),
             "ratio": [statistics.median(ratios), ratios[0], ratios[-1]],
-            "embeddings_share": statistics.median(run["embeddings_s"] / run["thread_s"] for run in runs["alone"]),
+            "embeddings_share": statistics.median(run["embeddings_s"] / run["alone_cpu_s"] for run in runs["alone"]),
             "peak_MB": statistics.median(run["peak_bytes"] for run in runs["command"]) / 1e6,
             "phases": runs["phases"][0]["phases"] | {"imports": started},
             "decomposed": {
@@ -341,7 +344,7 @@ def factorise(args: argparse.Namespace, report: dict[str, Any]) -> None:
     for row in rows:
         if row["method"] != "wudi":
             counts = decomposed_shapes(row["method"], shapes, args.experts)
-            row["gesdd_s"] = sum(each[shape]["gesdd float32"] * count for shape, count in counts.items()) / args.threads
+            row["gesdd_s"] = sum(each[shape]["gesdd float32"] * count for shape, count in counts.items())
     words = max(shapes, key=math.prod)
     report["factorise"] = {
         "parameters": family.parameters,
@@ -358,22 +361,24 @@ def factorise_table(found: dict[str, Any], args: argparse.Namespace) -> str:
     lines = [
         f"\n{args.experts} experts of {found['parameters'] / 1e9:.3f} billion parameters, {found['embeddings']:.0%} of them word "
         f"embeddings, bfloat16, threads: {args.threads}. Matrices: {shapes}.\n",
-        "| method | LAPACK | the whole command s | decompositions alone s | ratio | embeddings' share of them | gesdd float32 s | peak MB |",
-        "| --- | --- |" + " ---: |" * 6,
+        "| method | LAPACK | the whole command s | decompositions alone s | ratio | CPU s | alone CPU s | ratio | embeddings' share of them | "
+        "gesdd float32 CPU s | peak MB |",
+        "| --- | --- |" + " ---: |" * 9,
     ]
     for row in found["rows"]:
         gesdd = f"{row['gesdd_s']:.0f}" if "gesdd_s" in row else "–"
         lines.append(
             f"| {row['method']} | {row['driver']} | {shown(row['command_s'])} | {shown(row['alone_s'])} | {shown(row['ratio'], 2)} | "
+            f"{row['command_cpu_s'][0]:.1f} | {row['alone_cpu_s'][0]:.1f} | {row['command_cpu_s'][0] / row['alone_cpu_s'][0]:.2f} | "
             f"{row['embeddings_share']:.0%} | {gesdd} | {row['peak_MB']:.0f} |"
         )
     labels = list(dict.fromkeys(label for row in found["rows"] for label in row["phases"]))
-    lines += ["\n| thread seconds of the command | " + " | ".join(row["method"] for row in found["rows"]) + " |"]
+    lines += ["\n| CPU seconds of the command | " + " | ".join(row["method"] for row in found["rows"]) + " |"]
     lines += ["| --- |" + " ---: |" * len(found["rows"])]
     for label in labels:
         lines.append(f"| {label} | " + " | ".join(f"{row['phases'].get(label, 0):.2f}" for row in found["rows"]) + " |")
     heads = list(next(iter(found["one_thread_s"].values())))
-    lines += ["\n| one matrix, one thread, s | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    lines += ["\n| one matrix, one thread, CPU s | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
     for shape, took in found["one_thread_s"].items():
         lines.append(f"| {shape} | " + " | ".join(f"{took[head]:.2f}" for head in heads) + " |")
     return "\n".join(lines)
@@ -400,7 +405,7 @@ def in_core(method: Method, parts: Sequence[Factors], at: Place) -> Factors | Te
 
 def core(args: argparse.Namespace, report: dict[str, Any]) -> None:
     """Low-rank experts in their core space, and dense."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # as the engine merges matrices
     rng, scale = torch.Generator().manual_seed(0), 1 / math.sqrt(args.side)
     shapes = (args.side, RANK), (RANK, args.side)
     parts = [Factors(*(scale * torch.randn(s, generator=rng) for s in shapes)) for _ in range(args.lora_experts)]
@@ -431,7 +436,7 @@ def core(args: argparse.Namespace, report: dict[str, Any]) -> None:
         print(json.dumps(rows[-1]), flush=True)
     report["core"] = {"side": args.side, "rank": RANK, "experts": len(parts), "rows": rows}
     print(
-        f"\n{len(parts)} experts of rank {RANK} on {args.side} × {args.side}, threads: {args.threads}.\n\n"
+        f"\n{len(parts)} experts of rank {RANK} on {args.side} × {args.side}, one thread, CPU seconds.\n\n"
         "| method | relative error | core s | core and product s | dense float64 s | dense float32 s | float64 / core | float32 / core | "
         "float32 / core and product |\n| --- |" + " ---: |" * 8
     )
@@ -469,6 +474,7 @@ def state(args: argparse.Namespace, report: dict[str, Any]) -> None:
                 "experts": number,
                 "command_s": ran["wall_s"],
                 "add_s": ran["add_s"],
+                "cpu_s": ran["cpu_s"],
                 "peak_MB": (ran["peak_bytes"] - plain) / 1e6,
                 "state_bytes": size,
             }
@@ -488,17 +494,19 @@ def state(args: argparse.Namespace, report: dict[str, Any]) -> None:
 def state_table(found: dict[str, Any]) -> str:
     """Numbers from the fourth expert on: before it, sums are still small files and first adds read no state."""
     last = max(len(steps) for steps in found["adds"].values())
+    first = min(4, last)
     lines = [
         f"\n{found['parameters'] / 1e9:.3f} billion parameters; peak memory over that of torch and transformers ({found['plain_MB']:.0f} MB).\n",
-        f"| method | state GB after 4 | after {last} | peak MB of add 4 | of add {last} | lowest to highest, 4–{last} | s an add |",
-        "| --- |" + " ---: |" * 6,
+        f"| method | state GB after {first} | after {last} | peak MB of add {first} | of add {last} | lowest to highest from {first} on | s an add | CPU s |",
+        "| --- |" + " ---: |" * 7,
     ]
     for method, steps in found["adds"].items():
-        late = [step for step in steps if step["experts"] >= min(4, last)]
+        late = [step for step in steps if step["experts"] >= first]
         peaks = [step["peak_MB"] for step in late]
         lines.append(
             f"| {method} | {late[0]['state_bytes'] / 1e9:.4f} | {late[-1]['state_bytes'] / 1e9:.4f} | {peaks[0]:.0f} | {peaks[-1]:.0f} | "
-            f"{min(peaks):.0f}–{max(peaks):.0f} ({max(peaks) / min(peaks) - 1:.1%}) | {shown(spread([step['command_s'] for step in late]))} |"
+            f"{min(peaks):.0f}–{max(peaks):.0f} ({max(peaks) / min(peaks) - 1:.1%}) | {shown(spread([step['command_s'] for step in late]))} | "
+            f"{statistics.median(step['cpu_s'] for step in late):.1f} |"
         )
     return "\n".join(lines)
 
@@ -507,12 +515,12 @@ def state_table(found: dict[str, Any]) -> str:
 
 
 def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """The last result, and the median of the seconds."""
+    """The last result, and the median of the CPU seconds of this process."""
     took = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         out = function()
-        took.append(time.perf_counter() - start)
+        took.append(time.process_time() - start)
     return out, statistics.median(took)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Continual": "continual.continual",
     "Merge": "engine.merge",
     "Prediction": "twin.predict",
     "Recipe": "engine.recipe",
@@ -20,7 +21,9 @@ _WHERE = {
     "diff": "engine.diff",
     "evaluate": "study.evaluate",
     "extract": "twin.extract",
+    "extract_lora": "engine.lora_extract",
     "merge": "engine.merge",
+    "merge_lora": "engine.lora",
     "open_suite": "tasks.suite",
     "read_recipe": "engine.recipe",
     "search": "study.search",
@@ -28,7 +31,10 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
+    from twinmerge.continual.continual import Continual as Continual
     from twinmerge.engine.diff import diff as diff
+    from twinmerge.engine.lora import merge_lora as merge_lora
+    from twinmerge.engine.lora_extract import extract_lora as extract_lora
     from twinmerge.engine.merge import Merge as Merge
     from twinmerge.engine.merge import merge as merge
     from twinmerge.engine.recipe import Recipe as Recipe

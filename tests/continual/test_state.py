@@ -182,7 +182,13 @@ def test_a_copy_goes_on_where_the_original_stood(zoo, state, started, kept, tmp_
 
 @pytest.mark.parametrize(
     "where, number",
-    [("begin", errno.ENOSPC), ("write", errno.ENOSPC), ("finish", errno.EDQUOT), ("commit", errno.ENOSPC), ("write", errno.EIO)],
+    [
+        ("begin", errno.ENOSPC),
+        ("write", errno.ENOSPC),
+        ("finish", errno.EDQUOT),
+        ("commit", errno.ENOSPC),
+        ("write", errno.EIO),
+    ],
 )
 def test_a_disk_that_fails_leaves_the_old_state(zoo, state, file, monkeypatch, where, number):
     advice = "Look at the disk" if number == errno.EIO else "Free some space"
@@ -288,6 +294,7 @@ def python(code, *words):
     return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="one import for all that are killed")
 def test_killed_at_any_moment_it_is_the_old_or_the_new_state(zoo, started):
     """While tensors are written, before and after the header, and after the rename."""
@@ -310,7 +317,9 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new_state(zoo, started):
 
 def test_what_a_killed_run_left_is_no_part_of_another_expert(zoo, state, started, kept):
     """The same header, and other tensors under it."""
-    (state.folder / "state.safetensors.partial").write_bytes(b"\xff" * (state.folder / "state.safetensors").stat().st_size)
+    (state.folder / "state.safetensors.partial").write_bytes(
+        b"\xff" * (state.folder / "state.safetensors").stat().st_size
+    )
     (state.folder / "heads" / "c").mkdir(parents=True)
     (state.folder / "heads" / "c" / "config.json").write_text("{}")
     state.add("c", zoo.paths["c"])

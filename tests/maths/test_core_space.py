@@ -22,9 +22,7 @@ RANKS = [(2, 3), (4, 4, 4), (1, 0, 5), (0, 3), (7, 8, 9), (20, 25), (3,)]
 
 def factors(m, n, rank, seed, dtype=torch.float32):
     draw = torch.Generator().manual_seed(seed)
-    return Factors(
-        torch.randn(m, rank, generator=draw).to(dtype), torch.randn(rank, n, generator=draw).to(dtype)
-    )
+    return Factors(torch.randn(m, rank, generator=draw).to(dtype), torch.randn(rank, n, generator=draw).to(dtype))
 
 
 def exact(part):

@@ -163,7 +163,7 @@ def test_a_slightly_other_construction_gives_the_same_merge(seed, m, n, rank, na
     one = torch.stack(exact)
     other = one * (1 + 6e-9 * noise)
     s = [np.linalg.svd(x.numpy(), compute_uv=False) for x in (*exact, sum(exact))]
-    if min(v[rank - 1] / v[0] for v in s) < 0.05 or name in ("tsv", "iso_cts") and not apart(exact):
+    if min(v[rank - 1] / v[0] for v in s) < 0.05 or (name in ("tsv", "iso_cts") and not apart(exact)):
         return  # vectors of values that are alike, or nearly parallel, turn by themselves
     got, want = merged(name, one.float()), merged(name, other.float())
     assert float((got - want).norm()) <= 2e-4 * float(want.norm())

@@ -124,7 +124,9 @@ def test_numbers_near_the_largest_float_are_not_taken_for_zero(merge_rows):
     close(torch.linalg.svdvals(merge_rows("iso_c", [x], scale=0.5).double()), [want / 2, want / 2])
 
 
-@pytest.mark.parametrize("bad", [{"mean_over": "all"}, {"rest": "median"}, {"calibration": -1.0}, {"scale": float("inf")}])
+@pytest.mark.parametrize(
+    "bad", [{"mean_over": "all"}, {"rest": "median"}, {"calibration": -1.0}, {"scale": float("inf")}]
+)
 def test_parameters_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         IsoC(**bad)

@@ -70,7 +70,11 @@ def test_check_6_heterogeneous_ranks_have_a_core_of_their_sum():
 def test_check_6_factors_equal_dense(ranks, density):
     parts = [factors(20, 15, rank, seed) for seed, rank in enumerate(ranks)]
     x = torch.stack([part.b.double() @ part.a.double() for part in parts]).float()
-    method, at, base = Knots(density=density, weights=tuple(0.5 + i for i in range(len(ranks)))), Place("w", (20, 15)), torch.zeros(20, 15)
+    method, at, base = (
+        Knots(density=density, weights=tuple(0.5 + i for i in range(len(ranks)))),
+        Place("w", (20, 15)),
+        torch.zeros(20, 15),
+    )
     dense, low = method.apply(Tile(x, base, at), {}), method.apply(Tile(x, base, at, factors=parts), {})
     close(low, dense.numpy())
 

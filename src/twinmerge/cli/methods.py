@@ -31,6 +31,7 @@ def methods(
                     "laws": sorted(c.laws),
                     "needs": _needs(c),
                     "outputs": c.outputs,
+                    "over_time": _over_time(c),
                     "parameters": {
                         f: {"default": i.default, "about": i.description} for f, i in c.model_fields.items()
                     },
@@ -46,7 +47,7 @@ def methods(
                 (inspect.getdoc(c) or "").split("\n\n")[0].replace("\n", " "),
                 ", ".join(f"{f}={i.default}" for f, i in c.model_fields.items()),
                 ", ".join(_needs(c)),
-                c.outputs,
+                _gives(c),
                 c.paper,
             )
             for n, c in classes.items()
@@ -55,7 +56,7 @@ def methods(
         return
     found = classes[name]
     typer.echo(f"{name}\n\n{(inspect.getdoc(found) or '').split('Example:')[0].strip()}\n")
-    typer.echo(f"Needs: {', '.join(_needs(found))}. Gives: {found.outputs}. Paper: {found.paper}.\n")
+    typer.echo(f"Needs: {', '.join(_needs(found))}. Gives: {_gives(found)}. Paper: {found.paper}.\n")
     lines = [(f, str(i.default), i.description or "") for f, i in found.model_fields.items()]
     print_table("Parameters", ["name", "default", "meaning"], lines)
 
@@ -63,3 +64,16 @@ def methods(
 def _needs(method: type[Method]) -> list[str]:
     """What it reads besides the experts' weights."""
     return ["base"] * (method.space == "deltas") + [f"{need} statistics" for need in method.needs]
+
+
+def _gives(method: type[Method]) -> str:
+    return f"{method.outputs}, also over time" if _over_time(method) else method.outputs
+
+
+def _over_time(method: type[Method]) -> str | None:
+    """How it takes experts one by one, for `twinmerge continual`: "sum" in any order, "order", or not at all."""
+    from twinmerge.methods.fold import Fold
+
+    if not issubclass(method, Fold):
+        return None
+    return "sum" if method.keeps_sums else "order"

@@ -157,7 +157,7 @@ class Continual:
                 raise TwinmergeError(
                     f"The state has no expert {name!r}.{gone} It has: {', '.join(about.names) or 'none'}."
                 )
-            expert = open_model(entry.model if model is None else model, None)
+            expert = self._left(entry, model)
             if expert.fingerprint() != entry.fingerprint:
                 raise TwinmergeError(
                     f"{expert.name} is not the model that was added as {name!r}. Name that model with --expert."
@@ -217,7 +217,7 @@ class Continual:
             )
 
         with next_state(self.folder, state.base, about, specs) as writer:
-            todo = list(pieces(places.values(), fold.absorbs_whole))
+            todo = list(pieces(places, fold.absorbs_whole))
             title = f"{'adding' if change == 'absorb' else 'removing'} {entry.name}"
             for each, (old, new, content, square, size) in worked(todo, work, title, self.progress):
                 for part, digests in old.items():
@@ -263,7 +263,7 @@ class Continual:
                 theta = of_model(self.base, each, f"the base {self.base.name}").values
                 return theta + change, {part: found.digests for part, found in old.items()}
 
-            todo = list(pieces(places.values(), self.method.settles_whole))
+            todo = list(pieces(places, self.method.settles_whole))
             for each, (values, digests) in worked(todo, work, "merging", self.progress):
                 for part, found in digests.items():
                     sums.add(f"{part}/{each.name}", found)
@@ -364,6 +364,15 @@ class Continual:
             )
         return matched.merged, heads_of(opened, matched, [name]).get(name)
 
+    def _left(self, entry: Arrived, model: ModelLike | None) -> OpenedModel:
+        """An expert that was added before."""
+        try:
+            return open_model(entry.model if model is None else model)
+        except TwinmergeError as error:
+            raise TwinmergeError(
+                f"Taking {entry.name!r} out needs the expert itself, and it cannot be read: {error} Say where it is with --expert."
+            ) from error
+
     def _keep_head(self, name: str, head: HeadSpec | None) -> None:
         self._drop_head(name)  # of a run that was killed
         if head is not None:
@@ -373,7 +382,8 @@ class Continual:
         shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)
 
     def _places(self, names: Sequence[str]) -> dict[str, Place]:
-        return {name: Place(name, self.base.spec(name).shape) for name in names}
+        """Canonical name -> where the tensor lies, under the name that a merged folder has and patterns are of."""
+        return {name: Place(self.base.stored[name], self.base.spec(name).shape) for name in names}
 
     def _old(self, state: StateFile, shapes: dict[str, tuple[int, ...]], each: Range, place: Place) -> dict[str, Any]:
         """The present parts of a piece; none before the first expert."""
@@ -398,7 +408,7 @@ def fold_of(method: str, parameters: dict[str, Any]) -> Any:
         >>> fold_of("tsv", {})
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, \
+        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
 null_space, opcm, task_arithmetic, wudi.
     """
     if not issubclass(method_class(method), Fold):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,10 +34,10 @@ class Read(NamedTuple):
     digests: list[str]
 
 
-def pieces(places: Iterable[Place], whole: Callable[[Place], bool]) -> Iterator[Range]:
-    """The tensors in their order, as one piece or in tiles."""
-    for place in places:
-        yield from ranges([place.name], {place.name: place.shape}, None if whole(place) else TILE)
+def pieces(places: Mapping[str, Place], whole: Callable[[Place], bool]) -> Iterator[Range]:
+    """The tensors (canonical name -> place) in their order, as one piece or in tiles."""
+    for name, place in places.items():
+        yield from ranges([name], {name: place.shape}, None if whole(place) else TILE)
 
 
 def worked(

@@ -57,7 +57,7 @@ class Recipe:
         if not self.experts:
             raise TwinmergeError("There is no expert to merge. Name at least one with --expert name=path.")
         for name in self.experts:
-            if not EXPERT_NAME.match(name):
+            if not EXPERT_NAME.fullmatch(name):
                 raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
         reads_base = method_class(self.method).space == "deltas" or self.lines is not None
         taken = {"output", *(["base"] if reads_base else [])}

@@ -119,7 +119,7 @@ def solve(normal: Tensor, gram: Tensor, ridge: float, inputs: int, name: str = "
     A ridge that rounding leaves without a Cholesky factor is raised a hundredfold at a time.
 
     Errors:
-        TwinmergeError: no ridge up to a hundredth is enough.
+        TwinmergeError: no ridge up to 1 is enough.
     """
     level = gram.trace() / max(inputs, 1)
     if not level > 0:
@@ -130,8 +130,8 @@ def solve(normal: Tensor, gram: Tensor, ridge: float, inputs: int, name: str = "
         )
         if not int(failed):
             return torch.cholesky_solve(normal.mT, factor).mT
+        ridge *= 100
         if ridge > LARGEST_RIDGE:
             raise TwinmergeError(
                 f"The equations of {name!r} have no solution by Cholesky. Look for damage in the experts, or set a larger ridge."
             )
-        ridge *= 100

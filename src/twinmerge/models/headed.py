@@ -361,7 +361,9 @@ def load_head(folder: Path, name: str, base: str | None = None) -> HeadSpec:
         raise TwinmergeError(f"{where / 'config.json'} is missing. Copy the whole folder again.")
     artefact = load_artefact(where / "head.safetensors", "head", HEADS_VERSION, base)
     if artefact.header.get("expert") != name:
-        raise TwinmergeError(f"{where} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again.")
+        raise TwinmergeError(
+            f"{where} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again."
+        )
     with undamaged(where / "head.safetensors"):
         return HeadSpec(config, unpack(artefact.tensors, artefact.header))
 

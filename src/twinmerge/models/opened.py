@@ -150,7 +150,9 @@ class OpenedModel:
         spec = self.spec(name)
         if name in self.dense or theirs in base.dense or base.low_rank(name) or spec != base.spec(name):
             return None
-        if not (self.files and self.files[: len(base.files)] == base.files and self.stored[name] == base.stored[theirs]):
+        if not (
+            self.files and self.files[: len(base.files)] == base.files and self.stored[name] == base.stored[theirs]
+        ):
             own, other = self.source.read(self.stored[name]), base.source.read(base.stored[theirs])
             if own is not other and not torch.equal(own, other):
                 return None
