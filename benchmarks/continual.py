@@ -28,7 +28,7 @@ from twinmerge.study.search import grid as candidates
 from twinmerge.tasks.suite import open_suite
 
 CHOOSING_ORDER = 1000  # seed of the order that parameters are chosen in
-VALIDATION_ROWS = 100  # per task
+VALIDATION_ROWS = 60  # per task
 SCALES = [0.6, 0.8, 1.0, 1.15, 1.3, 1.45, 1.6, 1.8]
 METHODS: dict[str, tuple[str, dict[str, list[Any]]]] = {  # label -> method, grid of at most eight points
     "running mean": ("average", {}),

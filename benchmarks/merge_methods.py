@@ -131,7 +131,7 @@ class Comparison:
         self.file = options.out / f"scores-{count}.json"
         self.rows: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
         self.work = options.out / f"work-{count}"
-        whole = count == max(COUNTS)
+        whole = count == max(COUNTS) and not options.fewer_rows
         self.rows_chosen_on, self.rows_tested = (VALIDATION_ROWS, None) if whole else (VALIDATION_ROWS // 2, TEST_ROWS)
         limits = (("validation", self.rows_chosen_on), ("test", self.rows_tested))
         self.reference = {split: self.own(split, limit) for split, limit in limits}
@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base")
     parser.add_argument("--counts", default="8,6,4,2")
+    parser.add_argument("--fewer-rows", action="store_true", help="of the largest merge as of the smaller ones")
     parser.add_argument(
         "--spectral",
         choices=["too", "only"],
