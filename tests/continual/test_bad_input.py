@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2Model
 
-from twinmerge.continual.continual import Continual, fold_names, fold_of
+from twinmerge.continual.continual import Continual
+from twinmerge.continual.folds import fold_names, fold_of
 from twinmerge.errors import TwinmergeError
 
 DENSE = "encoder.layer.0.output.dense.weight"

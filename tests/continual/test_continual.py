@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModel, BertModel
 
 import twinmerge as tm
-from twinmerge.continual.continual import Continual, fold_names
+from twinmerge.continual.continual import Continual
+from twinmerge.continual.folds import fold_names
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.fold import SumFold

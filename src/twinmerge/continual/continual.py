@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.continual.pieces import Sums, in_shape, is_whole, of_model, of_state, pieces, worked
+from twinmerge.continual.folds import fold_of
+from twinmerge.continual.pieces import Sums, in_shape, is_whole, of_model, of_state, pieces, rounded, worked
 from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.merge import heads_of
@@ -23,8 +24,7 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.recipe import DTYPES, EXPERT_NAME
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.base import Place
-from twinmerge.methods.fold import Fold, Seen, SumFold
-from twinmerge.methods.registry import make_method, method_class, method_names
+from twinmerge.methods.fold import Seen, SumFold
 from twinmerge.models.headed import HeadSpec, load_head, save_head
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
@@ -75,7 +75,7 @@ class Continual:
         Args:
             folder: one that does not exist or is empty.
             base: the model that all experts were and will be tuned from.
-            method: one that takes experts one by one, see `fold_names`.
+            method: one that takes experts one by one, see `fold_names` of `continual/folds.py`.
             heads: patterns of tensors that stay with each expert, besides those found.
             dtype: of what is kept: "float64" (sums are exact: an expert can be taken out again to the last bit, nearly
                 always) or "float32" (half the bytes).
@@ -398,47 +398,6 @@ class Continual:
         }
 
 
-def fold_of(method: str, parameters: dict[str, Any]) -> Any:
-    """A method that takes experts one by one.
-
-    Errors:
-        TwinmergeError: it needs all experts at once, or has no such parameter.
-
-    Example:
-        >>> fold_of("tsv", {})
-        Traceback (most recent call last):
-        ...
-        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
-null_space, opcm, task_arithmetic, wudi.
-    """
-    if not issubclass(method_class(method), Fold):
-        raise TwinmergeError(f"{method} needs all experts at once. Choose from {', '.join(fold_names())}.")
-    made = make_method(method, ("expert",), parameters)
-    for name, neutral in (("weights", 1.0), ("calibration", 0.0)):
-        if getattr(made, name, neutral) != neutral:
-            raise TwinmergeError(f"A state knows its experts as a whole, so {name} has no place in it. Leave it out.")
-    return made
-
-
-def fold_names() -> list[str]:
-    """The methods that take experts one by one."""
-    return [name for name in method_names() if issubclass(method_class(name), Fold)]
-
-
 def names_of(state: StateFile) -> list[str]:
     """The tensors that are merged."""
     return sorted({key.partition("/")[2] for key in state.specs})
-
-
-def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Once, and refused where it does not fit.
-
-    Errors:
-        TwinmergeError: NaN or infinity.
-    """
-    out = values.to(dtype)
-    if not math.isfinite(out.sum().item()) and not bool(out.isfinite().all()):
-        raise TwinmergeError(
-            f"Tensor {name!r} does not fit {dtype}. Choose a wider --dtype, such as bfloat16 or float32."
-        )
-    return out

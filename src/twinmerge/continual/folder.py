@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from twinmerge.continual.continual import rounded
+from twinmerge.continual.pieces import rounded
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.provenance import PACKAGES
 from twinmerge.engine.side_files import CHECKSUMS, PROVENANCE, copy_side_files, write_config

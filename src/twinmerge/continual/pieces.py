@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -117,3 +118,17 @@ class Sums:
         """One checksum of all tensors."""
         found = self.found()
         return hashlib.sha256("".join(f"{key}\0{found[key]}\n" for key in sorted(found)).encode()).hexdigest()[:32]
+
+
+def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Once, and refused where it does not fit.
+
+    Errors:
+        TwinmergeError: NaN or infinity.
+    """
+    out = values.to(dtype)
+    if not math.isfinite(out.sum().item()) and not bool(out.isfinite().all()):
+        raise TwinmergeError(
+            f"Tensor {name!r} does not fit {dtype}. Choose a wider --dtype, such as bfloat16 or float32."
+        )
+    return out

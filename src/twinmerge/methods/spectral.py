@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -110,11 +111,7 @@ def rest_of(rest: Rest, total: Tensor, experts: int) -> Tensor:
 
 def short_side(at: Place) -> int:
     """min(m, n) of the matrix."""
-    m = at.shape[0]
-    n = 1
-    for size in at.shape[1:]:
-        n *= size
-    return min(m, n)
+    return min(at.shape[0], math.prod(at.shape[1:]))
 
 
 def calibrate(svd: SVD, deltas: Tensor, least: float) -> Tensor:

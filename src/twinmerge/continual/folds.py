@@ -1,0 +1,36 @@
+"""The methods that take experts one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.methods.fold import Fold
+from twinmerge.methods.registry import make_method, method_class, method_names
+
+
+def fold_of(method: str, parameters: dict[str, Any]) -> Any:
+    """A method that takes experts one by one.
+
+    Errors:
+        TwinmergeError: it needs all experts at once, or has no such parameter.
+
+    Example:
+        >>> fold_of("tsv", {})
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
+null_space, opcm, task_arithmetic, wudi.
+    """
+    if not issubclass(method_class(method), Fold):
+        raise TwinmergeError(f"{method} needs all experts at once. Choose from {', '.join(fold_names())}.")
+    made = make_method(method, ("expert",), parameters)
+    for name, neutral in (("weights", 1.0), ("calibration", 0.0)):
+        if getattr(made, name, neutral) != neutral:
+            raise TwinmergeError(f"A state knows its experts as a whole, so {name} has no place in it. Leave it out.")
+    return made
+
+
+def fold_names() -> list[str]:
+    """The methods that take experts one by one."""
+    return [name for name in method_names() if issubclass(method_class(name), Fold)]
