@@ -492,7 +492,7 @@ def state(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 
 def state_table(found: dict[str, Any]) -> str:
-    """Numbers from the fourth expert on: before it, sums are still small files and first adds read no state."""
+    """Numbers from the fourth expert on: the first add reads no state, so it is no measure of the others."""
     last = max(len(steps) for steps in found["adds"].values())
     first = min(4, last)
     lines = [

@@ -422,9 +422,8 @@ def opcm(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
         mean = (i * mean + norm(tau)) / (i + 1)
         kept = {}
         for n, t in tau.items():
-            flat = t.reshape(len(t), -1) if t.ndim > 1 and t.size else None
-            if flat is not None and min(flat.shape) > 1:
-                t = opcm_projected(merged[n].reshape(flat.shape), flat, p).reshape(t.shape)
+            if t.ndim == 2 and min(t.shape) > 1:  # kernels are not projected
+                t = opcm_projected(merged[n], t, p)
             kept[n] = scale * merged[n] + t
         scale = norm(kept) / mean
         merged = {n: v / scale for n, v in kept.items()}
@@ -436,12 +435,11 @@ def null_space(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Array
     for n, v in x.items():
         total = v[0]
         for t in v[1:]:
-            flat = t.reshape(len(t), -1) if t.ndim > 1 and t.size else None
-            if flat is not None and min(flat.shape) > 1:
-                old = svd_within_rank(total.reshape(flat.shape))[2][: p.rank]
-                t = (flat - flat @ old.T @ old).reshape(t.shape)
+            if t.ndim == 2 and min(t.shape) > 1:
+                old = svd_within_rank(total)[2][: p.rank]
+                t = t - t @ old.T @ old
             total = total + t
-        matrix = v.ndim > 2 and v.size and min(len(v[0]), v[0].size // len(v[0])) > 1
+        matrix = v.ndim == 3 and min(v.shape[1:]) > 1
         out[n] = p.scale * (total if matrix else total / len(v))
     return out
 

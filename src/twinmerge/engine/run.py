@@ -70,7 +70,9 @@ class Run:
         """The work of `merge`, in its order: ranges that are done together."""
         whole = self.method.grain == "matrix"
         work = ranges(order or self.names, self.shapes, None if whole else self.tile)
-        return [[each] for each in work] if whole else list(grouped(work, self.tile))
+        if whole:  # the largest first: one that comes last would leave the other threads without work
+            return [[each] for each in sorted(work, key=lambda each: -each.size)]
+        return list(grouped(work, self.tile))
 
     def merge(self, groups: Sequence[list[Range]], combine: Callable[[Range, Known], Answer]) -> Iterator[list[Answer]]:
         """Merge the ranges, each group in one thread.
@@ -163,7 +165,10 @@ class Run:
         """The one seam: `function` of every item, in order, somewhere."""
         if large is None:
             large = len(items) * self.tile >= LARGE
-        return forked(function, items) if self.processes and large else parallel(function, items)
+        if self.processes and large:
+            return forked(function, items)
+        # what waits are answers, not tiles; a matrix takes longer than many that follow it
+        return parallel(function, items, len(items) if self.method.grain == "matrix" else None)
 
     def _of(self, name: str) -> Known:
         own = self.known_of[name]

@@ -36,11 +36,11 @@ def one_thread_each() -> None:
         torch.set_num_threads(1)
 
 
-def parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def parallel(function: Callable[[Item], Result], items: Iterable[Item], ahead: int | None = None) -> Iterator[Result]:
     """`function` of each item, in order, on `thread_count` threads, with one torch thread each.
 
-    At most two items per thread are under way or waiting to be taken, so memory is bounded. torch's number of threads is
-    set back when the iterator ends or is closed.
+    At most `ahead` items (two per thread where None) are under way or waiting to be taken, so memory is bounded. torch's number
+    of threads is set back when the iterator ends or is closed.
 
     Example:
         >>> list(parallel(lambda n: n * n, [1, 2, 3]))
@@ -55,7 +55,7 @@ def parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) >= 2 * workers:
+            if len(waiting) >= (ahead or 2 * workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -11,10 +11,11 @@ from torch import Tensor
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.methods.base import Known, Method, Place, Tile, moved, scale_field
 from twinmerge.methods.fold import Fold, Seen, State, folded
+from twinmerge.methods.spectral import EMBEDDINGS, elementwise_field, is_named
 
 
 class NullSpace(Method, Fold):
-    """Matrices: A ← A + τt (I − V_r V_rᵀ), V_r being the `rank` leading right singular vectors of A; all other tensors: A ← A + τt,
+    """Weights of linear layers: A ← A + τt (I − V_r V_rᵀ), V_r being the `rank` leading right singular vectors of A; all other tensors: A ← A + τt,
     divided by the number of experts. θ = θ0 + λ A. Experts are taken in their order, which has a meaning.
 
     The closed form in the ablation of NUFILT, which then trains a low-rank correction on top; nothing is trained here.
@@ -34,22 +35,26 @@ class NullSpace(Method, Fold):
 
     rank: int = Field(default=128, ge=1, description="leading input directions of the merged change that are protected")
     scale: float = scale_field(1.0)
+    elementwise: str = elementwise_field(EMBEDDINGS)
+
+    def filters(self, at: Place) -> bool:
+        """Whether the tensor is the weight of a linear layer; kernels and tables are none."""
+        return len(at.shape) == 2 and at.is_matrix and not is_named(at.name, self.elementwise)
 
     def absorbs_whole(self, at: Place) -> bool:
-        return at.is_matrix
+        return self.filters(at)
 
     def absorb(self, state: State, delta: Tensor, at: Place) -> State:
         if not state:
             return {"accumulated": delta}
         before = state["accumulated"]
-        if at.is_matrix:
-            own = delta.flatten(1)
-            vh = gram_svd(before.flatten(1), at.name, torch.float32)[2][: self.rank]
-            delta = (own - (own @ vh.mT) @ vh).reshape(delta.shape)
+        if self.filters(at):
+            vh = gram_svd(before, at.name, torch.float32)[2][: self.rank]
+            delta = delta - (delta @ vh.mT) @ vh
         return {"accumulated": before + delta}
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
-        change = state["accumulated"] if at.is_matrix else state["accumulated"] / max(seen.experts, 1)
+        change = state["accumulated"] if self.filters(at) else state["accumulated"] / max(seen.experts, 1)
         return change * self.scale
 
     def apply(self, tile: Tile, known: Known) -> Tensor:

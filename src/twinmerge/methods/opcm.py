@@ -13,12 +13,13 @@ from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile, moved
 from twinmerge.methods.fold import Fold, Seen, State, folded
+from twinmerge.methods.spectral import EMBEDDINGS, elementwise_field, is_named
 
 Form = Literal["fixed", "released", "paper"]
 
 
 class Opcm(Method, Fold):
-    """A ← A + P(τt), matrix by matrix; all other tensors: A ← A + τt; θ = θ0 + A · n̄ / ‖A‖.
+    """Weights of linear layers: A ← A + P(τt); all other tensors: A ← A + τt; θ = θ0 + A · n̄ / ‖A‖.
 
     n̄ is the mean of ‖τ1‖ … ‖τt‖ and ‖A‖ the norm of the whole A, so that the merged model stays as far from the base as the
     experts are. This is the paper's recursion, in which λt = ‖A‖ / n̄, to the last digit: P sees of A only the directions and
@@ -54,16 +55,21 @@ class Opcm(Method, Fold):
         default=0.5, ge=0, le=1, description="share of the singular values' sum that is protected as a block"
     )
     form: Form = Field(default="fixed", description="which of the three operators in circulation")
+    elementwise: str = elementwise_field(EMBEDDINGS)
+
+    def projects(self, at: Place) -> bool:
+        """Whether the tensor is the weight of a linear layer; kernels and tables are none."""
+        return len(at.shape) == 2 and at.is_matrix and not is_named(at.name, self.elementwise)
 
     def absorbs_whole(self, at: Place) -> bool:
-        return at.is_matrix
+        return self.projects(at)
 
     def absorb(self, state: State, delta: Tensor, at: Place) -> State:
         if not state:
             return {"accumulated": delta}
         before = state["accumulated"]
-        if at.is_matrix:
-            delta = project(before.flatten(1), delta.flatten(1), self.alpha, self.form, at.name).reshape(delta.shape)
+        if self.projects(at):
+            delta = project(before, delta, self.alpha, self.form, at.name)
         return {"accumulated": before + delta}
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
@@ -78,7 +84,7 @@ class Opcm(Method, Fold):
 
     def fold(self, tile: Tile) -> State:
         """The state after all experts; low-rank ones are folded in their core space."""
-        if tile.factors is None or not tile.at.is_matrix:
+        if tile.factors is None or not self.projects(tile.at):
             return folded(self, tile)
         space = CoreSpace.of(tile.factors)
         state: State = {}

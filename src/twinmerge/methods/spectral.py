@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +31,24 @@ from twinmerge.methods.base import (
 )
 
 Rest = Literal["mean", "sum", "base"]
+EMBEDDINGS = "*embed* *wte* *wpe*"
+"""Names of tables, which are looked up and not multiplied with."""
+
+
+def elementwise_field(default: str = "") -> Any:
+    return Field(
+        default=default, description="matrices to treat like vectors: name patterns with *, separated by spaces"
+    )
+
+
+def is_named(name: str, patterns: str) -> bool:
+    """Whether one of the patterns, which spaces separate, fits the whole name.
+
+    Example:
+        >>> is_named("h.0.wte.weight", EMBEDDINGS), is_named("h.0.attn.weight", EMBEDDINGS)
+        (True, False)
+    """
+    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
 
 
 class Spectral(Method):
@@ -49,9 +67,7 @@ class Spectral(Method):
     rest: Rest = Field(
         default="mean", description="vectors, and what elementwise names: mean or sum of τt, or the base's own"
     )
-    elementwise: str = Field(
-        default="", description="matrices to treat like vectors: name patterns with *, separated by spaces"
-    )
+    elementwise: str = elementwise_field()
     calibration: float = Field(
         default=0.0, ge=0, description="least projection α of singular value calibration; 0: none"
     )
@@ -89,7 +105,7 @@ class Spectral(Method):
 
     def decomposes(self, at: Place) -> bool:
         """Whether the tensor is treated as a matrix."""
-        return at.is_matrix and not any(fnmatchcase(at.name, pattern) for pattern in self.elementwise.split())
+        return at.is_matrix and not is_named(at.name, self.elementwise)
 
     def calibrated(self, merged: Tensor, deltas: Tensor, at: Place) -> Tensor:
         """`calibrate`, where it is asked for."""

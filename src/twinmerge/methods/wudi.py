@@ -11,7 +11,7 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.base import Place
 from twinmerge.methods.fold import Seen, State, SumFold
-from twinmerge.methods.spectral import Spectral, rest_of
+from twinmerge.methods.spectral import EMBEDDINGS, Spectral, elementwise_field, rest_of
 
 LARGEST_RIDGE = 1.0
 
@@ -44,10 +44,7 @@ class Wudi(Spectral, SumFold):
     paper = "Cheng et al. 2025, ICML, arXiv 2503.08099"
 
     ridge: float = Field(default=1e-2, gt=0, description="pull to the base, as a share of the mean eigenvalue")
-    elementwise: str = Field(
-        default="*embed* *wte* *wpe*",
-        description="matrices to treat like vectors: name patterns with *, separated by spaces",
-    )
+    elementwise: str = elementwise_field(EMBEDDINGS)
     inputs: Literal["columns", "rows"] = Field(default="columns", description="the axis that the layer reads")
 
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
