@@ -67,10 +67,12 @@ def test_all_other_tensors_are_meant(merge_rows, shape):
     torch.testing.assert_close(merge_rows("null_space", x), x.double().mean(0).float(), rtol=2e-7, atol=1e-9)
 
 
-def test_kernels_are_matrices_of_output_channels(merge_rows):
+def test_kernels_and_tables_are_averaged(merge_rows, combine):
     x = deltas(2, 4, 3, 2, 2).float()
-    flat = merge_rows("null_space", x.flatten(2), rank=2)
-    assert torch.equal(merge_rows("null_space", x, rank=2).flatten(1), flat)
+    torch.testing.assert_close(merge_rows("null_space", x, rank=2), x.mean(0))
+    table = {e: {"wte.weight": row} for e, row in zip("ab", deltas(2, 5, 4).float(), strict=True)}
+    got = combine("null_space", {"wte.weight": torch.zeros(5, 4)}, table)["wte.weight"]
+    torch.testing.assert_close(got, (table["a"]["wte.weight"] + table["b"]["wte.weight"]) / 2)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (6,)])
