@@ -69,7 +69,7 @@ def test_the_output_of_options_may_stand_last(command: Any, zoo: Any, tmp_path: 
 def test_dry_run_writes_nothing(command: Any, zoo: Any, tmp_path: Path) -> None:
     given = ["merge", "--method", "tsv", "--base", zoo.base, *zoo.given, "--dry-run"]
     found = command(*given, "-o", tmp_path / "out", "--json").json()
-    assert found["merged_tensors"] == 23 and found["parameters"] == {"weights": 1.0, "scale": 1.0}
+    assert found["merged_tensors"] == 23 and found["parameters"]["scale"] == 1.0
     assert found["output_bytes"] == sum(t.numel() * t.element_size() for t in weights(zoo.base).values())
     assert found["heads"] == {task: ["classifier.bias", "classifier.weight"] for task in zoo.labels}
     shown = command(*given)

@@ -192,8 +192,7 @@ def at_depth(method: Method, known: Known, name: str) -> Method:
         return method
     by = known[KEY].coefficients[name]
     scale = getattr(method, "scale", None)
-    # what a fold has scaled goes into what it does with the next expert, unless it only adds up
-    last = not isinstance(method, Fold) or method.keeps_sums
+    last = not isinstance(method, Fold) or method.scales_last
     if method.space == "deltas" and isinstance(scale, float) and last:
         return method.model_copy(update={"scale": scale * by})
     return Scaled(method=method, by=by)

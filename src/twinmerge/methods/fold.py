@@ -28,10 +28,11 @@ class Fold(ABC):
     """A method that takes in one expert after the other. Deltas are float64 here, and so is the state.
 
     keeps_sums: the state is a sum over the experts, so that the order has no meaning and an expert can be taken out again;
-    unremovable: else, why it cannot.
+    unremovable: else, why it cannot; scales_last: its `scale`, if it has one, multiplies the result and not each step.
     """
 
     keeps_sums: ClassVar[bool] = False
+    scales_last: ClassVar[bool] = True
     unremovable: ClassVar[str] = ""
 
     def parts(self, at: Place) -> dict[str, tuple[int, ...]]:
