@@ -182,7 +182,7 @@ def report(out: Path) -> None:
             print(f"OPCM fixed is above {other} in {above} of {len(courses[other])} orders.")
     rows = sum(len(kept["courses"]) for kept in found.values())
     print(
-        f"{rows} courses -> {draw_courses(courses, 'Experts that arrive one by one: mean of the orders, band of one sd', out / 'continual.png')}"
+        f"{rows} courses -> {draw_courses(courses, 'Experts that arrive one by one: mean of the orders, band of one sd', out / 'continual.png', 80.0)}"
     )
 
 

@@ -61,7 +61,7 @@ def report(out: Path, rows: Rows, data: dict[str, str]) -> None:
 
 def _experts(out: Path) -> dict[str, Any]:
     found = {}
-    for file in sorted((out / "experts").glob("*-test.json")):
+    for file in sorted((out / "experts").glob("*-test*.json")):
         found |= Evaluation.from_json(file.read_text()).predictions
     return found
 

@@ -12,7 +12,7 @@ from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import Place
 from twinmerge.methods.fold import Seen, State, SumFold
-from twinmerge.methods.spectral import Spectral, rest_of, short_side
+from twinmerge.methods.spectral import Spectral, rest_of, short_side, total_of
 
 Over = Literal["size", "rank"]
 
@@ -42,11 +42,11 @@ class IsoC(Spectral, SumFold):
     mean_over: Over = Field(default="size", description="what the singular values are averaged over")
 
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        return isotropic(deltas.double().sum(0).to(deltas.dtype), self.mean_over, at)
+        return isotropic(total_of(deltas), self.mean_over, at)
 
     def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
         """Those of the sum: equal singular values leave the merged matrix's own to chance."""
-        return flattened(deltas.double().sum(0).to(deltas.dtype), self.mean_over, at)
+        return flattened(total_of(deltas), self.mean_over, at)
 
     def settles_whole(self, at: Place) -> bool:
         return self.decomposes(at)

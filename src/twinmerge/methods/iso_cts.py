@@ -10,7 +10,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram_polar, gram_svd
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import Place
-from twinmerge.methods.spectral import Spectral, short_side
+from twinmerge.methods.spectral import Spectral, short_side, total_of
 
 
 class IsoCts(Spectral):
@@ -62,7 +62,7 @@ def sizes(common: float, short: int, experts: int) -> tuple[int, int]:
 def common_and_own(deltas: Tensor, common: float, at: Place) -> Tensor:
     """s̄ U⊥ V⊥ᵀ of the chosen directions, (m, n)."""
     k, own = sizes(common, short_side(at), len(deltas))
-    u, s, vh = gram_svd(deltas.double().sum(0).to(deltas.dtype), at.name, torch.float32)
+    u, s, vh = gram_svd(total_of(deltas), at.name, torch.float32)
     u, s, vh = u[:, :k], s[:k], vh[:k]
     left, values, right = [u], [s], [vh.mT]
     for delta in deltas if own else ():

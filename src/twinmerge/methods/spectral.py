@@ -80,7 +80,8 @@ class Spectral(Method):
         if tile.factors is not None:
             change = self.merge_factors(tile.factors, tile.at).dense()
             return moved(tile, change.reshape(tile.require_base().shape), 1.0)
-        deltas = (column(self.weights, tile.x) * tile.x).flatten(2)
+        plain = all(w == 1 for w in per_expert(self.weights, len(tile.x)))  # no copy of all experts then
+        deltas = (tile.x if plain else column(self.weights, tile.x) * tile.x).flatten(2)
         merged = self.calibrated(self.combine(deltas, tile.at), deltas, tile.at)
         return moved(tile, merged.reshape(tile.x[0].shape), self.scale)
 
@@ -123,6 +124,11 @@ def rest_of(rest: Rest, total: Tensor, experts: int) -> Tensor:
     if rest == "base":
         return torch.zeros_like(total)
     return total / experts if rest == "mean" else total
+
+
+def total_of(deltas: Tensor) -> Tensor:
+    """Σt of the stack (experts, m, n), summed in float64 one expert after the other, in the stack's dtype."""
+    return weighted_sum(1.0, deltas, torch.float64).to(deltas.dtype)
 
 
 def short_side(at: Place) -> int:

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.methods.base import Place
-from twinmerge.methods.spectral import Spectral
+from twinmerge.methods.spectral import Spectral, total_of
 
 
 class Svc(Spectral):
@@ -33,4 +33,4 @@ class Svc(Spectral):
     calibration: float = Field(default=0.1, gt=0, description="α, the least projection of an expert on a direction")
 
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        return deltas.double().sum(0).to(deltas.dtype)
+        return total_of(deltas)

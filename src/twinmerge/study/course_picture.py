@@ -11,15 +11,31 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.study.heatmap import DPI, FORMATS, check_picture
 from twinmerge.study.over_time import Course, mean_and_sd
 
-COLOURS = ("#0d9488", "#6366f1", "#d97706", "#db2777", "#0284c7", "#65a30d", "#7c3aed", "#94a3b8", "#b91c1c", "#475569")
+COLOURS = (
+    "#0d9488",
+    "#6366f1",
+    "#d97706",
+    "#db2777",
+    "#0284c7",
+    "#65a30d",
+    "#7c3aed",
+    "#94a3b8",
+    "#b91c1c",
+    "#111827",
+    "#a16207",
+    "#be185d",
+)
 LINES_APART = 24  # labels that fit one above the other
 
 
-def draw_courses(courses: Mapping[str, Sequence[Course]], title: str, file: str | Path) -> Path:
+def draw_courses(
+    courses: Mapping[str, Sequence[Course]], title: str, file: str | Path, bottom: float | None = None
+) -> Path:
     """Draw the mean over the tasks so far against the number of arrivals: the mean of the orders, and a band of one sd.
 
     Args:
-        courses: method -> its courses, all of one length; file: .png, .svg or .pdf, in a folder that is there; written over.
+        courses: method -> its courses, all of one length; file: .png, .svg or .pdf, in a folder that is there; written over;
+        bottom: of the scale; what falls below it leaves the picture, and its name says how far it falls.
 
     Returns:
         The file.
@@ -48,6 +64,7 @@ def draw_courses(courses: Mapping[str, Sequence[Course]], title: str, file: str 
             x, [m - s for m, s in points], [m + s for m, s in points], color=colour, alpha=0.12, linewidth=0
         )
         ends.append((points[-1][0], method, colour))
+    axes.set_ylim(bottom=bottom)
     _name(axes, ends, count)
     axes.set_xlabel("experts that have arrived")
     axes.set_ylabel("mean over the tasks so far, % of their experts")
@@ -65,6 +82,6 @@ def _name(axes: Any, ends: list[tuple[float, str, str]], at: int) -> None:
     low, high = axes.get_ylim()
     step, last = (high - low) / LINES_APART, math.inf
     for value, method, colour in sorted(ends, reverse=True):
-        last = min(value, last - step)
+        last = min(max(value, low + step), last - step)
         axes.text(at + 0.12, last, f"{method}  {value:.1f}", color=colour, va="center", fontsize=9, parse_math=False)
     axes.set_xlim(0.8, at + 0.32 * at)
