@@ -132,7 +132,7 @@ def decompose(method: str, name: str, deltas: Tensor) -> object:
         return by_gram.gram_svd(deltas[0], name)
     if method == "wudi":
         inputs = deltas.shape[2]
-        return wudi_rule.solve(*wudi_rule.normal_equations(deltas), 1e-6, inputs, name)
+        return wudi_rule.solve(*wudi_rule.normal_equations(deltas), 1e-2, inputs, name)
     found = [by_gram.gram_svd(delta, name) for delta in deltas]
     k = max(1, min(deltas.shape[1:]) // len(deltas))
     left = torch.cat([u[:, :k] for u, _, _ in found], 1).float()
@@ -142,7 +142,9 @@ def decompose(method: str, name: str, deltas: Tensor) -> object:
 
 def alone(method: str, family: Family, threads: int) -> dict[str, Any]:
     """Wall and CPU seconds of all decompositions, and CPU seconds of the embeddings'."""
-    work = dict(deltas_of(family))
+    rule = make_method(method, family.experts, {})
+    assert isinstance(rule, Spectral)
+    work = {n: x for n, x in deltas_of(family) if rule.decomposes(Place(n, tuple(x.shape[1:])))}
     if method == "iso_c":
         work = {name: deltas.double().sum(0, keepdim=True).float() for name, deltas in work.items()}
     order = sorted(work, key=lambda name: -work[name].numel())

@@ -295,7 +295,7 @@ def python(code, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="one import for all that are killed")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked to be killed, which this system cannot")
 def test_killed_at_any_moment_it_is_the_old_or_the_new_state(zoo, started):
     """While tensors are written, before and after the header, and after the rename."""
     states = {where: started("opcm", "ab", where) for where in ("write", "finish", "replace", "renamed")}
