@@ -111,8 +111,11 @@ def through(method: Method, tiles: Mapping[str, Tile]) -> State:
 
     def load(each: Range) -> Tile:
         tile = tiles[each.name]
-        if method.grain == "matrix":
+        grain = method.grain_of(tile.at)
+        if grain == "matrix":
             return tile
+        if grain == "rows":
+            return rows(tile, each.start, each.stop)
         return piece(method, tile, each.start, each.stop)
 
     run = Run(method, list(tiles), shapes, load, progress=False)
@@ -142,6 +145,14 @@ def piece(method: Method, tile: Tile, start: int, stop: int) -> Tile:
     base = None if tile.base is None else tile.base.flatten()[start:stop]
     fisher = rows(tile.fisher) if "fisher" in method.needs else None
     return Tile(rows(tile.x), base, tile.at._replace(offset=start), tile.work, fisher, tile.grams)
+
+
+def rows(tile: Tile, start: int, stop: int) -> Tile:
+    """The same in whole rows, of the tensor's shape but for their number."""
+    long = tile.x[0, 0].numel()
+    first, last = start // long, stop // long
+    base = None if tile.base is None else tile.base[first:last]
+    return Tile(tile.x[:, first:last], base, tile.at._replace(offset=start), tile.work)
 
 
 def split(method: Method, tile: Tile, step: int) -> list[Tile]:

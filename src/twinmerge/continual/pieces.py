@@ -38,7 +38,7 @@ class Read(NamedTuple):
 def pieces(places: Mapping[str, Place], whole: Callable[[Place], bool]) -> Iterator[Range]:
     """The tensors (canonical name -> place) in their order, as one piece or in tiles."""
     for name, place in places.items():
-        yield from ranges([name], {name: place.shape}, None if whole(place) else TILE)
+        yield from ranges([name], {name: place.shape}, TILE, {name: "matrix" if whole(place) else "element"})
 
 
 def worked(

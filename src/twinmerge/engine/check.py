@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from twinmerge.engine.ranges import SEEN
+from twinmerge.engine.ranges import SEEN, Range, ranges
 from twinmerge.maths.threads import thread_count
 
 if TYPE_CHECKING:
@@ -49,12 +48,17 @@ def checked(merge: Merge) -> dict[str, Any]:
 
 def _memory(merge: Merge) -> int:
     """What all workers read and write at once, and the float32 stacks that methods make of a part of it."""
-    largest = max((math.prod(shape) for shape in merge.inputs.shapes.values()), default=0)
-    whole = merge.inputs.whole
-    tile, piece = (largest, largest) if whole else (min(merge.tile, largest), min(SEEN, largest))
-    stacks = COPIES * (len(merge.experts) + 1) * 4 * piece
-    stored = (merge.inputs.element_bytes + max(spec.itemsize for spec in merge.out_specs.values())) * tile
-    return (2 if whole else 1) * thread_count() * (stored + stacks)
+    shapes, grains = merge.inputs.shapes, merge.inputs.grains
+    work = list(ranges(shapes, shapes, merge.tile, grains))
+    element = merge.inputs.element_bytes + max(spec.itemsize for spec in merge.out_specs.values())
+    stack = COPIES * (len(merge.experts) + 1) * 4
+
+    def taken(each: Range) -> int:
+        if grains[each.name] == "element":
+            return element * each.size + stack * min(SEEN, each.size)
+        return 2 * (element + stack) * each.size
+
+    return thread_count() * max(map(taken, work), default=0)
 
 
 def _dtypes(model: Any) -> list[str]:

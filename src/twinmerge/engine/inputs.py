@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from twinmerge.engine.ranges import PIECE, Range
+from twinmerge.engine.ranges import PIECE, Grains, Range
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
@@ -55,17 +55,24 @@ class Inputs:
         statistics: Mapping[str, Statistics] = MappingProxyType({}),
         with_base: bool = False,
     ) -> None:
-        self.whole, self.deltas = method.grain == "matrix", method.space == "deltas"
+        self.method, self.deltas = method, method.space == "deltas"
         self.base = base if self.deltas or with_base else None
         self.experts, self.names, self.device = experts, names, device
         self.canonical = {out: name for name, out in names.items()}
         self.shapes = {out: next(iter(experts.values())).spec(name).shape for name, out in names.items()}
-        self.compiled = fused.available() and str(device) == "cpu" and not self.whole
+        self.compiled = fused.available() and str(device) == "cpu"
         if not self.compiled or type(method).rule is Method.rule or (not self.deltas and with_base):
             import torch  # noqa: F401  before there are workers: each would import it, and give it all cores
         self._models = {**experts, **({} if self.base is None else {BASE: self.base})}
         self.needs, self.statistics = method.needs, statistics
         self._local = threading.local()
+
+    @cached_property
+    def grains(self) -> Grains:
+        """Of every tensor; a core space is that of a tensor in one piece."""
+        low_rank = {out for out, name in self.canonical.items() if any(e.low_rank(name) for e in self.experts.values())}
+        found = {out: self.method.grain_of(self.place(Range(out, 0, 0))) for out in self.canonical}
+        return {out: "matrix" if grain == "rows" and out in low_rank else grain for out, grain in found.items()}
 
     @cached_property
     def element_bytes(self) -> int:
@@ -101,7 +108,7 @@ class Inputs:
 
     def pieces(self, each: Range, stored: Stored) -> Iterator[Tile]:
         """The same in pieces that fit a core's cache."""
-        step = max(each.size, 1) if self.whole else PIECE
+        step = PIECE if self.grains[each.name] == "element" else max(each.size, 1)
         for at in range(0, max(each.size, 1), step):
             stop = min(at + step, each.size)
             yield self._tile(Range(each.name, each.start + at, each.start + stop), _part(stored, at, stop))
@@ -158,7 +165,7 @@ class Inputs:
             stored if self.compiled and known else None,
             lambda: self._measured(each, stored),
             grams,
-            self._factors(self.canonical[each.name]) if self.whole else None,
+            self._factors(self.canonical[each.name]) if self.grains[each.name] == "matrix" else None,
         )
 
     def _factors(self, name: str) -> list[Factors] | None:
@@ -181,8 +188,14 @@ class Inputs:
             return None
         import torch
 
-        shape = self.shapes[each.name] if self.whole else (each.size,)
-        return torch.stack([_numbers(v).reshape(shape) for v in stored.fisher]).to(self.device)
+        return torch.stack([_numbers(v).reshape(self._shape(each)) for v in stored.fisher]).to(self.device)
+
+    def _shape(self, each: Range) -> tuple[int, ...]:
+        """Of the tile of a range."""
+        grain, shape = self.grains[each.name], self.shapes[each.name]
+        if grain == "element":
+            return (each.size,)
+        return shape if grain == "matrix" else (each.size // max(1, math.prod(shape[1:])), *shape[1:])
 
     def _widened(self, each: Range, stored: Stored) -> tuple[Tensor, Tensor | None, torch.dtype]:
         """x, base and the dtype of sums."""
@@ -200,9 +213,8 @@ class Inputs:
             self._require_finite(each, stored)
         if str(self.device) != "cpu":
             x, base = x.to(self.device), None if base is None else base.to(self.device)
-        if self.whole:
-            shape = self.shapes[each.name]
-            x, base = x.reshape(len(x), *shape), None if base is None else base.reshape(shape)
+        shape = self._shape(each)
+        x, base = x.reshape(len(x), *shape), None if base is None else base.reshape(shape)
         narrow = all(SIZES[v.code] <= 2 for v in (*stored.experts, *filter(None, [stored.base])))
         return x, base, torch.float32 if narrow else torch.float64
 

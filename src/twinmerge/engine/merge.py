@@ -188,7 +188,10 @@ class Merge:
         first = next(iter(self.experts.values()))
         order = sorted(self.matched.merged, key=first.place)
         names = [self.base.stored[name] for name in order]
-        run = Run(self.method, names, self.inputs.shapes, self.inputs.load, self.tile, self.progress, self.processes)
+        inputs = self.inputs
+        run = Run(
+            self.method, names, inputs.shapes, inputs.load, inputs.grains, self.tile, self.progress, self.processes
+        )
         run.known |= self.inputs.told()
         if self.recipe.lines is not None:
             self._add_lines(run, self.recipe.lines)

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from twinmerge.engine.ranges import SEEN, TILE, Range, Shapes, grouped, ranges, sample
+from twinmerge.engine.ranges import SEEN, TILE, Grains, Range, Shapes, grouped, ranges, sample
 from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
-from twinmerge.methods.base import Known, Method, Partial, Pass, Tile
+from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile
 
 LARGE = 1 << 24  # elements from which on worker processes pay for themselves
 SHARES = 4  # parts of a sweep for each worker: a step of the progress bar each
+BLOCKS = 8  # of rows that one worker adds up
 BATCH = 512  # tiles between two passes of one tensor: enough for all workers, few enough to stay in the page cache
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -32,7 +33,8 @@ class Run:
         names: all tensors that are merged (they are what "the whole model" means for model-scope passes), in the order
             in which they are read.
         shapes: name -> shape.
-        load: range -> its tile, flat, or in the tensor's shape for methods of grain "matrix". Called from any thread.
+        load: range -> its tile, flat, or in rows or the tensor's shape by its grain. Called from any thread.
+        grains: of every tensor; what the method says of it where None.
         tile: elements of a tile, a multiple of 65,536; the result does not depend on it.
         processes: spread large work over forked processes and not over threads (see `maths/workers.py`).
 
@@ -46,11 +48,13 @@ class Run:
         names: Sequence[str],
         shapes: Shapes,
         load: Callable[[Range], Tile],
+        grains: Grains | None = None,
         tile: int = TILE,
         progress: bool = True,
         processes: bool = False,
     ) -> None:
         self.method, self.names, self.shapes, self.load = method, list(names), shapes, load
+        self.grains = grains or {name: method.grain_of(Place(name, shapes[name])) for name in names}
         self.tile, self.progress = tile, progress
         self.processes = processes and CAN_FORK and method.grain != "matrix"
         passes = list(method.passes())
@@ -68,11 +72,13 @@ class Run:
 
     def groups(self, order: Iterable[str] | None = None) -> list[list[Range]]:
         """The work of `merge`, in its order: ranges that are done together."""
-        whole = self.method.grain == "matrix"
-        work = ranges(order or self.names, self.shapes, None if whole else self.tile)
-        if whole:  # the largest first: one that comes last would leave the other threads without work
-            return [[each] for each in sorted(work, key=lambda each: -each.size)]
-        return list(grouped(work, self.tile))
+        names = list(order or self.names)
+        tensors = [name for name in names if self.grains[name] != "element"]
+        # the largest first: one that comes last would leave the other threads without work
+        tensors.sort(key=lambda name: -math.prod(self.shapes[name]))
+        alone = [[each] for each in ranges(tensors, self.shapes, self.tile, self.grains)]
+        cut = (name for name in names if self.grains[name] == "element")
+        return [*alone, *grouped(ranges(cut, self.shapes, self.tile), self.tile)]
 
     def merge(self, groups: Sequence[list[Range]], combine: Callable[[Range, Known], Answer]) -> Iterator[list[Answer]]:
         """Merge the ranges, each group in one thread.
@@ -98,8 +104,11 @@ class Run:
         ) as bar:
             for batch in self._batches(groups):
                 for step in self.trailing:
-                    self._sweep(step, list(dict.fromkeys(each.name for group in batch for each in group)), None)
-                for group, answers in zip(batch, self._map(work, batch), strict=True):
+                    title = step.name if step.grain else None  # what decomposes takes its time
+                    self._sweep(step, list(dict.fromkeys(each.name for group in batch for each in group)), title)
+                # what waits are answers, not tiles; a matrix takes longer than many that follow it
+                ahead = len(batch) if self.method.grain == "matrix" else None
+                for group, answers in zip(batch, self._map(work, batch, ahead=ahead), strict=True):
                     yield answers
                     bar.update(sum(each.size for each in group))
                 for each in (each for group in batch for each in group) if self.trailing else ():
@@ -126,14 +135,17 @@ class Run:
         wanted = {name: step.wanted(self._of(name)) for name in names} if by_tensor else {}
         all_or_some = None if by_tensor else step.wanted(self.known)
         seen = [
-            n for n in names if (n not in wanted or wanted[n] is None) and (all_or_some is None or n in all_or_some)
+            n
+            for n in names
+            if (n not in wanted or wanted[n] is None)
+            and (all_or_some is None or n in all_or_some)
+            and step.grain in (None, self.grains[n])
         ]
         if not seen:
             return
         totals: dict[str, Partial] = {name: {} for name in seen} if by_tensor else {"": {}}
-        whole = self.method.grain == "matrix"
         tile = min(SEEN, self.tile)
-        work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, None if whole else tile)
+        work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, tile, self.grains)
         groups = list(grouped(work, tile))
 
         def look(share: Sequence[list[Range]]) -> dict[str, Partial]:
@@ -143,7 +155,8 @@ class Run:
                 step.add(found.setdefault(each.name if by_tensor else "", {}), part)
             return found
 
-        count = min(len(groups), SHARES * thread_count())
+        # floating sums are taken over the same blocks in the same order, whatever the number of threads
+        count = -(-len(groups) // BLOCKS) if step.grain else min(len(groups), SHARES * thread_count())
         shares = [groups[i * len(groups) // count : (i + 1) * len(groups) // count] for i in range(count)]
         bar = tqdm(
             total=count, desc=title, delay=1, leave=False, disable=True if title is None else _off(self.progress)
@@ -154,21 +167,28 @@ class Run:
                     Pass.add(step, totals[key], part)
                 bar.update()
         if by_tensor:
-            for name, total in totals.items():
-                self.known_of[name][step.name] = step.finish(total, self._of(name))
+
+            def finished(name: str) -> object:
+                return step.finish(totals[name], self._of(name))
+
+            for name, answer in zip(totals, self._map(finished, list(totals), large=False), strict=True):
+                self.known_of[name][step.name] = answer
         else:
             self.known[step.name] = step.finish(totals[""], self.known)
 
     def _map(
-        self, function: Callable[[Item], Answer], items: Sequence[Item], large: bool | None = None
+        self,
+        function: Callable[[Item], Answer],
+        items: Sequence[Item],
+        large: bool | None = None,
+        ahead: int | None = None,
     ) -> Iterator[Answer]:
         """The one seam: `function` of every item, in order, somewhere."""
         if large is None:
             large = len(items) * self.tile >= LARGE
         if self.processes and large:
             return forked(function, items)
-        # what waits are answers, not tiles; a matrix takes longer than many that follow it
-        return parallel(function, items, len(items) if self.method.grain == "matrix" else None)
+        return parallel(function, items, ahead)
 
     def _of(self, name: str) -> Known:
         own = self.known_of[name]

@@ -127,11 +127,18 @@ class Core(NamedTuple):
         peak = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)) if len(vh) else vh.new_zeros(0, 1)
         sign = torch.where(peak < 0, -1.0, 1.0).to(vh.dtype)
         u, vh = u * sign.mT, vh * sign
-        if len(u) < len(self.rows):
-            u = u.new_zeros(len(self.rows), len(s)).masked_scatter_(self.rows[:, None], u)
-        if vh.shape[1] < len(self.cols):
-            vh = vh.new_zeros(len(s), len(self.cols)).masked_scatter_(self.cols[None], vh)
-        return u, s / self.scale, vh
+        return _in_rows(u, self.rows), s / self.scale, _in_rows(vh.mT, self.cols).mT
+
+    def placed(self, x: Tensor) -> Tensor:
+        """What a matrix of the core's shape is in the whole one, zero elsewhere."""
+        return _in_rows(_in_rows(x, self.rows).mT, self.cols).mT
+
+
+def _in_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x in the rows that `rows` marks, zero in all others."""
+    if len(x) == len(rows):
+        return x
+    return x.new_zeros(len(rows), x.shape[1]).masked_scatter_(rows[:, None], x)
 
 
 def svd_core(x: Tensor) -> SVD:

@@ -33,6 +33,9 @@ have a key of their own."""
 Scope = Literal["model", "tensor"]
 """What a count or a reduction is over."""
 
+Grain = Literal["element", "rows", "matrix"]
+"""Which tiles of a tensor a method can work on: any, whole rows, the tensor in one piece."""
+
 Need = Literal["fisher", "gram"]
 """Statistics that `twinmerge measure` takes of every expert."""
 
@@ -164,12 +167,14 @@ class Pass(ABC):
     scope: "tensor" starts afresh for each tensor, "model" runs over all merged tensors first.
     sampled: the tiles are a thin sample of the model (at most a million entries), for passes that only guess.
     rare: it is left out most of the time (see `wanted`).
+    grain: only tensors of which the method says that (see `Method.grain_of`); None for all.
     """
 
     name: ClassVar[str]
     scope: Scope
     sampled: ClassVar[bool] = False
     rare: bool = False
+    grain: ClassVar[Grain | None] = None
 
     def wanted(self, known: Known) -> Collection[str] | None:
         """The tensors that the pass must see; None for all. With none at all the pass is left out."""
@@ -194,7 +199,7 @@ class Method(BaseModel, ABC):
 
     Class attributes
         space: "deltas" (τt = θt − θ0) or "parameters" (θt).
-        grain: "element" (any tile) or "matrix" (the whole tensor as one tile).
+        grain: "element" (any tile) or "matrix" (the whole tensor as one tile, or what `grain_of` says).
         experts_min, experts_max: how many experts the formula is defined for.
         laws: which algebraic laws the conformance test holds the method to, out of "idempotent" (equal experts give
             that expert, at scale 1), "symmetric" (the experts' order is irrelevant), "odd" (negated deltas give the
@@ -207,7 +212,7 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     space: ClassVar[Literal["deltas", "parameters"]] = "deltas"
-    grain: ClassVar[Literal["element", "matrix"]] = "element"
+    grain: ClassVar[Grain] = "element"
     experts_min: ClassVar[int] = 1
     experts_max: ClassVar[int | None] = None
     laws: ClassVar[frozenset[str]] = frozenset()
@@ -218,6 +223,10 @@ class Method(BaseModel, ABC):
     def passes(self) -> Sequence[Pass]:
         """The reductions to run first, in order; each sees in `known` what the earlier ones found."""
         return ()
+
+    def grain_of(self, at: Place) -> Grain:
+        """Which tiles of one tensor the method can work on. Blocks of rows have the tensor's shape but for their number."""
+        return self.grain
 
     @abstractmethod
     def apply(self, tile: Tile, known: Known) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.maths.gram_svd import gram_svd
+from twinmerge.maths.gram_svd import coefficients, gram_svd, with_values
 from twinmerge.maths.svd import SVD
-from twinmerge.methods.base import Place
+from twinmerge.methods.base import Known, Partial, Pass, Place
 from twinmerge.methods.fold import Seen, State, SumFold
-from twinmerge.methods.spectral import Spectral, rest_of, short_side, total_of
+from twinmerge.methods.spectral import Spectral, share_of, short_side, total_of
+from twinmerge.methods.tall import COEFFICIENTS, RowPass, gram_of
 
 Over = Literal["size", "rank"]
 
@@ -41,6 +43,9 @@ class IsoC(Spectral, SumFold):
 
     mean_over: Over = Field(default="size", description="what the singular values are averaged over")
 
+    def passes(self) -> tuple[Pass, ...]:
+        return () if self.calibration else (Flat(self, self.mean_over),)
+
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
         return isotropic(total_of(deltas), self.mean_over, at)
 
@@ -54,8 +59,25 @@ class IsoC(Spectral, SumFold):
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
         total = state["sum"]
         if not self.decomposes(at):
-            return rest_of(self.rest, total, max(seen.experts, 1)) * self.scale
+            return total * (self.scale * share_of(self.rest, seen.experts))
         return isotropic(total.flatten(1).float(), self.mean_over, at).double().reshape(total.shape) * self.scale
+
+
+class Flat(RowPass):
+    """s̄ U Vᵀ = (Σt wt τt) V diag(s̄/s) Vᵀ, and V diag(s²) Vᵀ is the sum's Gram matrix: the same coefficients for every expert."""
+
+    name = COEFFICIENTS
+
+    def __init__(self, method: Spectral, mean_over: Over) -> None:
+        super().__init__(method)
+        self.mean_over = mean_over
+
+    def sums(self, deltas: Tensor, known: Known) -> Partial:
+        return gram_of(total_of(deltas).double())
+
+    def finish(self, total: Partial, known: Known) -> Tensor:
+        n = len(total["gram"])
+        return coefficients(total["gram"], int(total["rows"]), partial(flat, mean_over=self.mean_over, short=n))
 
 
 def isotropic(total: Tensor, mean_over: Over, at: Place) -> Tensor:
@@ -66,12 +88,20 @@ def isotropic(total: Tensor, mean_over: Over, at: Place) -> Tensor:
         >>> isotropic(torch.diag(torch.tensor([4.0, 0.0])), "size", Place("w", (2, 2))).tolist()
         [[2.0, 0.0], [0.0, 0.0]]
     """
-    u, s, vh = flattened(total, mean_over, at)
-    return ((u * s) @ vh).to(total.dtype)
+    values = partial(flat, mean_over=mean_over, short=short_side(at))
+    return with_values(total, values, at.name, torch.float32).to(total.dtype)
 
 
 def flattened(total: Tensor, mean_over: Over, at: Place) -> SVD:
     """The singular vectors of the sum, and s̄ for each of them."""
     u, s, vh = gram_svd(total, at.name, torch.float32)
-    mean = s.sum() / max(1, short_side(at) if mean_over == "size" else len(s))
-    return u, mean.expand(len(s)), vh
+    return u, flat(s, mean_over, short_side(at)), vh
+
+
+def flat(s: Tensor, mean_over: Over, short: int) -> Tensor:
+    """s̄ for each of the singular values.
+
+    Args:
+        s: those that are not 0; short: min(m, n) of the whole matrix.
+    """
+    return (s.sum() / max(1, short if mean_over == "size" else len(s))).expand(len(s))

@@ -16,7 +16,7 @@ from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.base import Method, PerExpert, per_expert
 
 GROUP = "twinmerge.methods"
-_NO_METHODS = {"__init__", "base", "fold", "masks", "registry", "spectral", "trim"}
+_NO_METHODS = {"__init__", "base", "fold", "masks", "registry", "spectral", "tall", "trim"}
 
 
 def method_names() -> list[str]:

@@ -13,10 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.maths.core_space import CoreSpace
+from twinmerge.maths.fused import Rule
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import (
+    Grain,
     Known,
     Method,
     PerExpert,
@@ -29,8 +31,10 @@ from twinmerge.methods.base import (
     weighted_sum,
     weights_field,
 )
+from twinmerge.methods.tall import COEFFICIENTS, is_tall
 
 Rest = Literal["mean", "sum", "base"]
+PIECE = 1 << 16  # entries
 EMBEDDINGS = "*embed* *wte* *wpe*"
 """Names of tables, which are looked up and not multiplied with."""
 
@@ -58,6 +62,8 @@ class Spectral(Method):
     are written in, so that low-rank experts are merged in their core space (`maths/core_space.py`), exactly and without
     a decomposition of a matrix of the model's size. Numerical ranks there are float32's too, to which factors are
     rounded as deltas are: experts that share a direction but for rounding must not be given one each.
+
+    Tables of words and other tall matrices come in blocks of rows where the subclass has passes that find their `COEFFICIENTS`.
     """
 
     grain = "matrix"
@@ -72,18 +78,35 @@ class Spectral(Method):
         default=0.0, ge=0, description="least projection α of singular value calibration; 0: none"
     )
 
+    def grain_of(self, at: Place) -> Grain:
+        if not self.decomposes(at):
+            return "element"
+        return "rows" if self.passes() and is_tall(at) else "matrix"
+
+    def rule(self, at: Place, known: Known) -> Rule | None:
+        if self.decomposes(at):
+            return None
+        weights = per_expert(self.weights, len(at.experts))
+        return Rule(weights, deltas=True, scale=self.scale * share_of(self.rest, len(weights)))
+
     def apply(self, tile: Tile, known: Known) -> Tensor:
         if not self.decomposes(tile.at):
-            return moved(
-                tile, rest_of(self.rest, weighted_sum(self.weights, tile.x, tile.work), len(tile.x)), self.scale
-            )
+            scale = self.scale * share_of(self.rest, len(tile.x))
+            return moved(tile, weighted_sum(self.weights, tile.x, tile.work), scale)
+        if COEFFICIENTS in known:
+            change = product(self.weighted(tile), known[COEFFICIENTS], tile.work)
+            return moved(tile, change.reshape(tile.x[0].shape), self.scale)
         if tile.factors is not None:
             change = self.merge_factors(tile.factors, tile.at).dense()
             return moved(tile, change.reshape(tile.require_base().shape), 1.0)
-        plain = all(w == 1 for w in per_expert(self.weights, len(tile.x)))  # no copy of all experts then
-        deltas = (tile.x if plain else column(self.weights, tile.x) * tile.x).flatten(2)
+        deltas = self.weighted(tile)
         merged = self.calibrated(self.combine(deltas, tile.at), deltas, tile.at)
         return moved(tile, merged.reshape(tile.x[0].shape), self.scale)
+
+    def weighted(self, tile: Tile) -> Tensor:
+        """wt τt as matrices, (experts, rows, n)."""
+        plain = all(w == 1 for w in per_expert(self.weights, len(tile.x)))  # no copy of all experts then
+        return (tile.x if plain else column(self.weights, tile.x) * tile.x).flatten(2)
 
     def merge_factors(self, parts: Sequence[Factors], at: Place) -> Factors:
         """λ f(w1 B1 A1, …) of low-rank experts, as a low-rank product again.
@@ -119,16 +142,39 @@ class Spectral(Method):
         return gram_svd(merged, at.name, torch.float32)
 
 
-def rest_of(rest: Rest, total: Tensor, experts: int) -> Tensor:
-    """What is done to tensors that are not decomposed, from the sum of their deltas."""
-    if rest == "base":
-        return torch.zeros_like(total)
-    return total / experts if rest == "mean" else total
+def share_of(rest: Rest, experts: int) -> float:
+    """What the sum of the deltas of tensors that are not decomposed is multiplied with.
+
+    Example:
+        >>> share_of("mean", 4), share_of("sum", 4), share_of("base", 4)
+        (0.25, 1.0, 0.0)
+    """
+    return {"mean": 1 / max(experts, 1), "sum": 1.0, "base": 0.0}[rest]
 
 
 def total_of(deltas: Tensor) -> Tensor:
     """Σt of the stack (experts, m, n), summed in float64 one expert after the other, in the stack's dtype."""
-    return weighted_sum(1.0, deltas, torch.float64).to(deltas.dtype)
+    flat = deltas.flatten(1)
+    out = flat.new_empty(flat.shape[1])
+    for one, piece in zip(out.split(PIECE), flat.split(PIECE, 1), strict=True):  # sums that stay in the cache
+        one.copy_(weighted_sum(1.0, piece, torch.float64))
+    return out.reshape(deltas.shape[1:])
+
+
+def product(deltas: Tensor, coefficients: Tensor, work: torch.dtype) -> Tensor:
+    """Σt τt Ct in `work`, of rows (experts, rows, n) and coefficients (experts, n, n), or (n, n) where they are the same for all.
+
+    Example:
+        >>> product(torch.ones(2, 1, 1), torch.tensor([[[2.0]], [[3.0]]]), torch.float32).tolist()
+        [[5.0]]
+    """
+    by = coefficients.to(work)
+    if by.dim() == 2:
+        return total_of(deltas).to(work) @ by
+    out = deltas[0].to(work) @ by[0]
+    for delta, own in zip(deltas[1:], by[1:], strict=True):
+        out.addmm_(delta.to(work), own)
+    return out
 
 
 def short_side(at: Place) -> int:

@@ -1,11 +1,14 @@
 """TSV-Merge: the experts' leading singular vectors, made orthogonal to each other."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from twinmerge.maths.gram_svd import gram_polar, gram_svd
-from twinmerge.methods.base import Place
+from twinmerge.maths.gram_svd import gram_polar, gram_svd, right_side
+from twinmerge.methods.base import Known, Partial, Pass, Place
 from twinmerge.methods.spectral import Spectral, short_side
+from twinmerge.methods.tall import COEFFICIENTS, RowPass, gram_of
 
 
 class Tsv(Spectral):
@@ -31,8 +34,57 @@ class Tsv(Spectral):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Gargiulo et al. 2025, CVPR, arXiv 2412.00081"
 
+    def passes(self) -> tuple[Pass, ...]:
+        return () if self.calibration else (Triplets(self), Orthogonal(self))
+
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
         return merge_singular(deltas, max(1, short_side(at) // len(deltas)), at.name)
+
+
+class Leading(NamedTuple):
+    """Of one expert: s (k,), V (n, k), and W = V diag(1/s), so that U = τ W."""
+
+    s: Tensor
+    v: Tensor
+    w: Tensor
+
+
+class Triplets(RowPass):
+    """The leading singular triplets of each expert, out of its Gram matrix."""
+
+    name = "triplets"
+
+    def sums(self, deltas: Tensor, known: Known) -> Partial:
+        found = [gram_of(delta.double()) for delta in deltas]
+        return {key: torch.stack([one[key] for one in found]) for key in ("gram", "rows")}
+
+    def finish(self, total: Partial, known: Known) -> list[Leading]:
+        k = max(1, total["gram"].shape[-1] // len(total["gram"]))
+        leading = []
+        for gram, rows in zip(total["gram"], total["rows"].tolist(), strict=True):
+            s, v = right_side(gram, rows)
+            leading.append(Leading(s[:k], v[:, :k], v[:, :k] / s[:k]))
+        return leading
+
+
+class Orthogonal(RowPass):
+    """U⊥ S V⊥ᵀ = Σt τt Ct: U⊥ is [U1 … UT] times a small matrix, which the Gram matrix of [U1 … UT] gives."""
+
+    name = COEFFICIENTS
+
+    def sums(self, deltas: Tensor, known: Known) -> Partial:
+        sides = [delta.double() @ one.w for delta, one in zip(deltas, known[Triplets.name], strict=True)]
+        return gram_of(torch.cat(sides, 1))
+
+    def finish(self, total: Partial, known: Known) -> Tensor:
+        leading: list[Leading] = known[Triplets.name]
+        if len(leading) == 1:
+            return torch.eye(len(leading[0].v), dtype=torch.float64)
+        lengths, v = right_side(total["gram"], int(total["rows"]))
+        right = gram_polar(torch.cat([one.v for one in leading], 1), rounded=torch.float32)
+        inner = (v / lengths) @ v.mT @ (torch.cat([one.s for one in leading])[:, None] * right.mT)
+        parts = inner.split([len(one.s) for one in leading])
+        return torch.stack([one.w @ part for one, part in zip(leading, parts, strict=True)])
 
 
 def merge_singular(deltas: Tensor, k: int, name: str) -> Tensor:

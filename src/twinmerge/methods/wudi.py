@@ -9,9 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Place
+from twinmerge.maths.gram_svd import gram
+from twinmerge.methods.base import Known, Partial, Pass, Place
 from twinmerge.methods.fold import Seen, State, SumFold
-from twinmerge.methods.spectral import EMBEDDINGS, Spectral, elementwise_field, rest_of
+from twinmerge.methods.spectral import EMBEDDINGS, Spectral, elementwise_field, share_of
+from twinmerge.methods.tall import COEFFICIENTS, RowPass
 
 LARGEST_RIDGE = 1.0
 
@@ -47,6 +49,9 @@ class Wudi(Spectral, SumFold):
     elementwise: str = elementwise_field(EMBEDDINGS)
     inputs: Literal["columns", "rows"] = Field(default="columns", description="the axis that the layer reads")
 
+    def passes(self) -> tuple[Pass, ...]:
+        return () if self.calibration or self.inputs == "rows" else (Interference(self, self.ridge),)
+
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
         return self.solved(*normal_equations(self.turned(deltas)), at).to(deltas.dtype)
 
@@ -71,12 +76,12 @@ class Wudi(Spectral, SumFold):
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
         if not self.decomposes(at):
-            return rest_of(self.rest, state["sum"], max(seen.experts, 1)) * self.scale
+            return state["sum"] * (self.scale * share_of(self.rest, seen.experts))
         return self.solved(state["normal"], state["gram"], at).reshape(at.shape) * self.scale
 
-    def solved(self, normal: Tensor, gram: Tensor, at: Place) -> Tensor:
+    def solved(self, normal: Tensor, grams: Tensor, at: Place) -> Tensor:
         """M* as it is stored, (m, n) float64."""
-        return self.turned(solve(normal, gram, self.ridge, self.side(at), at.name))
+        return self.turned(solve(normal, grams, self.ridge, self.side(at), at.name))
 
     def turned(self, x: Tensor) -> Tensor:
         """The inputs along the columns, and back."""
@@ -88,42 +93,62 @@ class Wudi(Spectral, SumFold):
         return m if self.inputs == "rows" else int(torch.Size(at.shape).numel() // max(m, 1))
 
 
+class Interference(RowPass):
+    """M* = Σt τt Ct with Ct = Gt (Σt Gt + ridge · tr(Σt Gt)/n · I)⁻¹."""
+
+    name = COEFFICIENTS
+
+    def __init__(self, method: Spectral, ridge: float) -> None:
+        super().__init__(method)
+        self.ridge = ridge
+
+    def sums(self, deltas: Tensor, known: Known) -> Partial:
+        return {"grams": torch.stack([gram(delta.double()) for delta in deltas])}
+
+    def finish(self, total: Partial, known: Known) -> Tensor:
+        grams = total["grams"]
+        squares = grams.diagonal(dim1=1, dim2=2).sum(1)
+        grams = grams / torch.where(squares > 0, squares, 1)[:, None, None]
+        n = grams.shape[-1]
+        return solve(grams.reshape(-1, n), grams.sum(0), self.ridge, n).reshape(grams.shape)
+
+
 def normal_equations(deltas: Tensor) -> tuple[Tensor, Tensor]:
     """Σt τt Gt (m, n) and Σt Gt (n, n) in float64; an expert that changed nothing adds nothing.
 
     Example:
-        >>> normal, gram = normal_equations(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]))
-        >>> (25 * normal).round().tolist(), (25 * gram).round().tolist()
+        >>> normal, grams = normal_equations(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]))
+        >>> (25 * normal).round().tolist(), (25 * grams).round().tolist()
         ([[27.0, 0.0], [0.0, 64.0]], [[9.0, 0.0], [0.0, 16.0]])
     """
     _, m, n = deltas.shape
-    normal, gram = deltas.new_zeros(m, n, dtype=torch.float64), deltas.new_zeros(n, n, dtype=torch.float64)
+    normal, grams = deltas.new_zeros(m, n, dtype=torch.float64), deltas.new_zeros(n, n, dtype=torch.float64)
     for delta in deltas:
         one = delta.double()
         norm = one.norm()
         if not norm > 0:
             continue
         one = one / norm  # before it is squared, so that nothing overflows
-        own = one.mT @ one
-        normal.add_((one @ own if n <= m else (one @ one.mT) @ one), alpha=float(norm))
-        gram.add_(own)
-    return normal, gram
+        own = gram(one)
+        normal.add_(one @ own if n <= m else gram(one.mT) @ one, alpha=float(norm))
+        grams.add_(own)
+    return normal, grams
 
 
-def solve(normal: Tensor, gram: Tensor, ridge: float, inputs: int, name: str = "matrix") -> Tensor:
-    """normal (gram + ridge · tr(gram)/inputs · I)⁻¹, (m, n) float64; zero where nothing was changed.
+def solve(normal: Tensor, grams: Tensor, ridge: float, inputs: int, name: str = "matrix") -> Tensor:
+    """normal (grams + ridge · tr(grams)/inputs · I)⁻¹, (m, n) float64; zero where nothing was changed.
 
     A ridge that rounding leaves without a Cholesky factor is raised a hundredfold at a time.
 
     Errors:
         TwinmergeError: no ridge up to 1 is enough.
     """
-    level = gram.trace() / max(inputs, 1)
+    level = grams.trace() / max(inputs, 1)
     if not level > 0:
         return torch.zeros_like(normal)
     while True:
         factor, failed = torch.linalg.cholesky_ex(
-            gram + ridge * level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            grams + ridge * level * torch.eye(len(grams), dtype=grams.dtype, device=grams.device)
         )
         if not int(failed):
             return torch.cholesky_solve(normal.mT, factor).mT

@@ -1,0 +1,56 @@
+"""Tall matrices, such as tables of words, in blocks of rows: memory that does not grow with the table, and all threads on one of them.
+
+With m ≥ n every merge of the family is θ0 + λ Σt wt τt Ct: what is decomposed are n × n Gram matrices, which add up over the rows, and
+what comes out of them are n × n coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from twinmerge.maths.gram_svd import gram
+from twinmerge.methods.base import Known, Partial, Pass, Place, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twinmerge.methods.spectral import Spectral
+
+RATIO = 4  # rows for each column from which on the Gram matrices under way are smaller than the matrix itself
+LEAST = 1 << 23  # elements: smaller ones are quick in one piece
+COEFFICIENTS = "coefficients"
+
+
+def is_tall(at: Place) -> bool:
+    """Whether a matrix is worked on in blocks of rows, if its method can.
+
+    Example:
+        >>> is_tall(Place("words", (50_000, 768))), is_tall(Place("w", (3072, 768)))
+        (True, False)
+    """
+    m, n = at.shape[0], math.prod(at.shape[1:])
+    return m >= RATIO * n and m * n >= LEAST
+
+
+class RowPass(Pass):
+    """Sums of float64 matrices over the blocks of rows of one tensor, which are added up in the blocks' order."""
+
+    scope = "tensor"
+    grain = "rows"
+
+    def __init__(self, method: Spectral) -> None:
+        self.method = method
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        return self.sums(self.method.weighted(tile), known)
+
+    @abstractmethod
+    def sums(self, deltas: Tensor, known: Known) -> Partial:
+        """What the rows (experts, rows, n) of the weighted deltas add."""
+
+
+def gram_of(x: Tensor) -> Partial:
+    """xᵀ x (n, n) and how many rows are not zero, of some rows (rows, n) float64."""
+    return {"gram": gram(x), "rows": (x != 0).any(1).sum()}
