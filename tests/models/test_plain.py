@@ -6,16 +6,18 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.maths import fused
 from twinmerge.models.opened import open_model
-from twinmerge.models.plain import PLAIN, open_plain
+from twinmerge.models.plain import ENCODER, PLAIN, open_plain
 
 SIZES = {
     "vocab_size": 19,
@@ -36,7 +38,8 @@ def families(tmp_path_factory):
     for kind in sorted(PLAIN):
         root = tmp_path_factory.mktemp(kind)
         torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
+        auto = AutoModel if PLAIN[kind] is ENCODER else AutoModelForCausalLM
+        model = auto.from_config(AutoConfig.for_model(kind, **SIZES))
         for name in ("base", "a", "b"):
             expert = copy.deepcopy(model)
             if name != "base":
@@ -102,6 +105,23 @@ def test_anything_else_is_looked_at_with_transformers(families, tmp_path, edit):
     models = changed(families["llama"], tmp_path, edit)
     assert open_plain(models[:2]) is not None
     assert open_plain(models) is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind in sorted(PLAIN) if PLAIN[kind] is ENCODER])
+def test_an_encoder_with_tensors_that_are_not_its_own_is_not_plain(families, tmp_path, kind):
+    models = changed(families[kind], tmp_path, lambda raw: raw)
+    assert open_plain(models) is not None
+    for folder in models:
+        file = Path(folder) / "model.safetensors"
+        save_file({**load_file(file), "head.weight": torch.ones(2, 2)}, file, {"format": "pt"})
+    assert open_plain(models) is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind in sorted(PLAIN) if PLAIN[kind] is ENCODER])
+def test_encoders_with_heads_are_not_plain(families, tmp_path, kind):
+    config = AutoConfig.for_model(kind, **SIZES)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    assert open_plain([str(tmp_path)]) is None
 
 
 def test_ties_heads_adapters_and_modules_are_not_plain(families, tmp_path):
