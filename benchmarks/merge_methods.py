@@ -79,8 +79,10 @@ def candidates(method: str, experts: list[str]) -> list[dict[str, Any]]:
         case "tsv":
             return list(grid(scale=[0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8]))
         case "wudi":
-            return list(grid(ridge=[1e-4, 1e-2, 1e-1], scale=[0.8, 1.0, 1.2, 1.5]))
-        case "iso_c" | "iso_cts":
+            return list(grid(ridge=[1e-2, 1e-1, 1.0], scale=[0.65, 0.8, 1.0, 1.3]))
+        case "iso_cts":
+            return list(grid(scale=[1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4, 2.6, 2.8, 3.0, 3.3]))
+        case "iso_c":
             return list(grid(scale=[0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.1]))
         case "svc":
             return list(grid(calibration=[0.05, 0.1, 0.3], scale=[0.8, 1.2, 1.6, 2.0]))
@@ -190,7 +192,7 @@ class Comparison:
         method = label.partition(" ")[0]
         recipe = self.recipe(method)
         if "LiNeS" in label:
-            recipe = replace(recipe, lines=Lines(b=0.0))
+            recipe = replace(recipe, lines=Lines(a=1.0, b=0.0))
         merge = Merge(recipe, progress=False, architecture=True)
         found = search(
             merge,

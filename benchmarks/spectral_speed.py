@@ -210,9 +210,12 @@ def phases(method: str, family: Family, out: Path, threads: int) -> dict[str, fl
 
     clock, rule = Clock(), type(make_method(method, family.experts, {}))
     own = sys.modules[rule.__module__]
-    for function in ("gram_svd", "gram_polar", "normal_equations", "solve"):
+    for function in ("gram_svd", "gram_polar", "with_values", "normal_equations", "solve"):
         if hasattr(own, function):
             clock.watch(own, function, "decompositions")
+    for step in make_method(method, family.experts, {}).passes():
+        clock.watch(type(step), "sums", "sums over tables' rows")
+        clock.watch(type(step), "finish", "decompositions")
     clock.watch(rule, "combine", "the rest of the rule")
     clock.watch(rule, "apply", "adding the change to the base")
     clock.watch(inputs.Inputs, "_read", "reading")
@@ -271,7 +274,7 @@ def per_shape(shape: Shape) -> dict[str, float]:
     torch.linalg.eigh(torch.eye(64, dtype=torch.float64))
     torch.linalg.svd(torch.eye(64))
     wide = timed("to float64", lambda: x.double())
-    gram = timed("Gram matrix", lambda: wide.mT @ wide)
+    gram = timed("Gram matrix", lambda: by_gram.gram(wide))
     vectors = timed("syevd float64", lambda: torch.linalg.eigh(gram)[1])
     timed("other side", lambda: wide @ vectors)
     timed("gram_svd", lambda: by_gram.gram_svd(x))
@@ -287,7 +290,7 @@ def factorise(args: argparse.Namespace, report: dict[str, Any]) -> None:
     base = str(family.folder / "base")
     started = statistics.median(
         measured(
-            [sys.executable, "-c", "import twinmerge.cli.merge, twinmerge.engine.merge, twinmerge.models.architecture"]
+            [sys.executable, "-c", "import twinmerge.cli.merge, twinmerge.engine.merge, twinmerge.methods.spectral"]
         )["wall_s"]
         for _ in range(3)
     )

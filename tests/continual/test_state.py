@@ -70,7 +70,7 @@ def refused(state, zoo, tmp_path, match):
 def test_the_format(zoo, state, file):
     header, start = header_of(file)
     about = json.loads(header.pop("__metadata__")["twinmerge"])
-    assert (about["kind"], about["version"]) == ("continual", 1) and start % 8 == 0
+    assert (about["kind"], about["version"]) == ("continual", 2) and start % 8 == 0
     assert {"base", "base_model", "method", "parameters", "heads", "dtype", "experts", "removed"} <= set(about)
     assert about["method"] == "iso_c" and about["base_model"] == zoo.base and about["dtype"] == "float64"
     assert [e["name"] for e in about["experts"]] == ["a", "b"] and set(about["checksums"]) == set(header)
@@ -95,9 +95,9 @@ def test_the_numbers_are_the_sums(zoo, state, kept):
 
 
 def test_another_version_is_refused_by_name(zoo, state, file, tmp_path):
-    rewritten(file, lambda about, _: about.update(version=2))
-    refused(state, zoo, tmp_path, "has version 2 of the 'continual' layout, this release reads version 1")
-    with pytest.raises(TwinmergeError, match="version 2"):
+    rewritten(file, lambda about, _: about.update(version=3))
+    refused(state, zoo, tmp_path, "has version 3 of the 'continual' layout, this release reads version 2")
+    with pytest.raises(TwinmergeError, match="version 3"):
         Continual(state.folder)
 
 
@@ -145,6 +145,11 @@ def test_whatever_byte_of_a_number_it_was_it_is_an_error(zoo, state, file, tmp_p
         lambda about, _: about["experts"][0].update(norm="long"),
         lambda about, _: about["experts"][0].pop("content"),
         lambda about, _: about.update(surprise=1),
+        lambda about, _: about["experts"][0].update(norm=1.5),
+        lambda about, _: about["experts"][0].update(model="elsewhere"),
+        lambda about, _: about.update(state_norm=2.5),
+        lambda about, _: about["parameters"].update(scale=0.5),
+        lambda about, _: about.update(removed=["z"]),
         lambda about, _: about.update(experts=7),
         lambda about, _: about["checksums"].pop(next(iter(about["checksums"]))),
         lambda about, header: header.pop(next(n for n in header if n.startswith("sum/"))),
@@ -157,7 +162,7 @@ def test_a_header_that_was_edited_is_refused(zoo, state, file, tmp_path, change)
 
 def test_checksums_that_were_edited_are_refused(zoo, state, file, tmp_path):
     rewritten(file, lambda about, _: about["checksums"].update({next(iter(about["checksums"])): "0" * 32}))
-    refused(state, zoo, tmp_path, "is not what was written")
+    refused(state, zoo, tmp_path, "state.safetensors")
 
 
 def test_no_state_is_not_a_state(tmp_path):

@@ -624,6 +624,23 @@ def test_gpt2s_tied_embedding_changes_in_both_places(tmp_path: Path) -> None:
     assert relative(logits(model), logits(moved)) <= 1e-5
 
 
+def test_an_adapter_that_changes_tied_tensors_in_two_ways_is_refused(tmp_path: Path) -> None:
+    base = drawn(GPT2LMHeadModel(GPT2))
+    base.save_pretrained(tmp_path / "base")
+    tuned(base, 4).save_pretrained(tmp_path / "model")
+    extract_lora(tmp_path / "model", tmp_path / "base", tmp_path / "out", rank=4, progress=False)
+    ref = f"{tmp_path / 'base'}+{tmp_path / 'out'}"
+    assert open_model(ref).low_rank("wte.weight")  # the same in both places is one change
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if "lm_head" in k and "lora_B" in k)
+    save_file({**tensors, key: 2 * tensors[key]}, file, {"format": "pt"})
+    with pytest.raises(
+        TwinmergeError, match="'lm_head.weight' and 'wte.weight' each in its own way, but the base .* ties them"
+    ):
+        open_model(ref)
+
+
 def test_extraction_of_what_cannot_be(zoo: Any, full: Any, tmp_path: Path) -> None:
     poisoned = LlamaForCausalLM.from_pretrained(full.matrices)
     with torch.no_grad():

@@ -9,31 +9,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from twinmerge.continual.change import Change
 from twinmerge.continual.folds import fold_of
-from twinmerge.continual.pieces import Sums, in_shape, is_whole, of_model, of_state, pieces, rounded, worked
+from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces, places_of, rounded, worked
 from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.merge import heads_of
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.recipe import DTYPES, EXPERT_NAME
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.methods.base import Place
 from twinmerge.methods.fold import Seen, SumFold
 from twinmerge.models.headed import HeadSpec, load_head, save_head
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
-from twinmerge.store.checkpoint import Spec
-from twinmerge.store.checksum import block_digests
 from twinmerge.store.output import OutputFolder, alone_in
-from twinmerge.store.ranges import bytes_of
 
-Change = Literal["absorb", "release"]
 STATE_DTYPES = ("float64", "float32")
 
 
@@ -130,7 +125,7 @@ class Continual:
                 about, experts=(*about.experts, entry), removed=tuple(n for n in about.removed if n != name)
             )
             try:
-                self._change(state, about, expert, names, "absorb")
+                self.about = Change("absorb", self.method, self.base, state, about, expert, names).write(self.progress)
             except Exception:
                 self._drop_head(name)
                 raise
@@ -165,81 +160,8 @@ class Continual:
             names, _ = self._matched(state, name, expert)
             left = tuple(e for e in about.experts if e.name != name)
             about = replace(about, experts=(*left, entry), removed=(*about.removed, name))
-            self._change(state, about, expert, names, "release")
+            self.about = Change("release", self.method, self.base, state, about, expert, names).write(self.progress)
             self._drop_head(name)
-
-    def _change(
-        self, state: StateFile, about: Description, expert: OpenedModel, names: list[str], change: Change
-    ) -> None:
-        """Write the state with, or without, the last expert of `about`."""
-        entry, fold = about.experts[-1], self.method
-        places = self._places(names)
-        shapes = {name: fold.parts(place) for name, place in places.items()}
-        if change == "release":
-            about = replace(about, experts=about.experts[:-1])
-        empty = not about.experts  # nothing is left, and nothing is what is kept
-        dtype = getattr(torch, about.dtype)
-        specs = {} if empty else {f"{part}/{n}": Spec(dtype, shape) for n in names for part, shape in shapes[n].items()}
-        before, after, read = Sums(state.about.checksums, str(state.file)), Sums(), Sums()
-        squares: list[float] = []
-        kept: list[float] = []
-
-        def work(each: Range) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str], float, float]:
-            place = places[each.name]
-            own = of_model(expert, each, f"the expert {entry.name!r}")
-            delta = own.values - of_model(self.base, each, f"the base {self.base.name}").values
-            old = self._old(state, shapes[each.name], each, place)
-            held = in_shape({part: found.values for part, found in old.items()}, shapes[each.name], each, place)
-            shaped = delta.reshape(place.shape) if is_whole(each, place) else delta
-            if change == "absorb":
-                new = fold.absorb(held, shaped, place)
-            else:
-                assert isinstance(fold, SumFold)
-                new = fold.release(held, shaped, place)
-            digests = {}
-            for part, tensor in new.items() if not empty else ():
-                flat = tensor.to(dtype).contiguous().reshape(-1)
-                if not math.isfinite(flat.sum().item()) and not bool(flat.isfinite().all()):
-                    raise TwinmergeError(
-                        f"Tensor {each.name!r} of the state would not fit {about.dtype}. Make the state in float64."
-                    )
-                raw = np.frombuffer(bytes_of(flat), np.uint8)
-                start = 0 if is_whole(each, place) else each.start
-                writer.write(f"{part}/{each.name}", start, raw)
-                digests[part] = block_digests(raw, flat.element_size())
-            size = sum(float(x.double().square().sum()) for x in new.values())
-            return (
-                {part: found.digests for part, found in old.items()},
-                digests,
-                own.digests,
-                float(delta.square().sum()),
-                size,
-            )
-
-        with next_state(self.folder, state.base, about, specs) as writer:
-            todo = list(pieces(places, fold.absorbs_whole))
-            title = f"{'adding' if change == 'absorb' else 'removing'} {entry.name}"
-            for each, (old, new, content, square, size) in worked(todo, work, title, self.progress):
-                for part, digests in old.items():
-                    before.add(f"{part}/{each.name}", digests)
-                for part, digests in new.items():
-                    after.add(f"{part}/{each.name}", digests)
-                read.add(each.name, content)
-                squares.append(square)
-                kept.append(size)
-            before.check()
-            if change == "absorb":
-                entry = replace(entry, content=read.of_all(), norm=math.sqrt(math.fsum(squares)))
-                about = replace(about, experts=(*about.experts[:-1], entry))
-            elif read.of_all() != entry.content:
-                raise TwinmergeError(
-                    f"The weights of {expert.name} are not those that were added as {entry.name!r}: taking them out would leave a difference. "
-                    "Name the model that was added with --expert."
-                )
-            norm = 0.0 if empty else math.sqrt(math.fsum(kept))
-            about = replace(about, state_norm=norm, checksums=after.found())
-            writer.commit(about)
-        self.about = about
 
     # ------------------------------------------------------------------ the model of now
 
@@ -251,13 +173,13 @@ class Continual:
                 raise TwinmergeError(
                     f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`."
                 )
-            places = self._places(names_of(state))
+            places = places_of(self.base, names_of(state))
             shapes = {name: self.method.parts(place) for name, place in places.items()}
             seen, sums = self.seen, Sums(state.about.checksums, str(state.file))
 
             def work(each: Range) -> tuple[Tensor, dict[str, list[str]]]:
                 place = places[each.name]
-                old = self._old(state, shapes[each.name], each, place)
+                old = kept_of(state, shapes[each.name], each, place)
                 held = in_shape({part: found.values for part, found in old.items()}, shapes[each.name], each, place)
                 change = self.method.settle(held, place, seen).reshape(-1)
                 theta = of_model(self.base, each, f"the base {self.base.name}").values
@@ -380,22 +302,6 @@ class Continual:
 
     def _drop_head(self, name: str) -> None:
         shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)
-
-    def _places(self, names: Sequence[str]) -> dict[str, Place]:
-        """Canonical name -> where the tensor lies, under the name that a merged folder has and patterns are of."""
-        return {name: Place(self.base.stored[name], self.base.spec(name).shape) for name in names}
-
-    def _old(self, state: StateFile, shapes: dict[str, tuple[int, ...]], each: Range, place: Place) -> dict[str, Any]:
-        """The present parts of a piece; none before the first expert."""
-        if not state.specs:
-            return {}
-        whole = is_whole(each, place)
-        return {
-            part: of_state(
-                state, f"{part}/{each.name}", 0 if whole else each.start, math.prod(shape) if whole else each.size
-            )
-            for part, shape in shapes.items()
-        }
 
 
 def names_of(state: StateFile) -> list[str]:

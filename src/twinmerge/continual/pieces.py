@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype
 
-if TYPE_CHECKING:
-    pass
-
 Answer = TypeVar("Answer")
 
 
@@ -33,6 +30,11 @@ class Read(NamedTuple):
 
     values: Tensor
     digests: list[str]
+
+
+def places_of(base: OpenedModel, names: Iterable[str]) -> dict[str, Place]:
+    """Canonical name -> where the tensor lies, under the name that a merged folder has and patterns are of."""
+    return {name: Place(base.stored[name], base.spec(name).shape) for name in names}
 
 
 def pieces(places: Mapping[str, Place], whole: Callable[[Place], bool]) -> Iterator[Range]:
@@ -77,6 +79,19 @@ def of_state(state: StateFile, key: str, start: int, size: int) -> Read:
     out = np.empty(size * spec.itemsize, np.uint8)
     state.read_range(key, start, out)
     return Read(as_tensor(out, spec.dtype).double(), block_digests(out, spec.itemsize))
+
+
+def kept_of(state: StateFile, shapes: Mapping[str, tuple[int, ...]], each: Range, place: Place) -> dict[str, Read]:
+    """What a state keeps of a piece, part by part; nothing before the first expert.
+
+    Args:
+        shapes: part -> shape, of the piece's tensor.
+    """
+    if not state.specs:
+        return {}
+    if not is_whole(each, place):
+        return {part: of_state(state, f"{part}/{each.name}", each.start, each.size) for part in shapes}
+    return {part: of_state(state, f"{part}/{each.name}", 0, math.prod(shape)) for part, shape in shapes.items()}
 
 
 def in_shape(state: State, shapes: Mapping[str, tuple[int, ...]], each: Range, place: Place) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,14 @@ import numpy as np
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.artefact import Artefact, in_order, metadata_of, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
+from twinmerge.store.checksum import joined
 from twinmerge.store.output import DISK_FULL, CheckpointWriter, header_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FILE = "state.safetensors"
-KIND, VERSION = "continual", 1
+KIND, VERSION = "continual", 2
 UNKNOWN = "?" * 32  # as long as a checksum
 LONGEST = -1.2345678901234567e-300  # no float64 is written longer
 
@@ -45,7 +47,8 @@ class Description:
     """What the state is of.
 
     base_model: where the base was; method, parameters: of the fold; heads: patterns of tensors that stay with each expert; dtype: of the
-    sums; experts: in their order; removed: names that were taken out again; state_norm: ‖state‖; checksums: part -> checksum.
+    sums; experts: in their order; removed: names that were taken out again; state_norm: ‖state‖; checksums: part -> checksum;
+    seal: checksum of all of that, empty before it is written.
     """
 
     base_model: str
@@ -57,6 +60,7 @@ class Description:
     removed: tuple[str, ...] = ()
     state_norm: float = 0.0
     checksums: dict[str, str] = field(default_factory=dict)
+    seal: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,7 +74,13 @@ class Description:
         found = cls(experts=experts, heads=heads, removed=removed, **known)
         if len(set(found.names)) != len(found.names) or not all(np.isfinite([e.norm for e in experts])):
             raise ValueError("experts")
+        if found.sealed() != found:
+            raise ValueError("seal")
         return found
+
+    def sealed(self) -> Description:
+        text = json.dumps(asdict(replace(self, seal="")), sort_keys=True)
+        return replace(self, seal=joined([text]))
 
 
 class StateFile:
@@ -128,6 +138,7 @@ class StateWriter:
         room = replace(
             about,
             state_norm=LONGEST,
+            seal=UNKNOWN,
             checksums=dict.fromkeys(self.specs, UNKNOWN),
             experts=tuple(replace(expert, norm=LONGEST, content=UNKNOWN) for expert in about.experts),
         )
@@ -140,7 +151,7 @@ class StateWriter:
 
     def commit(self, about: Description) -> None:
         """Write the header, sync, and take the place of the present state."""
-        header = header_of(self.specs, metadata_of(self._artefact(about)))
+        header = header_of(self.specs, metadata_of(self._artefact(about.sealed())))
         text = header[8:].rstrip(b" ")
         if len(text) > self._room - 8:
             raise AssertionError("the header is longer than the room that was kept for it")

@@ -21,7 +21,7 @@ from twinmerge.maths.lowrank import Factors, truncate_product
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.base import Method, Place, per_expert
 from twinmerge.methods.registry import method_class, method_names
-from twinmerge.methods.spectral import Spectral
+from twinmerge.methods.spectral import Spectral, share_of
 from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
@@ -257,7 +257,7 @@ def _merged(method: Method, parts: Sequence[Factors], at: Place) -> Factors:
     if isinstance(method, Spectral):
         if method.decomposes(at):
             return method.merge_factors(parts, at)
-        share = {"mean": method.scale / len(parts), "sum": method.scale, "base": 0.0}[method.rest]
+        share = method.scale * share_of(method.rest, len(parts))
         weights = [w * share for w in per_expert(method.weights, len(parts))]
     else:
         assert isinstance(method, TaskArithmetic)

@@ -14,11 +14,13 @@ from twinmerge.methods.spectral import Spectral, short_side, total_of
 
 
 class IsoCts(Spectral):
-    """Matrices: the leading directions of the sum, beside each expert's leading directions outside of them, all equally strong.
+    """Matrices: the leading directions of the sum, beside each expert's leading directions outside of them, with one strength for all.
 
     With d = min(m, n), `sizes` gives k common directions and (d − k)/T for each expert: U_k, V_k of Σt wt τt; of each expert
     the leading triplets of (I − U_k U_kᵀ) wt τt. [experts, common] is made orthonormal on both sides (polar factors), and every
-    singular value is the mean of those chosen. Fewer come where the numerical rank has fewer. All other tensors: mean.
+    singular value is the mean of those chosen. Fewer come where the numerical rank has fewer; where the chosen are more than one
+    side has dimensions for (experts of low rank that share their rows), they are not all orthogonal, and singular values are below
+    that mean. All other tensors: mean.
 
     Source: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
     ICML, arXiv 2502.04959, algorithm 2 and its code.

@@ -296,6 +296,12 @@ def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
             opened.architecture = Architecture(config, task_class)
     canonical = opened.architecture.of_module if opened.architecture else str
     factors = {canonical(n): f for n, f in _oriented(adapter, opened.architecture).items()}
+    for alias, own in opened.aliases.items():
+        if alias in factors and own in factors and not all(map(torch.equal, factors[alias], factors[own])):
+            raise TwinmergeError(
+                f"The adapter {adapter.name} changes {alias!r} and {own!r} each in its own way, but the base {opened.name} ties them: one "
+                "tensor cannot hold both. Untie the base (tie_word_embeddings), or train an adapter of one of them."
+            )
     factors = {opened.aliases.get(n, n): f for n, f in factors.items()}
     dense = {canonical(n): t for n, t in adapter.dense.items()}
     for alias, source in opened.aliases.items():  # PEFT saves the base of an adapted output layer that is tied
