@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from twinmerge.continual.continual import Continual
+from twinmerge.engine.merge import Merge
+from twinmerge.engine.recipe import Recipe
 from twinmerge.methods import wudi
 from twinmerge.methods.base import Place
 from twinmerge.methods.fold import Seen
@@ -175,6 +180,37 @@ def test_nothing_changed_stays_the_base(merge_rows):
 def test_rows_that_the_layer_reads_are_those_of_the_transpose(merge_rows):
     x = deltas(2, 5, 7)
     close(merge_rows("wudi", x, inputs="rows"), merge_rows("wudi", x.mT).mT)
+
+
+def test_gpt2_says_itself_that_its_layers_read_rows(tmp_path):
+    """In a merge, in a state and in the null-space filter; a head of nn.Linear reads columns."""
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    base = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False))
+    models = {"base": base, "a": copy.deepcopy(base), "b": copy.deepcopy(base)}
+    for seed, (name, model) in enumerate(models.items()):
+        rng = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters() if name != "base" else ():
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=rng))
+        model.save_pretrained(tmp_path / name)
+    experts = {name: str(tmp_path / name) for name in ("a", "b")}
+
+    def merged(method, **parameters):
+        return Merge(Recipe(method, str(tmp_path / "base"), experts, parameters), progress=False).state_dict()
+
+    auto, rows, columns = (merged("wudi", **{"inputs": i} if i else {}) for i in (None, "rows", "columns"))
+    inside, head = "transformer.h.0.mlp.c_fc.weight", "lm_head.weight"
+    assert torch.equal(auto[inside], rows[inside]) and torch.equal(auto[head], columns[head])
+    assert not torch.allclose(rows[inside], columns[inside], atol=1e-4)
+    state = Continual.init(tmp_path / "state", str(tmp_path / "base"), "wudi", progress=False)
+    for name, folder in experts.items():
+        state.add(name, folder)
+    torch.testing.assert_close(state.canonical_state()["h.0.mlp.c_fc.weight"], auto[inside], rtol=1e-5, atol=1e-6)
+
+    zero, a, b = (m.state_dict()[inside].double() for m in models.values())
+    u = torch.linalg.svd(a - zero)[0][:, :3]  # Conv1D's inputs
+    want = zero + (a - zero) + (b - zero) - u @ (u.mT @ (b - zero))
+    torch.testing.assert_close(merged("null_space", rank=3)[inside].double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [{"ridge": 0.0}, {"ridge": -1.0}, {"inputs": "both"}])

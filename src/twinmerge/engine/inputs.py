@@ -59,7 +59,8 @@ class Inputs:
         self.base = base if self.deltas or with_base else None
         self.experts, self.names, self.device = experts, names, device
         self.canonical = {out: name for name, out in names.items()}
-        self.shapes = {out: next(iter(experts.values())).spec(name).shape for name, out in names.items()}
+        self._first = next(iter(experts.values()))
+        self.shapes = {out: self._first.spec(name).shape for name, out in names.items()}
         self.compiled = fused.available() and str(device) == "cpu"
         if not self.compiled or type(method).rule is Method.rule or (not self.deltas and with_base):
             import torch  # noqa: F401  before there are workers: each would import it, and give it all cores
@@ -129,7 +130,13 @@ class Inputs:
         return Stored(values.pop(BASE) if self.base is not None else None, tuple(values.values()), fisher)
 
     def place(self, each: Range) -> Place:
-        return Place(each.name, self.shapes[each.name], each.start, tuple(self.experts))
+        return Place(
+            each.name,
+            self.shapes[each.name],
+            each.start,
+            tuple(self.experts),
+            self._first.turned(self.canonical[each.name]),
+        )
 
     def buffer(self, label: str, size: int) -> NDArray[np.uint8]:
         """Memory of this thread, which the next call with this label gives again."""

@@ -118,7 +118,7 @@ def merge_lora(
     _warn_of_targets(parts, list(opened))
 
     def work(name: str) -> tuple[str, Factors, float]:
-        at = Place(origin.stored[name], origin.spec(name).shape, experts=recipe.order)
+        at = Place(origin.stored[name], origin.spec(name).shape, experts=recipe.order, turned=origin.turned(name))
         return name, *compress(_merged(rule, parts[name], at), limit, name)
 
     bar = tqdm(parallel(work, parts), "merging", len(parts), delay=1, leave=False, disable=None if progress else True)

@@ -47,13 +47,15 @@ class Place(NamedTuple):
     """Where a tile lies.
 
     name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
-    element; experts: names in the order of the stack; seed: of the recipe, for methods that draw random numbers.
+    element; experts: names in the order of the stack; turned: the matrix is stored (in, out), as GPT-2's Conv1D does, and not as
+    Linear does; known where the model's class is.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int = 0
     experts: tuple[str, ...] = ()
+    turned: bool = False
 
     @property
     def is_matrix(self) -> bool:

@@ -16,7 +16,7 @@ from twinmerge.methods.spectral import EMBEDDINGS, elementwise_field, is_named
 
 class NullSpace(Method, Fold):
     """Weights of linear layers: A ← A + τt (I − V_r V_rᵀ), V_r being the `rank` leading right singular vectors of A; all other tensors: A ← A + τt,
-    divided by the number of experts. θ = θ0 + λ A. Experts are taken in their order, which has a meaning.
+    divided by the number of experts; matrices that are stored (in, out) the other way round. θ = θ0 + λ A. Experts are taken in their order, which has a meaning.
 
     The closed form in the ablation of NUFILT, which then trains a low-rank correction on top; nothing is trained here.
 
@@ -49,8 +49,13 @@ class NullSpace(Method, Fold):
             return {"accumulated": delta}
         before = state["accumulated"]
         if self.filters(at):
-            vh = gram_svd(before, at.name, torch.float32)[2][: self.rank]
-            delta = delta - (delta @ vh.mT) @ vh
+            u, _, vh = gram_svd(before, at.name, torch.float32)
+            if at.turned:
+                u = u[:, : self.rank]
+                delta = delta - u @ (u.mT @ delta)
+            else:
+                vh = vh[: self.rank]
+                delta = delta - (delta @ vh.mT) @ vh
         return {"accumulated": before + delta}
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.base import Known, Partial, Pass, Place
+from twinmerge.methods.base import Grain, Known, Partial, Pass, Place
 from twinmerge.methods.fold import Seen, State, SumFold
 from twinmerge.methods.spectral import EMBEDDINGS, Spectral, elementwise_field, share_of
 from twinmerge.methods.tall import COEFFICIENTS, RowPass
@@ -30,7 +30,7 @@ class Wudi(Spectral, SumFold):
     alike however far they went from the base. Tables of embeddings are looked up and not multiplied with, so they are averaged, as the
     paper leaves them out (`elementwise` names them). The default ridge is what validation rows of eight text experts preferred to 1e-8
     … 1e-4 (docs/quality.md); a small one gives the plain minimum. `inputs`: which axis of the stored matrix the layer reads, columns for Linear,
-    rows for GPT-2's Conv1D.
+    rows for GPT-2's Conv1D; auto asks the model's class, and takes columns where there is none.
 
     Source: Cheng et al. 2025, "Whoever Started the Interference Should End It", ICML, arXiv 2503.08099; the closed form is ours.
 
@@ -47,13 +47,21 @@ class Wudi(Spectral, SumFold):
 
     ridge: float = Field(default=1e-2, gt=0, description="pull to the base, as a share of the mean eigenvalue")
     elementwise: str = elementwise_field(EMBEDDINGS)
-    inputs: Literal["columns", "rows"] = Field(default="columns", description="the axis that the layer reads")
+    inputs: Literal["auto", "columns", "rows"] = Field(default="auto", description="the axis that the layer reads")
 
     def passes(self) -> tuple[Pass, ...]:
-        return () if self.calibration or self.inputs == "rows" else (Interference(self, self.ridge),)
+        return () if self.calibration else (Interference(self, self.ridge),)
+
+    def grain_of(self, at: Place) -> Grain:
+        grain = super().grain_of(at)
+        return "matrix" if grain == "rows" and self.reads_rows(at) else grain
+
+    def reads_rows(self, at: Place) -> bool:
+        """Whether the stored matrix has the inputs along its rows."""
+        return at.turned if self.inputs == "auto" else self.inputs == "rows"
 
     def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        return self.solved(*normal_equations(self.turned(deltas)), at).to(deltas.dtype)
+        return self.solved(*normal_equations(self.turned(deltas, at)), at).to(deltas.dtype)
 
     def parts(self, at: Place) -> dict[str, tuple[int, ...]]:
         if not self.decomposes(at):
@@ -71,8 +79,8 @@ class Wudi(Spectral, SumFold):
     def terms(self, delta: Tensor, at: Place) -> State:
         if not self.decomposes(at):
             return {"sum": delta}
-        normal, gram = normal_equations(self.turned(delta.flatten(1).float()[None]))
-        return {"normal": normal, "gram": gram}
+        normal, grams = normal_equations(self.turned(delta.flatten(1).float()[None], at))
+        return {"normal": normal, "gram": grams}
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
         if not self.decomposes(at):
@@ -81,16 +89,16 @@ class Wudi(Spectral, SumFold):
 
     def solved(self, normal: Tensor, grams: Tensor, at: Place) -> Tensor:
         """M* as it is stored, (m, n) float64."""
-        return self.turned(solve(normal, grams, self.ridge, self.side(at), at.name))
+        return self.turned(solve(normal, grams, self.ridge, self.side(at), at.name), at)
 
-    def turned(self, x: Tensor) -> Tensor:
+    def turned(self, x: Tensor, at: Place) -> Tensor:
         """The inputs along the columns, and back."""
-        return x.mT if self.inputs == "rows" else x
+        return x.mT if self.reads_rows(at) else x
 
     def side(self, at: Place) -> int:
         """n, the number of inputs of the whole matrix."""
         m = at.shape[0]
-        return m if self.inputs == "rows" else int(torch.Size(at.shape).numel() // max(m, 1))
+        return m if self.reads_rows(at) else int(torch.Size(at.shape).numel() // max(m, 1))
 
 
 class Interference(RowPass):

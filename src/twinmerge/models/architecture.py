@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 
@@ -90,6 +91,12 @@ class Architecture:
         """Canonical name of a tied tensor -> the one that it shares its values with."""
         tied = self.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
         return {self.of_module(a): self.of_module(b) for a, b in tied.items()}
+
+    @cached_property
+    def turned(self) -> frozenset[str]:
+        """Canonical names of the matrices that are stored (in, out): those of Conv1D."""
+        modules = self.skeleton.named_modules()
+        return frozenset(self.of_module(f"{path}.weight") for path, module in modules if isinstance(module, Conv1D))
 
     def is_body(self, canonical: str) -> bool:
         """True for tensors inside the bare model; all of them where the class has no part outside it."""

@@ -96,6 +96,10 @@ class OpenedModel:
     def aliases(self) -> dict[str, str]:
         return self.architecture.aliases if self.architecture else {}
 
+    def turned(self, name: str) -> bool:
+        """Whether a matrix is known to be stored (in, out)."""
+        return self.architecture is not None and self._own(name) in self.architecture.turned
+
     def has(self, name: str) -> bool:
         return name in self.specs or self.aliases.get(name) in self.specs
 
