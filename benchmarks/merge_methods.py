@@ -187,7 +187,7 @@ class Comparison:
         return Recipe(method, self.options.base, self.experts, parameters, heads=("pooler",), statistics=statistics)
 
     def static(self, label: str, points: Any) -> None:
-        if label in self.rows:
+        if self.left_out(label):
             return
         method = label.partition(" ")[0]
         recipe = self.recipe(method)
@@ -214,8 +214,12 @@ class Comparison:
         trials = json.loads(found.to_json())["trials"]
         self.keep(label, scored, found.best.parameters, seconds, spent, size, trials=trials)
 
+    def left_out(self, label: str) -> bool:
+        """Whether it is done, or not asked for."""
+        return label in self.rows or bool(self.options.only and label not in self.options.only.split(","))
+
     def masked(self, label: str, method: str, vector: str | None) -> None:
-        if label in self.rows:
+        if self.left_out(label):
             return
         recipe, spent, thresholds = self.recipe(method, **({"vector": vector} if vector else {})), 0, {}
         if vector:
@@ -314,6 +318,7 @@ def main() -> None:
         choices=["too", "only"],
         help="methods on singular values, LiNeS and MagMax; alone: without masks and statistics",
     )
+    parser.add_argument("--only", help="labels to score, such as wudi,iso_c + LiNeS; all where none is named")
     parser.add_argument("--tasks", default="sst2,cr,mpqa,trec,agnews,emotion,sick,banking77")
     options = parser.parse_args()
     options.tasks = options.tasks.split(",")

@@ -79,7 +79,7 @@ class Orthogonal(RowPass):
     def finish(self, total: Partial, known: Known) -> Tensor:
         leading: list[Leading] = known[Triplets.name]
         if len(leading) == 1:
-            return torch.eye(len(leading[0].v), dtype=torch.float64)
+            return torch.eye(len(leading[0].v), dtype=torch.float64, device=leading[0].v.device)
         lengths, v = right_side(total["gram"], int(total["rows"]))
         right = gram_polar(torch.cat([one.v for one in leading], 1), rounded=torch.float32)
         inner = (v / lengths) @ v.mT @ (torch.cat([one.s for one in leading])[:, None] * right.mT)
