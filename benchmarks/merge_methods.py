@@ -105,13 +105,13 @@ def calibrated_candidates(method: str) -> list[dict[str, Any]]:
 
 
 def lines_candidates(method: str) -> list[dict[str, Any]]:
-    """LiNeS: a for the lowest block, a + b for the highest, times a scale of 1."""
-    low, rise = (
-        ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4])
-        if method == "task_arithmetic"
-        else ([0.4, 0.7, 1.0], [0.2, 0.5, 0.8, 1.1])
-    )
-    return [{"scale": 1.0, "lines.a": a, "lines.b": b} for a in low for b in rise]
+    """LiNeS: a for the lowest block, a + b for the highest, times a scale of 1; WUDI with the ridge that it chose alone."""
+    low, rise = {
+        "task_arithmetic": ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]),
+        "wudi": ([0.5, 0.65, 0.8], [0.1, 0.25, 0.4, 0.6]),
+    }.get(method, ([0.4, 0.7, 1.0], [0.2, 0.5, 0.8, 1.1]))
+    own = {"ridge": 0.1} if method == "wudi" else {}
+    return [{**own, "scale": 1.0, "lines.a": a, "lines.b": b} for a in low for b in rise]
 
 
 def consensus_candidates(vector: str, experts: list[str], thresholds: dict[str, float]) -> list[dict[str, Any]]:
