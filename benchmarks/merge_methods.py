@@ -100,7 +100,8 @@ def candidates(method: str, experts: list[str]) -> list[dict[str, Any]]:
 
 
 def calibrated_candidates(method: str) -> list[dict[str, Any]]:
-    scales = {"tsv": [0.7, 1.0, 1.3, 1.6], "iso_c": [0.7, 1.0, 1.3, 1.6]}
+    # a direction of one expert alone is made T / (1 + (T − 1) α) times as strong
+    scales = {"tsv": [0.15, 0.25, 0.35, 0.5], "iso_c": [0.4, 0.7, 1.0, 1.4]}
     return list(grid(calibration=[0.05, 0.1, 0.3], scale=scales[method]))
 
 

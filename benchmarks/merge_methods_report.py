@@ -123,6 +123,8 @@ def pictures(rows: Rows, out: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.1, 1))
     for label in rows[most]:
         at = [count for count in counts if label in rows[count]]
+        if len(at) < 2 < len(counts):  # a lone point is in the other picture
+            continue
         y = [rows[count][label]["normalised"] for count in at]
         style = "--" if label.startswith(MASKED) else "-"
         left.plot(at, y, style, marker="o", ms=4, color=colour_of(label), label=label)
@@ -136,10 +138,13 @@ def pictures(rows: Rows, out: Path) -> None:
     for i, (label, row) in enumerate(ordered):
         low, high = row["interval"]
         value = row["normalised"]
-        right.barh(i, value, color=colour_of(label), xerr=[[value - low], [high - value]])
-        right.text(min(value, 100) / 2, i, f"{value:.1f}", va="center", ha="center", color="white", fontsize=8)
+        error = [[value - low], [high - value]]
+        right.errorbar(value, i, xerr=error, fmt="o", ms=6, capsize=2, color=colour_of(label))
+        right.text(low - 0.3, i, f"{value:.1f}", va="center", ha="right", fontsize=8)
     right.set_yticks(range(len(ordered)), [label for label, _ in ordered], fontsize=8)
     right.axvline(100, color="black", lw=0.8)
+    right.margins(x=0.12)
+    right.grid(axis="x", alpha=0.3)
     right.set_xlabel(f"per cent of the experts, {most} experts, 95 % intervals")
     figure.tight_layout()
     figure.savefig(out / "merge-methods.png", dpi=130)
