@@ -97,7 +97,7 @@ def gram_polar(x: Tensor, name: str = "matrix", rounded: torch.dtype | None = No
     """U V^T over the numerical rank: the partial isometry nearest to x, (m, n), float64; arguments as `gram_svd`.
 
     Example:
-        >>> gram_polar(torch.tensor([[0.0, 2.0], [0.0, 0.0]])).tolist()
+        >>> gram_polar(torch.tensor([[0.0, 2.0], [0.0, 0.0]])).float().tolist()
         [[0.0, 1.0], [0.0, 0.0]]
 
     Source: as `gram_svd`; TSV-Merge and Iso-C use it.
