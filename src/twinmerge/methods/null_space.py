@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_svd
-from twinmerge.methods.base import Known, Method, Place, Tile, moved, scale_field
+from twinmerge.methods.base import Grain, Known, Method, Place, Tile, moved, scale_field
 from twinmerge.methods.fold import Fold, Seen, State, folded
 from twinmerge.methods.spectral import EMBEDDINGS, elementwise_field, is_named
 
@@ -40,6 +40,9 @@ class NullSpace(Method, Fold):
     def filters(self, at: Place) -> bool:
         """Whether the tensor is the weight of a linear layer; kernels and tables are none."""
         return len(at.shape) == 2 and at.is_matrix and not is_named(at.name, self.elementwise)
+
+    def grain_of(self, at: Place) -> Grain:
+        return "matrix" if self.filters(at) else "element"
 
     def absorbs_whole(self, at: Place) -> bool:
         return self.filters(at)
