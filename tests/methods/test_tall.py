@@ -192,7 +192,7 @@ def test_files_with_a_table_vectors_and_matrices(name, tmp_path, monkeypatch):
         patch.setattr(CheckpointWriter, "write", stops)
         with pytest.raises(OSError, match="no more"):
             Merge(recipe, progress=False).save(tmp_path / "out")
-    assert {called for called, _ in calls} == {"words.weight"}
+    assert calls[0][0] == "words.weight"  # the largest first, by two threads perhaps
     Merge(recipe, progress=False).save(tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(saved[k], got[k]) for k in shapes)
