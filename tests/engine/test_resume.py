@@ -95,7 +95,7 @@ def test_what_the_disk_lost_is_done_again(models, tmp_path, monkeypatch, whole):
         patch.setattr(CheckpointWriter, "write", stopping)
         with pytest.raises(StopError):
             plan(models).save(tmp_path / "out")
-    file = tmp_path / "out.partial" / "model.safetensors"
+    file = tmp_path / "out.partial" / "output" / "model.safetensors"
     held = file.read_bytes()
     file.write_bytes(held[:100_000] + bytes(400_000) + held[500_000:])
     assert file.read_bytes() != held

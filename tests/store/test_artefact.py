@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +28,13 @@ def test_round_trip_and_plain_safetensors(tmp_path):
         assert torch.equal(plain[name], tensor)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         head = json.loads(file.metadata()["twinmerge"])
-    assert head == {"kind": "router", "version": 2, "base": "abc", "labels": ["é", "b"], "n": 3}
+    sums = {
+        name: xxhash.xxh3_128_hexdigest(  # of its blocks' checksums, each of which is one block here
+            xxhash.xxh3_128_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy()).encode()
+        )
+        for name, tensor in TENSORS.items()
+    }
+    assert head == {"kind": "router", "version": 2, "base": "abc", "labels": ["é", "b"], "n": 3, "checksums": sums}
 
 
 def test_bytes_do_not_depend_on_any_order(tmp_path):

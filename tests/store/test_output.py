@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from twinmerge.errors import TwinmergeError
 from twinmerge.store import output, ranges
 from twinmerge.store.checkpoint import Checkpoint, Spec
-from twinmerge.store.output import CheckpointWriter, OutputFolder, header_of, layout, write_checkpoint
+from twinmerge.store.output import CheckpointWriter, OutputFile, OutputFolder, header_of, layout, write_checkpoint
 
 MIXED = {
     "b.half": torch.tensor([1.5, -2.0, 0.1], dtype=torch.bfloat16),
@@ -203,13 +203,26 @@ def test_part_that_is_none_of_the_tensor(tmp_path, start, tensor, says):
 # ------------------------------------------------------------------------------------ OutputFolder
 
 
+def names(folder: Path) -> list[str]:
+    """What is in an output, besides its manifest, or in anything else."""
+    return sorted(p.name for p in folder.rglob("*") if p.name != "twinmerge.checksums.json")
+
+
+def ours(folder: Path) -> Path:
+    """A `.partial` as a killed run leaves it."""
+    (folder / "output").mkdir(parents=True)
+    (folder / "lock").touch()
+    (folder / "journal").write_text('{"twinmerge": 1, "key": "k"}\n')
+    return folder / "output"
+
+
 def test_folder_appears_whole(tmp_path):
     out = tmp_path / "deep" / "out"
     with OutputFolder(out) as partial:
-        assert partial == tmp_path / "deep" / "out.partial"
+        assert partial == tmp_path / "deep" / "out.partial" / "output"
         (partial / "a").write_text("1")
         assert not out.exists()
-    assert [p.name for p in out.iterdir()] == ["a"] and not partial.exists()
+    assert names(out) == ["a"] and not partial.parent.exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -240,11 +253,82 @@ def test_a_file_of_that_name_is_refused(tmp_path):
 
 def test_empty_folder_is_replaced_and_stale_partial_removed(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "stale").write_text("old")
+    (ours(tmp_path / "out.partial") / "stale").write_text("old")
     with OutputFolder(tmp_path / "out") as partial:
         (partial / "new").write_text("1")
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "new"]
+    assert names(tmp_path) == ["new", "out"]
+
+
+STRANGE = {
+    "a file": {"notes.txt": "mine"},
+    "files that are called like ours": {"lock": "mine", "journal": "mine"},
+    "a journal of somebody else": {"journal": '{"key": "k"}\n', "lock": "", "output/a": "mine"},
+    "a lock that has something in it": {"lock": "4711"},
+    "an output alone": {"output/model.safetensors": "mine"},
+    "a folder as lock": {"lock/a": "mine"},
+}
+
+
+@pytest.mark.parametrize("files", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize("kind", [OutputFolder, OutputFile])
+def test_partial_of_somebody_else_is_left_alone(tmp_path, files, kind):
+    partial = tmp_path / "out.partial"
+    for name, text in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_text(text)
+    before = {p: p.read_text() for p in partial.rglob("*") if p.is_file()}
+    with pytest.raises(
+        TwinmergeError, match="out.partial, where the output is written first, is there already and was"
+    ):
+        kind(tmp_path / "out").__enter__()
+    assert {p: p.read_text() for p in partial.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("lock", [True, False])
+@pytest.mark.parametrize("journal", [None, "", '{"tw', '{"twinmerge": 1, "key": "k', '{"twinmerge": 1, "key": "k"}\n'])
+def test_partial_that_was_only_begun_is_taken(tmp_path, lock, journal):
+    (tmp_path / "out.partial").mkdir()
+    if lock:
+        (tmp_path / "out.partial" / "lock").touch()
+    if journal is not None:
+        (tmp_path / "out.partial" / "journal").write_text(journal)
+    with OutputFolder(tmp_path / "out", key="k") as partial:
+        (partial / "a").write_text("1")
+    assert names(tmp_path) == ["a", "out"]
+
+
+def test_partial_that_holds_an_input_is_left_alone(tmp_path):
+    write(ours(tmp_path / "out.partial"), {"a": torch.ones(1)})
+    opened = Checkpoint.open(tmp_path / "out.partial" / "output")
+    with pytest.raises(TwinmergeError, match="out.partial, where the output is written first, holds an input"):
+        OutputFolder(tmp_path / "out").__enter__()
+    assert opened.read("a").item() == 1.0
+    opened.close()
+    with OutputFolder(tmp_path / "out"):
+        pass
+
+
+def test_file_appears_whole_and_replaces_only_if_asked(tmp_path):
+    where = tmp_path / "a.json"
+    with pytest.raises(KeyError), OutputFile(where) as new:  # noqa: PT012
+        new.write_text("half")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with OutputFile(where) as new:
+        new.write_text("1")
+        with pytest.raises(TwinmergeError, match="is being written by another process"):
+            OutputFile(where).__enter__()
+    with pytest.raises(TwinmergeError, match="a.json is there already"):
+        OutputFile(where).check()
+    with OutputFile(where, replace=True) as new:
+        new.write_text("2")
+        assert where.read_text() == "1"
+    assert where.read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / "link").symlink_to(where)
+    (tmp_path / "folder").mkdir()
+    for name, said in (("link", "is a link"), ("folder", "is there already")):
+        with pytest.raises(TwinmergeError, match=said):
+            OutputFile(tmp_path / name, replace=True).check()
 
 
 @pytest.mark.parametrize("name", [".", "..", "/"])
@@ -313,17 +397,19 @@ def test_links_in_the_partial_are_not_followed(tmp_path):
     (tmp_path / "mine").write_text("keep")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("keep")
-    (tmp_path / "out.partial").mkdir()
-    for name, target in {"journal": "mine", "model.safetensors": "mine", "sub": "kept"}.items():
-        (tmp_path / "out.partial" / name).symlink_to(tmp_path / target)
-    out = OutputFolder(tmp_path / "out", key="k")
+    content = ours(tmp_path / "out.partial")
+    for name, target in {"a.json": "mine", "model.safetensors": "mine", "sub": "kept"}.items():
+        (content / name).symlink_to(tmp_path / target)
+    out = OutputFolder(tmp_path / "out", key="k", kept=["model.safetensors"])
     with out as partial:
         out.record({"a": 1})
-        assert [p.name for p in sorted(partial.iterdir())] == ["journal", "lock"]
+        assert names(partial) == ["model.safetensors"]
+        write(partial, {"a": torch.ones(1)})
+        assert not (partial / "model.safetensors").is_symlink()
     assert (tmp_path / "mine").read_text() == "keep" and (tmp_path / "kept" / "file").read_text() == "keep"
     (tmp_path / "next.partial").mkdir()
     (tmp_path / "next.partial" / "lock").symlink_to(tmp_path / "made")
-    with pytest.raises(TwinmergeError, match="cannot be made"):
+    with pytest.raises(TwinmergeError, match="was not made by twinmerge"):
         OutputFolder(tmp_path / "next").__enter__()
     assert not (tmp_path / "made").exists()
 
@@ -336,10 +422,10 @@ def test_output_that_cannot_get_its_name_stays_whole(tmp_path):
             (tmp_path / "out" / "mine").write_text("2")
 
     with pytest.raises(
-        TwinmergeError, match="The output is whole in .*out.partial, but cannot be named .*out: .*Rename"
+        TwinmergeError, match="The output is whole in .*out.partial/output, but cannot be named .*out: .*Rename"
     ):
         run()
-    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["a"]
+    assert names(tmp_path / "out.partial" / "output") == ["a"]
 
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -358,14 +444,17 @@ def interrupted(out: OutputFolder, *lines: dict[str, object], error: BaseExcepti
 
 def test_journal_of_the_same_key_goes_on(tmp_path):
     where = tmp_path / "out"
-    assert interrupted(OutputFolder(where, key="k"), {"file": "a", "é": [1, None]}, {"file": "b"}) == []
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "journal", "out.partial"]
-    assert interrupted(OutputFolder(where, key="k"), {"file": "c"}) == [{"file": "a", "é": [1, None]}, {"file": "b"}]
-    out = OutputFolder(where, key="k")
+    kept = ["a", "c", "d"]
+    assert interrupted(OutputFolder(where, key="k", kept=kept), {"file": "a", "é": [1, None]}, {"file": "b"}) == []
+    assert names(tmp_path) == ["a", "b", "journal", "out.partial", "output"]
+    out = OutputFolder(where, key="k", kept=kept)
+    assert interrupted(out, {"file": "c"}) == [{"file": "a", "é": [1, None]}, {"file": "b"}]
+    (tmp_path / "out.partial" / "output" / "d").mkdir()
+    out = OutputFolder(where, key="k", kept=kept)
     with out as partial:
         assert [line["file"] for line in out.done] == ["a", "b", "c"]
         assert (partial / "a").exists() and not where.exists()
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "c", "out"]
+    assert names(tmp_path) == ["a", "c", "out"]  # the rest is written anew each time
 
 
 @pytest.mark.parametrize("key", ["other", None])
@@ -374,18 +463,21 @@ def test_partial_of_another_key_or_without_is_started_afresh(tmp_path, key):
     out = OutputFolder(tmp_path / "out", key=key)
     with out as partial:
         assert out.done == [] and not (partial / "a").exists()
-    assert list((tmp_path / "out").iterdir()) == []
+    assert names(tmp_path / "out") == []
+
+
+MARK = b'{"twinmerge": 1, "key": '
 
 
 @pytest.mark.parametrize(
-    "journal", [b"", b'{"key": "k"}', b"junk\n", b'[]\n{"file": "a"}\n', b"\xff\n", b'{"key": "K"}\n']
+    "rest", [b'"k"}', b"junk\n", b'\n{"file": "a"}\n', b"\xff\n", b'"K"}\n', b"null}\n", b'"k"}x\n']
 )
-def test_journal_without_its_first_line_is_started_afresh(tmp_path, journal):
-    (tmp_path / "out.partial" / "sub").mkdir(parents=True)
-    (tmp_path / "out.partial" / "journal").write_bytes(journal)
-    out = OutputFolder(tmp_path / "out", key="k")
+def test_journal_without_its_first_line_is_started_afresh(tmp_path, rest):
+    (ours(tmp_path / "out.partial") / "sub").mkdir()
+    (tmp_path / "out.partial" / "journal").write_bytes(MARK + rest)
+    out = OutputFolder(tmp_path / "out", key="k", kept=["sub"])
     with out as partial:
-        assert out.done == [] and (partial / "journal").read_bytes() == b'{"key": "k"}\n'
+        assert out.done == [] and (partial.parent / "journal").read_bytes() == MARK + b'"k"}\n'
         assert not (partial / "sub").exists()
 
 
@@ -398,14 +490,14 @@ def test_torn_end_of_the_journal_is_cut_off(tmp_path, torn):
         journal.write(torn)
     assert interrupted(OutputFolder(tmp_path / "out", key="k"), {"file": "e"}) == [{"file": "a"}]
     text = (tmp_path / "out.partial" / "journal").read_bytes()
-    assert text == b'{"key": "k"}\n{"file": "a"}\n{"file": "e"}\n'
+    assert text == MARK + b'"k"}\n{"file": "a"}\n{"file": "e"}\n'
 
 
 def test_lines_of_many_threads_stay_whole(tmp_path):
     out = OutputFolder(tmp_path / "out", key="k")
     with out as partial, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: out.record({"i": i, "pad": "x" * (i % 50)}), range(500)))
-        lines = [json.loads(line) for line in (partial / "journal").read_text().splitlines()]
+        lines = [json.loads(line) for line in (partial.parent / "journal").read_text().splitlines()]
     assert sorted(line["i"] for line in lines[1:]) == list(range(500))
 
 
@@ -433,13 +525,13 @@ def test_full_disk_says_how_many_bytes_are_missing(tmp_path, monkeypatch):
 
     with pytest.raises(TwinmergeError) as error:
         run()
-    there = sum(f.stat().st_blocks * 512 for f in (tmp_path / "out.partial").iterdir())
+    there = sum(f.stat().st_blocks * 512 for f in (tmp_path / "out.partial").rglob("*") if f.is_file())
     missing = 10**8 - there - 1000
     assert there >= 10**6 and str(error.value) == (
         f"No space left while writing {tmp_path / 'out'}; {missing} bytes are missing. "
         "Free some space and run the same command again: it goes on where it stopped."
     )
-    assert (tmp_path / "out.partial" / "some").exists()
+    assert (tmp_path / "out.partial" / "output" / "some").exists()
     # what is there already is not needed a second time
     out = OutputFolder(tmp_path / "out", needed_bytes=10**8, key="k")
     with pytest.raises(TwinmergeError, match="No space for .*needs 0.10 GB"):
@@ -457,9 +549,10 @@ KILLED = """
 import sys, time, torch
 from twinmerge.store.header import Spec
 from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
-out = OutputFolder(sys.argv[1], key="k")
+files = layout({n: Spec(torch.float32, (1000,)) for n in "ab"}, 4000)
+out = OutputFolder(sys.argv[1], key="k", kept=files)
 with out as partial:
-    writer = CheckpointWriter(partial, layout({n: Spec(torch.float32, (1000,)) for n in "ab"}, 4000))
+    writer = CheckpointWriter(partial, files)
     for i in range(0, 1000, 100):
         for n in "ab":
             writer.write(n, i, torch.arange(i, i + 100).float())
@@ -485,7 +578,7 @@ def test_kill_and_resume(tmp_path):
         journal.write(b'{"tensor": "a", "sta')
     tensors = {n: torch.arange(1000).float() for n in "ab"}
     written = []
-    out = OutputFolder(where, key="k")
+    out = OutputFolder(where, key="k", kept=layout(specs_of(tensors), 4000))
     with out as partial:
         done = {(line["tensor"], line["start"]) for line in out.done}
         writer = CheckpointWriter(partial, layout(specs_of(tensors), 4000))
@@ -497,9 +590,9 @@ def test_kill_and_resume(tmp_path):
         writer.finish()
     assert written == [(n, i) for n in "ab" for i in (700, 800, 900)]
     write(tmp_path, tensors, 4000)
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    assert sorted(p.name for p in where.iterdir()) == names
-    assert all((where / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert names(where) == files
+    assert all((where / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
 
 
 # -------------------------------------------------------------------------------------------- lock
@@ -550,26 +643,8 @@ def test_many_processes(tmp_path):
     folders = [*(tmp_path / "many").iterdir(), *(tmp_path / "one").iterdir()]
     assert len(folders) == 26  # and no .partial
     for folder in folders:
-        assert sorted(p.name for p in folder.iterdir()) == ["a", "b"]
+        assert names(folder) == ["a", "b"]
         assert (folder / "a").read_text() == (folder / "b").read_text()
-
-
-def test_a_lock_that_is_made_while_the_folder_gets_its_name_is_taken_away(tmp_path, monkeypatch):
-    """Another process is between finding the folder and making its lock in it when the folder is renamed."""
-    folder, opened = tmp_path / "out", os.open
-
-    def late(path, flags, *rest, **more):
-        if str(path).endswith("out.partial/lock") and not folder.exists():
-            (tmp_path / "out.partial").rename(folder)  # as the first process does, its own lock gone
-            return opened(folder / "lock", flags, *rest, **more)
-        return opened(path, flags, *rest, **more)
-
-    monkeypatch.setattr(output.os, "open", late)
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "a").write_text("1")
-    with pytest.raises(TwinmergeError, match="there already|not empty"):
-        OutputFolder(folder).__enter__()
-    assert [p.name for p in folder.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("locks", ["flock", "file"])
@@ -585,7 +660,7 @@ def test_second_one_into_a_folder_is_refused(tmp_path, monkeypatch, locks):
         with OutputFolder(tmp_path / "other"):
             pass
         assert (partial / "a").read_text() == "1"
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+    assert names(tmp_path / "out") == ["a"]
     with pytest.raises(TwinmergeError, match="not empty"):
         OutputFolder(tmp_path / "out").__enter__()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
@@ -602,7 +677,7 @@ def test_lock_that_another_process_removed_meanwhile_is_taken_anew(tmp_path, mon
 
     monkeypatch.setattr(output.fcntl, "flock", slow)
     with OutputFolder(tmp_path / "out") as partial:
-        assert len(calls) == 2 and (partial / "lock").exists()
+        assert len(calls) == 2 and (partial.parent / "lock").exists()
 
 
 def test_output_that_appeared_meanwhile_is_refused(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ def evaluate(
     twinmerge evaluate TWIN --suite DIR --tasks sst2,trec
     """
     from twinmerge.store.locate import locate
+    from twinmerge.store.output import OutputFile, replace_text
     from twinmerge.study.evaluate import evaluate as run
     from twinmerge.study.evaluate import open_runner
     from twinmerge.study.scores import Evaluation
@@ -47,6 +48,8 @@ def evaluate(
         raise TwinmergeError(f"{experts} cannot be read: {error}. Name a file that --out wrote.") from error
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise TwinmergeError(f"{out} cannot be written. Name a file in a folder that is there.")
+    if out is not None:
+        OutputFile(out, replace=True).check()
     found_at = locate(model)
     if found_at.adapter is not None:
         raise TwinmergeError(f"{model} is a base and an adapter. Merge it into one folder first, and evaluate that.")
@@ -77,9 +80,8 @@ def evaluate(
         ],
     }
     if out is not None:
-        out.write_text(
-            "[" + ",".join(e.to_json() for e in found) + "]" if len(found) > 1 else found[0].to_json(), encoding="utf-8"
-        )
+        text = "[" + ",".join(e.to_json() for e in found) + "]" if len(found) > 1 else found[0].to_json()
+        replace_text(out, text)
     if json:
         print_json(report)
         return

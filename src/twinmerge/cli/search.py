@@ -66,7 +66,7 @@ def search(
     twinmerge search --method task_arithmetic --base B --expert a=A --expert b=B2 --suite DIR --grid scale=0.1,0.2,0.3 -o OUT
     """
     from twinmerge.engine.merge import Merge
-    from twinmerge.store.output import OutputFolder
+    from twinmerge.store.output import OutputFile, OutputFolder, replace_text
     from twinmerge.study.scores import Evaluation
     from twinmerge.study.search import check_split
     from twinmerge.study.search import grid as combined
@@ -85,6 +85,8 @@ def search(
         OutputFolder(output).check()
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise TwinmergeError(f"{out} cannot be written. Name a file in a folder that is there.")
+    if out is not None:
+        OutputFile(out, replace=True).check()
     points = list(combined(**_grid(grid))) if grid else [{}]
     if weightings is not None:
         points = [{**point, **draw} for point in points for draw in draws(list(recipe.experts), weightings, seed)]
@@ -104,7 +106,7 @@ def search(
         experts=reference,
     )
     if out is not None:
-        out.write_text(found.to_json(), encoding="utf-8")
+        replace_text(out, found.to_json())
     if output is not None:
         Merge(merge.varied(**found.best.parameters).recipe, processes=True).save(output)
         said(f"Merged with the best of {len(found.trials)} -> {output}")

@@ -1,9 +1,9 @@
-"""`twinmerge verify`: is a merged folder what was written, and are its inputs what was read?"""
+"""`twinmerge verify`: is a folder or file what was written, and are the inputs of a merge what was read?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,14 +11,19 @@ from twinmerge.cli.common import Json, Threads, print_json, said
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
 
+if TYPE_CHECKING:
+    from twinmerge.engine.verify import Verified
+
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that `twinmerge merge` wrote.")],
-    inputs: Annotated[bool, typer.Option("--inputs/--no-inputs", help="Read the base and the experts as well.")] = True,
+    folder: Annotated[Path, typer.Argument(help="A folder, a state or a file that twinmerge wrote.")],
+    inputs: Annotated[
+        bool, typer.Option("--inputs/--no-inputs", help="Of a merge, read the base and the experts as well.")
+    ] = True,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Compare every tensor with the checksum that the merge wrote down; exit code 2 where one differs.
+    """Compare every file and tensor with the checksums of when it was written; exit code 2 where one differs.
 
     twinmerge verify merged/
     """
@@ -27,26 +32,30 @@ def verify(
     use_threads(threads)
     found = run(folder, inputs)
     if json:
-        print_json({"ok": found.ok, **found._asdict()})
+        print_json({"ok": found.ok, **found._asdict(), "files": dict(found.files)})
     elif found.ok:
-        said(f"{found.tensors} tensors are what the merge read and wrote.")
+        said(f"{found.tensors} tensors, and all files beside them, are what was read and written.")
     if not found.ok:
-        raise TwinmergeError(_what_differs(folder, found.changed, found.missing, found.unreadable))
+        raise TwinmergeError(_what_differs(folder, found))
 
 
-def _what_differs(
-    folder: Path, changed: dict[str, list[str]], missing: dict[str, list[str]], unreadable: dict[str, str]
-) -> str:
+def _what_differs(folder: Path, found: Verified) -> str:
     parts = [
-        f"{_first(names)} of {_whose(source, folder)} changed since the merge" for source, names in changed.items()
+        f"{_first(names)} of {_whose(source, folder)} changed since the merge"
+        for source, names in found.changed.items()
     ]
-    parts += [f"{_first(names)} of {_whose(source, folder)} is missing or new" for source, names in missing.items()]
-    parts += [f"the {what} cannot be opened ({why})" for what, why in unreadable.items()]
-    return "; ".join(parts) + ". Merge again from sound inputs, or check with --no-inputs if they have moved."
+    parts += [
+        f"{_first(names)} of {_whose(source, folder)} is missing or new" for source, names in found.missing.items()
+    ]
+    parts += [f"the file {name} of {folder} {said_of}" for name, said_of in found.files.items()]
+    parts += [f"the {what} cannot be opened ({why})" for what, why in found.unreadable.items()]
+    return "; ".join(parts) + ". Write it again from sound inputs, or check with --no-inputs if they have moved."
 
 
 def _whose(source: str, folder: Path) -> str:
-    return f"the output {folder}" if source == "output" else f"the input {source!r}"
+    if source == "output":
+        return f"the output {folder}"
+    return f"the file {source}" if source.endswith(".safetensors") else f"the input {source!r}"
 
 
 def _first(names: list[str]) -> str:

@@ -21,13 +21,13 @@ from twinmerge.continual.pieces import (
     worked,
 )
 from twinmerge.continual.state import Arrived, Description, StateFile, StateWriter, next_state
+from twinmerge.engine.inputs import check_written
 from twinmerge.engine.ranges import Range
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.base import Place
 from twinmerge.methods.fold import Fold, State, SumFold
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.checksum import block_digests
 from twinmerge.store.ranges import bytes_of
 
 Kind = Literal["absorb", "release"]
@@ -36,11 +36,10 @@ Digests = dict[str, list[str]]
 
 
 class Told(NamedTuple):
-    """What is told of a piece once it is written. old, new: of the state before and after; content: of the expert; square:
+    """What is told of a piece once it is written. old: of the state before; content: of the expert; square:
     ‖τ‖² of the piece; size: the same of what is kept."""
 
     old: Digests
-    new: Digests
     content: list[str]
     square: float
     size: float
@@ -80,7 +79,8 @@ class Change:
         Errors:
             TwinmergeError: NaN or infinity in the expert, a damaged state, another expert than came, a disk that is full.
         """
-        before, after, read = Sums(self.state.about.checksums, str(self.state.file)), Sums(), Sums()
+        check_written([self.base, self.expert])
+        before, read = Sums(self.state.expected, str(self.state.file)), Sums()
         squares, sizes = [], []
         specs = {f"{part}/{n}": Spec(self.dtype, shape) for n in self.shapes for part, shape in self.shapes[n].items()}
         if not self.about.experts:  # nothing is what is kept of none
@@ -89,16 +89,15 @@ class Change:
             title = f"{'adding' if self.kind == 'absorb' else 'removing'} {self.entry.name}"
             todo = list(pieces(self.places, self.fold.absorbs_whole))
             for each, told in worked(todo, lambda each: self._piece(each, writer), title, progress):
-                for sums, digests in ((before, told.old), (after, told.new)):
-                    for part, found in digests.items():
-                        sums.add(f"{part}/{each.name}", found)
+                for part, found in told.old.items():
+                    before.add(f"{part}/{each.name}", found)
                 read.add(each.name, told.content)
                 squares.append(told.square)
                 sizes.append(told.size)
             before.check()
             entry = replace(self.entry, content=read.of_all(), norm=math.sqrt(math.fsum(squares)))
             norm = math.sqrt(math.fsum(sizes)) if self.about.experts else 0.0
-            about = replace(self.about, state_norm=norm, checksums=after.found(), experts=self._experts(entry))
+            about = replace(self.about, state_norm=norm, experts=self._experts(entry))
             writer.commit(about)
         return about
 
@@ -120,11 +119,10 @@ class Change:
         old = kept_of(self.state, shapes, each, place)
         held = in_shape({part: found.values for part, found in old.items()}, shapes, each, place)
         new = self._changed(held, delta.reshape(place.shape) if is_whole(each, place) else delta, place)
-        digests = self._written(new, each, place, writer) if self.about.experts else {}
+        if self.about.experts:
+            self._write(new, each, place, writer)
         size = sum(float(x.double().square().sum()) for x in new.values())
-        return Told(
-            {part: r.digests for part, r in old.items()}, digests, own.digests, float(delta.square().sum()), size
-        )
+        return Told({part: r.digests for part, r in old.items()}, own.digests, float(delta.square().sum()), size)
 
     def _changed(self, held: State, delta: Tensor, place: Place) -> State:
         if self.kind == "absorb":
@@ -132,8 +130,7 @@ class Change:
         assert isinstance(self.fold, SumFold)
         return self.fold.release(held, delta, place)
 
-    def _written(self, new: State, each: Range, place: Place, writer: StateWriter) -> Digests:
-        digests = {}
+    def _write(self, new: State, each: Range, place: Place, writer: StateWriter) -> None:
         for part, tensor in new.items():
             flat = tensor.to(self.dtype).contiguous().reshape(-1)
             if not math.isfinite(flat.sum().item()) and not bool(flat.isfinite().all()):
@@ -142,5 +139,3 @@ class Change:
                 )
             raw = np.frombuffer(bytes_of(flat), np.uint8)
             writer.write(f"{part}/{each.name}", 0 if is_whole(each, place) else each.start, raw)
-            digests[part] = block_digests(raw, flat.element_size())
-        return digests

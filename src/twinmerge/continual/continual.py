@@ -19,6 +19,7 @@ from twinmerge.continual.folds import fold_of
 from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces, places_of, rounded, worked
 from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
 from twinmerge.engine.card import licence_of
+from twinmerge.engine.inputs import check_written
 from twinmerge.engine.merge import heads_of
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.recipe import DTYPES, EXPERT_NAME
@@ -86,7 +87,7 @@ class Continual:
             )
         opened = open_model(base)
         about = Description(opened.name, method, made.model_dump(), tuple(heads), dtype)
-        output = OutputFolder(folder)
+        output = OutputFolder(folder, manifest=False)  # it changes, and its files carry seals of their own
         with output as partial, next_state(partial, opened.fingerprint(), about, {}) as writer:
             writer.commit(about)
         return cls(folder, base, progress)
@@ -173,9 +174,10 @@ class Continual:
                 raise TwinmergeError(
                     f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`."
                 )
+            check_written([self.base])
             places = places_of(self.base, names_of(state))
             shapes = {name: self.method.parts(place) for name, place in places.items()}
-            seen, sums = self.seen, Sums(state.about.checksums, str(state.file))
+            seen, sums = self.seen, Sums(state.expected, str(state.file))
 
             def work(each: Range) -> tuple[Tensor, dict[str, list[str]]]:
                 place = places[each.name]

@@ -7,18 +7,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from twinmerge.continual.pieces import rounded
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.provenance import PACKAGES
-from twinmerge.engine.side_files import CHECKSUMS, PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
 from twinmerge.models.headed import save_heads
+from twinmerge.store import disk
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.checksum import block_digests, joined
+from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import CODES
-from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
-from twinmerge.store.ranges import bytes_of
+from twinmerge.store.manifest import OUTPUT
+from twinmerge.store.output import OutputFolder
 
 if TYPE_CHECKING:
     from twinmerge.continual.continual import Continual
@@ -32,22 +31,19 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
     for name, spec in base.specs.items():
         specs[name] = Spec(code, spec.shape) if code and spec.is_float else spec
     stored = {base.stored[name]: spec for name, spec in specs.items()}
-    blocks: dict[str, list[str]] = {}
-    with OutputFolder(out, sum(spec.bytes for spec in specs.values())) as folder:
+    written: set[str] = set()
+    output = OutputFolder(out, sum(spec.bytes for spec in specs.values()))
+    with output as folder:
         writer = CheckpointWriter(folder, layout(stored))
         try:
             for each, values in continual.settled():
                 tensor = rounded(values, specs[each.name].dtype, each.name)
-                raw = np.frombuffer(bytes_of(tensor.contiguous()), np.uint8)
-                writer.write(base.stored[each.name], each.start, raw)
-                blocks.setdefault(each.name, []).extend(block_digests(raw, tensor.element_size()))
+                writer.write(base.stored[each.name], each.start, tensor.contiguous())
+                written.add(each.name)
             for name, spec in specs.items():
-                if name not in blocks:
-                    tensor = base.read(name).to(spec.dtype).contiguous().reshape(-1)
-                    raw = np.frombuffer(bytes_of(tensor), np.uint8)
-                    writer.write(base.stored[name], 0, raw)
-                    blocks[name] = block_digests(raw, tensor.element_size())
-            writer.finish()
+                if name not in written:
+                    writer.write(base.stored[name], 0, base.read(name).to(spec.dtype).contiguous().reshape(-1))
+            output.sums[OUTPUT] = writer.finish()
         finally:
             writer.close()
         copy_side_files(base.folder, folder)
@@ -55,10 +51,8 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
         if heads := continual.heads():
             save_heads(folder, heads, folder_fingerprint(folder), {})
         told = {"continual": _told(continual), "versions": {package: version(package) for package in PACKAGES}}
-        sums = {"output": {base.stored[name]: joined(found) for name, found in blocks.items()}}
-        (folder / PROVENANCE).write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")
-        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=0), encoding="utf-8")
-        (folder / "README.md").write_text(_card(continual), encoding="utf-8")
+        disk.write_json(folder / PROVENANCE, told)
+        disk.write_text(folder / "README.md", _card(continual))
     return out
 
 

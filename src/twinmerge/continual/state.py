@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.store.artefact import Artefact, in_order, metadata_of, open_artefact, undamaged
+from twinmerge.store import disk
+from twinmerge.store.artefact import LONGEST, Artefact, ArtefactWriter, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.checksum import joined
-from twinmerge.store.output import DISK_FULL, CheckpointWriter, header_of
+from twinmerge.store.checksum import UNSEALED
+from twinmerge.store.output import DISK_FULL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FILE = "state.safetensors"
-KIND, VERSION = "continual", 2
-UNKNOWN = "?" * 32  # as long as a checksum
-LONGEST = -1.2345678901234567e-300  # no float64 is written longer
+KIND, VERSION = "continual", 3
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,7 @@ class Description:
     """What the state is of.
 
     base_model: where the base was; method, parameters: of the fold; heads: patterns of tensors that stay with each expert; dtype: of the
-    sums; experts: in their order; removed: names that were taken out again; state_norm: ‖state‖; checksums: part -> checksum;
-    seal: checksum of all of that, empty before it is written.
+    sums; experts: in their order; removed: names that were taken out again; state_norm: ‖state‖.
     """
 
     base_model: str
@@ -59,8 +54,6 @@ class Description:
     experts: tuple[Arrived, ...] = ()
     removed: tuple[str, ...] = ()
     state_norm: float = 0.0
-    checksums: dict[str, str] = field(default_factory=dict)
-    seal: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,26 +61,21 @@ class Description:
 
     @classmethod
     def of(cls, header: Mapping[str, Any]) -> Description:
-        known = dict(header)
+        known = {key: value for key, value in header.items() if key != "seal"}  # version 2 had one of its own
         experts = tuple(Arrived(**expert) for expert in known.pop("experts"))
         heads, removed = tuple(known.pop("heads")), tuple(known.pop("removed"))
         found = cls(experts=experts, heads=heads, removed=removed, **known)
         if len(set(found.names)) != len(found.names) or not all(np.isfinite([e.norm for e in experts])):
             raise ValueError("experts")
-        if found.sealed() != found:
-            raise ValueError("seal")
         return found
-
-    def sealed(self) -> Description:
-        text = json.dumps(asdict(replace(self, seal="")), sort_keys=True)
-        return replace(self, seal=joined([text]))
 
 
 class StateFile:
     """An opened state; its header at once, its tensors on demand.
 
     Attributes:
-        folder; base: fingerprint of the base model; about: the description; specs: "part/tensor" -> dtype and shape.
+        folder; base: fingerprint of the base model; about: the description; specs: "part/tensor" -> dtype and shape; expected: the same ->
+            checksum.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,22 +84,22 @@ class StateFile:
             raise TwinmergeError(
                 f"{folder} is no continual state: it has no {FILE}. Make one with `twinmerge continual init`."
             )
-        artefact, self._checkpoint = open_artefact(self.file, KIND, VERSION)
-        self.base, self.specs = artefact.base, self._checkpoint.specs
+        self._opened = open_artefact(self.file, KIND, VERSION)
+        self.base, self.specs, self.expected = self._opened.artefact.base, self._opened.specs, self._opened.expected
         with undamaged(self.file):
-            self.about = Description.of(artefact.header)
-            if set(self.specs) != set(self.about.checksums):
+            self.about = Description.of(self._opened.artefact.header)
+            if self.specs.keys() != self.expected.keys():
                 raise ValueError("checksums")
 
     def read_range(self, key: str, start: int, out: NDArray[np.uint8]) -> None:
         """Fill the bytes of `out` with elements from `start` on, flat."""
-        self._checkpoint.read_into(key, start, out)
+        self._opened.read_into(key, start, out)
 
     def bytes(self) -> int:
         return self.file.stat().st_size
 
     def close(self) -> None:
-        self._checkpoint.close()
+        self._opened.close()
 
     def __enter__(self) -> StateFile:
         return self
@@ -128,40 +116,26 @@ class StateWriter:
     The header comes first in the file but is known last, so room is kept for it.
 
     Args:
-        folder: of the state; base: fingerprint of the base model; about: description whose state_norm, checksums, and last expert's
+        folder: of the state; base: fingerprint of the base model; about: description whose state_norm, and last expert's
             content and norm are not known yet; specs: "part/tensor" -> dtype and shape.
     """
 
     def __init__(self, folder: Path, base: str, about: Description, specs: Mapping[str, Spec]) -> None:
-        self.folder, self.base, self.specs = folder, base, in_order(specs)
+        self.folder, self.base = folder, base
         self.partial = folder / f"{FILE}.partial"
-        room = replace(
-            about,
-            state_norm=LONGEST,
-            seal=UNKNOWN,
-            checksums=dict.fromkeys(self.specs, UNKNOWN),
-            experts=tuple(replace(expert, norm=LONGEST, content=UNKNOWN) for expert in about.experts),
-        )
-        metadata = metadata_of(self._artefact(room))
-        self._room = len(header_of(self.specs, metadata))
-        self._writer = CheckpointWriter(folder, {self.partial.name: self.specs}, metadata)
+        experts = tuple(replace(expert, norm=LONGEST, content=UNSEALED) for expert in about.experts)
+        room = replace(about, state_norm=LONGEST, experts=experts)
+        disk.remove(self.partial)  # of a run that was killed
+        self._writer = ArtefactWriter(self.partial, self._artefact(room), specs)
 
     def write(self, key: str, start: int, flat: NDArray[np.uint8]) -> None:
         self._writer.write(key, start, flat)
 
     def commit(self, about: Description) -> None:
         """Write the header, sync, and take the place of the present state."""
-        header = header_of(self.specs, metadata_of(self._artefact(about.sealed())))
-        text = header[8:].rstrip(b" ")
-        if len(text) > self._room - 8:
-            raise AssertionError("the header is longer than the room that was kept for it")
-        self._writer.finish()
-        with self.partial.open("r+b") as out:
-            out.write(struct.pack("<Q", self._room - 8) + text.ljust(self._room - 8))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(self.partial, self.folder / FILE)
-        _sync_folder(self.folder)
+        self._writer.finish(self._artefact(about))
+        disk.rename(self.partial, self.folder / FILE)
+        disk.sync_path(self.folder)
 
     def _artefact(self, about: Description) -> Artefact:
         return Artefact(KIND, VERSION, self.base, asdict(about), {})
@@ -187,14 +161,4 @@ def next_state(folder: Path, base: str, about: Description, specs: Mapping[str, 
         if writer is not None:
             writer._writer.close()
         with contextlib.suppress(OSError):
-            (folder / f"{FILE}.partial").unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself on the disk, where the system lets a folder be synced."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            disk.remove(folder / f"{FILE}.partial")

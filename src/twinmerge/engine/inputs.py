@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -15,9 +15,11 @@ from twinmerge.engine.ranges import PIECE, Grains, Range
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
+from twinmerge.maths.threads import parallel
 from twinmerge.methods.base import Gram, Method, Place, Stored, Tile
 from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.models.statistics import Statistics
+from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checksum import block_digests
 from twinmerge.store.header import SIZES, torch_dtype
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from twinmerge.maths.lowrank import Factors
 
 BASE = "base"
+FISHER = "fisher of "  # an expert's statistics among the digests
 Digests = dict[str, list[str]]
 """Input -> checksums of the blocks of a range, in order."""
 
@@ -127,6 +130,10 @@ class Inputs:
             if digests is not None:  # while the bytes are in the cache
                 digests[label] = block_digests(values[label].memory, SIZES[values[label].code])
         fisher = tuple(self._fisher(e, name, each) for e in self.experts) if "fisher" in self.needs else ()
+        if digests is not None:
+            for expert, measured in zip(self.experts, fisher, strict=False):
+                if self.statistics[expert].has(name):
+                    digests[f"{FISHER}{expert}"] = block_digests(measured.memory, SIZES[measured.code])
         return Stored(values.pop(BASE) if self.base is not None else None, tuple(values.values()), fisher)
 
     def place(self, each: Range) -> Place:
@@ -234,6 +241,31 @@ class Inputs:
         for expert, values in zip(self.experts, stored.experts, strict=True):
             if not bool(_numbers(values).isfinite().all()):
                 raise TwinmergeError(_not_finite(each.name, expert))
+
+
+def check_written(models: Iterable[OpenedModel]) -> None:
+    """Read what was written here before, and refuse it where it is no longer what was written.
+
+    For work that reads its inputs in ranges and sums nothing; other models are not read.
+
+    Errors:
+        TwinmergeError: a tensor that changed.
+    """
+    for model in models:
+        if isinstance(model.source, Checkpoint) and model.source.expected:
+            for _ in parallel(model.source.check, list(model.stored.values())):
+                pass
+
+
+def require_read(model: OpenedModel, name: str, found: str) -> None:
+    """Refuse a tensor whose checksum, taken while it was read, is not the one with which it was written, where that is known.
+
+    Errors:
+        TwinmergeError: another one.
+    """
+    own = name if name in model.specs else model.aliases.get(name, name)
+    if isinstance(model.source, Checkpoint) and own not in model.factors and own not in model.dense:
+        model.source.require(model.stored[own], found)
 
 
 def _not_finite(tensor: str, expert: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,9 @@ from twinmerge.models.adapter import PREFIX
 from twinmerge.models.adapter_files import Carried, adapter_config, lora_tensors, write_adapter
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.opened import OpenedModel
+from twinmerge.store import disk
 from twinmerge.store.header import CODES, torch_dtype
+from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 
 EPS = torch.finfo(torch.float32).eps  # adapters are float32 at best: what is below it beside the rest was rounded away
@@ -147,10 +148,11 @@ def write_lora(
     versions = {package: version(package) for package in PACKAGES}
     told = {**about.told, "base": name, "commits": commits, "versions": versions}
     config = adapter_config(architecture, modules, list(whole), name)
-    with OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values())) as folder:
-        write_adapter(folder, tensors, config)
-        (folder / PROVENANCE).write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")
-        (folder / "README.md").write_text(_card(base, name, about), encoding="utf-8")
+    output = OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values()))
+    with output as folder:
+        output.sums[OUTPUT] = write_adapter(folder, tensors, config)
+        disk.write_json(folder / PROVENANCE, told)
+        disk.write_text(folder / "README.md", _card(base, name, about))
     return Path(out)
 
 

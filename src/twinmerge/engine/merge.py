@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
-from twinmerge.engine.inputs import Inputs
+from twinmerge.engine.inputs import BASE, FISHER, Digests, Inputs, require_read
 from twinmerge.engine.lines import KEY, Automatic, Depths, Lines, stacks
-from twinmerge.engine.provenance import plan_key, provenance
+from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
 from twinmerge.engine.ranges import Range, tile_of
 from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.rounding import Rounding
 from twinmerge.engine.run import Run
-from twinmerge.engine.side_files import CHECKSUMS, PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.base import Known, Method
@@ -30,10 +30,13 @@ from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor, open_mode
 from twinmerge.models.plain import open_plain
 from twinmerge.models.statistics import Statistics
 from twinmerge.models.vocabulary import other_tokens
+from twinmerge.store import disk
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import CODES
-from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
+from twinmerge.store.manifest import OUTPUT
+from twinmerge.store.output import OutputFolder
 
 if TYPE_CHECKING:
     import torch
@@ -219,18 +222,46 @@ class Merge:
                 for name, spec in ((n, self.out_specs[self.base.stored[n]]) for n in self.matched.merged)
             }
 
-        def keep(each: Range, known: Known) -> None:
-            got = combine(each, known, self.method, self.inputs, self.rounding(each.name))
+        def keep(each: Range, known: Known) -> tuple[Range, Digests]:
+            digests = Digests()
+            got = combine(each, known, self.method, self.inputs, self.rounding(each.name), digests if watched else None)
             to = merged[each.name].view(-1)[each.start : each.stop]
             to.copy_(as_tensor(got.values, to.dtype))
+            return each, digests
 
+        watched = self.statistics or any(
+            getattr(m.source, "expected", None) for m in [self.base, *self.experts.values()]
+        )
+        report = Report(self.require)
         run = self.plan()
         run.processes = False  # the values are wanted in this process's memory
         run.survey()
-        for _ in run.merge(run.groups(), keep):
-            pass
+        for answers in run.merge(run.groups(), keep):
+            for each, digests in answers:
+                report.extend(each.name, digests)
+                if each.stop == math.prod(self.inputs.shapes[each.name]):
+                    report.close(each.name)
         kept = {self.base.stored[n]: self.base.read(n) for n in self.matched.from_base}
         return {n: merged[n] if n in merged else kept[n].to(spec.dtype) for n, spec in self.out_specs.items()}
+
+    def require(self, source: str, tensor: str, found: str) -> None:
+        """Refuse what was read where it is not what was written, which is known of folders and statistics that were written here.
+
+        Args:
+            source: "output", the name of an input, or of its statistics; tensor: by its name in the output; found: its checksum.
+
+        Errors:
+            TwinmergeError: a tensor that is not what was written.
+        """
+        name = self._canonical[tensor]
+        if source.startswith(FISHER):
+            self.statistics[source.removeprefix(FISHER)].require(name, found)
+        elif source != OUTPUT:
+            require_read(self.base if source == BASE else self.experts[source], name, found)
+
+    @cached_property
+    def _canonical(self) -> dict[str, str]:
+        return {self.base.stored[name]: name for name in [*self.matched.merged, *self.matched.from_base]}
 
     def canonical_state(self) -> dict[str, Tensor]:
         """The same by canonical names, as models are put together from."""
@@ -263,16 +294,20 @@ class Merge:
         Errors:
             TwinmergeError: as said by `check`, `OutputFolder` and the method.
         """
-        output = OutputFolder(out, sum(spec.bytes for spec in self.out_specs.values()), plan_key(self))
+        files = layout(self.out_specs)
+        needed = sum(spec.bytes for spec in self.out_specs.values())
+        output = OutputFolder(out, needed, plan_key(self), kept=files)
         output.check()
+        read = states_of(self)
         self.warn_of_tokens()
         with output as folder:
-            writer = CheckpointWriter(folder, layout(self.out_specs))
+            writer = CheckpointWriter(folder, files, summed=False)
             try:
                 report = write(self, writer, Journal(output, writer.kept))
                 writer.finish()
             finally:
                 writer.close()
+            output.sums |= report.checksums
             copy_side_files(self.base.folder, folder)
             write_config(self.base, folder, self.recipe.dtype)
             if heads := self.heads():
@@ -283,11 +318,10 @@ class Merge:
             if self.run is not None and KEY in self.run.known:  # with the a that was found
                 found = {"a": self.run.known[KEY].a, "b": self.run.known[KEY].b}
                 described["parameters"] = {**described["parameters"], KEY: found}
-            (folder / PROVENANCE).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
-            (folder / CHECKSUMS).write_text(json.dumps(report.checksums, indent=0), encoding="utf-8")
-            (folder / "README.md").write_text(
-                model_card(described, self.base, self.experts, sorted(self.matched.head_names)), encoding="utf-8"
-            )
+            disk.write_json(folder / PROVENANCE, described)
+            card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
+            disk.write_text(folder / "README.md", card)
+            require_same(read, states_of(self))
         self.report = report
         return Path(out)
 

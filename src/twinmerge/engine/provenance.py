@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
 
 if TYPE_CHECKING:
@@ -42,16 +43,35 @@ def plan_key(merge: Merge) -> str | None:
 
     None for models in memory, which cannot be told apart from one process to the next.
     """
-    files = []
-    for label, model in inputs_of(merge).items():
-        if not model.files:
-            return None
-        files += [_state(label, file) for file in model.files]
-    files += [_state(f"statistics {name}", found.file) for name, found in merge.statistics.items()]
-    plan = {**provenance(merge), "rounding": merge.recipe.stochastic, "files": files, "tile": merge.tile}
+    if not all(model.files for model in inputs_of(merge).values()):
+        return None
+    plan = {**provenance(merge), "rounding": merge.recipe.stochastic, "files": states_of(merge), "tile": merge.tile}
     return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def states_of(merge: Merge) -> list[list[Any]]:
+    """Label, path, size and time of change of every file that is read."""
+    files = [(label, file) for label, model in inputs_of(merge).items() for file in model.files]
+    files += [(f"statistics {name}", found.file) for name, found in merge.statistics.items()]
+    return [_state(label, file) for label, file in files]
+
+
+def require_same(before: list[list[Any]], after: list[list[Any]]) -> None:
+    """Refuse inputs that changed between two looks: what was read of them may be of two models.
+
+    Errors:
+        TwinmergeError: one did.
+    """
+    for one, two in zip(before, after, strict=True):
+        if one != two:
+            raise TwinmergeError(f"{one[1]} ({one[0]}) changed while it was read. Run again when nobody writes it.")
+
+
 def _state(label: str, file: Path) -> list[Any]:
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise TwinmergeError(
+            f"{file} ({label}) cannot be read: {error.strerror}. Put it back and run again."
+        ) from error
     return [label, str(file.resolve()), status.st_size, status.st_mtime_ns]

@@ -1,4 +1,4 @@
-"""Is a merged folder still what was written, and are its inputs still what was read?"""
+"""Is a folder or file still what was written, and are the inputs of a merge still what was read?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
@@ -13,73 +14,169 @@ from tqdm.auto import tqdm
 from twinmerge.engine.inputs import BASE
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
-from twinmerge.engine.side_files import CHECKSUMS, PROVENANCE
-from twinmerge.engine.write import OUTPUT
+from twinmerge.engine.side_files import PROVENANCE
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.models.opened import OpenedModel
+from twinmerge.store.artefact import ArtefactFile
 from twinmerge.store.checkpoint import Checkpoint
-from twinmerge.store.checksum import streamed
+from twinmerge.store.checksum import of_file, streamed
 from twinmerge.store.header import SIZES
+from twinmerge.store.manifest import CHECKSUMS, OUTPUT, SEAL, Manifest, files_in, header_in
 
+STATE = "state.safetensors"
 Job = tuple[str, str, Callable[[], str]]
 """Source, tensor, and what computes its checksum."""
 
 
 class Verified(NamedTuple):
-    """tensors: how many were compared; changed: "output" or an input -> tensors that are no longer the same; missing:
-    the same for tensors that are gone or new; unreadable: inputs that cannot be opened, with the reason."""
+    """tensors: how many were compared; changed: "output", a file of its own checksums or an input -> tensors that are no longer the same;
+    missing: the same for tensors that are gone or new; unreadable: inputs that cannot be opened, with the reason; files: those that
+    are not what was written, with what is wrong."""
 
     tensors: int
     changed: dict[str, list[str]]
     missing: dict[str, list[str]]
     unreadable: dict[str, str]
+    files: dict[str, str] = MappingProxyType({})  # type: ignore[assignment]
 
     @property
     def ok(self) -> bool:
-        return not (self.changed or self.missing or self.unreadable)
+        return not (self.changed or self.missing or self.unreadable or self.files)
 
 
 def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Verified:
-    """Read the output, and the inputs where they still are, and compare every tensor with the checksum of the merge.
+    """Read everything that was written, and the inputs where they still are, and compare it with the checksums of when it was.
 
     Args:
-        folder: a merged folder.
-        inputs: the base and the experts as well.
+        folder: any folder that was written here, a state, or a single artefact such as a file of statistics.
+        inputs: of a merge, the base and the experts as well.
 
     Errors:
-        TwinmergeError: no provenance in the folder, or a damaged one.
+        TwinmergeError: nothing that carries checksums, or damaged ones.
     """
     folder = Path(folder)
-    raw, wanted = _read(folder / PROVENANCE), _read(folder / CHECKSUMS)
-    found: dict[str, dict[str, str]] = {OUTPUT: {}}
-    unreadable: dict[str, str] = {}
-    checkpoint = Checkpoint.open(folder)
-    work: list[Job] = [
-        (OUTPUT, name, partial(streamed, partial(checkpoint.read_into, name), spec.itemsize, spec.numel))
-        for name, spec in checkpoint.specs.items()
-    ]
-    if inputs and wanted.keys() - {OUTPUT}:  # a continual state keeps sums of its inputs itself
+    found = _Found()
+    if folder.is_file():
+        found.add_artefact(folder, folder.name)
+        return found.compared(progress)
+    if not folder.is_dir():
+        raise TwinmergeError(f"{folder} is not there. Name a folder or a file that twinmerge wrote.")
+    if (folder / CHECKSUMS).is_file():
+        raw = _read(folder / CHECKSUMS)
+        manifest = Manifest.of(folder)
+        wanted: Mapping[str, Mapping[str, str]] = raw if manifest is None else manifest.sums
+        if manifest is not None:
+            found.add_files(manifest)
+        else:  # of before the first release: tensors only
+            _read(folder / PROVENANCE)
+            found.add_weights(Checkpoint.open(folder), wanted[OUTPUT])
+        if inputs and wanted.keys() - {OUTPUT} and PROVENANCE not in found.files:
+            found.add_inputs(folder, wanted)
+        return found.compared(progress)
+    if any(folder.glob("*.safetensors")) and (state := artefact_in(folder / STATE)) is not None:
+        found.add_state(folder, state)
+        return found.compared(progress)
+    raise TwinmergeError(f"{folder / CHECKSUMS} is missing. Name a folder that twinmerge wrote, whole.")
+
+
+class _Found:
+    """What there is to compare, and what was found."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[str, Mapping[str, str]] = {}
+        self.jobs: list[Job] = []
+        self.files: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
+        self.opened: list[Checkpoint] = []
+
+    def add_artefact(self, file: Path, name: str) -> None:
+        """A file with checksums of its own."""
+        opened = ArtefactFile(file)
+        if not opened.sealed and not opened.expected:
+            raise TwinmergeError(f"{file} has no checksums: an older release wrote it. Write it again.")
+        self._add(opened, name, opened.expected)
+
+    def add_weights(self, opened: Checkpoint, wanted: Mapping[str, str]) -> None:
+        self._add(opened, OUTPUT, wanted)
+
+    def add_files(self, manifest: Manifest) -> None:
+        """All that a manifest names, and what it does not name."""
+        folder, weights = manifest.folder, []
+        for name, entry in manifest.files.items():
+            if (said := manifest.differs(name)) is not None:
+                self.files[name] = said
+            if "header" not in entry or (said is not None and said.startswith("is missing")):
+                continue
+            try:
+                if SEAL in header_in(folder / name).metadata:
+                    self.add_artefact(folder / name, name)
+                else:
+                    weights.append(folder / name)
+            except TwinmergeError:
+                self.files[name] = said or "is damaged"
+        self.files |= dict.fromkeys(manifest.strange(), "was not written here")
+        if weights:
+            try:
+                self.add_weights(Checkpoint(weights), manifest.sums.get(OUTPUT, {}))
+            except TwinmergeError as error:
+                self.files[weights[0].name] = str(error)
+
+    def add_state(self, folder: Path, state: ArtefactFile) -> None:
+        """A state of experts that came over time, and their heads beside it."""
+        self.add_artefact(state.file, STATE)
+        known = {STATE, "lock"}
+        for expert in state.artefact.header.get("experts", []):
+            where = folder / "heads" / str(expert["name"])
+            if not where.is_dir():
+                continue
+            name, config = f"heads/{where.name}/head.safetensors", f"heads/{where.name}/config.json"
+            known |= {name, config}
+            try:
+                self.add_artefact(folder / name, name)
+                if ArtefactFile(folder / name).artefact.header.get("config") != of_file(folder / config):
+                    self.files[config] = "is not what was written"
+            except (TwinmergeError, OSError) as error:
+                self.files[name] = f"is damaged ({error})"
+        self.files |= {name: "was not written here" for name in files_in(folder) if name not in known}
+
+    def add_inputs(self, folder: Path, wanted: Mapping[str, Mapping[str, str]]) -> None:
+        """The base and the experts of a merge."""
         try:
-            work += _of_inputs(Merge(Recipe.from_description(raw["recipe"]), progress=False), wanted)
+            recipe = Recipe.from_description(_read(folder / PROVENANCE)["recipe"])
+            self.jobs += _of_inputs(Merge(recipe, progress=False), wanted)
+            self.wanted |= {source: sums for source, sums in wanted.items() if source != OUTPUT}
         except (TwinmergeError, KeyError, TypeError) as error:
-            unreadable["inputs"] = str(error)
-    bar = tqdm(total=len(work), desc="verifying", delay=1, leave=False, disable=None if progress else True)
-    with bar:
-        for source, name, checksum in parallel(lambda each: (each[0], each[1], each[2]()), work):
-            found.setdefault(source, {})[name] = checksum
-            bar.update()
-    checkpoint.close()
-    changed, missing = {}, {}
-    for source, sums in wanted.items():
-        if source not in found:
-            continue
-        got = found[source]
-        if differ := sorted(n for n, s in sums.items() if n in got and got[n] != s):
-            changed[source] = differ
-        if gone := sorted(sums.keys() ^ got.keys()):
-            missing[source] = gone
-    return Verified(len(work), changed, missing, unreadable)
+            self.unreadable["inputs"] = str(error)
+
+    def compared(self, progress: bool) -> Verified:
+        """Read all of it."""
+        found: dict[str, dict[str, str]] = {source: {} for source in self.wanted}
+        bar = tqdm(total=len(self.jobs), desc="verifying", delay=1, leave=False, disable=None if progress else True)
+        with bar:
+            for source, name, checksum in parallel(lambda each: (each[0], each[1], each[2]()), self.jobs):
+                found.setdefault(source, {})[name] = checksum
+                bar.update()
+        for opened in self.opened:
+            opened.close()
+        changed, missing = {}, {}
+        for source, sums in self.wanted.items():
+            got = found[source]
+            if differ := sorted(n for n, s in sums.items() if n in got and got[n] != s):
+                changed[source] = differ
+            if gone := sorted(sums.keys() ^ got.keys()):
+                missing[source] = gone
+        return Verified(len(self.jobs), changed, missing, self.unreadable, self.files)
+
+    def _add(self, opened: Checkpoint, source: str, wanted: Mapping[str, str]) -> None:
+        self.opened.append(opened)
+        self.wanted[source] = wanted
+        self.jobs += [(source, name, partial(opened.sum_of, name)) for name in opened.specs]
+
+
+def artefact_in(file: Path) -> ArtefactFile | None:
+    """The artefact, where there is one."""
+    return ArtefactFile(file) if file.is_file() else None
 
 
 def _of_inputs(merge: Merge, wanted: Mapping[str, Mapping[str, str]]) -> list[Job]:
@@ -102,9 +199,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TwinmergeError(
-            f"{file} cannot be read: {error}. Name a folder that `twinmerge merge` wrote, whole."
-        ) from error
+        raise TwinmergeError(f"{file} cannot be read: {error}. Name a folder that twinmerge wrote, whole.") from error
     if not isinstance(found, dict):
-        raise TwinmergeError(f"{file} is no provenance of twinmerge. Name a folder that `twinmerge merge` wrote.")
+        raise TwinmergeError(f"{file} is no provenance of twinmerge. Name a folder that twinmerge wrote.")
     return found

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from twinmerge.engine.combine import combine
-from twinmerge.engine.inputs import BASE, Digests
+from twinmerge.engine.inputs import BASE, FISHER, Digests
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.methods.base import Known
 from twinmerge.models.opened import as_tensor
 from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype
+from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import CheckpointWriter, OutputFolder
 from twinmerge.store.ranges import bytes_of
 
 if TYPE_CHECKING:
     from twinmerge.engine.merge import Merge
 
-OUTPUT = "output"
 Line = dict[str, Any]
 """What the journal keeps of one group of ranges: tensor -> input or "output" -> checksums; changed and erased entries."""
 
@@ -46,8 +46,10 @@ class Journal:
 
 @dataclass
 class Report:
-    """checksums: "output" or an input -> tensor -> its checksum; changed, erased: entries, see `erased`."""
+    """checksums: "output" or an input -> tensor -> its checksum; changed, erased: entries, see `erased`; require: looks at each
+    checksum, and refuses a tensor that is not what it was when it was written."""
 
+    require: Callable[[str, str, str], None] = lambda source, tensor, found: None
     checksums: dict[str, dict[str, str]] = field(default_factory=dict)
     changed: int = 0
     erased: int = 0
@@ -67,7 +69,10 @@ class Report:
     def close(self, tensor: str) -> None:
         """All blocks of the tensor are in."""
         for source, blocks in self._open.pop(tensor).items():
-            self.checksums.setdefault(source, {})[tensor] = joined(blocks)
+            found = joined(blocks)
+            self.require(source, tensor, found)
+            if not source.startswith(FISHER):
+                self.checksums.setdefault(source, {})[tensor] = found
 
     def rounding(self, seed: int | None) -> dict[str, Any]:
         return {
@@ -87,7 +92,7 @@ class _Written(NamedTuple):
 
 def write(merge: Merge, writer: CheckpointWriter, journal: Journal) -> Report:
     """Fill the output's files."""
-    report = Report()
+    report = Report(merge.require)
     for name in merge.matched.from_base:
         _copy(merge, name, writer, report)
     run = merge.plan()

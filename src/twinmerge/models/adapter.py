@@ -46,6 +46,7 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder} has no adapter_model.safetensors. Save the adapter with safe_serialization=True."
         )
     checkpoint = Checkpoint([file])
+    checkpoint.compare(folder, "adapter_config.json")
     tensors = {name: checkpoint.read(name) for name in checkpoint.specs}
     checkpoint.close()
     return adapter_from(config, tensors, str(folder))

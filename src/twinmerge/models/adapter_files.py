@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -15,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter import PREFIX
 from twinmerge.models.architecture import Architecture
+from twinmerge.store import disk
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.output import write_checkpoint
+from twinmerge.store.checkpoint_writer import write_checkpoint
 
 Kinds = tuple[type[nn.Module], ...]
 
@@ -150,15 +150,18 @@ def pattern_of(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, str]:
     """Write adapter_model.safetensors and adapter_config.json into a folder that is there.
 
     Args:
         tensors: by PEFT's names, `lora_tensors` and whole modules under the prefix `base_model.model.`.
+
+    Returns:
+        tensor -> its checksum.
     """
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_checkpoint(folder, {"adapter_model.safetensors": specs}, ((name, tensors[name]) for name in specs))
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    disk.write_json(folder / "adapter_config.json", config)
+    return write_checkpoint(folder, {"adapter_model.safetensors": specs}, ((name, tensors[name]) for name in specs))
 
 
 def _targets(architecture: Architecture, modules: Mapping[str, Carried]) -> list[str] | str:

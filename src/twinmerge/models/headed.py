@@ -17,9 +17,12 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
-from twinmerge.store.artefact import Artefact, load_artefact, save_artefact, undamaged
+from twinmerge.store import disk
+from twinmerge.store.artefact import Artefact, damaged, load_artefact, save_artefact, undamaged
+from twinmerge.store.checksum import of_bytes, of_file
+from twinmerge.store.manifest import Manifest
 
-HEADS_VERSION = 2  # 2: packed by a codec
+HEADS_VERSION = 3  # 2: packed by a codec, 3: sealed, and its config with it
 HEAD_NAME = re.compile(r"\w[\w.\-]*")  # an expert's name is a folder's name, never a path
 
 
@@ -342,24 +345,37 @@ def body_path(architecture: Architecture, head_names: set[str]) -> str:
 def head_artefact(name: str, head: HeadSpec, base: str, codec: str = "none") -> Artefact:
     """A head as it is stored: with the codecs of few bits, matrices have scales for each row, all else half precision."""
     tensors, packed = pack(head.tensors, codec, {n: 0 for n, t in head.tensors.items() if t.dim() == 2})
-    return Artefact("head", HEADS_VERSION if packed else 1, base, {"expert": name, **packed}, tensors)
+    header = {"expert": name, "config": of_bytes(_config_of(head)), **packed}
+    return Artefact("head", HEADS_VERSION, base, header, tensors)
 
 
 def save_head(folder: Path, name: str, head: HeadSpec, base: str, codec: str = "none") -> None:
     """Write `heads/<name>/` (config.json, head.safetensors), which must not be there."""
     where = folder / "heads" / name
-    where.mkdir(parents=True)
-    (where / "config.json").write_text(head.config.to_json_string(use_diff=True), encoding="utf-8")
+    disk.make_folder(where)
+    disk.write_file(where / "config.json", _config_of(head))
     save_artefact(where / "head.safetensors", head_artefact(name, head, base, codec))
 
 
+def _config_of(head: HeadSpec) -> bytes:
+    """config.json of a head."""
+    return head.config.to_json_string(use_diff=True).encode()
+
+
 def load_head(folder: Path, name: str, base: str | None = None) -> HeadSpec:
-    """The head in `heads/<name>/`."""
+    """The head in `heads/<name>/`.
+
+    Errors:
+        TwinmergeError: missing, damaged, of another expert or another model, or with another config than it was written with.
+    """
     where = folder / "heads" / name
+    artefact = load_artefact(where / "head.safetensors", "head", HEADS_VERSION, base)
+    file = where / "config.json"
+    if file.is_file() and artefact.version == HEADS_VERSION and artefact.header.get("config") != of_file(file):
+        raise damaged(file)
     config = read_config(where)
     if config is None:
         raise TwinmergeError(f"{where / 'config.json'} is missing. Copy the whole folder again.")
-    artefact = load_artefact(where / "head.safetensors", "head", HEADS_VERSION, base)
     if artefact.header.get("expert") != name:
         raise TwinmergeError(
             f"{where} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again."
@@ -380,13 +396,15 @@ def save_heads(
     for name, head in heads.items():
         save_head(folder, name, head, base, codec)
         table[name] = {"labels": head.labels, "class": class_of(head.config).__name__, **about.get(name, {})}
-    (folder / "heads.json").write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
+    disk.write_json(folder / "heads.json", table)
 
 
 def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
     """The heads of a merged or twin folder, in the order of heads.json; empty where it has none."""
     file = folder / "heads.json"
     table: dict[str, Any] = {}
+    if (manifest := Manifest.of(folder)) is not None:
+        manifest.check("heads.json", *(f"heads/{path.name}/head.safetensors" for path in folder.glob("heads/*/")))
     if file.is_file():
         with undamaged(file):
             table = dict(json.loads(file.read_text(encoding="utf-8")).items())

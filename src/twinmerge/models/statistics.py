@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.sums import block_sums, blocked_dot, total
-from twinmerge.store.artefact import Artefact, in_order, metadata_of, open_artefact, undamaged
+from twinmerge.store.artefact import LONGEST, Artefact, ArtefactFile, ArtefactWriter, in_order, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.checksum import block_digests, joined, streamed
-from twinmerge.store.output import header_of, write_tensor
-from twinmerge.store.ranges import bytes_of
+from twinmerge.store.output import OutputFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND, VERSION = "statistics", 1
+KIND, VERSION = "statistics", 2
 WHAT = ("fisher", "gram", "activations")
 
 
@@ -31,16 +29,18 @@ class Statistics:
 
     Attributes:
         file: where it lies; what: "fisher", "gram" or "activations"; model: fingerprint of the measured model; header: what
-            was measured and how; specs: tensor -> dtype and shape.
+            was measured and how; specs: tensor -> dtype and shape; expected: tensor -> checksum.
     """
 
-    def __init__(self, file: Path, artefact: Artefact, checkpoint: Any) -> None:
-        self.file, self.model, self.header = file, artefact.base, artefact.header
-        self._checkpoint = checkpoint
-        self.specs: Mapping[str, Spec] = checkpoint.specs
-        with undamaged(file):
+    def __init__(self, opened: ArtefactFile) -> None:
+        self.file, self.model, self.header = opened.file, opened.artefact.base, opened.artefact.header
+        self._opened = opened
+        self.specs: Mapping[str, Spec] = opened.specs
+        self.expected = opened.expected
+        opened.advice = "Measure it again."
+        with undamaged(self.file):
             self.what, self.examples = str(self.header["what"]), int(self.header["examples"])
-            if self.what not in WHAT or set(self.specs) != set(self.header["checksums"]):
+            if self.what not in WHAT or self.specs.keys() != self.expected.keys():
                 raise ValueError(self.what)
 
     @classmethod
@@ -56,7 +56,7 @@ class Statistics:
         path = Path(file)
         if not path.is_file():
             raise TwinmergeError(f"There is no statistics file {path}. Name one that `twinmerge measure` wrote.")
-        found = cls(path, *open_artefact(path, KIND, VERSION))
+        found = cls(open_artefact(path, KIND, VERSION))
         if what is not None and found.what != what:
             raise TwinmergeError(
                 f"{path} holds {found.what} statistics, {what} statistics are needed. Take them with `twinmerge measure {what}`."
@@ -67,27 +67,27 @@ class Statistics:
         return name in self.specs
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor."""
-        found: Tensor = self._checkpoint.read(name)
-        return found
-
-    def read_range(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill the bytes of `out` with elements from `start` on, flat."""
-        self._checkpoint.read_into(name, start, out)
-
-    def verify(self) -> None:
-        """Read everything and compare it with the checksums of the measurement.
+        """A whole tensor.
 
         Errors:
-            TwinmergeError: a tensor that is not what was written.
+            TwinmergeError: it is not what was measured.
         """
-        for name, spec in self.specs.items():
-            read = streamed(partial(self.read_range, name), spec.itemsize, spec.numel)
-            if read != self.header["checksums"][name]:
-                raise TwinmergeError(f"Tensor {name!r} of {self.file} is not what was measured. Measure it again.")
+        return self._opened.read(name)
+
+    def read_range(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill the bytes of `out` with elements from `start` on, flat; who reads all ranges calls `require`."""
+        self._opened.read_into(name, start, out)
+
+    def require(self, name: str, found: str) -> None:
+        """Refuse a tensor whose checksum is not that of the measurement.
+
+        Errors:
+            TwinmergeError: another one.
+        """
+        self._opened.require(name, found)
 
     def close(self) -> None:
-        self._checkpoint.close()
+        self._opened.close()
 
 
 def save_statistics(
@@ -104,10 +104,7 @@ def save_statistics(
         TwinmergeError: the file is there already, or cannot be written.
     """
     specs = in_order({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-    whole = {**header, "what": what, "checksums": {name: _checksum(tensors[name]) for name in specs}}
-    if what == "fisher":
-        whole["squares"] = {name: _squares(tensors[name]) for name in specs}
-    return _write(Path(file), Artefact(KIND, VERSION, model, whole, {}), specs, ((n, tensors[n]) for n in specs))
+    return _write(Path(file), model, {**header, "what": what}, specs, lambda name: tensors[name])
 
 
 def added(files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -120,14 +117,14 @@ def added(files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     """
     if len(files) < 2:
         raise TwinmergeError("There is nothing to add. Name at least two statistics files.")
-    _require_free(Path(out))
+    OutputFile(out).check()
     parts = [Statistics.open(file) for file in files]
     first = parts[0]
     for part in parts[1:]:
         _same(first, part)
     data = [piece for part in parts for piece in part.header["data"]]
     _disjoint(data)
-    header = {**first.header, "data": data}
+    header = {k: v for k, v in first.header.items() if k != "squares"} | {"data": data}
     for count in ("examples", "tokens"):
         header[count] = sum(part.header[count] for part in parts)
     if "counts" in header:
@@ -136,17 +133,7 @@ def added(files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     if "modules" in header:
         header["modules"] = {name: module for part in parts for name, module in part.header["modules"].items()}
     specs = in_order({name: spec for part in parts for name, spec in part.specs.items()})
-    sums, squares = {}, {}
-    for name in specs:  # the header comes before the tensors, so they are added up twice rather than held
-        summed = _sum(parts, name)
-        sums[name] = _checksum(summed)
-        if first.what == "fisher":
-            squares[name] = _squares(summed)
-    header["checksums"] = sums
-    if first.what == "fisher":
-        header["squares"] = squares
-    artefact = Artefact(KIND, VERSION, first.model, header, {})
-    written = _write(Path(out), artefact, specs, ((name, _sum(parts, name)) for name in specs))
+    written = _write(Path(out), first.model, header, specs, lambda name: _sum(parts, name))
     for part in parts:
         part.close()
     return written
@@ -193,32 +180,30 @@ def _disjoint(data: Sequence[Mapping[str, Any]]) -> None:
         seen.setdefault(piece["sha256"], []).append((start, stop, piece["file"]))
 
 
-def _require_free(file: Path) -> None:
-    if file.exists() or file.is_symlink():
-        raise TwinmergeError(f"The output {file} is there already. Name another one or remove it.")
-
-
-def _checksum(tensor: Tensor) -> str:
-    flat = np.frombuffer(bytes_of(tensor.detach().contiguous().reshape(-1)), np.uint8)
-    return joined(block_digests(flat, tensor.element_size()))
-
-
-def _squares(tensor: Tensor) -> list[float]:
+def _squares(tensor: Tensor) -> tuple[float, float]:
     """ΣF and ΣF², each rounded once."""
-    return [total(block_sums(tensor)), total(blocked_dot(tensor, tensor))]
+    return total(block_sums(tensor)), total(blocked_dot(tensor, tensor))
 
 
-def _write(file: Path, artefact: Artefact, specs: Mapping[str, Spec], tensors: Iterator[tuple[str, Tensor]]) -> Path:
-    _require_free(file)
-    partial = file.with_name(f"{file.name}.partial")
+def _write(
+    file: Path, model: str, header: Mapping[str, Any], specs: Mapping[str, Spec], tensor_of: Callable[[str], Tensor]
+) -> Path:
+    """Write the sums one by one; what is told of their sizes is known at the end."""
+    fisher = header["what"] == "fisher"
+    squares: dict[str, tuple[float, float]] = {}
+
+    def described() -> Artefact:
+        return Artefact(KIND, VERSION, model, {**header, "squares": squares} if fisher else dict(header), {})
+
     try:
-        with partial.open("wb") as out:
-            out.write(header_of(specs, metadata_of(artefact)))
-            for _, tensor in tensors:
-                write_tensor(out, tensor)
-        os.replace(partial, file)
+        with OutputFile(file, sum(spec.bytes for spec in specs.values())) as new:
+            squares = dict.fromkeys(specs, (LONGEST, LONGEST))
+            with closing(ArtefactWriter(new, described(), specs)) as writer:
+                for name in specs:
+                    tensor = tensor_of(name)
+                    squares[name] = _squares(tensor) if fisher else (0.0, 0.0)
+                    writer.write(name, 0, tensor.detach().contiguous().reshape(-1))
+                writer.finish(described())
     except OSError as error:
         raise TwinmergeError(f"{file} cannot be written: {error}. Free some space, or name another place.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return file

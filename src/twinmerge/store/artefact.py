@@ -1,11 +1,14 @@
-"""The one format of everything that is not a model: safetensors with a JSON header of kind, version and base."""
+"""The one format of everything that is not a model: safetensors with a JSON header of kind, version, base and checksums.
+
+The header carries the checksum of every tensor, and a seal: the checksum of the header's own bytes, names, dtypes and shapes included.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,12 +17,18 @@ from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint import Checkpoint, Spec
-from twinmerge.store.output import header_of, write_tensor
+from twinmerge.store.checkpoint_writer import CheckpointWriter
+from twinmerge.store.checksum import UNSEALED, is_sealed, sealed
+from twinmerge.store.header import header_of, raw_header
+from twinmerge.store.manifest import SEAL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEY = "twinmerge"
+    from twinmerge.store.ranges import Flat
+
+KEY, SUMS = "twinmerge", "checksums"
+LONGEST = -1.2345678901234567e-300  # no float64 is written longer: it keeps room for one
 SAMPLE = 4096  # elements of each tensor that enter a fingerprint
 
 
@@ -49,25 +58,102 @@ def fingerprint(specs: Mapping[str, Spec], beginning: Callable[[str, int], NDArr
     return digest.hexdigest()
 
 
+class ArtefactFile(Checkpoint):
+    """An opened artefact: what it says at once, its tensors on demand.
+
+    Attributes:
+        artefact: without its tensors; sealed: it carries checksums of everything, as all do that this release writes.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__([file])
+        self.file, self.advice = file, "Copy the whole folder again, or build it again."
+        try:
+            head = json.loads(self.metadata[KEY])
+            self.expected = dict(head.pop(SUMS, {}))
+            self.artefact = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
+        except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise TwinmergeError(f"{file} is no twinmerge artefact. Build it again.") from error
+        self.sealed = SEAL in self.metadata
+        if self.sealed and not (is_sealed(raw_header(file)) and self.expected.keys() == self.specs.keys()):
+            raise damaged(file)
+
+    def check_all(self) -> None:
+        """Read every tensor and compare it with its checksum.
+
+        Errors:
+            TwinmergeError: one that differs.
+        """
+        for name in self.specs:
+            self.check(name)
+
+
+class ArtefactWriter:
+    """An artefact whose tensors are filled in any order, by any thread; its header is sealed last.
+
+    The header comes first in the file but is known last, so room is kept for it.
+
+    Args:
+        file: that is made.
+        artefact: what the header says; its tensors are not looked at. Where some of it is not known yet, something that
+            is at least as long as it will be.
+        specs: name -> dtype and shape.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "a.safetensors"
+        >>> writer = ArtefactWriter(file, Artefact("toy", 1, "", {"n": 10}, {}), {"w": Spec("I8", (2,))})
+        >>> writer.write("w", 0, np.array([1, 2], np.uint8))
+        >>> writer.finish(Artefact("toy", 1, "", {"n": 3}, {}))
+        >>> found = load_artefact(file, "toy", 1)
+        >>> found.header, found.tensors["w"].tolist()
+        ({'n': 3}, [1, 2])
+    """
+
+    def __init__(self, file: Path, artefact: Artefact, specs: Mapping[str, Spec]) -> None:
+        self.file, self.artefact, self.specs = file, artefact, in_order(specs)
+        metadata = _metadata(artefact, dict.fromkeys(self.specs, UNSEALED))
+        self._room = len(header_of(self.specs, metadata))
+        self._writer = CheckpointWriter(file.parent, {file.name: self.specs}, metadata)
+
+    def write(self, name: str, start: int, flat: Flat) -> None:
+        """As `CheckpointWriter.write`."""
+        self._writer.write(name, start, flat)
+
+    def finish(self, artefact: Artefact | None = None) -> None:
+        """Seal the header with the checksums of the tensors, sync and close.
+
+        Args:
+            artefact: what the header says, where more is known by now.
+        """
+        header = header_of(self.specs, _metadata(artefact or self.artefact, self._writer.sums()))
+        text = header[8:].rstrip(b" ")
+        length = self._room - 8
+        if len(text) > length:
+            raise AssertionError("the header is longer than the room that was kept for it")
+        self._writer.rewrite(self.file.name, sealed(length.to_bytes(8, "little") + text.ljust(length)))
+        self._writer.sync()
+        self.close()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._writer.close()
+
+
 def save_artefact(file: Path, artefact: Artefact) -> None:
     """Write `file`; the bytes depend on the artefact only."""
-    head, specs = _head_and_specs(artefact)
-    with file.open("wb") as out:
-        out.write(header_of(specs, head))
+    specs = _specs(artefact)
+    with closing(ArtefactWriter(file, artefact, specs)) as writer:
         for name in specs:
-            write_tensor(out, artefact.tensors[name])
+            writer.write(name, 0, artefact.tensors[name].detach().contiguous().reshape(-1).cpu())
+        writer.finish()
 
 
 def artefact_bytes(artefact: Artefact) -> int:
     """How long the file will be."""
-    head, specs = _head_and_specs(artefact)
-    return len(header_of(specs, head)) + sum(spec.bytes for spec in specs.values())
-
-
-def metadata_of(artefact: Artefact) -> dict[str, str]:
-    """What the file's header says beside its tensors."""
-    head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header}
-    return {KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}
+    specs = _specs(artefact)
+    header = header_of(specs, _metadata(artefact, dict.fromkeys(specs, UNSEALED)))
+    return len(header) + sum(spec.bytes for spec in specs.values())
 
 
 def in_order(specs: Mapping[str, Spec]) -> dict[str, Spec]:
@@ -75,43 +161,54 @@ def in_order(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     return dict(sorted(specs.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
 
-def _head_and_specs(artefact: Artefact) -> tuple[dict[str, str], dict[str, Spec]]:
-    specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in artefact.tensors.items()}
-    return metadata_of(artefact), in_order(specs)
+def _specs(artefact: Artefact) -> dict[str, Spec]:
+    return in_order({name: Spec(t.dtype, tuple(t.shape)) for name, t in artefact.tensors.items()})
+
+
+def _metadata(artefact: Artefact, sums: Mapping[str, str]) -> dict[str, str]:
+    """What the file's header says beside its tensors."""
+    head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header, SUMS: sums}
+    return {SEAL: UNSEALED, KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}
 
 
 def load_artefact(file: Path, kind: str, version: int, base: str | None = None) -> Artefact:
-    """Read `file` and check its kind, its version (at most `version`) and, where `base` is given, that it belongs to that model.
+    """Read `file` and check its kind, its version (at most `version`), its checksums and, where `base` is given, that it belongs to
+    that model.
 
     Errors:
-        TwinmergeError: missing, corrupt, another kind, a version this release does not read, another base.
+        TwinmergeError: missing, damaged, another kind, a version this release does not read, another base.
     """
-    found, checkpoint = open_artefact(file, kind, version, base)
-    for name in checkpoint.specs:
-        found.tensors[name] = checkpoint.read(name)
-    checkpoint.close()
-    return found
+    opened = open_artefact(file, kind, version, base)
+    for name in opened.specs:
+        opened.artefact.tensors[name] = opened.read(name)
+    opened.close()
+    return opened.artefact
 
 
-def open_artefact(file: Path, kind: str, version: int, base: str | None = None) -> tuple[Artefact, Checkpoint]:
-    """The same without its tensors, which are read from the checkpoint when they are wanted."""
+def open_artefact(file: Path, kind: str, version: int, base: str | None = None) -> ArtefactFile:
+    """The same without its tensors, which are read, and checked, when they are wanted.
+
+    Files of earlier versions, which had no checksums, are read as they are.
+    """
     if not file.is_file():
         raise TwinmergeError(f"{file} is missing. Copy the whole folder again, or build it again.")
-    checkpoint = Checkpoint([file])
-    try:
-        head = json.loads(checkpoint.metadata[KEY])
-        found = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
-    except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise TwinmergeError(f"{file} is no twinmerge artefact. Build it again.") from error
+    opened = ArtefactFile(file)
+    found = opened.artefact
     if found.kind != kind:
         raise TwinmergeError(f"{file} is a {found.kind!r} artefact, expected {kind!r}. Name the right file.")
     if not 1 <= found.version <= version:
         raise TwinmergeError(
             f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build it again."
         )
+    if found.version == version and not opened.sealed:
+        raise damaged(file)
     if base is not None and found.base != base:
         raise TwinmergeError(f"{file} belongs to another base model than the weights beside it. Build it again.")
-    return found, checkpoint
+    return opened
+
+
+def damaged(file: Path) -> TwinmergeError:
+    return TwinmergeError(f"{file} is damaged or was changed by hand. Copy the whole folder again, or build it again.")
 
 
 @contextmanager
@@ -134,6 +231,4 @@ or build it again.
     except TwinmergeError:
         raise
     except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RuntimeError) as error:
-        raise TwinmergeError(
-            f"{file} is damaged or was changed by hand. Copy the whole folder again, or build it again."
-        ) from error
+        raise damaged(file) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.checksum import block_digests, joined, streamed
 from twinmerge.store.header import MAX_HEADER, no_key_twice, read_header, shown
 from twinmerge.store.header import Spec as Spec
+from twinmerge.store.manifest import CHECKSUMS, OUTPUT, Manifest
 from twinmerge.store.ranges import OpenFile, bytes_of, read_into
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+_IN_USE: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
+
 
 class Checkpoint:
     """The tensors of one folder by name; headers are read at once, tensors on demand, by any number of threads.
@@ -31,7 +36,9 @@ class Checkpoint:
     Bytes are read into fresh memory: pages of a mapped file would count as this process's own.
 
     Attributes:
-        files: the safetensors files; specs: name -> dtype and shape; metadata: of all files together.
+        files: the safetensors files; specs: name -> dtype and shape; metadata: of all files together;
+            expected: name -> the checksum that its tensor had when it was written, where that is known: who reads a tensor whole finds
+            out whether it still has it, who reads ranges calls `check` or compares what was read.
 
     Errors:
         TwinmergeError: no safetensors, only pickles, a missing shard, a link out of the folder, a truncated or corrupt
@@ -56,7 +63,10 @@ class Checkpoint:
         self.files = tuple(files)
         self.specs: dict[str, Spec] = {}
         self.metadata: dict[str, str] = {}
+        self.expected: dict[str, str] = {}
+        self.advice = f"Copy or write it again; if it was changed on purpose, remove {CHECKSUMS} beside it."
         self._handles = [OpenFile(file) for file in self.files]
+        _IN_USE.add(self)
         self._place: dict[str, tuple[int, int]] = {}
         for i, (file, handle) in enumerate(zip(self.files, self._handles, strict=True)):
             try:
@@ -79,7 +89,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Open a model folder: its index if it has one, else model.safetensors, else its only safetensors file."""
+        """Open a model folder: its index if it has one, else model.safetensors, else its only safetensors file.
+
+        What twinmerge wrote has a manifest, which its files must still fit.
+        """
+        found = cls._in(folder)
+        found.compare(folder, INDEX, "config.json")
+        return found
+
+    @classmethod
+    def _in(cls, folder: Path) -> Checkpoint:
         if (index := folder / INDEX).is_file():
             weight_map = _read_index(_inside(folder, index))
             checkpoint = cls(_inside(folder, folder / shard) for shard in sorted(set(weight_map.values())))
@@ -107,7 +126,47 @@ class Checkpoint:
         spec = self.specs[name]
         flat = torch.empty(spec.numel, dtype=spec.dtype)
         self.read_into(name, 0, flat)
+        if name in self.expected:
+            raw = np.frombuffer(bytes_of(flat), np.uint8)
+            self.require(name, joined(block_digests(raw, spec.itemsize)))
         return flat.view(spec.shape)
+
+    def compare(self, folder: Path, *others: str) -> None:
+        """Hold the files, and others beside them, to the folder's manifest, if it has one; the tensors when they are read.
+
+        Errors:
+            TwinmergeError: a file that is not what was written.
+        """
+        if (manifest := Manifest.of(folder)) is not None:
+            manifest.check(*others, *(file.name for file in self.files))
+            sums = manifest.sums.get(OUTPUT, {})
+            self.expected = {name: sums[name] for name in self.specs if name in sums}
+
+    def check(self, name: str) -> None:
+        """Read a tensor and compare it with what was written, where that is known.
+
+        Errors:
+            TwinmergeError: another one.
+        """
+        if name in self.expected:
+            self.require(name, self.sum_of(name))
+
+    def sum_of(self, name: str) -> str:
+        """The checksum of a tensor as it is now, read piece by piece."""
+        spec = self.specs[name]
+        return streamed(lambda start, out: self.read_into(name, start, out), spec.itemsize, spec.numel)
+
+    def require(self, name: str, found: str) -> None:
+        """Refuse a tensor whose checksum is not the expected one, where that is known.
+
+        Errors:
+            TwinmergeError: another one.
+        """
+        if self.expected.get(name, found) != found:
+            raise TwinmergeError(
+                f"Tensor {name!r} in {self.files[self._place[name][0]]} is not what twinmerge wrote: the file is damaged or was changed. "
+                f"{self.advice}"
+            )
 
     def read_into(self, name: str, start: int, out: Flat) -> None:
         """Fill `out` with a tensor's elements from `start` on, flat.
@@ -143,6 +202,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
+        _IN_USE.discard(self)
         for handle in self._handles:
             handle.close()
 
@@ -157,6 +217,12 @@ class Checkpoint:
                 raise TwinmergeError(
                     f"{self.files[i]} holds the tensor {name!r}, which {index} does not name. Download both again."
                 )
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a checkpoint that this process has open lies in the folder."""
+    home = folder.resolve()
+    return any(file.resolve().is_relative_to(home) for opened in list(_IN_USE) for file in opened.files)
 
 
 def check_range(name: str, spec: Spec, start: int, flat: Flat) -> None:

@@ -6,7 +6,10 @@ are no signature: who can change a folder can change the checksums in it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -56,3 +59,51 @@ def streamed(read: Callable[[int, NDArray[np.uint8]], object], itemsize: int, nu
         read(start, part)
         blocks += block_digests(part, itemsize)
     return joined(blocks)
+
+
+def of_bytes(content: Any) -> str:
+    """XXH3-128 of bytes.
+
+    Example:
+        >>> of_bytes(b"abc")
+        '06b05ab6733a618578af5f94892f3950'
+    """
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def of_file(file: Path) -> str:
+    """XXH3-128 of all bytes of a file, read in pieces."""
+    found = xxhash.xxh3_128()
+    with file.open("rb") as content:
+        while piece := content.read(1 << 22):
+            found.update(piece)
+    return found.hexdigest()
+
+
+UNSEALED = "0" * 32
+SEAL = re.compile(rb'"seal": ?"([0-9a-f]{32})"')
+
+
+def sealed(text: bytes) -> bytes:
+    """The text with the checksum of all its bytes in the place of its first `"seal": "000…"`.
+
+    Inside a string of JSON the quotes of such a key would be escaped, so it stands where it is meant.
+
+    Example:
+        >>> import json
+        >>> text = sealed(json.dumps({"seal": UNSEALED, "a": 1}).encode())
+        >>> is_sealed(text), is_sealed(text.replace(b"1", b"2")), is_sealed(b"{}")
+        (True, False, False)
+    """
+    found = SEAL.search(text)
+    assert found is not None
+    assert found[1] == UNSEALED.encode()
+    return text[: found.start(1)] + of_bytes(text).encode() + text[found.end(1) :]
+
+
+def is_sealed(text: bytes) -> bool:
+    """Whether the text is one that `sealed` gave."""
+    found = SEAL.search(text)
+    if found is None:
+        return False
+    return found[1] == of_bytes(text[: found.start(1)] + UNSEALED.encode() + text[found.end(1) :]).encode()

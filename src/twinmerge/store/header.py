@@ -189,6 +189,13 @@ def read_header(fd: int, file: Path) -> Header:
         raise TwinmergeError(f"{file} cannot be read: {error.strerror}. Check the disk and read it again.") from error
 
 
+def raw_header(file: Path) -> bytes:
+    """The bytes of a file's header, length prefix included; `read_header` has found it to be one."""
+    with file.open("rb") as content:
+        prefix = content.read(8)
+        return prefix + content.read(min(int.from_bytes(prefix, "little"), MAX_HEADER))
+
+
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The JSON object of these pairs (an `object_pairs_hook`); keys and strings are such as UTF-8 can write.
 

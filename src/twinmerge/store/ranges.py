@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import itertools
 import os
 import sys
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from twinmerge.store import disk
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -56,11 +57,7 @@ def read_into(fd: int, buffer: WriteableBuffer, offset: int) -> None:
 
 def write_from(fd: int, buffer: ReadableBuffer, offset: int) -> None:
     """Write all of `buffer` at `offset`; as `read_into`, the other way."""
-    rest = _flat(buffer)
-    while len(rest):
-        if not (put := os.pwritev(fd, [rest], offset)):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))  # no progress and no reason: trying on would never end
-        rest, offset = rest[put:], offset + put
+    disk.write_at(fd, buffer, offset)
 
 
 def begin_to_sync(fd: int, offset: int, size: int) -> None:

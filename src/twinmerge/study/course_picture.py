@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.output import OutputFile
 from twinmerge.study.heatmap import DPI, FORMATS, check_picture
 from twinmerge.study.over_time import Course, mean_and_sd
 
@@ -72,8 +73,8 @@ def draw_courses(
     axes.set_xticks(range(1, count + 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    with rc_context({"svg.hashsalt": title}):
-        figure.savefig(file, dpi=DPI, metadata=FORMATS[file.suffix.lower()])
+    with rc_context({"svg.hashsalt": title}), OutputFile(file, replace=True) as new:
+        figure.savefig(new, dpi=DPI, metadata=FORMATS[file.suffix.lower()])
     return file
 
 

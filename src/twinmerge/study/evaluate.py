@@ -15,6 +15,7 @@ from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, architecture_of, load_heads, rows_of_batch
 from twinmerge.models.opened import open_model
+from twinmerge.store.manifest import Manifest
 from twinmerge.study.scores import Evaluation, Reading, Setting
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.tasks.metrics import Scored
@@ -58,6 +59,8 @@ class StaticRunner:
         Errors:
             TwinmergeError: no config.json, or nothing that could answer.
         """
+        if (manifest := Manifest.of(Path(folder))) is not None:
+            manifest.check_all("README.md")
         opened = open_model(str(folder))
         if opened.architecture is None:
             raise TwinmergeError(f"{folder} has no config.json, so it cannot be evaluated. Add its config.json.")

@@ -12,6 +12,7 @@ import numpy as np
 
 from twinmerge.engine.diff import Diff
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.output import OutputFile
 
 # Suffix -> metadata without the time of day: the same numbers give the same file.
 FORMATS: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -160,7 +161,8 @@ def _draw_panels(names: Sequence[str], panels: Sequence[Panel], title: str, file
     axes_of[0, 0].invert_yaxis()  # shared by all
     with rc_context({"svg.hashsalt": "twinmerge", "svg.fonttype": "path"}):
         dpi = min(DPI, MOST_PIXELS / max(size))
-        figure.savefig(file, dpi=dpi, metadata=FORMATS[file.suffix.lower()])
+        with OutputFile(file, replace=True) as new:
+            figure.savefig(new, dpi=dpi, metadata=FORMATS[file.suffix.lower()])
     return file
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.masks import Marks
+from twinmerge.store.output import OutputFile
 from twinmerge.study.heatmap import DPI, FORMATS, check_picture
 
 UNUSED, ONE, SHARED = "#94a3b8", "#d97706", "#0d9488"
@@ -56,6 +57,6 @@ def draw_shares(found: Mapping[str, Marks], title: str, file: str | Path) -> Pat
         axes.tick_params(length=0, labelsize=7.5)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-    with rc_context({"svg.hashsalt": "twinmerge", "svg.fonttype": "path"}):
-        figure.savefig(file, dpi=DPI, metadata=FORMATS[file.suffix.lower()])
+    with rc_context({"svg.hashsalt": "twinmerge", "svg.fonttype": "path"}), OutputFile(file, replace=True) as new:
+        figure.savefig(new, dpi=DPI, metadata=FORMATS[file.suffix.lower()])
     return file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +26,11 @@ from twinmerge.models.adapter_files import (
 )
 from twinmerge.models.architecture import Architecture, class_of
 from twinmerge.models.headed import HeadSpec
+from twinmerge.store import disk
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.output import OutputFolder, layout, write_checkpoint
+from twinmerge.store.checkpoint_writer import layout, write_checkpoint
+from twinmerge.store.manifest import OUTPUT
+from twinmerge.store.output import OutputFolder
 from twinmerge.twin.mixture import index_of, mixture_weights
 
 if TYPE_CHECKING:
@@ -70,12 +72,15 @@ def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head
         elif aliases.get(name) not in state:
             raise TwinmergeError(f"The twin has no tensor {name!r} of {architecture.model_class.__name__}.")
     files = layout({key: Spec(t.dtype, tuple(t.shape)) for key, t in tensors.items()})
-    with OutputFolder(out, sum(spec.bytes for specs in files.values() for spec in specs.values())) as folder:
+    output = OutputFolder(out, sum(spec.bytes for specs in files.values() for spec in specs.values()))
+    with output as folder:
         copy_side_files(twin.side_files, folder)
-        write_checkpoint(folder, files, ((key, tensors[key]) for specs in files.values() for key in specs))
+        output.sums[OUTPUT] = write_checkpoint(
+            folder, files, ((key, tensors[key]) for specs in files.values() for key in specs)
+        )
         config = copy.deepcopy(architecture.config)
         config.architectures = [architecture.model_class.__name__]
-        config.save_pretrained(folder)
+        disk.write_text(folder / "config.json", config.to_json_string())
         _write_about(folder, twin, {"mixture": dict(mixture), "head": head}, f"# One mixture of {', '.join(mixture)}\n")
     return Path(out)
 
@@ -137,8 +142,9 @@ def export_lora(
                 tensors[f"{PREFIX}{key}"] = own.tensors[name]
     tensors = {n: t.contiguous() for n, t in tensors.items()}
     config = adapter_config(architecture, modules, list(saved), base or str(twin.side_files or ""))
-    with OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values())) as folder:
-        write_adapter(folder, tensors, config)
+    output = OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values()))
+    with output as folder:
+        output.sums[OUTPUT] = write_adapter(folder, tensors, config)
         left = _left_out(twin, used, low, {one.name for one in modules.values()})
         _write_about(folder, twin, {"mixture": used, "left_out": left}, _card(used, base, left))
     return Exported(Path(out), rank, left)
@@ -206,5 +212,5 @@ def _card(used: Mapping[str, float], base: str | None, left: Mapping[str, float]
 
 def _write_about(folder: Path, twin: Twin, what: Mapping[str, Any], card: str) -> None:
     told = {"export": what, "from": twin.package.provenance}
-    (folder / PROVENANCE).write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    disk.write_json(folder / PROVENANCE, told)
+    disk.write_text(folder / "README.md", card)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twinmerge.engine.inputs import check_written
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files
@@ -22,10 +23,13 @@ from twinmerge.maths.threads import parallel
 from twinmerge.models.architecture import Architecture, class_of
 from twinmerge.models.headed import HeadSpec, load_heads
 from twinmerge.models.opened import OpenedModel, open_model
-from twinmerge.store.artefact import open_artefact, undamaged
-from twinmerge.store.checkpoint import Checkpoint, Spec
-from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
-from twinmerge.twin.masked import MASKS_VERSION, SCALES
+from twinmerge.store import disk
+from twinmerge.store.artefact import ArtefactFile, open_artefact, undamaged
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
+from twinmerge.store.manifest import OUTPUT, Manifest
+from twinmerge.store.output import OutputFolder
+from twinmerge.twin.masked import SCALES, TWIN_VERSION
 from twinmerge.twin.mixture import index_of
 from twinmerge.twin.package import TWIN, is_twin
 
@@ -38,7 +42,7 @@ class MaskFile(NamedTuple):
     experts: list[str]
     scales: list[float]
     lengths: dict[str, int]
-    file: Checkpoint
+    file: ArtefactFile
 
 
 def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
@@ -49,7 +53,10 @@ def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
     """
     if not is_twin(folder):
         raise TwinmergeError(f"{folder} holds no masks: it has no {TWIN}. Make them with `twinmerge compress`.")
-    artefact, checkpoint = open_artefact(folder / TWIN, "twin", MASKS_VERSION, folder_fingerprint(folder))
+    if (manifest := Manifest.of(folder)) is not None:
+        manifest.check_all("README.md")
+    checkpoint = open_artefact(folder / TWIN, "twin", TWIN_VERSION, folder_fingerprint(folder))
+    artefact = checkpoint.artefact
     if "masks" not in artefact.header:
         raise TwinmergeError(f"{folder} is a twin without masks. Write one expert of it with `twinmerge twin export`.")
     with undamaged(folder / TWIN):
@@ -97,10 +104,15 @@ def extract(folder: str | Path, task: str, out: str | Path) -> Path:
     expert = index_of(task, masks.experts)
     head = load_heads(folder).get(task)
     architecture = shared.architecture if head is None else Architecture(head.config, class_of(head.config))
+    check_written([shared])
+    for name in masks.lengths:
+        masks.file.check(f"vector/{name}")
+        masks.file.check(f"{expert}/m/{name}")
     body, own = _places(shared, architecture, head)
     specs = {key: shared.specs[name] for key, name in body.items()}
     specs |= {key: Spec(t.dtype, tuple(t.shape)) for key, t in own.items()}
-    with OutputFolder(out, sum(spec.bytes for spec in specs.values())) as partial:
+    output = OutputFolder(out, sum(spec.bytes for spec in specs.values()))
+    with output as partial:
         writer = CheckpointWriter(partial, layout(specs))
         try:
             for key, tensor in own.items():
@@ -108,14 +120,14 @@ def extract(folder: str | Path, task: str, out: str | Path) -> Path:
             work = ranges(body, {key: specs[key].shape for key in body}, RANGE)
             for _ in parallel(lambda each: _copy(each, body[each.name], shared, masks, expert, writer), work):
                 pass
-            writer.finish()
+            output.sums[OUTPUT] = writer.finish()
         finally:
             writer.close()
         copy_side_files(folder, partial)
         if architecture is not None:
             config = copy.deepcopy(architecture.config)
             config.architectures = [architecture.model_class.__name__]
-            config.save_pretrained(partial)
+            disk.write_text(partial / "config.json", config.to_json_string())
         _write_about(folder, partial, task)
     return Path(out)
 
@@ -164,7 +176,7 @@ def _write_about(folder: Path, partial: Path, task: str) -> None:
         with undamaged(file):
             told = dict(json.loads(file.read_text(encoding="utf-8")).items())
     described = {"extract": {"task": task}, "from": told}
-    (partial / PROVENANCE).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+    disk.write_json(partial / PROVENANCE, described)
     method = told.get("recipe", {}).get("merge_method", "masks")
     text = f"# {task}\n\nOne of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
-    (partial / "README.md").write_text(text, encoding="utf-8")
+    disk.write_text(partial / "README.md", text)

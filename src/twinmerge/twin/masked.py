@@ -15,7 +15,7 @@ from twinmerge.models.opened import OpenedModel
 from twinmerge.store.artefact import Artefact
 from twinmerge.twin.split import Exclusive, Masked, shared_vectors
 
-MASKS_VERSION = 3  # of a twin's layout: the first with masks
+TWIN_VERSION = 4  # of a twin's layout: 1 factors, 2 packed by a codec, 3 masks, 4 any of them, sealed
 SCALES = "scales"
 
 
@@ -84,7 +84,7 @@ def pack_masks(parts: Mapping[str, Exclusive], base: str, told: Mapping[str, Any
     tensors[SCALES] = torch.tensor(scales, dtype=torch.float64)
     lengths = {name: vector.numel() for name, vector in vectors.items()}
     masks = {"method": "masks", **told, "lengths": lengths}
-    return Artefact("twin", MASKS_VERSION, base, {"experts": list(parts), "masks": masks}, tensors)
+    return Artefact("twin", TWIN_VERSION, base, {"experts": list(parts), "masks": masks}, tensors)
 
 
 def unpack_masks(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive]:

@@ -5,7 +5,6 @@ Every input is read once (with TIES once more for its thresholds) and a few tile
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinmerge.engine.card import model_card
+from twinmerge.engine.inputs import check_written
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
@@ -32,12 +32,15 @@ from twinmerge.methods.masks import Form, Marks, MaskMethod, described, storage_
 from twinmerge.methods.registry import method_class
 from twinmerge.models.headed import save_heads
 from twinmerge.models.opened import as_tensor
-from twinmerge.store.artefact import Artefact, fingerprint, in_order, metadata_of
+from twinmerge.store import disk
+from twinmerge.store.artefact import Artefact, ArtefactWriter, fingerprint
 from twinmerge.store.checkpoint import Spec
+from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import SIZES, torch_dtype
-from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
+from twinmerge.store.manifest import OUTPUT
+from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
-from twinmerge.twin.masked import MASKS_VERSION, SCALES
+from twinmerge.twin.masked import SCALES, TWIN_VERSION
 from twinmerge.twin.package import TWIN
 
 Bytes = NDArray[np.uint8]
@@ -105,18 +108,19 @@ def compress(
     """
     merge = mask_merge(recipe, progress, tile)
     OutputFolder(out).check()
+    check_written([merge.base, *merge.experts.values()])
     changed = changed_tensors(merge)
     merge.warn_of_tokens()
     specs, base = _mask_specs(merge, changed), _fingerprint(merge)
     header = {"experts": list(recipe.experts), "masks": _header(merge, changed)}
-    metadata = metadata_of(Artefact("twin", MASKS_VERSION, base, header, {}))
     needed = sum(spec.bytes for spec in (*merge.out_specs.values(), *specs.values()))
-    with OutputFolder(out, needed) as folder:
+    output = OutputFolder(out, needed)
+    with output as folder:
         model = CheckpointWriter(folder, layout(merge.out_specs))
-        twin = CheckpointWriter(folder, {TWIN: in_order(specs)}, metadata)
+        twin = ArtefactWriter(folder / TWIN, Artefact("twin", TWIN_VERSION, base, header, {}), specs)
         try:
             found = _write(merge, changed, model, twin, Path(out))
-            model.finish()
+            output.sums[OUTPUT] = model.finish()
             twin.finish()
         finally:
             model.close()
@@ -126,9 +130,9 @@ def compress(
         if heads := merge.heads():
             save_heads(folder, heads, base, about or {})
         described = {**provenance(merge), "masks": found.told()}
-        (folder / PROVENANCE).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+        disk.write_json(folder / PROVENANCE, described)
         card = model_card(described, merge.base, merge.experts, sorted(merge.matched.head_names), "twin")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        disk.write_text(folder / "README.md", card)
     return found
 
 
@@ -189,7 +193,7 @@ class _Seen(NamedTuple):
 
 
 def _write(
-    merge: Merge, changed: Sequence[str], model: CheckpointWriter, twin: CheckpointWriter, out: Path
+    merge: Merge, changed: Sequence[str], model: CheckpointWriter, twin: ArtefactWriter, out: Path
 ) -> Compressed:
     kept = {out_name: name for out_name, name in _canonical(merge).items() if out_name not in set(changed)}
     for each in ranges(kept, {name: merge.out_specs[name].shape for name in kept}, merge.tile):
@@ -221,7 +225,7 @@ def _write(
     )
 
 
-def _write_range(merge: Merge, model: CheckpointWriter, twin: CheckpointWriter, each: Range, known: Known) -> _Seen:
+def _write_range(merge: Merge, model: CheckpointWriter, twin: ArtefactWriter, each: Range, known: Known) -> _Seen:
     method, inputs, rounding = _method(merge), merge.inputs, merge.rounding(each.name)
     name = inputs.canonical[each.name]
     stored = inputs.stored(each)

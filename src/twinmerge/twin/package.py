@@ -19,10 +19,13 @@ from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadSpec, head_artefact, load_heads, save_heads
 from twinmerge.models.opened import InMemory, OpenedModel, open_model
+from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.output import OutputFolder, layout, write_checkpoint
-from twinmerge.twin.masked import MASKS_VERSION, pack_masks, told_of, unpack_masks
+from twinmerge.store.checkpoint_writer import layout, write_checkpoint
+from twinmerge.store.manifest import OUTPUT, Manifest
+from twinmerge.store.output import OutputFolder
+from twinmerge.twin.masked import TWIN_VERSION, pack_masks, told_of, unpack_masks
 from twinmerge.twin.routers.fit import router_from
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.router import Router
@@ -30,8 +33,7 @@ from twinmerge.twin.split import Exclusive, shared_vectors
 from twinmerge.twin.statistics import Statistics
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
-TWIN_VERSION, ROUTER_VERSION, STATISTICS_VERSION = MASKS_VERSION, 1, 2
-PACKED_VERSION = 2  # of the twin: packed by a codec
+ROUTER_VERSION, STATISTICS_VERSION = 2, 3  # the first that are sealed
 SINCE = "\n## Experts since the build\n\n"
 OWN_FILES = {TWIN, ROUTER, STATISTICS, "heads.json", PROVENANCE, *NO_SIDE_FILES}
 
@@ -87,12 +89,11 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
     vectors = sum(v.nbytes for v in shared_vectors(package.exclusive.values()).values())
     needed = sum(spec.bytes for spec in specs.values()) + 4 * numel + vectors
     files = layout(specs)
-    with OutputFolder(folder, needed) as partial:
+    output = OutputFolder(folder, needed)
+    with output as partial:
         names = [name for shard in files.values() for name in shard]
-        write_checkpoint(partial, files, ((name, shared.read(canonical[name])) for name in names))
+        output.sums[OUTPUT] = write_checkpoint(partial, files, ((name, shared.read(canonical[name])) for name in names))
         copy_side_files(side_files, partial)
-        for own in (TWIN, ROUTER, STATISTICS):
-            (partial / own).unlink(missing_ok=True)
         write_config(shared, partial, None)
         base = folder_fingerprint(partial)
         save_artefact(partial / TWIN, _pack(package, base))
@@ -106,9 +107,8 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
                     partial / STATISTICS,
                     Artefact("router statistics", STATISTICS_VERSION, base, *statistics.packed()),
                 )
-        text = json.dumps(package.provenance, indent=2, ensure_ascii=False)
-        (partial / PROVENANCE).write_text(text, encoding="utf-8")
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        disk.write_json(partial / PROVENANCE, package.provenance)
+        disk.write_text(partial / "README.md", card)
     return Path(folder)
 
 
@@ -120,12 +120,12 @@ def load(folder: Path) -> Package:
     """
     if not is_twin(folder):
         raise TwinmergeError(f"{folder} is no twin: it has no {TWIN}. Build one with `twinmerge twin build`.")
+    if (manifest := Manifest.of(folder)) is not None:
+        manifest.check_all("README.md")
     shared = open_model(str(folder))
     base = folder_fingerprint(folder)
     artefact = load_artefact(folder / TWIN, "twin", TWIN_VERSION, base)
     with undamaged(folder / TWIN):
-        if ("masks" in artefact.header) != (artefact.version >= MASKS_VERSION):
-            raise ValueError("version")
         masks = told_of(artefact) if "masks" in artefact.header else {}
         exclusive = unpack_masks(artefact, shared) if masks else _unpack(artefact, shared)
     provenance: dict[str, Any] = {}
@@ -204,7 +204,7 @@ def _pack(package: Package, base: str) -> Artefact:
     header: dict[str, Any] = {"experts": list(exclusive), **packed}
     if any(part.energy for part in exclusive.values()):
         header["energy"] = [dict(part.energy) for part in exclusive.values()]
-    return Artefact("twin", PACKED_VERSION if packed else 1, base, header, stored)
+    return Artefact("twin", TWIN_VERSION, base, header, stored)
 
 
 def _unpack(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive]:
