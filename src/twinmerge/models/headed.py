@@ -18,6 +18,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
 from twinmerge.store.artefact import Artefact, load_artefact, save_artefact, undamaged
+from twinmerge.store.foreign import AGAIN, find, read_json
 
 HEADS_VERSION = 2  # 2: packed by a codec
 HEAD_NAME = re.compile(r"\w[\w.\-]*")  # an expert's name is a folder's name, never a path
@@ -356,6 +357,8 @@ def save_head(folder: Path, name: str, head: HeadSpec, base: str, codec: str = "
 def load_head(folder: Path, name: str, base: str | None = None) -> HeadSpec:
     """The head in `heads/<name>/`."""
     where = folder / "heads" / name
+    for part in ("config.json", "head.safetensors"):
+        find(folder, where.relative_to(folder) / part)  # also `heads` itself may be a link
     config = read_config(where)
     if config is None:
         raise TwinmergeError(f"{where / 'config.json'} is missing. Copy the whole folder again.")
@@ -386,10 +389,7 @@ def save_heads(
 def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
     """The heads of a merged or twin folder, in the order of heads.json; empty where it has none."""
     file = folder / "heads.json"
-    table: dict[str, Any] = {}
-    if file.is_file():
-        with undamaged(file):
-            table = dict(json.loads(file.read_text(encoding="utf-8")).items())
+    table = read_json(file, advice=AGAIN) if find(folder, "heads.json") else {}
     for name, entry in table.items():
         if not HEAD_NAME.fullmatch(name) or not isinstance(entry, dict):
             raise TwinmergeError(

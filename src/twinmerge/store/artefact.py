@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.foreign import parse_json
 from twinmerge.store.output import header_of, write_tensor
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def open_artefact(file: Path, kind: str, version: int, base: str | None = None) 
         raise TwinmergeError(f"{file} is missing. Copy the whole folder again, or build it again.")
     checkpoint = Checkpoint([file])
     try:
-        head = json.loads(checkpoint.metadata[KEY])
+        head = parse_json(checkpoint.metadata[KEY])
         found = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
     except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise TwinmergeError(f"{file} is no twinmerge artefact. Build it again.") from error

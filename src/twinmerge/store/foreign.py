@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from twinmerge.errors import TwinmergeError
 
+AGAIN = "Copy the whole folder again, or build it again."
 MAX_DEPTH = 64  # brackets inside brackets; transformers copies a config by recursion
 MAX_DIGITS = 40  # of a whole number; tokenizers state a maximum of 31
 SETTINGS = ("*.json", "*.txt", "*.model*", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe", "vocab.*")
@@ -77,7 +78,8 @@ def find(folder: Path, name: str | Path) -> Path | None:
         ) from error
     home = Path(os.path.realpath(folder))
     if not real.is_relative_to(home) and not any(real.is_relative_to(blobs) for blobs in _blobs(home)):
-        raise TwinmergeError(f"{file} is a link to {real}, outside its folder. Put the file itself in its place.")
+        way = "is a link" if os.path.islink(file) else "leads"
+        raise TwinmergeError(f"{file} {way} to {real}, outside its folder. Put the file itself in its place.")
     _regular(file, found)
     return file
 
@@ -186,7 +188,10 @@ def parse_json(raw: bytes | str, most: Most = JSON, *, finite: bool = True) -> A
     if items >= MAX_DEPTH and _deeper(found, MAX_DEPTH):
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} brackets")
     if b"\\ud" in raw or b"\\uD" in raw:
-        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair: UnicodeEncodeError, a ValueError
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text in it has half of a surrogate pair, which is no character") from error
     return found
 
 
@@ -228,10 +233,10 @@ def check_settings(folder: Path) -> None:
             if entry.is_symlink():
                 raise TwinmergeError(f"{entry.path} is a link. Put the folder itself in its place.")
             check_settings(Path(entry.path))
-        if not _matches(entry.name, SETTINGS) or entry.is_dir(follow_symlinks=False):
+        if not matches(entry.name, SETTINGS) or entry.is_dir(follow_symlinks=False):
             continue
         file = find(folder, entry.name)
-        if file is not None and not _matches(entry.name, UNREAD) and (size := os.stat(file).st_size) > VOCABULARY.bytes:
+        if file is not None and not matches(entry.name, UNREAD) and (size := os.stat(file).st_size) > VOCABULARY.bytes:
             raise TwinmergeError(
                 f"{file} has {size} bytes, more than the {VOCABULARY.bytes} that such a file may have. Restore it."
             )
@@ -255,6 +260,26 @@ def open_regular(file: str | os.PathLike[str]) -> int:
 def reason(error: Exception) -> str:
     """Why a file cannot be read, without the path that `str(error)` repeats."""
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file's name is like one of the patterns.
+
+    Example:
+        >>> matches("model.safetensors.index.json", UNREAD)
+        True
+    """
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8, which one made of other bytes cannot.
+
+    Example:
+        >>> is_text("añ"), is_text("\\udcff")
+        (True, False)
+    """
+    return not any("\ud800" <= mark <= "\udfff" for mark in name)
 
 
 def shown_path(file: str | os.PathLike[str]) -> str:
@@ -308,10 +333,6 @@ def _regular(file: str | os.PathLike[str], found: os.stat_result) -> None:
 def _blobs(home: Path) -> list[Path]:
     """Where the files of a snapshot of the hub's cache lie; none for other folders."""
     return [path.parent.parent / "blobs" for path in (home, *home.parents) if path.parent.name == "snapshots"]
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _deeper(found: Any, most: int) -> bool:

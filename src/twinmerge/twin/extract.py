@@ -24,6 +24,7 @@ from twinmerge.models.headed import HeadSpec, load_heads
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store.artefact import open_artefact, undamaged
 from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
 from twinmerge.twin.masked import MASKS_VERSION, SCALES
 from twinmerge.twin.mixture import index_of
@@ -160,9 +161,8 @@ def _copy(each: Range, name: str, shared: OpenedModel, masks: MaskFile, expert: 
 
 def _write_about(folder: Path, partial: Path, task: str) -> None:
     told: Mapping[str, Any] = {}
-    if (file := folder / PROVENANCE).is_file():
-        with undamaged(file):
-            told = dict(json.loads(file.read_text(encoding="utf-8")).items())
+    if file := find(folder, PROVENANCE):
+        told = read_json(file, advice=AGAIN)
     described = {"extract": {"task": task}, "from": told}
     (partial / PROVENANCE).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
     method = told.get("recipe", {}).get("merge_method", "masks")
