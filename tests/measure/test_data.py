@@ -202,9 +202,9 @@ def test_wrong_images(vit, jsonl, pictures, tmp_path, make, bert, monkeypatch):
     os.symlink(outside, tmp_path / "images" / "link.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     for image, message in [
-        (f"../{outside.name}", "lies outside"),
-        (str(outside), "lies outside"),
-        ("images/link.png", "lies outside"),
+        (f"../{outside.name}", "outside its folder"),
+        (str(outside), "outside its folder"),
+        ("images/link.png", "outside its folder"),
         ("images/none.png", "there is no image"),
         (3, "field 'image' is 3"),
     ]:

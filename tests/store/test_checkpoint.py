@@ -109,7 +109,7 @@ def test_shard_that_is_not_in_the_folder_is_refused(tmp_path, shard):
 )
 def test_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(TwinmergeError, match="index.json is not a valid index .weight_map: tensor -> file.: .*again"):
+    with pytest.raises(TwinmergeError, match="index.json (is not a valid index|cannot be read: ).*again"):
         Checkpoint.open(tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_index_with_a_tensor_twice_is_refused(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "s1.safetensors")
     text = '{"weight_map": {"a": "s1.safetensors", "a": "s1.safetensors"}}'
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(TwinmergeError, match="is not a valid index .*: the key 'a' stands twice. Download it again"):
+    with pytest.raises(TwinmergeError, match="index.json cannot be read: the key 'a' stands twice. Download it again"):
         Checkpoint.open(tmp_path)
 
 

@@ -49,7 +49,7 @@ def test_pairs_blank_lines_crlf_line_separators_and_other_fields(tmp_path: Path)
         ('{"text": "a", "label": -1}', "field 'label' is -1"),
         ('{"text": "a", "label": true}', "field 'label' is True"),
         ('{"text": "a", "label": "pos"}', "field 'label' is 'pos'"),
-        ('{"text": "\\ud800", "label": 0}', "line 2: a text has half of a surrogate pair"),
+        ('{"text": "\\ud800", "label": 0}', "a text in it has half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
@@ -84,7 +84,8 @@ def test_missing_short_and_empty_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tasks, said",
     [
-        ([], "names no tasks"),
+        ([], "cannot be read: it holds a list"),
+        ({}, "names no tasks"),
         ({"sst2": 1}, "task 'sst2' is 1"),
         ({"sst2": {"labels": ["a"], "metrc": "f1"}}, "no field 'metric'. Did you mean 'metrc'"),
         (
@@ -112,7 +113,7 @@ def test_unknown_suite_and_tasks(tmp_path: Path) -> None:
     with pytest.raises(TwinmergeError, match="each one once"):
         open_suite(tmp_path, ["sst2", "sst2"])
     (tmp_path / "tasks.json").write_text("{")
-    with pytest.raises(TwinmergeError, match="is no JSON"):
+    with pytest.raises(TwinmergeError, match="cannot be read: Expecting"):
         open_suite(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,28 @@ from typing import Any
 import yaml
 
 from twinmerge.models.opened import OpenedModel
+from twinmerge.store.foreign import find, read_bytes
+
+LICENCE = re.compile(r"^license:[^\n]{0,200}(?:\n[ \-][^\n]{0,200}){0,20}", re.MULTILINE)
 
 
 def licence_of(folder: Path | None) -> str | None:
     """The licence in the front matter of a folder's README.md, where it has one."""
-    readme = folder / "README.md" if folder else None
-    if readme is None or not readme.is_file():
+    readme = find(folder, "README.md") if folder else None
+    if readme is None:
         return None
-    parts = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    parts = read_bytes(readme, advice="Shorten it.").decode(errors="replace").split("---", 2)
     if len(parts) < 3 or parts[0].strip():
         return None
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+    stated = LICENCE.search(parts[1])  # this entry alone: front matter has thousands of lines of results, or worse
+    if stated is None:
         return None
-    return str(front["license"]) if isinstance(front, dict) and front.get("license") else None
+    try:
+        found = yaml.safe_load(stated[0])["license"]
+    except (yaml.YAMLError, RecursionError, TypeError, KeyError):
+        return None
+    names = found if isinstance(found, list) else [found]
+    return ", ".join(names) if names and all(isinstance(name, str) and name for name in names) else None
 
 
 def model_card(

@@ -1,37 +1,62 @@
-"""What travels beside the weights: config, tokenizer, processor, templates, licence."""
+"""What travels beside the weights: config, tokenizer, processor, templates, licence; no code."""
 
 from __future__ import annotations
 
 import copy
-import json
+import os
+import warnings
 from pathlib import Path
+from typing import Any
 
+from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store import disk
+from twinmerge.store.foreign import UNREAD, find, is_text, matches, open_regular, read_json, shown_path
 from twinmerge.store.manifest import CHECKSUMS, Manifest
 
 PROVENANCE = "twinmerge.json"
 NO_SIDE_FILES = {"README.md", "adapter_config.json", "heads.json", PROVENANCE, CHECKSUMS}
-SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ".vocab", ".bpe"}
+SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".vocab", ".bpe"}
+MAX_SIDE_FILE = 1_000_000_000
+CODE = ("auto_map", "custom_pipelines")
+"""Keys of configs that name Python files, of this folder or of a repository, for transformers to run."""
 
 
 def copy_side_files(source: Path | None, folder: Path) -> None:
-    """Everything small beside the weights, but the source's own README."""
+    """Everything small beside the weights, but the source's own README, and no Python code.
+
+    transformers' own classes are what was merged. So neither the code that came along nor the keys that name it go on: the output asks
+    nobody to run anything. A warning names what was left out.
+
+    Errors:
+        TwinmergeError: a file to copy is a link out of the folder, no regular file, or has a name that is not UTF-8.
+    """
     if source is None:
         return
     manifest = Manifest.of(source)
-    for file in sorted(source.iterdir()):
-        licence = file.name.upper().startswith(("LICENSE", "NOTICE"))
-        index = file.name.endswith(".index.json")
-        if (
-            file.is_file()
-            and file.name not in NO_SIDE_FILES
-            and not index
-            and (file.suffix in SIDE_SUFFIXES or licence)
-        ):
+    code = []
+    for name in sorted(os.listdir(source)):
+        file = source / name
+        licence = name.upper().startswith(("LICENSE", "NOTICE"))
+        if file.suffix == ".py":
+            code.append(name)
+        if name in NO_SIDE_FILES or matches(name, UNREAD) or not (file.suffix in SIDE_SUFFIXES or licence):
+            continue
+        if os.path.isdir(file) and not os.path.islink(file):
+            continue
+        if not is_text(name):
+            raise TwinmergeError(f"The name of {shown_path(file)} is not UTF-8. Rename it, or take it away.")
+        if find(source, name) is not None:
             if manifest is not None:  # damage is not to be handed on as sound
-                manifest.check(file.name)
-            disk.copy_file(file, folder / file.name)
+                manifest.check(name)
+            _copy(file, folder / name)
+            if name.endswith("config.json") and _drop_code(folder / name):
+                code.append(f"{' and '.join(CODE)} of {name}")
+    if code:
+        warnings.warn(
+            f"{source} brings code along, which is never run and was not copied: {', '.join(code)}. Copy it by hand if you trust it.",
+            stacklevel=2,
+        )
 
 
 def write_config(model: OpenedModel, folder: Path, dtype: str | None) -> None:
@@ -42,7 +67,31 @@ def write_config(model: OpenedModel, folder: Path, dtype: str | None) -> None:
         config.architectures = [model.architecture.model_class.__name__]
         disk.write_text(file, config.to_json_string())
     if dtype is not None and file.is_file():
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json(file, finite=False)
         raw.pop("torch_dtype", None)
         raw["dtype"] = dtype
         disk.write_json(file, raw)
+
+
+def _copy(file: Path, to: Path) -> None:
+    with open(open_regular(file), "rb") as opened:
+        if (size := os.fstat(opened.fileno()).st_size) > MAX_SIDE_FILE:
+            raise TwinmergeError(
+                f"{file} has {size} bytes, more than {MAX_SIDE_FILE}. Take it out of the model's folder."
+            )
+        disk.copy_file(opened, to)
+
+
+def _drop_code(file: Path) -> bool:
+    """Take the keys that name code out of a config; whether there were any."""
+    raw = read_json(file, finite=False)
+    found = _without(raw)
+    if found != raw:
+        disk.write_json(file, found)
+    return bool(found != raw)
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(inner) for key, inner in value.items() if key not in CODE}
+    return [_without(inner) for inner in value] if isinstance(value, list) else value

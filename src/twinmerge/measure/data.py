@@ -17,9 +17,12 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.measure.model import Measured
 from twinmerge.measure.rows import Row, Rows
+from twinmerge.store.foreign import check_settings
 from twinmerge.tasks.encode import TextEncoder
 
 WINDOW = 16  # batches whose rows are sorted by length together, so that little is padded
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that runs another program, as EPS does
+MAX_PIXELS = 50_000_000
 IGNORED = -100  # a padded place of targets, as transformers has it
 
 
@@ -227,8 +230,9 @@ def _open_processor(model: Measured) -> Any:
         raise TwinmergeError(
             f"{model.name} is in memory and has no image processor. Save it with its image processor and name the folder."
         )
+    check_settings(model.folder)
     try:
-        return AutoImageProcessor.from_pretrained(model.folder, local_files_only=True)
+        return AutoImageProcessor.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here; the user needs one sentence
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TwinmergeError(
@@ -242,9 +246,13 @@ def _image(file: Path, where: str) -> Any:
     except ImportError as error:
         raise TwinmergeError("Reading images takes Pillow. Install it: pip install pillow.") from error
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} × {image.height} pixels are more than {MAX_PIXELS}")
+                return image.convert("RGB")
+    except Exception as error:  # Pillow's readers raise many kinds for files that are not right
         raise TwinmergeError(
             f"{where}: {file} is no image that can be read ({error}). Mend it, or leave its row out."
         ) from error

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.store.foreign import ROW, find, lines_of, parse_json, read_bytes, shown
 
 FIELDS = ("text", "input_ids", "image")
+MAX_IMAGE = 100_000_000  # bytes of a file
 
 
 class Row(NamedTuple):
@@ -52,7 +54,7 @@ class Rows:
 
     def __init__(self, file: Path, vocabulary: int | None = None) -> None:
         self.file, self.vocabulary = file, vocabulary
-        if not file.is_file():
+        if not os.path.exists(file):
             raise TwinmergeError(
                 f"There is no file {file}. Name a .jsonl file, or a text file with a text on each line."
             )
@@ -66,15 +68,14 @@ class Rows:
     def _scanned(self) -> tuple[int, str]:
         """How many rows there are, and the SHA-256 of the file's bytes and, row by row, of its images'."""
         digest, count = hashlib.sha256(), 0
-        with self.file.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        for _, line in lines_of(self.file):
+            digest.update(line)
         for number, line, where in self._lines():
             count = number + 1
             if self.field == "image":
                 image = self._row(number, line, where).image
                 assert image is not None
-                digest.update(image.read_bytes())
+                digest.update(read_bytes(image, MAX_IMAGE, "Leave its row out."))
         if not count:
             raise TwinmergeError(f"{self.file} has no rows. Write one a line.")
         return count, digest.hexdigest()
@@ -98,11 +99,10 @@ class Rows:
     def _lines(self) -> Iterator[tuple[int, bytes, str]]:
         """Number of the row, its bytes, and how messages call it."""
         number = 0
-        with self.file.open("rb") as lines:  # bytes: only \n ends a line, never a separator inside a text
-            for at, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line, f"{self.file}, line {at}"
-                    number += 1
+        for at, line in lines_of(self.file):
+            if line.strip():
+                yield number, line, f"{self.file}, line {at}"
+                number += 1
 
     def _row(self, number: int, line: bytes, where: str) -> Row:
         if self.file.suffix != ".jsonl":
@@ -155,23 +155,21 @@ class Rows:
             raise TwinmergeError(
                 f"{where}: field 'image' is {_short(found)}. Give the path of an image in {self.file.parent}."
             )
-        folder = self.file.parent.resolve()
-        image = (folder / found).resolve()
-        if not image.is_relative_to(folder):
+        try:
+            image = find(self.file.parent, found)
+        except TwinmergeError as error:
+            raise TwinmergeError(f"{where}: {error}") from error
+        if image is None:
             raise TwinmergeError(
-                f"{where}: the image {found!r} lies outside {self.file.parent}. Put it into that folder."
-            )
-        if not image.is_file():
-            raise TwinmergeError(
-                f"{where}: there is no image {found!r} in {self.file.parent}. Add it, or mend the line."
+                f"{where}: there is no image {shown(found)} in {self.file.parent}. Add it, or mend the line."
             )
         return image
 
 
 def _json(line: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(line, ROW)
+    except ValueError as error:
         raise TwinmergeError(f"{where} is no JSON ({error}). Write one JSON object a line, in UTF-8.") from error
     if not isinstance(found, dict):
         raise TwinmergeError(f'{where} is no JSON object. Write {{"text": "..."}}.')
@@ -182,12 +180,6 @@ def _text(found: dict[str, Any], name: str, where: str) -> str | None:
     text = found.get(name)
     if not isinstance(text, str | None):
         raise TwinmergeError(f"{where}: field {name!r} is {_short(text)}. Give a string.")
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError as error:
-        raise TwinmergeError(
-            f"{where}: field {name!r} has half of a surrogate pair, which is no character. Mend it."
-        ) from error
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.store.checkpoint import Checkpoint
+from twinmerge.store.foreign import find, read_json
 
 PREFIX = "base_model.model."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -34,14 +34,9 @@ class Adapter(NamedTuple):
 
 def read_adapter(folder: Path) -> Adapter:
     """Read a PEFT folder (adapter_config.json and adapter_model.safetensors)."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TwinmergeError(
-            f"{folder / 'adapter_config.json'} cannot be read: {error}. Save the adapter again."
-        ) from error
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
+    described, file = (find(folder, name) for name in ADAPTER_FILES)
+    config = read_json(described or folder / ADAPTER_FILES[0], advice="Save the adapter again.", finite=False)
+    if file is None:
         raise TwinmergeError(
             f"{folder} has no adapter_model.safetensors. Save the adapter with safe_serialization=True."
         )

@@ -6,7 +6,6 @@ Canonical names are the parameter names inside the bare model: `bert.encoder.lay
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.foreign import find, read_json
 
 TASK_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -131,17 +131,18 @@ def labels_of(config: PretrainedConfig) -> list[str] | None:
 
 def read_config(folder: Path) -> PretrainedConfig | None:
     """The transformers config of a folder; None for a folder without config.json (a bare checkpoint)."""
-    file = folder / "config.json"
-    if not file.is_file():
+    file = find(folder, "config.json")
+    if file is None:
         return None
+    raw = read_json(file, advice="Restore it.", finite=False)
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if "quantization_config" in raw:
             raise TwinmergeError(
                 f"{folder} is quantised, and quantised weights cannot be merged. Load it in transformers, call "
                 "dequantize(), save_pretrained() to a new folder, and merge that."
             )
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        vars(config).pop("auto_map", None)  # it names code of theirs, which nobody is to run
     except TwinmergeError:
         raise
     except Exception as error:  # transformers raises many kinds here; the user needs one sentence

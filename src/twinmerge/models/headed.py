@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from twinmerge.models.architecture import Architecture, class_of, labels_of, rea
 from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, damaged, load_artefact, save_artefact, undamaged
 from twinmerge.store.checksum import of_bytes, of_file
+from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import Manifest
 
 HEADS_VERSION = 3  # 2: packed by a codec, 3: sealed, and its config with it
@@ -369,6 +369,8 @@ def load_head(folder: Path, name: str, base: str | None = None) -> HeadSpec:
         TwinmergeError: missing, damaged, of another expert or another model, or with another config than it was written with.
     """
     where = folder / "heads" / name
+    for part in ("config.json", "head.safetensors"):
+        find(folder, where.relative_to(folder) / part)  # also `heads` itself may be a link
     artefact = load_artefact(where / "head.safetensors", "head", HEADS_VERSION, base)
     file = where / "config.json"
     if file.is_file() and artefact.version == HEADS_VERSION and artefact.header.get("config") != of_file(file):
@@ -402,12 +404,9 @@ def save_heads(
 def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
     """The heads of a merged or twin folder, in the order of heads.json; empty where it has none."""
     file = folder / "heads.json"
-    table: dict[str, Any] = {}
     if (manifest := Manifest.of(folder)) is not None:
         manifest.check("heads.json", *(f"heads/{path.name}/head.safetensors" for path in folder.glob("heads/*/")))
-    if file.is_file():
-        with undamaged(file):
-            table = dict(json.loads(file.read_text(encoding="utf-8")).items())
+    table = read_json(file, advice=AGAIN) if find(folder, "heads.json") else {}
     for name, entry in table.items():
         if not HEAD_NAME.fullmatch(name) or not isinstance(entry, dict):
             raise TwinmergeError(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.foreign import find
 from twinmerge.store.header import SIZES
 from twinmerge.store.locate import locate
 
@@ -213,7 +214,7 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     found = locate(ref)
     checkpoint = Checkpoint.open(found.folder)
     architecture = None
-    if (found.folder / "config.json").is_file():
+    if find(found.folder, "config.json"):
         from twinmerge.models.architecture import Architecture, class_of, read_config
 
         config = read_config(found.folder)

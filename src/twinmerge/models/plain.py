@@ -7,13 +7,14 @@ canonical name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.checkpoint import Checkpoint
+from twinmerge.store.foreign import find, read_json
 from twinmerge.store.locate import locate
 
 
@@ -70,10 +71,10 @@ def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        file = find(folder, "config.json")
+        return read_json(file, finite=False) if file else {}
+    except TwinmergeError:  # whoever looks at the architecture says what is wrong with it
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _one_plain_class(configs: Sequence[dict[str, Any]]) -> Plain | None:

@@ -19,6 +19,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter
 from twinmerge.store.checksum import UNSEALED, is_sealed, sealed
+from twinmerge.store.foreign import parse_json
 from twinmerge.store.header import header_of, raw_header
 from twinmerge.store.manifest import SEAL
 
@@ -69,7 +70,7 @@ class ArtefactFile(Checkpoint):
         super().__init__([file])
         self.file, self.advice = file, "Copy the whole folder again, or build it again."
         try:
-            head = json.loads(self.metadata[KEY])
+            head = parse_json(self.metadata[KEY])
             self.expected = dict(head.pop(SUMS, {}))
             self.artefact = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
         except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RecursionError) as error:

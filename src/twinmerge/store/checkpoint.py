@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,8 +12,9 @@ from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.checksum import block_digests, joined, streamed
-from twinmerge.store.header import MAX_HEADER, no_key_twice, read_header, shown
+from twinmerge.store.foreign import find, is_file_name, read_json, reason, shown
 from twinmerge.store.header import Spec as Spec
+from twinmerge.store.header import read_header
 from twinmerge.store.manifest import CHECKSUMS, OUTPUT, Manifest
 from twinmerge.store.ranges import OpenFile, bytes_of, read_into
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MAX_SHARDS = 10_000
 
 _IN_USE: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
 
@@ -74,7 +74,7 @@ class Checkpoint:
                     header = read_header(fd, file)
             except OSError as error:
                 raise TwinmergeError(
-                    f"{file} cannot be opened: {error.strerror}. Make it readable or save it again."
+                    f"{file} cannot be opened: {reason(error)}. Make it readable or save it again."
                 ) from error
             handle.close()
             for name in header.specs:
@@ -99,16 +99,16 @@ class Checkpoint:
 
     @classmethod
     def _in(cls, folder: Path) -> Checkpoint:
-        if (index := folder / INDEX).is_file():
-            weight_map = _read_index(_inside(folder, index))
-            checkpoint = cls(_inside(folder, folder / shard) for shard in sorted(set(weight_map.values())))
+        if index := find(folder, INDEX):
+            weight_map, shards = _read_index(folder, index)
+            checkpoint = cls(shards)
             checkpoint._check(index, weight_map)
             return checkpoint
-        if (single := folder / SINGLE).is_file():
-            return cls([_inside(folder, single)])
+        if single := find(folder, SINGLE):
+            return cls([single])
         loose = sorted(folder.glob("*.safetensors"))
-        if len(loose) == 1:
-            return cls([_inside(folder, loose[0])])
+        if len(loose) == 1 and (only := find(folder, loose[0].name)):
+            return cls([only])
         if loose:
             raise TwinmergeError(f"{folder} holds {len(loose)} safetensors files but no {INDEX}. Add the index.")
         pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
@@ -244,31 +244,21 @@ def check_range(name: str, spec: Spec, start: int, flat: Flat) -> None:
         )
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        if index.stat().st_size > MAX_HEADER:
-            raise ValueError("it is too long")
-        table = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
-        weight_map: dict[str, str] = table["weight_map"]
-        if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError("its weight_map is not one of names")
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+def _read_index(folder: Path, index: Path) -> tuple[dict[str, str], list[Path]]:
+    """Tensor name -> its file's name, and the files."""
+    advice = "Download it again."
+    table = read_json(index, advice=advice)
+    weight_map: dict[str, str] = table.get("weight_map") or {}
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
+        raise TwinmergeError(f"{index} is not a valid index (weight_map: tensor -> file). {advice}")
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
         raise TwinmergeError(
-            f"{index} is not a valid index (weight_map: tensor -> file): {error}. Download it again."
-        ) from error
-    for shard in set(weight_map.values()):
-        if Path(shard).name != shard or not os.path.isfile(index.parent / shard):  # never raises, whatever the name
-            raise TwinmergeError(
-                f"{index} names the shard {shown(shard)}, which is not in the folder. Download it again."
-            )
-    return weight_map
-
-
-def _inside(folder: Path, file: Path) -> Path:
-    """`file`, unless it is a link out of the model; the hub cache's links, snapshots/<commit>/x -> blobs/y, are its own."""
-    if file.is_symlink():
-        home, real = folder.resolve(), file.resolve()
-        blobs = home.parent.parent / "blobs"
-        if not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.is_relative_to(blobs))):
-            raise TwinmergeError(f"{file} is a link to {real}, outside its folder. Put the file itself in its place.")
-    return file
+            f"{index} names {len(names)} files, more than the {MAX_SHARDS} that a model may have. {advice}"
+        )
+    shards = []
+    for name in names:
+        if not is_file_name(name) or (shard := find(folder, name)) is None:
+            raise TwinmergeError(f"{index} names the shard {shown(name)}, which is not in the folder. {advice}")
+        shards.append(shard)
+    return weight_map, shards

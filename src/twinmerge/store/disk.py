@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -76,15 +76,14 @@ def write_json(path: Path, value: object, indent: int = 2) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False))
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """A new file with the content of another one."""
+def copy_file(content: BinaryIO, target: Path) -> None:
+    """A new file with the content of an opened one."""
     fd = open_new(target)
     try:
-        with source.open("rb") as content:
-            offset = 0
-            while piece := content.read(PIECE):
-                write_at(fd, piece, offset)
-                offset += len(piece)
+        offset = 0
+        while piece := content.read(PIECE):
+            write_at(fd, piece, offset)
+            offset += len(piece)
     finally:
         os.close(fd)
 

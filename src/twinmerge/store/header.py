@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.foreign import no_key_twice as no_key_twice
+from twinmerge.store.foreign import shown as shown
 from twinmerge.store.ranges import read_into
 
 if TYPE_CHECKING:
@@ -33,14 +35,15 @@ DTYPES = {
 CODES = {name: code for code, name in DTYPES.items()}
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 METADATA = "__metadata__"
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+MAX_HEADER = 25_000_000  # bytes; safetensors allows 100 million, which take ten seconds and 2 GB
+MAX_TENSORS = 200_000  # of one file; the largest models have as many in a hundred
 MAX_RANK = 64
 
 # transformers gives a model that it dequantized back in the quantized format unless it is told not to.
 CONVERT = (
-    "import sys, transformers as t; folder, out = sys.argv[1:]; c = t.AutoConfig.from_pretrained(folder); "
+    "import sys, transformers as t; folder, out = sys.argv[1:]; c = t.AutoConfig.from_pretrained(folder, trust_remote_code=False); "
     "q = getattr(c, 'quantization_config', None); q and q.update(dequantize=True); "
-    "m = getattr(t, c.architectures[0]).from_pretrained(folder, config=c, dtype='bfloat16'); "
+    "m = getattr(t, c.architectures[0]).from_pretrained(folder, config=c, dtype='bfloat16', trust_remote_code=False); "
     "m = m.dequantize() if getattr(m, 'is_quantized', False) else m; "
     "m.save_pretrained(out, save_original_format=not q)"
 )
@@ -178,6 +181,8 @@ def read_header(fd: int, file: Path) -> Header:
             raise ValueError(f"it announces {length} bytes of header, at most {min(MAX_HEADER, size - 8)} can be there")
         raw = bytearray(length)
         read_into(fd, raw, 8)
+        if (count := raw.count(b"{")) > MAX_TENSORS:
+            raise ValueError(f"its header has {count} braces, for at most {MAX_TENSORS} tensors")
         return _parse(raw.decode(), 8 + length, size, file)
     except TwinmergeError:
         raise
@@ -196,40 +201,6 @@ def raw_header(file: Path) -> bytes:
         return prefix + content.read(min(int.from_bytes(prefix, "little"), MAX_HEADER))
 
 
-def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The JSON object of these pairs (an `object_pairs_hook`); keys and strings are such as UTF-8 can write.
-
-    Errors:
-        ValueError: a key stands twice, or half of a surrogate pair is written as an escape.
-
-    Example:
-        >>> json.loads('{"a": 1, "a": 2}', object_pairs_hook=no_key_twice)
-        Traceback (most recent call last):
-        ...
-        ValueError: the key 'a' stands twice
-    """
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        key.encode()
-        if isinstance(value, str):
-            value.encode()
-        if key in table:
-            raise ValueError(f"the key {shown(key)} stands twice")
-        table[key] = value
-    return table
-
-
-def shown(value: object) -> str:
-    """`repr`, cut where a hostile file would fill the screen.
-
-    Example:
-        >>> shown("a" * 1000)[-4:], len(shown("a" * 1000))
-        ('aaa…', 201)
-    """
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
-
-
 def _parse(text: str, start: int, size: int, file: Path) -> Header:
     """start: where the tensors' bytes begin in the file; size: of the file."""
     specs: dict[str, Spec] = {}
@@ -241,6 +212,7 @@ def _parse(text: str, start: int, size: int, file: Path) -> Header:
         if name == METADATA:
             if not all(isinstance(v, str) for v in value.values()):
                 raise ValueError(f"its {METADATA} is {shown(value)}, expected strings")
+            "".join((*value, *value.values())).encode()
             metadata = value
         else:
             specs[name], spans[name] = _tensor(name, value, file)

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from twinmerge.errors import TwinmergeError
 from twinmerge.store import disk
 from twinmerge.store.checksum import UNSEALED, is_sealed, of_bytes, of_file, sealed
+from twinmerge.store.foreign import AGAIN, Most, find, parse_json, read_bytes
 from twinmerge.store.header import Header, raw_header, read_header
 
 CHECKSUMS = "twinmerge.checksums.json"
 OUTPUT = "output"
 SEAL = "seal"  # key of the metadata of a file that carries checksums of its own
+MOST = Most(256_000_000, 8_000_000)  # 32 characters for each tensor of the output and of every input
 VERSION = 2  # 1 was a table of tensors only
 
 Sums = Mapping[str, Mapping[str, str]]
@@ -42,11 +44,11 @@ class Manifest(NamedTuple):
             TwinmergeError: a damaged one, or one of a later release.
         """
         file = folder / CHECKSUMS
-        if not file.is_file():
+        if find(folder, CHECKSUMS) is None:
             return None
+        raw = read_bytes(file, MOST.bytes, AGAIN)
         try:
-            raw = file.read_bytes()
-            table = json.loads(raw)
+            table = parse_json(raw, MOST)
             if table.get("twinmerge") != VERSION:
                 if "twinmerge" not in table and SEAL not in table and OUTPUT in table:
                     return None

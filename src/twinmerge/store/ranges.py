@@ -11,12 +11,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinmerge.store import disk
+from twinmerge.store.foreign import open_regular
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -114,7 +115,9 @@ _sync_file_range = _found()
 class OpenFile:
     """A file whose descriptor is opened when it is first needed and kept, for any number of threads.
 
-    Over all objects, at most `MAX_OPEN` descriptors are open: the one that lay idle longest makes room for the next.
+    Over all objects, at most `MAX_OPEN` descriptors are open: the one that lay idle longest makes room for the next. A descriptor
+    belongs to one object: a copy, in this process or pickled, opens the file by its path, and finds out whether it changed since;
+    of a file that is written there is no copy.
 
     Args:
         path: of the file; it must be there by the time it is used.
@@ -138,7 +141,7 @@ class OpenFile:
         self.path = path
         self.writable = writable
         self._fd: int | None = None
-        self._users = 0
+        self._users: list[int] = []  # a thread's number for each use
         self._last_use = 0
         self._stamp: tuple[int, int] | None = None
 
@@ -157,12 +160,12 @@ class OpenFile:
                 else:
                     self._changed.wait()
             fd = self._fd
-            self._users += 1
+            self._users.append(threading.get_ident())
         try:
             yield fd
         finally:
             with self._changed:
-                self._users -= 1
+                self._users.remove(threading.get_ident())
                 self._last_use = next(self._clock)
                 self._changed.notify_all()
 
@@ -175,11 +178,20 @@ class OpenFile:
             self._changed.notify_all()
 
     def __del__(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
+        if (fd := getattr(self, "_fd", None)) is not None:  # one that was never put together has none
+            os.close(fd)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.writable:
+            raise TypeError(f"{self.path} is being written: what writes it cannot be copied or pickled")
+        return {"path": self.path, "writable": self.writable, "_stamp": self._stamp}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], state["writable"])  # type: ignore[misc]
+        self._stamp = state["_stamp"]
 
     def _open(self) -> int:
-        fd = os.open(self.path, os.O_RDWR if self.writable else os.O_RDONLY)
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC) if self.writable else open_regular(self.path)
         found = os.fstat(fd)
         stamp = (found.st_size, found.st_mtime_ns)  # no inode: some network file systems give a new one each time
         if not self.writable and self._stamp not in (None, stamp):
@@ -189,10 +201,10 @@ class OpenFile:
         return fd
 
     def _close(self) -> None:
-        if self._fd is not None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
             self._opened.discard(self)
-            os.close(self._fd)
-            self._fd = None
+            os.close(fd)
 
     @classmethod
     def _close_idlest(cls) -> bool:
@@ -200,6 +212,21 @@ class OpenFile:
         if idle:
             min(idle, key=lambda file: file._last_use)._close()
         return bool(idle)
+
+    @classmethod
+    def _forked(cls) -> None:
+        """In a forked child: of the threads only this one is there, so what others were using nobody uses."""
+        cls._changed = threading.Condition()
+        for file in cls._opened:
+            file._users = [user for user in file._users if user == threading.get_ident()]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: OpenFile._changed.acquire(),
+        after_in_parent=lambda: OpenFile._changed.release(),
+        after_in_child=OpenFile._forked,
+    )
 
 
 def _flat(buffer: ReadableBuffer) -> memoryview:

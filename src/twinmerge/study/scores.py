@@ -10,8 +10,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.foreign import Most, parse_json
 from twinmerge.tasks.metrics import Interval, Scored, bootstrap_difference, bootstrap_normalised, normalised
 
+EVALUATION = Most(200_000_000, 10_000_000)
 VERSION = 1
 
 Setting: TypeAlias = Literal["task given", "head given", "nothing given"]
@@ -128,7 +130,7 @@ class Evaluation:
             TwinmergeError: no JSON, another kind or version, a field that is missing or wrong.
         """
         try:
-            found = json.loads(text)
+            found = parse_json(text, EVALUATION)
         except ValueError as error:
             raise TwinmergeError(f"The evaluation is no JSON ({error}). Evaluate again.") from error
         if not isinstance(found, dict) or found.get("kind") != "evaluation":
@@ -158,7 +160,7 @@ class Evaluation:
             raise TwinmergeError(f"The evaluation has no field {error.args[0]!r}. Evaluate again.") from error
         except TwinmergeError:
             raise
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise TwinmergeError(f"The evaluation has a field of a wrong type ({error}). Evaluate again.") from error
 
 

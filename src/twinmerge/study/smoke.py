@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, rows_of_batch
 from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.store.foreign import ROW, lines_of, parse_json
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.texts import read_texts
 from twinmerge.twin.reading import position_limit
@@ -111,17 +111,13 @@ def _loss(module: HeadedModel, rows: Sequence[tuple[str, str, int]], batch: Mapp
 
 def _labelled(file: Path, heads: Mapping[str, int]) -> list[tuple[str, str, int]]:
     found = []
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSON
-    except (OSError, UnicodeDecodeError) as error:
-        raise TwinmergeError(f"{file} cannot be read: {error}. Give a UTF-8 file of texts.") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in lines_of(file):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, ROW)
             text, head, label = str(row["text"]), str(row["expert"]), int(row["label"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise TwinmergeError(
                 f'{file}, line {number}: a classifier needs {{"text": "...", "expert": "...", "label": 0}}. Mend that line.'
             ) from error

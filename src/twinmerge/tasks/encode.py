@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import uniform
+from twinmerge.store.foreign import check_settings
 from twinmerge.tasks.suite import Row
 
 Input: TypeAlias = str | tuple[str, str] | Row
@@ -209,8 +210,11 @@ def _open(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     advice = "Copy the tokenizer's files from the base model into it, or name a folder that has them."
     if not path.is_dir():
         raise TwinmergeError(f"No tokenizer at {os.fspath(folder)!r}: it is no folder. Check the path.")
+    check_settings(path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except (
         Exception
     ) as error:  # transformers raises OSError, ValueError, KeyError and others for files that are not right

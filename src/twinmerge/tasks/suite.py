@@ -7,7 +7,6 @@ suite/sick/test.jsonl        {"text": "a man sits", "text_pair": "nobody sits", 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.keyed_random import uniform
+from twinmerge.store.foreign import ROW, find, is_file_name, lines_of, parse_json, read_json, shown
 from twinmerge.tasks.metrics import metric
 
 SPLITS = ("train", "validation", "test")
@@ -66,6 +66,7 @@ class Task:
         Example:
             >>> import tempfile
             >>> folder = Path(tempfile.mkdtemp())
+            >>> import json
             >>> lines = [json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(100)]
             >>> _ = (folder / "test.jsonl").write_text("\\n".join(lines))
             >>> task = Task("toy", ("no", "yes"), "accuracy", folder)
@@ -77,15 +78,14 @@ class Task:
         if limit is not None and limit < 1:
             raise TwinmergeError(f"limit is {limit}: give a number of rows from 1 on, or none for all rows.")
         file = self.folder / f"{split}.jsonl"
-        if not file.is_file():
+        if not is_file_name(split) or find(self.folder.parent, Path(self.folder.name) / file.name) is None:
             here = sorted(f.stem for f in self.folder.glob("*.jsonl")) if self.folder.is_dir() else []
             have = f"it has {', '.join(here)}" if here else "it has no .jsonl file"
             raise TwinmergeError(
                 f"{file} is missing: task {self.name!r} has no split {split!r}, {have}.{nearest(split, here)} "
                 "Name a split that is there, or add the file."
             )
-        with file.open("rb") as lines:  # bytes: only \n ends a line, never a separator inside a text
-            rows = [self._row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        rows = [self._row(line, f"{file}, line {number}") for number, line in lines_of(file) if line.strip()]
         if not rows:
             raise TwinmergeError(f"{file} has no rows. Add some, or leave task {self.name!r} out.")
         stated = self.sizes.get(split, len(rows))
@@ -102,8 +102,8 @@ class Task:
 
     def _row(self, line: bytes, where: str) -> Row:
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            found = parse_json(line, ROW)
+        except ValueError as error:
             raise TwinmergeError(f"{where} is no JSON ({error}). Write one JSON object a line, in UTF-8.") from error
         if not isinstance(found, dict):
             raise TwinmergeError(f'{where} is no JSON object. Write {{"text": "...", "label": 0}}.')
@@ -112,20 +112,14 @@ class Task:
                 raise TwinmergeError(f"{where} has no field {name!r}.{nearest(name, found)} Add it.")
         text, pair, label = found["text"], found.get("text_pair"), found["label"]
         if not isinstance(text, str):
-            raise TwinmergeError(f"{where}: field 'text' is {text!r}. Give a string.")
+            raise TwinmergeError(f"{where}: field 'text' is {shown(text)}. Give a string.")
         if not isinstance(pair, str | None):
-            raise TwinmergeError(f"{where}: field 'text_pair' is {pair!r}. Give a string, or leave the field out.")
+            raise TwinmergeError(f"{where}: field 'text_pair' is {shown(pair)}. Give a string, or leave the field out.")
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(self.labels):
             raise TwinmergeError(
-                f"{where}: field 'label' is {label!r}, but task {self.name!r} has {len(self.labels)} labels. "
+                f"{where}: field 'label' is {shown(label)}, but task {self.name!r} has {len(self.labels)} labels. "
                 f"Give an integer from 0 to {len(self.labels) - 1}."
             )
-        try:
-            (text + (pair or "")).encode()
-        except UnicodeEncodeError as error:
-            raise TwinmergeError(
-                f"{where}: a text has half of a surrogate pair, which is no character. Mend it."
-            ) from error
         return Row(text, pair, label)
 
 
@@ -155,15 +149,12 @@ def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = Non
         twinmerge.errors.TwinmergeError: .../tasks.json has no task 'tyo'. Did you mean 'toy'? It has: toy.
     """
     file = Path(folder).expanduser() / "tasks.json"
-    if not file.is_file():
+    if find(file.parent, file.name) is None:
         raise TwinmergeError(
             f"{file} is missing. Name the folder of a suite: tasks.json and one folder of .jsonl files for each task."
         )
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise TwinmergeError(f"{file} is no JSON ({error}). Mend it.") from error
-    if not isinstance(found, dict) or not found:
+    found = read_json(file, advice="Mend it.")
+    if not found:
         raise TwinmergeError(f'{file} names no tasks. Write {{"NAME": {{"labels": [...], "metric": "accuracy"}}}}.')
     names = list(found) if tasks is None else list(tasks)
     for name in names:
@@ -176,16 +167,16 @@ def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = Non
 
 def _task(name: str, entry: Any, file: Path) -> Task:
     where = f"{file}, task {name!r}"
-    if name in ("", ".", "..") or "/" in name or "\\" in name:
+    if not is_file_name(name):
         raise TwinmergeError(f"{where}: a task's name is the name of its folder. Leave slashes out of it.")
     if not isinstance(entry, dict):
-        raise TwinmergeError(f'{where} is {entry!r}. Write {{"labels": [...], "metric": "accuracy"}}.')
+        raise TwinmergeError(f'{where} is {shown(entry)}. Write {{"labels": [...], "metric": "accuracy"}}.')
     for key in ("labels", "metric"):
         if key not in entry:
             raise TwinmergeError(f"{where} has no field {key!r}.{nearest(key, entry)} Add it.")
     labels = entry["labels"]
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
-        raise TwinmergeError(f"{where}: field 'labels' is {labels!r}. Give a list of the labels' names, by index.")
+        raise TwinmergeError(f"{where}: field 'labels' is {shown(labels)}. Give a list of the labels' names, by index.")
     if len(set(labels)) < len(labels):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         raise TwinmergeError(f"{where}: field 'labels' repeats {', '.join(twice)}. Give each label its own name.")
@@ -196,5 +187,7 @@ def _task(name: str, entry: Any, file: Path) -> Task:
     sizes = {split: entry[split] for split in SPLITS if split in entry}
     for split, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise TwinmergeError(f"{where}: field {split!r} is {size!r}. Give its number of rows, or leave it out.")
+            raise TwinmergeError(
+                f"{where}: field {split!r} is {shown(size)}. Give its number of rows, or leave it out."
+            )
     return Task(name, tuple(labels), entry["metric"], file.parent / name, sizes)

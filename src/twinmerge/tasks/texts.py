@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.foreign import ROW, lines_of, parse_json
 
 
 def read_texts(file: Path) -> list[str | tuple[str, str]]:
@@ -21,19 +21,19 @@ def read_texts(file: Path) -> list[str | tuple[str, str]]:
         >>> read_texts(file)
         ['a', ('b', 'c')]
     """
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TwinmergeError(f"{file} cannot be read: {error}. Give a UTF-8 file of texts.") from error
     found: list[str | tuple[str, str]] = []
-    for number, line in enumerate(lines, 1):
+    for number, raw in lines_of(file):
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError as error:
+            raise TwinmergeError(f"{file}, line {number} is not UTF-8: {error}. Give a UTF-8 file of texts.") from error
         if not line.strip():
             continue
         if file.suffix != ".jsonl":
-            found.append(line.rstrip("\r"))
+            found.append(line.rstrip("\r\n"))
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, ROW)
             text, pair = row["text"], row.get("text_pair")
             if not isinstance(text, str) or not isinstance(pair, str | None):
                 raise TypeError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from twinmerge.store import disk
 from twinmerge.store.artefact import ArtefactFile, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
+from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.masked import SCALES, TWIN_VERSION
@@ -172,9 +172,8 @@ def _copy(each: Range, name: str, shared: OpenedModel, masks: MaskFile, expert: 
 
 def _write_about(folder: Path, partial: Path, task: str) -> None:
     told: Mapping[str, Any] = {}
-    if (file := folder / PROVENANCE).is_file():
-        with undamaged(file):
-            told = dict(json.loads(file.read_text(encoding="utf-8")).items())
+    if file := find(folder, PROVENANCE):
+        told = read_json(file, advice=AGAIN)
     described = {"extract": {"task": task}, "from": told}
     disk.write_json(partial / PROVENANCE, described)
     method = told.get("recipe", {}).get("merge_method", "masks")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
+from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.masked import TWIN_VERSION, pack_masks, told_of, unpack_masks
@@ -59,11 +59,12 @@ class Package(NamedTuple):
 
 def about_of(folder: Path | None) -> dict[str, dict[str, Any]]:
     """What heads.json of a twin folder says of each expert beside labels and class: its task and metric, say."""
-    file = folder / "heads.json" if folder else None
-    if file is None or not file.is_file():
+    file = find(folder, "heads.json") if folder else None
+    if file is None:
         return {}
-    table = json.loads(file.read_text(encoding="utf-8"))
-    return {e: {k: v for k, v in entry.items() if k not in ("labels", "class")} for e, entry in table.items()}
+    table = read_json(file, advice=AGAIN)
+    with undamaged(file):
+        return {e: {k: v for k, v in entry.items() if k not in ("labels", "class")} for e, entry in table.items()}
 
 
 def card_of_now(card: str, provenance: Mapping[str, Any]) -> str:
@@ -77,7 +78,7 @@ def card_of_now(card: str, provenance: Mapping[str, Any]) -> str:
 
 
 def is_twin(folder: Path) -> bool:
-    return (folder / TWIN).is_file()
+    return find(folder, TWIN) is not None
 
 
 def save(folder: str | Path, package: Package, side_files: Path | None, card: str, about: Mapping[str, Any]) -> Path:
@@ -129,9 +130,9 @@ def load(folder: Path) -> Package:
         masks = told_of(artefact) if "masks" in artefact.header else {}
         exclusive = unpack_masks(artefact, shared) if masks else _unpack(artefact, shared)
     provenance: dict[str, Any] = {}
-    if (file := folder / PROVENANCE).is_file():
+    if file := find(folder, PROVENANCE):
+        provenance = read_json(file, advice=AGAIN)
         with undamaged(file):
-            provenance = dict(json.loads(file.read_text(encoding="utf-8")).items())
             named = _named(provenance)
         _agree(folder / TWIN, list(exclusive), PROVENANCE, named or list(exclusive))
     heads = load_heads(folder, base)
@@ -141,7 +142,7 @@ def load(folder: Path) -> Package:
     router: Router | None = None
     layers: tuple[int, ...] = ()
     report: dict[str, Any] | None = None
-    if (folder / ROUTER).is_file():
+    if find(folder, ROUTER):
         found = load_artefact(folder / ROUTER, "router", ROUTER_VERSION, base)
         with undamaged(folder / ROUTER):
             router = router_from(found.header["router"], found.header, found.tensors)
@@ -150,7 +151,7 @@ def load(folder: Path) -> Package:
             raise TwinmergeError(
                 f"{folder / ROUTER} chooses between {router.shape[0]} experts, the twin has {len(exclusive)}. Fit it again."
             )
-    if isinstance(router, GaussianRouter) and (folder / STATISTICS).is_file():
+    if isinstance(router, GaussianRouter) and find(folder, STATISTICS):
         kept = load_artefact(folder / STATISTICS, "router statistics", STATISTICS_VERSION, base)
         with undamaged(folder / STATISTICS):
             router.statistics = Statistics.unpacked(kept.header, kept.tensors)

@@ -19,6 +19,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, architecture_of, batch_size
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.store.foreign import find, read_text
 from twinmerge.store.locate import locate
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.twin import package as folder_format
@@ -209,8 +210,8 @@ class Twin(nn.Module):
                 provenance, base, others, sorted({n for h in self.package.heads.values() for n in h.tensors}), "twin"
             )
         else:
-            readme = self.side_files / "README.md" if self.side_files else None
-            card = readme.read_text(encoding="utf-8") if readme and readme.is_file() else "# Twin\n"
+            readme = find(self.side_files, "README.md") if self.side_files else None
+            card = read_text(readme, advice="Mend it, or take it away.") if readme else "# Twin\n"
         card = folder_format.card_of_now(card, provenance)
         known = {name: text for name, text in folder_format.about_of(self.side_files).items() if name in self.experts}
         for name, more in (about or {}).items():
