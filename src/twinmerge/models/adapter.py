@@ -123,6 +123,8 @@ def sorted_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Adap
                 embeddings.add(match["module"])
         elif key.endswith(TOKENS):
             adapter.rows[unwrapped(key.removesuffix(TOKENS))] = tensor
+        elif key.endswith(".lora_velora_embed"):  # VeLoRA's, for its backward pass
+            continue
         elif ".lora_" in key or ".token_adapter." in key:
             raise _stranger(config.name, key, "no part of a LoRA")
         elif ".original_module." not in key:  # of a module that is saved in full, and not used
