@@ -258,4 +258,6 @@ class _Values:
 def _wrong(key: str, value: Any, name: str, what: str) -> TwinmergeError:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
-    return TwinmergeError(f"In the adapter_config.json of {name}, {key} is {shown}, not {what}. Save the adapter again.")
+    return TwinmergeError(
+        f"In the adapter_config.json of {name}, {key} is {shown}, not {what}. Save the adapter again."
+    )

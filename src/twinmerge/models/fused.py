@@ -43,7 +43,11 @@ def fused_parts(architecture: Architecture, stored: Mapping[str, str]) -> dict[s
         kinds = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
         shape = architecture.parameters.get(target)
         patterns = [p for p in converter.source_patterns if p in by_pattern]
-        if shape is None or len(shape) != 3 or kinds not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        if (
+            shape is None
+            or len(shape) != 3
+            or kinds not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+        ):
             continue
         if len(patterns) != len(converter.source_patterns) or shape[1] % len(patterns):
             continue

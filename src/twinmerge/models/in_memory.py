@@ -44,10 +44,11 @@ def adapter_of(model: Any, name: str) -> Adapter:
         )
     scalings: dict[str, float] = {}
     for path, layer in layers:
-        if active[0] in getattr(layer, "scaling", {}):
+        found: dict[str, float] = getattr(layer, "scaling", {})
+        if active[0] in found:
             at = unwrapped(path)
             parameter = getattr(layer, "parameter_name", None)
-            scalings[f"{at}.{parameter}" if parameter else at] = float(layer.scaling[active[0]])
+            scalings[f"{at}.{parameter}" if parameter else at] = float(found[active[0]])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it gives the embeddings too
         tensors = get_peft_model_state_dict(model, adapter_name=active[0])

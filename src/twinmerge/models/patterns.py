@@ -92,7 +92,9 @@ def steps_of(pattern: str) -> float:
         (100, 2, inf, 2)
     """
     at = 0
-    outer: list[list[tuple[float, str | None]]] = []  # alternatives of the open groups: their ways, and their text if plain
+    outer: list[
+        list[tuple[float, str | None]]
+    ] = []  # alternatives of the open groups: their ways, and their text if plain
     group: list[tuple[float, str | None]] = [(1, "")]
     ways, text, last = 1.0, "", "nothing"  # of the atom that a repetition would repeat
     while at < len(pattern):

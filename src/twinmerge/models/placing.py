@@ -44,9 +44,10 @@ def class_for(adapter: Adapter, architecture: Architecture | None) -> Architectu
     """The base's class, or that of the adapter's task where the base has not what the adapter changes."""
     if architecture is None or adapter.task not in TASK_CLASSES:
         return architecture
-    names = {f"{unwrapped(module)}." for module in adapter.pairs} | set(adapter.dense)
-    own = {name for name in architecture.skeleton.state_dict()}
-    fits = all(any(k.startswith(n) for k in own) or architecture.canonical(n) in architecture.parameters for n in names)
+    own = {path for path, _ in architecture.skeleton.named_modules()}
+    known = architecture.parameters
+    names = [f"{unwrapped(module)}.weight" for module in adapter.pairs] + list(adapter.dense)
+    fits = all(name.rpartition(".")[0] in own or architecture.canonical(name) in known for name in names)
     if fits and not architecture.is_bare and adapter.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         return architecture
     config = architecture.config
@@ -264,7 +265,11 @@ class _Placing:
             return None
         last = "weight"
         container = self.canonical(f"{plain}.{last}").rpartition(".")[0]
-        paths = [p for p in self.modules if p and container in (p, self.architecture.of_module(p))] if self.architecture else []
+        paths = (
+            [p for p in self.modules if p and container in (p, self.architecture.of_module(p))]
+            if self.architecture
+            else []
+        )
         path = paths[0] if paths else plain
         module = self.modules.get(path)
         if module is None:
@@ -277,7 +282,9 @@ class _Placing:
                     "their order is not known. Add its config.json."
                 )
             return here[0]
-        own = [n for n, _ in module.named_parameters(recurse=False) if any(_ends(f"{path}.{n}", t) for t in targets)]
+        own: list[str] = [
+            n for n, _ in module.named_parameters(recurse=False) if any(_ends(f"{path}.{n}", t) for t in targets)
+        ]
         if not own:
             return None
         if depth >= len(own):
@@ -313,7 +320,9 @@ class _Placing:
             yield name, Change(added=factors)
             return
         module = self.modules.get(path.rpartition(".")[0])
-        stack = stack_of(pair.a, pair.b, scaling, name, tuple(shape), self.config, bool(getattr(module, "is_transposed", False)))
+        stack = stack_of(
+            pair.a, pair.b, scaling, name, tuple(shape), self.config, bool(getattr(module, "is_transposed", False))
+        )
         if parts is None:
             self._fits(name, stack)
             yield name, Change(added=stack)
@@ -346,8 +355,9 @@ class _Placing:
         groups: dict[str, list[str]] = {}
         for alias, own in self.base.aliases.items():
             if own in self.base.specs:
-                groups.setdefault(own, [own]).append(alias)
-        for own, names in groups.items():
+                groups.setdefault(own, []).append(alias)
+        for own, aliases in groups.items():
+            names = [*aliases, own]
             changed = [n for n in names if n in found]
             if not changed or found[changed[0]].rows is not None:
                 continue
@@ -380,9 +390,8 @@ def _same(one: Change, other: Change) -> bool:
     """Whether two changes of one tensor are the same: products are compared, not factors."""
     if (one.dense is None) != (other.dense is None) or (one.low is None) != (other.low is None):
         return False
-    if one.dense is not None and other.dense is not None:
-        if one.dense.shape != other.dense.shape or not torch.equal(one.dense, other.dense):
-            return False
+    if one.dense is not None and other.dense is not None and not torch.equal(one.dense, other.dense):
+        return False
     if one.low is None or other.low is None:
         return one.added is None and other.added is None
     if one.low.shape != other.low.shape:
