@@ -173,12 +173,14 @@ def _refuse(key: str, value: Any, name: str) -> None:
 
 def _start(value: Any, name: str) -> str | None:
     """What PEFT does with `init_lora_weights` when it loads an adapter, before it reads the tensors."""
-    text = str(value).lower() if value is not None and isinstance(value, (bool, str)) else value
-    if text is None or text in SAME_BASE:
+    if value is None:
+        return None
+    text = str(value).lower() if isinstance(value, (bool, str)) else ""
+    if text in SAME_BASE:
         return None
     if text in CHANGED_BASE:
-        return str(text)
-    kind = "pissa_niter" if isinstance(text, str) and re.fullmatch(r"pissa_niter_\d+", text) else text
+        return text
+    kind = "pissa_niter" if re.fullmatch(r"pissa_niter_\d+", text) else text
     if kind in UNKNOWN_BASE:
         raise TwinmergeError(
             f"The adapter {name} was trained on a base that {value!r} changed (init_lora_weights in its adapter_config.json), which takes "
@@ -240,7 +242,11 @@ class _Values:
 
     def texts(self, key: str) -> tuple[str, ...]:
         found = self.config.get(key) or ()
-        if isinstance(found, str) or not isinstance(found, Collection) or not all(isinstance(t, str) for t in found):
+        if (
+            isinstance(found, (str, Mapping))
+            or not isinstance(found, Collection)
+            or not all(isinstance(t, str) for t in found)
+        ):
             raise _wrong(key, found, self.name, "a list of names")
         return tuple(sorted(found))
 
