@@ -190,11 +190,15 @@ def _open(base: ModelLike, origin: OpenedModel, expert: ModelLike, name: str) ->
 
 
 def _trained_in_full(expert: OpenedModel, base: OpenedModel) -> list[str]:
-    """What an adapter holds as whole tensors, but for the copies of the base's embeddings that PEFT saves."""
+    """What an adapter changes in another way than by one product: whole tensors but for copies of the base's, rows of tables,
+    experts in one tensor."""
     found = []
-    for name, tensor in expert.dense.items():
-        same = base.has(name) and base.spec(name).shape == tuple(tensor.shape)
-        if not (same and torch.equal(tensor.float(), base.read(name).float())):
+    for name, change in expert.changes.items():
+        if change.low is not None:
+            continue
+        tensor = change.dense if change.added is None else None
+        same = tensor is not None and base.has(name) and base.spec(name).shape == tuple(tensor.shape)
+        if tensor is None or not (same and torch.equal(tensor.float(), base.read(name).float())):
             found.append(name)
     return sorted(found)
 

@@ -2,100 +2,172 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
+from twinmerge.models.adapter_config import AdapterConfig, checked_config
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.foreign import find, read_json
 
 PREFIX = "base_model.model."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
+LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?P<part>weight|bias))?$")
+WRAPPED = re.compile(r"(\.base_layer)+(?=\.|$)")
+TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
-class Adapter(NamedTuple):
-    """factors: parameter name -> ΔW as (b, a) with the scaling inside; dense: fully trained parameters by name;
-    task: PEFT's task type or None; name: where it came from; fan_in_fan_out: the config's flag, which the factors
-    follow. Names are those of the adapted model's modules."""
+class Pair(NamedTuple):
+    """The factors of a module as they are stored: a (r, …), b (…, r).
 
-    factors: dict[str, Factors]
-    dense: dict[str, Tensor]
-    task: str | None
-    name: str
-    fan_in_fan_out: bool = False
+    embedding: stored for a table, so transposed; bias: of lora_B.
+    """
+
+    a: Tensor
+    b: Tensor
+    embedding: bool
+    bias: Tensor | None = None
+
+    def factors(self, scaling: float, turned: bool) -> Factors:
+        """ΔW = scaling · B A as the module stores its weight; A and B of convolutions are over (in·kh·kw)."""
+        a, b = self.a.float().flatten(1), self.b.float().flatten(1) * scaling
+        return Factors(a.T.contiguous(), b.T.contiguous()) if self.embedding or turned else Factors(b, a)
+
+
+class Adapter:
+    """The tensors of an adapter by the names of the modules that it changes, before they are put on a base.
+
+    pairs: module (with PEFT's `base_layer` in it, which tells what wraps what) -> factors; dense: tensors that are there
+    as a whole, by name; copies: names of those that are the base's own, saved beside factors; rows: module -> trained rows.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config, self.name, self.task = config, config.name, config.task
+        self.pairs: dict[str, Pair] = {}
+        self.dense: dict[str, Tensor] = {}
+        self.copies: set[str] = set()
+        self.rows: dict[str, Tensor] = {}
+
+    @cached_property
+    def factors(self) -> dict[str, Factors]:
+        """Parameter name -> ΔW with the scaling inside, by the adapter's own words alone."""
+        turned = self.config.fan_in_fan_out
+        plain = {unwrapped(module): pair for module, pair in self.pairs.items()}
+        return {f"{m}.weight": pair.factors(self.config.scaling(m), turned) for m, pair in plain.items()}
+
+
+def unwrapped(name: str) -> str:
+    """A name without PEFT's wrappers.
+
+    Example:
+        >>> unwrapped("mlp.experts.base_layer.base_layer.gate"), unwrapped("mlp.experts.base_layer")
+        ('mlp.experts.gate', 'mlp.experts')
+    """
+    return WRAPPED.sub("", name)
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read a PEFT folder (adapter_config.json and adapter_model.safetensors)."""
+    """Read a PEFT folder (adapter_config.json and adapter_model.safetensors).
+
+    Errors:
+        TwinmergeError: as `adapter_from` says; a file that is not there or cannot be read.
+    """
     described, file = (find(folder, name) for name in ADAPTER_FILES)
     config = read_json(described or folder / ADAPTER_FILES[0], advice="Save the adapter again.", finite=False)
     if file is None:
         raise TwinmergeError(
             f"{folder} has no adapter_model.safetensors. Save the adapter with safe_serialization=True."
         )
+    checked = checked_config(config, str(folder))
     checkpoint = Checkpoint([file])
     checkpoint.compare(folder, "adapter_config.json")
     tensors = {name: checkpoint.read(name) for name in checkpoint.specs}
     checkpoint.close()
-    return adapter_from(config, tensors, str(folder))
+    return sorted_tensors(checked, tensors)
 
 
 def adapter_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> Adapter:
     """ΔW = (alpha / r) B A for each adapted module, with rank and alpha patterns and rsLoRA (alpha / √r).
 
-    Linear B (m, r), A (r, n); Conv1D (`fan_in_fan_out`) and embeddings transposed; Conv2d with A over (in·kh·kw).
+    Linear B (m, r), A (r, n); Conv1D (`fan_in_fan_out`) and embeddings transposed; convolutions with A over (in·kh·kw).
 
     Errors:
-        TwinmergeError: another kind of adapter than LoRA, DoRA, half of a pair missing.
+        TwinmergeError: another kind of adapter than LoRA, DoRA, half of a pair missing, a tensor that is not understood.
     """
-    if str(config.get("peft_type", "LORA")).upper().rpartition(".")[2] != "LORA":
-        raise TwinmergeError(
-            f"The adapter {name} is {config['peft_type']}, only LoRA can be merged. Merge it into its base first."
-        )
-    if config.get("use_dora") or any("lora_magnitude_vector" in key for key in tensors):
-        raise TwinmergeError(
-            f"The adapter {name} is DoRA, which is not a sum on the weights. Merge it into its base first "
-            "(merge_and_unload, save_pretrained) and give the full model."
-        )
-    pairs: dict[str, dict[str, Tensor]] = {}
-    dense: dict[str, Tensor] = {}
+    return sorted_tensors(checked_config(config, name), tensors)
+
+
+def sorted_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Adapter:
+    """Tell factors, whole tensors and trained rows by their names."""
+    adapter = Adapter(config)
+    found: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
     for key, tensor in tensors.items():
         key = key.removeprefix(PREFIX)
-        if found := LORA.match(key):
-            pairs.setdefault(found["module"], {})[found["side"]] = tensor
-            if found["embedding"]:
-                embeddings.add(found["module"])
-        else:
-            dense[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
-    factors = {}
-    fan_in_fan_out = bool(config.get("fan_in_fan_out"))
-    for module, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            raise TwinmergeError(f"The adapter {name} has only one of lora_A and lora_B for {module!r}. Save it again.")
-        a, b = pair["A"].float(), pair["B"].float()
-        transposed = module in embeddings or fan_in_fan_out
-        if a.dim() > 2:
-            a, b = a.flatten(1), b.flatten(1)
-        rank = a.shape[0]
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        b = b * scaling
-        factors[f"{module}.weight"] = Factors(a.T.contiguous(), b.T.contiguous()) if transposed else Factors(b, a)
-    task = config.get("task_type")
-    return Adapter(factors, dense, str(task).rpartition(".")[2] if task else None, name, fan_in_fan_out)
+        if "lora_magnitude_vector" in key:
+            raise TwinmergeError(
+                f"The adapter {config.name} is DoRA, which is not a sum on the weights. Merge it into its base first "
+                "(merge_and_unload, save_pretrained) and give the full model."
+            )
+        if not tensor.is_floating_point():
+            raise _stranger(config.name, key, f"{str(tensor.dtype).removeprefix('torch.')} numbers")
+        if (match := LORA.match(key)) and not (match["embedding"] and match["part"]):
+            side = match["side"] + ("bias" if match["part"] == "bias" else "")
+            found.setdefault(match["module"], {})[side] = tensor
+            if match["embedding"]:
+                embeddings.add(match["module"])
+        elif key.endswith(TOKENS):
+            adapter.rows[unwrapped(key.removesuffix(TOKENS))] = tensor
+        elif key.endswith(".lora_velora_embed"):  # VeLoRA's, for its backward pass
+            continue
+        elif ".lora_" in key or ".token_adapter." in key:
+            raise _stranger(config.name, key, "no part of a LoRA")
+        elif ".original_module." not in key:  # of a module that is saved in full, and not used
+            _whole(adapter, key, tensor)
+    for module, sides in found.items():
+        adapter.pairs[module] = _pair(config.name, module, sides, module in embeddings)
+    if not (adapter.pairs or adapter.dense or adapter.rows):
+        raise TwinmergeError(f"The adapter {config.name} has no tensors. Save it again.")
+    return adapter
 
 
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """PEFT's rule: the first pattern that matches the end of the module's dotted name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _whole(adapter: Adapter, key: str, tensor: Tensor) -> None:
+    name = unwrapped(key).replace(".modules_to_save.", ".")
+    if name in adapter.dense and not torch.equal(adapter.dense[name], tensor):
+        raise _stranger(adapter.name, key, "there twice with other numbers")
+    adapter.dense[name] = tensor
+    if ".base_layer." in key:
+        adapter.copies.add(name)
+
+
+def _pair(name: str, module: str, sides: Mapping[str, Tensor], embedding: bool) -> Pair:
+    if not {"A", "B"} <= sides.keys():
+        raise TwinmergeError(
+            f"The adapter {name} has only one of lora_A and lora_B for {unwrapped(module)!r}. Save it again."
+        )
+    a, b = sides["A"], sides["B"]
+    if b.dim() > 2 and a.shape[0] != b.shape[1] and a.shape[0] % max(b.shape[1], 1) == 0:
+        raise TwinmergeError(
+            f"The adapter {name} changes the grouped convolution {unwrapped(module)!r} across its groups, which its weight cannot hold (PEFT "
+            "does not merge it either). Leave this module out of target_modules."
+        )
+    if a.dim() < 2 or b.dim() < 2 or not a.numel() or not b.numel() or a.shape[0] != b.shape[1] or "Abias" in sides:
+        raise TwinmergeError(
+            f"The adapter {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)} for {unwrapped(module)!r}, which do not fit "
+            "together. Save it again, with all parts of sharded tensors gathered."
+        )
+    return Pair(a, b, embedding, sides.get("Bbias"))
+
+
+def _stranger(name: str, key: str, why: str) -> TwinmergeError:
+    return TwinmergeError(
+        f"The tensor {key!r} of the adapter {name} is not understood ({why}). Merge the adapter into its base with the library that wrote "
+        "it, and give the full model."
+    )

@@ -77,6 +77,16 @@ class Architecture:
         name, converted = rename_source_key(stored, self._renamings, self._converters, prefix, self._meta)
         return self.of_module(stored if converted else name)
 
+    def fused_into(self, stored: str) -> tuple[str, str] | None:
+        """(canonical name of the parameter that a stored tensor becomes a part of, the pattern that says so), if it does."""
+        prefix = self.model_class.base_model_prefix
+        name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, self._meta)
+        return None if pattern is None else (self.of_module(name), pattern)
+
+    def converter_of(self, pattern: str) -> WeightConverter:
+        """How transformers puts a parameter together, by one of the patterns of its parts."""
+        return next(c for c in self._converters if pattern in c.source_patterns)
+
     def of_module(self, name: str) -> str:
         """The canonical name of a parameter by its name in the module."""
         return name.removeprefix(self.prefix) if self.prefix else name

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import TwinmergeError
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import find
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, w
     from twinmerge.maths.lowrank import Factors
     from twinmerge.models.adapter import Adapter
     from twinmerge.models.architecture import Architecture
+    from twinmerge.models.change import Change
     from twinmerge.store.ranges import Flat
 
 ModelLike = str | os.PathLike[str] | Any
@@ -71,7 +72,8 @@ class OpenedModel:
 
     name: how messages call it; specs: canonical name -> dtype and shape; stored: canonical -> name in its files;
     architecture: None for bare checkpoints; folder: where its side files are; commit: hub commit;
-    labels: label names of a classifier; files: what is read, empty for models in memory.
+    labels: label names of a classifier; files: what is read, empty for models in memory; changes: canonical name -> what an
+    adapter makes of the tensor.
     """
 
     name: str
@@ -82,8 +84,7 @@ class OpenedModel:
     folder: Path | None = None
     commit: str | None = None
     files: tuple[Path, ...] = ()
-    factors: Mapping[str, Factors] = field(default_factory=dict)
-    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
 
     @property
     def config(self) -> PretrainedConfig | None:
@@ -107,38 +108,57 @@ class OpenedModel:
     def spec(self, name: str) -> Spec:
         return self.specs[name] if name in self.specs else self.specs[self.aliases[name]]
 
+    @cached_property
+    def factors(self) -> dict[str, Factors]:
+        """Canonical name -> what an adapter adds to the base's tensor, where that is a product of low rank."""
+        return {name: change.low for name, change in self.changes.items() if change.low is not None}
+
+    @cached_property
+    def dense(self) -> dict[str, Tensor]:
+        """Canonical name -> tensor that an adapter has as a whole, where nothing is added to it."""
+        return {n: c.dense for n, c in self.changes.items() if c.dense is not None and c.added is None}
+
     def read(self, name: str) -> Tensor:
-        """The tensor, with the adapter's part added (in float32) where there is one."""
+        """The whole tensor, as `read_range` gives it."""
         name = self._own(name)
-        tensor = self.dense[name] if name in self.dense else self.source.read(self.stored[name])
-        if name in self.factors:
-            tensor = tensor.float() + self.factors[name].entries(0, tensor.numel()).reshape(tensor.shape)
-        return tensor
+        if name not in self.changes:
+            return self.source.read(self.stored[name])
+        import torch
+
+        from twinmerge.store.header import torch_dtype
+
+        spec = self.specs[name]
+        out = torch.empty(spec.numel, dtype=torch_dtype(self.range_code(name)))
+        self.read_range(name, 0, out)
+        return out.reshape(spec.shape)
 
     def range_code(self, name: str) -> str:
         """The dtype that `read_range` gives, as safetensors calls it: the stored one, F32 where an adapter adds to it."""
         name = self._own(name)
-        return "F32" if name in self.factors else self.specs[name].code
+        change = self.changes.get(name)
+        return self.specs[name].code if change is None or change.added is None else "F32"
 
-    def read_range(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill the bytes of `out` with elements from `start` on of the tensor, flat."""
+    def read_range(self, name: str, start: int, out: Flat) -> None:
+        """Fill `out` (bytes, or numbers of the dtype of `range_code`) with elements from `start` on of the tensor, flat."""
         name = self._own(name)
-        if name in self.dense:
-            tensor = self.dense[name].reshape(-1)
-            to = as_tensor(out, tensor.dtype)
-            to.copy_(tensor[start : start + len(to)])
-        elif name in self.factors:
-            import torch
+        change = self.changes.get(name)
+        if change is None:
+            self.source.read_into(self.stored[name], start, out)
+            return
+        import torch
 
-            to = as_tensor(out, torch.float32)
+        from twinmerge.store.header import torch_dtype
+
+        to = as_tensor(out, torch_dtype(self.range_code(name)))
+        if change.dense is not None:
+            stored = change.dense.reshape(-1)[start : start + len(to)].clone()
+        else:
             stored = torch.empty(len(to), dtype=self.specs[name].dtype)
             self.source.read_into(self.stored[name], start, stored)
-            torch.add(stored.float(), self.factors[name].entries(start, start + len(to)), out=to)
-        else:
-            self.source.read_into(self.stored[name], start, out)
+        change.apply(stored, start, to)
 
     def low_rank(self, name: str) -> bool:
-        """Whether an adapter changes the tensor."""
+        """Whether an adapter adds a product of low rank to the base's tensor."""
         return self._own(name) in self.factors
 
     def factors_on(self, base: OpenedModel, name: str) -> Factors | None:
@@ -153,7 +173,7 @@ class OpenedModel:
         name = self._own(name)
         theirs = base._own(name)
         spec = self.spec(name)
-        if name in self.dense or theirs in base.dense or base.low_rank(name) or spec != base.spec(name):
+        if (name in self.changes and not self.low_rank(name)) or theirs in base.changes or spec != base.spec(name):
             return None
         if not (
             self.files and self.files[: len(base.files)] == base.files and self.stored[name] == base.stored[theirs]
@@ -169,7 +189,8 @@ class OpenedModel:
     def place(self, name: str) -> tuple[int, int]:
         """Where the tensor lies: file number and offset."""
         name = self._own(name)
-        return (-1, 0) if name in self.dense else self.source.place(self.stored[name])
+        change = self.changes.get(name)
+        return (-1, 0) if change is not None and change.dense is not None else self.source.place(self.stored[name])
 
     def _own(self, name: str) -> str:
         return self.aliases[name] if name not in self.specs and name in self.aliases else name
@@ -251,6 +272,10 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
     from twinmerge.models.architecture import Architecture
 
     tensors = {k: v.detach() for k, v in model.state_dict().items()}
+    if any(".lora_" in key or ".base_layer." in key for key in tensors):
+        raise TwinmergeError(
+            f"{name} holds adapters inside. Give the PeftModel around it, or call merge_and_unload() first."
+        )
     architecture = Architecture(model.config, type(model))
     stored = {architecture.of_module(k): k for k in tensors}
     for alias in architecture.aliases:
@@ -260,21 +285,12 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
 
 
 def _open_peft(model: Any, name: str) -> OpenedModel:
-    from peft import get_peft_model_state_dict
-
-    from twinmerge.models.adapter import adapter_from
     from twinmerge.models.architecture import Architecture
+    from twinmerge.models.in_memory import adapter_of, base_tensors
 
-    adapter_name = model.active_adapter
-    config = model.peft_config[adapter_name].to_dict()
-    tensors = {k: v.detach() for k, v in get_peft_model_state_dict(model, adapter_name=adapter_name).items()}
-    adapter = adapter_from(config, tensors, name)
+    adapter = adapter_of(model, name)
     inner = model.get_base_model()
-    plain = {
-        key.replace(".base_layer.", ".").replace(".original_module.", "."): value.detach()
-        for key, value in inner.state_dict().items()
-        if ".lora_" not in key and ".modules_to_save." not in key
-    }
+    plain = base_tensors(inner)
     architecture = Architecture(inner.config, type(inner))
     stored = {architecture.of_module(k): k for k in plain}
     for alias in architecture.aliases:
@@ -284,64 +300,16 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
 
 
 def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
-    """The model with the adapter on top; its class becomes that of the adapter's task."""
-    import torch
+    """The model with the adapter on top; its class becomes that of the adapter's task.
 
-    from twinmerge.models.architecture import Architecture, class_of
+    Errors:
+        TwinmergeError: as `placed` says.
+    """
+    from twinmerge.models.placing import Base, class_for, placed
 
-    config = opened.config
-    if config is not None and adapter.task is not None:
-        task_class = class_of(config, adapter.task)
-        assert opened.architecture is not None
-        if task_class is not opened.architecture.model_class:
-            config = type(config).from_dict(config.to_dict())
-            outputs = [t.shape[0] for n, t in adapter.dense.items() if n.endswith("weight") and t.dim() == 2]
-            if outputs and adapter.task in ("SEQ_CLS", "TOKEN_CLS"):
-                config.num_labels = outputs[-1]
-            opened.architecture = Architecture(config, task_class)
-    canonical = opened.architecture.of_module if opened.architecture else str
-    factors = {canonical(n): f for n, f in _oriented(adapter, opened.architecture).items()}
-    for alias, own in opened.aliases.items():
-        if alias in factors and own in factors and not all(map(torch.equal, factors[alias], factors[own])):
-            raise TwinmergeError(
-                f"The adapter {adapter.name} changes {alias!r} and {own!r} each in its own way, but the base {opened.name} ties them: one "
-                "tensor cannot hold both. Untie the base (tie_word_embeddings), or train an adapter of one of them."
-            )
-    factors = {opened.aliases.get(n, n): f for n, f in factors.items()}
-    dense = {canonical(n): t for n, t in adapter.dense.items()}
-    for alias, source in opened.aliases.items():  # PEFT saves the base of an adapted output layer that is tied
-        if alias in dense and source in opened.specs and torch.equal(dense[alias], opened.read(source)):
-            del dense[alias]
-    for name in factors:
-        if name not in opened.specs:
-            raise TwinmergeError(
-                f"The adapter {adapter.name} changes {name!r}, which its base {opened.name} does not have."
-                f"{nearest(name, opened.specs)} Name the base that the adapter was trained on."
-            )
-        shape = opened.specs[name].shape
-        if factors[name].shape != (shape[0], math.prod(shape[1:])):
-            raise TwinmergeError(
-                f"The adapter {adapter.name} changes {name!r} as {list(factors[name].shape)}, in its base {opened.name} it is "
-                f"{list(shape)}. Name the base that the adapter was trained on."
-            )
-    for name, tensor in dense.items():
-        opened.specs[name] = Spec(tensor.dtype, tuple(tensor.shape))
-    opened.factors, opened.dense = factors, dense
+    opened.architecture = class_for(adapter, opened.architecture)
+    base = Base(opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)
+    opened.changes = placed(adapter, base)
+    dense = {name: change.dense for name, change in opened.changes.items() if change.dense is not None}
+    opened.specs = {**opened.specs, **{n: Spec(t.dtype, tuple(t.shape)) for n, t in dense.items()}}
     return opened
-
-
-def _oriented(adapter: Adapter, architecture: Architecture | None) -> dict[str, Factors]:
-    """The factors as each module stores its weight: PEFT saves one `fan_in_fan_out`, whatever kinds are adapted."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    from twinmerge.maths.lowrank import Factors
-
-    modules = dict(architecture.skeleton.named_modules()) if architecture else {}
-    turned = {}
-    for name, factors in adapter.factors.items():
-        module = modules.get(name.removesuffix(".weight"))
-        if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module, Conv1D) != adapter.fan_in_fan_out:
-            factors = Factors(factors.a.T.contiguous(), factors.b.T.contiguous())
-        turned[name] = factors
-    return turned

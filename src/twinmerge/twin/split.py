@@ -80,6 +80,7 @@ def split(
     rank: int | None,
     linear: Sequence[float] | None = None,
     progress: bool = True,
+    base: OpenedModel | None = None,
 ) -> dict[str, Exclusive]:
     """The exclusive part of every expert: vt = θt − θs, each matrix cut to `rank` by its SVD.
 
@@ -90,6 +91,7 @@ def split(
         rank: at least 1; None keeps all of vt.
         linear: coefficients c with θs = θ0 + Σ ci τi, where the shared part is such a sum. LoRA experts are then split in
             product space: vt = Bt At − Σ ci Bi Ai is put together from the factors and no matrix is made.
+        base: θ0 of that sum, which the experts' factors have to be on; without it they are taken to be.
 
     Errors:
         TwinmergeError: rank below 1.
@@ -107,8 +109,7 @@ def split(
         for name in bar:
             reference = shared[name]
             matrix = Place(name, tuple(reference.shape)).is_matrix
-            if matrix and linear is not None and all(name in model.factors for model in experts.values()):
-                factors = [model.factors[name] for model in experts.values()]
+            if matrix and linear is not None and (factors := _products(experts, base, name)) is not None:
                 for i, expert in enumerate(experts):
                     weights = [float(i == j) - c for j, c in enumerate(linear)]
                     energies[expert] |= _positive(name, truncate_product(factors, weights).energy())
@@ -130,6 +131,14 @@ def split(
     for expert, name, found in parallel(lambda w: (w[0], w[1], w[2]()), work()):
         _keep(parts[expert], name, found, shared[name].dtype)
     return parts
+
+
+def _products(experts: Mapping[str, OpenedModel], base: OpenedModel | None, name: str) -> list[Factors] | None:
+    """What every expert adds to the base's very tensor, where that is a product for all of them."""
+    if not all(model.low_rank(name) for model in experts.values()):
+        return None
+    found = [model.factors[name] if base is None else model.factors_on(base, name) for model in experts.values()]
+    return None if any(f is None for f in found) else [f for f in found if f is not None]
 
 
 def _positive(name: str, energy: float) -> dict[str, float]:

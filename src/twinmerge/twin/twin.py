@@ -174,7 +174,7 @@ class Twin(nn.Module):
             `split`.
         """
         names = [n for n in matched.merged if not is_buffer(base, n)]
-        exclusive = split(state, experts, names, rank, linear, progress)
+        exclusive = split(state, experts, names, rank, linear, progress, base)
         head_specs = heads_of(experts, matched, list(experts))
         shared_model = folder_format.shared_in_memory(base, state, f"twin of {', '.join(experts)}")
         package = Package(shared_model, exclusive, head_specs, None, (), None, dict(provenance))
