@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from twinmerge.continual.heads import with_heads
 from twinmerge.continual.pieces import rounded
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.provenance import PACKAGES
@@ -33,10 +34,11 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
         specs[name] = Spec(code, spec.shape) if code and spec.is_float else spec
     stored = {base.stored[name]: spec for name, spec in specs.items()}
     blocks: dict[str, list[str]] = {}
-    with OutputFolder(out, sum(spec.bytes for spec in specs.values())) as folder:
+    output = OutputFolder(out, sum(spec.bytes for spec in specs.values()))
+    with with_heads(continual.folder) as (state, heads), output as folder:
         writer = CheckpointWriter(folder, layout(stored))
         try:
-            for each, values in continual.settled():
+            for each, values in continual.settled(state):
                 tensor = rounded(values, specs[each.name].dtype, each.name)
                 raw = np.frombuffer(bytes_of(tensor.contiguous()), np.uint8)
                 writer.write(base.stored[each.name], each.start, raw)
@@ -52,7 +54,7 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
             writer.close()
         copy_side_files(base.folder, folder)
         write_config(base, folder, dtype)
-        if heads := continual.heads():
+        if heads:
             save_heads(folder, heads, folder_fingerprint(folder), {})
         told = {"continual": _told(continual), "versions": {package: version(package) for package in PACKAGES}}
         sums = {"output": {base.stored[name]: joined(found) for name, found in blocks.items()}}

@@ -16,7 +16,7 @@ import numpy as np
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.artefact import Artefact, in_order, metadata_of, open_artefact, undamaged
-from twinmerge.store.checkpoint import Spec
+from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.checksum import joined
 from twinmerge.store.output import DISK_FULL, CheckpointWriter, header_of
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FILE = "state.safetensors"
-KIND, VERSION = "continual", 2
+KIND, VERSION = "continual", 3  # 3: names the heads of its experts
 UNKNOWN = "?" * 32  # as long as a checksum
 LONGEST = -1.2345678901234567e-300  # no float64 is written longer
 
@@ -32,7 +32,7 @@ LONGEST = -1.2345678901234567e-300  # no float64 is written longer
 @dataclass(frozen=True)
 class Arrived:
     """One expert that is in the state. model: where it was read from; fingerprint: of that model; content: checksum of all that
-    was read of it; norm: ‖τ‖; head: label names of its head, None without one."""
+    was read of it; norm: ‖τ‖; head: checksum of the file of its head, None without one."""
 
     name: str
     model: str
@@ -40,6 +40,7 @@ class Arrived:
     content: str
     norm: float
     licence: str | None = None
+    head: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,43 @@ class StateFile:
             raise TwinmergeError(
                 f"{folder} is no continual state: it has no {FILE}. Make one with `twinmerge continual init`."
             )
-        artefact, self._checkpoint = open_artefact(self.file, KIND, VERSION)
+        self._open = contextlib.ExitStack()
+        artefact, self._checkpoint = self._opened()
         self.base, self.specs = artefact.base, self._checkpoint.specs
         with undamaged(self.file):
             self.about = Description.of(artefact.header)
             if set(self.specs) != set(self.about.checksums):
                 raise ValueError("checksums")
 
+    def _opened(self) -> tuple[Artefact, Checkpoint]:
+        """Header and file of one state, which stays open: another one may take its name meanwhile."""
+        while True:
+            artefact, checkpoint = open_artefact(self.file, KIND, VERSION)
+            if artefact.version < VERSION:
+                raise TwinmergeError(
+                    f"{self.file} has version {artefact.version} of its layout, which does not name the heads of its experts. Make the state again."
+                )
+            try:
+                (self._fd,) = self._open.enter_context(checkpoint.held())
+            except OSError:  # replaced between header and opening
+                checkpoint.close()
+                continue
+            return artefact, checkpoint
+
     def read_range(self, key: str, start: int, out: NDArray[np.uint8]) -> None:
         """Fill the bytes of `out` with elements from `start` on, flat."""
         self._checkpoint.read_into(key, start, out)
 
-    def bytes(self) -> int:
-        return self.file.stat().st_size
+    def is_current(self) -> bool:
+        """Whether the folder still has this state, and no later one."""
+        try:
+            now, mine = self.file.stat(), os.fstat(self._fd)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(now, mine) and now.st_mtime_ns == mine.st_mtime_ns
 
     def close(self) -> None:
+        self._open.close()
         self._checkpoint.close()
 
     def __enter__(self) -> StateFile:
@@ -161,7 +184,7 @@ class StateWriter:
             out.flush()
             os.fsync(out.fileno())
         os.replace(self.partial, self.folder / FILE)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _artefact(self, about: Description) -> Artefact:
         return Artefact(KIND, VERSION, self.base, asdict(about), {})
@@ -190,7 +213,7 @@ def next_state(folder: Path, base: str, about: Description, specs: Mapping[str, 
             (folder / f"{FILE}.partial").unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The rename itself on the disk, where the system lets a folder be synced."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
