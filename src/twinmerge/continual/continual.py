@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from twinmerge.continual.change import Change
 from twinmerge.continual.folds import fold_of
+from twinmerge.continual.heads import heads_bytes, remove_others, with_heads, write_head
 from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces, places_of, rounded, worked
 from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
 from twinmerge.engine.card import licence_of
@@ -25,7 +25,7 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.recipe import DTYPES, EXPERT_NAME
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.fold import Seen, SumFold
-from twinmerge.models.headed import HeadSpec, load_head, save_head
+from twinmerge.models.headed import HeadSpec
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
 from twinmerge.store.output import OutputFolder, alone_in
@@ -120,15 +120,16 @@ class Continual:
                         f"{name!r} is the same model as the expert {other.name!r}: it counts twice from now on.",
                         stacklevel=2,
                     )
-            entry = Arrived(name, expert.name, print_of, "", 0.0, licence_of(expert.folder))
-            self._keep_head(name, head)
+            remove_others(self.folder, about)  # what a killed run left
+            kept = None if head is None else write_head(self.folder, name, head, self.fingerprint)
+            entry = Arrived(name, expert.name, print_of, "", 0.0, licence_of(expert.folder), kept)
             about = replace(
                 about, experts=(*about.experts, entry), removed=tuple(n for n in about.removed if n != name)
             )
             try:
                 self.about = Change("absorb", self.method, self.base, state, about, expert, names).write(self.progress)
             except Exception:
-                self._drop_head(name)
+                remove_others(self.folder, state.about)
                 raise
 
     def remove(self, name: str, model: ModelLike | None = None) -> None:
@@ -162,44 +163,50 @@ class Continual:
             left = tuple(e for e in about.experts if e.name != name)
             about = replace(about, experts=(*left, entry), removed=(*about.removed, name))
             self.about = Change("release", self.method, self.base, state, about, expert, names).write(self.progress)
-            self._drop_head(name)
+            remove_others(self.folder, self.about)
 
     # ------------------------------------------------------------------ the model of now
 
-    def settled(self) -> Iterator[tuple[Range, Tensor]]:
-        """The merged model piece by piece, in order: range and its values in float64, flat; tensors of the base alone are not in it."""
-        with StateFile(self.folder) as state:
-            self.about = state.about  # another process may have changed it
-            if not state.about.experts:
-                raise TwinmergeError(
-                    f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`."
-                )
-            check_written([self.base])
-            places = places_of(self.base, names_of(state))
-            shapes = {name: self.method.parts(place) for name, place in places.items()}
-            seen, sums = self.seen, Sums(state.expected, str(state.file))
+    def settled(self, state: StateFile) -> Iterator[tuple[Range, Tensor]]:
+        """The merged model piece by piece, in order: range and its values in float64, flat; tensors of the base alone are not in it.
 
-            def work(each: Range) -> tuple[Tensor, dict[str, list[str]]]:
-                place = places[each.name]
-                old = kept_of(state, shapes[each.name], each, place)
-                held = in_shape({part: found.values for part, found in old.items()}, shapes[each.name], each, place)
-                change = self.method.settle(held, place, seen).reshape(-1)
-                theta = of_model(self.base, each, f"the base {self.base.name}").values
-                return theta + change, {part: found.digests for part, found in old.items()}
+        Args:
+            state: that is open; another process may give the folder another one meanwhile.
+        """
+        self.about = state.about
+        if not state.about.experts:
+            raise TwinmergeError(f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`.")
+        check_written([self.base])
+        places = places_of(self.base, names_of(state))
+        shapes = {name: self.method.parts(place) for name, place in places.items()}
+        seen, sums = seen_of(state.about), Sums(state.expected, str(state.file))
 
-            todo = list(pieces(places, self.method.settles_whole))
-            for each, (values, digests) in worked(todo, work, "merging", self.progress):
-                for part, found in digests.items():
-                    sums.add(f"{part}/{each.name}", found)
-                yield each, values
-            sums.check()
+        def work(each: Range) -> tuple[Tensor, dict[str, list[str]]]:
+            place = places[each.name]
+            old = kept_of(state, shapes[each.name], each, place)
+            held = in_shape({part: found.values for part, found in old.items()}, shapes[each.name], each, place)
+            change = self.method.settle(held, place, seen).reshape(-1)
+            theta = of_model(self.base, each, f"the base {self.base.name}").values
+            return theta + change, {part: found.digests for part, found in old.items()}
+
+        todo = list(pieces(places, self.method.settles_whole))
+        for each, (values, digests) in worked(todo, work, "merging", self.progress):
+            for part, found in digests.items():
+                sums.add(f"{part}/{each.name}", found)
+            yield each, values
+        sums.check()
 
     def canonical_state(self, dtype: str | None = None) -> dict[str, Tensor]:
         """The whole merged model in memory by canonical names; `dtype`: the base's where None."""
+        with StateFile(self.folder) as state:
+            return self.canonical_state_of(state, dtype)
+
+    def canonical_state_of(self, state: StateFile, dtype: str | None = None) -> dict[str, Tensor]:
+        """The same of a state that is open."""
         found = {name: self.base.read(name) for name in self.base.specs}
         code = getattr(torch, dtype) if dtype else None
         merged: dict[str, Tensor] = {}
-        for each, values in self.settled():
+        for each, values in self.settled(state):
             spec = self.base.spec(each.name)
             if each.name not in merged:
                 merged[each.name] = torch.empty(spec.numel, dtype=code or spec.dtype)
@@ -225,19 +232,12 @@ class Continual:
 
     def heads(self) -> dict[str, HeadSpec]:
         """The heads of the experts that have one, in their order."""
-        there = [name for name in self.about.names if (self.folder / "heads" / name).is_dir()]
-        return {name: load_head(self.folder, name, self.fingerprint) for name in there}
-
-    @property
-    def seen(self) -> Seen:
-        """What is known of the whole model."""
-        norms = [expert.norm for expert in self.about.experts]
-        return Seen(len(norms), math.fsum(norms) / max(len(norms), 1), self.about.state_norm)
+        with with_heads(self.folder) as (_, heads):
+            return heads
 
     def status(self) -> dict[str, Any]:
         """Method, experts, norms and bytes, as plain data."""
-        seen = self.seen
-        heads = sum(f.stat().st_size for f in (self.folder / "heads").rglob("*") if f.is_file())
+        seen = seen_of(self.about)
         return {
             "folder": str(self.folder),
             "base": self.about.base_model,
@@ -250,7 +250,7 @@ class Continual:
             "mean_norm": seen.mean_norm,
             "state_norm": seen.state_norm,
             "state_bytes": (self.folder / FILE).stat().st_size,
-            "heads_bytes": heads,
+            "heads_bytes": heads_bytes(self.folder, self.about),
         }
 
     @cached_property
@@ -297,13 +297,11 @@ class Continual:
                 f"Taking {entry.name!r} out needs the expert itself, and it cannot be read: {error} Say where it is with --expert."
             ) from error
 
-    def _keep_head(self, name: str, head: HeadSpec | None) -> None:
-        self._drop_head(name)  # of a run that was killed
-        if head is not None:
-            save_head(self.folder, name, head, self.fingerprint)
 
-    def _drop_head(self, name: str) -> None:
-        shutil.rmtree(self.folder / "heads" / name, ignore_errors=True)
+def seen_of(about: Description) -> Seen:
+    """What is known of the whole model."""
+    norms = [expert.norm for expert in about.experts]
+    return Seen(len(norms), math.fsum(norms) / max(len(norms), 1), about.state_norm)
 
 
 def names_of(state: StateFile) -> list[str]:

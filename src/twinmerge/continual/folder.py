@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinmerge.continual.heads import with_heads
 from twinmerge.continual.pieces import rounded
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.provenance import PACKAGES
@@ -33,10 +34,10 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
     stored = {base.stored[name]: spec for name, spec in specs.items()}
     written: set[str] = set()
     output = OutputFolder(out, sum(spec.bytes for spec in specs.values()))
-    with output as folder:
+    with with_heads(continual.folder) as (state, heads), output as folder:
         writer = CheckpointWriter(folder, layout(stored))
         try:
-            for each, values in continual.settled():
+            for each, values in continual.settled(state):
                 tensor = rounded(values, specs[each.name].dtype, each.name)
                 writer.write(base.stored[each.name], each.start, tensor.contiguous())
                 written.add(each.name)
@@ -48,7 +49,7 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
             writer.close()
         copy_side_files(base.folder, folder)
         write_config(base, folder, dtype)
-        if heads := continual.heads():
+        if heads:
             save_heads(folder, heads, folder_fingerprint(folder), {})
         told = {"continual": _told(continual), "versions": {package: version(package) for package in PACKAGES}}
         disk.write_json(folder / PROVENANCE, told)

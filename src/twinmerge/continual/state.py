@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store import disk
-from twinmerge.store.artefact import LONGEST, Artefact, ArtefactWriter, open_artefact, undamaged
+from twinmerge.store.artefact import LONGEST, Artefact, ArtefactFile, ArtefactWriter, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checksum import UNSEALED
 from twinmerge.store.output import DISK_FULL
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FILE = "state.safetensors"
-KIND, VERSION = "continual", 3
+KIND, VERSION = "continual", 3  # 3: names the heads of its experts
 
 
 @dataclass(frozen=True)
 class Arrived:
     """One expert that is in the state. model: where it was read from; fingerprint: of that model; content: checksum of all that
-    was read of it; norm: ‖τ‖; head: label names of its head, None without one."""
+    was read of it; norm: ‖τ‖; head: checksum of the file of its head, None without one."""
 
     name: str
     model: str
@@ -36,6 +37,7 @@ class Arrived:
     content: str
     norm: float
     licence: str | None = None
+    head: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,21 +86,44 @@ class StateFile:
             raise TwinmergeError(
                 f"{folder} is no continual state: it has no {FILE}. Make one with `twinmerge continual init`."
             )
-        self._opened = open_artefact(self.file, KIND, VERSION)
+        self._open = contextlib.ExitStack()
+        self._opened = self._held()
         self.base, self.specs, self.expected = self._opened.artefact.base, self._opened.specs, self._opened.expected
         with undamaged(self.file):
             self.about = Description.of(self._opened.artefact.header)
             if self.specs.keys() != self.expected.keys():
                 raise ValueError("checksums")
 
+    def _held(self) -> ArtefactFile:
+        """The file, which stays open: another state may take its name meanwhile."""
+        while True:
+            opened = open_artefact(self.file, KIND, VERSION)
+            if opened.artefact.version < VERSION:
+                raise TwinmergeError(
+                    f"{self.file} has version {opened.artefact.version} of its layout, which does not name the heads of its experts. Make the "
+                    "state again."
+                )
+            try:
+                (self._fd,) = self._open.enter_context(opened.held())
+            except OSError:  # replaced between header and opening
+                opened.close()
+                continue
+            return opened
+
     def read_range(self, key: str, start: int, out: NDArray[np.uint8]) -> None:
         """Fill the bytes of `out` with elements from `start` on, flat."""
         self._opened.read_into(key, start, out)
 
-    def bytes(self) -> int:
-        return self.file.stat().st_size
+    def is_current(self) -> bool:
+        """Whether the folder still has this state, and no later one."""
+        try:
+            now, mine = self.file.stat(), os.fstat(self._fd)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(now, mine) and now.st_mtime_ns == mine.st_mtime_ns
 
     def close(self) -> None:
+        self._open.close()
         self._opened.close()
 
     def __enter__(self) -> StateFile:

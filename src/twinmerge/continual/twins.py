@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.continual.continual import Continual
+from twinmerge.continual.state import StateFile
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.matching import match
@@ -33,10 +34,17 @@ def twin_of(
     Errors:
         TwinmergeError: no expert yet, or one that is not there any more or is another model (named).
     """
-    about = continual.about
+    with StateFile(continual.folder) as now:
+        return _twin_of(continual, now, rank, experts or {}, progress)
+
+
+def _twin_of(
+    continual: Continual, now: StateFile, rank: int | None, experts: Mapping[str, ModelLike], progress: bool
+) -> Twin:
+    about = now.about
     opened = {}
     for entry in about.experts:
-        model = (experts or {}).get(entry.name, entry.model)
+        model = experts.get(entry.name, entry.model)
         try:
             opened[entry.name] = open_model(model, None if isinstance(model, str | Path) else entry.name)
         except TwinmergeError as error:
@@ -48,7 +56,7 @@ def twin_of(
                 f"{opened[entry.name].name} is not the model that was added as {entry.name!r}. Say where that one is with --expert."
             )
     base = continual.base
-    state = continual.canonical_state()
+    state = continual.canonical_state_of(now)
     matched = match(base, opened, about.heads)
     parameters = {k: v for k, v in about.parameters.items() if k != "weights"}
     recipe = Recipe(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,6 +200,16 @@ class Checkpoint:
     def place(self, name: str) -> tuple[int, int]:
         """Where the tensor's bytes lie: the index of its file in `files` and the offset in it; sorts reads."""
         return self._place[name]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """Within the context the files stay open (their descriptors), so that what takes the name of one is not read for it.
+
+        Errors:
+            OSError: a file changed since its header was read.
+        """
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(handle.use()) for handle in self._handles]
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
