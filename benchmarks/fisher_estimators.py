@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=128)
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()[: 2 * args.rows]]
+    rows = [json.loads(line) for line in args.data.read_bytes().strip().split(b"\n")[: 2 * args.rows]]
     texts = [(r["text"], r["text_pair"]) if r.get("text_pair") else r["text"] for r in rows]
     model, encoder = Measured(str(args.model)), TextEncoder(args.model, max_tokens=128)
     data, other = (batches(encoder, texts[at : at + args.rows], at) for at in (0, args.rows))

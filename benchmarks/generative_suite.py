@@ -12,6 +12,7 @@ and RECIPE below, nothing tuned for a kind) and skips what is there. `score` is 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import platform
@@ -104,7 +105,7 @@ def _in_three(texts: list[str]) -> dict[str, list[str]]:
 
 def _shakespeare(file: Path) -> dict[str, list[str]]:
     """Blocks of BLOCK_LINES lines."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = list(io.StringIO(file.read_text(encoding="utf-8")))
     return _in_three(["".join(lines[i : i + BLOCK_LINES]) for i in range(0, len(lines), BLOCK_LINES)])
 
 
@@ -122,7 +123,7 @@ def _rows(folders: list[Path]) -> dict[str, list[str]]:
     seen: set[str] = set()
     found: dict[str, list[str]] = {}
     for split in SPLITS:
-        lines = [line for f in folders for line in (f / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [line for f in folders for line in (f / f"{split}.jsonl").read_bytes().split(b"\n")]
         texts = dict.fromkeys(str(json.loads(line)["text"]) for line in lines if line)
         found[split] = [t for t in texts if t not in seen]
         seen |= set(texts)
@@ -210,7 +211,7 @@ def train_all(corpus: Path, text: Path, models_dir: Path) -> None:
     base = models_dir / "base"
     if not (base / "tokenizer.json").exists():
         train_tokenizer(texts, base)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     tokens = streams(texts, tokenizer)
     sizes = {
         kind: {
@@ -239,7 +240,7 @@ def train_all(corpus: Path, text: Path, models_dir: Path) -> None:
             config = LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=end, pad_token_id=end)
             model = LlamaForCausalLM(config)
         else:
-            model = AutoModelForCausalLM.from_pretrained(base)
+            model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
         kinds = KINDS if name == "base" else (name,)
         start = time.perf_counter()
         train(model, [tokens[kind]["train"] for kind in kinds], BASE if name == "base" else RECIPE, name)

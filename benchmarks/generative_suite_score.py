@@ -60,7 +60,7 @@ def continuation_losses(answer: Callable[[Tensor], Tensor], rows: Tensor) -> NDA
 
 def model_losses(folder: Path, rows: Mapping[str, Tensor]) -> Losses:
     """The losses of a plain model folder on every kind."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     return {kind: continuation_losses(lambda part: model(input_ids=part).logits, r) for kind, r in rows.items()}
 
 
@@ -138,7 +138,7 @@ def score(corpus: Path, text: Path, models: Path, out: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     base, experts = str(models / "base"), {kind: str(models / kind) for kind in KINDS}
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     tokens = streams(documents(corpus, text), tokenizer)
     limits = dict(zip(SPLITS, (ROUTER_WINDOWS, VALIDATION_WINDOWS, TEST_WINDOWS), strict=True))
     train, validation, test = ({k: windows(tokens[k][s], limits[s]) for k in KINDS} for s in SPLITS)

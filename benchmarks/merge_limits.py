@@ -41,7 +41,7 @@ def run(command: list[str]) -> Ran:
     peer = str(Path(__file__).with_name("merge_speed_peer.py"))
     # a bare interpreter in between: a process inherits the peak memory of the one that starts it
     measured = subprocess.run([sys.executable, "-I", "-S", peer, "measure", str(log), *command], capture_output=True)
-    found = json.loads(measured.stdout.splitlines()[-1])
+    found = json.loads(measured.stdout.strip().split("\n")[-1])
     said = log.read_text()
     log.unlink()
     if found["code"]:

@@ -304,7 +304,7 @@ class Bench:
         if measured.returncode:
             return {"error": self.plain(measured.stderr[-2000:])}
         found: Run = json.loads(measured.stdout)
-        lines = [part for part in log.read_text(errors="replace").splitlines() if part.strip()]
+        lines = [part for part in log.read_text(errors="replace").split("\n") if part.strip()]
         if found["code"]:
             found["error"] = self.plain("\n".join(lines[-20:]))
         elif self.helper in command:
@@ -340,7 +340,7 @@ class Bench:
                 if "error" not in found and (written := weight_bytes(out)) < 2 * family.parameters:
                     found["error"] = f"it wrote {written} bytes of weights, not {2 * family.parameters}"
                 runs[way].append(found)
-                result = found["error"].splitlines()[-1] if "error" in found else f"{found['wall_s']:.2f} s"
+                result = found["error"].strip().split("\n")[-1] if "error" in found else f"{found['wall_s']:.2f} s"
                 say(
                     f"{family.parameters / 1e9:.3f} billion, {method}, pair {pair + 1} of {pairs}, {LABELS[way]}: {result}"
                 )
@@ -393,7 +393,7 @@ def warm(files: Iterator[Path]) -> None:
 
 def touch_free_memory() -> None:
     """Let the host of a virtual machine give back the free memory that it took."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().strip().split("\n"))
     size = 1024 * int(lines["MemFree"].split()[0]) - SPARE
     if size < mmap.PAGESIZE:
         return
@@ -438,7 +438,7 @@ def say(text: str) -> None:
 
 
 def machine(peer: Path | None) -> dict[str, Any]:
-    processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    processor = [line for line in Path("/proc/cpuinfo").read_text().split("\n") if line.startswith("model name")]
     found = {
         "processor": processor[0].partition(":")[2].strip() if processor else platform.machine(),
         "cores": os.cpu_count(),
@@ -552,7 +552,9 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if failed:
         lines += ["", "Failed runs:", ""]
-        lines += [f"- {method}, {label}: {error.splitlines()[-1]}" for method, label, error in dict.fromkeys(failed)]
+        for method, label, error in dict.fromkeys(failed):
+            last = error.strip().rpartition("\n")[2]
+            lines.append(f"- {method}, {label}: {last}")
     return "\n".join(lines) + "\n"
 
 

@@ -78,7 +78,7 @@ def measure(log: str, command: list[str]) -> dict[str, float | None]:
 
 
 def _kilobytes(file: str, key: str) -> int:
-    return sum(int(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(key))
+    return sum(int(line.split()[1]) for line in Path(file).read_text().split("\n") if line.startswith(key))
 
 
 def copy(threads: int, out: Path, groups: list[list[str]]) -> dict[str, float]:

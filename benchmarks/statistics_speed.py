@@ -83,7 +83,7 @@ def measured(command: Sequence[str]) -> dict[str, Any]:
         said = Path(log.name).read_text(errors="replace")
     if found["code"]:
         raise SystemExit(f"{' '.join(command)} failed:\n{said}")
-    lines = [text for text in said.splitlines() if text.startswith("{")]
+    lines = [text for text in said.split("\n") if text.startswith("{")]
     return found | (json.loads(lines[-1]) if lines else {})
 
 

@@ -69,7 +69,7 @@ def exact_states(base: str, experts: dict[str, str], suite: Any, names: list[str
     encoder = TextEncoder(base, positions=512)
     found = []
     for name in names:
-        model = AutoModel.from_pretrained(experts[name]).eval()
+        model = AutoModel.from_pretrained(experts[name], trust_remote_code=False).eval()
         for _, rows in batches(suite[name].rows("validation", VALIDATION_ROWS), 32, "length"):
             found.append(model(**encoder.encode(rows)).last_hidden_state[:, 0])
     return torch.cat(found)

@@ -47,7 +47,7 @@ def default_base() -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def batches_by_length(lengths: list[int], steps: int) -> list[list[int]]:
@@ -70,12 +70,13 @@ def train_expert(base: str, suite: Path, task: str, labels: list[str], out: Path
     """Fine-tune all parameters of `base` on one task by RECIPE and save the folder `out`."""
     torch.manual_seed(RECIPE["seed"])
     rows = read_rows(suite / task / "train.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     model = AutoModelForSequenceClassification.from_pretrained(
         base,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
+        trust_remote_code=False,
     )
     model.train()
     steps = RECIPE["steps_many_labels"] if len(labels) > 20 else RECIPE["steps"]

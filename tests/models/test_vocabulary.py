@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from tokenizers import Tokenizer, models
 
+from twinmerge.errors import TwinmergeError
 from twinmerge.models.vocabulary import other_tokens
 
 WORDS = {"[UNK]": 0, "cat": 1, "dog": 2, "é": 3}
@@ -67,3 +69,33 @@ def test_nothing_is_said_of_what_is_not_known(tmp_path, content):
     assert other_tokens(base, folder(tmp_path / "strange", "tokenizer.json", content)) is None
     (tmp_path / "empty").mkdir()
     assert other_tokens(base, tmp_path / "empty") is None and other_tokens(None, base) is None
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_are_those_that_transformers_reads(tmp_path, end):
+    """Oracle: the ids of transformers' own reader, of tokens that hold what `str.splitlines` splits at."""
+    from transformers.models.bert.tokenization_bert import load_vocab
+
+    words = ["[PAD]", "a\u2028b", "c\u0085d", "e\x0cf", "\x1cg", "h\x0b", "[UNK]", "i"]
+    turned = [*words[:6], "i", "[UNK]"]
+    folders = []
+    for name, tokens in (("base", words), ("turned", turned)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_bytes("".join(f"{token}{end}" for token in tokens).encode())
+        folders.append(tmp_path / name)
+        assert load_vocab(tmp_path / name / "vocab.txt") == {token: i for i, token in enumerate(tokens)}
+    said = other_tokens(*folders)
+    assert said == "2 of its 8 tokens have another id than in the base or none there, such as 'i' (6, in the base 7)"
+
+
+def test_a_tokenizer_that_leads_out_of_its_folder(tmp_path):
+    base = folder(tmp_path / "base", *stored("word level", WORDS))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").symlink_to(base / "tokenizer.json")
+    with pytest.raises(TwinmergeError, match=r"other/tokenizer.json is a link to .*, outside its folder"):
+        other_tokens(base, tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").unlink()
+    (tmp_path / "other" / "tokenizer.json").touch()
+    os.truncate(tmp_path / "other" / "tokenizer.json", 1 << 40)
+    with pytest.raises(TwinmergeError, match=r"tokenizer.json has 1099511627776 bytes, more than"):
+        other_tokens(base, tmp_path / "other")

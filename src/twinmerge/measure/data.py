@@ -17,7 +17,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.measure.model import Measured
 from twinmerge.measure.rows import Row, Rows
-from twinmerge.store.foreign import check_settings
+from twinmerge.store.foreign import check_settings, reason
 from twinmerge.tasks.encode import TextEncoder
 
 WINDOW = 16  # batches whose rows are sorted by length together, so that little is padded
@@ -234,9 +234,8 @@ def _open_processor(model: Measured) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here; the user needs one sentence
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TwinmergeError(
-            f"{model.folder} has no image processor that can be read ({reason}). Copy preprocessor_config.json into it."
+            f"{model.folder} has no image processor that can be read ({reason(error)}). Copy preprocessor_config.json into it."
         ) from error
 
 

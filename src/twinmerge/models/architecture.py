@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.store.foreign import find, read_json
+from twinmerge.store.foreign import find, read_json, reason
 
 TASK_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -157,7 +157,7 @@ def read_config(folder: Path) -> PretrainedConfig | None:
         raise
     except Exception as error:  # transformers raises many kinds here; the user needs one sentence
         raise TwinmergeError(
-            f"{file} is not a config that transformers {transformers.__version__} reads ({_one_line(error)}). Restore it."
+            f"{file} is not a config that transformers {transformers.__version__} reads ({reason(error)}). Restore it."
         ) from error
     return config
 

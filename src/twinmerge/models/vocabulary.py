@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import filecmp
-import json
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from twinmerge.store.foreign import VOCABULARY, find, parse_json, read_bytes
 
 READABLE = ("tokenizer.json", "vocab.json", "vocab.txt")
 OPAQUE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -28,17 +29,21 @@ def other_tokens(base: Path | None, expert: Path | None) -> str | None:
     if base is None or expert is None:
         return None
     for name in READABLE:
-        files = base / name, expert / name
-        if all(file.is_file() for file in files):
-            if filecmp.cmp(*files, shallow=False):
-                return None
-            theirs, own = map(_tokens, files)
+        if (files := _both(base, expert, name)) is not None:
+            theirs, own = (None, None) if files[0] == files[1] else (_tokens(name, raw) for raw in files)
             return None if theirs is None or own is None else _differing(theirs, own)
     for name in OPAQUE:
-        files = base / name, expert / name
-        if all(file.is_file() for file in files) and not filecmp.cmp(*files, shallow=False):
+        if (files := _both(base, expert, name)) is not None and files[0] != files[1]:
             return f"its {name} is another file than the base's"
     return None
+
+
+def _both(base: Path, expert: Path, name: str) -> tuple[bytes, bytes] | None:
+    theirs, own = find(base, name), find(expert, name)
+    if theirs is None or own is None:
+        return None
+    advice = "Take it away, or restore it."
+    return read_bytes(theirs, VOCABULARY.bytes, advice), read_bytes(own, VOCABULARY.bytes, advice)
 
 
 def _differing(base: Mapping[str, int], expert: Mapping[str, int]) -> str | None:
@@ -53,18 +58,20 @@ def _differing(base: Mapping[str, int], expert: Mapping[str, int]) -> str | None
     )
 
 
-def _tokens(file: Path) -> dict[str, int] | None:
+def _tokens(name: str, raw: bytes) -> dict[str, int] | None:
     """Token -> id, None where the file is not of a known form."""
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".txt":
-            return {token: i for i, token in enumerate(text.splitlines())}
-        raw: Any = json.loads(text)
-        if file.name == "vocab.json":
-            return {str(token): int(i) for token, i in raw.items()}
-        vocabulary = raw["model"]["vocab"]
+        if (
+            name == "vocab.txt"
+        ):  # as transformers reads it: line feeds, carriage returns and both end a line, nothing else
+            lines = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8").readlines()
+            return {token.rstrip("\n"): i for i, token in enumerate(lines)}
+        found: Any = parse_json(raw, VOCABULARY)
+        if name == "vocab.json":
+            return {str(token): int(i) for token, i in found.items()}
+        vocabulary = found["model"]["vocab"]
         pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((t[0], i) for i, t in enumerate(vocabulary))
-        added = ((token["content"], token["id"]) for token in raw.get("added_tokens") or ())
+        added = ((token["content"], token["id"]) for token in found.get("added_tokens") or ())
         return {str(token): int(i) for token, i in (*pairs, *added)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None

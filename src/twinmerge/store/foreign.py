@@ -258,8 +258,16 @@ def open_regular(file: str | os.PathLike[str]) -> int:
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read, without the path that `str(error)` repeats."""
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    """Why a file cannot be read: one line, without the path that `str(error)` repeats.
+
+    Example:
+        >>> reason(FileNotFoundError(2, "No such file or directory", "x")), reason(KeyError())
+        ('No such file or directory', 'KeyError')
+    """
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error).strip() or type(error).__name__
+    if "trust_remote_code" in text:  # transformers' advice is to run it
+        return "it needs Python code of its own, which is never run here"
+    return text.partition("\n")[0]
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import uniform
-from twinmerge.store.foreign import check_settings
+from twinmerge.store.foreign import check_settings, reason
 from twinmerge.tasks.suite import Row
 
 Input: TypeAlias = str | tuple[str, str] | Row
@@ -218,8 +218,7 @@ def _open(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     except (
         Exception
     ) as error:  # transformers raises OSError, ValueError, KeyError and others for files that are not right
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TwinmergeError(f"{path} has no tokenizer that can be read ({reason}). {advice}") from error
+        raise TwinmergeError(f"{path} has no tokenizer that can be read ({reason(error)}). {advice}") from error
     # Without a vocabulary file transformers makes a tokenizer that knows no word, and says nothing.
     wanted = {*tokenizer.vocab_files_names.values()}
     if wanted and not any(any(path.glob(pattern)) for pattern in {*wanted, *VOCABULARIES}):

@@ -1,0 +1,75 @@
+"""Rules that all of the source holds, found by reading it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from twinmerge.store.header import CONVERT
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+OURS = {"Twin", "tm.Twin"}
+OPENERS = {"from_pretrained", "from_config", "get_config_dict", "pipeline", "cached_file"}
+
+
+def calls(text: str, names: set[str]) -> Iterator[tuple[ast.Call, str, str]]:
+    """Every call of one of the names in a source: (the call, what it is called on, its name)."""
+    if not any(name in text for name in names):  # parsing takes long
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            yield node, ast.unparse(node.func.value), node.func.attr
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield node, "", node.func.id
+
+
+def refuses_code(call: ast.Call) -> bool:
+    given = {word.arg: word.value for word in call.keywords}
+    value = given.get("trust_remote_code")
+    return isinstance(value, ast.Constant) and value.value is False
+
+
+def trusting(text: str, concrete: bool) -> list[str]:
+    """The calls that open something of transformers' without refusing its code.
+
+    concrete: whether calls on a named class of transformers count too, which never runs code of theirs.
+    """
+    return [
+        ast.unparse(call)
+        for call, on, name in calls(text, OPENERS)
+        if name in OPENERS and on not in OURS and (concrete or "Auto" in on) and not refuses_code(call)
+    ]
+
+
+def test_nothing_is_opened_that_may_run_their_code():
+    found = {str(file): trusting(file.read_text(), "src" in file.parts) for file in FILES}
+    assert not {file: lines for file, lines in found.items() if lines}
+    assert not trusting(CONVERT, True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AutoConfig.from_pretrained(x)",
+        "t.AutoModel.from_config(x, trust_remote_code=True)",
+        "getattr(transformers, 'AutoTokenizer').from_pretrained(x, trust_remote_code=trust)",
+        "pipeline('text-generation', x)",
+    ],
+)
+def test_the_search_finds_what_it_is_for(text):
+    assert trusting(text, True)
+
+
+def test_lines_end_at_line_feeds_only():
+    """`str.splitlines` splits at U+2028, U+0085 and form feeds too, which texts and tokens contain."""
+    found = [
+        f"{file}: {ast.unparse(call)}"
+        for file in FILES
+        for call, _, name in calls(file.read_text(), {"splitlines"})
+        if name == "splitlines"
+    ]
+    assert not found
