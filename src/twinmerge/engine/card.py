@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from twinmerge.engine.plain_data import from_yaml, to_yaml
+from twinmerge.engine.recipe import SEMANTICS
+from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
+
+README_BYTES = 1 << 20  # that are looked at; the largest front matters, of embedding models, have half of it
+FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
+LICENCE = re.compile(r"^license:.*(?:\n[ \t-].*)*", re.MULTILINE)
 
 
 def licence_of(folder: Path | None) -> str | None:
@@ -17,14 +23,17 @@ def licence_of(folder: Path | None) -> str | None:
     readme = folder / "README.md" if folder else None
     if readme is None or not readme.is_file():
         return None
-    parts = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
+    with readme.open("rb") as opened:
+        front = FRONT.match(opened.read(README_BYTES).decode("utf-8", errors="replace"))
+    found = LICENCE.search(front[1]) if front else None
+    if found is None:
         return None
     try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        said = from_yaml(found[0], "The front matter")["license"]
+    except TwinmergeError:
         return None
-    return str(front["license"]) if isinstance(front, dict) and front.get("license") else None
+    names = [said] if isinstance(said, str) else said if isinstance(said, list) else []
+    return ", ".join(" ".join(str(name).split()) for name in names)[:100] or None
 
 
 def model_card(
@@ -44,16 +53,20 @@ def model_card(
         f"| {label} | {_shown(model)} | {licences[label] or 'not stated'} |"
         for label, model in {"base": base, **experts}.items()
     )
-    recipe = yaml.safe_dump(dict(provenance["recipe"]), sort_keys=False, allow_unicode=True)
+    recipe = to_yaml(provenance["recipe"])
     heads = f"\nEach expert's output layers ({', '.join(head_names)}) are kept in `heads/`.\n" if head_names else ""
     mixed = "\nThe inputs name more than one licence; all of them apply.\n" if len(known) > 1 else ""
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {_title(kind)} of {', '.join(experts)}\n\n"
-        f"Made with twinmerge by `{provenance['recipe']['merge_method']}`.\n\n"
+        f"---\n{to_yaml(front)}---\n\n# {_title(kind)} of {', '.join(experts)}\n\n"
+        f"Made with twinmerge by `{provenance['recipe']['merge_method']}`{_semantics(provenance)}.\n\n"
         f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{mixed}{heads}\n"
         f"## Recipe\n\n```yaml\n{recipe}```\n\n"
         f"Parameters after defaults: `{json.dumps(provenance['parameters'], ensure_ascii=False)}`\n"
     )
+
+
+def _semantics(provenance: Mapping[str, Any]) -> str:
+    return f", {SEMANTICS[provenance['semantics']]}" if provenance.get("semantics") in SEMANTICS else ""
 
 
 def _title(kind: str) -> str:

@@ -24,7 +24,11 @@ NUMBER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|[-
 
 _INT, _FLOAT, _BOOL, _NULL, _TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "str"))
 _RESOLVERS = (
-    (_BOOL, re.compile(r"(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)\Z"), "yYnNtTfFoO"),
+    (
+        _BOOL,
+        re.compile(r"(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)\Z"),
+        "yYnNtTfFoO",
+    ),
     (_INT, re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z"), "-+0123456789"),
     (_FLOAT, re.compile(rf"(?:{NUMBER.pattern}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"), "-+.0123456789"),
     (_NULL, re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
@@ -34,7 +38,7 @@ _RESOLVERS = (
 class _Loader(yaml.SafeLoader):
     """Composes nodes, and stops where there are too many."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  a class attribute of PyYAML
+    yaml_implicit_resolvers: dict[str, Any] = {}
     count = depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -69,7 +73,9 @@ def read_plain(file: Path, what: str) -> Any:
         with file.open("rb") as opened:
             content = opened.read(BYTES[kind] + 1)
         if len(content) > BYTES[kind]:
-            raise TwinmergeError(f"The {what} {file} cannot be read: it has more than {BYTES[kind]} bytes. Give a {what}.")
+            raise TwinmergeError(
+                f"The {what} {file} cannot be read: it has more than {BYTES[kind]} bytes. Give a {what}."
+            )
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, TwinmergeError):
@@ -106,8 +112,8 @@ def from_yaml(text: str, where: str) -> Any:
         raise TwinmergeError(f"{where} cannot be read: {error}. Give a YAML or JSON file.") from error
     except yaml.YAMLError as error:
         raise TwinmergeError(f"{where} cannot be read: {error}. Give a YAML or JSON file.") from error
-    except (_Unreadable, RecursionError) as error:
-        said = error if isinstance(error, _Unreadable) else _too_much()
+    except (_UnreadableError, RecursionError) as error:
+        said = error if isinstance(error, _UnreadableError) else _too_much()
         raise TwinmergeError(f"{where} cannot be read: {said}") from error
     finally:
         if loader is not None:
@@ -132,8 +138,8 @@ def from_json(text: str, where: str) -> Any:
     try:
         data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
         _bounded(data)
-    except (_Unreadable, RecursionError) as error:
-        said = error if isinstance(error, _Unreadable) else _too_much()
+    except (_UnreadableError, RecursionError) as error:
+        said = error if isinstance(error, _UnreadableError) else _too_much()
         raise TwinmergeError(f"{where} cannot be read: {said}") from error
     except ValueError as error:
         raise TwinmergeError(f"{where} cannot be read: {error}. Give a YAML or JSON file.") from error
@@ -160,12 +166,14 @@ def same_number(text: str) -> float | None:
     return float(text) if NUMBER.fullmatch(text) else None
 
 
-class _Unreadable(Exception):
+class _UnreadableError(Exception):
     """What is wrong, and what to do."""
 
 
-def _too_much() -> _Unreadable:
-    return _Unreadable(f"it has more than {VALUES} values, or more than {DEPTH} inside each other. No recipe needs so many.")
+def _too_much() -> _UnreadableError:
+    return _UnreadableError(
+        f"it has more than {VALUES} values, or more than {DEPTH} inside each other. No recipe needs so many."
+    )
 
 
 class _Reader:
@@ -188,14 +196,14 @@ class _Reader:
                 line = key_node.start_mark.line + 1
                 key = self.value(key_node, depth + 1)
                 if key == "<<":
-                    raise _Unreadable(f"line {line} has a merge key (<<). Write the keys out.")
+                    raise _UnreadableError(f"line {line} has a merge key (<<). Write the keys out.")
                 if not isinstance(key, str):
-                    raise _Unreadable(f"line {line} has the key {key!r:.60}, which is no text. Put it in quotes.")
+                    raise _UnreadableError(f"line {line} has the key {key!r:.60}, which is no text. Put it in quotes.")
                 if key in found:
-                    raise _Unreadable(f"line {line} has the key {key!r:.60} a second time. Keep one of them.")
+                    raise _UnreadableError(f"line {line} has the key {key!r:.60} a second time. Keep one of them.")
                 found[key] = self.value(each, depth + 1)
             return found
-        raise _Unreadable(f"line {line} has the tag {node.tag!r:.60}. Write plain values.")
+        raise _UnreadableError(f"line {line} has the tag {node.tag!r:.60}. Write plain values.")
 
 
 def _scalar(tag: str, text: str, line: int) -> Any:
@@ -211,13 +219,13 @@ def _scalar(tag: str, text: str, line: int) -> Any:
         if tag == _FLOAT:
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     except (ValueError, KeyError) as error:
-        raise _Unreadable(f"line {line} has {text!r:.60}, which is no {tag.rpartition(':')[2]}.") from error
-    raise _Unreadable(f"line {line} has the tag {tag!r:.60}. Write plain values.")
+        raise _UnreadableError(f"line {line} has {text!r:.60}, which is no {tag.rpartition(':')[2]}.") from error
+    raise _UnreadableError(f"line {line} has the tag {tag!r:.60}. Write plain values.")
 
 
 def _sound(text: str) -> str:
-    if "\0" in text or not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise _Unreadable(f"the text {text!r:.60} has letters that no name or path has. Leave them out.")
+    if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
+        raise _UnreadableError(f"the text {text!r:.60} has letters that no name or path has. Leave them out.")
     return text
 
 
@@ -225,13 +233,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise _Unreadable(f"it has the key {key!r:.60} a second time. Keep one of them.")
+            raise _UnreadableError(f"it has the key {key!r:.60} a second time. Keep one of them.")
         found[key] = value
     return found
 
 
 def _no_number(name: str) -> NoReturn:
-    raise _Unreadable(f"it has {name}, which is no number. Give finite numbers.")
+    raise _UnreadableError(f"it has {name}, which is no number. Give finite numbers.")
 
 
 def _bounded(data: Any) -> None:
