@@ -80,7 +80,7 @@ def read_plain(file: Path, what: str) -> Any:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, TwinmergeError):
             raise
-        raise TwinmergeError(f"The {what} {file} cannot be read: {error}. Give a YAML or JSON file.") from error
+        raise TwinmergeError(f"The {what} {file} cannot be read: {error}. Write plain YAML or JSON.") from error
     return (from_json if kind == "json" else from_yaml)(text, f"The {what} {file}")
 
 
@@ -109,9 +109,9 @@ def from_yaml(text: str, where: str) -> Any:
     except yaml.composer.ComposerError as error:
         if "single document" in str(error):
             raise TwinmergeError(f"{where} cannot be read: it has several documents. Give a file for each.") from error
-        raise TwinmergeError(f"{where} cannot be read: {error}. Give a YAML or JSON file.") from error
+        raise TwinmergeError(f"{where} cannot be read: {error}. Write plain YAML or JSON.") from error
     except yaml.YAMLError as error:
-        raise TwinmergeError(f"{where} cannot be read: {error}. Give a YAML or JSON file.") from error
+        raise TwinmergeError(f"{where} cannot be read: {error}. Write plain YAML or JSON.") from error
     except (_UnreadableError, RecursionError) as error:
         said = error if isinstance(error, _UnreadableError) else _too_much()
         raise TwinmergeError(f"{where} cannot be read: {said}") from error
@@ -142,7 +142,7 @@ def from_json(text: str, where: str) -> Any:
         said = error if isinstance(error, _UnreadableError) else _too_much()
         raise TwinmergeError(f"{where} cannot be read: {said}") from error
     except ValueError as error:
-        raise TwinmergeError(f"{where} cannot be read: {error}. Give a YAML or JSON file.") from error
+        raise TwinmergeError(f"{where} cannot be read: {error}. Write plain YAML or JSON.") from error
     return data
 
 
