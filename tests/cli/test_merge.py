@@ -49,10 +49,12 @@ def test_merge_with_options(command: Any, zoo: Any, tmp_path: Path) -> None:
 def test_merge_with_a_recipe(command: Any, zoo: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"merge_method: linear\nbase_model: {zoo.base}\ndtype: bfloat16\nmodels:\n"
+        f"merge_method: linear\nbase_model: {zoo.base}\ndtype: bfloat16\nparameters: {{weight: 0}}\nmodels:\n"
         f"  - model: {zoo.mood}\n    parameters: {{weight: 3}}\n  - model: {zoo.kind}\n    parameters: {{weight: 1}}\n"
     )
-    found = command("merge", recipe, tmp_path / "out", "--json").json()
+    ran = command("merge", recipe, tmp_path / "out", "--json")
+    found = ran.json()
+    assert ran.err.endswith("average, by mergekit's semantics.\n") and found["semantics"] == "mergekit"
     assert found["method"] == "average" and found["output"] == str(tmp_path / "out") and found["smoke"] is None
     name = "encoder.layer.0.output.dense.weight"
     mood, kind = (weights(folder)[f"bert.{name}"] for folder in (zoo.mood, zoo.kind))
@@ -129,7 +131,7 @@ def test_lines(command: Any, deep: Any, tmp_path: Path) -> None:
     assert command(*run, "--lines", "a=5e-1,b=0.5", "-o", tmp_path / "fixed").code == 0
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"merge_method: task_arithmetic\nbase_model: {tmp_path / 'base'}\nlines: {{a: 0.5, b: 0.5}}\n"
+        f"compat: mergekit\nmerge_method: task_arithmetic\nbase_model: {tmp_path / 'base'}\nparameters: {{weight: 1}}\nlines: {{a: 0.5, b: 0.5}}\n"
         f"models: [{{model: {tmp_path / 'a'}}}, {{model: {tmp_path / 'b'}}}]\n"
     )
     assert command("merge", recipe, tmp_path / "read").code == 0

@@ -129,7 +129,7 @@ def test_names_and_values(command: Any, zoo: Any, tmp_path: Path, making: Any) -
         (["-p", "density=1.5"], "density=1.5 is out of range. Give a share between 0 and 1"),
         (["-p", "kind.density=-0.1"], "density=-0.1 is out of range"),
         (["-p", "density"], "-p 'density' is not name=value"),
-        (["-p", "scale=[1"], "A value of -p cannot be read"),
+        (["-p", "scale=[1"], "-p scale=[1 cannot be read"),
         (["-p", "scale=word"], "scale='word' is not allowed"),
         (["--expert", f"mood={zoo.mood}"], "--expert names 'mood' twice"),
         (["--expert", "noname"], "--expert 'noname' is not name=value"),
@@ -181,7 +181,7 @@ def test_a_router_for_one_expert(command: Any, zoo: Any, tmp_path: Path) -> None
 
 def test_what_to_merge_must_be_said_once(command: Any, zoo: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"merge_method: linear\nmodels:\n  - model: {zoo.mood}\n  - model: {zoo.kind}\n")
+    recipe.write_text(f"twinmerge: 1\nmerge_method: linear\nmodels:\n  - model: {zoo.mood}\n  - model: {zoo.kind}\n")
     out = tmp_path / "out"
     options = ["--method", "average", "--base", zoo.base, *zoo.given]
     for words, says in [
@@ -204,10 +204,10 @@ def test_what_to_merge_must_be_said_once(command: Any, zoo: Any, tmp_path: Path)
     ("change", "says"),
     [
         (("merge_method", "merge_metod"), "unknown key 'merge_metod'. Did you mean 'merge_method'?"),
-        (("density", "densty"), "ties has no parameter 'densty'. Did you mean 'density'?"),
+        (("density", "densty"), "mergekit has no parameter 'densty'. Did you mean 'density'?"),
         (("ties", "tiess"), "Unknown method 'tiess'. Did you mean 'ties'?"),
         (("name: kind", "name: mood"), "names the expert 'mood' twice"),
-        (("0.4", "4"), "density=4 is out of range"),
+        (("0.4", "4"), "density=4.0 is out of range"),
         (("models:", "slices: []\nmodels:"), "'slices' is a key of mergekit"),
         (("models:", "models: ]\nx:"), "cannot be read"),
     ],
@@ -215,7 +215,7 @@ def test_what_to_merge_must_be_said_once(command: Any, zoo: Any, tmp_path: Path)
 def test_recipes(command: Any, zoo: Any, tmp_path: Path, change: tuple[str, str], says: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     text = (
-        f"merge_method: ties\nbase_model: {zoo.base}\nparameters:\n  density: 0.4\nmodels:\n"
+        f"merge_method: ties\nbase_model: {zoo.base}\nparameters:\n  weight: 1\n  density: 0.4\nmodels:\n"
         f"  - model: {zoo.mood}\n    name: mood\n  - model: {zoo.kind}\n    name: kind\n"
     )
     assert text.count(change[0]) == 1

@@ -286,10 +286,11 @@ def test_nan_in_the_base_is_named_though_the_method_does_not_read_it(models):
 
 def test_recipe_goes_round(models, tmp_path):
     text = f"""
+        twinmerge: 1
         merge_method: linear
         base_model: {models.root / "base"}
         models: [{{model: {models.root / "x"}}}, {{model: {models.root / "y"}}}]
-        lines: {{b: 5e-1}}
+        lines: {{b: 0.5}}
     """
     recipe = recipe_from(yaml.safe_load(text))
     assert recipe.lines == Lines(None, 0.5)
@@ -385,7 +386,9 @@ def test_mistakes_are_named(raw, said):
     with pytest.raises(TwinmergeError, match=said):
         Lines.of(raw)
     with pytest.raises(TwinmergeError, match=said):
-        recipe_from({"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}], "lines": raw})
+        recipe_from(
+            {"twinmerge": 1, "merge_method": "ties", "base_model": "b", "models": [{"model": "a"}], "lines": raw}
+        )
 
 
 def test_what_lines_cannot_go_with():

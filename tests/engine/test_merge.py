@@ -144,6 +144,7 @@ def test_check_says_what_would_happen_and_writes_nothing(zoo, tmp_path, monkeypa
     del found["parameters"]
     assert found == {
         "method": "ties",
+        "semantics": "paper",
         "merged_tensors": len(zoo.base.state_dict()),
         "merged_parameters": size,
         "heads": {"x": HEAD, "y": HEAD},
@@ -177,6 +178,7 @@ def test_unrelated_expert_is_refused_before_anything_is_merged(zoo, tmp_path):
 def test_recipe_and_call_are_one(zoo):
     recipe = recipe_from(
         {
+            "compat": "paper",
             "merge_method": "ties",
             "base_model": zoo.paths["base"],
             "models": [

@@ -68,7 +68,9 @@ def test_heads_of_the_folder(saved, zoo):
 def test_provenance(saved, zoo):
     plan, out = saved
     found = json.loads((out / "twinmerge.json").read_text(encoding="utf-8"))
+    assert found["semantics"] == "paper"
     assert found["recipe"] == {
+        "twinmerge": 1,
         "merge_method": "ties",
         "base_model": zoo.paths["base"],
         "models": [{"name": n, "model": zoo.paths[n]} for n in "yx"],

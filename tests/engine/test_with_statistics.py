@@ -84,7 +84,7 @@ def test_headers_tell_what_the_pass_finds(family):
 def test_a_recipe_names_statistics_of_each_model(family, tmp_path):
     lines = [f"- model: {folder}\n  statistics: {family['statistics'][e]}" for e, folder in family["experts"].items()]
     file = tmp_path / "recipe.yaml"
-    file.write_text("merge_method: fisher\nmodels:\n" + "\n".join(lines))
+    file.write_text("twinmerge: 1\nmerge_method: fisher\nmodels:\n" + "\n".join(lines))
     recipe = read_recipe(file)
     again = Recipe.from_description(recipe.describe())
     want = in_memory(family)

@@ -57,7 +57,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 # ... and those that only the specification's numbers cover.
 OTHERS: dict[str, list[dict[str, Any]]] = {
     "ties": [{"compat": "official"}, {"compat": "mergekit"}, {"tie": "majority"}, {"tie": "positive"}],
-    "dare_ties": [{"compat": "official", "rescale": "l1"}, {"tie": "majority", "trim_density": 0.4}],
+    "dare_ties": [
+        {"compat": "official", "rescale": "l1"},
+        {"compat": "mergekit", "rescale": "l1", "merge": "sum"},
+        {"tie": "majority", "trim_density": 0.4},
+    ],
+    "task_arithmetic": [{"normalize": True, "scale": 0.7}],
+    "dare": [{"normalize": True, "rescale": "l1", "compat": "mergekit"}],
+    "slerp": [{"compat": "mergekit", "t": 0.3}],
     "emr": [{"compat": "official"}],
 }
 

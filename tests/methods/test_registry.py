@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,7 +86,6 @@ def test_values_that_a_field_does_not_take_are_named(name, parameters, field):
         ({"density": 0.3, "b.density": 0.5}, (0.3, 0.5)),
         ({"b.density": 0.5, "a.density": 0.1}, (0.1, 0.5)),
         ({"density": (0.1, 0.9)}, (0.1, 0.9)),
-        ({"density": "0.5"}, 0.5),
     ],
     ids=str,
 )
@@ -171,3 +171,52 @@ def test_third_parties_do_not_replace_built_in_methods():
 def test_third_party_method_is_gone_with_its_package():
     with pytest.raises(TwinmergeError, match="Unknown method 'median'"):
         method_class("median")
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("ties", {"density": True}),
+        ("ties", {"density": "0.2"}),
+        ("ties", {"density": "0.2abc"}),
+        ("ties", {"b.density": False}),
+        ("ties", {"density": (0.1, True)}),
+        ("ties", {"scale": "1"}),
+        ("ties", {"scale": True}),
+        ("ties", {"scale": None}),
+        ("ties", {"scale": 10**400}),
+        ("ties", {"weights": float("nan")}),
+        ("ties", {"a.weights": float("inf")}),
+        ("ties", {"merge": True}),
+        ("dare", {"seed": -1}),
+        ("dare", {"seed": 2.0}),
+        ("dare", {"seed": True}),
+        ("dare", {"seed": "3"}),
+        ("dare", {"normalize": 1}),
+        ("average", {"normalize": "true"}),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_or_without_a_value_are_refused(name, parameters):
+    field = next(iter(parameters)).rpartition(".")[2]
+    with pytest.raises(TwinmergeError, match=rf"^{name}: {field}=.* is (not allowed|out of range)"):
+        make_method(name, AB, parameters)
+
+
+def test_numbers_of_numpy_are_numbers():
+    made = make_method("dare", AB, {"density": np.float32(0.5), "weights": [np.float64(1), 2], "seed": np.int64(3)})
+    assert (made.density, made.weights, made.seed) == (0.5, (1.0, 2.0), 3)
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.3, -0.1 - 0.2), (0.0, 0.0)])
+@pytest.mark.parametrize("compat", ["paper", "mergekit"])
+def test_an_average_by_nothing_is_refused(weights, compat):
+    with pytest.raises(TwinmergeError, match="the weights add up to"):
+        make_method("average", AB, {"weights": weights, "compat": compat})
+    assert make_method("average", AB, {"weights": weights, "compat": compat, "normalize": False}).weights == weights
+
+
+def test_a_negative_sum_of_weights_is_mergekits_alone():
+    assert make_method("average", AB, {"weights": (1.0, -2.0), "compat": "mergekit"}).divisor(2) == -1
+    with pytest.raises(TwinmergeError, match="add up to -1"):
+        make_method("average", AB, {"weights": (1.0, -2.0)})

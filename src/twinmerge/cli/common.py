@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -58,28 +59,40 @@ def pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
 
 
 def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
-    """`name=value` options with numbers, booleans and words read as such."""
-    import yaml
+    """`name=value` options with numbers, booleans and words read as such.
 
-    try:
-        return {name: yaml.safe_load(text) for name, text in pairs(items, option).items()}
-    except yaml.YAMLError as error:
-        raise TwinmergeError(f"A value of {option} cannot be read: {error}. Write numbers or words.") from error
+    Errors:
+        TwinmergeError: as `pairs` and `from_yaml`.
+
+    Example:
+        >>> values(["density=2e-1", "merge=sum"], "-p")
+        {'density': 0.2, 'merge': 'sum'}
+    """
+    from twinmerge.engine.plain_data import from_yaml
+
+    return {name: from_yaml(text, f"{option} {name}={text:.60}") for name, text in pairs(items, option).items()}
 
 
 def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
     """`name=number` options.
 
+    Errors:
+        TwinmergeError: as `pairs`; no finite number.
+
     Example:
         >>> numbers(["a=1e-3"], "--weight")
         {'a': 0.001}
     """
+    from twinmerge.engine.plain_data import same_number
+
     found = {}
     for name, text in pairs(items, option).items():
-        try:
-            found[name] = float(text)
-        except ValueError as error:
-            raise TwinmergeError(f"{option} {name}={text} is no number. Write it as {option} {name}=0.5.") from error
+        number = same_number(text)
+        if number is None or not math.isfinite(number):
+            wild = text.lower().lstrip("+-.") in ("nan", "inf", "infinity") or number is not None
+            what = "NaN or infinity" if wild else "no number"
+            raise TwinmergeError(f"{option} {name}={text:.60} is {what}. Write it as {option} {name}=0.5.")
+        found[name] = number
     return found
 
 

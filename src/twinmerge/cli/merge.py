@@ -30,7 +30,7 @@ from twinmerge.maths.threads import use_threads
 if TYPE_CHECKING:
     from twinmerge.engine.recipe import Recipe
 
-RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe in YAML (mergekit's schema).")]
+RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.")]
 Out = Annotated[Path | None, typer.Argument(help="The folder to write.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")]
 MethodName = Annotated[str | None, typer.Option("--method", help="See `twinmerge methods`.")]
@@ -84,6 +84,7 @@ def merge(
     twinmerge merge --method ties --base B --expert a=A --expert b=B2 -p density=0.2 -o OUT
     """
     from twinmerge.engine.merge import Merge
+    from twinmerge.engine.recipe import SEMANTICS
 
     use_threads(threads)
     if smoke is not None and not smoke.is_file():
@@ -119,6 +120,7 @@ def merge(
                 ["model", "loss", "texts"],
                 [(r.model, f"{r.loss:.4f}", str(r.texts)) for r in losses],
             )
+    said(f"{described.method}, by {SEMANTICS[described.semantics]}.")
     if json:
         rounding = report.rounding(described.stochastic)
         smoked = [r._asdict() for r in losses] if losses else None

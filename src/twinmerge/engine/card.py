@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from twinmerge.engine.plain_data import from_yaml, to_yaml
+from twinmerge.engine.recipe import SEMANTICS
+from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
-from twinmerge.store.foreign import find, read_bytes
+from twinmerge.store.foreign import find, open_regular
 
-LICENCE = re.compile(r"^license:[^\n]{0,200}(?:\n[ \-][^\n]{0,200}){0,20}", re.MULTILINE)
+README_BYTES = 1 << 20  # that are looked at; the largest front matters, of embedding models, have half of it
+FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
+LICENCE = re.compile(r"^license:.*(?:\n[ \t-].*)*", re.MULTILINE)
 
 
 def licence_of(folder: Path | None) -> str | None:
@@ -21,18 +24,17 @@ def licence_of(folder: Path | None) -> str | None:
     readme = find(folder, "README.md") if folder else None
     if readme is None:
         return None
-    parts = read_bytes(readme, advice="Shorten it.").decode(errors="replace").split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    stated = LICENCE.search(parts[1])  # this entry alone: front matter has thousands of lines of results, or worse
-    if stated is None:
+    with open(open_regular(readme), "rb") as opened:
+        front = FRONT.match(opened.read(README_BYTES).decode("utf-8", errors="replace"))
+    found = LICENCE.search(front[1]) if front else None
+    if found is None:
         return None
     try:
-        found = yaml.safe_load(stated[0])["license"]
-    except (yaml.YAMLError, RecursionError, TypeError, KeyError):
+        said = from_yaml(found[0], "The front matter")["license"]
+    except TwinmergeError:
         return None
-    names = found if isinstance(found, list) else [found]
-    return ", ".join(names) if names and all(isinstance(name, str) and name for name in names) else None
+    names = [said] if isinstance(said, str) else said if isinstance(said, list) else []
+    return ", ".join(" ".join(str(name).split()) for name in names)[:100] or None
 
 
 def model_card(
@@ -52,16 +54,20 @@ def model_card(
         f"| {label} | {_shown(model)} | {licences[label] or 'not stated'} |"
         for label, model in {"base": base, **experts}.items()
     )
-    recipe = yaml.safe_dump(dict(provenance["recipe"]), sort_keys=False, allow_unicode=True)
+    recipe = to_yaml(provenance["recipe"])
     heads = f"\nEach expert's output layers ({', '.join(head_names)}) are kept in `heads/`.\n" if head_names else ""
     mixed = "\nThe inputs name more than one licence; all of them apply.\n" if len(known) > 1 else ""
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {_title(kind)} of {', '.join(experts)}\n\n"
-        f"Made with twinmerge by `{provenance['recipe']['merge_method']}`.\n\n"
+        f"---\n{to_yaml(front)}---\n\n# {_title(kind)} of {', '.join(experts)}\n\n"
+        f"Made with twinmerge by `{provenance['recipe']['merge_method']}`{_semantics(provenance)}.\n\n"
         f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{mixed}{heads}\n"
         f"## Recipe\n\n```yaml\n{recipe}```\n\n"
         f"Parameters after defaults: `{json.dumps(provenance['parameters'], ensure_ascii=False)}`\n"
     )
+
+
+def _semantics(provenance: Mapping[str, Any]) -> str:
+    return f", {SEMANTICS[provenance['semantics']]}" if provenance.get("semantics") in SEMANTICS else ""
 
 
 def _title(kind: str) -> str:

@@ -29,6 +29,7 @@ def checked(merge: Merge) -> dict[str, Any]:
     output_bytes = sum(spec.bytes for spec in merge.out_specs.values())
     return {
         "method": merge.recipe.method,
+        "semantics": merge.recipe.semantics,
         "parameters": merge.method.model_dump(),
         "merged_tensors": len(matched.merged),
         "merged_parameters": sum(base.spec(n).numel for n in matched.merged),

@@ -47,7 +47,7 @@ class Lines:
             (Lines(a=None, b=0.5), Lines(a=0.125, b=0.5))
         """
         if not isinstance(raw, Mapping):
-            raise TwinmergeError(f"{KEY} is {raw!r}, which has no a and b. Write {KEY}: {{a: 0.125, b: 0.5}}.")
+            raise TwinmergeError(f"{KEY} is {raw!r:.80}, which has no a and b. Write {KEY}: {{a: 0.125, b: 0.5}}.")
         for key in raw:
             if key not in KEYS:
                 raise TwinmergeError(f"{KEY} has no key {key!r}.{nearest(str(key), KEYS)} It has: {', '.join(KEYS)}.")
@@ -63,12 +63,12 @@ class Lines:
 
 def _finite(key: str, value: object) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, (bool, str)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         instead = f", or {key}: {AUTO}" if key == "a" else ""
-        raise TwinmergeError(f"{KEY}: {key} is {value!r}, which is no finite number. Write {key}: 0.5{instead}.")
+        raise TwinmergeError(f"{KEY}: {key} is {value!r:.80}, which is no finite number. Write {key}: 0.5{instead}.")
     return number
 
 

@@ -265,7 +265,8 @@ def _merged(method: Method, parts: Sequence[Factors], at: Place) -> Factors:
         weights = [w * share for w in per_expert(method.weights, len(parts))]
     else:
         assert isinstance(method, TaskArithmetic)
-        weights = [w * method.scale for w in per_expert(method.weights, len(parts))]
+        by = method.by(len(parts))
+        weights = [w * by for w in per_expert(method.weights, len(parts))]
     return truncate_product(wide, weights)
 
 

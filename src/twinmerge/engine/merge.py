@@ -136,10 +136,22 @@ class Merge:
     def out_specs(self) -> dict[str, Spec]:
         """Name in the output -> dtype and shape of every tensor of it."""
         specs, code = {}, CODES[self.recipe.dtype] if self.recipe.dtype else None
+        if code is None and self.recipe.semantics == "mergekit":
+            self._require_one_dtype()
         for name in [*self.matched.merged, *self.matched.from_base]:
             spec = self.base.spec(name)
             specs[self.base.stored[name]] = Spec(code, spec.shape) if code and spec.is_float else spec
         return specs
+
+    def _require_one_dtype(self) -> None:
+        """mergekit writes the widest dtype of the inputs where the recipe names none; here that is the base's."""
+        inputs = [*self.experts.values(), *([self.base] if self.recipe.base is not None else [])]
+        for name in self.matched.merged:
+            if len(found := sorted({model.spec(name).name for model in inputs})) > 1:
+                raise TwinmergeError(
+                    f"The models have different dtypes ({', '.join(found)} for {name!r}), and the recipe says not which is written. Add "
+                    "dtype: to it."
+                )
 
     @cached_property
     def inputs(self) -> Inputs:

@@ -18,10 +18,11 @@ PACKAGES = ("twinmerge", "torch", "safetensors", "transformers")
 
 
 def provenance(merge: Merge) -> dict[str, Any]:
-    """Recipe, resolved parameters, versions and the hub commits that were read; LiNeS' blocks where it is asked for."""
+    """Recipe, whose semantics it has, resolved parameters, versions and the hub commits that were read; LiNeS' blocks where it is asked for."""
     stored, matched = merge.base.stored, merge.matched
     return {
         "recipe": merge.recipe.describe(),
+        "semantics": merge.recipe.semantics,
         "parameters": merge.method.model_dump(),
         "commits": {label: model.commit for label, model in inputs_of(merge).items() if model.commit},
         "versions": {package: version(package) for package in PACKAGES},

@@ -1,39 +1,57 @@
 """The one recipe language: what to merge, how, and to what dtype.
 
-A recipe is written in mergekit's schema (`merge_method`, `base_model`, `models`, `parameters`, `dtype`) or made from the
-command's options. It is strict: an unknown key is an error with the nearest right one.
+A file whose top level has `twinmerge: 1` is a recipe of ours, which is what `describe` writes: the methods by our names and
+with the papers' semantics. Every other file is in mergekit's schema and means what mergekit means (`engine/mergekit.py`).
+`compat: paper` or `compat: mergekit` at the top level decides otherwise. Both are strict: an unknown key is an error with the
+nearest right one.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from twinmerge.engine.lines import KEY, KEYS, Lines
+from twinmerge.engine.mergekit import NOT_YET, translated
+from twinmerge.engine.names import EXPERT_NAME as EXPERT_NAME
+from twinmerge.engine.names import expert_name as expert_name
+from twinmerge.engine.names import expert_names
+from twinmerge.engine.plain_data import read_plain
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.base import Method
-from twinmerge.methods.registry import make_method, method_class
+from twinmerge.methods.registry import is_per_expert, make_method, method_class
 from twinmerge.models.opened import ModelLike
 
+MARK = "twinmerge"
+VERSION = 1
+SEMANTICS = {
+    "paper": "the papers' semantics",
+    "official": "the semantics of the authors' code",
+    "mergekit": "mergekit's semantics",
+}
 METHOD_ALIASES = {"linear": "average", "dare_linear": "dare"}
 PARAMETER_ALIASES = {"weight": "weights", "lambda": "scale"}
-MERGEKIT_DEFAULTS: dict[str, dict[str, Any]] = {
-    "task_arithmetic": {"scale": 1.0},
-    "ties": {"density": 1.0},
-    "dare": {"scale": 1.0, "density": 1.0},
-    "dare_ties": {"density": 1.0},
-}
-RECIPE_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "heads", "stochastic", KEY}
-MERGEKIT_ONLY = {"slices", "modules", "tokenizer", "tokenizer_source", "chat_template"}
-MODEL_KEYS = {"model", "name", "parameters", "statistics"}
+RECIPE_KEYS = (
+    *(
+        "merge_method",
+        "base_model",
+        "models",
+        "parameters",
+        "dtype",
+        "out_dtype",
+        "heads",
+        "stochastic",
+        KEY,
+        MARK,
+        "compat",
+    ),
+)
+MODEL_KEYS = ("model", "name", "parameters", "statistics")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-EXPERT_NAME = re.compile(r"^\w[\w.\-]*$")
 
 
 @dataclass(frozen=True)
@@ -58,16 +76,26 @@ class Recipe:
             raise TwinmergeError("There is no expert to merge. Name at least one with --expert name=path.")
         for name in self.experts:
             if not EXPERT_NAME.fullmatch(name):
-                raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
+                raise TwinmergeError(
+                    f"The expert name {name!r:.80} is not usable. Use letters, digits, '_', '-' and '.'."
+                )
         reads_base = method_class(self.method).space == "deltas" or self.lines is not None
         taken = {"output", *(["base"] if reads_base else [])}
         if clash := taken & set(self.experts):
             raise TwinmergeError(
                 f"The expert name {clash.pop()!r} stands for something else in checksums and messages. Give it another one."
             )
+        if self.stochastic is not None and (isinstance(self.stochastic, bool) or not isinstance(self.stochastic, int)):
+            raise TwinmergeError(
+                f"stochastic is the seed of stochastic rounding, got {self.stochastic!r:.80}. Write stochastic: 0."
+            )
+        if self.stochastic is not None and self.stochastic < 0:
+            raise TwinmergeError(
+                f"stochastic is a seed, which cannot be negative, got {self.stochastic}. Write 0 or more."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TwinmergeError(
-                f"Cannot write dtype {self.dtype!r}.{nearest(str(self.dtype), DTYPES)} Choose from {', '.join(DTYPES)}."
+                f"Cannot write dtype {self.dtype!r:.80}.{nearest(str(self.dtype), DTYPES)} Choose from {', '.join(DTYPES)}."
             )
         if self.base is None and method_class(self.method).space == "deltas":
             raise TwinmergeError(f"{self.method} works on changes to a base. Name the base with --base.")
@@ -96,21 +124,20 @@ class Recipe:
 
     @classmethod
     def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
-        """The recipe that `describe` wrote down."""
-        experts = {entry["name"]: entry["model"] for entry in raw["models"]}
-        heads, seed, lines = tuple(raw["heads"]), raw.get("stochastic"), _lines(raw)
-        statistics = {entry["name"]: entry["statistics"] for entry in raw["models"] if "statistics" in entry}
-        return cls(
-            raw["merge_method"],
-            raw["base_model"],
-            experts,
-            raw["parameters"],
-            raw["dtype"],
-            heads,
-            seed,
-            statistics,
-            lines,
-        )
+        """The recipe that `describe` wrote down; what was written before it had a mark is read as ours too.
+
+        Errors:
+            TwinmergeError: it is damaged.
+        """
+        where = "The recipe of this folder"
+        if MARK not in raw and isinstance(raw.get("parameters"), dict) and isinstance(raw.get("merge_method"), str):
+            raw = {**raw, "parameters": _once_read(raw["merge_method"], raw["parameters"])}
+        return _own({MARK: VERSION, **raw}, where, ours=True)
+
+    @property
+    def semantics(self) -> str:
+        """Whose the method's semantics are: "paper", "official" or "mergekit"."""
+        return str(self.parameters.get("compat", "paper"))
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -145,13 +172,14 @@ class Recipe:
         """The recipe as plain data, for the provenance of an output."""
         refs = {n: m if isinstance(m, str) else _ref(m) for n, m in self.experts.items()}
         return {
+            MARK: VERSION,
             "merge_method": self.method,
             "base_model": None if self.base is None else _ref(self.base),
             "models": [
                 {"name": n, "model": ref} | ({"statistics": str(self.statistics[n])} if n in self.statistics else {})
                 for n, ref in refs.items()
             ],
-            "parameters": dict(self.parameters),
+            "parameters": {key: _plain(value) for key, value in self.parameters.items()},
             "dtype": self.dtype,
             "heads": list(self.heads),
             "stochastic": self.stochastic,
@@ -162,16 +190,32 @@ def _ref(model: ModelLike) -> str:
     return str(model) if isinstance(model, (str, Path)) else f"<{type(model).__name__} in memory>"
 
 
+def _once_read(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of an output from before recipes had a mark, when "1e-3" and true were numbers too."""
+    cls, found = method_class(method), dict(parameters)
+    for key, value in parameters.items():
+        name = key.rpartition(".")[2]
+        if isinstance(value, (str, bool)) and name in cls.model_fields:
+            with suppress(ValueError):  # pydantic's are among them; `make_method` says what is wrong
+                found[key] = getattr(cls(**{name: value}), name)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Python's own numbers and lists for those of NumPy, as files have them."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.item() if hasattr(value, "item") else value
+
+
 def read_recipe(file: Path) -> Recipe:
-    """Read a YAML recipe.
+    """Read a recipe in YAML or JSON.
 
     Errors:
-        TwinmergeError: no such file, no YAML mapping, unknown or unsupported keys, an expert named twice.
+        TwinmergeError: no such file, no mapping, a key twice, unknown or unsupported keys, an expert named twice.
     """
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TwinmergeError(f"The recipe {file} cannot be read: {error}. Give a YAML file.") from error
+    file = Path(file)
+    raw = read_plain(file, "recipe")
     if not isinstance(raw, dict):
         raise TwinmergeError(
             f"The recipe {file} is no mapping of keys to values. Start with merge_method: and models:."
@@ -182,101 +226,139 @@ def read_recipe(file: Path) -> Recipe:
 def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe out of plain data (see the module's text).
 
+    Errors:
+        TwinmergeError: as `read_recipe`.
+
     Example:
-        >>> recipe = recipe_from({"merge_method": "linear", "models": [
-        ...     {"model": "a", "parameters": {"weight": 0.3}}, {"model": "b", "parameters": {"weight": 0.7}}]})
-        >>> recipe.method, dict(recipe.parameters)
-        ('average', {'a.weights': 0.3, 'b.weights': 0.7})
+        >>> recipe = recipe_from({"merge_method": "dare_ties", "base_model": "x/base", "models": [
+        ...     {"model": "x/a", "parameters": {"weight": 0.3}}, {"model": "x/b", "parameters": {"weight": 0.7}}]})
+        >>> recipe.semantics, recipe.make_method().merge
+        ('mergekit', 'sum')
+        >>> recipe_from(recipe.describe()) == recipe
+        True
     """
-    _known_keys(raw, RECIPE_KEYS, where)
-    if "merge_method" not in raw:
+    ours = _is_ours(raw, where)
+    compat = raw.get("compat", "paper" if ours else "mergekit")
+    if compat not in ("paper", "mergekit"):
+        raise TwinmergeError(
+            f"{where}: compat is {compat!r:.80}.{nearest(str(compat), ['paper', 'mergekit'])} Write compat: paper or compat: mergekit; a "
+            "method's own compat goes under parameters."
+        )
+    if compat == "paper":
+        return _own(raw, where, ours)
+    unmarked = {key: value for key, value in raw.items() if key not in (MARK, "compat")}
+    return _own(translated(unmarked, where, own_keys=len(unmarked) < len(raw)), where, ours=True)
+
+
+def _is_ours(raw: Mapping[str, Any], where: str) -> bool:
+    if MARK not in raw:
+        return False
+    version = raw[MARK]
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise TwinmergeError(
+            f"{where}: {MARK} is {version!r:.80}, which is no version of recipes. Write {MARK}: {VERSION}."
+        )
+    if version > VERSION:
+        raise TwinmergeError(
+            f"{where} is a recipe of version {version}, and this twinmerge reads {VERSION}. Update twinmerge."
+        )
+    return True
+
+
+def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
+    """A recipe in our schema, or (not `ours`) in mergekit's with the papers' semantics, where the base may be listed."""
+    for key in raw:
+        if key not in RECIPE_KEYS:
+            raise TwinmergeError(
+                f"{where}: unknown key {key!r:.80}.{_instead(key, ours)} Known: {', '.join(RECIPE_KEYS)}."
+            )
+    if not isinstance(raw.get("merge_method"), str):
         raise TwinmergeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
-    method = METHOD_ALIASES.get(str(raw["merge_method"]), str(raw["merge_method"]))
-    base = raw.get("base_model")
-    parameters = {**MERGEKIT_DEFAULTS.get(method, {}), **_parameters(raw.get("parameters"), method, where)}
-    experts: dict[str, ModelLike] = {}
-    statistics: dict[str, str] = {}
-    models = raw.get("models")
+    method = METHOD_ALIASES.get(raw["merge_method"], raw["merge_method"])
+    deltas = method_class(method).space == "deltas"
+    base, models = _model(raw.get("base_model"), f"{where}, base_model"), raw.get("models")
     if not isinstance(models, list):
         raise TwinmergeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")
+    entries = []
     for entry in models:
-        if not isinstance(entry, dict) or "model" not in entry:
-            raise TwinmergeError(f"{where}: every entry of models needs a 'model: path', got {entry!r}.")
-        _known_keys(entry, MODEL_KEYS, f"{where}, model {entry['model']!r}")
-        if entry["model"] == base and method_class(method).space == "deltas":
-            continue
-        name = str(entry.get("name") or expert_name(str(entry["model"])))
-        if name in experts:
-            raise TwinmergeError(f"{where} names the expert {name!r} twice. Give one of them another 'name:'.")
-        experts[name] = entry["model"]
-        if "statistics" in entry:
-            statistics[name] = str(entry["statistics"])
-        own = _parameters(entry.get("parameters"), method, f"{where}, model {entry['model']!r}")
+        if not isinstance(entry, dict) or entry.get("model") is None:
+            raise TwinmergeError(f"{where}: every entry of models needs a 'model: path', got {entry!r:.80}.")
+        at = f"{where}, model {entry['model']!r:.80}"
+        for key in entry:
+            if key not in MODEL_KEYS:
+                raise TwinmergeError(
+                    f"{at}: unknown key {key!r:.80}.{nearest(key, MODEL_KEYS)} Known: {', '.join(MODEL_KEYS)}."
+                )
+        _model(entry["model"], at)
+        if ours or not deltas or entry["model"] != base:
+            entries.append((entry, at))
+    names = expert_names([str(e["model"]) for e, _ in entries], [e.get("name") for e, _ in entries], where)
+    parameters = _parameters(raw.get("parameters"), method, where, ours)
+    statistics: dict[str, str] = {}
+    for name, (entry, at) in zip(names, entries, strict=True):
+        own = _parameters(entry.get("parameters"), method, at, ours)
         parameters.update({f"{name}.{key}": value for key, value in own.items()})
-    if base is not None and base in experts.values() and method_class(method).space == "parameters":
-        experts = dict(sorted(experts.items(), key=lambda item: item[1] != base))  # mergekit: the base is where t = 0
+        if "statistics" in entry:
+            if not isinstance(entry["statistics"], str):
+                raise TwinmergeError(f"{at}: statistics is {entry['statistics']!r:.80}, which is no path of a file.")
+            statistics[name] = entry["statistics"]
     heads = raw.get("heads") or ()
-    if not isinstance(heads, list | tuple) or not all(isinstance(pattern, str) for pattern in heads):
-        raise TwinmergeError(f"{where}: heads must be a list of patterns, got {heads!r}. Write heads: [classifier].")
-    seed = raw.get("stochastic")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    if not isinstance(heads, (list, tuple)) or not all(isinstance(pattern, str) for pattern in heads):
         raise TwinmergeError(
-            f"{where}: stochastic is the seed of stochastic rounding, got {seed!r}. Write stochastic: 0."
+            f"{where}: heads must be a list of patterns, got {heads!r:.80}. Write heads: [classifier]."
         )
-    dtype = raw.get("out_dtype") or raw.get("dtype")
-    return Recipe(method, base, experts, parameters, dtype, tuple(heads), seed, statistics, _lines(raw))
+    return Recipe(
+        method,
+        base,
+        {name: entry["model"] for name, (entry, _) in zip(names, entries, strict=True)},
+        parameters,
+        raw.get("out_dtype") or raw.get("dtype"),
+        tuple(heads),
+        raw.get("stochastic"),
+        statistics,
+        None if raw.get(KEY) is None else Lines.of(raw[KEY]),
+    )
 
 
-def _lines(raw: Mapping[str, Any]) -> Lines | None:
-    return None if raw.get(KEY) is None else Lines.of(raw[KEY])
+def _instead(key: str, ours: bool) -> str:
+    if key in NOT_YET:
+        return f" It is a key of mergekit that twinmerge does not read yet. {NOT_YET[key]}"
+    return nearest(key, RECIPE_KEYS)
 
 
-def expert_name(ref: str) -> str:
-    """The default name of an expert: the last part of its path or hub id."""
-    return re.sub(r"[^\w.\-]", "_", Path(ref.partition("@")[0]).name) or "expert"
+def _model(raw: Any, where: str) -> Any:
+    if raw is None or isinstance(raw, os.PathLike) or (isinstance(raw, str) and raw):
+        return raw
+    raise TwinmergeError(
+        f"{where}: {raw!r:.80} is no model. Write a path or hub id, in quotes if it looks like a number."
+    )
 
 
-def _known_keys(raw: Mapping[str, Any], known: set[str], where: str) -> None:
-    for key in raw:
-        if key in MERGEKIT_ONLY:
-            raise TwinmergeError(
-                f"{where}: {key!r} is a key of mergekit that twinmerge does not read yet. Remove it, or list whole models."
-            )
-        if key not in known:
-            raise TwinmergeError(
-                f"{where}: unknown key {key!r}.{nearest(str(key), known)} Known: {', '.join(sorted(known))}."
-            )
-
-
-def _parameters(raw: Any, method: str, where: str) -> dict[str, Any]:
+def _parameters(raw: Any, method: str, where: str, ours: bool) -> dict[str, Any]:
     """Parameters under our names; switches of mergekit that our methods spell otherwise are translated."""
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise TwinmergeError(f"{where}: parameters must be a mapping, got {raw!r}.")
-    fields = method_class(method).model_fields
+        raise TwinmergeError(f"{where}: parameters must be a mapping, got {raw!r:.80}.")
+    cls = method_class(method)
+    fields = cls.model_fields
     found: dict[str, Any] = {}
     for key, value in raw.items():
-        name = PARAMETER_ALIASES.get(key, key)
-        if isinstance(value, list):
+        expert, dot, name = str(key).rpartition(".")
+        name = name if name in fields else PARAMETER_ALIASES.get(name, name)
+        if isinstance(value, (list, tuple)) and not (ours and name in fields and is_per_expert(cls, name)):
             raise TwinmergeError(
                 f"{where}: {key} is a list (a gradient or filters), which is not read yet. Give one number."
             )
-        if key == "int8_mask":  # mergekit's memory switch; our masks never stay in memory
+        if name == "int8_mask":  # mergekit's memory switch; our masks never stay in memory
             continue
-        if key == "normalize" and "merge" in fields:
+        if isinstance(value, bool) and name == "normalize" and "merge" in fields:
             name, value = "merge", "mean" if value else "sum"
-        elif key == "normalize" and (method, bool(value)) in {
-            ("average", True),
-            ("task_arithmetic", False),
-            ("dare", False),
-        }:
-            continue
-        elif key == "rescale" and isinstance(value, bool) and "rescale" in fields:
+        elif isinstance(value, bool) and name == "rescale" and "rescale" in fields:
             value = "inverse_keep" if value else "none"
         if name not in fields:
             raise TwinmergeError(
-                f"{where}: {method} has no parameter {key!r}.{nearest(str(key), fields)} It has: {', '.join(fields)}."
+                f"{where}: {method} has no parameter {key!r:.80}.{nearest(str(key), fields)} It has: {', '.join(fields) or 'none'}."
             )
-        found[name] = value
+        found[f"{expert}{dot}{name}"] = value
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from twinmerge.maths.fused import Rule
 from twinmerge.methods.base import Known, Method, PerExpert, Place, Tile, per_expert, weighted_sum, weights_field
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 class Average(Method, SumFold):
     """θ = Σt wt θt / Σt wt, element by element. No base is needed.
+
+    With `normalize` false it is the sum Σt wt θt itself. The weights must add up to more than 0; compat="mergekit" (its
+    `linear`, and `passthrough` of one model) also takes those that add up to less.
 
     Source: Wortsman et al. 2022, "Model soups", arXiv 2203.05482 (uniform soup); the `linear` of other tools.
 
@@ -30,15 +35,21 @@ class Average(Method, SumFold):
     paper = "Wortsman et al. 2022, arXiv 2203.05482"
 
     weights: PerExpert = weights_field()
+    normalize: bool = Field(default=True, description="divide by the sum of the weights")
+    compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
+
+    def divisor(self, experts: int) -> float:
+        """What the weighted sum is divided by."""
+        return sum(per_expert(self.weights, experts)) if self.normalize else 1.0
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        total = sum(per_expert(self.weights, len(tile.x)))
+        total = self.divisor(len(tile.x))
         merged = weighted_sum(self.weights, tile.x, tile.work)
         return (merged if total == 1 else merged.div_(total)).to(tile.x.dtype)
 
     def rule(self, at: Place, known: Known) -> Rule:
         weights = per_expert(self.weights, len(at.experts))
-        return Rule(weights, deltas=False, divisor=sum(weights))
+        return Rule(weights, deltas=False, divisor=self.divisor(len(weights)))
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
         return state["sum"] / max(seen.experts, 1)

@@ -292,6 +292,17 @@ def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
     return out
 
 
+def over_weights(scale: float, weights: tuple[float, ...], normalize: bool) -> float:
+    """λ, or λ / Σt wt where a sum over the experts is to be their weighted mean; λ where the weights cancel.
+
+    Example:
+        >>> over_weights(1.0, (1.0, 3.0), True), over_weights(1.0, (1.0, -1.0), True)
+        (0.25, 1.0)
+    """
+    total = math.fsum(weights)
+    return scale / total if normalize and abs(total) >= 1e-8 else scale
+
+
 def weights_field() -> Any:
     return Field(default=1.0, description="one number per expert")
 

@@ -19,6 +19,7 @@ from twinmerge.methods.base import (
     Place,
     Tile,
     moved,
+    over_weights,
     per_expert,
     scale_field,
     seed_field,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Rescale = Literal["inverse_keep", "l1", "none"]
+LEAST_NORM = 1e-7  # of a tensor whose L1 norm is restored; smaller ones stay as they are, as in mergekit
 
 
 def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
@@ -78,7 +80,7 @@ def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> t
     if rescale == "inverse_keep":
         return tuple(1 / max(p, 2.0**-24) for p in per_expert(density, count))  # below 2^-24 only a draw of 0 is kept
     if rescale == "l1":
-        return tuple(whole / rest if rest > 0 else 1.0 for whole, rest in known[L1Norms.name])
+        return tuple(whole / rest if min(whole, rest) >= LEAST_NORM else 1.0 for whole, rest in known[L1Norms.name])
     return (1.0,) * count
 
 
@@ -87,7 +89,8 @@ class Dare(Method):
 
     The expectation of τ′ is τ. `density` is the share kept (1 − p of the paper); 1 keeps all, 0 none. `rescale`:
     "inverse_keep" divides by the density (the paper), "l1" restores each tensor's L1 norm (as mergekit does),
-    "none" leaves the rest as it is. A mask depends on seed, expert, tensor and index only.
+    "none" leaves the rest as it is. A mask depends on seed, expert, tensor and index only. With `normalize` the sum is
+    divided by Σt wt, unless that is 0. mergekit's semantics are this formula with "l1".
 
     Source: Yu et al. 2024, "Language models are super Mario", arXiv 2311.03099, equation 2.
 
@@ -108,6 +111,12 @@ class Dare(Method):
     density: PerExpert = Field(default=0.5, description="share of the entries kept, 0 to 1")
     rescale: Rescale = Field(default="inverse_keep", description="how the kept entries are rescaled")
     seed: int = seed_field()
+    normalize: bool = Field(default=False, description="divide by the sum of the weights")
+    compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
+
+    def by(self, experts: int) -> float:
+        """What the weighted sum is multiplied with."""
+        return over_weights(self.scale, per_expert(self.weights, experts), self.normalize)
 
     def passes(self) -> Sequence[Pass]:
         return (L1Norms(self.density, self.seed),) if self.rescale == "l1" else ()
@@ -116,10 +125,10 @@ class Dare(Method):
         count = len(tile.x)
         by = zip(per_expert(self.weights, count), factors(self.density, self.rescale, count, known), strict=True)
         x = drop(tile.x, self.density, self.seed, tile.at)
-        return moved(tile, weighted_sum(tuple(w * f for w, f in by), x, tile.work), self.scale)
+        return moved(tile, weighted_sum(tuple(w * f for w, f in by), x, tile.work), self.by(count))
 
     def rule(self, at: Place, known: Known) -> Rule:
         count = len(at.experts)
         by = zip(per_expert(self.weights, count), factors(self.density, self.rescale, count, known), strict=True)
         drop = drop_rule(self.density, self.seed, at, (1.0,) * count)
-        return Rule(tuple(w * f for w, f in by), deltas=True, scale=self.scale, drop=drop)
+        return Rule(tuple(w * f for w, f in by), deltas=True, scale=self.by(count), drop=drop)

@@ -53,6 +53,6 @@ class DareTies(Ties):
         by = factors(self.density, self.rescale, len(x), known)
         return x.mul_(column(by, x)) if tile.work == x.dtype else (x * column(by, x.double())).to(x.dtype)
 
-    def rule(self, at: Place, known: Known) -> Rule:
-        by = factors(self.density, self.rescale, len(at.experts), known)
-        return super().rule(at, known)._replace(drop=drop_rule(self.density, self.seed, at, by))
+    def rule(self, at: Place, known: Known) -> Rule | None:
+        by, rule = factors(self.density, self.rescale, len(at.experts), known), super().rule(at, known)
+        return None if rule is None else rule._replace(drop=drop_rule(self.density, self.seed, at, by))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -108,30 +109,34 @@ def make_method(name: str, experts: tuple[str, ...], parameters: Mapping[str, An
     for field, chosen in single.items():
         general = values.get(field, fields[field].default)
         values[field] = tuple(chosen.get(e, general) for e in experts)
+    values = {field: _plain(value) for field, value in values.items()}
     for field, value in values.items():
         if field.endswith("density"):
             _check_share(name, field, value)
     try:
-        method = cls(**values)
+        method = cls.model_validate(values, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = max(error.errors(), key=lambda each: len(each["loc"]))  # of one expert's number rather than of all
         field = str(first["loc"][0])
         raise TwinmergeError(
-            f"{name}: {field}={first['input']!r} is not allowed: {first['msg']}. See `twinmerge methods {name}`."
+            f"{name}: {field}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge methods {name}`."
         ) from error
     _check_count(name, cls, method, len(experts))
     return method
 
 
+def _plain(value: Any) -> Any:
+    """Python's own numbers and tuples for those of NumPy and JSON."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(each) for each in value)
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 0) == 1 else value
+
+
 def _check_share(name: str, field: str, value: Any) -> None:
     for number in value if isinstance(value, tuple) else (value,):
-        try:
-            inside = 0.0 <= float(number) <= 1.0
-        except (TypeError, ValueError):
-            inside = False
-        if not inside:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
             raise TwinmergeError(
-                f"{name}: {field}={number} is out of range. Give a share between 0 and 1, such as 0.2."
+                f"{name}: {field}={number!r:.80} is out of range. Give a share between 0 and 1, such as 0.2."
             )
 
 
@@ -146,7 +151,10 @@ def _check_count(name: str, cls: type[Method], method: Method, count: int) -> No
                 f"{name}: {len(value)} values of {field} for {count} experts. Give one per expert, or one for all."
             )
     weights = per_expert(getattr(method, "weights", 1.0), count)
-    if cls.space == "parameters" and sum(weights) <= 0:
-        raise TwinmergeError(
-            f"{name}: the weights add up to {sum(weights):g}, and the average divides by that. Make it positive."
-        )
+    if cls.space == "parameters" and getattr(method, "normalize", True):
+        total = math.fsum(weights)
+        some = abs(total) > 1e-9 * math.fsum(map(abs, weights))  # less is what rounding left of 0
+        if not some or (total < 0 and getattr(method, "compat", "paper") == "paper"):
+            raise TwinmergeError(
+                f"{name}: the weights add up to {total:g}, and the average divides by that. Make it positive."
+            )

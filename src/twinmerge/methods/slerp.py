@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -44,7 +44,8 @@ class Slerp(Method):
     """θ = sin((1−t)φ)/sin φ · θa + sin(tφ)/sin φ · θb for each tensor, φ the angle between θa and θb.
 
     Works on parameters, not deltas. Where |cos φ| > 0.9995 (two light fine-tunes of one base, mostly), or where a
-    tensor is zero, it is the straight line (1−t)θa + tθb. The first expert given is θa (t = 0).
+    tensor is zero, it is the straight line (1−t)θa + tθb; with compat="mergekit" a zero tensor is at a right angle to all
+    others. The first expert given is θa (t = 0).
 
     Source: Shoemake 1985, "Animating rotation with quaternion curves"; for weights as in the tools of the field.
 
@@ -63,6 +64,7 @@ class Slerp(Method):
     paper = "Shoemake 1985"
 
     t: float = Field(default=0.5, ge=0.0, le=1.0, description="where on the way from the first expert to the second")
+    compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
 
     def passes(self) -> Sequence[Pass]:
         return (InnerProducts(),)
@@ -70,7 +72,8 @@ class Slerp(Method):
     def shares(self, known: Known) -> tuple[float, float]:
         """What θa and θb are multiplied with."""
         aa, ab, bb = known["inner_products"]
-        cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else 1.0
+        flat = 0.0 if self.compat == "mergekit" else 1.0
+        cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else flat
         if abs(cosine) > LERP_ABOVE or self.t in (0.0, 1.0):
             return 1.0 - self.t, self.t
         angle = math.acos(cosine)

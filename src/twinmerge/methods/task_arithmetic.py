@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from twinmerge.maths.fused import Rule
 from twinmerge.methods.base import (
@@ -12,6 +14,7 @@ from twinmerge.methods.base import (
     Place,
     Tile,
     moved,
+    over_weights,
     per_expert,
     scale_field,
     weighted_sum,
@@ -27,6 +30,7 @@ class TaskArithmetic(Method, SumFold):
     """θ = θ0 + λ Σt wt τt, element by element.
 
     The default λ = 0.3 is what the paper's authors use without validation data; λ = 1/n is the average of n experts.
+    With `normalize` the sum is divided by Σt wt, unless that is 0. mergekit's semantics are this very formula.
 
     Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089, section 2.
 
@@ -43,12 +47,19 @@ class TaskArithmetic(Method, SumFold):
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(0.3)
+    normalize: bool = Field(default=False, description="divide by the sum of the weights")
+    compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
+
+    def by(self, experts: int) -> float:
+        """What the weighted sum is multiplied with."""
+        return over_weights(self.scale, per_expert(self.weights, experts), self.normalize)
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        return moved(tile, weighted_sum(self.weights, tile.x, tile.work), self.scale)
+        return moved(tile, weighted_sum(self.weights, tile.x, tile.work), self.by(len(tile.x)))
 
     def rule(self, at: Place, known: Known) -> Rule:
-        return Rule(per_expert(self.weights, len(at.experts)), deltas=True, scale=self.scale)
+        count = len(at.experts)
+        return Rule(per_expert(self.weights, count), deltas=True, scale=self.by(count))
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
         return state["sum"] * self.scale

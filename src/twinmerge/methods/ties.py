@@ -61,7 +61,8 @@ class Ties(Method):
 
     compat="official" keeps what the authors' code keeps (one entry more than k and every entry equal to the
     threshold; cancelled votes go to the majority, and to the negative entries where there is none);
-    compat="mergekit" trims per tensor, weighs before the election and sends ties to +1.
+    compat="mergekit" trims per tensor to k = max(1, ⌊density · d⌋) in floating point, weighs before the election and sends
+    ties to +1; `weights` of both signs that cancel among those that agree leave the sum undivided.
 
     Source: Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708, algorithm 1.
 
@@ -110,8 +111,11 @@ class Ties(Method):
 
         from twinmerge.maths import select
 
-        shares = zip(per_expert(self.share_kept, len(totals)), totals.tolist(), strict=True)
-        counts = [select.keep_count(share, size) for share, size in shares]
+        shares = list(zip(per_expert(self.share_kept, len(totals)), totals.tolist(), strict=True))
+        if self.compat == "mergekit":  # floating point: int(0.29 * 100) is 28
+            counts = [min(size, max(1, int(share * size))) if share > 0 else 0 for share, size in shares]
+        else:
+            counts = [select.keep_count(share, size) for share, size in shares]
         if self.compat == "official":  # its (d − k)-th smallest value is the (k + 1)-th largest
             counts = [min(k + 1, size) for k, size in zip(counts, totals.tolist(), strict=True)]
         return torch.tensor(counts, device=totals.device)
@@ -167,7 +171,8 @@ class Ties(Method):
                 total /= mass.clamp_min_(min(weights))
             else:
                 some = mass != 0
-                total = (total / mass.where(some, 1.0)).where(some, 0.0)
+                mean = total / mass.where(some, 1.0)
+                total = mean if self.compat == "mergekit" else mean.where(some, 0.0)
         return moved(tile, total.mul_(sign), self.scale)
 
     def agreeing(self, x: Tensor, sign: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -184,9 +189,11 @@ class Ties(Method):
                 mass.add_(size.sign_(), alpha=weight)
         return total, mass
 
-    def rule(self, at: Place, known: Known) -> Rule:
+    def rule(self, at: Place, known: Known) -> Rule | None:
         count = len(at.experts)
         weights = per_expert(self.weights, count)
+        if self.compat == "mergekit" and self.merge == "mean" and min(weights) < 0 < max(weights):
+            return None  # the compiled mean knows no sum that stays undivided
         votes, flips = per_expert(self.vote_weights, count), tuple(self.flips(weight) for weight in weights)
         trim = None
         if self.trims:

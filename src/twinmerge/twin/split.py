@@ -16,7 +16,7 @@ from twinmerge.maths.bits import unpack
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_product
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.average import Average
-from twinmerge.methods.base import Method, Place
+from twinmerge.methods.base import Method, Place, per_expert
 from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.opened import OpenedModel
 
@@ -235,11 +235,14 @@ def is_buffer(model: OpenedModel, name: str) -> bool:
 
 def linear_coefficients(method: Method, order: Sequence[str], experts: Sequence[str]) -> list[float] | None:
     """c with θs = θ0 + Σ ci τi in the order of `experts`, for methods that are such a sum."""
-    if not isinstance(method, (TaskArithmetic, Average)):
+    if isinstance(method, Average) and method.normalize:
+        by = 1 / method.divisor(len(order))
+    elif isinstance(method, TaskArithmetic):
+        by = method.by(len(order))
+    else:
         return None
-    weights = method.weights if isinstance(method.weights, tuple) else (method.weights,) * len(order)
-    divisor = sum(weights) if isinstance(method, Average) else 1.0 / method.scale if method.scale else float("inf")
-    by_name = {name: w / divisor for name, w in zip(order, weights, strict=True)}
+    weights = per_expert(method.weights, len(order))
+    by_name = {name: w * by for name, w in zip(order, weights, strict=True)}
     return [by_name[name] for name in experts]
 
 
