@@ -118,7 +118,7 @@ def merge_lora(
     _warn_of_targets(parts, list(opened))
 
     def work(name: str) -> tuple[str, Factors, float]:
-        at = Place(origin.stored[name], origin.spec(name).shape, experts=recipe.order, turned=origin.turned(name))
+        at = _place(origin, name, recipe.order)
         return name, *compress(_merged(rule, parts[name], at), limit, name)
 
     bar = tqdm(parallel(work, parts), "merging", len(parts), delay=1, leave=False, disable=None if progress else True)
@@ -250,6 +250,11 @@ def _warn_of_targets(parts: Mapping[str, Sequence[Factors]], experts: Sequence[s
                 "nothing there.",
                 stacklevel=3,
             )
+
+
+def _place(origin: OpenedModel, name: str, experts: tuple[str, ...]) -> Place:
+    shape, turned, table = origin.spec(name).shape, origin.turned(name), origin.table(name)
+    return Place(origin.stored[name], shape, experts=experts, turned=turned, table=table)
 
 
 def _merged(method: Method, parts: Sequence[Factors], at: Place) -> Factors:

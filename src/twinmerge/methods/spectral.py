@@ -18,6 +18,7 @@ from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import (
+    TABLES,
     Grain,
     Known,
     Method,
@@ -35,24 +36,24 @@ from twinmerge.methods.tall import COEFFICIENTS, is_tall
 
 Rest = Literal["mean", "sum", "base"]
 PIECE = 1 << 16  # entries
-EMBEDDINGS = "*embed* *wte* *wpe*"
-"""Names of tables, which are looked up and not multiplied with."""
 
 
 def elementwise_field(default: str = "") -> Any:
     return Field(
-        default=default, description="matrices to treat like vectors: name patterns with *, separated by spaces"
+        default=default,
+        description="matrices to treat like vectors: name patterns with *, separated by spaces; `tables` is all tables of embeddings",
     )
 
 
-def is_named(name: str, patterns: str) -> bool:
-    """Whether one of the patterns, which spaces separate, fits the whole name.
+def is_listed(at: Place, patterns: str) -> bool:
+    """Whether one of the patterns, which spaces separate, fits the whole name, or is `TABLES` and fits the tensor.
 
     Example:
-        >>> is_named("h.0.wte.weight", EMBEDDINGS), is_named("h.0.attn.weight", EMBEDDINGS)
-        (True, False)
+        >>> table, linear = Place("shared.weight", (9, 4), table=True), Place("embed.weight", (9, 4))
+        >>> is_listed(table, TABLES), is_listed(linear, TABLES), is_listed(linear, "*embed* head.*")
+        (True, False, True)
     """
-    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
+    return any(at.table if pattern == TABLES else fnmatchcase(at.name, pattern) for pattern in patterns.split())
 
 
 class Spectral(Method):
@@ -129,7 +130,7 @@ class Spectral(Method):
 
     def decomposes(self, at: Place) -> bool:
         """Whether the tensor is treated as a matrix."""
-        return at.is_matrix and not is_named(at.name, self.elementwise)
+        return at.is_matrix and not is_listed(at, self.elementwise)
 
     def calibrated(self, merged: Tensor, deltas: Tensor, at: Place) -> Tensor:
         """`calibrate`, where it is asked for."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.base import Grain, Known, Partial, Pass, Place
+from twinmerge.methods.base import TABLES, Grain, Known, Partial, Pass, Place
 from twinmerge.methods.fold import Seen, State, SumFold
-from twinmerge.methods.spectral import EMBEDDINGS, Spectral, elementwise_field, share_of
+from twinmerge.methods.spectral import Spectral, elementwise_field, share_of
 from twinmerge.methods.tall import COEFFICIENTS, RowPass
 
 LARGEST_RIDGE = 1.0
@@ -28,7 +28,7 @@ class Wudi(Spectral, SumFold):
 
     by Cholesky in float64. The ridge is relative, so the result scales with the task vectors. Since Gt has trace 1, experts weigh
     alike however far they went from the base. Tables of embeddings are looked up and not multiplied with, so they are averaged, as the
-    paper leaves them out (`elementwise` names them). The default ridge is what validation rows of eight text experts preferred to 1e-8
+    paper leaves them out (`elementwise`). The default ridge is what validation rows of eight text experts preferred to 1e-8
     … 1e-4 (docs/quality.md); a small one gives the plain minimum. `inputs`: which axis of the stored matrix the layer reads, columns for Linear,
     rows for GPT-2's Conv1D; auto asks the model's class, and takes columns where there is none.
 
@@ -46,7 +46,7 @@ class Wudi(Spectral, SumFold):
     paper = "Cheng et al. 2025, ICML, arXiv 2503.08099"
 
     ridge: float = Field(default=1e-2, gt=0, description="pull to the base, as a share of the mean eigenvalue")
-    elementwise: str = elementwise_field(EMBEDDINGS)
+    elementwise: str = elementwise_field(TABLES)
     inputs: Literal["auto", "columns", "rows"] = Field(default="auto", description="the axis that the layer reads")
 
     def passes(self) -> tuple[Pass, ...]:
