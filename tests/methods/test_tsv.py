@@ -64,12 +64,13 @@ def test_t4_polar_factors_by_gram_matrices_give_the_same(merge_rows):
 def test_t5_rank_per_expert_is_the_floor_for_usual_sizes(monkeypatch, experts, side):
     asked = []
 
-    def spy(deltas, k, name):
+    def spy(deltas, weights, k, name):
         asked.append(k)
         return deltas[0]
 
     monkeypatch.setattr(tsv, "merge_singular", spy)
-    tsv.Tsv().combine(torch.zeros(1).expand(experts, side, side + 1), Place("w", (side, side + 1)))
+    at = Place("w", (side, side + 1))
+    tsv.Tsv().combine(torch.zeros(1).expand(experts, side, side + 1), (1.0,) * experts, at)
     assert asked == [side // experts]
     assert int(side * (1 / experts)) == side // experts  # the authors' way of writing it
 

@@ -182,7 +182,7 @@ class Pass(ABC):
     grain: only tensors of which the method says that (see `Method.grain_of`); None for all.
     """
 
-    name: ClassVar[str]
+    name: str
     scope: Scope
     sampled: ClassVar[bool] = False
     rare: bool = False
