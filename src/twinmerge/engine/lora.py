@@ -124,7 +124,9 @@ def merge_lora(
         name = names[each.name]
         return name, *compress(_merged(rule, parts[name], places[each.name], known), limit, name)
 
-    run = Run(rule, list(names), *_matrices({out: parts[name] for out, name in names.items()}, places), progress=progress)
+    run = Run(
+        rule, list(names), *_matrices({out: parts[name] for out, name in names.items()}, places), progress=progress
+    )
     run.survey()
     answers = [answer for group in run.merge(run.groups(), work) for answer in group]
     found = {name: (factors, kept) for name, factors, kept in sorted(answers, key=lambda a: a[0]) if factors.rank}
