@@ -397,7 +397,19 @@ def dense(method: Method, deltas: Tensor, at: Place) -> Tensor:
     if isinstance(method, Opcm):
         return method.fold(Tile(deltas, torch.zeros(at.shape), at))["accumulated"]
     assert isinstance(method, Spectral)
-    return method.calibrated(method.combine(deltas, at), deltas, at) * method.scale
+    tile = Tile(deltas, torch.zeros(at.shape, dtype=deltas.dtype), at)
+    return method.apply(tile, known_of(method, tile)).double()
+
+
+def known_of(method: Method, tile: Tile) -> dict[str, Any]:
+    """What the method's passes over matrices in one piece find, of one of them."""
+    known: dict[str, Any] = {}
+    for step in method.passes():
+        if step.grain != "rows" and step.wanted(known) is None:
+            total: dict[str, Any] = {}
+            step.add(total, step.observe(tile, known))
+            known[step.name] = step.finish(total, known)
+    return known
 
 
 def in_core(method: Method, parts: Sequence[Factors], at: Place) -> Factors | Tensor:
@@ -405,7 +417,7 @@ def in_core(method: Method, parts: Sequence[Factors], at: Place) -> Factors | Te
     if isinstance(method, Opcm):
         return method.fold(Tile(torch.empty(0), torch.zeros(at.shape), at, factors=parts))["accumulated"]
     assert isinstance(method, Spectral)
-    return method.merge_factors(parts, at)
+    return method.merge_factors(parts, at, known_of(method, Tile(torch.empty(0), None, at, factors=parts)))
 
 
 def core(args: argparse.Namespace, report: dict[str, Any]) -> None:

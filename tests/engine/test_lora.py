@@ -277,8 +277,8 @@ def test_methods_on_singular_values_give_what_they_give_on_full_models(zoo: Any,
 class Halves(Spectral):
     """Half of the sum; a vector counts its mean."""
 
-    def combine(self, deltas: Tensor, at: Any) -> Tensor:
-        return 0.5 * deltas.sum(0)
+    def combine(self, deltas: Tensor, weights: tuple[float, ...], at: Any) -> Tensor:
+        return 0.5 * sum(w * delta for w, delta in zip(weights, deltas, strict=True))
 
 
 def test_parameters_of_the_method_reach_it(zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

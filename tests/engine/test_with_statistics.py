@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from twinmerge.models.statistics import Statistics, save_statistics
 
 SHAPES = {"a.weight": (300, 257), "b.bias": (6,), "c.scalar": (), "d.never": (4, 5)}
 HEADER = {"data": [], "settings": {}, "examples": 7, "tokens": 7}
+EXAMPLES = {"b": 7, "a": 11}
 
 
 @pytest.fixture
@@ -36,7 +38,11 @@ def family(tmp_path: Path) -> dict[str, Any]:
         fisher["a.weight"][0] = 0
         models[name], fishers[name] = str(tmp_path / name), fisher
         statistics[name] = save_statistics(
-            tmp_path / f"{name}.safetensors", "fisher", open_model(models[name]).fingerprint(), HEADER, fisher
+            tmp_path / f"{name}.safetensors",
+            "fisher",
+            open_model(models[name]).fingerprint(),
+            HEADER | {"examples": EXAMPLES[name]},
+            fisher,
         )
     return {"experts": models, "statistics": statistics, "fishers": fishers}
 
@@ -48,7 +54,10 @@ def in_memory(family: dict[str, Any], **parameters: Any) -> dict[str, torch.Tens
     tiles = {}
     for n, shape in SHAPES.items():
         f = torch.stack([family["fishers"][e].get(n, torch.zeros(shape)) for e in names])
-        tiles[n] = Tile(torch.stack([theta[e][n] for e in names]), None, Place(n, shape, 0, names), fisher=f)
+        counts = [EXAMPLES[e] for e in names]
+        tiles[n] = Tile(
+            torch.stack([theta[e][n] for e in names]), None, Place(n, shape, 0, names), None, f, examples=counts
+        )
         step.add(total, step.observe(tiles[n], {}))
     known = {step.name: step.finish(total, {})}
     return {n: method.apply(tile, known) for n, tile in tiles.items()}
@@ -71,6 +80,72 @@ def test_same_bits_as_in_memory(family, monkeypatch, compiled, parameters, tmp_p
     if first:
         own = load_file(Path(family["experts"][first]) / "model.safetensors")
         assert torch.equal(got["a.weight"][0], own["a.weight"][0]) and torch.equal(got["d.never"], own["d.never"])
+
+
+def by_hand(
+    family: dict[str, Any], fishers: dict[str, dict[str, torch.Tensor]], examples: dict[str, int], **p: Any
+) -> Any:
+    """The paper's formula on means over examples, in NumPy float64."""
+    names, weights = list(family["experts"]), p.get("weights", {})
+    theta = {e: load_file(Path(folder) / "model.safetensors") for e, folder in family["experts"].items()}
+    share = {}
+    for i, e in enumerate(names):
+        mean = {n: fishers[e].get(n, torch.zeros(s)).double().numpy() / examples[e] for n, s in SHAPES.items()}
+        flat = np.concatenate([m.ravel() for m in mean.values()])
+        floor = p.get("floor", 1e-6) * (1 if p.get("compat") == "official" else flat.mean())
+        floor = 0 if p.get("favor_target", True) and i else floor
+        by = weights.get(e, 1.0) / (np.linalg.norm(flat) if p.get("normalize", True) else 1)
+        share[e] = {n: by * np.maximum(m, floor) for n, m in mean.items()}
+    found = {}
+    for n in SHAPES:
+        mass = sum(share[e][n] for e in names)
+        plain = sum(weights.get(e, 1.0) * theta[e][n].double().numpy() for e in names) / sum(
+            weights.get(e, 1.0) for e in names
+        )
+        weighed = sum(share[e][n] * theta[e][n].double().numpy() for e in names)
+        found[n] = np.where(mass > 0, weighed / np.where(mass > 0, mass, 1), plain)
+    return found
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("favor_target", [True, False])
+@pytest.mark.parametrize("compat", ["paper", "official"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_number_of_examples_has_no_part_in_the_merge(
+    family, monkeypatch, tmp_path, normalize, compat, favor_target, compiled
+):
+    """6 examples, and 60 with the same mean: the same merge, and the formula's, with a floor that many entries are below."""
+    if not compiled:
+        monkeypatch.setattr(fused, "available", lambda: False)
+    given = {
+        "normalize": normalize,
+        "compat": compat,
+        "favor_target": favor_target,
+        "floor": 0.02,
+        "weights": {"a": 0.5},
+    }
+    found = []
+    for times, fold in ((6, 1), (60, 10)):
+        counted = {"b": 7, "a": times}
+        fishers = {e: {n: f * (fold if e == "a" else 1) for n, f in of.items()} for e, of in family["fishers"].items()}
+        statistics = {}
+        for e, folder in family["experts"].items():
+            file, header = tmp_path / f"{times}.{e}.safetensors", HEADER | {"examples": counted[e]}
+            statistics[e] = save_statistics(file, "fisher", open_model(folder).fingerprint(), header, fishers[e])
+        merged = merge("fisher", experts=family["experts"], statistics=statistics, progress=False, **given).state_dict()
+        for n, want in by_hand(family, fishers, counted, **given).items():
+            np.testing.assert_allclose(merged[n].double().numpy(), want, rtol=2e-6, atol=1e-7)
+        found.append(merged)
+    for n, value in found[0].items():
+        torch.testing.assert_close(found[1][n], value, rtol=2e-6, atol=1e-7)
+
+
+def test_statistics_of_no_example_are_refused(family, tmp_path):
+    fingerprint = open_model(family["experts"]["a"]).fingerprint()
+    file = save_statistics(tmp_path / "none", "fisher", fingerprint, HEADER | {"examples": 0}, family["fishers"]["a"])
+    merged = merge("fisher", experts=family["experts"], statistics={**family["statistics"], "a": file}, progress=False)
+    with pytest.raises(TwinmergeError, match="'a' is of no example"):
+        merged.state_dict()
 
 
 def test_headers_tell_what_the_pass_finds(family):

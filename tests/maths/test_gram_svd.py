@@ -208,7 +208,7 @@ def reference(name, exact):
     v = np.linalg.svd(torch.cat(list(exact), 0).numpy())[2][:9]
     cores = torch.from_numpy(u.T) @ exact @ torch.from_numpy(v.T)
     method = make_method(name, ("a", "b", "c"), {})
-    core = method.combine(cores, Place("w", (40, 30)))
+    core = method.combine(cores, (1.0,) * 3, Place("w", (40, 30)))
     if name == "svc":
-        core = method.calibrated(core, cores, Place("w", (40, 30)))
+        core = method.calibrated(core, cores, (1.0,) * 3, Place("w", (40, 30)))
     return torch.from_numpy(u) @ core.double() @ torch.from_numpy(v)

@@ -375,7 +375,8 @@ def iso_cts(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
             parts.append((a[:, :keep], b[:keep], ct[:keep]))
         left, _, right = svd_within_rank(np.concatenate([q[0] for q in parts], 1))
         above, _, below = svd_within_rank(np.concatenate([q[2] for q in parts], 0).T)
-        return np.concatenate([q[1] for q in parts]).mean() * (left @ right) @ (above @ below).T
+        s = np.concatenate([q[1] for q in parts])
+        return s.sum() / (d if p.mean_over == "size" else len(s)) * (left @ right) @ (above @ below).T
 
     return by_matrix(x, p, chosen)
 
@@ -397,14 +398,22 @@ def wudi(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
 
 
 def knots(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
-    def tied(v: np.ndarray) -> np.ndarray:
-        t, m, n = v.shape
-        u, s, vt = svd_within_rank(np.concatenate(list(v), 1))
-        parts = (s[:, None] * vt).reshape(len(s), t, n).transpose(1, 0, 2)
-        one = SimpleNamespace(weights=1.0, merge="mean", scale=1.0)
-        return u @ elect_and_merge(trim({"": parts.copy()}, p.density, "model"), one)[""]
-
-    return by_matrix(x, p, tied)
+    """All matrices are aligned first: the density counts the entries of them all."""
+    left, parts = {}, {}
+    for n, v in x.items():
+        if v.ndim > 2 and min(len(v[0]), v[0, 0].size if v[0].size else 0) > 1:
+            matrices = weighted(v, p).reshape(len(v), len(v[0]), -1)
+            left[n], s, vt = svd_within_rank(np.concatenate(list(matrices), 1))
+            parts[n] = (s[:, None] * vt).reshape(len(s), len(v), -1).transpose(1, 0, 2)
+    kept = trim({n: v.copy() for n, v in parts.items()}, p.density, p.scope)
+    sign = {n: np.sign(v.sum(0)) for n, v in kept.items()}
+    most = np.sign(sum(v.sum() for v in sign.values())) if p.tie == "majority" else 0
+    merged = []
+    for n, v in kept.items():
+        agree = (np.sign(v) == np.where(sign[n] == 0, most, sign[n])) & (v != 0)
+        merged.append(left[n] @ ((v * agree).sum(0) / np.maximum(agree.sum(0), 1)))
+    found = iter(merged)
+    return by_matrix(x, p, lambda _: next(found))
 
 
 def opcm_projected(a: np.ndarray, t: np.ndarray, p: SimpleNamespace) -> np.ndarray:
@@ -456,9 +465,9 @@ def null_space(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Array
 
 
 def continual_ties(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
-    out = {n: np.zeros(v.shape[1:]) for n, v in x.items()}
+    out = {n: p.scale * v[0] for n, v in x.items()}  # the first one is not trimmed
     one = SimpleNamespace(weights=1.0, merge="sum", scale=p.scale)
-    for i in range(len(experts)):
+    for i in range(1, len(experts)):
         stack = {n: np.stack([out[n], v[i]]) for n, v in x.items()}
         # what is kept is chosen among float32 numbers
         narrow = trim({n: v.astype(np.float32).astype(np.float64) for n, v in stack.items()}, p.density, "tensor")

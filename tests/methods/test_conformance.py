@@ -40,9 +40,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "tsv": [{"scale": 0.5}, {"calibration": 0.2}],
     "svc": [{"calibration": 0.5, "scale": 0.5}],
     "iso_c": [{"mean_over": "rank", "scale": 1.5}, {"calibration": 0.1}],
-    "iso_cts": [{"common": 0.5}, {"common": 0.0}, {"common": 1.0}],
+    "iso_cts": [{"common": 0.5}, {"common": 0.0, "mean_over": "rank"}, {"common": 1.0}],
     "wudi": [{"inputs": "rows"}, {"ridge": 0.01}],
-    "knots": [{"density": 1.0, "scale": 1.0}, {"density": 0.5}],
+    "knots": [{"density": 1.0, "scale": 1.0}, {"density": 0.5}, {"density": 0.3, "scope": "tensor", "tie": "zero"}],
     "opcm": [{"form": "released"}, {"form": "paper"}, {"alpha": 0.0}, {"alpha": 1.0}, {"alpha": 0.9}],
     "null_space": [{"rank": 2, "scale": 0.7}],
     "continual_ties": [{"density": 0.6, "scale": 1.0}],
@@ -178,7 +178,7 @@ def test_a_number_that_is_not_finite_is_an_error_with_its_place(methods, name, b
 
     def load() -> Tensor:
         models = {e: opened(e, m) for e, m in experts.items()}
-        unmeasured = SimpleNamespace(has=lambda _: False)
+        unmeasured = SimpleNamespace(has=lambda _: False, examples=1)
         inputs = Inputs(
             method,
             opened("the-base", base),

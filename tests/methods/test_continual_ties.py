@@ -29,15 +29,20 @@ def test_votes_that_cancel_add_nothing(merge_rows):
     np.testing.assert_array_equal(merge_rows("continual_ties", [[4.0], [-2.0]], density=1.0), [2.0])
 
 
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_the_first_expert_is_not_trimmed(merge_rows, density):
+    np.testing.assert_array_equal(merge_rows("continual_ties", [[1.0, -2.0, 3.0]], density=density), [0.5, -1.0, 1.5])
+
+
 def test_density_is_an_exact_count_of_each_tensor(merge_rows):
-    got = merge_rows("continual_ties", [[1.0, 1.0, 1.0, 1.0, 5.0]], density=0.4, scale=1.0)
+    got = merge_rows("continual_ties", [[0.0] * 5, [1.0, 1.0, 1.0, 1.0, 5.0]], density=0.4, scale=1.0)
     np.testing.assert_array_equal(got, [1, 0, 0, 0, 5])  # 2 of 5, of equals the first
 
 
 def test_what_was_merged_is_trimmed_with_the_newcomer(merge_rows):
     """A = (4, 3, 0, 0) keeps one entry of 4 in the second election: its 3 stays, but is not added again."""
     got = merge_rows("continual_ties", [[4.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0]], density=0.25, scale=1.0)
-    np.testing.assert_array_equal(got, [8.0, 0.0, 0.0, 2.0])  # of (4, 0, 0, 0) after the first
+    np.testing.assert_array_equal(got, [8.0, 3.0, 0.0, 2.0])
 
 
 @pytest.mark.parametrize("parameters", [{}, {"density": 0.0}, {"density": 0.6, "scale": 1.0}])

@@ -43,9 +43,15 @@ def test_i4_all_directions_are_given_out(common, short, experts):
     assert 0 <= k <= short and own >= 0 and k + own * experts == short
 
 
-def test_i5_all_in_common_is_iso_c(merge_rows):
-    x = deltas(3, 8, 6)
-    close(merge_rows("iso_cts", x, common=1.0), merge_rows("iso_c", x))
+@pytest.mark.parametrize("mean_over", ["size", "rank"])
+@pytest.mark.parametrize("rank", [1, 2, 6])
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (7, 7)])
+def test_i5_all_in_common_is_iso_c(merge_rows, shape, rank, mean_over):
+    """At any rank of the sum: three experts in one space, as adapters may be."""
+    m, n = shape
+    x = torch.einsum("mr,trn->tmn", deltas(1, m, rank)[0], deltas(3, rank, n, seed=1))
+    given = {"mean_over": mean_over}
+    close(merge_rows("iso_cts", x, common=1.0, **given), merge_rows("iso_c", x, **given), 1e-5)
 
 
 def test_more_experts_than_directions_left_is_iso_c(merge_rows):
@@ -93,12 +99,14 @@ def test_a_space_that_all_share_has_no_directions_beside_it(merge_rows, common):
     np.testing.assert_allclose(s[1:], 0, atol=1e-6 * s[0])
 
 
-def test_an_expert_that_changed_nothing_has_no_direction(merge_rows):
+@pytest.mark.parametrize("mean_over, count", [("size", 6), ("rank", 3)])
+def test_an_expert_that_changed_nothing_has_no_direction(merge_rows, mean_over, count):
+    """Its three directions are 0, and in the mean over the size."""
     x = deltas(2, 6, 6)
     x[1] = 0
-    got = merge_rows("iso_cts", x, common=0.0)
+    got = merge_rows("iso_cts", x, common=0.0, mean_over=mean_over)
     s = singular(got)
-    np.testing.assert_allclose(s[:3], singular(x[0])[:3].mean(), rtol=1e-5)
+    np.testing.assert_allclose(s[:3], singular(x[0])[:3].sum() / count, rtol=1e-5)
     np.testing.assert_allclose(s[3:], 0, atol=1e-5 * s[0])
 
 

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from twinmerge.methods.base import Place
 from twinmerge.methods.fold import Seen
 from twinmerge.methods.null_space import NullSpace
+from twinmerge.methods.opcm import Opcm
+from twinmerge.methods.tsv import Tsv
+from twinmerge.methods.wudi import Wudi
 
 
 def deltas(count, *shape, seed=0):
@@ -67,12 +70,26 @@ def test_all_other_tensors_are_meant(merge_rows, shape):
     torch.testing.assert_close(merge_rows("null_space", x), x.double().mean(0).float(), rtol=2e-7, atol=1e-9)
 
 
-def test_kernels_and_tables_are_averaged(merge_rows, combine):
+def test_kernels_are_averaged(merge_rows):
     x = deltas(2, 4, 3, 2, 2).float()
     torch.testing.assert_close(merge_rows("null_space", x, rank=2), x.mean(0))
-    table = {e: {"wte.weight": row} for e, row in zip("ab", deltas(2, 5, 4).float(), strict=True)}
-    got = combine("null_space", {"wte.weight": torch.zeros(5, 4)}, table)["wte.weight"]
-    torch.testing.assert_close(got, (table["a"]["wte.weight"] + table["b"]["wte.weight"]) / 2)
+
+
+@pytest.mark.parametrize(
+    "name, table, elementwise, filtered",
+    [
+        ("shared.weight", True, "tables", False),
+        ("embedder.proj.weight", False, "tables", True),  # a linear layer that has the word
+        ("shared.weight", True, "", True),
+        ("q.weight", False, "tables q.*", False),
+        ("shared.weight", True, "*embed*", True),
+    ],
+)
+@pytest.mark.parametrize("method", [NullSpace, Opcm, Wudi, Tsv])
+def test_tables_are_told_by_place_and_not_by_name(method, name, table, elementwise, filtered):
+    made, at = method(elementwise=elementwise), Place(name, (5, 4), table=table)
+    treated = {NullSpace: "filters", Opcm: "projects"}.get(method, "decomposes")
+    assert getattr(made, treated)(at) == filtered
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (6,)])

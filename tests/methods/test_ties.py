@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,21 @@ def close(got, want):
 @pytest.mark.parametrize("compat, kept", [("paper", {9, -10}), ("mergekit", {9, -10}), ("official", {-8, 9, -10})])
 def test_trim_keeps_k_and_the_official_code_one_more(merge_rows, compat, kept):
     assert set(merge_rows("ties", [ONE_TO_TEN], compat=compat).tolist()) - {0} == kept
+
+
+@pytest.mark.parametrize("size, density, official", [(100, 0.29, 29), (50, 0.58, 29), (10, 0.2, 3), (10, 1.0, 10)])
+def test_the_official_count_is_that_of_floating_point(merge_rows, size, density, official):
+    """int(100 · 0.29) is 28, and one more is kept."""
+    rows = [np.arange(1.0, size + 1)]
+    assert np.count_nonzero(merge_rows("ties", rows, density=density, compat="official")) == official
+    assert np.count_nonzero(merge_rows("ties", rows, density=density)) == round(density * size)
+
+
+def test_where_no_sign_has_a_majority_the_official_maximum_is_zero(merge_rows):
+    """Its mean takes the negative entries of cancelled votes then; its maximum is multiplied with the sign, which is 0."""
+    rows = [[2.0], [-2.0]]
+    assert merge_rows("ties", rows, density=1.0, compat="official").item() == -2.0
+    assert merge_rows("ties", rows, density=1.0, compat="official", merge="max").item() == 0.0
 
 
 @pytest.mark.parametrize(

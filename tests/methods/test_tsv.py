@@ -64,14 +64,37 @@ def test_t4_polar_factors_by_gram_matrices_give_the_same(merge_rows):
 def test_t5_rank_per_expert_is_the_floor_for_usual_sizes(monkeypatch, experts, side):
     asked = []
 
-    def spy(deltas, k, name):
+    def spy(deltas, weights, k, name):
         asked.append(k)
         return deltas[0]
 
     monkeypatch.setattr(tsv, "merge_singular", spy)
-    tsv.Tsv().combine(torch.zeros(1).expand(experts, side, side + 1), Place("w", (side, side + 1)))
+    at = Place("w", (side, side + 1))
+    tsv.Tsv().combine(torch.zeros(1).expand(experts, side, side + 1), (1.0,) * experts, at)
     assert asked == [side // experts]
     assert int(side * (1 / experts)) == side // experts  # the authors' way of writing it
+
+
+def alike(kind, m, n, rng):
+    """A change many of whose singular values are equal, as sparse updates of 16-bit weights have them."""
+    if kind == "identity":
+        return torch.eye(max(m, n))[:m, :n] / 128
+    if kind == "sparse":
+        return (torch.rand(m, n, generator=rng) < 0.1).float() / 128
+    return torch.kron(torch.eye(2), torch.randn(-(-m // 2), -(-n // 2), generator=rng))[:m, :n].bfloat16().float()
+
+
+@pytest.mark.parametrize("work", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["identity", "sparse", "blocks"])
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (24, 24)])
+@pytest.mark.parametrize("weights", [(0.3, 0.7, 1.7), (0.1, 0.2, -0.7), (0.0, 1.0, 0.3)])
+def test_equal_experts_are_one_whatever_their_weights(shape, kind, work, weights):
+    """U, V of equal experts are the same columns: the merge is their own k leading triplets times Σ ±|w| over the number of them."""
+    at, x = Place("w", shape, 0, tuple("abc")), alike(kind, *shape, torch.Generator().manual_seed(1)).expand(3, *shape)
+    base, used = torch.zeros(shape), [w for w in weights if w]
+    one = tsv.Tsv().apply(Tile(x, base, at, work), {}).double().numpy()
+    got = tsv.Tsv(weights=weights).apply(Tile(x, base, at, work), {}).double().numpy()
+    close(got, sum(used) / len(used) * one)
 
 
 def test_merged_rank_is_at_most_that_of_the_parts(merge_rows):

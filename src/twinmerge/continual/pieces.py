@@ -34,7 +34,10 @@ class Read(NamedTuple):
 
 def places_of(base: OpenedModel, names: Iterable[str]) -> dict[str, Place]:
     """Canonical name -> where the tensor lies, under the name that a merged folder has and patterns are of."""
-    return {name: Place(base.stored[name], base.spec(name).shape, turned=base.turned(name)) for name in names}
+    return {
+        name: Place(base.stored[name], base.spec(name).shape, turned=base.turned(name), table=base.table(name))
+        for name in names
+    }
 
 
 def pieces(places: Mapping[str, Place], whole: Callable[[Place], bool]) -> Iterator[Range]:

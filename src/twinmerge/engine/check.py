@@ -37,6 +37,7 @@ def checked(merge: Merge) -> dict[str, Any]:
         "from_base": matched.from_base,
         "ignored": {e: names for e, names in matched.ignored.items() if names},
         "tied": base.aliases,
+        **({} if merge.inputs.tables is None else {"tables": merge.inputs.tables}),
         "other_tokens": merge.other_tokens,
         "dtypes": {label: _dtypes(model) for label, model in {"base": base, **merge.experts}.items()},
         "output_dtypes": sorted({spec.name for spec in merge.out_specs.values()}),

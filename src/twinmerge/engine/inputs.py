@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.base import Gram, Method, Place, Stored, Tile
+from twinmerge.methods.base import TABLES, Gram, Method, Place, Stored, Tile
 from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.models.statistics import Statistics
 from twinmerge.store.checkpoint import Checkpoint
@@ -63,6 +64,9 @@ class Inputs:
         self.experts, self.names, self.device = experts, names, device
         self.canonical = {out: name for name, out in names.items()}
         self._first = next(iter(experts.values()))
+        # whose class says what each tensor is: models without a config.json have none
+        models = [*experts.values(), *([] if base is None else [base])]
+        self._told = next((m for m in models if knows_class(m)), self._first)
         self.shapes = {out: self._first.spec(name).shape for name, out in names.items()}
         self.compiled = fused.available() and str(device) == "cpu"
         if not self.compiled or type(method).rule is Method.rule or (not self.deltas and with_base):
@@ -79,10 +83,28 @@ class Inputs:
         return {out: "matrix" if grain == "rows" and out in low_rank else grain for out, grain in found.items()}
 
     @cached_property
+    def tables(self) -> dict[str, object] | None:
+        """What the method takes for tables of embeddings, by names in the output, and who says so; None where it is all the same to it."""
+        if not asks_for_tables(self.method):
+            return None
+        names = [out for out, name in self.canonical.items() if self._told.table(name)]
+        return {"told_by": "class" if knows_class(self._told) else "names", "names": names}
+
+    @cached_property
     def element_bytes(self) -> int:
         """Of one element of every input, of the widest dtype that it has."""
         inputs = (max(SIZES[model.range_code(n)] for n in self.canonical.values()) for model in self._models.values())
         return sum(inputs) + ("fisher" in self.needs) * SIZES["F32"] * len(self.experts)
+
+    @cached_property
+    def examples(self) -> dict[str, int]:
+        """How many each expert's statistics are summed over, where the method reads Fisher information."""
+        found = {e: self.statistics[e].examples for e in self.experts if "fisher" in self.needs}
+        if none := next((expert for expert, count in found.items() if count < 1), None):
+            raise TwinmergeError(
+                f"The Fisher information of {none!r} is of no example. Measure it on a file that has some."
+            )
+        return found
 
     def told(self) -> dict[str, object]:
         """What passes would find, as the headers of the statistics tell it."""
@@ -99,7 +121,7 @@ class Inputs:
                 if not (math.isfinite(square) and total >= 0):
                     raise unsound(expert, out)
                 parts.append((total, square, math.prod(model.spec(name).shape)))
-            found.append(squares_of(parts))
+            found.append(squares_of(parts, self.examples[expert]))
         return {FisherSquares.name: found}
 
     def load(self, each: Range) -> Tile:
@@ -142,7 +164,8 @@ class Inputs:
             self.shapes[each.name],
             each.start,
             tuple(self.experts),
-            self._first.turned(self.canonical[each.name]),
+            self._told.turned(self.canonical[each.name]),
+            self._told.table(self.canonical[each.name]),
         )
 
     def buffer(self, label: str, size: int) -> NDArray[np.uint8]:
@@ -180,6 +203,7 @@ class Inputs:
             lambda: self._measured(each, stored),
             grams,
             self._factors(self.canonical[each.name]) if self.grains[each.name] == "matrix" else None,
+            tuple(self.examples.values()),
         )
 
     def _factors(self, name: str) -> list[Factors] | None:
@@ -264,8 +288,33 @@ def require_read(model: OpenedModel, name: str, found: str) -> None:
         TwinmergeError: another one.
     """
     own = name if name in model.specs else model.aliases.get(name, name)
-    if isinstance(model.source, Checkpoint) and own not in model.factors and own not in model.dense:
+    if isinstance(model.source, Checkpoint) and own not in model.changes:
         model.source.require(model.stored[own], found)
+
+
+def knows_class(model: OpenedModel) -> bool:
+    """Whether the model's class says what each of its tensors is for."""
+    return model.architecture is not None or model.tables is not None
+
+
+def asks_for_tables(method: object) -> bool:
+    """Whether a method treats tables of embeddings as the class tells them."""
+    return TABLES in str(getattr(method, "elementwise", "")).split()
+
+
+def warn_of_tables(model: OpenedModel, names: Iterable[str], stacklevel: int) -> None:
+    """Say which tensors of a bare checkpoint count as tables, since no class says it.
+
+    Args:
+        names: canonical ones of what is merged.
+    """
+    found = sorted(name for name in names if model.table(name))
+    told = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}" if found else "none has such a name"
+    warnings.warn(
+        f"{model.name} has no config.json, so tables of embeddings, which are not merged as matrices, are told by their usual names: "
+        f"{told}. Add its config.json, or name them with elementwise.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _not_finite(tensor: str, expert: str) -> str:

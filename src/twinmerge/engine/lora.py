@@ -6,20 +6,20 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.lora_folder import About, Limit, compress, write_lora
+from twinmerge.engine.ranges import Grains, Range, Shapes
 from twinmerge.engine.recipe import Recipe
+from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors, truncate_product
-from twinmerge.maths.threads import parallel
-from twinmerge.methods.base import Method, Place, per_expert
+from twinmerge.methods.base import Known, Method, Place, Tile, per_expert
 from twinmerge.methods.registry import method_class, method_names
 from twinmerge.methods.spectral import Spectral, share_of
 from twinmerge.methods.task_arithmetic import TaskArithmetic
@@ -117,12 +117,19 @@ def merge_lora(
     parts = _parts(origin, opened)
     _warn_of_targets(parts, list(opened))
 
-    def work(name: str) -> tuple[str, Factors, float]:
-        at = Place(origin.stored[name], origin.spec(name).shape, experts=recipe.order, turned=origin.turned(name))
-        return name, *compress(_merged(rule, parts[name], at), limit, name)
+    names = {origin.stored[name]: name for name in parts}  # passes know tensors by their places' names
+    places = {out: _place(origin, name, recipe.order) for out, name in names.items()}
 
-    bar = tqdm(parallel(work, parts), "merging", len(parts), delay=1, leave=False, disable=None if progress else True)
-    found = {name: (factors, kept) for name, factors, kept in bar if factors.rank}
+    def work(each: Range, known: Known) -> tuple[str, Factors, float]:
+        name = names[each.name]
+        return name, *compress(_merged(rule, parts[name], places[each.name], known), limit, name)
+
+    run = Run(
+        rule, list(names), *_matrices({out: parts[name] for out, name in names.items()}, places), progress=progress
+    )
+    run.survey()
+    answers = [answer for group in run.merge(run.groups(), work) for answer in group]
+    found = {name: (factors, kept) for name, factors, kept in sorted(answers, key=lambda a: a[0]) if factors.rank}
     modules = carried(origin.architecture, {name: factors for name, (factors, _) in found.items()})
     if lost := sorted(found.keys() - {one.name for one in modules.values()}):
         raise TwinmergeError(f"No module of {origin.name} holds {lost[0]!r}. Merge full models with `twinmerge merge`.")
@@ -256,11 +263,30 @@ def _warn_of_targets(parts: Mapping[str, Sequence[Factors]], experts: Sequence[s
             )
 
 
-def _merged(method: Method, parts: Sequence[Factors], at: Place) -> Factors:
+def _place(origin: OpenedModel, name: str, experts: tuple[str, ...]) -> Place:
+    shape, turned, table = origin.spec(name).shape, origin.turned(name), origin.table(name)
+    return Place(origin.stored[name], shape, experts=experts, turned=turned, table=table)
+
+
+def _matrices(
+    parts: Mapping[str, Sequence[Factors]], places: Mapping[str, Place]
+) -> tuple[Shapes, Callable[[Range], Tile], Grains]:
+    """What a run needs to know: the shape of every matrix, its tile in one piece, made of the factors, and that it is in one piece."""
+
+    def load(each: Range) -> Tile:
+        own, at = parts[each.name], places[each.name]
+        return Tile.of(
+            lambda: (torch.stack([part.dense() for part in own]), None, torch.float64), at, None, factors=own
+        )
+
+    return {name: at.shape for name, at in places.items()}, load, dict.fromkeys(places, "matrix")
+
+
+def _merged(method: Method, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
     wide = [Factors(part.b.double(), part.a.double()) for part in parts]
     if isinstance(method, Spectral):
         if method.decomposes(at):
-            return method.merge_factors(parts, at)
+            return method.merge_factors(parts, at, known)
         share = method.scale * share_of(method.rest, len(parts))
         weights = [w * share for w in per_expert(method.weights, len(parts))]
     else:

@@ -131,15 +131,14 @@ class Run:
 
     def _sweep(self, step: Pass, names: Sequence[str], title: str | None) -> None:
         """One pass over tensors: one total for the model, or one for each tensor."""
+        names = [n for n in names if step.grain in (None, self.grains[n])]
+        if not names:  # then earlier passes found nothing either, which `wanted` might ask for
+            return
         by_tensor = step.scope == "tensor"
         wanted = {name: step.wanted(self._of(name)) for name in names} if by_tensor else {}
         all_or_some = None if by_tensor else step.wanted(self.known)
         seen = [
-            n
-            for n in names
-            if (n not in wanted or wanted[n] is None)
-            and (all_or_some is None or n in all_or_some)
-            and step.grain in (None, self.grains[n])
+            n for n in names if (n not in wanted or wanted[n] is None) and (all_or_some is None or n in all_or_some)
         ]
         if not seen:
             return

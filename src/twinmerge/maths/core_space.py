@@ -36,8 +36,8 @@ class CoreSpace(NamedTuple):
     cores: Tensor
 
     @classmethod
-    def of(cls, parts: Sequence[Factors], weights: Sequence[float] | None = None) -> CoreSpace:
-        """The space of the parts (any ranks, 0 too), and their cores times their weights.
+    def of(cls, parts: Sequence[Factors]) -> CoreSpace:
+        """The space of the parts (any ranks, 0 too), and their cores.
 
         Raises:
             TwinmergeError: a part holds NaN or infinity, or has another shape.
@@ -50,8 +50,7 @@ class CoreSpace(NamedTuple):
         if not all(bool(x.isfinite().all()) for x in (*b, *a)):
             raise TwinmergeError("a low-rank part holds NaN or infinity: leave it out, or mend the expert it came from")
         left, right = _basis(torch.cat(b, 1)), _basis(torch.cat(a).mT)
-        by = weights or [1.0] * len(parts)
-        cores = [w * (left.mT @ one) @ (two @ right) for w, one, two in zip(by, b, a, strict=True)]
+        cores = [(left.mT @ one) @ (two @ right) for one, two in zip(b, a, strict=True)]
         return cls(left, right, torch.stack(cores))
 
     def factors(self, core: Tensor) -> Factors:

@@ -43,12 +43,16 @@ PerExpert = float | tuple[float, ...]
 """One number for all experts, or one for each, in the experts' order."""
 
 
+TABLES = "tables"
+"""Among the patterns of `elementwise`: all that is looked up and multiplies nothing, as the model's class says."""
+
+
 class Place(NamedTuple):
     """Where a tile lies.
 
     name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
     element; experts: names in the order of the stack; turned: the matrix is stored (in, out), as GPT-2's Conv1D does, and not as
-    Linear does; known where the model's class is.
+    Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as `OpenedModel.table` says.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Place(NamedTuple):
     offset: int = 0
     experts: tuple[str, ...] = ()
     turned: bool = False
+    table: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -92,10 +97,11 @@ class Tile:
         at: where it lies.
         work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least: float32 for
             checkpoints of 16 bits, else float64 (None).
-        fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over examples.
+        fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over `examples`.
         grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was measured.
         factors: of every expert's delta where all are low-rank adapters of this base, rank 0 where one does not change the
             tensor; else None.
+        examples: how many each expert's `fisher` is summed over, which is not the same for all; 1 each where none are given.
 
     Attributes:
         stored: the tile as it lies in the files, where the compiled library may work on it.
@@ -110,8 +116,10 @@ class Tile:
         fisher: Tensor | None = None,
         grams: Sequence[Callable[[], Gram | None]] = (),
         factors: Sequence[Factors] | None = None,
+        examples: Sequence[int] = (),
     ) -> None:
         self.at, self.grams, self.factors = at, grams, factors
+        self.examples = tuple(examples) or (1,) * len(x)
         self.stored: Stored | None = None
         self._make: Callable[[], _Made] = lambda: (x, base, work or x.double().dtype)
         self._make_fisher: Callable[[], Tensor | None] = lambda: fisher
@@ -125,11 +133,13 @@ class Tile:
         fisher: Callable[[], Tensor | None] = lambda: None,
         grams: Sequence[Callable[[], Gram | None]] = (),
         factors: Sequence[Factors] | None = None,
+        examples: Sequence[int] = (),
     ) -> Tile:
         """A tile whose x, base, work and Fisher are made when they are first asked for."""
         tile = cls.__new__(cls)
         tile.at, tile.stored, tile._make, tile._make_fisher = at, stored, make, fisher
         tile.grams, tile.factors = grams, factors
+        tile.examples = tuple(examples) or (1,) * len(at.experts)
         return tile
 
     @cached_property
@@ -150,7 +160,7 @@ class Tile:
 
     @cached_property
     def fisher(self) -> Tensor:
-        """(experts, *tile) float32, for methods that need it."""
+        """(experts, *tile) float32, for methods that need it: sums over `examples`."""
         made = self._make_fisher()
         if made is None:
             raise AssertionError("the engine gives every method the statistics that it needs")
@@ -172,7 +182,7 @@ class Pass(ABC):
     grain: only tensors of which the method says that (see `Method.grain_of`); None for all.
     """
 
-    name: ClassVar[str]
+    name: str
     scope: Scope
     sampled: ClassVar[bool] = False
     rare: bool = False

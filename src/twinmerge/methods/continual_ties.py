@@ -14,10 +14,12 @@ from twinmerge.methods.fold import Fold, Seen, State, folded
 
 
 class ContinualTies(Method, Fold):
-    """A ← A + λ · ties(A, τt), the sum of the entries that agree with the elected sign; θ = θ0 + A.
+    """A ← λ τ1; then A ← A + λ · ties(A, τt), the sum of the entries that agree with the elected sign; θ = θ0 + A.
 
-    The baseline of the papers on continual merging: what was merged is trimmed and added again with every expert, so it
-    compounds. `density` keeps an exact count of each tensor. Experts are taken in their order, which has a meaning.
+    The baseline of the papers on continual merging: the first expert is not trimmed, and what was merged is trimmed and added again
+    with every later one, so it compounds. The baseline's code trims the whole model and sends votes that cancel to the majority;
+    here, where an expert is taken in tensor by tensor, `density` keeps an exact count of each tensor, and such votes add nothing.
+    Experts are taken in their order, which has a meaning.
 
     Source: Tang et al. 2025, arXiv 2501.09522 (its baseline); Yadav et al. 2023, arXiv 2306.01708 (TIES).
 
@@ -37,7 +39,9 @@ class ContinualTies(Method, Fold):
     density: float = Field(default=0.2, ge=0, le=1, description="share of each tensor's entries that is kept")
 
     def absorb(self, state: State, delta: Tensor, at: Place) -> State:
-        before = state["accumulated"] if state else torch.zeros_like(delta)
+        if not state:
+            return {"accumulated": self.scale * delta}
+        before = state["accumulated"]
         stack = torch.stack([before, delta])
         kept = torch.where(largest(stack.float(), keep_count(self.density, delta.numel())), stack, 0)
         agree = kept.sign() == kept.sum(0).sign()

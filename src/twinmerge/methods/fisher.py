@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 
 class Squares(NamedTuple):
-    """Of one expert's Fisher information over all merged tensors: ΣF, ΣF² and the number of entries."""
+    """Of one expert's Fisher information over all merged tensors, as it was measured: ΣF, ΣF², the number of entries, and the
+    number of examples that every F is summed over."""
 
     total: float
     squares: float
     entries: int
+    examples: int = 1
 
 
 class FisherSquares(Pass):
@@ -36,44 +38,55 @@ class FisherSquares(Pass):
         for e, name in enumerate(tile.at.experts):
             f = tile.fisher[e]
             _require_sound(f, tile.at, name)
-            found[f"{key}\0{e}"] = (sums.block_sums(f).tolist(), sums.blocked_dot(f, f).tolist(), f.numel())
+            found[f"{key}\0{e}"] = (
+                sums.block_sums(f).tolist(),
+                sums.blocked_dot(f, f).tolist(),
+                f.numel(),
+                tile.examples[e],
+            )
         return found
 
     def finish(self, total: Partial, known: Known) -> object:
         experts = 1 + max((int(key.rpartition("\0")[2]) for key in total), default=-1)
-        by_tensor: list[dict[str, list[tuple[list[float], list[float], int]]]] = [{} for _ in range(experts)]
+        by_tensor: list[dict[str, list[tuple[list[float], list[float], int, int]]]] = [{} for _ in range(experts)]
         for key, part in total.items():
             tensor, _, e = key.split("\0")
             by_tensor[int(e)].setdefault(tensor, []).append(part)
         return [
             squares_of(
-                (sums.total(*(p[0] for p in parts)), sums.total(*(p[1] for p in parts)), sum(p[2] for p in parts))
-                for parts in tensors.values()
+                (
+                    (sums.total(*(p[0] for p in parts)), sums.total(*(p[1] for p in parts)), sum(p[2] for p in parts))
+                    for parts in tensors.values()
+                ),
+                next((p[3] for parts in tensors.values() for p in parts), 1),
             )
             for tensors in by_tensor
         ]
 
 
-def squares_of(by_tensor: Iterable[tuple[float, float, int]]) -> Squares:
+def squares_of(by_tensor: Iterable[tuple[float, float, int]], examples: int = 1) -> Squares:
     """The same over a model out of what each of its tensors has.
 
     Example:
-        >>> squares_of([(1.0, 1.0, 2), (2.0, 4.0, 1)])
-        Squares(total=3.0, squares=5.0, entries=3)
+        >>> squares_of([(1.0, 1.0, 2), (2.0, 4.0, 1)], examples=8)
+        Squares(total=3.0, squares=5.0, entries=3, examples=8)
     """
     parts = list(by_tensor)
-    return Squares(sums.total(p[0] for p in parts), sums.total(p[1] for p in parts), sum(p[2] for p in parts))
+    total, squares = (sums.total(p[i] for p in parts) for i in (0, 1))
+    return Squares(total, squares, sum(p[2] for p in parts), examples)
 
 
 class Fisher(Method):
     """θ = Σt ct Dt θt / Σt ct Dt, element by element, with ct = λt / ‖Ft‖ and Dt = max(Ft, floor).
 
-    Ft is the diagonal of expert t's Fisher information, as `twinmerge measure fisher` takes it; ‖Ft‖ is its Euclidean
-    norm over all merged tensors, before the floor (normalize=False leaves it out: ct = λt). No base is needed.
+    Ft is the diagonal of expert t's Fisher information, the mean over the examples that `twinmerge measure fisher` sums up, so
+    that experts measured on different numbers of examples compare; ‖Ft‖ is its Euclidean norm over all merged tensors, before
+    the floor (normalize=False leaves it out: ct = λt). No base is needed.
 
     The floor is `floor` times the mean of Ft over all merged entries, so that the result does not depend on the scale of Ft.
     With favor_target only the target has it: where nobody measured anything, its value stays. Where every ct Dt is 0, the
-    result is the mean weighted by λ. compat="official" takes the floor as it is, as the authors' code does.
+    result is the mean weighted by λ (the authors' code divides 0 by 0). compat="official" takes the floor as it is, as the
+    authors' code does.
 
     Source: Matena & Raffel 2022, "Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832, equation 3 and
     section 3.2; the normalisation, the floor and the favoured target are those of the authors' code.
@@ -105,7 +118,7 @@ class Fisher(Method):
         return (FisherSquares(),)
 
     def importance(self, experts: Sequence[str], known: Known) -> Importance:
-        """ct and the floor of each expert.
+        """ct and the floor of each expert, for Fisher information as it is stored: summed over examples and not divided by them.
 
         Errors:
             TwinmergeError: a target that is no expert, a negative weight, or Fisher information that is 0 everywhere.
@@ -126,8 +139,9 @@ class Fisher(Method):
                     f"The Fisher information of {name!r} is 0 in all merged tensors, so it has no norm to divide by. Measure it again "
                     "on data that the model is not certain of, leave the expert out, or set normalize=false."
                 )
-            factors.append(weight / size.squares**0.5 if self.normalize else weight)
-            least = self.floor if self.compat == "official" else self.floor * size.total / max(size.entries, 1)
+            factors.append(weight / (size.squares**0.5 if self.normalize else size.examples))
+            mean = size.examples if self.compat == "official" else size.total / max(size.entries, 1)
+            least = self.floor * mean
             floors.append(0.0 if self.favor_target and name != target else least)
         by_name = sorted(range(len(experts)), key=experts.__getitem__)  # the order given changes no bit
         return Importance(tuple(factors), tuple(floors), tuple(by_name))

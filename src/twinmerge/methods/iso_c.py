@@ -13,7 +13,7 @@ from twinmerge.maths.gram_svd import coefficients, gram_svd, with_values
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import Known, Partial, Pass, Place
 from twinmerge.methods.fold import Seen, State, SumFold
-from twinmerge.methods.spectral import Spectral, share_of, short_side, total_of
+from twinmerge.methods.spectral import Spectral, Weights, share_of, short_side, total_of
 from twinmerge.methods.tall import COEFFICIENTS, RowPass, gram_of
 
 Over = Literal["size", "rank"]
@@ -46,12 +46,12 @@ class IsoC(Spectral, SumFold):
     def passes(self) -> tuple[Pass, ...]:
         return () if self.calibration else (Flat(self, self.mean_over),)
 
-    def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        return isotropic(total_of(deltas), self.mean_over, at)
+    def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
+        return isotropic(total_of(deltas, weights), self.mean_over, at)
 
-    def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
+    def directions(self, merged: Tensor, deltas: Tensor, weights: Weights, at: Place) -> SVD:
         """Those of the sum: equal singular values leave the merged matrix's own to chance."""
-        return flattened(total_of(deltas), self.mean_over, at)
+        return flattened(total_of(deltas, weights), self.mean_over, at)
 
     def settles_whole(self, at: Place) -> bool:
         return self.decomposes(at)
@@ -73,7 +73,7 @@ class Flat(RowPass):
         self.mean_over = mean_over
 
     def sums(self, deltas: Tensor, known: Known) -> Partial:
-        return gram_of(total_of(deltas).double())
+        return gram_of(total_of(deltas, self.weights(len(deltas))).double())
 
     def finish(self, total: Partial, known: Known) -> Tensor:
         n = len(total["gram"])

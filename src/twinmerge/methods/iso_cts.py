@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -10,7 +12,8 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram_polar, gram_svd
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import Place
-from twinmerge.methods.spectral import Spectral, short_side, total_of
+from twinmerge.methods.iso_c import Over, flat
+from twinmerge.methods.spectral import Spectral, Weights, short_side, total_of
 
 
 class IsoCts(Spectral):
@@ -18,7 +21,8 @@ class IsoCts(Spectral):
 
     With d = min(m, n), `sizes` gives k common directions and (d − k)/T for each expert: U_k, V_k of Σt wt τt; of each expert
     the leading triplets of (I − U_k U_kᵀ) wt τt. [experts, common] is made orthonormal on both sides (polar factors), and every
-    singular value is the mean of those chosen. Fewer come where the numerical rank has fewer; where the chosen are more than one
+    singular value is the mean of those chosen: over all d as in the paper (`mean_over` size), of which those beyond the numerical
+    rank are 0, or over those that are not 0 (rank), as in `iso_c`, which common = 1 is. Where the chosen are more than one
     side has dimensions for (experts of low rank that share their rows), they are not all orthogonal, and singular values are below
     that mean. All other tensors: mean.
 
@@ -40,14 +44,15 @@ class IsoCts(Spectral):
     common: float = Field(
         default=0.8, ge=0, le=1, description="share of the directions that the experts have in common"
     )
+    mean_over: Over = Field(default="size", description="what the singular values are averaged over")
 
-    def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
+    def directions(self, merged: Tensor, deltas: Tensor, weights: Weights, at: Place) -> SVD:
         raise TwinmergeError(
             "iso_cts leaves all singular values equal, so there are no directions to calibrate. Leave calibration out."
         )
 
-    def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        return common_and_own(deltas, self.common, at)
+    def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
+        return common_and_own(deltas, weights, self.common, self.mean_over, at)
 
 
 def sizes(common: float, short: int, experts: int) -> tuple[int, int]:
@@ -61,24 +66,27 @@ def sizes(common: float, short: int, experts: int) -> tuple[int, int]:
     return short - own * experts, own
 
 
-def common_and_own(deltas: Tensor, common: float, at: Place) -> Tensor:
+def common_and_own(deltas: Tensor, weights: Weights, common: float, mean_over: Over, at: Place) -> Tensor:
     """s̄ U⊥ V⊥ᵀ of the chosen directions, (m, n)."""
     k, own = sizes(common, short_side(at), len(deltas))
-    u, s, vh = gram_svd(total_of(deltas), at.name, torch.float32)
+    u, s, vh = gram_svd(total_of(deltas, weights), at.name, torch.float32)
     u, s, vh = u[:, :k], s[:k], vh[:k]
     left, values, right = [u], [s], [vh.mT]
-    for delta in deltas if own else ():
+    for weight, delta in zip(weights, deltas, strict=True) if own else ():
+        if weight == 0:
+            continue
         outside = delta.double() - u @ (u.mT @ delta.double())
         rounding = torch.finfo(torch.float32).eps * max(deltas.shape[1:]) * delta.double().norm()
         own_u, own_s, own_vh = gram_svd(outside.to(deltas.dtype), at.name, torch.float32)
         keep = min(own, int((own_s > rounding).sum()))  # what is left of an expert inside the common space is rounding
-        left.append(own_u[:, :keep])
-        values.append(own_s[:keep])
+        left.append(own_u[:, :keep] * math.copysign(1, weight))
+        values.append(own_s[:keep] * abs(weight))
         right.append(own_vh[:keep].mT)
     chosen = torch.cat(values)
     if not len(chosen):
         return torch.zeros_like(deltas[0])
-    return (chosen.mean() * (_orthonormal(left, deltas, at) @ _orthonormal(right, deltas, at).mT)).to(deltas.dtype)
+    strength = flat(chosen, mean_over, short_side(at))[0]
+    return (strength * (_orthonormal(left, deltas, at) @ _orthonormal(right, deltas, at).mT)).to(deltas.dtype)
 
 
 def _orthonormal(parts: list[Tensor], deltas: Tensor, at: Place) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from pydantic import Field
@@ -10,25 +10,30 @@ from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
-from twinmerge.maths.select import keep_count, largest
-from twinmerge.methods.base import Place, per_expert, scale_field
-from twinmerge.methods.spectral import Spectral
+from twinmerge.methods.base import Grain, Known, Partial, Pass, Place, Scope, Tile, moved, per_expert, scale_field
+from twinmerge.methods.spectral import Spectral, Weights, weighted
+from twinmerge.methods.ties import Majority, Tie, Ties
+from twinmerge.methods.trim import trim_passes
 
 
 class Knots(Spectral):
     """Matrices: [w1 τ1 … wT τT] = U diag(s) [V1ᵀ … VTᵀ]; θ = θ0 + λ U · ties(diag(s) V1ᵀ, …); all other tensors: mean.
 
-    TIES keeps the `density` largest entries of each expert's diag(s) Vtᵀ (an exact count, equals by index), elects the sign of
-    their sum, and takes the mean of what agrees with it. With low-rank adapters the decomposition is that of their factors, and
-    the merge is an adapter of at most the summed rank. Singular values that are alike leave U to LAPACK's choice, which TIES sees.
-    Directions below s1 · max(m, n) · eps are left out; the authors' code cuts at 1e-5, whatever the scale of the deltas.
+    TIES is that of `ties` on each expert's diag(s) Vtᵀ: it keeps the `density` largest entries of those of all matrices together
+    (scope "model", the paper; an exact count, equals in the order of name and index) or of each matrix ("tensor"), elects the sign
+    of their sum, "majority" being the sign of most entries of the model where votes cancel, and takes the mean of what agrees.
+    With low-rank adapters the decomposition is that of their factors, and the merge is an adapter of at most the summed rank.
+    Singular values that are alike leave U to LAPACK's choice, which TIES sees. Directions below s1 · max(m, n) · eps are left out;
+    the authors' code cuts at 1e-5, whatever the scale of the deltas, keeps one entry more and every one that equals the threshold.
+
+    Every pass decomposes all matrices again, so that none but those under way is held.
 
     Source: Stoica et al. 2025, "Model Merging with SVD to Tie the Knots", ICLR, arXiv 2410.19735, section 4.
 
     Example:
         >>> from twinmerge.methods.base import Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
-        >>> Knots(density=1.0, scale=1.0).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        >>> Knots(density=1.0, tie="zero", scale=1.0).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
         tensor([[2., 0.],
                 [0., 1.]])
     """
@@ -38,30 +43,85 @@ class Knots(Spectral):
 
     scale: float = scale_field(0.6)
     density: float = Field(default=0.2, ge=0, le=1, description="share of each expert's entries that TIES keeps")
+    scope: Scope = Field(default="model", description="what the density counts: the whole model, or each tensor")
+    tie: Tie = Field(default="majority", description="the elected sign where the votes cancel")
 
-    def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        left, parts = aligned(deltas, at.name)
-        return (left @ self.ties(parts)).to(deltas.dtype)
+    @property
+    def ties(self) -> Ties:
+        return Ties(density=self.density, scope=self.scope, tie=self.tie)
 
-    def merge_factors(self, parts: Sequence[Factors], at: Place) -> Factors:
-        by = per_expert(self.weights, len(parts))
-        basis: Tensor = torch.linalg.qr(torch.cat([part.b.double() for part in parts], 1))[0]
-        reduced = torch.stack([w * (basis.mT @ p.b.double()) @ p.a.double() for w, p in zip(by, parts, strict=True)])
-        left, aligned_parts = aligned(reduced, at.name)
-        merged = left @ self.ties(aligned_parts)
-        return Factors(basis.float(), (self.calibrated(merged, reduced, at) * self.scale).float())
+    def passes(self) -> list[Pass]:
+        """Those of TIES, in the aligned space; none of them can look at a sample of it."""
+        ties = self.ties
+        steps: list[Pass] = trim_passes(ties, self.scope, sampled=False) if ties.trims else []
+        if self.tie == "majority":
+            steps.append(Majority(ties))
+        return [InAlignedSpace(self, step) for step in steps]
 
-    def ties(self, parts: Tensor) -> Tensor:
-        """The mean of what agrees with the elected sign, of (experts, rank, n)."""
-        narrow = parts.float()
-        kept = torch.where(largest(narrow, keep_count(self.density, narrow[0].numel())), parts, 0)
-        sign = kept.sum(0).sign()
-        agree = (kept.sign() == sign) & (kept != 0)
-        return (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
+    def grain_of(self, at: Place) -> Grain:
+        return "matrix" if self.decomposes(at) else "element"
+
+    def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
+        raise AssertionError("KnOTS merges entries of the aligned space, which takes what the passes found")
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        if not self.decomposes(tile.at) or tile.factors is not None:
+            return super().apply(tile, known)
+        deltas, weights = tile.x.flatten(2), per_expert(self.weights, len(tile.x))
+        merged = self.calibrated(
+            self.tied(*aligned(weighted(deltas, weights), tile.at), known), deltas, weights, tile.at
+        )
+        return moved(tile, merged.reshape(tile.x[0].shape), self.scale)
+
+    def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
+        basis, reduced = in_basis(parts, per_expert(self.weights, len(parts)))
+        merged = self.tied(*aligned(reduced, at), known)
+        merged = self.calibrated(merged, reduced, (1.0,) * len(parts), at)
+        return Factors(basis.float(), (merged * self.scale).float())
+
+    def tied(self, left: Tensor, entries: Tile, known: Known) -> Tensor:
+        """U times what TIES makes of the aligned parts, in float64."""
+        return left.double() @ self.ties.apply(entries, known).double()
+
+    def entries(self, tile: Tile) -> Tile:
+        """The aligned parts of a matrix."""
+        if tile.factors is not None:
+            return aligned(in_basis(tile.factors, per_expert(self.weights, len(tile.factors)))[1], tile.at)[1]
+        return aligned(weighted(tile.x.flatten(2), per_expert(self.weights, len(tile.x))), tile.at)[1]
 
 
-def aligned(deltas: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
-    """U (m, r) and diag(s) Vtᵀ (experts, r, n) of deltas (experts, m, n), so that U @ diag(s) Vtᵀ is expert t's delta."""
+class InAlignedSpace(Pass):
+    """A pass of TIES over the aligned parts of all matrices."""
+
+    grain = "matrix"
+
+    def __init__(self, method: Knots, step: Pass) -> None:
+        self.method, self.step = method, step
+        self.name, self.scope, self.rare = step.name, step.scope, step.rare
+
+    def wanted(self, known: Known) -> Collection[str] | None:
+        return self.step.wanted(known)
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        return self.step.observe(self.method.entries(tile), known)
+
+    def add(self, total: Partial, part: Partial) -> None:
+        self.step.add(total, part)
+
+    def finish(self, total: Partial, known: Known) -> object:
+        return self.step.finish(total, known)
+
+
+def aligned(deltas: Tensor, at: Place) -> tuple[Tensor, Tile]:
+    """U (m, r), and diag(s) Vtᵀ (experts, r, n) as a tile, so that U @ diag(s) Vtᵀ is expert t's delta, of deltas (experts, m, n)."""
     experts, m, n = deltas.shape
-    u, s, vh = gram_svd(deltas.permute(1, 0, 2).reshape(m, experts * n), name, torch.float32)
-    return u, (s[:, None] * vh).reshape(len(s), experts, n).permute(1, 0, 2).contiguous()
+    u, s, vh = gram_svd(deltas.permute(1, 0, 2).reshape(m, experts * n), at.name, torch.float32)
+    parts = (s[:, None] * vh).reshape(len(s), experts, n).permute(1, 0, 2).float().contiguous()
+    return u, Tile(parts, torch.zeros_like(parts[0]), at)
+
+
+def in_basis(parts: Sequence[Factors], weights: Weights) -> tuple[Tensor, Tensor]:
+    """Q (m, p) of all columns, and wt τt in it (experts, p, n), float64."""
+    basis: Tensor = torch.linalg.qr(torch.cat([part.b.double() for part in parts], 1))[0]
+    by = zip(weights, parts, strict=True)
+    return basis, torch.stack([w * (basis.mT @ part.b.double()) @ part.a.double() for w, part in by])

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_svd
-from twinmerge.methods.base import Grain, Known, Method, Place, Tile, moved, scale_field
+from twinmerge.methods.base import TABLES, Grain, Known, Method, Place, Tile, moved, scale_field
 from twinmerge.methods.fold import Fold, Seen, State, folded
-from twinmerge.methods.spectral import EMBEDDINGS, elementwise_field, is_named
+from twinmerge.methods.spectral import elementwise_field, is_listed
 
 
 class NullSpace(Method, Fold):
@@ -35,11 +35,11 @@ class NullSpace(Method, Fold):
 
     rank: int = Field(default=128, ge=1, description="leading input directions of the merged change that are protected")
     scale: float = scale_field(1.0)
-    elementwise: str = elementwise_field(EMBEDDINGS)
+    elementwise: str = elementwise_field(TABLES)
 
     def filters(self, at: Place) -> bool:
         """Whether the tensor is the weight of a linear layer; kernels and tables are none."""
-        return len(at.shape) == 2 and at.is_matrix and not is_named(at.name, self.elementwise)
+        return len(at.shape) == 2 and at.is_matrix and not is_listed(at, self.elementwise)
 
     def grain_of(self, at: Place) -> Grain:
         return "matrix" if self.filters(at) else "element"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.gram_svd import gram_svd
-from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile, moved
+from twinmerge.methods.base import TABLES, Known, Method, Partial, Pass, Place, Tile, moved
 from twinmerge.methods.fold import Fold, Seen, State, folded
-from twinmerge.methods.spectral import EMBEDDINGS, elementwise_field, is_named
+from twinmerge.methods.spectral import elementwise_field, is_listed
 
 Form = Literal["fixed", "released", "paper"]
 
@@ -55,11 +55,11 @@ class Opcm(Method, Fold):
         default=0.5, ge=0, le=1, description="share of the singular values' sum that is protected as a block"
     )
     form: Form = Field(default="fixed", description="which of the three operators in circulation")
-    elementwise: str = elementwise_field(EMBEDDINGS)
+    elementwise: str = elementwise_field(TABLES)
 
     def projects(self, at: Place) -> bool:
         """Whether the tensor is the weight of a linear layer; kernels and tables are none."""
-        return len(at.shape) == 2 and at.is_matrix and not is_named(at.name, self.elementwise)
+        return len(at.shape) == 2 and at.is_matrix and not is_listed(at, self.elementwise)
 
     def absorbs_whole(self, at: Place) -> bool:
         return self.projects(at)

@@ -18,6 +18,7 @@ from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.base import (
+    TABLES,
     Grain,
     Known,
     Method,
@@ -34,25 +35,27 @@ from twinmerge.methods.base import (
 from twinmerge.methods.tall import COEFFICIENTS, is_tall
 
 Rest = Literal["mean", "sum", "base"]
+Weights = tuple[float, ...]
+"""One for each expert."""
 PIECE = 1 << 16  # entries
-EMBEDDINGS = "*embed* *wte* *wpe*"
-"""Names of tables, which are looked up and not multiplied with."""
 
 
 def elementwise_field(default: str = "") -> Any:
     return Field(
-        default=default, description="matrices to treat like vectors: name patterns with *, separated by spaces"
+        default=default,
+        description="matrices to treat like vectors: name patterns with *, separated by spaces; `tables` is all tables of embeddings",
     )
 
 
-def is_named(name: str, patterns: str) -> bool:
-    """Whether one of the patterns, which spaces separate, fits the whole name.
+def is_listed(at: Place, patterns: str) -> bool:
+    """Whether one of the patterns, which spaces separate, fits the whole name, or is `TABLES` and fits the tensor.
 
     Example:
-        >>> is_named("h.0.wte.weight", EMBEDDINGS), is_named("h.0.attn.weight", EMBEDDINGS)
-        (True, False)
+        >>> table, linear = Place("shared.weight", (9, 4), table=True), Place("embed.weight", (9, 4))
+        >>> is_listed(table, TABLES), is_listed(linear, TABLES), is_listed(linear, "*embed* head.*")
+        (True, False, True)
     """
-    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
+    return any(at.table if pattern == TABLES else fnmatchcase(at.name, pattern) for pattern in patterns.split())
 
 
 class Spectral(Method):
@@ -93,51 +96,50 @@ class Spectral(Method):
         if not self.decomposes(tile.at):
             scale = self.scale * share_of(self.rest, len(tile.x))
             return moved(tile, weighted_sum(self.weights, tile.x, tile.work), scale)
-        if COEFFICIENTS in known:
-            change = product(self.weighted(tile), known[COEFFICIENTS], tile.work)
-            return moved(tile, change.reshape(tile.x[0].shape), self.scale)
         if tile.factors is not None:
-            change = self.merge_factors(tile.factors, tile.at).dense()
+            change = self.merge_factors(tile.factors, tile.at, known).dense()
             return moved(tile, change.reshape(tile.require_base().shape), 1.0)
-        deltas = self.weighted(tile)
-        merged = self.calibrated(self.combine(deltas, tile.at), deltas, tile.at)
+        deltas, weights = tile.x.flatten(2), per_expert(self.weights, len(tile.x))
+        if COEFFICIENTS in known:
+            change = product(deltas, weights, known[COEFFICIENTS], tile.work)
+            return moved(tile, change.reshape(tile.x[0].shape), self.scale)
+        merged = self.calibrated(self.combine(deltas, weights, tile.at), deltas, weights, tile.at)
         return moved(tile, merged.reshape(tile.x[0].shape), self.scale)
 
-    def weighted(self, tile: Tile) -> Tensor:
-        """wt τt as matrices, (experts, rows, n)."""
-        plain = all(w == 1 for w in per_expert(self.weights, len(tile.x)))  # no copy of all experts then
-        return (tile.x if plain else column(self.weights, tile.x) * tile.x).flatten(2)
-
-    def merge_factors(self, parts: Sequence[Factors], at: Place) -> Factors:
+    def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
         """λ f(w1 B1 A1, …) of low-rank experts, as a low-rank product again.
 
         Args:
-            parts: of every expert, rank 0 where it has none; at: of the matrix that they change.
+            parts: of every expert, rank 0 where it has none; at: of the matrix that they change; known: what the passes found.
         """
-        space = CoreSpace.of(parts, per_expert(self.weights, len(parts)))
-        merged = self.calibrated(self.combine(space.cores, at), space.cores, at)
+        space, weights = CoreSpace.of(parts), per_expert(self.weights, len(parts))
+        merged = self.calibrated(self.combine(space.cores, weights, at), space.cores, weights, at)
         return space.factors(merged.double() * self.scale)
 
     @abstractmethod
-    def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        """f of the weighted deltas.
+    def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
+        """f of the deltas times their weights.
+
+        Weights come in where sums are taken, in float64: a product rounded to float32 has other singular vectors than its equals,
+        wherever singular values are alike.
 
         Args:
-            deltas: (experts, m, n) in float32, or in float64 in the core space, where m and n are the core's; at: of the whole
-                matrix, whose shape the formula's sizes are to be taken from.
+            deltas: (experts, m, n) in float32, or in float64 in the core space, where m and n are the core's; weights: one for
+                each; at: of the whole matrix, whose shape the formula's sizes are to be taken from.
         """
 
     def decomposes(self, at: Place) -> bool:
         """Whether the tensor is treated as a matrix."""
-        return at.is_matrix and not is_named(at.name, self.elementwise)
+        return at.is_matrix and not is_listed(at, self.elementwise)
 
-    def calibrated(self, merged: Tensor, deltas: Tensor, at: Place) -> Tensor:
+    def calibrated(self, merged: Tensor, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
         """`calibrate`, where it is asked for."""
         if not self.calibration:
             return merged
-        return calibrate(self.directions(merged, deltas, at), deltas, self.calibration).to(merged.dtype)
+        found = self.directions(merged, deltas, weights, at)
+        return calibrate(found, deltas, self.calibration, weights).to(merged.dtype)
 
-    def directions(self, merged: Tensor, deltas: Tensor, at: Place) -> SVD:
+    def directions(self, merged: Tensor, deltas: Tensor, weights: Weights, at: Place) -> SVD:
         """The singular value decomposition of the merged matrix that calibration works on."""
         return gram_svd(merged, at.name, torch.float32)
 
@@ -152,25 +154,31 @@ def share_of(rest: Rest, experts: int) -> float:
     return {"mean": 1 / max(experts, 1), "sum": 1.0, "base": 0.0}[rest]
 
 
-def total_of(deltas: Tensor) -> Tensor:
-    """Σt of the stack (experts, m, n), summed in float64 one expert after the other, in the stack's dtype."""
+def weighted(deltas: Tensor, weights: Weights) -> Tensor:
+    """wt τt of the stack, in float64 unless all weights are 1."""
+    return deltas if all(w == 1 for w in weights) else column(weights, deltas.double()) * deltas
+
+
+def total_of(deltas: Tensor, weights: Weights) -> Tensor:
+    """Σt wt τt of the stack (experts, m, n), summed in float64 one expert after the other, in the stack's dtype."""
     flat = deltas.flatten(1)
     out = flat.new_empty(flat.shape[1])
     for one, piece in zip(out.split(PIECE), flat.split(PIECE, 1), strict=True):  # sums that stay in the cache
-        one.copy_(weighted_sum(1.0, piece, torch.float64))
+        one.copy_(weighted_sum(weights, piece, torch.float64))
     return out.reshape(deltas.shape[1:])
 
 
-def product(deltas: Tensor, coefficients: Tensor, work: torch.dtype) -> Tensor:
-    """Σt τt Ct in `work`, of rows (experts, rows, n) and coefficients (experts, n, n), or (n, n) where they are the same for all.
+def product(deltas: Tensor, weights: Weights, coefficients: Tensor, work: torch.dtype) -> Tensor:
+    """In `work`, of rows (experts, rows, n): Σt τt Ct, the weights being in the coefficients (experts, n, n); or (Σt wt τt) C with
+    coefficients (n, n) that are the same for all.
 
     Example:
-        >>> product(torch.ones(2, 1, 1), torch.tensor([[[2.0]], [[3.0]]]), torch.float32).tolist()
+        >>> product(torch.ones(2, 1, 1), (1.0, 0.5), torch.tensor([[[2.0]], [[3.0]]]), torch.float32).tolist()
         [[5.0]]
     """
     by = coefficients.to(work)
     if by.dim() == 2:
-        return total_of(deltas).to(work) @ by
+        return total_of(deltas, weights).to(work) @ by
     out = deltas[0].to(work) @ by[0]
     for delta, own in zip(deltas[1:], by[1:], strict=True):
         out.addmm_(delta.to(work), own)
@@ -182,7 +190,7 @@ def short_side(at: Place) -> int:
     return min(at.shape[0], math.prod(at.shape[1:]))
 
 
-def calibrate(svd: SVD, deltas: Tensor, least: float) -> Tensor:
+def calibrate(svd: SVD, deltas: Tensor, least: float, weights: PerExpert = 1.0) -> Tensor:
     """Singular value calibration: directions that several experts share are counted once, not once for each.
 
     With M = U diag(s) Vᵀ, direction r answers u_rᵀ M = s_r v_rᵀ; of it p_rt = ⟨u_rᵀ M, u_rᵀ τt⟩ / ‖u_rᵀ τt‖² is how many times
@@ -191,7 +199,8 @@ def calibrate(svd: SVD, deltas: Tensor, least: float) -> Tensor:
         s_r ← s_r · T / Σt max(α, p_rt).
 
     Args:
-        svd: U (m, k), s (k,), Vᵀ (k, n) of M; deltas: τt (experts, m, n); least: α > 0, which also bounds what is made larger.
+        svd: U (m, k), s (k,), Vᵀ (k, n) of M; deltas: τt (experts, m, n); least: α > 0, which also bounds what is made larger;
+            weights: of the experts, whose τt are wt τt then.
 
     Returns:
         (m, n) in float64, of the same singular vectors; an expert that has no part in a direction, but for rounding, counts as p = 0.
@@ -206,10 +215,10 @@ def calibrate(svd: SVD, deltas: Tensor, least: float) -> Tensor:
     u, s, vh = svd
     answer = s[:, None] * vh
     total = torch.zeros_like(s)
-    for delta in deltas:
-        own = u.mT @ delta.double()
+    for weight, delta in zip(per_expert(weights, len(deltas)), deltas, strict=True):
+        own = weight * (u.mT @ delta.double())
         norm = own.square().sum(1)
-        rounding = torch.finfo(torch.float32).eps * max(delta.shape) * delta.double().norm()
+        rounding = abs(weight) * torch.finfo(torch.float32).eps * max(delta.shape) * delta.double().norm()
         part = norm > rounding.square()  # divided by less, p would be any number
         total += torch.where(part, (answer * own).sum(1) / torch.where(part, norm, 1), 0).clamp_min(least)
     return (u * (s * len(deltas) / total)) @ vh

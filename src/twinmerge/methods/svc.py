@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.methods.base import Place
-from twinmerge.methods.spectral import Spectral, total_of
+from twinmerge.methods.spectral import Spectral, Weights, total_of
 
 
 class Svc(Spectral):
@@ -32,5 +32,5 @@ class Svc(Spectral):
 
     calibration: float = Field(default=0.1, gt=0, description="α, the least projection of an expert on a direction")
 
-    def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        return total_of(deltas)
+    def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
+        return total_of(deltas, weights)

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.base import Known, Partial, Pass, Place, Tile
+from twinmerge.methods.base import Known, Partial, Pass, Place, Tile, per_expert
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +44,15 @@ class RowPass(Pass):
         self.method = method
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        return self.sums(self.method.weighted(tile), known)
+        return self.sums(tile.x.flatten(2), known)
+
+    def weights(self, experts: int) -> tuple[float, ...]:
+        """One for each expert."""
+        return per_expert(self.method.weights, experts)
 
     @abstractmethod
     def sums(self, deltas: Tensor, known: Known) -> Partial:
-        """What the rows (experts, rows, n) of the weighted deltas add."""
+        """What the rows (experts, rows, n) of the deltas add, which are not weighted."""
 
 
 def gram_of(x: Tensor) -> Partial:

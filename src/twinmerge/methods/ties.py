@@ -114,10 +114,10 @@ class Ties(Method):
         shares = list(zip(per_expert(self.share_kept, len(totals)), totals.tolist(), strict=True))
         if self.compat == "mergekit":  # floating point: int(0.29 * 100) is 28
             counts = [min(size, max(1, int(share * size))) if share > 0 else 0 for share, size in shares]
+        elif self.compat == "official":  # k = int(d · share); its (d − k)-th smallest value is the (k + 1)-th largest
+            counts = [min(int(size * share) + 1, size) for share, size in shares]
         else:
             counts = [select.keep_count(share, size) for share, size in shares]
-        if self.compat == "official":  # its (d − k)-th smallest value is the (k + 1)-th largest
-            counts = [min(k + 1, size) for k, size in zip(counts, totals.tolist(), strict=True)]
         return torch.tensor(counts, device=totals.device)
 
     @property
@@ -145,7 +145,10 @@ class Ties(Method):
     def tie_sign(self, known: Known) -> int:
         """The sign of an entry whose votes cancel."""
         if self.compat == "official" or self.tie == "majority":
-            return known[Majority.name] or (-1 if self.compat == "official" else 0)
+            negative = (
+                self.compat == "official" and self.merge != "max"
+            )  # whose maximum is multiplied with the sign itself
+            return known[Majority.name] or -int(negative)
         return int(self.tie == "positive" or self.compat == "mergekit")
 
     def flips(self, weight: float) -> bool:

@@ -54,12 +54,17 @@ class Threshold(NamedTuple):
         return [int(e) for e in some.nonzero()[:, 0]]
 
 
-def trim_passes(method: Trims, scope: Scope) -> list[Pass]:
-    """The passes that find every expert's threshold."""
+def trim_passes(method: Trims, scope: Scope, sampled: bool = True) -> list[Pass]:
+    """The passes that find every expert's threshold.
+
+    Args:
+        sampled: begin with a guess from a sample of the model; not where entries are only known in whole tensors.
+    """
     exact = [Coarse(method, scope), Fine(method, scope), TiesByTile(method, scope)]
-    if scope == "tensor":
+    if scope == "model":
+        exact.insert(2, TiesByTensor(method, scope))
+    if scope == "tensor" or not sampled:
         return list(exact)
-    exact.insert(2, TiesByTensor(method, scope))
     for step in exact:
         step.rare = True
     return [Sketch(method, scope), Bracket(method, scope), *exact]

@@ -1,5 +1,6 @@
 """TSV-Merge: the experts' leading singular vectors, made orthogonal to each other."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,15 +8,15 @@ from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_polar, gram_svd, right_side
 from twinmerge.methods.base import Known, Partial, Pass, Place
-from twinmerge.methods.spectral import Spectral, short_side
+from twinmerge.methods.spectral import Spectral, Weights, short_side, weighted
 from twinmerge.methods.tall import COEFFICIENTS, RowPass, gram_of
 
 
 class Tsv(Spectral):
     """Matrices: θ = θ0 + λ U⊥ S V⊥ᵀ; all other tensors: θ = θ0 + λ mean(wt τt).
 
-    Each τt (m × n) is cut to its k = ⌊min(m, n)/T⌋ leading singular triplets (at least one); U = [U1 … UT],
-    V = [V1 … VT], S = diag(S1 … ST), and U⊥, V⊥ are the nearest matrices with orthonormal columns (polar factors).
+    Each wt τt (m × n) is cut to its k = ⌊min(m, n)/T⌋ leading singular triplets (at least one; none for a weight of 0);
+    U = [U1 … UT], V = [V1 … VT], S = diag(S1 … ST), and U⊥, V⊥ are the nearest matrices with orthonormal columns (polar factors).
     Rank-aware: singular vectors beyond the numerical rank are never used, so the result does not depend on the
     basis that LAPACK picks for a null space. Convolution kernels are matrices (out, in·kh·kw); embeddings are matrices.
 
@@ -37,12 +38,12 @@ class Tsv(Spectral):
     def passes(self) -> tuple[Pass, ...]:
         return () if self.calibration else (Triplets(self), Orthogonal(self))
 
-    def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        return merge_singular(deltas, max(1, short_side(at) // len(deltas)), at.name)
+    def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
+        return merge_singular(deltas, weights, max(1, short_side(at) // len(deltas)), at.name)
 
 
 class Leading(NamedTuple):
-    """Of one expert: s (k,), V (n, k), and W = V diag(1/s), so that U = τ W."""
+    """Of one expert: s (k,) and V (n, k) of wt τt, and W so that its U is τt W."""
 
     s: Tensor
     v: Tensor
@@ -61,9 +62,11 @@ class Triplets(RowPass):
     def finish(self, total: Partial, known: Known) -> list[Leading]:
         k = max(1, total["gram"].shape[-1] // len(total["gram"]))
         leading = []
-        for gram, rows in zip(total["gram"], total["rows"].tolist(), strict=True):
+        weights = self.weights(len(total["gram"]))
+        for weight, gram, rows in zip(weights, total["gram"], total["rows"].tolist(), strict=True):
             s, v = right_side(gram, rows)
-            leading.append(Leading(s[:k], v[:, :k], v[:, :k] / s[:k]))
+            s, v = s[: k * bool(weight)], v[:, : k * bool(weight)]
+            leading.append(Leading(s * abs(weight), v, v / s * math.copysign(1, weight)))
         return leading
 
 
@@ -79,7 +82,9 @@ class Orthogonal(RowPass):
     def finish(self, total: Partial, known: Known) -> Tensor:
         leading: list[Leading] = known[Triplets.name]
         if len(leading) == 1:
-            return torch.eye(len(leading[0].v), dtype=torch.float64, device=leading[0].v.device)
+            return (
+                self.weights(1)[0] * torch.eye(len(leading[0].v), dtype=torch.float64, device=leading[0].v.device)[None]
+            )
         lengths, v = right_side(total["gram"], int(total["rows"]))
         right = gram_polar(torch.cat([one.v for one in leading], 1), rounded=torch.float32)
         inner = (v / lengths) @ v.mT @ (torch.cat([one.s for one in leading])[:, None] * right.mT)
@@ -87,15 +92,15 @@ class Orthogonal(RowPass):
         return torch.stack([one.w @ part for one, part in zip(leading, parts, strict=True)])
 
 
-def merge_singular(deltas: Tensor, k: int, name: str) -> Tensor:
-    """U⊥ S V⊥ᵀ of the k leading triplets of each of `deltas` (T, m, n); a matrix that no expert changed stays zero."""
+def merge_singular(deltas: Tensor, weights: Weights, k: int, name: str) -> Tensor:
+    """U⊥ S V⊥ᵀ of the k leading triplets of each wt τt (T, m, n); a matrix that no expert changed stays zero."""
     if len(deltas) == 1:
-        return deltas[0]
-    found = [gram_svd(delta, name, torch.float32) for delta in deltas]
-    u = torch.cat([u[:, :k] for u, _, _ in found], 1).to(deltas.dtype)
-    s = torch.cat([s[:k] for _, s, _ in found])
-    v = torch.cat([vh[:k].mT for _, _, vh in found], 1).to(deltas.dtype)
-    if not len(s):
+        return weighted(deltas, weights)[0]
+    found = [(w, *gram_svd(delta, name, torch.float32)) for w, delta in zip(weights, deltas, strict=True) if w]
+    if not sum(len(s) for _, _, s, _ in found):
         return torch.zeros_like(deltas[0])
+    u = torch.cat([u[:, :k] * math.copysign(1, w) for w, u, _, _ in found], 1).to(deltas.dtype)
+    s = torch.cat([s[:k] * abs(w) for w, _, s, _ in found])
+    v = torch.cat([vh[:k].mT for *_, vh in found], 1).to(deltas.dtype)
     left, right = (gram_polar(side, name, torch.float32) for side in (u, v))
     return ((left * s) @ right.mT).to(deltas.dtype)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.base import Grain, Known, Partial, Pass, Place
+from twinmerge.methods.base import TABLES, Grain, Known, Partial, Pass, PerExpert, Place, column, per_expert
 from twinmerge.methods.fold import Seen, State, SumFold
-from twinmerge.methods.spectral import EMBEDDINGS, Spectral, elementwise_field, share_of
+from twinmerge.methods.spectral import Spectral, Weights, elementwise_field, share_of
 from twinmerge.methods.tall import COEFFICIENTS, RowPass
 
 LARGEST_RIDGE = 1.0
@@ -28,7 +28,7 @@ class Wudi(Spectral, SumFold):
 
     by Cholesky in float64. The ridge is relative, so the result scales with the task vectors. Since Gt has trace 1, experts weigh
     alike however far they went from the base. Tables of embeddings are looked up and not multiplied with, so they are averaged, as the
-    paper leaves them out (`elementwise` names them). The default ridge is what validation rows of eight text experts preferred to 1e-8
+    paper leaves them out (`elementwise`). The default ridge is what validation rows of eight text experts preferred to 1e-8
     … 1e-4 (docs/quality.md); a small one gives the plain minimum. `inputs`: which axis of the stored matrix the layer reads, columns for Linear,
     rows for GPT-2's Conv1D; auto asks the model's class, and takes columns where there is none.
 
@@ -46,7 +46,7 @@ class Wudi(Spectral, SumFold):
     paper = "Cheng et al. 2025, ICML, arXiv 2503.08099"
 
     ridge: float = Field(default=1e-2, gt=0, description="pull to the base, as a share of the mean eigenvalue")
-    elementwise: str = elementwise_field(EMBEDDINGS)
+    elementwise: str = elementwise_field(TABLES)
     inputs: Literal["auto", "columns", "rows"] = Field(default="auto", description="the axis that the layer reads")
 
     def passes(self) -> tuple[Pass, ...]:
@@ -60,8 +60,8 @@ class Wudi(Spectral, SumFold):
         """Whether the stored matrix has the inputs along its rows."""
         return at.turned if self.inputs == "auto" else self.inputs == "rows"
 
-    def combine(self, deltas: Tensor, at: Place) -> Tensor:
-        return self.solved(*normal_equations(self.turned(deltas, at)), at).to(deltas.dtype)
+    def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
+        return self.solved(*normal_equations(self.turned(deltas, at), weights), at).to(deltas.dtype)
 
     def parts(self, at: Place) -> dict[str, tuple[int, ...]]:
         if not self.decomposes(at):
@@ -102,7 +102,7 @@ class Wudi(Spectral, SumFold):
 
 
 class Interference(RowPass):
-    """M* = Σt τt Ct with Ct = Gt (Σt Gt + ridge · tr(Σt Gt)/n · I)⁻¹."""
+    """M* = Σt τt Ct with Ct = wt Gt (Σt Gt + ridge · tr(Σt Gt)/n · I)⁻¹."""
 
     name = COEFFICIENTS
 
@@ -111,18 +111,20 @@ class Interference(RowPass):
         self.ridge = ridge
 
     def sums(self, deltas: Tensor, known: Known) -> Partial:
-        return {"grams": torch.stack([gram(delta.double()) for delta in deltas])}
+        used = [bool(weight) for weight in self.weights(len(deltas))]
+        return {"grams": torch.stack([use * gram(delta.double()) for use, delta in zip(used, deltas, strict=True)])}
 
     def finish(self, total: Partial, known: Known) -> Tensor:
         grams = total["grams"]
         squares = grams.diagonal(dim1=1, dim2=2).sum(1)
         grams = grams / torch.where(squares > 0, squares, 1)[:, None, None]
         n = grams.shape[-1]
-        return solve(grams.reshape(-1, n), grams.sum(0), self.ridge, n).reshape(grams.shape)
+        found = solve(grams.reshape(-1, n), grams.sum(0), self.ridge, n).reshape(grams.shape)
+        return column(self.weights(len(found)), found) * found
 
 
-def normal_equations(deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """Σt τt Gt (m, n) and Σt Gt (n, n) in float64; an expert that changed nothing adds nothing.
+def normal_equations(deltas: Tensor, weights: PerExpert = 1.0) -> tuple[Tensor, Tensor]:
+    """Σt wt τt Gt (m, n) and Σt Gt (n, n) in float64; an expert that changed nothing, or has no weight, adds nothing.
 
     Example:
         >>> normal, grams = normal_equations(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]]))
@@ -131,14 +133,14 @@ def normal_equations(deltas: Tensor) -> tuple[Tensor, Tensor]:
     """
     _, m, n = deltas.shape
     normal, grams = deltas.new_zeros(m, n, dtype=torch.float64), deltas.new_zeros(n, n, dtype=torch.float64)
-    for delta in deltas:
+    for weight, delta in zip(per_expert(weights, len(deltas)), deltas, strict=True):
         one = delta.double()
         norm = one.norm()
-        if not norm > 0:
+        if not norm > 0 or weight == 0:
             continue
         one = one / norm  # before it is squared, so that nothing overflows
         own = gram(one)
-        normal.add_(one @ own if n <= m else gram(one.mT) @ one, alpha=float(norm))
+        normal.add_(one @ own if n <= m else gram(one.mT) @ one, alpha=weight * float(norm))
         grams.add_(own)
     return normal, grams
 
