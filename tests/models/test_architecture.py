@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig
 
@@ -170,3 +172,39 @@ def test_configs_that_cannot_be_used(tmp_path):
 def test_input_embedding(build, name, embedding):
     model = build(name)
     assert Architecture(model.config, type(model)).embedding == embedding
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "tables", "linear"),
+    [
+        (
+            "T5ForConditionalGeneration",
+            {"vocab_size": 8, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_layers": 1, "num_heads": 2},
+            {"shared.weight", "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"},
+            {"encoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight"},
+        ),
+        (
+            "GPTNeoXForCausalLM",  # its output layer was called embed_out before transformers renamed it
+            {
+                "vocab_size": 8,
+                "hidden_size": 4,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "intermediate_size": 4,
+            },
+            {"embed_in.weight"},
+            {"lm_head.weight", "layers.0.attention.dense.weight"},
+        ),
+        (
+            "SwinModel",
+            {"image_size": 16, "patch_size": 2, "embed_dim": 4, "depths": [1], "num_heads": [1], "window_size": 2},
+            {"encoder.layers.0.blocks.0.attention.relative_position_bias.relative_position_bias_table"},
+            {"embeddings.patch_embeddings.projection.weight"},
+        ),
+    ],
+)
+def test_tables_are_told_by_class(name: str, sizes: dict[str, Any], tables: set[str], linear: set[str]) -> None:
+    model_class = getattr(transformers, name)
+    architecture = Architecture(model_class.config_class(**sizes), model_class)
+    assert tables <= architecture.tables
+    assert linear <= set(architecture.parameters) - architecture.tables

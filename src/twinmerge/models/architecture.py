@@ -31,6 +31,10 @@ TASK_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
+LEAF = ("weight", "bias")
+TABLE = ("embed", "bias_table", "token")
+"""In the names of parameters that a class holds itself, in no module of their own (`pos_embed`, `relative_position_bias_table`)."""
+
 
 class Architecture:
     """One model class with its config, built without memory (on the meta device).
@@ -97,6 +101,26 @@ class Architecture:
         """Canonical names of the matrices that are stored (in, out): those of Conv1D."""
         modules = self.skeleton.named_modules()
         return frozenset(self.of_module(f"{path}.weight") for path, module in modules if isinstance(module, Conv1D))
+
+    @cached_property
+    def tables(self) -> frozenset[str]:
+        """Canonical names of what is looked up by a row's number and multiplies nothing: embeddings of tokens and places, tables of
+        relative biases; not the output layer that is tied to one.
+
+        Example:
+            >>> from transformers import T5Config
+            >>> tiny = T5Config(vocab_size=8, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2)
+            >>> sorted(Architecture(tiny, transformers.T5Model).tables)[3:]
+            ['encoder.embed_tokens.weight', 'shared.weight']
+        """
+        found = {
+            self.of_module(f"{path}.{name}" if path else name)
+            for path, module in self.skeleton.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            or (name not in LEAF and any(t in name for t in TABLE))
+        }
+        return frozenset(found | {own for alias, own in self.aliases.items() if alias in found})
 
     def is_body(self, canonical: str) -> bool:
         """True for tensors inside the bare model; all of them where the class has no part outside it."""

@@ -32,6 +32,12 @@ if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, w
 ModelLike = str | os.PathLike[str] | Any
 """A path, a hub id, `base+adapter`, a transformers PreTrainedModel or a PeftModel."""
 
+USUAL_TABLES = (
+    *("embeddings.weight", "embedding.weight", "embed_tokens.weight", "embed_positions.weight", "embed_in.weight"),
+    *(".wte.weight", ".wpe.weight", ".shared.weight", "relative_attention_bias.weight", "relative_position_bias_table"),
+)
+"""Ends of the names that embeddings have in most families."""
+
 
 class Source(Protocol):
     """Where a model's tensors are read from, by their stored names."""
@@ -70,7 +76,8 @@ class OpenedModel:
 
     name: how messages call it; specs: canonical name -> dtype and shape; stored: canonical -> name in its files;
     architecture: None for bare checkpoints; folder: where its side files are; commit: hub commit;
-    labels: label names of a classifier; files: what is read, empty for models in memory.
+    labels: label names of a classifier; files: what is read, empty for models in memory; tables: its embeddings, where they
+    are known without an architecture.
     """
 
     name: str
@@ -83,6 +90,7 @@ class OpenedModel:
     files: tuple[Path, ...] = ()
     factors: Mapping[str, Factors] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict)
+    tables: frozenset[str] | None = None
 
     @property
     def config(self) -> PretrainedConfig | None:
@@ -99,6 +107,15 @@ class OpenedModel:
     def turned(self, name: str) -> bool:
         """Whether a matrix is known to be stored (in, out)."""
         return self.architecture is not None and self._own(name) in self.architecture.turned
+
+    def table(self, name: str) -> bool:
+        """Whether a tensor is looked up by a row's number and multiplies nothing: an embedding, a table of relative biases.
+
+        Its class says so; of a bare checkpoint, which names none, the usual names do.
+        """
+        name = self._own(name)
+        known = self.architecture.tables if self.architecture is not None else self.tables
+        return name in known if known is not None else f".{name}".endswith(USUAL_TABLES)
 
     def has(self, name: str) -> bool:
         return name in self.specs or self.aliases.get(name) in self.specs

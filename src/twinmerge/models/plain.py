@@ -19,15 +19,20 @@ from twinmerge.store.locate import locate
 
 class Plain(NamedTuple):
     """suffix: of the class; prefix: of the bare model inside it, which canonical names are without; parts: what all names begin
-    with, empty where it does not matter."""
+    with, empty where it does not matter; tables: canonical names of its embeddings."""
 
     suffix: str
+    tables: frozenset[str]
     prefix: str = ""
     parts: tuple[str, ...] = ()
 
 
-CAUSAL = Plain("ForCausalLM", "model.")
-ENCODER = Plain("Model", parts=("embeddings.", "encoder.", "pooler."))
+CAUSAL = Plain("ForCausalLM", frozenset({"embed_tokens.weight"}), "model.")
+ENCODER = Plain(
+    "Model",
+    frozenset(f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")),
+    parts=("embeddings.", "encoder.", "pooler."),
+)
 PLAIN = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), CAUSAL),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ENCODER),
@@ -56,7 +61,7 @@ def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
         specs = {canonical: checkpoint.specs[name] for canonical, name in stored.items()}
         if len(specs) < len(checkpoint.specs):  # a name with the prefix and one without
             return None
-        opened.append(OpenedModel(str(model), specs, stored, None, checkpoint))
+        opened.append(OpenedModel(str(model), specs, stored, None, checkpoint, tables=kind.tables))
         opened[-1].folder, opened[-1].commit, opened[-1].files = place.folder, place.commit, checkpoint.files
     first = opened[0].specs
     alike = all({n: s.shape for n, s in m.specs.items()} == {n: s.shape for n, s in first.items()} for m in opened)
