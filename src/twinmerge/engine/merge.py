@@ -265,6 +265,7 @@ class Merge:
         """
         output = OutputFolder(out, sum(spec.bytes for spec in self.out_specs.values()), plan_key(self))
         output.check()
+        self.matched.warn()
         self.warn_of_tokens()
         with output as folder:
             writer = CheckpointWriter(folder, layout(self.out_specs))

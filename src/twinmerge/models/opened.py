@@ -18,6 +18,7 @@ from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.header import SIZES
 from twinmerge.store.locate import locate
+from twinmerge.store.values import decoded
 
 if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
     import torch
@@ -37,6 +38,9 @@ USUAL_TABLES = (
     *(".wte.weight", ".wpe.weight", ".shared.weight", "relative_attention_bias.weight", "relative_position_bias_table"),
 )
 """Ends of the names that embeddings have in most families."""
+
+PIECE = 1 << 22  # elements of two tensors that are compared at once
+NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 class Source(Protocol):
@@ -103,6 +107,18 @@ class OpenedModel:
     @property
     def aliases(self) -> dict[str, str]:
         return self.architecture.aliases if self.architecture else {}
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of all tensors, tied ones too."""
+        return sorted({*self.specs, *(alias for alias, own in self.aliases.items() if own in self.specs)})
+
+    @property
+    def filled(self) -> set[str]:
+        """Canonical names of what loading fills from these tensors; their own where there is no class."""
+        if self.architecture is None:
+            return set(self.names)
+        return {*self.names}.union(*(self.architecture.filled(self.stored.get(n, n)) for n in self.specs))
 
     def turned(self, name: str) -> bool:
         """Whether a matrix is known to be stored (in, out)."""
@@ -246,7 +262,11 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
 
 
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
-    """Give canonical names to a checkpoint's tensors; a tied tensor that is stored twice counts once."""
+    """Give canonical names to a checkpoint's tensors.
+
+    Errors:
+        TwinmergeError: two tensors of one name; a shape that the config does not give.
+    """
     stored: dict[str, str] = {}
     for original in sorted(specs):
         canonical = architecture.canonical(original) if architecture else original
@@ -256,11 +276,13 @@ def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | No
                 f"{canonical!r}. Save the model again with save_pretrained."
             )
         stored[canonical] = original
-    for alias, own in (architecture.aliases if architecture else {}).items():
-        if alias in stored and own not in stored:
-            stored[own] = stored[alias]
-        stored.pop(alias, None)
-    return OpenedModel(name, {n: specs[o] for n, o in stored.items()}, stored, architecture, source)
+        shape = architecture.shape(original) if architecture else None
+        if shape is not None and specs[original].shape != tuple(shape):
+            raise TwinmergeError(
+                f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is {list(shape)}. Restore the "
+                "config.json that was saved with it."
+            )
+    return _tied(name, specs, stored, architecture, source)
 
 
 def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
@@ -269,10 +291,61 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
     tensors = {k: v.detach() for k, v in model.state_dict().items()}
     architecture = Architecture(model.config, type(model))
     stored = {architecture.of_module(k): k for k in tensors}
-    for alias in architecture.aliases:
-        stored.pop(alias, None)
-    specs = {n: Spec(tensors[o].dtype, tuple(tensors[o].shape)) for n, o in stored.items()}
-    return OpenedModel(name, specs, stored, architecture, InMemory(tensors))
+    specs = {k: Spec(t.dtype, tuple(t.shape)) for k, t in tensors.items()}
+    return _tied(name, specs, stored, architecture, InMemory(tensors))
+
+
+def _tied(
+    name: str,
+    specs: Mapping[str, Spec],
+    stored: dict[str, str],
+    architecture: Architecture | None,
+    source: Source,
+) -> OpenedModel:
+    """A tied tensor that is stored twice counts once. What a config calls tied and a file gives other values is not tied: loading
+    does not tie it either.
+
+    Args:
+        specs: of the tensors by their stored names; stored: canonical name -> stored name.
+    """
+    if architecture is not None and architecture.aliases:
+
+        def equal(a: str, b: str) -> bool:
+            a, b = stored[a], stored[b]
+            return a == b or same_values(source, (a, specs[a]), (b, specs[b]))
+
+        held = architecture.settle_ties(stored, equal)
+        own = {n: stored[root] for n, root in held.items()}
+        stored = {n: o for n, o in (stored | own).items() if n not in architecture.aliases}
+    return OpenedModel(name, {n: specs[o] for n, o in stored.items()}, stored, architecture, source)
+
+
+def same_values(source: Source, a: tuple[str, Spec], b: tuple[str, Spec]) -> bool:
+    """Whether two stored tensors hold equal numbers, read piece by piece up to the first difference.
+
+    Args:
+        a, b: stored name and spec of each.
+    """
+    if a[1].shape != b[1].shape:
+        return False
+    for start in range(0, a[1].numel, PIECE):
+        read = []
+        for name, spec in (a, b):
+            piece = np.empty(min(PIECE, spec.numel - start) * spec.itemsize, np.uint8)
+            source.read_into(name, start, piece)
+            read.append(piece)
+        if a[1].code == b[1].code and np.array_equal(*read):
+            continue
+        codes = a[1].code, b[1].code
+        if not NUMBERS.issuperset(codes):
+            return False
+        if codes == ("F64", "F64"):
+            numbers = [piece.view(np.float64) for piece in read]
+        else:
+            numbers = [decoded(piece, code) for piece, code in zip(read, codes, strict=True)]
+        if not np.array_equal(*numbers):
+            return False
+    return True
 
 
 def _open_peft(model: Any, name: str) -> OpenedModel:
