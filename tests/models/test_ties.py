@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +29,34 @@ TWO_SIDED = {
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
 }
-FAMILIES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {  # class -> sizes, the table, what may be tied to it
+FAMILIES: dict[
+    str, tuple[dict[str, Any], str, tuple[str, ...]]
+] = {  # class -> sizes, the table, what may be tied to it
     "LlamaForCausalLM": (SIZES, "model.embed_tokens.weight", ("lm_head.weight",)),
     "GPT2LMHeadModel": (
-        {"vocab_size": 24, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0},
+        {
+            "vocab_size": 24,
+            "n_embd": 8,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_positions": 16,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
         "transformer.wte.weight",
         ("lm_head.weight",),
     ),
     "BertForMaskedLM": (SIZES, "bert.embeddings.word_embeddings.weight", ("cls.predictions.decoder.weight",)),
     "T5ForConditionalGeneration": (
-        {"vocab_size": 24, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+        {
+            "vocab_size": 24,
+            "d_model": 8,
+            "d_kv": 4,
+            "d_ff": 12,
+            "num_layers": 1,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
         "shared.weight",
         ("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     ),
@@ -87,6 +103,8 @@ def folder(root: Path, name: str, layout: str, seed: int) -> str:
         config.write_text(json.dumps({**raw, "tie_word_embeddings": False}))
         for extra in others[1:]:  # which are read from the file then
             tensors[extra] = value.clone()
+        if "cls.predictions.bias" in tensors:
+            tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"] + 0.1
     save_file(tensors, file, {"format": "pt"})
     return str(out)
 
@@ -108,25 +126,32 @@ def check(tmp_path: Path, name: str, base: str, expert: str) -> bool:
     paths = [folder(tmp_path, name, base, 1), folder(tmp_path, name, expert, 2), folder(tmp_path, name, expert, 3)]
     merge = Merge(Recipe("task_arithmetic", paths[0], {"a": paths[1], "b": paths[2]}, {"scale": 0.5}), progress=False)
     try:
-        merge.save(tmp_path / "out")
+        merge.matched  # noqa: B018
     except TwinmergeError as error:
-        assert "ties it to" in str(error)
-        return False
+        if "ties it to" in str(error):
+            return False
+        raise
+    merge.save(tmp_path / "out")
     (base_state, by_hand), a, b = stock(name, paths[0]), stock(name, paths[1])[0], stock(name, paths[2])[0]
     merged, model = stock(name, tmp_path / "out")
     wanted = {n: t + 0.5 * (a[n] - t) + 0.5 * (b[n] - t) for n, t in base_state.items()}
     assert wanted.keys() == merged.keys()
     for n, t in wanted.items():
         torch.testing.assert_close(merged[n], t, rtol=1e-5, atol=1e-6, msg=n)
-    for parameter_name, parameter in list(by_hand.named_parameters(remove_duplicate=False)):
-        parent, _, leaf = parameter_name.rpartition(".")
-        setattr(by_hand.get_submodule(parent), leaf, torch.nn.Parameter(wanted[parameter_name], requires_grad=False))
+    for n in [n for n, _ in by_hand.named_parameters(remove_duplicate=False)]:
+        parent, _, leaf = n.rpartition(".")
+        setattr(by_hand.get_submodule(parent), leaf, torch.nn.Parameter(wanted[n], requires_grad=False))
     torch.testing.assert_close(logits(model), logits(by_hand), rtol=1e-4, atol=1e-5)
     return True
 
 
 UNTIED = ("both, different", "untied")
-QUICK = [("both, different", "both, different"), ("tied", "both, different"), ("both, different", "tied"), ("only the output", "tied")]
+QUICK = [
+    ("both, different", "both, different"),
+    ("tied", "both, different"),
+    ("both, different", "tied"),
+    ("only the output", "tied"),
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -141,4 +166,4 @@ def test_a_tie_is_what_stock_transformers_makes_of_the_file(tmp_path, name, base
 @pytest.mark.parametrize("expert", LAYOUTS)
 def test_every_pair_of_layouts(tmp_path, name, base, expert):
     made = check(tmp_path, name, base, expert)
-    assert made or (base not in UNTIED)
+    assert made or base not in UNTIED or (name, expert) == ("BertForMaskedLM", "untied")  # its own bias

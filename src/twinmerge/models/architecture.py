@@ -112,7 +112,9 @@ class Architecture:
         name, _ = self._rename(stored)
         if name in self._meta:
             return False
-        return name in self._buffers or any(re.search(pattern, n) for pattern in self._leftovers for n in (name, stored))
+        return name in self._buffers or any(
+            re.search(pattern, n) for pattern in self._leftovers for n in (name, stored)
+        )
 
     @cached_property
     def _buffers(self) -> frozenset[str]:
@@ -185,7 +187,9 @@ class Architecture:
                     continue
             source_of[target] = source_of[source]
             there.add(target)
-        own = {source_of[name]: name for name in reversed([s for _, s in ties])}  # the name that the class ties the others to
+        own = {
+            source_of[name]: name for name in reversed([s for _, s in ties])
+        }  # the name that the class ties the others to
         self.aliases = {n: own.get(s, s) for n, s in source_of.items() if n in there and n != own.get(s, s)}
         return {n: s for n, s in source_of.items() if n in there}
 

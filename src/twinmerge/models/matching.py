@@ -158,7 +158,9 @@ def _all_there(
     filled = [model.filled for model in models]
     for i, model in enumerate(models):
         known = model.architecture
-        for name in known.lacking(filled[i]) if known is not None else ():
+        if known is None:
+            continue
+        for name in known.lacking(filled[i]):
             if name in heads or any(matches(pattern, name) for pattern in head_patterns):
                 continue
             other = next((called[j] for j in range(len(models)) if j != i and name in filled[j]), None)
@@ -234,9 +236,7 @@ def _same_architecture(base: OpenedModel, expert: OpenedModel) -> None:
         )
 
 
-def _same_sizes(
-    base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
-) -> dict[str, tuple[Any, Any]]:
+def _same_sizes(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """What the configs say differently; keys that give the body other tensors or shapes are an error."""
     if base.config is None or expert.config is None or expert.architecture is None:
         return {}

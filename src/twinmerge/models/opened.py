@@ -329,21 +329,17 @@ def same_values(source: Source, a: tuple[str, Spec], b: tuple[str, Spec]) -> boo
     if a[1].shape != b[1].shape:
         return False
     for start in range(0, a[1].numel, PIECE):
-        read = []
-        for name, spec in (a, b):
-            piece = np.empty(min(PIECE, spec.numel - start) * spec.itemsize, np.uint8)
-            source.read_into(name, start, piece)
-            read.append(piece)
-        if a[1].code == b[1].code and np.array_equal(*read):
+        one, other = (np.empty(min(PIECE, spec.numel - start) * spec.itemsize, np.uint8) for spec in (a[1], b[1]))
+        source.read_into(a[0], start, one)
+        source.read_into(b[0], start, other)
+        if a[1].code == b[1].code and np.array_equal(one, other):
             continue
-        codes = a[1].code, b[1].code
-        if not NUMBERS.issuperset(codes):
+        if not NUMBERS.issuperset((a[1].code, b[1].code)):
             return False
-        if codes == ("F64", "F64"):
-            numbers = [piece.view(np.float64) for piece in read]
-        else:
-            numbers = [decoded(piece, code) for piece, code in zip(read, codes, strict=True)]
-        if not np.array_equal(*numbers):
+        if a[1].code == b[1].code == "F64":
+            if not np.array_equal(one.view(np.float64), other.view(np.float64)):
+                return False
+        elif not np.array_equal(decoded(one, a[1].code), decoded(other, b[1].code)):
             return False
     return True
 
