@@ -99,6 +99,12 @@ def changed(root, tmp_path, edit):
         lambda raw: raw.update(architectures=["LlamaForSequenceClassification"]),
         lambda raw: raw.update(quantization_config={}),
         lambda raw: raw.clear(),
+        lambda raw: raw.update(num_hidden_layers=10**9),
+        lambda raw: raw.update(vocab_size=10**12),
+        lambda raw: raw.update(rms_norm_eps=1e-3),
+        lambda raw: raw.update(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        lambda raw: raw.update(num_attention_heads=1),
+        lambda raw: raw.update(something_new=True),
     ],
 )
 def test_anything_else_is_looked_at_with_transformers(families, tmp_path, edit):
@@ -141,3 +147,38 @@ def test_names_and_fingerprint_are_those_of_the_class(families, kind):
     whole = open_model(folder)
     assert found.specs == whole.specs and found.stored == whole.stored
     assert found.fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("kind", sorted(PLAIN))
+def test_checkpoints_with_a_hole_in_the_same_place_are_not_plain(families, tmp_path, kind):
+    models = changed(families[kind], tmp_path, lambda raw: raw)
+    for folder in models:
+        file = Path(folder) / "model.safetensors"
+        tensors = load_file(file)
+        tensors.pop(
+            next(n for n in sorted(tensors) if n.endswith("0.mlp.up_proj.weight") or "0.output.dense.bias" in n)
+        )
+        save_file(tensors, file, {"format": "pt"})
+    assert open_plain(models) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"num_key_value_heads": 1},
+        {"head_dim": 4},
+        {"tie_word_embeddings": True},
+        {"num_hidden_layers": 3, "type_vocab_size": 3, "max_position_embeddings": 9},
+    ],
+)
+@pytest.mark.parametrize("kind", sorted(PLAIN))
+def test_a_plain_model_has_what_its_class_has(tmp_path, kind, options):
+    auto = AutoModel if PLAIN[kind] is ENCODER else AutoModelForCausalLM
+    auto.from_config(AutoConfig.for_model(kind, **{**SIZES, **options})).save_pretrained(tmp_path)
+    opened, whole = open_plain([str(tmp_path)]), open_model(str(tmp_path))
+    assert opened is not None and {n: s.shape for n, s in opened[0].specs.items()} == {
+        n: tuple(shape) for n, shape in whole.architecture.parameters.items() if n not in whole.aliases
+    }

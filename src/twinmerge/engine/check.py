@@ -15,7 +15,8 @@ COPIES = 3  # of a stack that a method holds at once
 
 
 def checked(merge: Merge) -> dict[str, Any]:
-    """Plain data: which tensors go where, dtypes, ties and vocabularies, and the bytes, memory and time of the merge.
+    """Plain data: which tensors go where, dtypes, ties, vocabularies and keys of the configs that say something else than the base's
+    (the expert's value, the base's), and the bytes, memory and time of the merge.
 
     Reads headers and the beginning of one matrix. Memory is that of the tiles under way (of whole matrices, for methods
     that need them), beside what the libraries themselves take; time is what a disk of 1 GB/s needs for the bytes.
@@ -36,6 +37,7 @@ def checked(merge: Merge) -> dict[str, Any]:
         "heads": matched.heads,
         "from_base": matched.from_base,
         "ignored": {e: names for e, names in matched.ignored.items() if names},
+        "configs": {e: {k: list(v) for k, v in found.items()} for e, found in matched.configs.items() if found},
         "tied": base.aliases,
         **({} if merge.inputs.tables is None else {"tables": merge.inputs.tables}),
         "other_tokens": merge.other_tokens,

@@ -314,6 +314,7 @@ class Merge:
         output = OutputFolder(out, needed, plan_key(self), kept=files)
         output.check()
         read = states_of(self)
+        self.matched.warn()
         self.warn_of_tokens()
         with output as folder:
             writer = CheckpointWriter(folder, files, summed=False)

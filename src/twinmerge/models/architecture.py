@@ -7,6 +7,7 @@ Canonical names are the parameter names inside the bare model: `bert.encoder.lay
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Architecture:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._meta = dict(self.skeleton.state_dict())
+        self._renamed: dict[str, tuple[str, str | None]] = {}
 
     @property
     def labels(self) -> list[str] | None:
@@ -75,21 +77,80 @@ class Architecture:
         name = self.model_class.base_model_prefix
         return f"{name}." if name and isinstance(getattr(self.skeleton, name, None), nn.Module) else ""
 
+    def _rename(self, stored: str) -> tuple[str, str | None]:
+        """The name in the module, as loading finds it, and the pattern of the converter that the tensor goes through, if any."""
+        if stored not in self._renamed:
+            prefix = self.model_class.base_model_prefix
+            found = rename_source_key(stored, self._renamings, self._converters, prefix, self._meta)
+            if found[0] not in self._meta and stored in self._meta:  # a name of today that an old pattern fits
+                found = rename_source_key(stored, [], [], prefix, self._meta)
+            self._renamed[stored] = found
+        return self._renamed[stored]
+
     def canonical(self, stored: str) -> str:
         """The canonical name of a tensor as a checkpoint of this class names it."""
-        prefix = self.model_class.base_model_prefix
-        name, converted = rename_source_key(stored, self._renamings, self._converters, prefix, self._meta)
+        name, converted = self._rename(stored)
         return self.of_module(stored if converted else name)
 
     def fused_into(self, stored: str) -> tuple[str, str] | None:
         """(canonical name of the parameter that a stored tensor becomes a part of, the pattern that says so), if it does."""
-        prefix = self.model_class.base_model_prefix
-        name, pattern = rename_source_key(stored, self._renamings, self._converters, prefix, self._meta)
+        name, pattern = self._rename(stored)
         return None if pattern is None else (self.of_module(name), pattern)
 
     def converter_of(self, pattern: str) -> WeightConverter:
         """How transformers puts a parameter together, by one of the patterns of its parts."""
         return next(c for c in self._converters if pattern in c.source_patterns)
+
+    def filled(self, stored: str) -> list[str]:
+        """Canonical names of the parameters that loading fills from a tensor of a checkpoint; none where it does not load it."""
+        name, pattern = self._rename(stored)
+        names = [name]
+        for converter in self._converters if pattern is not None else ():
+            if pattern in converter.source_patterns:
+                names = [name.replace(converter.target_patterns[0], other) for other in converter.target_patterns]
+                break
+        return [self.of_module(n) for n in names if n in self._meta]
+
+    def shape(self, stored: str) -> torch.Size | None:
+        """The shape that a tensor of a checkpoint has by the config; None where loading makes something else of it or does not load it."""
+        name, pattern = self._rename(stored)
+        return self._meta[name].shape if pattern is None and name in self._meta else None
+
+    def drops(self, stored: str) -> bool:
+        """Whether loading passes over a tensor without a word: buffers that are made anew, leftovers that the class knows of."""
+        name, _ = self._rename(stored)
+        if name in self._meta:
+            return False
+        return name in self._buffers or any(
+            re.search(pattern, n) for pattern in self._leftovers for n in (name, stored)
+        )
+
+    @cached_property
+    def _buffers(self) -> frozenset[str]:
+        return frozenset(buffer for buffer, _ in self.skeleton.named_buffers())
+
+    @cached_property
+    def _leftovers(self) -> tuple[str, ...]:
+        """Patterns of the names that loading passes over; the last two are in the code of transformers, for all classes."""
+        patterns = {*(self.skeleton._keys_to_ignore_on_load_unexpected or ())}
+        if any(buffer.endswith("rotary_emb.inv_freq") for buffer in self._buffers):
+            patterns.add(r"rotary_emb\.inv_freq")
+        if any(buffer.endswith("position_ids") for buffer in self._buffers):
+            patterns.add(r"(^|\.)position_ids$")
+        return tuple(sorted(patterns))
+
+    def lacking(self, filled: set[str]) -> list[str]:
+        """Canonical names of the float tensors that loading would make at random, where these are filled."""
+        ties = {alias for alias, own in self.aliases.items() if own in filled}
+        optional = self.skeleton._keys_to_ignore_on_load_missing or ()
+        return [
+            canonical
+            for name, tensor in self._meta.items()
+            if (canonical := self.of_module(name)) not in filled
+            and canonical not in ties
+            and tensor.is_floating_point()
+            and not any(re.search(pattern, name) for pattern in optional)
+        ]
 
     def of_module(self, name: str) -> str:
         """The canonical name of a parameter by its name in the module."""
@@ -102,9 +163,44 @@ class Architecture:
 
     @cached_property
     def aliases(self) -> dict[str, str]:
-        """Canonical name of a tied tensor -> the one that it shares its values with."""
+        """Canonical name of a tied tensor -> the one that it shares its values with.
+
+        What the config says; `settle_ties` says what a checkpoint's values make of it.
+        """
         tied = self.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
         return {self.of_module(a): self.of_module(b) for a, b in tied.items()}
+
+    def settle_ties(self, present: Collection[str], equal: Callable[[str, str], bool]) -> dict[str, str]:
+        """Tie what transformers ties when it loads a checkpoint, and nothing else; `aliases` is that from then on.
+
+        Two tensors that are both there are tied where their values are equal. Where only one is there, the others take its values.
+
+        Args:
+            present: canonical names of the tensors that the checkpoint holds.
+            equal: whether two of them hold the same values.
+
+        Returns:
+            name -> the tensor of the checkpoint that it has its values from, of every tied name; itself where it is there.
+        """
+        ties = list(self.aliases.items())
+        there, source_of = set(present), {name: name for pair in ties for name in pair}
+        for i, (target, source) in enumerate(ties):
+            if target in there and source in there:
+                if not equal(source_of[source], source_of[target]):
+                    continue
+            elif target in there:
+                target, source = source, target
+            elif source not in there:
+                others = (t for t, s in ties[i + 1 :] if s == source and t in there)
+                if (source := next(others, "")) == "":
+                    continue
+            source_of[target] = source_of[source]
+            there.add(target)
+        own = {
+            source_of[name]: name for name in reversed([s for _, s in ties])
+        }  # the name that the class ties the others to
+        self.aliases = {n: own.get(s, s) for n, s in source_of.items() if n in there and n != own.get(s, s)}
+        return {n: s for n, s in source_of.items() if n in there}
 
     @cached_property
     def turned(self) -> frozenset[str]:
@@ -134,7 +230,24 @@ class Architecture:
 
     def is_body(self, canonical: str) -> bool:
         """True for tensors inside the bare model; all of them where the class has no part outside it."""
-        return not self.prefix or f"{self.prefix}{canonical}" in self._meta
+        if self.prefix:
+            return f"{self.prefix}{canonical}" in self._meta
+        return self._bare is None or canonical in self._bare
+
+    @cached_property
+    def _bare(self) -> dict[str, torch.Size] | None:
+        """What the bare model has, of a class that holds its parts itself (T5); None where there is no such model."""
+        if self.is_bare:
+            return None
+        try:
+            bare = Architecture(self.config, class_of(self.config, "FEATURE_EXTRACTION")).parameters
+        except TwinmergeError:
+            return None
+        return bare if bare.keys() & self.parameters.keys() else None
+
+    def with_config(self, config: dict[str, Any]) -> Architecture:
+        """The same class with another config, as `to_dict` gives it."""
+        return Architecture(type(self.config).from_dict(config), self.model_class)
 
     @property
     def is_bare(self) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.configs import differing, replaced, said
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.values import decoded
 
@@ -22,61 +23,64 @@ class Matched(NamedTuple):
     """Every tensor of every input, accounted for. All names are canonical.
 
     merged: in the base and in every expert, one shape; heads: expert -> its own tensors; from_base: copied from the
-    base (integers, buffers, parts that no expert has); ignored: expert -> buffers that its class does not keep.
+    base (integers, buffers, parts that no expert has); ignored: expert -> what loading it passes over; configs: expert -> keys of
+    its config that say something else than the base's, with the expert's value and the base's.
     """
 
     merged: list[str]
     heads: dict[str, list[str]]
     from_base: list[str]
     ignored: dict[str, list[str]]
+    configs: dict[str, dict[str, tuple[Any, Any]]]
 
     @property
     def head_names(self) -> set[str]:
         return {name for names in self.heads.values() for name in names}
 
+    def warn(self) -> None:
+        """Warn of every expert whose config gives its tensors another meaning than the base's does."""
+        for name, differences in self.configs.items():
+            if differences:
+                warnings.warn(
+                    f"The expert {name!r} computes otherwise than the base with the same weights: {said(differences)}. What is merged runs "
+                    "with the base's config, so check that this is meant, or merge models of one config.",
+                    stacklevel=3,
+                )
+
 
 def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: Sequence[str] = ()) -> Matched:
     """Sort all tensors by the rules of docs/architecture.md.
 
-    A float tensor that the base lacks, that differs in shape outside the body, or that `head_patterns` names (globs, or
-    whole dotted components), is a head. A head travels whole: with one tensor outside the body, all of them are.
+    A float tensor outside the body that the base lacks or has in another shape, a part that the base's class does not have (a
+    pooler), or what `head_patterns` names (globs, or whole dotted components), is a head. A head travels whole: with one tensor of
+    its class, all outside the body are.
 
     Errors:
-        TwinmergeError: another architecture; a tensor of the body that an expert lacks or has in another shape; a
-            tensor that neither the expert's class nor the base knows.
+        TwinmergeError: another architecture, or configs of other shapes; a tensor of the body that only one side has, or that has
+            another shape; a tensor that neither the expert's class nor the base knows; a tie that an expert tears.
     """
-    for expert in experts.values():
-        _same_architecture(base, expert)
-    heads: dict[str, set[str]] = {e: set() for e in experts}
-    ignored: dict[str, list[str]] = {e: [] for e in experts}
+    configs = {}
     for e, expert in experts.items():
-        for name, spec in expert.specs.items():
-            if any(matches(pattern, name) for pattern in head_patterns):
-                heads[e].add(name)
-            elif base.has(name):
-                if spec.is_float and base.spec(name).shape != spec.shape:
-                    _other_shape(base, expert, name)
-                    heads[e].add(name)
-                elif name not in base.specs:
-                    _untied(base, expert, name)
-                    ignored[e].append(name)
-            elif not spec.is_float or _is_dropped_buffer(expert, name):
-                ignored[e].append(name)
-            elif expert.architecture is not None and name not in expert.architecture.parameters:
-                raise TwinmergeError(
-                    f"Tensor {name!r} of {expert.name} is neither in the base {base.name} nor a part of "
-                    f"{expert.architecture.model_class.__name__}. Remove it from the checkpoint, or name it as a head with --head."
-                )
-            else:
-                heads[e].add(name)
-    if any(heads.values()) or _labels_differ(experts):
+        _same_architecture(base, expert)
+        configs[e] = _same_sizes(base, expert, head_patterns)
+    if not any(base.has(name) for expert in experts.values() for name in expert.names):
+        raise TwinmergeError(
+            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were tuned from."
+        )
+    heads: dict[str, set[str]] = {}
+    ignored: dict[str, list[str]] = {}
+    for e, expert in experts.items():
+        heads[e], ignored[e] = _sorted(base, expert, head_patterns)
+    anchored = any(_is_part(experts[e], name) for e, names in heads.items() for name in names)
+    if anchored or _labels_differ(base, experts):
         for e, expert in experts.items():
-            heads[e] |= {n for n, s in expert.specs.items() if s.is_float and not _in_body(expert, n)}
+            heads[e] |= {n for n in expert.names if expert.spec(n).is_float and _outside(expert, n)}
     all_heads = set().union(*heads.values()) if heads else set()
+    _all_there(base, experts, all_heads, head_patterns)
     merged, from_base = [], []
     for name, spec in sorted(base.specs.items()):
         holders = [expert for expert in experts.values() if expert.has(name)]
-        if not spec.is_float or name in all_heads or _is_dropped_buffer(base, name):
+        if not spec.is_float or name in all_heads or _is_dropped(base, name):
             from_base.append(name)
         elif len(holders) == len(experts):
             merged.append(name)
@@ -91,7 +95,92 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
         raise TwinmergeError(
             f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were tuned from."
         )
-    return Matched(merged, {e: sorted(h) for e, h in heads.items()}, from_base, ignored)
+    return Matched(merged, {e: sorted(h) for e, h in heads.items()}, from_base, ignored, configs)
+
+
+def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]) -> tuple[set[str], list[str]]:
+    """The tensors of an expert that are heads by themselves, and those that are ignored."""
+    heads: set[str] = set()
+    ignored: list[str] = []
+    for name in expert.names:
+        spec = expert.spec(name)
+        named = any(matches(pattern, name) for pattern in head_patterns)
+        if name in expert.specs and _is_dropped(expert, name):
+            if not base.has(name):
+                ignored.append(name)
+        elif named and (_is_part(expert, name) or expert.architecture is None or expert.architecture.is_bare):
+            heads.add(name)
+        elif name not in expert.specs:
+            continue  # merged where what it is tied to is merged
+        elif base.has(name):
+            if spec.is_float and base.spec(name).shape != spec.shape:
+                _other_shape(base, expert, name)
+                heads.add(name)
+            elif name not in base.specs:
+                _untied(base, expert, name)
+                ignored.append(name)
+        elif not spec.is_float:
+            ignored.append(name)
+        else:
+            _new_part(base, expert, name)
+            heads.add(name)
+    return heads, ignored
+
+
+def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
+    """A tensor that the base lacks is a head only where it belongs to a part that the base's class does not have."""
+    known = expert.architecture
+    if known is None:
+        raise TwinmergeError(
+            f"Tensor {name!r} of {expert.name} is not in the base {base.name}, and without a config.json nothing says whether it is a "
+            "head. Add the model's config.json, or name the tensor with --head."
+        )
+    if not _is_part(expert, name):
+        raise TwinmergeError(
+            f"Tensor {name!r} of {expert.name} is neither in the base {base.name} nor a part of {known.model_class.__name__}, so that "
+            "transformers does not load it either. Name the right class under `architectures` in its config.json; where this one is "
+            "right, load the model in transformers and save it again."
+        )
+    part = known.filled(expert.stored.get(name, name))
+    if any(known.is_body(n) for n in part) and (base.architecture is None or {*part} & {*base.architecture.parameters}):
+        raise TwinmergeError(
+            f"The base {base.name} lacks the tensor {name!r} that {expert.name} has. Check that the base's folder is complete and that "
+            "the expert was tuned from it."
+        )
+
+
+def _all_there(
+    base: OpenedModel, experts: Mapping[str, OpenedModel], heads: set[str], head_patterns: Sequence[str]
+) -> None:
+    """Refuse a model that lacks a tensor of its class which another input has, or a part of which it has the rest."""
+    models = [base, *experts.values()]
+    called = [f"the base {base.name}", *(expert.name for expert in experts.values())]
+    filled = [model.filled for model in models]
+    for i, model in enumerate(models):
+        known = model.architecture
+        if known is None:
+            continue
+        for name in known.lacking(filled[i]):
+            if name in heads or any(matches(pattern, name) for pattern in head_patterns):
+                continue
+            other = next((called[j] for j in range(len(models)) if j != i and name in filled[j]), None)
+            part = name.partition(".")[0]
+            if other is not None or any(n.partition(".")[0] == part for n in filled[i]):
+                raise TwinmergeError(
+                    f"{called[i] if i else f'The base {base.name}'} lacks the tensor {name!r} that "
+                    f"{other or known.model_class.__name__} has. Check that its folder is complete"
+                    f"{' and was tuned from this base' if i else ''}."
+                )
+
+
+def _is_part(model: OpenedModel, name: str) -> bool:
+    """Whether loading the model puts the tensor somewhere."""
+    known = model.architecture
+    return known is not None and bool(name not in model.specs or known.filled(model.stored.get(name, name)))
+
+
+def _outside(model: OpenedModel, name: str) -> bool:
+    return _is_part(model, name) and not _in_body(model, name)
 
 
 def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged: Sequence[str]) -> None:
@@ -104,7 +193,7 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
     matrices = [n for n in merged if len(base.spec(n).shape) >= 2 and base.spec(n).numel >= 64]
     if not matrices:
         return
-    inner = [n for n in matrices if "embed" not in n] or matrices
+    inner = [n for n in matrices if not base.table(n)] or matrices
     name = max(inner, key=lambda n: base.spec(n).numel)
     count = min(SAMPLE, base.spec(name).numel)
     reference = _direction(base, name, count)
@@ -147,14 +236,45 @@ def _same_architecture(base: OpenedModel, expert: OpenedModel) -> None:
         )
 
 
+def _same_sizes(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """What the configs say differently; keys that give the body other tensors or shapes are an error."""
+    if base.config is None or expert.config is None or expert.architecture is None:
+        return {}
+    theirs, own = base.config.to_dict(), expert.config.to_dict()
+    differences = differing(theirs, own)
+    if not differences:
+        return {}
+    known = expert.architecture
+
+    def changed(keys: Sequence[str]) -> list[str]:
+        """Tensors of the body that these keys change, where the expert has them as the base does."""
+        config = own
+        for key in keys:
+            config = replaced(config, theirs, key)
+        try:
+            like = known.with_config(config).parameters
+        except TwinmergeError:  # one key of several that only fit together
+            return ["?"]
+        names = {n for shapes in (like, known.parameters) for n in shapes if like.get(n) != known.parameters.get(n)}
+        return sorted(n for n in names if not any(matches(pattern, n) for pattern in head_patterns))
+
+    if tensors := [n for n in changed(list(differences)) if n == "?" or known.is_body(n) or n not in known.parameters]:
+        keys = [key for key in differences if len(differences) == 1 or changed([key])] or list(differences)
+        raise TwinmergeError(
+            f"{expert.name} and the base {base.name} differ in size: {said({key: differences[key] for key in keys})}"
+            + (f", which changes {tensors[0]!r}" if tensors[0] != "?" else "")
+            + ". Merge models of one size, tuned from this base."
+        )
+    return differences
+
+
 def _in_body(model: OpenedModel, name: str) -> bool:
     return model.architecture is None or model.architecture.is_body(name)
 
 
 def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
-    """A tensor of another shape may be a head; inside the body of a known class it is a mistake."""
-    known = expert.architecture
-    if known is not None and known.is_body(name) and (known.prefix or known.is_bare or name == known.embedding):
+    """A tensor of another shape may be a head; inside the body it is a mistake."""
+    if _in_body(expert, name):
         raise TwinmergeError(
             f"Tensor {name!r} is {list(expert.spec(name).shape)} in {expert.name} and {list(base.spec(name).shape)} in the base "
             f"{base.name}. Give every model the same size (resize_token_embeddings for another vocabulary), or name the "
@@ -174,28 +294,25 @@ def _untied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
         )
 
 
-def _labels_differ(experts: Mapping[str, OpenedModel]) -> bool:
+def _labels_differ(base: OpenedModel, experts: Mapping[str, OpenedModel]) -> bool:
     """Classifiers of different label names: equal shapes do not make their output layers one."""
-    known = {tuple(e.labels or ()) for e in experts.values()}
+    classes = {e.architecture.model_class for e in experts.values() if e.architecture is not None}
     classifiers = all(e.architecture is not None and e.architecture.prefix for e in experts.values())
-    return classifiers and len(known) > 1
+    models = [*experts.values()]
+    if base.architecture is not None and base.architecture.model_class in classes:
+        models.append(base)
+    return classifiers and len({tuple(model.labels or ()) for model in models}) > 1
 
 
 def _expected_by(experts: Mapping[str, OpenedModel], name: str) -> OpenedModel | None:
-    """An expert that should have `name` (its class has it, or another expert does) and does not."""
+    """An expert that should have `name` (its class has it, or another expert does, or nothing says what it should have) and does not."""
     held = any(expert.has(name) for expert in experts.values())
     for expert in experts.values():
-        if not expert.has(name) and (held or (expert.architecture and name in expert.architecture.parameters)):
+        if not expert.has(name) and (held or expert.architecture is None or name in expert.architecture.parameters):
             return expert
     return None
 
 
-def _is_dropped_buffer(model: OpenedModel, name: str) -> bool:
-    """Non-persistent buffers and tensors that the class drops on loading (old checkpoints store them)."""
-    if model.architecture is None or name in model.architecture.parameters:
-        return False
-    skeleton = model.architecture.skeleton
-    if any(name == model.architecture.of_module(b) for b, _ in skeleton.named_buffers()):
-        return True
-    patterns = skeleton._keys_to_ignore_on_load_unexpected or ()
-    return any(re.search(pattern, model.stored.get(name, name)) for pattern in patterns)
+def _is_dropped(model: OpenedModel, name: str) -> bool:
+    """Tensors that the class passes over on loading (old checkpoints store them)."""
+    return model.architecture is not None and model.architecture.drops(model.stored.get(name, name))

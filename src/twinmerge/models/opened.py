@@ -19,6 +19,7 @@ from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import find
 from twinmerge.store.header import SIZES
 from twinmerge.store.locate import locate
+from twinmerge.store.values import decoded
 
 if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
     import torch
@@ -39,6 +40,9 @@ USUAL_TABLES = (
     *(".wte.weight", ".wpe.weight", ".shared.weight", "relative_attention_bias.weight", "relative_position_bias_table"),
 )
 """Ends of the names that embeddings have in most families."""
+
+PIECE = 1 << 22  # elements of two tensors that are compared at once
+NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 class Source(Protocol):
@@ -104,6 +108,18 @@ class OpenedModel:
     @property
     def aliases(self) -> dict[str, str]:
         return self.architecture.aliases if self.architecture else {}
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of all tensors, tied ones too."""
+        return sorted({*self.specs, *(alias for alias, own in self.aliases.items() if own in self.specs)})
+
+    @property
+    def filled(self) -> set[str]:
+        """Canonical names of what loading fills from these tensors; their own where there is no class."""
+        if self.architecture is None:
+            return set(self.names)
+        return {*self.names}.union(*(self.architecture.filled(self.stored.get(n, n)) for n in self.specs))
 
     def turned(self, name: str) -> bool:
         """Whether a matrix is known to be stored (in, out)."""
@@ -267,7 +283,11 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
 
 
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
-    """Give canonical names to a checkpoint's tensors; a tied tensor that is stored twice counts once."""
+    """Give canonical names to a checkpoint's tensors.
+
+    Errors:
+        TwinmergeError: two tensors of one name; a shape that the config does not give.
+    """
     stored: dict[str, str] = {}
     for original in sorted(specs):
         canonical = architecture.canonical(original) if architecture else original
@@ -277,11 +297,13 @@ def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | No
                 f"{canonical!r}. Save the model again with save_pretrained."
             )
         stored[canonical] = original
-    for alias, own in (architecture.aliases if architecture else {}).items():
-        if alias in stored and own not in stored:
-            stored[own] = stored[alias]
-        stored.pop(alias, None)
-    return OpenedModel(name, {n: specs[o] for n, o in stored.items()}, stored, architecture, source)
+        shape = architecture.shape(original) if architecture else None
+        if shape is not None and specs[original].shape != tuple(shape):
+            raise TwinmergeError(
+                f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is {list(shape)}. Restore the "
+                "config.json that was saved with it."
+            )
+    return _tied(name, specs, stored, architecture, source)
 
 
 def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
@@ -294,10 +316,57 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
         )
     architecture = Architecture(model.config, type(model))
     stored = {architecture.of_module(k): k for k in tensors}
-    for alias in architecture.aliases:
-        stored.pop(alias, None)
-    specs = {n: Spec(tensors[o].dtype, tuple(tensors[o].shape)) for n, o in stored.items()}
-    return OpenedModel(name, specs, stored, architecture, InMemory(tensors))
+    specs = {k: Spec(t.dtype, tuple(t.shape)) for k, t in tensors.items()}
+    return _tied(name, specs, stored, architecture, InMemory(tensors))
+
+
+def _tied(
+    name: str,
+    specs: Mapping[str, Spec],
+    stored: dict[str, str],
+    architecture: Architecture | None,
+    source: Source,
+) -> OpenedModel:
+    """A tied tensor that is stored twice counts once. What a config calls tied and a file gives other values is not tied: loading
+    does not tie it either.
+
+    Args:
+        specs: of the tensors by their stored names; stored: canonical name -> stored name.
+    """
+    if architecture is not None and architecture.aliases:
+
+        def equal(a: str, b: str) -> bool:
+            a, b = stored[a], stored[b]
+            return a == b or same_values(source, (a, specs[a]), (b, specs[b]))
+
+        held = architecture.settle_ties(stored, equal)
+        own = {n: stored[root] for n, root in held.items()}
+        stored = {n: o for n, o in (stored | own).items() if n not in architecture.aliases}
+    return OpenedModel(name, {n: specs[o] for n, o in stored.items()}, stored, architecture, source)
+
+
+def same_values(source: Source, a: tuple[str, Spec], b: tuple[str, Spec]) -> bool:
+    """Whether two stored tensors hold equal numbers, read piece by piece up to the first difference.
+
+    Args:
+        a, b: stored name and spec of each.
+    """
+    if a[1].shape != b[1].shape:
+        return False
+    for start in range(0, a[1].numel, PIECE):
+        one, other = (np.empty(min(PIECE, spec.numel - start) * spec.itemsize, np.uint8) for spec in (a[1], b[1]))
+        source.read_into(a[0], start, one)
+        source.read_into(b[0], start, other)
+        if a[1].code == b[1].code and np.array_equal(one, other):
+            continue
+        if not NUMBERS.issuperset((a[1].code, b[1].code)):
+            return False
+        if a[1].code == b[1].code == "F64":
+            if not np.array_equal(one.view(np.float64), other.view(np.float64)):
+                return False
+        elif not np.array_equal(decoded(one, a[1].code), decoded(other, b[1].code)):
+            return False
+    return True
 
 
 def _open_peft(model: Any, name: str) -> OpenedModel:
