@@ -77,6 +77,20 @@ class Architecture:
         name, converted = rename_source_key(stored, self._renamings, self._converters, prefix, self._meta)
         return self.of_module(stored if converted else name)
 
+    @property
+    def converts(self) -> bool:
+        """Whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`)."""
+        return bool(self._converters)
+
+    def converted(self, canonical: str) -> tuple[str, WeightConverter | None, str]:
+        """Name in the module of the parameter that a stored tensor is a part of, and the converter and the pattern that make it so;
+        None where the class holds the tensor as it is, or does not know it."""
+        prefix = self.model_class.base_model_prefix
+        name, pattern = rename_source_key(canonical, self._renamings, self._converters, prefix, self._meta)
+        if pattern is None or name not in self._meta:
+            return name, None, ""
+        return name, next(c for c in self._converters if pattern in c.source_patterns), pattern
+
     def of_module(self, name: str) -> str:
         """The canonical name of a parameter by its name in the module."""
         return name.removeprefix(self.prefix) if self.prefix else name
@@ -100,7 +114,10 @@ class Architecture:
 
     def is_body(self, canonical: str) -> bool:
         """True for tensors inside the bare model; all of them where the class has no part outside it."""
-        return not self.prefix or f"{self.prefix}{canonical}" in self._meta
+        if not self.prefix or f"{self.prefix}{canonical}" in self._meta:
+            return True
+        target, converter, _ = self.converted(canonical) if self.converts else ("", None, "")
+        return converter is not None and target.startswith(self.prefix)
 
     @property
     def is_bare(self) -> bool:

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
+from twinmerge.models.conversion import Conversion, as_module, conversions
 from twinmerge.store.artefact import Artefact, load_artefact, save_artefact, undamaged
 
 HEADS_VERSION = 2  # 2: packed by a codec
@@ -145,6 +146,10 @@ class HeadedModel(nn.Module):
         return self.architecture.of_module(full)
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
+        found_conversions = conversions(self.architecture, state)
+        self.shapes = {part: tuple(state[part].shape) for each in found_conversions for part in each.parts}
+        self.conversions = {part: each for each in found_conversions for part in each.parts}
+        state = as_module(state, found_conversions)
         wanted = {self.canonical(k): k for k in self.body.state_dict()}
         aliases = self.architecture.aliases
         found, missing = {}, []

@@ -249,9 +249,17 @@ def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | No
 def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
     from twinmerge.models.architecture import Architecture
 
-    tensors = {k: v.detach() for k, v in model.state_dict().items()}
     architecture = Architecture(model.config, type(model))
-    stored = {architecture.of_module(k): k for k in tensors}
+    return _in_memory(name, architecture, {k: v.detach() for k, v in model.state_dict().items()})
+
+
+def _in_memory(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> OpenedModel:
+    """The tensors of a module, as a checkpoint of it would have them."""
+    from twinmerge.models.conversion import as_stored
+
+    tensors = as_stored(architecture, tensors)
+    canonical = architecture.canonical if architecture.converts else architecture.of_module
+    stored = {canonical(k): k for k in tensors}
     for alias in architecture.aliases:
         stored.pop(alias, None)
     specs = {n: Spec(tensors[o].dtype, tuple(tensors[o].shape)) for n, o in stored.items()}
@@ -274,12 +282,7 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
         for key, value in inner.state_dict().items()
         if ".lora_" not in key and ".modules_to_save." not in key
     }
-    architecture = Architecture(inner.config, type(inner))
-    stored = {architecture.of_module(k): k for k in plain}
-    for alias in architecture.aliases:
-        stored.pop(alias, None)
-    specs = {n: Spec(plain[o].dtype, tuple(plain[o].shape)) for n, o in stored.items()}
-    return adapted(OpenedModel(name, specs, stored, architecture, InMemory(plain)), adapter)
+    return adapted(_in_memory(name, Architecture(inner.config, type(inner)), plain), adapter)
 
 
 def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:

@@ -57,8 +57,9 @@ def read_moments(twin: Twin, given: Given, name: str, batch_rows: int, progress:
 
     def answered() -> Iterator[Mapping[str, Any]]:
         for batch in read_batches(twin, given, name, batch_rows, progress):
-            plan = Mixture.of(one_hot([name] * batch_size(batch), twin.experts))
-            with twin.runtime.mixing(plan):  # until the next batch is asked for
+            weights = one_hot([name] * batch_size(batch), twin.experts)
+            one = twin.runtime.folded(weights[0]) if twin.runtime.refused else twin.runtime.mixing(Mixture.of(weights))
+            with one:  # until the next batch is asked for
                 yield batch
 
     with twin.lock:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import batch_size
+from twinmerge.twin.converted import Converted
 from twinmerge.twin.early import Early, called_before
 from twinmerge.twin.features import default_layers, read_states
 from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
@@ -108,7 +109,8 @@ def acts_above(twin: Twin, layer: int) -> bool:
 def changed_before(twin: Twin, layer: int) -> set[str]:
     """Names of the parameters that experts change and that a pass uses before it reaches a layer."""
     before = called_before(twin.model, nothing_much(twin), layer)
-    return {part.name for place, part in twin.runtime.places if place.path in before}
+    parts = [part for place, part in twin.runtime.places if place.path in before]
+    return {name for part in parts for name in (part.names if isinstance(part, Converted) else [part.name])}
 
 
 def fitted(
