@@ -35,6 +35,10 @@ TASK_CLASSES = {
 class Architecture:
     """One model class with its config, built without memory (on the meta device).
 
+    Attributes:
+        converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`); renames: whether
+            some have other names there.
+
     Example:
         >>> from transformers import BertConfig
         >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
@@ -59,6 +63,8 @@ class Architecture:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._meta = dict(self.skeleton.state_dict())
+        self.converts = bool(self._converters)
+        self.renames = bool(get_model_conversion_mapping(self.skeleton, add_legacy=False))
 
     @property
     def labels(self) -> list[str] | None:
@@ -76,11 +82,6 @@ class Architecture:
         prefix = self.model_class.base_model_prefix
         name, converted = rename_source_key(stored, self._renamings, self._converters, prefix, self._meta)
         return self.of_module(stored if converted else name)
-
-    @property
-    def converts(self) -> bool:
-        """Whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`)."""
-        return bool(self._converters)
 
     def converted(self, canonical: str) -> tuple[str, WeightConverter | None, str]:
         """Name in the module of the parameter that a stored tensor is a part of, and the converter and the pattern that make it so;

@@ -108,8 +108,8 @@ def as_module(
     return whole
 
 
-def as_stored(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name in a checkpoint -> tensor, as `save_pretrained` writes them.
+def as_stored(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Canonical name -> name in a checkpoint and tensor, as `save_pretrained` writes them.
 
     Args:
         tensors: name of a parameter in the module -> tensor; all of them, or some.
@@ -119,10 +119,21 @@ def as_stored(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict
         >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1)
         >>> config = transformers.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2)
         >>> mixtral = Architecture(config, transformers.MixtralForCausalLM)
-        >>> list(as_stored(mixtral, {"model.layers.0.mlp.experts.down_proj": torch.ones(2, 4, 6)}))
-        ['model.layers.0.block_sparse_moe.experts.0.w2.weight', 'model.layers.0.block_sparse_moe.experts.1.w2.weight']
+        >>> found = as_stored(mixtral, {"model.layers.0.mlp.experts.down_proj": torch.ones(2, 4, 6)})
+        >>> {name: stored for name, (stored, _) in found.items()}  # doctest: +NORMALIZE_WHITESPACE
+        {'layers.0.block_sparse_moe.experts.0.w2.weight': 'model.layers.0.block_sparse_moe.experts.0.w2.weight',
+         'layers.0.block_sparse_moe.experts.1.w2.weight': 'model.layers.0.block_sparse_moe.experts.1.w2.weight'}
     """
-    if not architecture.converts:
-        return dict(tensors)
-    found: dict[str, Tensor] = revert_weight_conversion(architecture.skeleton, dict(tensors))
-    return found
+    if architecture.renames:
+        reverted: dict[str, Tensor] = revert_weight_conversion(architecture.skeleton, dict(tensors))
+        found = {architecture.canonical(key): (key, tensor) for key, tensor in reverted.items()}
+        known = all(n in architecture.parameters or architecture.converted(n)[1] is not None for n in found)
+        if known and len(found) == len(reverted):
+            return found
+    return {architecture.of_module(key): (key, tensor) for key, tensor in tensors.items()}
+
+
+def stored_names(architecture: Architecture) -> dict[str, str]:
+    """Name in a checkpoint, as `save_pretrained` writes it -> canonical name, of every tensor of the class."""
+    found = as_stored(architecture, architecture.skeleton.state_dict())
+    return {stored: name for name, (stored, _) in found.items()}

@@ -257,13 +257,12 @@ def _in_memory(name: str, architecture: Architecture, tensors: Mapping[str, Tens
     """The tensors of a module, as a checkpoint of it would have them."""
     from twinmerge.models.conversion import as_stored
 
-    tensors = as_stored(architecture, tensors)
-    canonical = architecture.canonical if architecture.converts else architecture.of_module
-    stored = {canonical(k): k for k in tensors}
+    found = as_stored(architecture, tensors)
     for alias in architecture.aliases:
-        stored.pop(alias, None)
-    specs = {n: Spec(tensors[o].dtype, tuple(tensors[o].shape)) for n, o in stored.items()}
-    return OpenedModel(name, specs, stored, architecture, InMemory(tensors))
+        found.pop(alias, None)
+    specs = {n: Spec(tensor.dtype, tuple(tensor.shape)) for n, (_, tensor) in found.items()}
+    stored = {n: key for n, (key, _) in found.items()}
+    return OpenedModel(name, specs, stored, architecture, InMemory(dict(found.values())))
 
 
 def _open_peft(model: Any, name: str) -> OpenedModel:

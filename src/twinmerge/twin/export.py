@@ -26,6 +26,7 @@ from twinmerge.models.adapter_files import (
     write_adapter,
 )
 from twinmerge.models.architecture import Architecture, class_of
+from twinmerge.models.conversion import stored_names
 from twinmerge.models.headed import HeadSpec
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.output import OutputFolder, layout, write_checkpoint
@@ -63,8 +64,7 @@ def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head
     architecture, own = _class_with_head(twin, head)
     state |= own.tensors if own else {}
     aliases, tensors = architecture.aliases, dict[str, Tensor]()
-    for key in architecture.skeleton.state_dict():
-        name = architecture.of_module(key)
+    for key, name in stored_names(architecture).items():
         if name in state:
             tensors[key] = state[name].contiguous()
         elif aliases.get(name) not in state:

@@ -20,6 +20,7 @@ from twinmerge.maths.bits import byte_count, check, unpack
 from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.threads import parallel
 from twinmerge.models.architecture import Architecture, class_of
+from twinmerge.models.conversion import stored_names
 from twinmerge.models.headed import HeadSpec, load_heads
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store.artefact import open_artefact, undamaged
@@ -129,8 +130,7 @@ def _places(
         return {shared.stored[name]: name for name in shared.specs}, {}
     body: dict[str, str] = {}
     own: dict[str, Tensor] = {}
-    for key in architecture.skeleton.state_dict():
-        name = architecture.of_module(key)
+    for key, name in stored_names(architecture).items():
         if name in tensors:
             own[key] = tensors[name]
         elif name in shared.specs:
