@@ -107,7 +107,7 @@ def said(model: Any, body: dict[str, torch.Tensor], text: str) -> int:
         return int(model(input_ids=ids_of(text)).logits[0].argmax())
 
 
-def loop(lab: Any, top_k: int | None, oracle: bool = False) -> tuple[dict[str, dict[str, list[int]]], float]:
+def loop(lab: Any, experts_per_row: int | None, oracle: bool = False) -> tuple[dict[str, dict[str, list[int]]], float]:
     """Setting -> task -> answers, and the share routed right, row by row."""
     twin = tm.Twin.from_pretrained(lab.twin)
     found: dict[str, dict[str, list[int]]] = {
@@ -116,12 +116,12 @@ def loop(lab: Any, top_k: int | None, oracle: bool = False) -> tuple[dict[str, d
     right = 0
     for task in TASKS:
         for row in lab.suite[task].rows("test"):
-            weights = twin.route({"input_ids": ids_of(row.text)}, top_k)[0].tolist()
+            weights = twin.route({"input_ids": ids_of(row.text)}, experts_per_row)[0].tolist()
             first = TASKS[int(np.argmax(weights))]
             right += first == task
             body = twin.weights_for(dict(zip(TASKS, weights, strict=True)))
             own = lab.experts[task].bert.state_dict()
-            if top_k == 1:  # everything is kept, so one expert's mixture is that expert
+            if experts_per_row == 1:  # everything is kept, so one expert's mixture is that expert
                 body = lab.experts[first].bert.state_dict()
             if oracle:
                 body = {n: own[n] if "bias" in n else t for n, t in body.items()}
@@ -138,12 +138,12 @@ def answers(e: Evaluation) -> dict[str, list[int]]:
     return {task: p.predictions.tolist() for task, p in e.predictions.items()}
 
 
-@pytest.mark.parametrize(("top_k", "oracle"), [(1, False), (None, False), (1, True)])
-def test_the_settings_of_a_twin(lab: Any, top_k: int | None, oracle: bool) -> None:
+@pytest.mark.parametrize(("experts_per_row", "oracle"), [(1, False), (None, False), (1, True)])
+def test_the_settings_of_a_twin(lab: Any, experts_per_row: int | None, oracle: bool) -> None:
     runner = open_runner(lab.twin, oracle)
-    runner.twin.top_k = top_k
+    runner.twin.experts_per_row = experts_per_row
     found = evaluate(runner, lab.suite, oracle_biases=oracle, progress=False)
-    expected, right = loop(lab, top_k, oracle)
+    expected, right = loop(lab, experts_per_row, oracle)
     assert [(e.setting, e.reading) for e in found] == [
         *[("task given", None), ("head given", None), ("nothing given", "strict"), ("nothing given", "lenient")]
     ]
@@ -158,7 +158,7 @@ def test_the_settings_of_a_twin(lab: Any, top_k: int | None, oracle: bool) -> No
         }
         assert e.rows == sum(ROWS.values()) and e.seconds > 0
     assert [e.routed_right for e in found] == [None, right, right, right]
-    if top_k is None or oracle:
+    if experts_per_row is None or oracle:
         plain = evaluate(lab.twin, lab.suite, progress=False)
         assert answers(plain[1]) != expected["head"] and answers(plain[0]) == expected["task"]
     assert all(len(set(given)) > 1 for name in ("task", "head", "lenient") for given in expected[name].values())

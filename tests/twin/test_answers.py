@@ -265,10 +265,10 @@ def test_check26_the_prompt_names_the_mixture(lab: Any) -> None:
         middle = (features(twin.model, {"input_ids": PROMPTS}, (1,)) @ weight.T).mean(0)
     twin.router, twin.layers = GaussianRouter(weight, -middle), (1,)
     inputs = {"input_ids": PROMPTS, "attention_mask": torch.ones_like(PROMPTS), "do_sample": False}
-    for top_k in (1, None):
-        mixture = twin.route({"input_ids": PROMPTS}, top_k)
+    for experts_per_row in (1, None):
+        mixture = twin.route({"input_ids": PROMPTS}, experts_per_row)
         assert len({tuple(w) for w in mixture.tolist()}) > 1
-        routed = twin.generate(**inputs, top_k=top_k, max_new_tokens=12)
+        routed = twin.generate(**inputs, experts_per_row=experts_per_row, max_new_tokens=12)
         assert torch.equal(routed, twin.generate(**inputs, mixture=mixture, max_new_tokens=12))
 
 

@@ -90,9 +90,7 @@ def conversions(architecture: Architecture, names: Iterable[str]) -> list[Conver
     return list(found.values())
 
 
-def as_module(
-    state: Mapping[str, Tensor], found: Iterable[Conversion]
-) -> dict[str, Tensor]:
+def as_module(state: Mapping[str, Tensor], found: Iterable[Conversion]) -> dict[str, Tensor]:
     """Canonical name -> tensor, as the class holds them.
 
     Args:

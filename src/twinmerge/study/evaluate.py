@@ -102,7 +102,7 @@ class TwinRunner:
 
     def route(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
         """Mixtures (rows, experts), and the expert whose head answers each row."""
-        found = routed(self.twin, batch, self.twin.top_k)
+        found = routed(self.twin, batch, self.twin.experts_per_row)
         assert found.nearest is not None
         return found.weights, [self.heads[k] for k in found.nearest.tolist()]
 

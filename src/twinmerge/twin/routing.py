@@ -24,7 +24,7 @@ from twinmerge.twin.routers.router import Router
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
 
-CHOICE = ("mixture", "expert", "top_k", "normalize", "free")
+CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "free")
 """What a caller may say of mixtures."""
 
 WANTS_ALL_LAYERS = ("output_hidden_states", "output_attentions", "labels")
@@ -44,13 +44,13 @@ def mixtures(
     batch: Mapping[str, Any],
     mixture: MixtureLike | None = None,
     expert: str | Sequence[str] | None = None,
-    top_k: int | None = -1,
+    experts_per_row: int | None = -1,
     normalize: bool = False,
     free: bool = False,
 ) -> Routed:
     """What a call with these choices uses (see `Twin.forward`); one row where the batch is empty."""
     if mixture is None and expert is None:
-        return routed(twin, batch, twin.top_k if top_k == -1 else top_k)
+        return routed(twin, batch, twin.experts_per_row if experts_per_row == -1 else experts_per_row)
     if mixture is not None and expert is not None:
         raise TwinmergeError("Both mixture and expert are given. Give one of them.")
     size = batch_size(batch) if batch else 1
@@ -61,7 +61,7 @@ def mixtures(
     return Routed(weights if free else on_simplex(weights, normalize))
 
 
-def routed(twin: Twin, batch: Mapping[str, Any], top_k: int | None) -> Routed:
+def routed(twin: Twin, batch: Mapping[str, Any], experts_per_row: int | None) -> Routed:
     """The router's mixtures.
 
     Errors:
@@ -75,7 +75,7 @@ def routed(twin: Twin, batch: Mapping[str, Any], top_k: int | None) -> Routed:
         )
     with torch.no_grad(), twin.lock:
         found, early = _read(twin, twin.router, twin.layers, batch)
-        weights = twin.router.weights(found, top_k)
+        weights = twin.router.weights(found, experts_per_row)
         nearest = weights.argmax(1)
         weights = torch.where(twin.router.far(found)[:, None], 0, weights)
         return Routed(weights, nearest, early if early is not None and _goes_on(twin, batch) else None)

@@ -28,7 +28,7 @@ from twinmerge.twin.early import depth
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
 from twinmerge.twin.explain import Explanation, explain
 from twinmerge.twin.extract import unmasked
-from twinmerge.twin.generate import Pinned, generate, prompt_of
+from twinmerge.twin.generate import Pinned, generate, named, prompt_of
 from twinmerge.twin.mixture import MixtureLike, mixture_weights, one_hot
 from twinmerge.twin.package import Package
 from twinmerge.twin.planner import Planner
@@ -108,7 +108,7 @@ class Twin(nn.Module):
         self.acting_above: dict[int, bool] = {}
         self.router: Router | None = package.router
         self.layers = package.layers
-        self.top_k: int | None = 1
+        self.experts_per_row: int | None = 1
         self.sources = dict(licences or {})
         self._encoder: TextEncoder | None = None
         self.lock = threading.RLock()
@@ -471,14 +471,14 @@ class Twin(nn.Module):
         self.package = self.package._replace(router=self.router, layers=self.layers, report=told)
         return report
 
-    def route(self, batch: Mapping[str, Any], top_k: int | None = 1) -> Tensor:
+    def route(self, batch: Mapping[str, Any], experts_per_row: int | None = 1) -> Tensor:
         """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones; zeros for rows that are far
         from every expert's inputs, which the shared model answers alone.
 
         Errors:
             TwinmergeError: no router is fitted.
         """
-        return routed(self, batch, top_k).weights
+        return routed(self, batch, experts_per_row).weights
 
     # ------------------------------------------------------------------ answering
 
@@ -488,7 +488,7 @@ class Twin(nn.Module):
         mixture: MixtureLike | None = None,
         expert: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
-        top_k: int | None = -1,
+        experts_per_row: int | None = -1,
         normalize: bool = False,
         free: bool = False,
         oracle_biases: Sequence[str] | None = None,
@@ -504,7 +504,7 @@ class Twin(nn.Module):
             free: take any finite weights, negative ones and larger sums too.
             expert: a name for all rows or one per row: weight 1 for it, and its head.
             head: a name for all rows or one per row; by default that of the expert of largest weight.
-            top_k: of the router; the twin's own `top_k` (1) where not given, None for soft mixtures.
+            experts_per_row: of the router; the twin's own `experts_per_row` (1) where not given, None for soft mixtures.
             oracle_biases: one expert per row whose biases are used in full whatever the mixture. Only to reproduce the
                 paper's evaluation, which hands the labelled task's biases in.
             strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/planner.py`); the fastest
@@ -515,7 +515,7 @@ class Twin(nn.Module):
             TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
         """
         size = batch_size(batch)
-        weights, nearest, early = mixtures(self, batch, mixture, expert, top_k, normalize, free)
+        weights, nearest, early = mixtures(self, batch, mixture, expert, experts_per_row, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
         likely = chosen if nearest is None else [self.experts[k] for k in nearest.tolist()]
         heads = heads_of_rows(self, head, likely)
@@ -530,19 +530,33 @@ class Twin(nn.Module):
 
     def generate(
         self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
         *,
         mixture: MixtureLike | None = None,
         expert: str | Sequence[str] | None = None,
-        top_k: int | None = -1,
+        experts_per_row: int | None = -1,
         normalize: bool = False,
         free: bool = False,
         strategy: str | None = None,
-        **inputs: Any,
+        **options: Any,
     ) -> Any:
-        """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout."""
-        weights = mixtures(self, prompt_of(inputs), mixture, expert, top_k, normalize, free).weights
+        """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout.
+
+        Args:
+            inputs: the prompts' tokens, as transformers' first argument; or give `input_ids`, `attention_mask`, ... by name.
+            mixture, expert, experts_per_row, normalize, free, strategy: as in the call of the twin.
+            options: every other argument of transformers' `generate` (`max_new_tokens`, `num_beams`, `top_k`, `streamer`, ...), but
+                for `assistant_model` and `custom_generate`.
+
+        Errors:
+            TwinmergeError: as in the call of the twin; a model that does not generate; arguments that it does not take.
+        """
+        given = options if generation_config is None else {**options, "generation_config": generation_config}
+        given = named(self, inputs, given)
+        weights = mixtures(self, prompt_of(given), mixture, expert, experts_per_row, normalize, free).weights
         with self.lock:
-            return generate(self, weights, strategy or self.strategy, inputs)
+            return generate(self, weights, strategy or self.strategy, given)
 
     def pin(self, **choice: Any) -> Pinned:
         """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see `Pinned`).
@@ -566,7 +580,7 @@ class Twin(nn.Module):
 
         Args:
             contexts, continuations: texts, or lists of tokens; one continuation for each context.
-            choice: mixture, normalize, free, expert or top_k, as in the call of the twin.
+            choice: mixture, normalize, free, expert or experts_per_row, as in the call of the twin.
 
         Errors:
             TwinmergeError: no language model, empty texts, numbers that differ.
@@ -580,7 +594,7 @@ class Twin(nn.Module):
 
         Args:
             measure: run each way; `repeats` times.
-            choice: mixture, expert, top_k, normalize or free, as in the call of the twin.
+            choice: mixture, expert, experts_per_row, normalize or free, as in the call of the twin.
         """
         weights = self.mixtures(batch, **choice)
         with self.lock:
@@ -592,7 +606,7 @@ class Twin(nn.Module):
 
         Args:
             texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
-            choice: mixture, normalize, free, expert, head or top_k, as in the call of the twin.
+            choice: mixture, normalize, free, expert, head or experts_per_row, as in the call of the twin.
         """
         found = predict(self, texts, batch_rows, choice)
         return found if detail else [p.label for p in found]
