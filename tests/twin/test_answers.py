@@ -151,7 +151,7 @@ def test_fit_router_warns_of_texts_that_were_cut(folders: Any) -> None:
 
 
 def test_predict_refuses_what_has_no_labels(lab: Any, speaker: Twin, folders: Any, tmp_path: Path) -> None:
-    with pytest.raises(TwinmergeError, match="list of texts"):
+    with pytest.raises(TwinmergeError, match="texts as a list"):
         speaker.predict("w3 w4", expert="e0")
     with pytest.raises(TwinmergeError, match="no tokenizer"):
         lab.twin("bert").predict(["w3"], expert="e0")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twinmerge.arguments import strict
 from twinmerge.continual.change import Change
 from twinmerge.continual.folds import fold_of
 from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces, places_of, rounded, worked
@@ -46,6 +47,7 @@ class Continual:
         'math'
     """
 
+    @strict
     def __init__(self, folder: str | Path, base: ModelLike | None = None, progress: bool = True) -> None:
         self.folder, self.progress = Path(folder), progress
         self._base = base
@@ -54,6 +56,7 @@ class Continual:
         self.method = fold_of(self.about.method, self.about.parameters)
 
     @classmethod
+    @strict
     def init(
         cls,
         folder: str | Path,
@@ -93,6 +96,7 @@ class Continual:
 
     # ------------------------------------------------------------------ experts come and go
 
+    @strict
     def add(self, name: str, model: ModelLike) -> None:
         """Take in one more expert; killed at any time, the old state is whole.
 
@@ -130,6 +134,7 @@ class Continual:
                 self._drop_head(name)
                 raise
 
+    @strict
     def remove(self, name: str, model: ModelLike | None = None) -> None:
         """Take an expert out again, which needs the expert itself; killed at any time, the old state is whole.
 
@@ -192,6 +197,7 @@ class Continual:
                 yield each, values
             sums.check()
 
+    @strict
     def canonical_state(self, dtype: str | None = None) -> dict[str, Tensor]:
         """The whole merged model in memory by canonical names; `dtype`: the base's where None."""
         found = {name: self.base.read(name) for name in self.base.specs}
@@ -204,6 +210,7 @@ class Continual:
             merged[each.name][each.start : each.stop] = rounded(values, merged[each.name].dtype, each.name)
         return {**found, **{name: flat.reshape(self.base.spec(name).shape) for name, flat in merged.items()}}
 
+    @strict
     def materialise(self, out: str | Path, dtype: str | None = None) -> Path:
         """Write the merged model of now as a folder that stock transformers loads, with the heads of all experts.
 

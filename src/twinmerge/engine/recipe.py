@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from twinmerge.arguments import shown, strict
 from twinmerge.engine.lines import KEY, KEYS, Lines
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.base import Method
@@ -54,10 +55,19 @@ class Recipe:
     lines: Lines | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (
+            ("experts", self.experts),
+            ("parameters", self.parameters),
+            ("statistics", self.statistics),
+        ):
+            if not isinstance(value, Mapping):
+                raise TwinmergeError(
+                    f"{name} of a recipe is a mapping by name, not {shown(value)}. Write {name}={{'name': ...}}."
+                )
         if not self.experts:
             raise TwinmergeError("There is no expert to merge. Name at least one with --expert name=path.")
         for name in self.experts:
-            if not EXPERT_NAME.fullmatch(name):
+            if not isinstance(name, str) or not EXPERT_NAME.fullmatch(name):
                 raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
         reads_base = method_class(self.method).space == "deltas" or self.lines is not None
         taken = {"output", *(["base"] if reads_base else [])}
@@ -162,12 +172,14 @@ def _ref(model: ModelLike) -> str:
     return str(model) if isinstance(model, (str, Path)) else f"<{type(model).__name__} in memory>"
 
 
-def read_recipe(file: Path) -> Recipe:
+@strict
+def read_recipe(file: str | Path) -> Recipe:
     """Read a YAML recipe.
 
     Errors:
         TwinmergeError: no such file, no YAML mapping, unknown or unsupported keys, an expert named twice.
     """
+    file = Path(file)
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm.auto import tqdm
 
+from twinmerge.arguments import strict
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.measure.activations import Activations
 from twinmerge.measure.data import Data
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 What = Literal["fisher", "gram", "activations"]
 
 
+@strict
 def measure(
     what: What,
     model: ModelLike,

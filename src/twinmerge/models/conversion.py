@@ -44,7 +44,7 @@ class Conversion(NamedTuple):
         """
         converter = copy.deepcopy(self.converter)
         for name, pattern in self.parts.items():
-            converter.add_tensor(self.first, name, pattern, read(name))
+            converter.add_tensor(self.first, name, pattern, read(name))  # type: ignore[arg-type]
         skeleton = self.architecture.skeleton
         try:
             made = converter.convert(self.first, model=skeleton, config=skeleton.config)

@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
-from twinmerge.models.conversion import Conversion, as_module, conversions
+from twinmerge.models.conversion import as_module, conversions
 from twinmerge.store.artefact import Artefact, load_artefact, save_artefact, undamaged
 
 HEADS_VERSION = 2  # 2: packed by a codec

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from twinmerge.arguments import strict
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.tasks.metrics import metric
@@ -129,6 +130,7 @@ class Task:
         return Row(text, pair, label)
 
 
+@strict
 def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> dict[str, Task]:
     """Read `tasks.json`; the splits are read when asked for.
 

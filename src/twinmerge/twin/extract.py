@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twinmerge.arguments import strict
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files
@@ -81,6 +82,7 @@ def unmasked(base: Tensor, vector: Tensor, mask: Tensor, scale: float) -> Tensor
     return torch.where(mask, moved, base)
 
 
+@strict
 def extract(folder: str | Path, task: str, out: str | Path) -> Path:
     """Write the model of one task: θ0 + st · mt ⊙ τ in the class of its head, which stock transformers loads.
 

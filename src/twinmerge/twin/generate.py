@@ -91,7 +91,7 @@ def named(twin: Twin, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]
             "generate takes the prompts' tensor first. Write generate(**batch) for what a tokenizer returns."
         )
     if inputs is not None:
-        main = twin.model.body.main_input_name
+        main = str(twin.model.body.main_input_name)
         if main in found:
             raise TwinmergeError(f"The prompts are given twice, as the first argument and as {main}. Give them once.")
         found[main] = inputs

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twinmerge.arguments import strict
 from twinmerge.engine.card import model_card
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.provenance import provenance
@@ -80,6 +81,7 @@ class Compressed(NamedTuple):
         }
 
 
+@strict
 def compress(
     recipe: Recipe,
     out: str | Path,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.arguments import at_least_one, fits, shown
+from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.models.headed import batch_size
 from twinmerge.twin.converted import Converted
 from twinmerge.twin.early import Early, called_before
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "free")
 """What a caller may say of mixtures."""
 
+PerRow = int | Literal["own"] | None
+"""How many experts the router gives a row at most: the twin's own number, or all where None."""
+
+TOP_K = "top_k is an argument of transformers' sampling, for generate alone. How many experts the router mixes is experts_per_row."
 WANTS_ALL_LAYERS = ("output_hidden_states", "output_attentions", "labels")
 
 
@@ -44,13 +49,16 @@ def mixtures(
     batch: Mapping[str, Any],
     mixture: MixtureLike | None = None,
     expert: str | Sequence[str] | None = None,
-    experts_per_row: int | None = -1,
+    experts_per_row: PerRow = "own",
     normalize: bool = False,
     free: bool = False,
 ) -> Routed:
     """What a call with these choices uses (see `Twin.forward`); one row where the batch is empty."""
+    per_row_most = twin.experts_per_row if experts_per_row == "own" else experts_per_row
+    if per_row_most is not None:
+        at_least_one("experts_per_row", per_row_most)
     if mixture is None and expert is None:
-        return routed(twin, batch, twin.experts_per_row if experts_per_row == -1 else experts_per_row)
+        return routed(twin, batch, per_row_most)
     if mixture is not None and expert is not None:
         raise TwinmergeError("Both mixture and expert are given. Give one of them.")
     size = batch_size(batch) if batch else 1
@@ -59,6 +67,21 @@ def mixtures(
     assert mixture is not None
     weights = mixture_weights(mixture, twin.experts, size).to(twin.planner.device)
     return Routed(weights if free else on_simplex(weights, normalize))
+
+
+def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> None:
+    """Refuse what is no choice of a mixture.
+
+    Errors:
+        TwinmergeError: a name that is not known.
+    """
+    for name in choice:
+        if name == "top_k":
+            raise TwinmergeError(TOP_K)
+        if name not in known:
+            raise TwinmergeError(
+                f"There is no choice {name!r} here.{nearest(name, known)} There are: {', '.join(known)}."
+            )
 
 
 def routed(twin: Twin, batch: Mapping[str, Any], experts_per_row: int | None) -> Routed:
@@ -195,6 +218,8 @@ def heads_of_rows(twin: Twin, head: str | Sequence[str] | None, likely: Sequence
 
 def per_row(names: str | Sequence[str], size: int, what: str) -> list[str]:
     """One name for each row."""
+    if not isinstance(names, str) and not fits(names, Sequence[str]):
+        raise TwinmergeError(f"{what} is {shown(names)}. Give a name for all rows, or a list of names.")
     found = [names] * size if isinstance(names, str) else list(names)
     if len(found) != size:
         raise TwinmergeError(f"{size} rows need one {what} or {size}, got {len(found)}.")

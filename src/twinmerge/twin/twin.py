@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twinmerge.arguments import at_least_one, strict
 from twinmerge.engine.card import model_card
 from twinmerge.engine.merge import Merge, heads_of
 from twinmerge.engine.recipe import Recipe
@@ -33,11 +34,21 @@ from twinmerge.twin.mixture import MixtureLike, mixture_weights, one_hot
 from twinmerge.twin.package import Package
 from twinmerge.twin.planner import Planner
 from twinmerge.twin.predict import predict
-from twinmerge.twin.reading import Given, position_limit, read_features, read_moments
+from twinmerge.twin.reading import Given, check_batch, position_limit, read_features, read_moments
 from twinmerge.twin.refine import refined
 from twinmerge.twin.routers.calibration import RouterReport
 from twinmerge.twin.routers.router import Router
-from twinmerge.twin.routing import CHOICE, changed_before, fitted, heads_of_rows, mixtures, per_row, routed
+from twinmerge.twin.routing import (
+    TOP_K,
+    PerRow,
+    changed_before,
+    check_choice,
+    fitted,
+    heads_of_rows,
+    mixtures,
+    per_row,
+    routed,
+)
 from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.score import Score, score
 from twinmerge.twin.split import cut, is_buffer, linear_coefficients, refuse_masks, split, without_parameters
@@ -101,8 +112,10 @@ class Twin(nn.Module):
             raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
         self.runtime = Runtime(self.model, list(package.exclusive.values()))
-        for why in self.runtime.refused:
-            warnings.warn(f'{why} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
+        if self.runtime.refused:
+            first, more = self.runtime.refused[0], len(self.runtime.refused) - 1
+            also = f" So it is with {more} more." if more else ""
+            warnings.warn(f'{first}{also} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
         self.planner = Planner(self.runtime, self.model.body)
         self.strategy = "auto"
         self.acting_above: dict[int, bool] = {}
@@ -117,6 +130,7 @@ class Twin(nn.Module):
     # ------------------------------------------------------------------ making
 
     @classmethod
+    @strict
     def build(
         cls,
         base: ModelLike,
@@ -183,6 +197,7 @@ class Twin(nn.Module):
         return twin
 
     @classmethod
+    @strict
     def from_pretrained(cls, folder: str | Path, *, subfolder: str = "", local_files_only: bool = False) -> Twin:
         """Read a twin folder, or a hub id of one.
 
@@ -193,6 +208,7 @@ class Twin(nn.Module):
         path = locate(folder, cached=local_files_only).folder / subfolder
         return cls(folder_format.load(path), path)
 
+    @strict
     def save_pretrained(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
         """Write the twin folder; stock transformers loads it as the shared model.
 
@@ -217,12 +233,14 @@ class Twin(nn.Module):
             known[name] = {**known.get(name, {}), **more}
         return folder_format.save(folder, self.package, self.side_files, card, known)
 
+    @strict
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload the twin's folder to the Hugging Face hub, and give its address (see `twin/export.py`)."""
         from twinmerge.twin.export import push_to_hub
 
         return push_to_hub(self, repo, private=private, token=token)
 
+    @strict
     def at_rank(self, rank: int) -> Twin:
         """The same twin with every exclusive matrix cut to a lower rank; shares the weights' memory where it can."""
         exclusive = {name: cut(part, rank) for name, part in self.package.exclusive.items()}
@@ -230,6 +248,7 @@ class Twin(nn.Module):
         twin.router, twin.layers, twin._encoder = self.router, self.layers, self._encoder
         return twin
 
+    @strict
     def single_pass(self, layer: int | None = None) -> Twin:
         """The twin that is routed on the way: experts act from a layer on, and the router reads the states before it.
 
@@ -266,6 +285,7 @@ class Twin(nn.Module):
         found = self.package.provenance.get("twin", {}).get("single_pass")
         return None if found is None else int(found)
 
+    @strict
     def compress(
         self,
         *,
@@ -299,6 +319,7 @@ class Twin(nn.Module):
         package = self.package_now()
         return self._with(compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments))
 
+    @strict
     def refine(
         self,
         inputs: Mapping[str, Given],
@@ -329,6 +350,7 @@ class Twin(nn.Module):
 
     # ------------------------------------------------------------------ experts that come and go
 
+    @strict
     def add(
         self,
         name: str,
@@ -362,6 +384,7 @@ class Twin(nn.Module):
             package = routed_to(package, name, torch.cat(found))
         return self._changed(package)._acting_from(self.first_layer)
 
+    @strict
     def remove(self, name: str) -> Twin:
         """The twin without an expert; what was added last and is removed leaves the bytes that were there before.
 
@@ -384,6 +407,7 @@ class Twin(nn.Module):
             twin.fit_router(kind=self.router.kind, layers=self.layers or None)
         return twin
 
+    @strict
     def rebuild(
         self,
         inputs: Mapping[str, Given] | None = None,
@@ -434,6 +458,7 @@ class Twin(nn.Module):
 
     # ------------------------------------------------------------------ routing
 
+    @strict
     def fit_router(
         self,
         inputs: Mapping[str, Given] | None = None,
@@ -471,24 +496,28 @@ class Twin(nn.Module):
         self.package = self.package._replace(router=self.router, layers=self.layers, report=told)
         return report
 
-    def route(self, batch: Mapping[str, Any], experts_per_row: int | None = 1) -> Tensor:
+    @strict
+    def route(self, batch: Any, experts_per_row: int | None = 1) -> Tensor:
         """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones; zeros for rows that are far
         from every expert's inputs, which the shared model answers alone.
 
         Errors:
             TwinmergeError: no router is fitted.
         """
+        check_batch(batch)
+        if experts_per_row is not None:
+            at_least_one("experts_per_row", experts_per_row)
         return routed(self, batch, experts_per_row).weights
 
     # ------------------------------------------------------------------ answering
 
     def forward(
         self,
-        *,
+        *unnamed: Any,
         mixture: MixtureLike | None = None,
         expert: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
-        experts_per_row: int | None = -1,
+        experts_per_row: PerRow = "own",
         normalize: bool = False,
         free: bool = False,
         oracle_biases: Sequence[str] | None = None,
@@ -514,6 +543,12 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
         """
+        if unnamed:
+            check_batch(unnamed[0])
+            raise TwinmergeError("A batch is given by name: twin(**batch).")
+        if "top_k" in batch:
+            raise TwinmergeError(TOP_K)
+        check_batch(batch)
         size = batch_size(batch)
         weights, nearest, early = mixtures(self, batch, mixture, expert, experts_per_row, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
@@ -528,6 +563,7 @@ class Twin(nn.Module):
             found = answer(self, batch, heads, weights, way, biases, early)
         return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
 
+    @strict
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -535,7 +571,7 @@ class Twin(nn.Module):
         *,
         mixture: MixtureLike | None = None,
         expert: str | Sequence[str] | None = None,
-        experts_per_row: int | None = -1,
+        experts_per_row: PerRow = "own",
         normalize: bool = False,
         free: bool = False,
         strategy: str | None = None,
@@ -564,15 +600,19 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: a prompt of several rows, or neither prompt nor mixture.
         """
-        weights = self.mixtures(prompt_of(choice), **{k: v for k, v in choice.items() if k in CHOICE})
+        prompt = prompt_of(choice)
+        weights = self.mixtures(prompt, **{k: v for k, v in choice.items() if k not in prompt})
         if len(weights) != 1:
             raise TwinmergeError(f"A conversation has one mixture, got {len(weights)} rows. Give one prompt.")
         return Pinned(self, weights[0])
 
     def mixtures(self, batch: Mapping[str, Any], **choice: Any) -> Tensor:
         """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
+        check_batch(batch)
+        check_choice(choice)
         return mixtures(self, batch, **choice).weights
 
+    @strict
     def score(
         self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_rows: int = 32, **choice: Any
     ) -> list[Score]:
@@ -587,20 +627,21 @@ class Twin(nn.Module):
         """
         return score(self, contexts, continuations, batch_rows, choice)
 
-    def explain(
-        self, batch: Mapping[str, Any], *, measure: bool = True, repeats: int = 5, **choice: Any
-    ) -> Explanation:
+    @strict
+    def explain(self, batch: Any, *, measure: bool = True, repeats: int = 5, **choice: Any) -> Explanation:
         """What each way of mixing this batch is expected to take and takes, and which one is chosen. Print it.
 
         Args:
             measure: run each way; `repeats` times.
             choice: mixture, expert, experts_per_row, normalize or free, as in the call of the twin.
         """
+        at_least_one("repeats", repeats)
         weights = self.mixtures(batch, **choice)
         with self.lock:
             return explain(self, batch, weights, measure, repeats)
 
     @torch.no_grad()
+    @strict
     def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
         """The label name of each text, or `Prediction`s with `detail`.
 
@@ -611,6 +652,7 @@ class Twin(nn.Module):
         found = predict(self, texts, batch_rows, choice)
         return found if detail else [p.label for p in found]
 
+    @strict
     def weights_for(self, mixture: Mapping[str, float]) -> dict[str, Tensor]:
         """The dense weights of one fixed mixture: canonical name -> θs + Σ wt vt. The reference for the runtime."""
         row = mixture_weights(mixture, self.experts, 1)[0].tolist()
