@@ -15,6 +15,7 @@ from twinmerge.errors import TwinmergeError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", os.PathLike: "a path"}
 
@@ -66,6 +67,12 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def strict_class(kind: type[T]) -> type[T]:
+    """The same for what a class is made with."""
+    kind.__init__ = strict(kind.__init__)  # type: ignore[misc]
+    return kind
+
+
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind, by an annotation.
 
@@ -95,8 +102,12 @@ def fits(value: Any, kind: Any) -> bool:
         plain = isinstance(value, Sized) and (hasattr(value, "__getitem__") or origin is Collection)
         if not plain or isinstance(value, (str, bytes, Mapping)):
             return False
-        items = value if inside and isinstance(value, (list, tuple)) else ()
-        return all(fits(item, inside[0]) for item in items)
+        if origin is tuple and Ellipsis not in inside:
+            return len(value) == len(inside) and all(map(fits, value, inside))
+        try:
+            return not inside or inside[0] is Any or all(fits(item, inside[0]) for item in value)
+        except TypeError:  # a tensor without axes
+            return False
     if origin is Iterable:
         return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
     return isinstance(value, origin) if isinstance(origin, type) else True
@@ -120,6 +131,8 @@ def described(kind: Any) -> str:
         return "None"
     if origin is Mapping:
         return "a mapping" + (f" from {described(inside[0])} to {described(inside[1])}" if inside else "")
+    if origin is tuple and Ellipsis not in inside:
+        return f"({', '.join(map(described, inside))})"
     if origin in (Sequence, list, tuple, Collection, Iterable):
         return "a list" + (f" of {described(inside[0])}" if inside and inside[0] is not Any else "")
     if isinstance(origin, type) and issubclass(origin, os.PathLike):
@@ -159,6 +172,22 @@ def at_least_one(name: str, value: Any) -> int:
         told = value if fits(value, int) else shown(value)
         raise TwinmergeError(f"{name} is {told}. Give a whole number from 1 on.")
     return int(value)
+
+
+def device_known(device: Any) -> None:
+    """Refuse a device that PyTorch does not know.
+
+    Errors:
+        TwinmergeError: a name that is none.
+    """
+    if str(device) == "cpu":
+        return
+    import torch
+
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise TwinmergeError(f"There is no device {shown(device)}. Name cpu, cuda or mps.") from error
 
 
 def _kind(annotation: Any, function: Callable[..., Any]) -> Any:

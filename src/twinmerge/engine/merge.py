@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinmerge.arguments import strict
+from twinmerge.arguments import device_known, strict, strict_class
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from twinmerge.models.headed import HeadedModel, HeadSpec
 
 
+@strict_class
 class Merge:
     """A merge that is described but not yet run; every call reads what it needs.
 
@@ -76,6 +77,7 @@ class Merge:
         tile: int | None = None,
         processes: bool = False,
     ) -> None:
+        device_known(device)
         self.recipe = recipe
         self.progress = progress
         self.architecture = architecture

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from twinmerge.arguments import shown, strict
+from twinmerge.arguments import strict, strict_class
 from twinmerge.engine.lines import KEY, KEYS, Lines
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.base import Method
@@ -37,6 +37,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 EXPERT_NAME = re.compile(r"^\w[\w.\-]*$")
 
 
+@strict_class
 @dataclass(frozen=True)
 class Recipe:
     """method: name; base: model or None; experts: name -> model; parameters: field (or expert.field) -> value;
@@ -55,19 +56,10 @@ class Recipe:
     lines: Lines | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("experts", self.experts),
-            ("parameters", self.parameters),
-            ("statistics", self.statistics),
-        ):
-            if not isinstance(value, Mapping):
-                raise TwinmergeError(
-                    f"{name} of a recipe is a mapping by name, not {shown(value)}. Write {name}={{'name': ...}}."
-                )
         if not self.experts:
             raise TwinmergeError("There is no expert to merge. Name at least one with --expert name=path.")
         for name in self.experts:
-            if not isinstance(name, str) or not EXPERT_NAME.fullmatch(name):
+            if not EXPERT_NAME.fullmatch(name):
                 raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
         reads_base = method_class(self.method).space == "deltas" or self.lines is not None
         taken = {"output", *(["base"] if reads_base else [])}

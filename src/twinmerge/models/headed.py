@@ -237,6 +237,11 @@ class HeadedModel(nn.Module):
         own = next(self.body.parameters()).dtype
         return tensor.to(own) if tensor.dtype == torch.float32 else tensor
 
+    @property
+    def outer(self) -> dict[str, PreTrainedModel]:
+        """Head -> its class, with a port in place of the body."""
+        return self._outer
+
     def labels(self, head: str | None = None) -> list[str]:
         """The label names of a head, or of the model itself where there are no heads."""
         return self.head_specs[head].labels if head is not None else labels_of(self.architecture.config) or []

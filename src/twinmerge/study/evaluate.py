@@ -210,6 +210,8 @@ def _mixed_batches(questions: Sequence[Question], seed: int) -> list[list[Questi
 
 
 def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) -> None:
+    if not suite:
+        raise TwinmergeError("The suite has no task. Name at least one.")
     if not runner.heads and len(suite) != 1:
         raise TwinmergeError("A model with one head answers one task. Name it with --tasks.")
     for name, task in suite.items():

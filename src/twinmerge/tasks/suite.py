@@ -51,6 +51,7 @@ class Task:
     folder: Path
     sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
+    @strict
     def rows(self, split: str, limit: int | None = None, seed: int = 0) -> list[Row]:
         """The rows of one split, in the file's order.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from twinmerge.arguments import strict
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
@@ -49,6 +50,7 @@ class Exported(NamedTuple):
     left_out: dict[str, float]
 
 
+@strict
 def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head: str | None = None) -> Path:
     """Write θs + Σ wt vt for one fixed mixture; stock transformers loads it.
 
@@ -80,6 +82,7 @@ def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head
     return Path(out)
 
 
+@strict
 def export_lora(
     twin: Twin,
     mixture: str | Mapping[str, float],

@@ -43,7 +43,7 @@ def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, An
     """
     size = batch_size(prompt_of(inputs))
     as_dict, sampled = _setting(twin, inputs, "return_dict_in_generate"), _setting(twin, inputs, "do_sample")
-    seers = [name for name in SEE_ALL_ROWS if inputs.get(name)]
+    seers = [n for n in SEE_ALL_ROWS if inputs.get(n) is not None and inputs[n] != []]
     mixed = not bool((weights == weights[:1]).all())
     if mixed and (strategy == "rebuild" or (strategy == "auto" and twin.runtime.refused)):
         strategy = "rebuild"
@@ -110,7 +110,7 @@ def _run(twin: Twin, inputs: Mapping[str, Any]) -> Any:
     body: Any = twin.model.body
     try:
         return body.generate(**inputs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise TwinmergeError(
             f"{type(body).__name__}.generate does not take this call: {' '.join(str(error).split())} Change its arguments."
         ) from error
@@ -127,9 +127,9 @@ def _setting(twin: Twin, inputs: Mapping[str, Any], name: str) -> Any:
 def _steps(twin: Twin, inputs: Mapping[str, Any]) -> int:
     """New tokens that the planner reckons with."""
     new, whole = (_setting(twin, inputs, name) for name in ("max_new_tokens", "max_length"))
-    if new is None and whole is not None and not twin.model.architecture.config.is_encoder_decoder:
-        new = int(whole) - positions_of(twin, inputs)
-    return max(1, int(STEPS if new is None else new))
+    if new is None and isinstance(whole, int) and not twin.model.architecture.config.is_encoder_decoder:
+        new = whole - positions_of(twin, inputs)
+    return max(1, new) if isinstance(new, int) else STEPS
 
 
 def _padding(twin: Twin, inputs: Mapping[str, Any]) -> int:

@@ -58,6 +58,10 @@ def check_batch(batch: Any) -> None:
             "twin(**twin.encoder.encode(texts)), or ask twin.predict(texts)."
         )
     for name, value in batch.items():
+        if name in ("input_ids", "attention_mask") and isinstance(value, Tensor) and value.dim() < 2:
+            raise TwinmergeError(
+                f"{name} of the batch has {value.dim()} axes. Give (rows, positions): {name}[None] for one row."
+            )
         if isinstance(value, (list, tuple)) and name in PROMPT:
             raise TwinmergeError(
                 f"{name} of the batch is {shown(value)}. Give a tensor: return_tensors='pt' of the tokenizer."

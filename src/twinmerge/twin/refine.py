@@ -51,6 +51,8 @@ def refined(
     """The twin's package with refined exclusive parts (see `Twin.refine`)."""
     if steps < 1:
         raise TwinmergeError(f"steps={steps} is out of range. Give at least 1.")
+    if not 0 < rate < float("inf"):
+        raise TwinmergeError(f"rate={rate} is out of range. Give a number above 0, such as 0.001.")
     for name in inputs:
         index_of(name, twin.experts)
     package = twin.package_now()

@@ -84,6 +84,21 @@ def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> No
             )
 
 
+def check_names(twin: Twin, batch: Mapping[str, Any]) -> None:
+    """Refuse what is neither a choice nor an input of the model: its class may take any name, and a typing error would pass.
+
+    Errors:
+        TwinmergeError: such a name (with the nearest that is known).
+    """
+    taken = twin.takes
+    for name, value in batch.items():
+        if name not in taken and not isinstance(value, Tensor):
+            raise TwinmergeError(
+                f"There is no argument {name!r} of {type(twin.model.body).__name__}.{nearest(name, {*CHOICE, 'head', 'strategy', *taken})} "
+                "Leave it out."
+            )
+
+
 def routed(twin: Twin, batch: Mapping[str, Any], experts_per_row: int | None) -> Routed:
     """The router's mixtures.
 
@@ -173,6 +188,10 @@ def fitted(
     if not rows:
         raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
     found = torch.cat(rows)
+    if bool((found == found[0]).all()):
+        raise TwinmergeError(
+            "To the model the inputs are all alike, so no router can tell them apart. Give different ones."
+        )
     novel = found.shape[1] // (len(layers) * (2 if made.spreads else 1)) if null else 0
     with torch.random.fork_rng(devices=[]):
         router, report = fit_router(kind, found, whose, twin.experts, seed, novel)

@@ -6,11 +6,14 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import TransformersKwargs
 
 from twinmerge.arguments import at_least_one, strict
 from twinmerge.engine.card import model_card
@@ -43,6 +46,7 @@ from twinmerge.twin.routing import (
     PerRow,
     changed_before,
     check_choice,
+    check_names,
     fitted,
     heads_of_rows,
     mixtures,
@@ -209,7 +213,7 @@ class Twin(nn.Module):
         return cls(folder_format.load(path), path)
 
     @strict
-    def save_pretrained(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
         """Write the twin folder; stock transformers loads it as the shared model.
 
         Args:
@@ -381,6 +385,8 @@ class Twin(nn.Module):
         package = with_expert(self.package_now(), name, model, rank or own or max([1, *ranks]), progress)
         if inputs is not None and self.router is not None and not from_experts:
             found = read_features(self, inputs, self.layers, name, batch_rows, progress)
+            if not found:
+                raise TwinmergeError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
             package = routed_to(package, name, torch.cat(found))
         return self._changed(package)._acting_from(self.first_layer)
 
@@ -549,6 +555,7 @@ class Twin(nn.Module):
         if "top_k" in batch:
             raise TwinmergeError(TOP_K)
         check_batch(batch)
+        check_names(self, batch)
         size = batch_size(batch)
         weights, nearest, early = mixtures(self, batch, mixture, expert, experts_per_row, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
@@ -557,7 +564,7 @@ class Twin(nn.Module):
         biases = None
         if oracle_biases is not None:
             biases = one_hot(per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
-        way = "stacked" if biases is not None else strategy or self.strategy
+        way = "stacked" if biases is not None else self.strategy if strategy is None else strategy
         with self.lock:
             way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
             found = answer(self, batch, heads, weights, way, biases, early)
@@ -592,7 +599,7 @@ class Twin(nn.Module):
         given = named(self, inputs, given)
         weights = mixtures(self, prompt_of(given), mixture, expert, experts_per_row, normalize, free).weights
         with self.lock:
-            return generate(self, weights, strategy or self.strategy, given)
+            return generate(self, weights, self.strategy if strategy is None else strategy, given)
 
     def pin(self, **choice: Any) -> Pinned:
         """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see `Pinned`).
@@ -606,7 +613,8 @@ class Twin(nn.Module):
             raise TwinmergeError(f"A conversation has one mixture, got {len(weights)} rows. Give one prompt.")
         return Pinned(self, weights[0])
 
-    def mixtures(self, batch: Mapping[str, Any], **choice: Any) -> Tensor:
+    @strict
+    def mixtures(self, batch: Any, **choice: Any) -> Tensor:
         """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
         check_batch(batch)
         check_choice(choice)
@@ -666,6 +674,13 @@ class Twin(nn.Module):
                 for name, m in part.masked.items():
                     state[name] = unmasked(state[name], m.vector, m.mask(), weight * m.scale)
         return state
+
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """What a batch may hold by name."""
+        modules = [self.model.body, *self.model.outer.values()]
+        named = {name for module in modules for name in signature(module.forward).parameters}
+        return frozenset(named | set(TransformersKwargs.__annotations__))
 
     @property
     def encoder(self) -> TextEncoder:
