@@ -61,7 +61,9 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
             if argument not in kinds:
                 kinds[argument] = _kind(parameter.annotation, function)
             if not fits(value, kinds[argument]):
-                raise TwinmergeError(f"{name} takes {argument} as {described(kinds[argument])}, not {shown(value)}.")
+                raise TwinmergeError(
+                    f"{name} takes {argument} as {described(kinds[argument])}, not {shown(value)}.{_meant(value, kinds[argument])}"
+                )
         return function(*args, **kwargs)
 
     return call
@@ -153,7 +155,7 @@ def shown(value: Any) -> str:
     if not isinstance(value, (str, bytes, int, float, list, tuple, dict, os.PathLike)):
         return f"a {kind}"
     text = " ".join(repr(value).split())
-    return f"{text if len(text) <= 42 else text[:39] + '...'} (a {kind})"
+    return f"{text if len(text) <= 42 else text[:39] + '...'} ({'an' if kind[0] in 'aeiou' else 'a'} {kind})"
 
 
 def at_least_one(name: str, value: Any) -> int:
@@ -172,6 +174,13 @@ def at_least_one(name: str, value: Any) -> int:
         told = value if fits(value, int) else shown(value)
         raise TwinmergeError(f"{name} is {told}. Give a whole number from 1 on.")
     return int(value)
+
+
+def _meant(value: Any, kind: Any) -> str:
+    """The nearest of the texts that an argument may be."""
+    if typing.get_origin(kind) is typing.Literal and isinstance(value, str):
+        return nearest(value, typing.get_args(kind))
+    return ""
 
 
 def device_known(device: Any) -> None:
