@@ -72,7 +72,7 @@ def mixture_of(twin: tm.Twin, setting: str, kind: str, contexts: Tensor) -> Tens
     """(rows, experts): the mixture that a setting gives to windows of a kind, by their contexts."""
     if setting == "task given":
         return torch.eye(len(twin.experts))[[twin.experts.index(kind)] * len(contexts)]
-    return twin.route(batch_of(contexts), top_k=1 if setting == "routed top-1" else None)
+    return twin.route(batch_of(contexts), experts_per_row=1 if setting == "routed top-1" else None)
 
 
 def twin_losses(twin: tm.Twin, setting: str, rows: Mapping[str, Tensor]) -> Losses:
@@ -239,7 +239,7 @@ def twins(
 
 def router_on(twin: tm.Twin, test: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the router chose for the contexts of the test windows, and how far its confidence can be believed."""
-    found = {kind: routed(twin, batch_of(rows[:, :CONTEXT]), top_k=None) for kind, rows in test.items()}
+    found = {kind: routed(twin, batch_of(rows[:, :CONTEXT]), experts_per_row=None) for kind, rows in test.items()}
     owners = torch.cat([torch.full((len(r.weights),), twin.experts.index(kind)) for kind, r in found.items()])
     weights = torch.cat([r.weights for r in found.values()])
     nearest = {kind: r.nearest for kind, r in found.items() if r.nearest is not None}

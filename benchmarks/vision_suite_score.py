@@ -158,7 +158,7 @@ def _route(twin: tm.Twin, split: Split) -> dict[str, Routes]:
     """Where each task's rows go. The rank does not matter: the shared model is read."""
     found = {}
     for name, rows in split.items():
-        parts = [routed(twin, {"pixel_values": batch}, twin.top_k) for batch in rows.pixels.split(BATCH_ROWS)]
+        parts = [routed(twin, {"pixel_values": batch}, twin.experts_per_row) for batch in rows.pixels.split(BATCH_ROWS)]
         nearest = torch.cat([p.nearest for p in parts if p.nearest is not None])
         found[name] = Routes(torch.cat([p.weights for p in parts]), nearest.numpy())
     return found

@@ -33,5 +33,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
         >>> nearest("rank", ["weights", "scale", "density"])
         ''
     """
-    close = difflib.get_close_matches(word, sorted(known), n=1)
+    close = difflib.get_close_matches(str(word), sorted(map(str, known)), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -243,7 +243,7 @@ def test_run_with_head_mixture_soft_and_file(command: Any, zoo: Any, mixed: list
         ("--head", "size"): {"head": "size"},
         ("--mixture", "mood=0.75", "--mixture", "kind=2.5e-1"): {"mixture": {"mood": 0.75, "kind": 0.25}},
         ("--mixture", "mood=0.5", "--head", "size"): {"mixture": {"mood": 0.5}, "head": "size"},
-        ("--soft",): {"top_k": None},
+        ("--soft",): {"experts_per_row": None},
     }.items():
         found = command("twin", "run", zoo.twin, mixed[0], "--file", tmp_path / "more.txt", *words, "--json").json()
         expected = twin.predict(mixed, detail=True, **choice)

@@ -128,7 +128,7 @@ def test_own_keys():
             "{merge_method: linear, models: [{model: a}], dtype: floaty16}",
             "Cannot write dtype 'floaty16'. Did you mean",
         ),
-        ("{merge_method: linear, models: [{model: a}], dtype: 16}", "Cannot write dtype 16"),
+        ("{merge_method: linear, models: [{model: a}], dtype: 16}", "takes dtype as a text or None, not 16"),
         ("{merge_method: linear, models: [{model: a}], heads: classifier}", "heads must be a list of patterns"),
         ("{merge_method: linear, models: [{model: a, name: ../x}]}", "expert name '../x' is not usable"),
         (

@@ -182,7 +182,10 @@ def test_cut_texts_are_told_once(model, jsonl, tmp_path):
 
 def test_what_is_refused(make, model, data, folder, tmp_path):
     out = tmp_path / "out.safetensors"
-    with pytest.raises(TwinmergeError, match="There are no 'fishr' statistics. Did you mean 'fisher'"):
+    with pytest.raises(
+        TwinmergeError,
+        match="takes what as 'fisher' or 'gram' or 'activations', not 'fishr' .a str.. Did you mean 'fisher'",
+    ):
         measure("fishr", model, data, out)
     with pytest.raises(TwinmergeError, match="has no head"):
         measure("fisher", make("BertModel"), data, out)

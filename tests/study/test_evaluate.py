@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,7 +108,7 @@ def said(model: Any, body: dict[str, torch.Tensor], text: str) -> int:
         return int(model(input_ids=ids_of(text)).logits[0].argmax())
 
 
-def loop(lab: Any, top_k: int | None, oracle: bool = False) -> tuple[dict[str, dict[str, list[int]]], float]:
+def loop(lab: Any, experts_per_row: int | None, oracle: bool = False) -> tuple[dict[str, dict[str, list[int]]], float]:
     """Setting -> task -> answers, and the share routed right, row by row."""
     twin = tm.Twin.from_pretrained(lab.twin)
     found: dict[str, dict[str, list[int]]] = {
@@ -116,12 +117,12 @@ def loop(lab: Any, top_k: int | None, oracle: bool = False) -> tuple[dict[str, d
     right = 0
     for task in TASKS:
         for row in lab.suite[task].rows("test"):
-            weights = twin.route({"input_ids": ids_of(row.text)}, top_k)[0].tolist()
+            weights = twin.route({"input_ids": ids_of(row.text)}, experts_per_row)[0].tolist()
             first = TASKS[int(np.argmax(weights))]
             right += first == task
             body = twin.weights_for(dict(zip(TASKS, weights, strict=True)))
             own = lab.experts[task].bert.state_dict()
-            if top_k == 1:  # everything is kept, so one expert's mixture is that expert
+            if experts_per_row == 1:  # everything is kept, so one expert's mixture is that expert
                 body = lab.experts[first].bert.state_dict()
             if oracle:
                 body = {n: own[n] if "bias" in n else t for n, t in body.items()}
@@ -138,12 +139,12 @@ def answers(e: Evaluation) -> dict[str, list[int]]:
     return {task: p.predictions.tolist() for task, p in e.predictions.items()}
 
 
-@pytest.mark.parametrize(("top_k", "oracle"), [(1, False), (None, False), (1, True)])
-def test_the_settings_of_a_twin(lab: Any, top_k: int | None, oracle: bool) -> None:
+@pytest.mark.parametrize(("experts_per_row", "oracle"), [(1, False), (None, False), (1, True)])
+def test_the_settings_of_a_twin(lab: Any, experts_per_row: int | None, oracle: bool) -> None:
     runner = open_runner(lab.twin, oracle)
-    runner.twin.top_k = top_k
+    runner.twin.experts_per_row = experts_per_row
     found = evaluate(runner, lab.suite, oracle_biases=oracle, progress=False)
-    expected, right = loop(lab, top_k, oracle)
+    expected, right = loop(lab, experts_per_row, oracle)
     assert [(e.setting, e.reading) for e in found] == [
         *[("task given", None), ("head given", None), ("nothing given", "strict"), ("nothing given", "lenient")]
     ]
@@ -158,7 +159,7 @@ def test_the_settings_of_a_twin(lab: Any, top_k: int | None, oracle: bool) -> No
         }
         assert e.rows == sum(ROWS.values()) and e.seconds > 0
     assert [e.routed_right for e in found] == [None, right, right, right]
-    if top_k is None or oracle:
+    if experts_per_row is None or oracle:
         plain = evaluate(lab.twin, lab.suite, progress=False)
         assert answers(plain[1]) != expected["head"] and answers(plain[0]) == expected["task"]
     assert all(len(set(given)) > 1 for name in ("task", "head", "lenient") for given in expected[name].values())
@@ -200,7 +201,7 @@ def test_serving12_nothing_of_a_task_enters_its_answer(lab: Any) -> None:
                     asked.setdefault(text, set()).add(head)
             return super().answer(batch, heads, mixture, tasks)
 
-    exchanged = {"mood": lab.suite["size"], "size": lab.suite["mood"]}
+    exchanged = {a: replace(lab.suite[b], labels=tuple(LABELS[a])) for a, b in (("mood", "size"), ("size", "mood"))}
     seen = []
     for suite in ({"mood": lab.suite["mood"], "size": lab.suite["size"]}, exchanged):
         asked = {}
@@ -265,7 +266,7 @@ def test_one_head_for_all_experts(lab: Any, tmp_path: Path) -> None:
         expert.save_pretrained(tmp_path / name)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "base" / file).write_bytes((lab.root / "base" / file).read_bytes())
-    suite = {name: lab.suite[name] for name in ("mood", "size")}
+    suite = {name: replace(lab.suite[name], labels=tuple(LABELS["mood"])) for name in ("mood", "size")}
     experts = {name: str(tmp_path / name) for name in suite}
     twin = tm.Twin.build(str(tmp_path / "base"), experts, None, progress=False)
     twin.fit_router({name: task.rows("train") for name, task in suite.items()}, progress=False)

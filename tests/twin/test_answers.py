@@ -151,7 +151,7 @@ def test_fit_router_warns_of_texts_that_were_cut(folders: Any) -> None:
 
 
 def test_predict_refuses_what_has_no_labels(lab: Any, speaker: Twin, folders: Any, tmp_path: Path) -> None:
-    with pytest.raises(TwinmergeError, match="list of texts"):
+    with pytest.raises(TwinmergeError, match="texts as a list"):
         speaker.predict("w3 w4", expert="e0")
     with pytest.raises(TwinmergeError, match="no tokenizer"):
         lab.twin("bert").predict(["w3"], expert="e0")
@@ -265,10 +265,10 @@ def test_check26_the_prompt_names_the_mixture(lab: Any) -> None:
         middle = (features(twin.model, {"input_ids": PROMPTS}, (1,)) @ weight.T).mean(0)
     twin.router, twin.layers = GaussianRouter(weight, -middle), (1,)
     inputs = {"input_ids": PROMPTS, "attention_mask": torch.ones_like(PROMPTS), "do_sample": False}
-    for top_k in (1, None):
-        mixture = twin.route({"input_ids": PROMPTS}, top_k)
+    for experts_per_row in (1, None):
+        mixture = twin.route({"input_ids": PROMPTS}, experts_per_row)
         assert len({tuple(w) for w in mixture.tolist()}) > 1
-        routed = twin.generate(**inputs, top_k=top_k, max_new_tokens=12)
+        routed = twin.generate(**inputs, experts_per_row=experts_per_row, max_new_tokens=12)
         assert torch.equal(routed, twin.generate(**inputs, mixture=mixture, max_new_tokens=12))
 
 

@@ -101,7 +101,7 @@ def test_check31_answers_are_those_of_a_twin_that_never_had_it(lab: Any) -> None
     back = twin.add("e3", case.experts["e3"], inputs(3), progress=False).remove("e3")
     assert back.experts == twin.experts
     soft = lab.mixtures("soft")
-    for choice in ({}, {"top_k": None}, {"expert": "e2"}, {"mixture": soft, "head": "e1"}):
+    for choice in ({}, {"experts_per_row": None}, {"expert": "e2"}, {"mixture": soft, "head": "e1"}):
         a, b = (t(**case.batch, **choice) for t in (twin, back))
         assert torch.equal(a.mixture, b.mixture) and a.head == b.head
         assert (a.logits - b.logits).nan_to_num(0.0).abs().max() <= 1e-10

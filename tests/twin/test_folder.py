@@ -49,13 +49,13 @@ def folder(saved: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved[2], tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("top_k", [1, None])
-def test_serving18_round_trip_is_bitwise(saved: Any, top_k: int | None) -> None:
+@pytest.mark.parametrize("experts_per_row", [1, None])
+def test_serving18_round_trip_is_bitwise(saved: Any, experts_per_row: int | None) -> None:
     """Serving 18: saved and read again, every logit has the same bits."""
     case, twin, folder = saved
     again = Twin.from_pretrained(folder)
     assert again.experts == twin.experts and again.layers == twin.layers == (1, 2)
-    a, b = twin(**case.batch, top_k=top_k), again(**case.batch, top_k=top_k)
+    a, b = twin(**case.batch, experts_per_row=experts_per_row), again(**case.batch, experts_per_row=experts_per_row)
     assert torch.equal(a.logits, b.logits) and torch.equal(a.mixture, b.mixture)
     assert a.expert == b.expert and a.head == b.head
     w = torch.softmax(torch.randn(5, 3, generator=torch.Generator().manual_seed(2)), -1)

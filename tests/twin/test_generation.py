@@ -75,7 +75,7 @@ def test_sampled_tokens_are_those_of_the_rebuilt_models(lab: Any, strategy: str)
 def test_a_conversation_keeps_the_mixture_of_its_first_prompt(lab: Any) -> None:
     twin = routed(lab.new_case("llama").twin())
     first = {"input_ids": PROMPTS[:1], "attention_mask": MASK[:1]}
-    talk = twin.pin(**first, top_k=None)
+    talk = twin.pin(**first, experts_per_row=None)
     assert talk.mixture == pytest.approx(dict(zip(twin.experts, twin.route(first, None)[0].tolist(), strict=True)))
     later = {"input_ids": PROMPTS[1:3], "attention_mask": MASK[1:3]}
     given = talk.weights.expand(2, -1)
@@ -98,7 +98,7 @@ def test_serving22_continuations_are_scored_under_their_contexts_mixture(lab: An
     options = [
         torch.randint(3, 50, (1 + i % 4,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(9)
     ]
-    found = twin.score(contexts, options, batch_rows=4, top_k=None)
+    found = twin.score(contexts, options, batch_rows=4, experts_per_row=None)
     for question in range(3):
         assert len({tuple(s.mixture.values()) for s in found[3 * question : 3 * question + 3]}) == 1
     assert len({tuple(s.mixture.values()) for s in found}) == 3
@@ -111,9 +111,9 @@ def test_serving22_continuations_are_scored_under_their_contexts_mixture(lab: An
         best = [int(told[len(context) - 1 + i].argmax()) for i in range(len(option))]
         assert score.greedy == (best == option)
     greedy = twin.generate(
-        input_ids=PROMPTS[:1], attention_mask=MASK[:1], top_k=None, max_new_tokens=3, do_sample=False
+        input_ids=PROMPTS[:1], attention_mask=MASK[:1], experts_per_row=None, max_new_tokens=3, do_sample=False
     )
-    assert twin.score([PROMPTS[0].tolist()], [greedy[0, 5:].tolist()], top_k=None)[0].greedy
+    assert twin.score([PROMPTS[0].tolist()], [greedy[0, 5:].tolist()], experts_per_row=None)[0].greedy
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def measured(seed: int) -> dict[str, Any]:
         "twin": score(twin, expert="t{t}"),
         "routed, head given": score(twin, head="t{t}"),
         "routed, nothing given": score(twin),
-        "soft, head given": score(twin, head="t{t}", top_k=None),
+        "soft, head given": score(twin, head="t{t}", experts_per_row=None),
         "routed right": report.right,
     }
 

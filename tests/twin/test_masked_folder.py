@@ -100,8 +100,8 @@ def test_the_router_reads_the_shared_model_and_routes_to_masks(folders: dict[str
         shared = AutoModel.from_pretrained(folders["tall_masks"])(**batch, output_hidden_states=True).hidden_states
     assert all(torch.equal(a, b) for a, b in zip(twin.model.hidden_states(batch), shared, strict=True))
     again = Twin.from_pretrained(twin.save_pretrained(tmp_path / "routed"))
-    for top_k in (1, None):
-        one, two = twin(**batch, top_k=top_k), again(**batch, top_k=top_k)
+    for experts_per_row in (1, None):
+        one, two = twin(**batch, experts_per_row=experts_per_row), again(**batch, experts_per_row=experts_per_row)
         assert torch.equal(one.logits, two.logits) and one.expert == two.expert
     hot = again(**batch)
     named = again(**batch, expert=hot.expert)

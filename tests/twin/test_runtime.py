@@ -269,7 +269,7 @@ def routed(lab: Any) -> Twin:
 def test_check22_top_k(lab: Any, routed: Twin) -> None:
     """Check 22: k = T is the dense mixture bitwise, k = 1 is that single expert, k = 2 has two."""
     batch = lab.case("bert").batch
-    dense, all_of = routed(**batch, top_k=None), routed(**batch, top_k=3)
+    dense, all_of = routed(**batch, experts_per_row=None), routed(**batch, experts_per_row=3)
     assert torch.equal(dense.mixture, all_of.mixture) and torch.equal(dense.logits, all_of.logits)
     two = routed.route(batch, 2)
     assert ((two > 0).sum(1) == 2).all() and torch.allclose(two.sum(1), torch.ones(5))
@@ -278,8 +278,8 @@ def test_check22_top_k(lab: Any, routed: Twin) -> None:
     assert ((one.mixture > 0).sum(1) == 1).all()
     single = routed(**batch, expert=one.expert)
     assert torch.equal(one.logits, single.logits)
-    with pytest.raises(TwinmergeError, match="top_k=0"):
-        routed(**batch, top_k=0)
+    with pytest.raises(TwinmergeError, match="experts_per_row=0"):
+        routed(**batch, experts_per_row=0)
 
 
 @pytest.mark.parametrize("kind", ["one_hot", "soft", "uniform"])

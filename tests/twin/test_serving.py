@@ -28,7 +28,7 @@ SAMPLES = 64
 class BatchReduced(GaussianRouter):
     """WEMoE's `batch_reduce`: the mean of the batch's soft weights for every row."""
 
-    def weights(self, features: Tensor, top_k: int | None = 1) -> Tensor:
+    def weights(self, features: Tensor, experts_per_row: int | None = 1) -> Tensor:
         soft = super().weights(features, None)
         return soft.mean(0, keepdim=True).expand_as(soft)
 
@@ -36,7 +36,7 @@ class BatchReduced(GaussianRouter):
 class GroupMean(GaussianRouter):
     """MASS: the mean of the coefficients of all rows of the batch that chose the same expert."""
 
-    def weights(self, features: Tensor, top_k: int | None = 1) -> Tensor:
+    def weights(self, features: Tensor, experts_per_row: int | None = 1) -> Tensor:
         soft = super().weights(features, None)
         chosen = soft.argmax(1)
         return torch.stack([soft[chosen == k].mean(0) for k in chosen.tolist()])
@@ -65,15 +65,17 @@ def routed(lab: Any, samples: Any) -> Twin:
     return twin
 
 
-def worst(twin: Twin, samples: Any, batches: list[Tensor], top_k: int | None) -> tuple[float, bool]:
+def worst(twin: Twin, samples: Any, batches: list[Tensor], experts_per_row: int | None) -> tuple[float, bool]:
     """Between each sample alone and in these batches: the largest relative difference, and whether routing is the same."""
     batch, _ = samples
     largest, same = 0.0, True
     for rows in batches:
-        out = twin(**{n: t[rows] for n, t in batch.items()}, head="e0", top_k=top_k)
+        out = twin(**{n: t[rows] for n, t in batch.items()}, head="e0", experts_per_row=experts_per_row)
         for at, row in enumerate(rows.tolist()):
             length = int(batch["attention_mask"][row].sum())
-            alone = twin(**{n: t[row : row + 1, :length] for n, t in batch.items()}, head="e0", top_k=top_k)
+            alone = twin(
+                **{n: t[row : row + 1, :length] for n, t in batch.items()}, head="e0", experts_per_row=experts_per_row
+            )
             largest = max(largest, float((alone.logits[0] - out.logits[at]).norm() / alone.logits[0].norm()))
             same &= alone.expert[0] == out.expert[at] and torch.allclose(alone.mixture[0], out.mixture[at], atol=1e-4)
     return largest, same
@@ -85,14 +87,14 @@ def ways(owners: Tensor) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("way", ["one task", "shuffled"])
-@pytest.mark.parametrize("top_k", [1, 2, None])
+@pytest.mark.parametrize("experts_per_row", [1, 2, None])
 def test_serving02_each_of_64_samples_alone_and_in_company(
-    routed: Twin, samples: Any, top_k: int | None, way: str
+    routed: Twin, samples: Any, experts_per_row: int | None, way: str
 ) -> None:
     """Serving 2: alone without padding, in shuffled and in single-task batches: the same routing, and answers to 1e-5."""
-    difference, same = worst(routed, samples, ways(samples[1])[way], top_k)
+    difference, same = worst(routed, samples, ways(samples[1])[way], experts_per_row)
     assert same and difference <= 1e-5
-    if top_k is None:
+    if experts_per_row is None:
         mixture = routed.route(samples[0], None)
         assert float(mixture.max(1).values.median()) < 0.95 and len(set(mixture.argmax(1).tolist())) == 3
 
@@ -193,7 +195,7 @@ def test_serving09_work_grows_with_the_experts_of_a_row(eight: Twin) -> None:
     eight.router, eight.layers = GaussianRouter(weight, -middle), (0,)
     try:
         out = eight(**company())
-        assert eight.top_k == 1 and ((out.mixture != 0).sum(1) == 1).all() and len(set(out.expert)) > 3
+        assert eight.experts_per_row == 1 and ((out.mixture != 0).sum(1) == 1).all() and len(set(out.expert)) > 3
         plain = flops(eight, mixture={})
         soft = eight.route(company(), None)
         work = {}

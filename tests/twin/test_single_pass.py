@@ -48,10 +48,10 @@ def test_early_states_are_those_of_a_whole_pass(lab: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["stacked", "grouped", "rebuild", "auto"])
-@pytest.mark.parametrize("top_k", [1, None])
+@pytest.mark.parametrize("experts_per_row", [1, None])
 @pytest.mark.parametrize("name", ["bert", "roberta", "vit", "gpt2_classifier", "llama"])
 def test_serving11_no_layer_runs_twice_and_answers_are_those_of_two_passes(
-    lab: Any, name: str, top_k: int | None, strategy: str
+    lab: Any, name: str, experts_per_row: int | None, strategy: str
 ) -> None:
     """Serving 11: the router reads layer 1 of the pass that answers; mixtures and answers equal a pass of its own."""
     case = lab.new_case(name)
@@ -59,12 +59,12 @@ def test_serving11_no_layer_runs_twice_and_answers_are_those_of_two_passes(
     options = {"use_cache": False} if name == "llama" else {}
     twin(**case.batch, **options)  # the first pass looks what comes before the layer
     count = Count(twin)
-    out = twin(**case.batch, top_k=top_k, strategy=strategy, **options)
+    out = twin(**case.batch, experts_per_row=experts_per_row, strategy=strategy, **options)
     assert count.ran.count(0) == 1 and count.ran.count(1) >= 1
     again = twin(**case.batch, mixture=out.mixture, free=True, strategy=strategy, **options)
     assert count.ran.count(0) >= 2
     assert lab.relative(lab.answer(out).nan_to_num(neginf=0), lab.answer(again).nan_to_num(neginf=0)) <= 1e-12
-    if top_k == 1:
+    if experts_per_row == 1:
         assert len(set(out.expert)) > 1
 
 

@@ -364,7 +364,7 @@ def test_check23_order_of_experts_changes_nothing(lab: Any) -> None:
     )
     first.layers = again.layers = (1, 2)
     for k in (1, 2, None):
-        a, b = first(**case.batch, top_k=k), again(**case.batch, top_k=k)
+        a, b = first(**case.batch, experts_per_row=k), again(**case.batch, experts_per_row=k)
         assert a.expert == b.expert and a.head == b.head and len(set(a.expert)) > 1
         assert (a.mixture[:, order] - b.mixture).abs().max() <= 1e-6
         width = min(a.logits.shape[1], b.logits.shape[1])

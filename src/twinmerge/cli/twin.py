@@ -260,7 +260,7 @@ def run(
     choice: dict[str, Any] = {"expert": expert, "head": head, "mixture": numbers(mixture, "--mixture") or None}
     choice = {name: value for name, value in choice.items() if value is not None}
     if soft:
-        choice["top_k"] = None
+        choice["experts_per_row"] = None
     if normalize:
         choice["normalize"] = True
     found = loaded.predict(texts, detail=True, **choice)

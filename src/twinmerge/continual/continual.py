@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twinmerge.arguments import strict
 from twinmerge.continual.change import Change
 from twinmerge.continual.folds import fold_of
 from twinmerge.continual.heads import heads_bytes, remove_others, with_heads, write_head
@@ -47,6 +48,7 @@ class Continual:
         'math'
     """
 
+    @strict
     def __init__(self, folder: str | Path, base: ModelLike | None = None, progress: bool = True) -> None:
         self.folder, self.progress = Path(folder), progress
         self._base = base
@@ -55,6 +57,7 @@ class Continual:
         self.method = fold_of(self.about.method, self.about.parameters)
 
     @classmethod
+    @strict
     def init(
         cls,
         folder: str | Path,
@@ -96,6 +99,7 @@ class Continual:
 
     # ------------------------------------------------------------------ experts come and go
 
+    @strict
     def add(self, name: str, model: ModelLike) -> None:
         """Take in one more expert; killed at any time, the old state is whole.
 
@@ -134,6 +138,7 @@ class Continual:
                 remove_others(self.folder, state.about)
                 raise
 
+    @strict
     def remove(self, name: str, model: ModelLike | None = None) -> None:
         """Take an expert out again, which needs the expert itself; killed at any time, the old state is whole.
 
@@ -198,6 +203,7 @@ class Continual:
             yield each, values
         sums.check()
 
+    @strict
     def canonical_state(self, dtype: str | None = None) -> dict[str, Tensor]:
         """The whole merged model in memory by canonical names; `dtype`: the base's where None."""
         with StateFile(self.folder) as state:
@@ -215,6 +221,7 @@ class Continual:
             merged[each.name][each.start : each.stop] = rounded(values, merged[each.name].dtype, each.name)
         return {**found, **{name: flat.reshape(self.base.spec(name).shape) for name, flat in merged.items()}}
 
+    @strict
     def materialise(self, out: str | Path, dtype: str | None = None) -> Path:
         """Write the merged model of now as a folder that stock transformers loads, with the heads of all experts.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from twinmerge.arguments import strict
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.sums import BLOCK, block_sums, blocked_dot, total
 from twinmerge.maths.svd import Core, numerical_rank
@@ -99,6 +100,7 @@ class Diff(NamedTuple):
     base: str | None
 
 
+@strict
 def diff(a: ModelLike, b: ModelLike, base: ModelLike | None = None, rank: bool = True, progress: bool = True) -> Diff:
     """Compare two models by canonical names; each is read once, a tensor at a time.
 

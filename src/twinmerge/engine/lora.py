@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from twinmerge.arguments import strict
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.lora_folder import About, Limit, compress, write_lora
 from twinmerge.engine.ranges import Grains, Range, Shapes
@@ -46,6 +47,7 @@ class MergedLora(NamedTuple):
     dropped: dict[str, list[str]]
 
 
+@strict
 def merge_lora(
     base: ModelLike,
     experts: Mapping[str, ModelLike],

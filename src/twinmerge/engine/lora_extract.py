@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from twinmerge.arguments import strict
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.lora_folder import About, Limit, balanced, check_dtype, compress, write_lora
 from twinmerge.errors import TwinmergeError
@@ -59,6 +60,7 @@ class Change(NamedTuple):
     kept: float = 1.0
 
 
+@strict
 def extract_lora(
     model: ModelLike,
     base: ModelLike,

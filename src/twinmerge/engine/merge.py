@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinmerge.arguments import device_known, strict, strict_class
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from twinmerge.models.headed import HeadedModel, HeadSpec
 
 
+@strict_class
 class Merge:
     """A merge that is described but not yet run; every call reads what it needs.
 
@@ -78,6 +80,7 @@ class Merge:
         tile: int | None = None,
         processes: bool = False,
     ) -> None:
+        device_known(device)
         self.recipe = recipe
         self.progress = progress
         self.architecture = architecture
@@ -299,6 +302,7 @@ class Merge:
         whole = self if self.architecture else Merge(self.recipe, self.progress, architecture=True, device=self.device)
         return headed(whole.base, whole.experts, whole.canonical_state(), whole.heads())
 
+    @strict
     def save(self, out: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
         """Write the merged model folder, whole or not at all; after a kill the same call goes on where it stopped.
 
@@ -368,11 +372,12 @@ class Merge:
         return checked(self)
 
 
+@strict
 def merge(
     method: str,
-    *,
-    experts: Mapping[str, ModelLike],
     base: ModelLike | None = None,
+    experts: Mapping[str, ModelLike] | None = None,
+    *,
     dtype: str | None = None,
     heads: str | tuple[str, ...] | list[str] = (),
     stochastic: int | None = None,
@@ -386,8 +391,8 @@ def merge(
 
     Args:
         method: a name from `twinmerge methods`.
+        base: the model that the experts were tuned from; needed by methods that work on changes to it.
         experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
-        base: the model that they were tuned from; needed by methods that work on changes to it.
         dtype: of the output, "float32", "bfloat16", ...; the base's where None.
         heads: patterns of tensors to keep per expert besides those found.
         stochastic: the seed of stochastic rounding to the output's dtype; to nearest where None.
@@ -409,7 +414,7 @@ def merge(
             flat[name] = value
     patterns = (heads,) if isinstance(heads, str) else tuple(heads)
     depth = None if lines is None else Lines.of(lines)
-    recipe = Recipe(method, base, dict(experts), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
+    recipe = Recipe(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
     return Merge(recipe, progress, device=device)
 
 

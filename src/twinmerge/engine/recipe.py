@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from twinmerge.arguments import strict, strict_class
 from twinmerge.engine.lines import KEY, KEYS, Lines
 from twinmerge.engine.mergekit import NOT_YET, translated
 from twinmerge.engine.names import EXPERT_NAME as EXPERT_NAME
@@ -54,6 +55,7 @@ MODEL_KEYS = ("model", "name", "parameters", "statistics")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
+@strict_class
 @dataclass(frozen=True)
 class Recipe:
     """method: name; base: model or None; experts: name -> model; parameters: field (or expert.field) -> value;
@@ -208,7 +210,8 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def read_recipe(file: Path) -> Recipe:
+@strict
+def read_recipe(file: str | Path) -> Recipe:
     """Read a recipe in YAML or JSON.
 
     Errors:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from twinmerge.arguments import shown
 from twinmerge.errors import TwinmergeError
 from twinmerge.measure.data import Batch
 from twinmerge.measure.per_example import InseparableError, PerExample, Squares, Vectors
@@ -64,6 +65,8 @@ class Fisher:
                 f"{type(module).__name__} has no head that classifies or writes on, so it makes no prediction whose Fisher information could "
                 "be taken. Name a classifier, a language model, or the expert with its head."
             )
+        if labels not in get_args(Labels):
+            raise TwinmergeError(f"labels is {shown(labels)}. Choose from {', '.join(get_args(Labels))}.")
         if samples < 1:
             raise TwinmergeError(f"samples={samples} is out of range. Give at least 1.")
         self.module: Any = module

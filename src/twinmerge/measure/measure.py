@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm.auto import tqdm
 
+from twinmerge.arguments import device_known, strict
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.measure.activations import Activations
 from twinmerge.measure.data import Data
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 What = Literal["fisher", "gram", "activations"]
 
 
+@strict
 def measure(
     what: What,
     model: ModelLike,
@@ -69,6 +71,7 @@ def measure(
     """
     if what not in WHAT:
         raise TwinmergeError(f"There are no {what!r} statistics.{nearest(what, WHAT)} There are: {', '.join(WHAT)}.")
+    device_known(device)
     target = Path(out)
     if target.exists() or target.is_symlink():
         raise TwinmergeError(f"The output {target} is there already. Name another one or remove it.")

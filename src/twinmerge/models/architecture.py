@@ -40,6 +40,10 @@ TABLE = ("embed", "bias_table", "token")
 class Architecture:
     """One model class with its config, built without memory (on the meta device).
 
+    Attributes:
+        converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`); renames: whether
+            some have other names there.
+
     Example:
         >>> from transformers import BertConfig
         >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
@@ -65,6 +69,8 @@ class Architecture:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._meta = dict(self.skeleton.state_dict())
         self._renamed: dict[str, tuple[str, str | None]] = {}
+        self.converts = bool(self._converters)
+        self.renames = bool(get_model_conversion_mapping(self.skeleton, add_legacy=False))
 
     @property
     def labels(self) -> list[str] | None:
@@ -152,6 +158,14 @@ class Architecture:
             and not any(re.search(pattern, name) for pattern in optional)
         ]
 
+    def converted(self, canonical: str) -> tuple[str, WeightConverter | None, str]:
+        """Name in the module of the parameter that a stored tensor is a part of, and the converter and the pattern that make it so;
+        None where the class holds the tensor as it is, or does not know it."""
+        name, pattern = self._rename(canonical)
+        if pattern is None or name not in self._meta:
+            return name, None, ""
+        return name, self.converter_of(pattern), pattern
+
     def of_module(self, name: str) -> str:
         """The canonical name of a parameter by its name in the module."""
         return name.removeprefix(self.prefix) if self.prefix else name
@@ -230,9 +244,12 @@ class Architecture:
 
     def is_body(self, canonical: str) -> bool:
         """True for tensors inside the bare model; all of them where the class has no part outside it."""
-        if self.prefix:
-            return f"{self.prefix}{canonical}" in self._meta
-        return self._bare is None or canonical in self._bare
+        if not self.prefix:
+            return self._bare is None or canonical in self._bare
+        if f"{self.prefix}{canonical}" in self._meta:
+            return True
+        target, converter, _ = self.converted(canonical) if self.converts else ("", None, "")
+        return converter is not None and target.startswith(self.prefix)
 
     @cached_property
     def _bare(self) -> dict[str, torch.Size] | None:

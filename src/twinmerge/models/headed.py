@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
+from twinmerge.models.conversion import as_module, conversions
 from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, damaged, load_artefact, save_artefact, undamaged
 from twinmerge.store.checksum import of_bytes, of_file
@@ -148,6 +149,10 @@ class HeadedModel(nn.Module):
         return self.architecture.of_module(full)
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
+        found_conversions = conversions(self.architecture, state)
+        self.shapes = {part: tuple(state[part].shape) for each in found_conversions for part in each.parts}
+        self.conversions = {part: each for each in found_conversions for part in each.parts}
+        state = as_module(state, found_conversions)
         wanted = {self.canonical(k): k for k in self.body.state_dict()}
         aliases = self.architecture.aliases
         found, missing = {}, []
@@ -234,6 +239,11 @@ class HeadedModel(nn.Module):
         """A head's tensor in the body's dtype: a codec gives float32."""
         own = next(self.body.parameters()).dtype
         return tensor.to(own) if tensor.dtype == torch.float32 else tensor
+
+    @property
+    def outer(self) -> dict[str, PreTrainedModel]:
+        """Head -> its class, with a port in place of the body."""
+        return self._outer
 
     def labels(self, head: str | None = None) -> list[str]:
         """The label names of a head, or of the model itself where there are no heads."""

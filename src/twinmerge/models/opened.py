@@ -315,9 +315,18 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
             f"{name} holds adapters inside. Give the PeftModel around it, or call merge_and_unload() first."
         )
     architecture = Architecture(model.config, type(model))
-    stored = {architecture.of_module(k): k for k in tensors}
-    specs = {k: Spec(t.dtype, tuple(t.shape)) for k, t in tensors.items()}
-    return _tied(name, specs, stored, architecture, InMemory(tensors))
+    return _in_memory(name, architecture, tensors)
+
+
+def _in_memory(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> OpenedModel:
+    """The tensors of a module, as a checkpoint of it would have them."""
+    from twinmerge.models.conversion import as_stored
+
+    found = as_stored(architecture, tensors)
+    stored = {canonical: key for canonical, (key, _) in found.items()}
+    values = dict(found.values())
+    specs = {key: Spec(tensor.dtype, tuple(tensor.shape)) for key, tensor in values.items()}
+    return _tied(name, specs, stored, architecture, InMemory(values))
 
 
 def _tied(
@@ -375,13 +384,7 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
 
     adapter = adapter_of(model, name)
     inner = model.get_base_model()
-    plain = base_tensors(inner)
-    architecture = Architecture(inner.config, type(inner))
-    stored = {architecture.of_module(k): k for k in plain}
-    for alias in architecture.aliases:
-        stored.pop(alias, None)
-    specs = {n: Spec(plain[o].dtype, tuple(plain[o].shape)) for n, o in stored.items()}
-    return adapted(OpenedModel(name, specs, stored, architecture, InMemory(plain)), adapter)
+    return adapted(_in_memory(name, Architecture(inner.config, type(inner)), base_tensors(inner)), adapter)
 
 
 def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from twinmerge.engine.merge import folder_fingerprint
+from twinmerge.arguments import strict
+from twinmerge.engine.merge import Merge, folder_fingerprint
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, architecture_of, load_heads, rows_of_batch
 from twinmerge.models.opened import open_model
@@ -19,7 +20,7 @@ from twinmerge.store.manifest import Manifest
 from twinmerge.study.scores import Evaluation, Reading, Setting
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.tasks.metrics import Scored
-from twinmerge.tasks.suite import Row, Task
+from twinmerge.tasks.suite import Row, Task, open_suite
 from twinmerge.twin.package import is_twin
 from twinmerge.twin.reading import position_limit
 from twinmerge.twin.routing import routed
@@ -105,7 +106,7 @@ class TwinRunner:
 
     def route(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
         """Mixtures (rows, experts), and the expert whose head answers each row."""
-        found = routed(self.twin, batch, self.twin.top_k)
+        found = routed(self.twin, batch, self.twin.experts_per_row)
         assert found.nearest is not None
         return found.weights, [self.heads[k] for k in found.nearest.tolist()]
 
@@ -127,9 +128,44 @@ def open_runner(folder: Path, oracle_biases: bool = False) -> StaticRunner | Twi
     return StaticRunner.open(folder)
 
 
+def runner_of(
+    model: str | Path | Twin | Merge | StaticRunner | TwinRunner, oracle_biases: bool = False
+) -> StaticRunner | TwinRunner:
+    """The right runner for a folder or a model in memory."""
+    if isinstance(model, (StaticRunner, TwinRunner)):
+        return model
+    if isinstance(model, Twin):
+        return TwinRunner(model, oracle_biases)
+    if isinstance(model, (str, Path)):
+        return open_runner(Path(model), oracle_biases)
+    if oracle_biases:
+        raise TwinmergeError("A merge is no twin, so there are no biases to hand in. Leave oracle_biases out.")
+    found = model.load()
+    if not found.head_specs and not hasattr(found.body, "num_labels"):
+        raise TwinmergeError("The merged model has no heads and is no classifier. Merge classifiers.")
+    return StaticRunner(
+        found, TextEncoder(tokenizer_folder(model), positions=position_limit(found.architecture.config))
+    )
+
+
+def tokenizer_folder(merge: Merge) -> Path:
+    """The first folder among base and experts that has a tokenizer.
+
+    Errors:
+        TwinmergeError: there is none.
+    """
+    for model in (merge.base, *merge.experts.values()):
+        if model.folder is not None and any(model.folder.glob("tokenizer*.json")):
+            return model.folder
+    raise TwinmergeError(
+        "Neither the base nor an expert has a tokenizer. Add the tokenizer's files to the base's folder."
+    )
+
+
+@strict
 def evaluate(
-    model: str | Path | StaticRunner | TwinRunner,
-    suite: Mapping[str, Task],
+    model: str | Path | Twin | Merge | StaticRunner | TwinRunner,
+    suite: str | Path | Mapping[str, Task],
     split: str = "test",
     limit: int | None = None,
     seed: int = 0,
@@ -143,15 +179,17 @@ def evaluate(
     (right label name, whichever head said it). Rows that two settings ask in the same way are answered once.
 
     Args:
-        model: a folder, or an opened runner.
-        suite: task -> data; the tasks' names are those of the heads.
+        model: a folder, a twin, a merge, or an opened runner.
+        suite: task -> data, or a suite's folder; the tasks' names are those of the heads.
         split: which rows; limit: at most so many per task, drawn by `seed`.
         oracle_biases: hand in the labelled task's biases, as the paper's code does; only to reproduce it.
 
     Errors:
         TwinmergeError: a task without a head, labels that are not the head's.
     """
-    runner = open_runner(Path(model), oracle_biases) if isinstance(model, (str, Path)) else model
+    runner = runner_of(model, oracle_biases)
+    if not isinstance(suite, Mapping):
+        suite = open_suite(suite, runner.heads or None)
     _check_labels(runner, suite)
     questions = [
         Question(name, i, row) for name, task in suite.items() for i, row in enumerate(task.rows(split, limit, seed))
@@ -175,6 +213,8 @@ def _mixed_batches(questions: Sequence[Question], seed: int) -> list[list[Questi
 
 
 def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) -> None:
+    if not suite:
+        raise TwinmergeError("The suite has no task. Name at least one.")
     if not runner.heads and len(suite) != 1:
         raise TwinmergeError("A model with one head answers one task. Name it with --tasks.")
     for name, task in suite.items():
@@ -187,7 +227,13 @@ def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) 
                 f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. Use the model tuned on it."
             )
         own = runner.labels(name)
-        if own != list(task.labels) and sorted(own) == sorted(task.labels):
+        unnamed = own == [f"LABEL_{i}" for i in range(len(own))]  # as transformers calls what nobody named
+        if not unnamed and (strange := [label for label in task.labels if label not in own]):
+            raise TwinmergeError(
+                f"The head for {name!r} has no label {strange[0]!r} of the suite's task; it has {', '.join(own)}. Use the model tuned on it, or "
+                "give the suite the head's names."
+            )
+        if not unnamed and own != list(task.labels):
             raise TwinmergeError(
                 f"The head for {name!r} has its labels in another order ({', '.join(own)}) than the suite "
                 f"({', '.join(task.labels)}). Put the suite's labels and rows into the head's order."

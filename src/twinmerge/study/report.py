@@ -108,7 +108,7 @@ def mixed_inputs(folder: Path, test: Rows, seed: int) -> list[dict[str, Any]]:
     save_file({"pixel_values": rows.pixels.contiguous()}, folder / "mixed.safetensors")
     twin = Twin.from_pretrained(folder / "models" / "twin")
     output = twin(pixel_values=rows.pixels)
-    soft = twin.route({"pixel_values": rows.pixels}, top_k=None)
+    soft = twin.route({"pixel_values": rows.pixels}, experts_per_row=None)
     assert output.logits is not None and output.head is not None
     found = []
     for i, task in enumerate(rows.tasks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from twinmerge.arguments import fits, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
-from twinmerge.study.evaluate import StaticRunner, evaluate
+from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.suite import Task
@@ -105,10 +106,11 @@ Choose on validation rows, with --split validation.
         )
 
 
+@strict
 def search(
     merge: Merge,
-    suite: Mapping[str, Task],
-    candidates: Sequence[Mapping[str, Any]],
+    suite: str | Path | Mapping[str, Task],
+    candidates: Iterable[Mapping[str, Any]],
     *,
     split: str = "validation",
     limit: int | None = None,
@@ -120,7 +122,7 @@ def search(
 
     Args:
         merge: what is merged; candidates override its recipe's parameters.
-        suite: task -> data; the tasks' names are those of the experts.
+        suite: task -> data, or a suite's folder; the tasks' names are those of the experts.
         split, limit, seed: the rows that decide, as in `evaluate`.
         experts: their own evaluation on the same rows: the score is then 100 · mean of score / expert's score, else
             100 · mean score.
@@ -129,6 +131,11 @@ def search(
         TwinmergeError: no candidates, a split for testing, and as `evaluate`.
     """
     check_split(split)
+    candidates = list(candidates)
+    if not all(fits(candidate, Mapping[str, Any]) for candidate in candidates):
+        raise TwinmergeError(
+            "candidates are mappings of parameters to values. Write search.grid(scale=[0.1, 0.2]), or [{'scale': 0.1}]."
+        )
     if not candidates:
         raise TwinmergeError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
     if not merge.architecture:  # to run it
@@ -145,17 +152,3 @@ def search(
         trials.append(Trial(dict(candidate), score, found.scores))
         rows = found.rows
     return Search(merge.recipe.method, split, rows, tuple(trials))
-
-
-def tokenizer_folder(merge: Merge) -> Path:
-    """The first folder among base and experts that has a tokenizer.
-
-    Errors:
-        TwinmergeError: there is none.
-    """
-    for model in (merge.base, *merge.experts.values()):
-        if model.folder is not None and any(model.folder.glob("tokenizer*.json")):
-            return model.folder
-    raise TwinmergeError(
-        "Neither the base nor an expert has a tokenizer. Add the tokenizer's files to the base's folder."
-    )

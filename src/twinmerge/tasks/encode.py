@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.store.foreign import check_settings, reason
@@ -100,9 +101,9 @@ class TextEncoder:
             end (or pad) token.
 
         Errors:
-            TwinmergeError: a single string in place of a list, or no rows.
+            TwinmergeError: a single string in place of a list, no rows, or a row that is neither a text nor a pair of texts.
         """
-        if isinstance(rows, str) or not rows:
+        if isinstance(rows, (str, Mapping)) or not fits(rows, Sequence[Any]) or not len(rows):
             raise TwinmergeError("Give a list of at least one text to encode.")
         pairs = [_texts(row) for row in rows]
         columns: dict[str, list[list[int]]] = {}
@@ -186,8 +187,7 @@ def batches(
         >>> list(batches(["a", "bbb", "cc"], size=2))
         [([1, 2], ['bbb', 'cc']), ([0], ['a'])]
     """
-    if size < 1:
-        raise TwinmergeError(f"The batch size is {size}: give 1 or more.")
+    at_least_one("The batch size", size)
     if order == "file":
         places = list(range(len(rows)))
     elif order == "length":
@@ -200,9 +200,22 @@ def batches(
 
 
 def _texts(row: Input) -> tuple[str, str | None]:
+    """The text of a row, and its second one.
+
+    Errors:
+        TwinmergeError: neither a text nor a pair of texts nor a row of a suite.
+    """
     if isinstance(row, str):
         return row, None
-    return row[0], row[1]
+    pair: Any = row[:2] if isinstance(row, Row) else row  # a row's third is its label
+    if (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], str | None)
+    ):
+        return pair[0], pair[1]
+    raise TwinmergeError(f"{shown(row)} is no text to read. Give a text, a pair (text, text_pair) or a row of a suite.")
 
 
 def _open(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from twinmerge.arguments import strict
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.store.foreign import ROW, find, is_file_name, lines_of, parse_json, read_json, shown
@@ -50,6 +51,7 @@ class Task:
     folder: Path
     sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
+    @strict
     def rows(self, split: str, limit: int | None = None, seed: int = 0) -> list[Row]:
         """The rows of one split, in the file's order.
 
@@ -123,6 +125,7 @@ class Task:
         return Row(text, pair, label)
 
 
+@strict
 def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> dict[str, Task]:
     """Read `tasks.json`; the splits are read when asked for.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from twinmerge.arguments import strict
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
@@ -25,6 +26,7 @@ from twinmerge.models.adapter_files import (
     write_adapter,
 )
 from twinmerge.models.architecture import Architecture, class_of
+from twinmerge.models.conversion import stored_names
 from twinmerge.models.headed import HeadSpec
 from twinmerge.store import disk
 from twinmerge.store.checkpoint import Spec
@@ -50,6 +52,7 @@ class Exported(NamedTuple):
     left_out: dict[str, float]
 
 
+@strict
 def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head: str | None = None) -> Path:
     """Write θs + Σ wt vt for one fixed mixture; stock transformers loads it.
 
@@ -65,8 +68,7 @@ def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head
     architecture, own = _class_with_head(twin, head)
     state |= own.tensors if own else {}
     aliases, tensors = architecture.aliases, dict[str, Tensor]()
-    for key in architecture.skeleton.state_dict():
-        name = architecture.of_module(key)
+    for key, name in stored_names(architecture).items():
         if name in state:
             tensors[key] = state[name].contiguous()
         elif aliases.get(name) not in state:
@@ -85,6 +87,7 @@ def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head
     return Path(out)
 
 
+@strict
 def export_lora(
     twin: Twin,
     mixture: str | Mapping[str, float],

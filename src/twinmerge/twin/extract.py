@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twinmerge.arguments import strict
 from twinmerge.engine.inputs import check_written
 from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.ranges import Range, ranges
@@ -20,6 +21,7 @@ from twinmerge.maths.bits import byte_count, check, unpack
 from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.threads import parallel
 from twinmerge.models.architecture import Architecture, class_of
+from twinmerge.models.conversion import stored_names
 from twinmerge.models.headed import HeadSpec, load_heads
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store import disk
@@ -87,6 +89,7 @@ def unmasked(base: Tensor, vector: Tensor, mask: Tensor, scale: float) -> Tensor
     return torch.where(mask, moved, base)
 
 
+@strict
 def extract(folder: str | Path, task: str, out: str | Path) -> Path:
     """Write the model of one task: θ0 + st · mt ⊙ τ in the class of its head, which stock transformers loads.
 
@@ -141,8 +144,7 @@ def _places(
         return {shared.stored[name]: name for name in shared.specs}, {}
     body: dict[str, str] = {}
     own: dict[str, Tensor] = {}
-    for key in architecture.skeleton.state_dict():
-        name = architecture.of_module(key)
+    for key, name in stored_names(architecture).items():
         if name in tensors:
             own[key] = tensors[name]
         elif name in shared.specs:

@@ -18,6 +18,12 @@ from twinmerge.twin.planner import distinct_mixtures
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
 
+SEE_ALL_ROWS = ("streamer", "logits_processor", "stopping_criteria")
+"""Arguments that are told of all rows at once, in their order."""
+REFUSED = {
+    "assistant_model": "it guesses ahead for one mixture, and its guesses are checked row by row",
+    "custom_generate": "it may run code from a repository, and bypasses the mixtures",
+}
 STEPS = 20  # new tokens that the planner reckons with where nothing says how many
 
 
@@ -29,38 +35,121 @@ def prompt_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, Any]) -> Any:
     """The model's own `generate` under the mixtures (rows, experts) of the prompts.
 
-    Sampled tokens are drawn in the caller's order of rows, so that a seed gives what rebuilt models of the whole batch would.
+    Sampled tokens are drawn in the caller's order of rows, so that a seed gives what rebuilt models of the whole batch would;
+    where rows are rebuilt apart, in the order of the first row of each mixture.
+
+    Args:
+        inputs: all that transformers' `generate` takes, by name.
     """
-    run = getattr(twin.model.body, "generate", None)
-    if run is None or twin.model.head_specs:
-        raise TwinmergeError(f"{type(twin.model.body).__name__} does not generate. Build the twin on a language model.")
-    prompt = prompt_of(inputs)
-    size = batch_size(prompt)
-    config: Any = inputs.get("generation_config") or twin.model.body.generation_config
-    as_dict = inputs.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", False))
-    sampled = inputs.get("do_sample", getattr(config, "do_sample", False))
-    reorder = not (as_dict or sampled or couples_rows(twin))
-    steps = inputs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or STEPS
-    strategy = twin.planner.choose(weights, positions_of(twin, prompt), int(steps), reorder, strategy)
+    size = batch_size(prompt_of(inputs))
+    as_dict, sampled = _setting(twin, inputs, "return_dict_in_generate"), _setting(twin, inputs, "do_sample")
+    seers = [n for n in SEE_ALL_ROWS if inputs.get(n) is not None and inputs[n] != []]
+    mixed = not bool((weights == weights[:1]).all())
+    if mixed and (strategy == "rebuild" or (strategy == "auto" and twin.runtime.refused)):
+        strategy = "rebuild"
+        if seers or as_dict:
+            raise TwinmergeError(
+                f"Rows of different mixtures are generated apart here, so {seers[0] if seers else 'return_dict_in_generate'} cannot be told "
+                "of all of them. Give one mixture for all rows, or leave it out."
+            )
+    reorder = not (as_dict or seers or couples_rows(twin) or (sampled and strategy != "rebuild"))
+    strategy = twin.planner.choose(weights, positions_of(twin, inputs), _steps(twin, inputs), reorder, strategy)
     if strategy in ("folded", "rebuild"):
         groups = distinct_mixtures(weights)
         found = []
         for weight, rows in groups:
-            part = dict(inputs) if len(groups) == 1 else rows_of_batch(inputs, rows, size)
+            part = dict(inputs) if len(groups) == 1 else _rows(twin, inputs, rows, size)
             with twin.runtime.folded(weight):
-                found.append(run(**part))
+                found.append(_run(twin, part))
         if len(groups) == 1:
             return found[0]
-        pad = config.pad_token_id if config.pad_token_id is not None else 0
         longest = max(f.shape[1] for f in found)
-        tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=pad) for f in found])
+        tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=_padding(twin, inputs)) for f in found])
         return _in_order(tokens, torch.cat([rows for _, rows in groups]), size)
     mixture = Mixture.of(weights, strategy == "grouped", reorder)
     with twin.runtime.mixing(mixture, copies=True):
         if mixture.order is None:
-            return run(**inputs)
-        tokens = run(**rows_of_batch(inputs, mixture.order, size))
+            return _run(twin, inputs)
+        tokens = _run(twin, _rows(twin, inputs, mixture.order, size))
     return _in_order(tokens, mixture.order, size)
+
+
+def named(twin: Twin, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of transformers' `generate` by name, checked as far as a twin needs.
+
+    Args:
+        inputs: what is given first and without a name: the prompts.
+
+    Errors:
+        TwinmergeError: a model that does not generate; arguments that a twin cannot serve; prompts given twice.
+    """
+    if not hasattr(twin.model.body, "generate") or twin.model.head_specs:
+        raise TwinmergeError(f"{type(twin.model.body).__name__} does not generate. Build the twin on a language model.")
+    found = dict(options)
+    if isinstance(inputs, Mapping):
+        raise TwinmergeError(
+            "generate takes the prompts' tensor first. Write generate(**batch) for what a tokenizer returns."
+        )
+    if inputs is not None:
+        main = str(twin.model.body.main_input_name)
+        if main in found:
+            raise TwinmergeError(f"The prompts are given twice, as the first argument and as {main}. Give them once.")
+        found[main] = inputs
+    for name, why in REFUSED.items():
+        if found.get(name) is not None:
+            raise TwinmergeError(f"generate({name}=…) is not there for a twin: {why}. Leave it out.")
+    for name in PROMPT:
+        if found.get(name) is not None and not isinstance(found[name], Tensor):
+            raise TwinmergeError(
+                f"{name} is a {type(found[name]).__name__}, not a tensor. Pass what the tokenizer returns with return_tensors='pt'."
+            )
+    return found
+
+
+def _run(twin: Twin, inputs: Mapping[str, Any]) -> Any:
+    body: Any = twin.model.body
+    try:
+        return body.generate(**inputs)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise TwinmergeError(
+            f"{type(body).__name__}.generate does not take this call: {' '.join(str(error).split())} Change its arguments."
+        ) from error
+
+
+def _setting(twin: Twin, inputs: Mapping[str, Any], name: str) -> Any:
+    """What holds for a generation: the argument, else the config that is given, else the model's own."""
+    if inputs.get(name) is not None:
+        return inputs[name]
+    configs = (inputs.get("generation_config"), twin.model.body.generation_config)
+    return next((v for c in configs if (v := getattr(c, name, None)) is not None), None)
+
+
+def _steps(twin: Twin, inputs: Mapping[str, Any]) -> int:
+    """New tokens that the planner reckons with."""
+    new, whole = (_setting(twin, inputs, name) for name in ("max_new_tokens", "max_length"))
+    if new is None and isinstance(whole, int) and not twin.model.architecture.config.is_encoder_decoder:
+        new = whole - positions_of(twin, inputs)
+    return max(1, new) if isinstance(new, int) else STEPS
+
+
+def _padding(twin: Twin, inputs: Mapping[str, Any]) -> int:
+    """What ends rows that are shorter than others; as in transformers the end token where nothing pads."""
+    found = _setting(twin, inputs, "pad_token_id")
+    if found is None:
+        found = _setting(twin, inputs, "eos_token_id")
+    found = found.tolist() if isinstance(found, Tensor) else found
+    return int((found[0] if isinstance(found, (list, tuple)) else found) or 0)
+
+
+def _rows(twin: Twin, inputs: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
+    """The inputs of some rows; what belongs to the generation as a whole stays as it is."""
+    config: Any = twin.model.body.generation_config
+    whole = {k: v for k, v in inputs.items() if hasattr(config, k) or not (k in PROMPT or isinstance(v, Tensor))}
+    found = whole | rows_of_batch({k: v for k, v in inputs.items() if k not in whole}, rows, size)
+    if (allowed := inputs.get("prefix_allowed_tokens_fn")) is not None:
+        own = rows.tolist()
+        found["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(own[row], ids)
+    return found
 
 
 def _in_order(tokens: Tensor, order: Tensor, size: int) -> Any:
@@ -84,9 +173,9 @@ class Pinned:
     def mixture(self) -> dict[str, float]:
         return dict(zip(self.twin.experts, self.weights.tolist(), strict=True))
 
-    def generate(self, **inputs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
         """`Twin.generate` under the pinned mixture."""
-        return self.twin.generate(**self._choice(inputs))
+        return self.twin.generate(**self._choice(named(self.twin, inputs, options)))
 
     def __call__(self, **batch: Any) -> Any:
         """The answer of the twin under the pinned mixture."""

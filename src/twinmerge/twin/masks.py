@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twinmerge.arguments import strict
 from twinmerge.engine.card import model_card
 from twinmerge.engine.inputs import check_written
 from twinmerge.engine.merge import Merge
@@ -83,6 +84,7 @@ class Compressed(NamedTuple):
         }
 
 
+@strict
 def compress(
     recipe: Recipe,
     out: str | Path,

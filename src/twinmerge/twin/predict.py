@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from twinmerge.arguments import at_least_one
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.routing import CHOICE, check_choice
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -27,8 +29,8 @@ class Prediction:
 
 def predict(twin: Twin, texts: Sequence[Any], batch_rows: int, choice: Mapping[str, Any]) -> list[Prediction]:
     """The answer to each text (see `Twin.predict`); what `choice` holds for each row is cut along with the texts."""
-    if isinstance(texts, str):
-        raise TwinmergeError("predict takes a list of texts, got one string. Put it into a list.")
+    at_least_one("batch_rows", batch_rows)
+    check_choice(choice, (*CHOICE, "head", "strategy", "oracle_biases"))
     if not len(texts):
         return []
     encoder = twin.encoder

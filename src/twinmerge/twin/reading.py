@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from twinmerge.arguments import at_least_one, shown
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.architecture import position_limit as position_limit
 from twinmerge.models.headed import batch_size, rows_of_batch
 from twinmerge.tasks.encode import batches
+from twinmerge.twin.answer import PROMPT
 from twinmerge.twin.features import features
 from twinmerge.twin.mixture import Mixture, index_of, one_hot
 from twinmerge.twin.moments import Moments, input_moments
@@ -32,7 +34,9 @@ def read_batches(twin: Twin, given: Given, name: str, batch_rows: int, progress:
     Args:
         name: of the expert whose kind of inputs it is, for the progress bar.
     """
+    at_least_one("batch_rows", batch_rows)
     if isinstance(given, Mapping):
+        check_batch(given)
         size = batch_size(given)
         for rows in torch.arange(size).split(batch_rows):
             yield rows_of_batch(given, rows, size)
@@ -40,6 +44,28 @@ def read_batches(twin: Twin, given: Given, name: str, batch_rows: int, progress:
     chunks = list(batches(list(given), batch_rows, "length"))
     for _, texts in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
         yield twin.encoder.encode(texts)
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse what is no batch of tensors by name.
+
+    Errors:
+        TwinmergeError: texts, lists of numbers, a tensor without a name.
+    """
+    if not isinstance(batch, Mapping):
+        raise TwinmergeError(
+            f"A batch is tensors by name, as a tokenizer returns them, not {shown(batch)}. Encode texts first: "
+            "twin(**twin.encoder.encode(texts)), or ask twin.predict(texts)."
+        )
+    for name, value in batch.items():
+        if name in ("input_ids", "attention_mask") and isinstance(value, Tensor) and value.dim() < 2:
+            raise TwinmergeError(
+                f"{name} of the batch has {value.dim()} axes. Give (rows, positions): {name}[None] for one row."
+            )
+        if isinstance(value, (list, tuple)) and name in PROMPT:
+            raise TwinmergeError(
+                f"{name} of the batch is {shown(value)}. Give a tensor: return_tensors='pt' of the tokenizer."
+            )
 
 
 @torch.no_grad()
@@ -57,8 +83,9 @@ def read_moments(twin: Twin, given: Given, name: str, batch_rows: int, progress:
 
     def answered() -> Iterator[Mapping[str, Any]]:
         for batch in read_batches(twin, given, name, batch_rows, progress):
-            plan = Mixture.of(one_hot([name] * batch_size(batch), twin.experts))
-            with twin.runtime.mixing(plan):  # until the next batch is asked for
+            weights = one_hot([name] * batch_size(batch), twin.experts)
+            one = twin.runtime.folded(weights[0]) if twin.runtime.refused else twin.runtime.mixing(Mixture.of(weights))
+            with one:  # until the next batch is asked for
                 yield batch
 
     with twin.lock:

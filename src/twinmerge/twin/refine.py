@@ -23,6 +23,7 @@ from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
 from twinmerge.twin.compress import balanced, projected_factors
+from twinmerge.twin.converted import Converted
 from twinmerge.twin.experts import models_of
 from twinmerge.twin.mixture import index_of
 from twinmerge.twin.package import Package
@@ -50,6 +51,8 @@ def refined(
     """The twin's package with refined exclusive parts (see `Twin.refine`)."""
     if steps < 1:
         raise TwinmergeError(f"steps={steps} is out of range. Give at least 1.")
+    if not 0 < rate < float("inf"):
+        raise TwinmergeError(f"rate={rate} is out of range. Give a number above 0, such as 0.001.")
     for name in inputs:
         index_of(name, twin.experts)
     package = twin.package_now()
@@ -161,7 +164,12 @@ def _attached(
     for place, part in twin.runtime.places:
         parameter, module = place.module._parameters[place.attribute], place.module
         assert parameter is not None
-        if part.name in factors and place.attribute == "weight" and (adds := _adding(module)) is not None:
+        if isinstance(part, Converted):
+            before.append((place, parameter))
+            module._parameters[place.attribute] = parameter + part.change(  # type: ignore[assignment]
+                lambda n: dense[n] if n in dense else factors[n].b @ factors[n].a if n in factors else None, parameter
+            )
+        elif part.name in factors and place.attribute == "weight" and (adds := _adding(module)) is not None:
             own = Factors(*(x.to(parameter) for x in factors[part.name]))
             handles.append(module.register_forward_hook(lambda m, args, y, f=own, adds=adds: y + adds(args[0], f)))
         elif part.name in factors or part.name in dense:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.arguments import at_least_one, fits, shown
+from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.models.headed import batch_size
+from twinmerge.twin.converted import Converted
 from twinmerge.twin.early import Early, called_before
 from twinmerge.twin.features import default_layers, read_states
 from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
@@ -23,9 +25,13 @@ from twinmerge.twin.routers.router import Router
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
 
-CHOICE = ("mixture", "expert", "top_k", "normalize", "free")
+CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "free")
 """What a caller may say of mixtures."""
 
+PerRow = int | Literal["own"] | None
+"""How many experts the router gives a row at most: the twin's own number, or all where None."""
+
+TOP_K = "top_k is an argument of transformers' sampling, for generate alone. How many experts the router mixes is experts_per_row."
 WANTS_ALL_LAYERS = ("output_hidden_states", "output_attentions", "labels")
 
 
@@ -43,13 +49,16 @@ def mixtures(
     batch: Mapping[str, Any],
     mixture: MixtureLike | None = None,
     expert: str | Sequence[str] | None = None,
-    top_k: int | None = -1,
+    experts_per_row: PerRow = "own",
     normalize: bool = False,
     free: bool = False,
 ) -> Routed:
     """What a call with these choices uses (see `Twin.forward`); one row where the batch is empty."""
+    per_row_most = twin.experts_per_row if experts_per_row == "own" else experts_per_row
+    if per_row_most is not None:
+        at_least_one("experts_per_row", per_row_most)
     if mixture is None and expert is None:
-        return routed(twin, batch, twin.top_k if top_k == -1 else top_k)
+        return routed(twin, batch, per_row_most)
     if mixture is not None and expert is not None:
         raise TwinmergeError("Both mixture and expert are given. Give one of them.")
     size = batch_size(batch) if batch else 1
@@ -60,7 +69,37 @@ def mixtures(
     return Routed(weights if free else on_simplex(weights, normalize))
 
 
-def routed(twin: Twin, batch: Mapping[str, Any], top_k: int | None) -> Routed:
+def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> None:
+    """Refuse what is no choice of a mixture.
+
+    Errors:
+        TwinmergeError: a name that is not known.
+    """
+    for name in choice:
+        if name == "top_k":
+            raise TwinmergeError(TOP_K)
+        if name not in known:
+            raise TwinmergeError(
+                f"There is no choice {name!r} here.{nearest(name, known)} There are: {', '.join(known)}."
+            )
+
+
+def check_names(twin: Twin, batch: Mapping[str, Any]) -> None:
+    """Refuse what is neither a choice nor an input of the model: its class may take any name, and a typing error would pass.
+
+    Errors:
+        TwinmergeError: such a name (with the nearest that is known).
+    """
+    taken = twin.takes
+    for name, value in batch.items():
+        if name not in taken and not isinstance(value, Tensor):
+            raise TwinmergeError(
+                f"There is no argument {name!r} of {type(twin.model.body).__name__}.{nearest(name, {*CHOICE, 'head', 'strategy', *taken})} "
+                "Leave it out."
+            )
+
+
+def routed(twin: Twin, batch: Mapping[str, Any], experts_per_row: int | None) -> Routed:
     """The router's mixtures.
 
     Errors:
@@ -74,7 +113,7 @@ def routed(twin: Twin, batch: Mapping[str, Any], top_k: int | None) -> Routed:
         )
     with torch.no_grad(), twin.lock:
         found, early = _read(twin, twin.router, twin.layers, batch)
-        weights = twin.router.weights(found, top_k)
+        weights = twin.router.weights(found, experts_per_row)
         nearest = weights.argmax(1)
         weights = torch.where(twin.router.far(found)[:, None], 0, weights)
         return Routed(weights, nearest, early if early is not None and _goes_on(twin, batch) else None)
@@ -108,7 +147,8 @@ def acts_above(twin: Twin, layer: int) -> bool:
 def changed_before(twin: Twin, layer: int) -> set[str]:
     """Names of the parameters that experts change and that a pass uses before it reaches a layer."""
     before = called_before(twin.model, nothing_much(twin), layer)
-    return {part.name for place, part in twin.runtime.places if place.path in before}
+    parts = [part for place, part in twin.runtime.places if place.path in before]
+    return {name for part in parts for name in (part.names if isinstance(part, Converted) else [part.name])}
 
 
 def fitted(
@@ -148,6 +188,10 @@ def fitted(
     if not rows:
         raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
     found = torch.cat(rows)
+    if bool((found == found[0]).all()):
+        raise TwinmergeError(
+            "To the model the inputs are all alike, so no router can tell them apart. Give different ones."
+        )
     novel = found.shape[1] // (len(layers) * (2 if made.spreads else 1)) if null else 0
     with torch.random.fork_rng(devices=[]):
         router, report = fit_router(kind, found, whose, twin.experts, seed, novel)
@@ -193,6 +237,8 @@ def heads_of_rows(twin: Twin, head: str | Sequence[str] | None, likely: Sequence
 
 def per_row(names: str | Sequence[str], size: int, what: str) -> list[str]:
     """One name for each row."""
+    if not isinstance(names, str) and not fits(names, Sequence[str]):
+        raise TwinmergeError(f"{what} is {shown(names)}. Give a name for all rows, or a list of names.")
     found = [names] * size if isinstance(names, str) else list(names)
     if len(found) != size:
         raise TwinmergeError(f"{size} rows need one {what} or {size}, got {len(found)}.")

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel
+from twinmerge.twin.converted import Converted, Slot, converted
 from twinmerge.twin.forward import State, takes_factors
 from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.modules import attach
@@ -49,12 +50,12 @@ class Runtime(nn.Module):
         super().__init__()
         self.state = State()
         self.parts = nn.ModuleDict()
-        self.places: list[tuple[Place, Part]] = []
+        self.places: list[tuple[Place, Part | Converted]] = []
         self.refused: list[str] = []
         self._folded: tuple[list[float], list[nn.Parameter]] | None = None  # of one mixture
         owners = _owners(model)
         names = sorted({n for e in experts for n in e.names})
-        if missing := [n for n in names if n not in owners]:
+        if missing := [n for n in names if n not in owners and n not in model.conversions]:
             raise TwinmergeError(
                 f"The model has no parameter {missing[0]!r}, which the experts change. Build the twin on the model that "
                 "they were tuned from."
@@ -68,7 +69,20 @@ class Runtime(nn.Module):
         }
         changed: dict[str, dict[str, Part]] = {}
         modules: dict[str, nn.Module] = {}
-        for name in names:
+        for parameter, conversion, own in converted(model.conversions, model.shapes, names):
+            like = getattr(owners[parameter][0].module, owners[parameter][0].attribute)
+            slots = {n: Place(n, Slot(model.shapes[n], like), "part") for n in own}
+            whole = Converted(
+                parameter, conversion, model.shapes, {n: _gather(n, experts, slot) for n, slot in slots.items()}
+            )
+            self.parts[parameter.replace(".", "/")] = whole
+            for place in owners[parameter]:
+                self.places.append((place, whole))
+                self.refused.append(
+                    f"The module {place.path!r} ({type(place.module).__name__}) holds {len(conversion.parts)} stored tensors in one, "
+                    f"{place.attribute}, which has no exact mixture per row."
+                )
+        for name in (n for n in names if n not in model.conversions):
             part = _gather(name, experts, owners[name][0])
             self.parts[name.replace(".", "/")] = part
             for place in owners[name]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twinmerge.arguments import at_least_one
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.routing import check_choice
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -31,6 +33,8 @@ def score(
     twin: Twin, contexts: Sequence[Tokens], continuations: Sequence[Tokens], batch_rows: int, choice: dict[str, Any]
 ) -> list[Score]:
     """See `Twin.score`."""
+    at_least_one("batch_rows", batch_rows)
+    check_choice(choice)
     if len(contexts) != len(continuations):
         raise TwinmergeError(f"{len(contexts)} contexts have {len(continuations)} continuations. Give one for each.")
     if not hasattr(twin.model.body, "generate") or twin.model.head_specs:

@@ -6,12 +6,16 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import TransformersKwargs
 
+from twinmerge.arguments import at_least_one, strict
 from twinmerge.engine.card import model_card
 from twinmerge.engine.merge import Merge, heads_of
 from twinmerge.engine.recipe import Recipe
@@ -29,16 +33,27 @@ from twinmerge.twin.early import depth
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
 from twinmerge.twin.explain import Explanation, explain
 from twinmerge.twin.extract import unmasked
-from twinmerge.twin.generate import Pinned, generate, prompt_of
+from twinmerge.twin.generate import Pinned, generate, named, prompt_of
 from twinmerge.twin.mixture import MixtureLike, mixture_weights, one_hot
 from twinmerge.twin.package import Package
 from twinmerge.twin.planner import Planner
 from twinmerge.twin.predict import predict
-from twinmerge.twin.reading import Given, position_limit, read_features, read_moments
+from twinmerge.twin.reading import Given, check_batch, position_limit, read_features, read_moments
 from twinmerge.twin.refine import refined
 from twinmerge.twin.routers.calibration import RouterReport
 from twinmerge.twin.routers.router import Router
-from twinmerge.twin.routing import CHOICE, changed_before, fitted, heads_of_rows, mixtures, per_row, routed
+from twinmerge.twin.routing import (
+    TOP_K,
+    PerRow,
+    changed_before,
+    check_choice,
+    check_names,
+    fitted,
+    heads_of_rows,
+    mixtures,
+    per_row,
+    routed,
+)
 from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.score import Score, score
 from twinmerge.twin.split import cut, is_buffer, linear_coefficients, refuse_masks, split, without_parameters
@@ -102,14 +117,16 @@ class Twin(nn.Module):
             raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
         self.runtime = Runtime(self.model, list(package.exclusive.values()))
-        for why in self.runtime.refused:
-            warnings.warn(f'{why} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
+        if self.runtime.refused:
+            first, more = self.runtime.refused[0], len(self.runtime.refused) - 1
+            also = f" So it is with {more} more." if more else ""
+            warnings.warn(f'{first}{also} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
         self.planner = Planner(self.runtime, self.model.body)
         self.strategy = "auto"
         self.acting_above: dict[int, bool] = {}
         self.router: Router | None = package.router
         self.layers = package.layers
-        self.top_k: int | None = 1
+        self.experts_per_row: int | None = 1
         self.sources = dict(licences or {})
         self._encoder: TextEncoder | None = None
         self.lock = threading.RLock()
@@ -118,6 +135,7 @@ class Twin(nn.Module):
     # ------------------------------------------------------------------ making
 
     @classmethod
+    @strict
     def build(
         cls,
         base: ModelLike,
@@ -184,6 +202,7 @@ class Twin(nn.Module):
         return twin
 
     @classmethod
+    @strict
     def from_pretrained(cls, folder: str | Path, *, subfolder: str = "", local_files_only: bool = False) -> Twin:
         """Read a twin folder, or a hub id of one.
 
@@ -194,7 +213,8 @@ class Twin(nn.Module):
         path = locate(folder, cached=local_files_only).folder / subfolder
         return cls(folder_format.load(path), path)
 
-    def save_pretrained(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+    @strict
+    def save_pretrained(self, folder: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
         """Write the twin folder; stock transformers loads it as the shared model.
 
         Args:
@@ -218,12 +238,14 @@ class Twin(nn.Module):
             known[name] = {**known.get(name, {}), **more}
         return folder_format.save(folder, self.package, self.side_files, card, known)
 
+    @strict
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload the twin's folder to the Hugging Face hub, and give its address (see `twin/export.py`)."""
         from twinmerge.twin.export import push_to_hub
 
         return push_to_hub(self, repo, private=private, token=token)
 
+    @strict
     def at_rank(self, rank: int) -> Twin:
         """The same twin with every exclusive matrix cut to a lower rank; shares the weights' memory where it can."""
         exclusive = {name: cut(part, rank) for name, part in self.package.exclusive.items()}
@@ -231,6 +253,7 @@ class Twin(nn.Module):
         twin.router, twin.layers, twin._encoder = self.router, self.layers, self._encoder
         return twin
 
+    @strict
     def single_pass(self, layer: int | None = None) -> Twin:
         """The twin that is routed on the way: experts act from a layer on, and the router reads the states before it.
 
@@ -267,6 +290,7 @@ class Twin(nn.Module):
         found = self.package.provenance.get("twin", {}).get("single_pass")
         return None if found is None else int(found)
 
+    @strict
     def compress(
         self,
         *,
@@ -300,6 +324,7 @@ class Twin(nn.Module):
         package = self.package_now()
         return self._with(compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments))
 
+    @strict
     def refine(
         self,
         inputs: Mapping[str, Given],
@@ -330,6 +355,7 @@ class Twin(nn.Module):
 
     # ------------------------------------------------------------------ experts that come and go
 
+    @strict
     def add(
         self,
         name: str,
@@ -360,9 +386,12 @@ class Twin(nn.Module):
         package = with_expert(self.package_now(), name, model, rank or own or max([1, *ranks]), progress)
         if inputs is not None and self.router is not None and not from_experts:
             found = read_features(self, inputs, self.layers, name, batch_rows, progress)
+            if not found:
+                raise TwinmergeError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
             package = routed_to(package, name, torch.cat(found))
         return self._changed(package)._acting_from(self.first_layer)
 
+    @strict
     def remove(self, name: str) -> Twin:
         """The twin without an expert; what was added last and is removed leaves the bytes that were there before.
 
@@ -385,6 +414,7 @@ class Twin(nn.Module):
             twin.fit_router(kind=self.router.kind, layers=self.layers or None)
         return twin
 
+    @strict
     def rebuild(
         self,
         inputs: Mapping[str, Given] | None = None,
@@ -435,6 +465,7 @@ class Twin(nn.Module):
 
     # ------------------------------------------------------------------ routing
 
+    @strict
     def fit_router(
         self,
         inputs: Mapping[str, Given] | None = None,
@@ -472,24 +503,28 @@ class Twin(nn.Module):
         self.package = self.package._replace(router=self.router, layers=self.layers, report=told)
         return report
 
-    def route(self, batch: Mapping[str, Any], top_k: int | None = 1) -> Tensor:
+    @strict
+    def route(self, batch: Any, experts_per_row: int | None = 1) -> Tensor:
         """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones; zeros for rows that are far
         from every expert's inputs, which the shared model answers alone.
 
         Errors:
             TwinmergeError: no router is fitted.
         """
-        return routed(self, batch, top_k).weights
+        check_batch(batch)
+        if experts_per_row is not None:
+            at_least_one("experts_per_row", experts_per_row)
+        return routed(self, batch, experts_per_row).weights
 
     # ------------------------------------------------------------------ answering
 
     def forward(
         self,
-        *,
+        *unnamed: Any,
         mixture: MixtureLike | None = None,
         expert: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
-        top_k: int | None = -1,
+        experts_per_row: PerRow = "own",
         normalize: bool = False,
         free: bool = False,
         oracle_biases: Sequence[str] | None = None,
@@ -505,7 +540,7 @@ class Twin(nn.Module):
             free: take any finite weights, negative ones and larger sums too.
             expert: a name for all rows or one per row: weight 1 for it, and its head.
             head: a name for all rows or one per row; by default that of the expert of largest weight.
-            top_k: of the router; the twin's own `top_k` (1) where not given, None for soft mixtures.
+            experts_per_row: of the router; the twin's own `experts_per_row` (1) where not given, None for soft mixtures.
             oracle_biases: one expert per row whose biases are used in full whatever the mixture. Only to reproduce the
                 paper's evaluation, which hands the labelled task's biases in.
             strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/planner.py`); the fastest
@@ -515,35 +550,57 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
         """
+        if unnamed:
+            check_batch(unnamed[0])
+            raise TwinmergeError("A batch is given by name: twin(**batch).")
+        if "top_k" in batch:
+            raise TwinmergeError(TOP_K)
+        check_batch(batch)
+        check_names(self, batch)
         size = batch_size(batch)
-        weights, nearest, early = mixtures(self, batch, mixture, expert, top_k, normalize, free)
+        weights, nearest, early = mixtures(self, batch, mixture, expert, experts_per_row, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
         likely = chosen if nearest is None else [self.experts[k] for k in nearest.tolist()]
         heads = heads_of_rows(self, head, likely)
         biases = None
         if oracle_biases is not None:
             biases = one_hot(per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
-        way = "stacked" if biases is not None else strategy or self.strategy
+        way = "stacked" if biases is not None else self.strategy if strategy is None else strategy
         with self.lock:
             way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
             found = answer(self, batch, heads, weights, way, biases, early)
         return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
 
+    @strict
     def generate(
         self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
         *,
         mixture: MixtureLike | None = None,
         expert: str | Sequence[str] | None = None,
-        top_k: int | None = -1,
+        experts_per_row: PerRow = "own",
         normalize: bool = False,
         free: bool = False,
         strategy: str | None = None,
-        **inputs: Any,
+        **options: Any,
     ) -> Any:
-        """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout."""
-        weights = mixtures(self, prompt_of(inputs), mixture, expert, top_k, normalize, free).weights
+        """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout.
+
+        Args:
+            inputs: the prompts' tokens, as transformers' first argument; or give `input_ids`, `attention_mask`, ... by name.
+            mixture, expert, experts_per_row, normalize, free, strategy: as in the call of the twin.
+            options: every other argument of transformers' `generate` (`max_new_tokens`, `num_beams`, `top_k`, `streamer`, ...), but
+                for `assistant_model` and `custom_generate`.
+
+        Errors:
+            TwinmergeError: as in the call of the twin; a model that does not generate; arguments that it does not take.
+        """
+        given = options if generation_config is None else {**options, "generation_config": generation_config}
+        given = named(self, inputs, given)
+        weights = mixtures(self, prompt_of(given), mixture, expert, experts_per_row, normalize, free).weights
         with self.lock:
-            return generate(self, weights, strategy or self.strategy, inputs)
+            return generate(self, weights, self.strategy if strategy is None else strategy, given)
 
     def pin(self, **choice: Any) -> Pinned:
         """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see `Pinned`).
@@ -551,15 +608,20 @@ class Twin(nn.Module):
         Errors:
             TwinmergeError: a prompt of several rows, or neither prompt nor mixture.
         """
-        weights = self.mixtures(prompt_of(choice), **{k: v for k, v in choice.items() if k in CHOICE})
+        prompt = prompt_of(choice)
+        weights = self.mixtures(prompt, **{k: v for k, v in choice.items() if k not in prompt})
         if len(weights) != 1:
             raise TwinmergeError(f"A conversation has one mixture, got {len(weights)} rows. Give one prompt.")
         return Pinned(self, weights[0])
 
-    def mixtures(self, batch: Mapping[str, Any], **choice: Any) -> Tensor:
+    @strict
+    def mixtures(self, batch: Any, **choice: Any) -> Tensor:
         """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
+        check_batch(batch)
+        check_choice(choice)
         return mixtures(self, batch, **choice).weights
 
+    @strict
     def score(
         self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_rows: int = 32, **choice: Any
     ) -> list[Score]:
@@ -567,37 +629,39 @@ class Twin(nn.Module):
 
         Args:
             contexts, continuations: texts, or lists of tokens; one continuation for each context.
-            choice: mixture, normalize, free, expert or top_k, as in the call of the twin.
+            choice: mixture, normalize, free, expert or experts_per_row, as in the call of the twin.
 
         Errors:
             TwinmergeError: no language model, empty texts, numbers that differ.
         """
         return score(self, contexts, continuations, batch_rows, choice)
 
-    def explain(
-        self, batch: Mapping[str, Any], *, measure: bool = True, repeats: int = 5, **choice: Any
-    ) -> Explanation:
+    @strict
+    def explain(self, batch: Any, *, measure: bool = True, repeats: int = 5, **choice: Any) -> Explanation:
         """What each way of mixing this batch is expected to take and takes, and which one is chosen. Print it.
 
         Args:
             measure: run each way; `repeats` times.
-            choice: mixture, expert, top_k, normalize or free, as in the call of the twin.
+            choice: mixture, expert, experts_per_row, normalize or free, as in the call of the twin.
         """
+        at_least_one("repeats", repeats)
         weights = self.mixtures(batch, **choice)
         with self.lock:
             return explain(self, batch, weights, measure, repeats)
 
     @torch.no_grad()
+    @strict
     def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
         """The label name of each text, or `Prediction`s with `detail`.
 
         Args:
             texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
-            choice: mixture, normalize, free, expert, head or top_k, as in the call of the twin.
+            choice: mixture, normalize, free, expert, head or experts_per_row, as in the call of the twin.
         """
         found = predict(self, texts, batch_rows, choice)
         return found if detail else [p.label for p in found]
 
+    @strict
     def weights_for(self, mixture: Mapping[str, float]) -> dict[str, Tensor]:
         """The dense weights of one fixed mixture: canonical name -> θs + Σ wt vt. The reference for the runtime."""
         row = mixture_weights(mixture, self.experts, 1)[0].tolist()
@@ -611,6 +675,13 @@ class Twin(nn.Module):
                 for name, m in part.masked.items():
                     state[name] = unmasked(state[name], m.vector, m.mask(), weight * m.scale)
         return state
+
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """What a batch may hold by name."""
+        modules = [self.model.body, *self.model.outer.values()]
+        named = {name for module in modules for name in signature(module.forward).parameters}
+        return frozenset(named | set(TransformersKwargs.__annotations__))
 
     @property
     def encoder(self) -> TextEncoder:

@@ -71,9 +71,9 @@ class Router(nn.Module, ABC):
             )
         return self._logits(features.float())
 
-    def weights(self, features: Tensor, top_k: int | None = 1) -> Tensor:
-        """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `top_k` largest, renormalised."""
-        return top_weights(torch.softmax(self.logits(features) / self.temperature, -1), top_k)
+    def weights(self, features: Tensor, experts_per_row: int | None = 1) -> Tensor:
+        """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `experts_per_row` largest, renormalised."""
+        return top_weights(torch.softmax(self.logits(features) / self.temperature, -1), experts_per_row)
 
     def far(self, features: Tensor) -> Tensor:
         """(rows,): True for rows that are nobody's, which the shared model answers alone."""
@@ -82,20 +82,22 @@ class Router(nn.Module, ABC):
         return self.novelty.far(features)
 
 
-def top_weights(weights: Tensor, top_k: int | None) -> Tensor:
+def top_weights(weights: Tensor, experts_per_row: int | None) -> Tensor:
     """Keep the k largest of each row (the first among equals) and divide by their sum; None or all keeps every one.
 
     Errors:
-        TwinmergeError: top_k below 1.
+        TwinmergeError: experts_per_row below 1.
 
     Example:
         >>> top_weights(torch.tensor([[0.5, 0.3, 0.2]]), 2)
         tensor([[0.6250, 0.3750, 0.0000]])
     """
-    if top_k is None or top_k >= weights.shape[-1]:
+    if experts_per_row is None or experts_per_row >= weights.shape[-1]:
         return weights
-    if top_k < 1:
-        raise TwinmergeError(f"top_k={top_k} is out of range. Give at least 1, or none for all experts.")
-    chosen = torch.sort(weights, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    if experts_per_row < 1:
+        raise TwinmergeError(
+            f"experts_per_row={experts_per_row} is out of range. Give at least 1, or none for all experts."
+        )
+    chosen = torch.sort(weights, dim=-1, descending=True, stable=True).indices[..., :experts_per_row]
     kept = torch.zeros_like(weights).scatter(-1, chosen, weights.gather(-1, chosen))
     return kept / kept.sum(-1, keepdim=True)

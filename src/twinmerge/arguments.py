@@ -1,0 +1,227 @@
+"""Arguments of a wrong kind become one sentence, by what the signature says."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from typing import Any, ParamSpec, TypeVar
+
+from twinmerge.errors import TwinmergeError, nearest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", os.PathLike: "a path"}
+
+
+def strict(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of the public surface refuse arguments that its annotations do not allow, in one sentence.
+
+    Looked at are texts, numbers, paths, literals, mappings and lists with what is in them, and classes; `Any` allows all, and so
+    does what only a type checker imports.
+
+    Errors:
+        TwinmergeError: an argument that is missing, unknown, given twice or of another kind.
+
+    Example:
+        >>> @strict
+        ... def mix(parts: Mapping[str, float], rank: int | None = None) -> int:
+        ...     return len(parts)
+        >>> mix({"a": 1, "b": 0.5})
+        2
+        >>> mix(["a"])
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: mix takes parts as a mapping from a text to a number, not ['a'] (a list).
+        >>> mix({}, rnk=2)
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: mix has no argument 'rnk'. Did you mean 'rank'?
+    """
+    signature = inspect.signature(function)
+    name = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
+    kinds: dict[str, Any] = {}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise _no_call(name, signature, kwargs, error) from None
+        for argument, value in given.items():
+            parameter = signature.parameters[argument]
+            if value is parameter.default or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            if argument not in kinds:
+                kinds[argument] = _kind(parameter.annotation, function)
+            if not fits(value, kinds[argument]):
+                raise TwinmergeError(
+                    f"{name} takes {argument} as {described(kinds[argument])}, not {shown(value)}.{_meant(value, kinds[argument])}"
+                )
+        return function(*args, **kwargs)
+
+    return call
+
+
+def strict_class(kind: type[T]) -> type[T]:
+    """The same for what a class is made with."""
+    kind.__init__ = strict(kind.__init__)  # type: ignore[misc]
+    return kind
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind, by an annotation.
+
+    Example:
+        >>> fits(1, float), fits(True, int), fits("abc", Sequence[str]), fits({"a": 1}, Mapping[str, str]), fits("x", Any)
+        (True, False, False, False, True)
+    """
+    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inside)
+    if origin is typing.Literal:
+        return any(value is one or (type(value) is type(one) and value == one) for one in inside)
+    if kind is Any:
+        return True
+    if kind is None or kind is type(None):
+        return value is None
+    if origin is bool:
+        return isinstance(value, bool) or type(value).__name__ == "bool_"
+    if origin in (int, float):
+        number = numbers.Integral if origin is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            return False
+        return not inside or all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
+    if origin in (Sequence, list, tuple, Collection):  # anything that has a length and an order will do
+        plain = isinstance(value, Sized) and (hasattr(value, "__getitem__") or origin is Collection)
+        if not plain or isinstance(value, (str, bytes, Mapping)):
+            return False
+        if origin is tuple and Ellipsis not in inside:
+            return len(value) == len(inside) and all(map(fits, value, inside))
+        try:
+            return not inside or inside[0] is Any or all(fits(item, inside[0]) for item in value)
+        except TypeError:  # a tensor without axes
+            return False
+    if origin is Iterable:
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    return isinstance(value, origin) if isinstance(origin, type) else True
+
+
+def described(kind: Any) -> str:
+    """A kind in words.
+
+    Example:
+        >>> described(Mapping[str, float] | None), described(str | os.PathLike[str])
+        ('a mapping from a text to a number or None', 'a text or a path')
+    """
+    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(described(one) for one in inside))
+    if origin is typing.Literal:
+        return " or ".join(repr(one) for one in inside)
+    if kind is Any:
+        return "anything"
+    if kind is None or kind is type(None):
+        return "None"
+    if origin is Mapping:
+        return "a mapping" + (f" from {described(inside[0])} to {described(inside[1])}" if inside else "")
+    if origin is tuple and Ellipsis not in inside:
+        return f"({', '.join(map(described, inside))})"
+    if origin in (Sequence, list, tuple, Collection, Iterable):
+        return "a list" + (f" of {described(inside[0])}" if inside and inside[0] is not Any else "")
+    if isinstance(origin, type) and issubclass(origin, os.PathLike):
+        return "a path"
+    return WORDS.get(origin) or (f"a {origin.__name__}" if isinstance(origin, type) else "anything")
+
+
+def shown(value: Any) -> str:
+    """A value for a sentence, short.
+
+    Example:
+        >>> shown(None), shown([1]), shown("x" * 100)
+        ('None', '[1] (a list)', "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx... (a str)")
+    """
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    if not isinstance(value, (str, bytes, int, float, list, tuple, dict, os.PathLike)):
+        return f"a {kind}"
+    text = " ".join(repr(value).split())
+    return f"{text if len(text) <= 42 else text[:39] + '...'} ({'an' if kind[0] in 'aeiou' else 'a'} {kind})"
+
+
+def at_least_one(name: str, value: Any) -> int:
+    """A count.
+
+    Errors:
+        TwinmergeError: no whole number from 1 on.
+
+    Example:
+        >>> at_least_one("batch_rows", 0)
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: batch_rows is 0. Give a whole number from 1 on.
+    """
+    if not fits(value, int) or value < 1:
+        told = value if fits(value, int) else shown(value)
+        raise TwinmergeError(f"{name} is {told}. Give a whole number from 1 on.")
+    return int(value)
+
+
+def _meant(value: Any, kind: Any) -> str:
+    """The nearest of the texts that an argument may be."""
+    if typing.get_origin(kind) is typing.Literal and isinstance(value, str):
+        return nearest(value, typing.get_args(kind))
+    return ""
+
+
+def device_known(device: Any) -> None:
+    """Refuse a device that PyTorch does not know.
+
+    Errors:
+        TwinmergeError: a name that is none.
+    """
+    if str(device) == "cpu":
+        return
+    import torch
+
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise TwinmergeError(f"There is no device {shown(device)}. Name cpu, cuda or mps.") from error
+
+
+def _kind(annotation: Any, function: Callable[..., Any]) -> Any:
+    """What an annotation means; anything where it has a name that only a type checker knows."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, function.__globals__)  # the library's own source, as typing.get_type_hints does
+    except (NameError, AttributeError, TypeError):
+        return Any
+
+
+def _no_call(name: str, signature: inspect.Signature, kwargs: Mapping[str, Any], error: TypeError) -> TwinmergeError:
+    """Arguments that no call has."""
+    known = [
+        n
+        for n, p in signature.parameters.items()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in ("self", "cls")
+    ]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    strange = [n for n in kwargs if n not in known]
+    if strange and not takes_all:
+        return TwinmergeError(
+            f"{name} has no argument {strange[0]!r}.{nearest(strange[0], known) or ' It has: ' + ', '.join(known) + '.'}"
+        )
+    return TwinmergeError(f"{name} cannot be called like this: {error}. Its arguments are {', '.join(known)}.")
