@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,7 @@ class Continual:
         self._base = base
         with StateFile(self.folder) as state:
             self.about, self.fingerprint = state.about, state.base
+        self.finished = _finish(self.about)
         self.method = fold_of(self.about.method, self.about.parameters)
 
     @classmethod
@@ -100,11 +102,11 @@ class Continual:
     # ------------------------------------------------------------------ experts come and go
 
     @strict
-    def add(self, name: str, model: ModelLike) -> None:
+    def add(self, name: str, model: ModelLike, twin: tuple[str, str] | None = None) -> None:
         """Take in one more expert; killed at any time, the old state is whole.
 
         Args:
-            name: a new one; model: tuned from the state's base.
+            name: a new one; model: tuned from the state's base; twin: see `Description` and `add_to_both`.
 
         Errors:
             TwinmergeError: a name that is in use, a model of another base or kind, NaN or infinity in it, a state that is damaged.
@@ -130,7 +132,10 @@ class Continual:
             kept = None if head is None else write_head(self.folder, name, head, self.fingerprint)
             entry = Arrived(name, expert.name, print_of, "", 0.0, licence_of(expert.folder), kept)
             about = replace(
-                about, experts=(*about.experts, entry), removed=tuple(n for n in about.removed if n != name)
+                about,
+                experts=(*about.experts, entry),
+                removed=tuple(n for n in about.removed if n != name),
+                twin=twin,
             )
             try:
                 self.about = Change("absorb", self.method, self.base, state, about, expert, names).write(self.progress)
@@ -168,7 +173,7 @@ class Continual:
                 )
             names, _ = self._matched(state, name, expert)
             left = tuple(e for e in about.experts if e.name != name)
-            about = replace(about, experts=(*left, entry), removed=(*about.removed, name))
+            about = replace(about, experts=(*left, entry), removed=(*about.removed, name), twin=None)
             self.about = Change("release", self.method, self.base, state, about, expert, names).write(self.progress)
             remove_others(self.folder, self.about)
 
@@ -305,6 +310,17 @@ class Continual:
             raise TwinmergeError(
                 f"Taking {entry.name!r} out needs the expert itself, and it cannot be read: {error} Say where it is with --expert."
             ) from error
+
+
+def _finish(about: Description) -> Path | None:
+    """Give its name to the twin that took the last expert together with the state, where a kill came between; the folder, if so."""
+    if about.twin is None:
+        return None
+    folder, key = about.twin
+    with contextlib.suppress(TwinmergeError, OSError):  # whoever only reads the state must not fail for it
+        if OutputFolder(folder, key=key).finish():
+            return Path(folder)
+    return None
 
 
 def seen_of(about: Description) -> Seen:

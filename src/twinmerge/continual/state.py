@@ -45,7 +45,8 @@ class Description:
     """What the state is of.
 
     base_model: where the base was; method, parameters: of the fold; heads: patterns of tensors that stay with each expert; dtype: of the
-    sums; experts: in their order; removed: names that were taken out again; state_norm: ‖state‖.
+    sums; experts: in their order; removed: names that were taken out again; state_norm: ‖state‖; twin: the folder of a twin that took
+    the last expert too, and the key of its output, which only lacked its name when the state was written.
     """
 
     base_model: str
@@ -56,6 +57,7 @@ class Description:
     experts: tuple[Arrived, ...] = ()
     removed: tuple[str, ...] = ()
     state_norm: float = 0.0
+    twin: tuple[str, str] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,6 +68,8 @@ class Description:
         known = {key: value for key, value in header.items() if key != "seal"}  # version 2 had one of its own
         experts = tuple(Arrived(**expert) for expert in known.pop("experts"))
         heads, removed = tuple(known.pop("heads")), tuple(known.pop("removed"))
+        twin = known.pop("twin")
+        known["twin"] = None if twin is None else (str(twin[0]), str(twin[1]))
         found = cls(experts=experts, heads=heads, removed=removed, **known)
         if len(set(found.names)) != len(found.names) or not all(np.isfinite([e.norm for e in experts])):
             raise ValueError("experts")

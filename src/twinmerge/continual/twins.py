@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,10 @@ def add_to_both(
     inputs: Given | None = None,
     rank: int | None = None,
 ) -> Twin:
-    """One more expert in the state and in a twin, or in neither.
+    """One more expert in the state and in a twin, or in neither, killed at any time.
+
+    The state is written once the twin is whole on the disk but for its name. If a kill comes between, whoever opens the state next
+    gives the twin its name.
 
     The twin's shared part stays as it is, so that what its other experts answer stays too; the new one's part is what it knows
     beyond that. `twin_of` makes a twin around the state's model of now, which needs all experts.
@@ -90,12 +93,13 @@ def add_to_both(
     Errors:
         TwinmergeError: as `Continual.add` and `Twin.add`.
     """
+    where = Path(out).absolute()
+    if continual.finished == where and name in continual.about.names:  # all that was left of a run that was killed
+        return Twin.from_pretrained(out)
     OutputFolder(out).check()
     larger = Twin.from_pretrained(twin).add(name, model, inputs, rank=rank, progress=continual.progress)
-    larger.save_pretrained(out)
-    try:
-        continual.add(name, model)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+    key = uuid.uuid4().hex
+    output = OutputFolder(out, key=key)
+    output.before_naming = lambda: continual.add(name, model, (str(where), key))
+    larger.write(output, {})
     return larger

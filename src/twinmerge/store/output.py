@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from twinmerge.store.checkpoint_writer import CheckpointWriter as CheckpointWrit
 from twinmerge.store.checkpoint_writer import layout as layout
 from twinmerge.store.checkpoint_writer import write_checkpoint as write_checkpoint
 from twinmerge.store.header import header_of as header_of
-from twinmerge.store.manifest import write_manifest
+from twinmerge.store.manifest import Manifest, write_manifest
 
 try:
     import fcntl
@@ -47,6 +47,9 @@ class _Output:
 
     A `.partial` without a lock and a journal of ours is somebody else's, and is left alone.
 
+    Attributes:
+        before_naming: is called once all is on the disk, just before it gets its name; where it fails, so does the output.
+
     Args:
         target: what will be there; key: what identifies the work, None for one that is always begun anew; needed_bytes: of space.
     """
@@ -62,6 +65,7 @@ class _Output:
         self.needed_bytes = needed_bytes
         self.key = key
         self.done: list[dict[str, Any]] = []
+        self.before_naming: Callable[[], object] | None = None
         self._lock: int | None = None
         self._journal: int | None = None
 
@@ -120,6 +124,8 @@ class _Output:
             try:
                 self._complete()
                 self._sync()
+                if self.before_naming is not None:
+                    self.before_naming()
                 named = True
                 self._appear()
             except BaseException as late:
@@ -270,6 +276,20 @@ class OutputFolder(_Output):
         super().__init__(folder, key, needed_bytes)
         self.folder, self._kept, self._manifest = self.target, set(kept), manifest
         self.sums: dict[str, Mapping[str, str]] = {}
+
+    def finish(self) -> bool:
+        """Give its name to what an earlier run with this key left whole; False where it left no such thing."""
+        if self.key is None or not _is_ours(self.partial) or self.content.is_symlink():
+            return False
+        if _read_journal(self.partial / JOURNAL, self.key) is None or Manifest.of(self.content) is None:
+            return False
+        self._lock = _lock(self.partial / LOCK, self.target)
+        try:
+            self._check_target()
+            self._appear()
+        finally:
+            self._unlock()
+        return True
 
     def _check_target(self) -> None:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):

@@ -81,16 +81,15 @@ def is_twin(folder: Path) -> bool:
     return find(folder, TWIN) is not None
 
 
-def save(folder: str | Path, package: Package, side_files: Path | None, card: str, about: Mapping[str, Any]) -> Path:
+def save(output: OutputFolder, package: Package, side_files: Path | None, card: str, about: Mapping[str, Any]) -> Path:
     """Write a twin folder, whole or not at all; it loads in stock transformers as the shared model."""
     shared = package.shared
     specs = {shared.stored[n]: spec for n, spec in shared.specs.items()}
     canonical = {shared.stored[n]: n for n in shared.specs}
     numel = sum(part.numel() for part in package.exclusive.values())
     vectors = sum(v.nbytes for v in shared_vectors(package.exclusive.values()).values())
-    needed = sum(spec.bytes for spec in specs.values()) + 4 * numel + vectors
+    output.needed_bytes = sum(spec.bytes for spec in specs.values()) + 4 * numel + vectors
     files = layout(specs)
-    output = OutputFolder(folder, needed)
     with output as partial:
         names = [name for shard in files.values() for name in shard]
         output.sums[OUTPUT] = write_checkpoint(partial, files, ((name, shared.read(canonical[name])) for name in names))
@@ -110,7 +109,7 @@ def save(folder: str | Path, package: Package, side_files: Path | None, card: st
                 )
         disk.write_json(partial / PROVENANCE, package.provenance)
         disk.write_text(partial / "README.md", card)
-    return Path(folder)
+    return output.folder
 
 
 def load(folder: Path) -> Package:

@@ -25,6 +25,7 @@ from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.foreign import find, read_text
 from twinmerge.store.locate import locate
+from twinmerge.store.output import OutputFolder
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.twin import package as folder_format
 from twinmerge.twin.answer import answer, couples_rows, positions_of
@@ -221,6 +222,10 @@ class Twin(nn.Module):
             folder: one that does not exist or is empty.
             about: expert -> more keys of its entry in heads.json, such as its task and metric.
         """
+        return self.write(OutputFolder(folder), about or {})
+
+    def write(self, output: OutputFolder, about: Mapping[str, Mapping[str, Any]]) -> Path:
+        """The same as an output that the caller made."""
         self.package = self.package_now()
         provenance = self.package.provenance
         if self.sources:
@@ -234,9 +239,9 @@ class Twin(nn.Module):
             card = read_text(readme, advice="Mend it, or take it away.") if readme else "# Twin\n"
         card = folder_format.card_of_now(card, provenance)
         known = {name: text for name, text in folder_format.about_of(self.side_files).items() if name in self.experts}
-        for name, more in (about or {}).items():
+        for name, more in about.items():
             known[name] = {**known.get(name, {}), **more}
-        return folder_format.save(folder, self.package, self.side_files, card, known)
+        return folder_format.save(output, self.package, self.side_files, card, known)
 
     @strict
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
