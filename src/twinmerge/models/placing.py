@@ -96,6 +96,12 @@ class _Placing:
             return {}
         return fused_parts(self.architecture, {name: self.base.stored[name] for name in self.base.specs})
 
+    @cached_property
+    def fused_several(self) -> set[str]:
+        """Stored tensors that lie beside others in an expert's matrix."""
+        several = [parts for parts in self.fused.values() if len({part.start for part in parts}) > 1]
+        return {part.name for parts in several for part in parts}
+
     def canonical(self, name: str) -> str:
         """Of a parameter as the adapter names it, which may be as older versions of transformers did."""
         if self.architecture is None:
@@ -171,6 +177,11 @@ class _Placing:
         if name not in self.base.specs and name not in self.base.aliases:
             attention = self.canonical(f"{plain}.in_proj_weight")
             name = attention if attention in self.base.specs else name
+        if self.config.rslora and name in self.fused_several:
+            raise TwinmergeError(
+                f"The adapter {self.adapter.name} scales {name!r} by alpha / √r (use_rslora), which PEFT reads as another number since "
+                "transformers 5 put such matrices together. Merge it into its base first, with the versions that trained it."
+            )
         whose = module.removesuffix(ATTENTION_OUTPUT) if doubled else plain
         scaling = self._scaling(whose, self.path(name).removesuffix(".out_proj" if doubled else ""), pair.a.shape[0])
         if doubled:
