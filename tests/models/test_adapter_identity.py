@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import twinmerge as tm
+from twinmerge.engine.lora import merge_lora
 from twinmerge.errors import TwinmergeError
+from twinmerge.measure.model import Measured
 from twinmerge.models.adapter_config import checked_config
 from twinmerge.models.fused import stack_of
 from twinmerge.models.in_memory import adapter_of
@@ -108,6 +110,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied apart from it": ("tied", {"target_modules": QV}),
     "save": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
     "tokens": ("llama", {"target_modules": QV, "trainable_token_indices": [3, 17, 5]}),
+    "tokens of both": (
+        "llama",
+        {"target_modules": QV, "trainable_token_indices": {"lm_head": [3, 17], "embed_tokens": [5]}},
+    ),
+    "tokens t5": ("t5", {"target_modules": ["q"], "trainable_token_indices": [3]}),
+    "tied both": ("tied", {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}),
+    "norms": ("llama", {"target_modules": QV, "modules_to_save": ["norm"], "bias": "all"}),
+    "mixtral all-linear": ("mixtral", {"target_modules": "all-linear"}),
+    "qwen3 router": ("qwen3", {"target_modules": ["gate"]}),
     "tokens tied": ("tied", {"target_modules": QV, "trainable_token_indices": {"embed_tokens": [3, 17]}}),
     "parameters": ("llama", {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"]}),
@@ -209,7 +220,10 @@ def test_one_adapter_is_what_peft_computes(tmp_path: Path, case: str) -> None:
     memory = open_model(truth)
     theirs = {n: memory.read(n).clone() for n in memory.specs}
     merged = truth.merge_and_unload()
-    twice = case == "tied together"  # PEFT merges one product into the one tensor for each of its two names
+    twice = case in (
+        "tied together",
+        "tied both",
+    )  # PEFT merges one product into the one tensor for each of its two names
     if not twice:
         near(answer(merged), want, 2e-5)
         of_theirs = open_model(merged)
@@ -401,6 +415,11 @@ def test_patterns_in_old_names(tmp_path: Path) -> None:
         ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
         ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
         ("t5", {"target_modules": ["q", "shared"]}),
+        ("t5", {"target_modules": ["q", "shared"], "ensure_weight_tying": True}),
+        ("t5", {"target_modules": ["q"], "modules_to_save": ["shared"], "ensure_weight_tying": True}),
+        ("gpt2", {"target_modules": ["c_attn", "wte"], "ensure_weight_tying": True}),
+        ("tied", {"target_modules": QV, "trainable_token_indices": {"lm_head": [3, 17], "embed_tokens": [5]}}),
+        ("tied", {"target_modules": QV, "trainable_token_indices": {"lm_head": [3, 17]}}),
         ("tied", {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": "pissa"}),
     ],
 )
@@ -409,7 +428,7 @@ def test_one_of_two_tied_tensors(tmp_path: Path, family: str, options: dict[str,
     model_class, base = made(family, tmp_path / "base")
     lora = trained(model_class, base, tmp_path / "lora", **options)
     for model in (f"{base}+{lora}", loaded(model_class, base, lora)):
-        with pytest.raises(TwinmergeError, match="ties"):
+        with pytest.raises(TwinmergeError, match="ties|Untie"):
             open_model(model)
 
 
@@ -582,6 +601,8 @@ def test_every_command_sees_the_same_model(tmp_path: Path, case: str) -> None:
         near(ours.read(name), theirs.read(name))
         near(torch.from_numpy(ours.beginning(name, 5)).view(torch.float32), theirs.read(name).flatten()[:5])
 
+    if family != "qwen3":
+        near(answer(Measured(ref).module), answer(model_class.from_pretrained(full)), 2e-5)
     said = tm.diff(ref, full, progress=False)
     assert said.total.relative < 1e-6
 
@@ -591,3 +612,67 @@ def test_every_command_sees_the_same_model(tmp_path: Path, case: str) -> None:
         state.materialise(tmp_path / f"out of {name}")
     one, two = (model_class.from_pretrained(tmp_path / f"out of {n}") for n in ("adapter", "full"))
     near(answer(one), answer(two), 2e-5)
+
+
+@pytest.mark.parametrize("case", ["pissa", "olora", "rslora", "both ends"])
+def test_a_merged_adapter_of_one_is_the_one(tmp_path: Path, case: str) -> None:
+    """What PiSSA and OLoRA take from the base goes into the factors of the plain LoRA that comes out."""
+    family, options = CASES[case]
+    model_class, base = made(family, tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    merge_lora(base, {"a": lora}, tmp_path / "out", progress=False)
+    want = answer(loaded(model_class, base, lora))
+    near(answer(loaded(model_class, base, str(tmp_path / "out"))), want, 2e-5)
+    near(merged_answer(model_class, base, str(tmp_path / "out"), tmp_path / "full"), want, 2e-5)
+
+
+def test_rows_do_not_fit_into_a_merged_adapter(tmp_path: Path) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=QV, trainable_token_indices=[3])
+    with pytest.raises(TwinmergeError, match="embed_tokens.weight"):
+        merge_lora(base, {"a": lora}, tmp_path / "out", progress=False)
+    found = merge_lora(base, {"a": lora}, tmp_path / "out", drop_heads=True, progress=False)
+    assert found.dropped == {"a": ["embed_tokens.weight"]}
+
+
+@pytest.mark.parametrize("case", ["plain", "pissa", "gpt2", "convolutions", "save"])
+def test_a_base_without_its_config(tmp_path: Path, case: str) -> None:
+    """A bare checkpoint: names and shapes alone tell what the adapter changes."""
+    family, options = CASES[case]
+    model_class, base = made(family, tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    merged = loaded(model_class, base, lora).merge_and_unload().state_dict()
+    (tmp_path / "base" / "config.json").unlink()
+    ours = open_model(f"{base}+{lora}")
+    for name in ours.specs:
+        near(ours.read(name), merged[name])
+
+
+def test_a_resized_vocabulary_is_refused(tmp_path: Path) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    model = model_class.from_pretrained(base)
+    model.resize_token_embeddings(44)
+    for number, options in enumerate(({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]})):
+        config = peft.LoraConfig(**{"target_modules": ["q_proj"], **options}, r=2, init_lora_weights=False)
+        lora = tmp_path / str(number)
+        peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(lora)
+        with pytest.raises(TwinmergeError, match=r"as \[44, 16\], in its base .* it is \[40, 16\]"):
+            merged_answer(model_class, base, str(lora), tmp_path / "out")
+
+
+def test_a_head_that_the_class_does_not_have(tmp_path: Path) -> None:
+    """Never "remove it, or name it as a head"."""
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=QV)
+    for name in ("value_head.weight", "model.layers.0.mlp.gates.weight", "module.lm_head.weight"):
+        rewritten(lora, lambda t, name=name: {**t, f"base_model.model.{name}": torch.ones(2, 16)})
+        with pytest.raises(TwinmergeError, match=name.replace("model.", "")) as told:
+            merged_answer(model_class, base, lora, tmp_path / "out")
+        assert "--head" not in str(told.value)
+        rewritten(lora, lambda t, name=name: {k: v for k, v in t.items() if name not in k})
+
+
+def test_peft_around_other_models() -> None:
+    net = peft.get_peft_model(Convolutional(), peft.LoraConfig(target_modules=["one"]))
+    with pytest.raises(TwinmergeError, match="is a Convolutional, not a model of transformers"):
+        open_model(net)

@@ -283,12 +283,28 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
     return OpenedModel(name, specs, stored, architecture, InMemory(tensors))
 
 
+def _refuse_strange(inner: Any, name: str) -> None:
+    from transformers import PretrainedConfig
+
+    config = getattr(inner, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise TwinmergeError(
+            f"The base of {name} is a {type(inner).__name__}, not a model of transformers. Give it as a folder of safetensors, merged "
+            "(merge_and_unload)."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise TwinmergeError(
+            f"The base of {name} is quantised, and quantised weights cannot be merged. Load the base in 16 or 32 bits, and the adapter on it."
+        )
+
+
 def _open_peft(model: Any, name: str) -> OpenedModel:
     from twinmerge.models.architecture import Architecture
     from twinmerge.models.in_memory import adapter_of, base_tensors
 
-    adapter = adapter_of(model, name)
     inner = model.get_base_model()
+    _refuse_strange(inner, name)
+    adapter = adapter_of(model, name)
     plain = base_tensors(inner)
     architecture = Architecture(inner.config, type(inner))
     stored = {architecture.of_module(k): k for k in plain}

@@ -130,13 +130,14 @@ class _Placing:
             change = found.get(own, Change())
             if self._is_copy(name, own, tensor):
                 continue
-            self._known(name, own)
+            self._known(name, own, tensor)
             found[own] = change._replace(dense=tensor, taken=None)
         for module, rows in self.adapter.rows.items():
             name, change = self._of_rows(module, rows)
             if name in found:
                 raise TwinmergeError(
-                    f"The adapter {self.adapter.name} changes {name!r} by rows and as a whole. Merge it into its base first (merge_and_unload)."
+                    f"The adapter {self.adapter.name} changes {name!r} in two ways, by rows or under two names. Untie the base "
+                    "(tie_word_embeddings=False), or merge the adapter into it first (merge_and_unload)."
                 )
             found[name] = change
         return self._tied(found)
@@ -153,7 +154,19 @@ class _Placing:
         base = self.base.read(own if own in self.base.specs else stored)
         return torch.equal(tensor.to(base.dtype), base)
 
-    def _known(self, name: str, own: str) -> None:
+    def _known(self, name: str, own: str, tensor: Tensor | None = None) -> None:
+        spec = self.base.specs.get(own)
+        body = self.architecture is not None and self.architecture.is_body(own)
+        if (
+            tensor is not None
+            and spec is not None
+            and spec.shape != tuple(tensor.shape)
+            and (body or name in self.adapter.copies)
+        ):
+            raise TwinmergeError(
+                f"The adapter {self.adapter.name} holds {own!r} as {list(tensor.shape)}, in its base {self.base.name} it is {list(spec.shape)}. "
+                "Name the base that the adapter was trained on (resize_token_embeddings and save it, if its vocabulary grew)."
+            )
         if own in self.base.specs or own in self.in_class or own in self.base.aliases:
             return
         listed = any(f".{module}." in f".{name}" for module in self.config.saved)
@@ -254,6 +267,11 @@ class _Placing:
 
     def _fits(self, name: str, factors: Factors | Stack) -> None:
         specs, aliases = self.base.specs, self.base.aliases
+        if name not in specs and name not in aliases and name in self.in_class:
+            raise TwinmergeError(
+                f"The adapter {self.adapter.name} changes {name!r}, which the files of the base {self.base.name} hold in another form. Merge "
+                "the adapter into it first (merge_and_unload, save_pretrained) and give the full model."
+            )
         if name not in specs and name not in aliases:
             raise TwinmergeError(
                 f"The adapter {self.adapter.name} changes {name!r}, which its base {self.base.name} does not have."
@@ -349,7 +367,10 @@ class _Placing:
     def _of_rows(self, module: str, rows: Tensor) -> tuple[str, Change]:
         name = self.canonical(f"{module}.weight")
         self._known(f"{module}.weight", name)
-        name = self.base.aliases.get(name, name)
+        if (
+            name in self.base.aliases and self.base.aliases[name] in self.base.specs
+        ):  # of the embeddings, PEFT ties them
+            raise _alone(self.adapter.name, self.base.name, name, self.base.aliases[name])
         tokens = self.config.tokens
         named = [at for of, at in tokens.items() if of is not None and _ends(module, of)]
         at = named[0] if named else tokens.get(None)
@@ -379,18 +400,22 @@ class _Placing:
                         f"{self.base.name} ties them: one tensor cannot hold both. Untie the base (tie_word_embeddings), or train an adapter "
                         "of one of them."
                     )
-            if len(changed) < len(names) and not self.config.tied:
+            if len(changed) < len(names):
                 rest = next(n for n in names if n not in found)
-                raise TwinmergeError(
-                    f"The adapter {self.adapter.name} changes {changed[0]!r} alone, but the base {self.base.name} ties it to {rest!r}: with "
-                    "PEFT only the one changes, and one tensor cannot hold both. Untie the base (save it with tie_word_embeddings=False "
-                    "and its own output layer), or train with ensure_weight_tying."
-                )
+                raise _alone(self.adapter.name, self.base.name, changed[0], rest)
             change = found[changed[0]]
             for n in changed:
                 del found[n]
             found[own] = change
         return found
+
+
+def _alone(adapter: str, base: str, name: str, other: str) -> TwinmergeError:
+    return TwinmergeError(
+        f"The adapter {adapter} changes {name!r} alone, but the base {base} ties it to {other!r}: with PEFT only the one changes, and one "
+        "tensor cannot hold both. Untie the base (save it with tie_word_embeddings=False and its own output layer), or train an adapter "
+        "that changes both alike."
+    )
 
 
 def _ends(name: str, end: str) -> bool:

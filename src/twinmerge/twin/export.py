@@ -119,7 +119,9 @@ def export_lora(
     modules = carried(architecture, low, MATRICES if server == "vllm" else KINDS)
     if server == "vllm":
         _refuse_experts(twin, used)
-        tied = set(architecture.aliases.values())  # without the embeddings, an output layer that is tied to them stays as well
+        tied = set(
+            architecture.aliases.values()
+        )  # without the embeddings, an output layer that is tied to them stays as well
         modules = {path: one for path, one in modules.items() if one.name not in tied}
     if not modules:
         raise TwinmergeError(
