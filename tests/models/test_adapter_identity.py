@@ -147,6 +147,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-oss": ("gpt-oss", {"target_modules": QV, "target_parameters": EXPERTS}),
 }  # fmt: skip
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 FAST = ("pissa", "both ends", "tied together", "tokens", "gpt2 lora_bias", "bert", "convolutions", "attention", "qwen3 patterns")  # fmt: skip
 
 
@@ -208,7 +214,7 @@ def near(got: torch.Tensor, want: torch.Tensor, atol: float = 1e-6) -> None:
     torch.testing.assert_close(got.float(), want.float(), rtol=1e-6, atol=atol)
 
 
-@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", [c if c in FAST else slow(c) for c in CASES])
 def test_one_adapter_is_what_peft_computes(tmp_path: Path, case: str) -> None:
     family, options = CASES[case]
     model_class, base = made(family, tmp_path / "base")
@@ -370,7 +376,7 @@ def llava(folder: Path) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"alpha_pattern": {"q_proj": 9}, "rank_pattern": {"v_proj": 2}}], ids=["plain", "patterns"]
+    "more", [slow({}), {"alpha_pattern": {"q_proj": 9}, "rank_pattern": {"v_proj": 2}}], ids=["plain", "patterns"]
 )
 def test_names_of_vision_language_models_before_transformers_4_52(tmp_path: Path, more: dict[str, Any]) -> None:
     model_class, base = llava(tmp_path / "base")
@@ -507,7 +513,9 @@ def test_convolutions_whose_factors_are_no_sum(tmp_path: Path, options: dict[str
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("case", ["plain", "pissa", "olora", "both ends", "tokens", "gpt2 lora_bias"])
+@pytest.mark.parametrize(
+    "case", ["pissa", *(slow(c) for c in ("plain", "olora", "both ends", "tokens", "gpt2 lora_bias"))]
+)
 def test_bases_of_16_bits(tmp_path: Path, case: str) -> None:
     """PEFT rounds what it takes from the base to the base's dtype, and the merged weights as well."""
     family, options = CASES[case]
@@ -588,7 +596,7 @@ def test_models_in_memory_are_what_they_compute(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ every command
 
 
-@pytest.mark.parametrize("case", ["pissa", "both ends", "tokens", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["both ends", *(slow(c) for c in ("pissa", "tokens", "qwen3"))])
 def test_every_command_sees_the_same_model(tmp_path: Path, case: str) -> None:
     family, options = CASES[case]
     model_class, base = made(family, tmp_path / "base")
@@ -614,7 +622,7 @@ def test_every_command_sees_the_same_model(tmp_path: Path, case: str) -> None:
     near(answer(one), answer(two), 2e-5)
 
 
-@pytest.mark.parametrize("case", ["pissa", "olora", "rslora", "both ends"])
+@pytest.mark.parametrize("case", ["pissa", *(slow(c) for c in ("olora", "rslora", "both ends"))])
 def test_a_merged_adapter_of_one_is_the_one(tmp_path: Path, case: str) -> None:
     """What PiSSA and OLoRA take from the base goes into the factors of the plain LoRA that comes out."""
     family, options = CASES[case]
@@ -635,7 +643,7 @@ def test_rows_do_not_fit_into_a_merged_adapter(tmp_path: Path) -> None:
     assert found.dropped == {"a": ["embed_tokens.weight"]}
 
 
-@pytest.mark.parametrize("case", ["plain", "pissa", "gpt2", "convolutions", "save"])
+@pytest.mark.parametrize("case", ["gpt2", *(slow(c) for c in ("plain", "pissa", "convolutions", "save"))])
 def test_a_base_without_its_config(tmp_path: Path, case: str) -> None:
     """A bare checkpoint: names and shapes alone tell what the adapter changes."""
     family, options = CASES[case]

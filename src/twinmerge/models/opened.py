@@ -322,6 +322,10 @@ def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
     """
     from twinmerge.models.placing import Base, class_for, placed
 
+    if opened.changes:
+        raise TwinmergeError(
+            f"{opened.name} has an adapter already, so {adapter.name} cannot be put on it. Merge the first one into its base (merge_and_unload)."
+        )
     opened.architecture = class_for(adapter, opened.architecture)
     base = Base(opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)
     opened.changes = placed(adapter, base)

@@ -19,6 +19,7 @@ from twinmerge.models.adapter_config import CONVERT
 from twinmerge.models.architecture import TASK_CLASSES, Architecture, class_of
 from twinmerge.models.change import Change, Rows, Stack
 from twinmerge.models.fused import Part, fused_parts, stack_of
+from twinmerge.models.tied import alone, tied
 from twinmerge.store.checkpoint import Spec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -140,7 +141,7 @@ class _Placing:
                     "(tie_word_embeddings=False), or merge the adapter into it first (merge_and_unload)."
                 )
             found[name] = change
-        return self._tied(found)
+        return tied(found, self.base.specs, self.base.aliases, self.adapter.name, self.base.name)
 
     def _is_copy(self, name: str, own: str, tensor: Tensor) -> bool:
         """PEFT saves the base's embeddings beside their factors, and both of two tied tensors."""
@@ -362,7 +363,7 @@ class _Placing:
             self._fits(part.name, factors)
             yield part.name, Change(added=factors)
 
-    # ------------------------------------------------------------------------------------------------ rows and ties
+    # ------------------------------------------------------------------------------------------------ rows
 
     def _of_rows(self, module: str, rows: Tensor) -> tuple[str, Change]:
         name = self.canonical(f"{module}.weight")
@@ -370,7 +371,7 @@ class _Placing:
         if (
             name in self.base.aliases and self.base.aliases[name] in self.base.specs
         ):  # of the embeddings, PEFT ties them
-            raise _alone(self.adapter.name, self.base.name, name, self.base.aliases[name])
+            raise alone(self.adapter.name, self.base.name, name, self.base.aliases[name])
         tokens = self.config.tokens
         named = [at for of, at in tokens.items() if of is not None and _ends(module, of)]
         at = named[0] if named else tokens.get(None)
@@ -382,59 +383,6 @@ class _Placing:
             )
         return name, Change(rows=Rows(torch.tensor(at, dtype=torch.long), rows))
 
-    def _tied(self, found: dict[str, Change]) -> dict[str, Change]:
-        """One tensor serves all the names that a base ties: so all of them have to change, and alike."""
-        groups: dict[str, list[str]] = {}
-        for alias, own in self.base.aliases.items():
-            if own in self.base.specs:
-                groups.setdefault(own, []).append(alias)
-        for own, aliases in groups.items():
-            names = [*aliases, own]
-            changed = [n for n in names if n in found]
-            if not changed or found[changed[0]].rows is not None:
-                continue
-            for other in changed[1:]:
-                if not _same(found[changed[0]], found[other]):
-                    raise TwinmergeError(
-                        f"The adapter {self.adapter.name} changes {changed[0]!r} and {other!r} each in its own way, but the base "
-                        f"{self.base.name} ties them: one tensor cannot hold both. Untie the base (tie_word_embeddings), or train an adapter "
-                        "of one of them."
-                    )
-            if len(changed) < len(names):
-                rest = next(n for n in names if n not in found)
-                raise _alone(self.adapter.name, self.base.name, changed[0], rest)
-            change = found[changed[0]]
-            for n in changed:
-                del found[n]
-            found[own] = change
-        return found
-
-
-def _alone(adapter: str, base: str, name: str, other: str) -> TwinmergeError:
-    return TwinmergeError(
-        f"The adapter {adapter} changes {name!r} alone, but the base {base} ties it to {other!r}: with PEFT only the one changes, and one "
-        "tensor cannot hold both. Untie the base (save it with tie_word_embeddings=False and its own output layer), or train an adapter "
-        "that changes both alike."
-    )
-
 
 def _ends(name: str, end: str) -> bool:
     return bool(end) and (name == end or name.endswith(f".{end}"))
-
-
-def _same(one: Change, other: Change) -> bool:
-    """Whether two changes of one tensor are the same: products are compared, not factors."""
-    if (one.dense is None) != (other.dense is None) or (one.low is None) != (other.low is None):
-        return False
-    if one.dense is not None and other.dense is not None and not torch.equal(one.dense, other.dense):
-        return False
-    if one.low is None or other.low is None:
-        return one.added is None and other.added is None
-    if one.low.shape != other.low.shape:
-        return False
-    largest = difference = 0.0
-    for rows in torch.arange(one.low.shape[0]).split(4096):
-        first = one.low.b[rows].double() @ one.low.a.double()
-        largest = max(largest, float(first.abs().max()))
-        difference = max(difference, float((other.low.b[rows].double() @ other.low.a.double() - first).abs().max()))
-    return difference <= 1e-6 * largest
