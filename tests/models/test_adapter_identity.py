@@ -6,6 +6,8 @@ The oracle of every case is PEFT alone: the adapter is trained (its tensors are 
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,19 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import twinmerge as tm
+from twinmerge.engine.lora import merge_lora
+from twinmerge.errors import TwinmergeError
+from twinmerge.measure.model import Measured
+from twinmerge.models.adapter_config import checked_config
+from twinmerge.models.fused import stack_of
+from twinmerge.models.in_memory import adapter_of
 from twinmerge.models.opened import open_model
+from twinmerge.models.placing import Base, placed
+from twinmerge.store.checkpoint import Spec
 from twinmerge.store.header import SIZES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -98,6 +110,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied apart from it": ("tied", {"target_modules": QV}),
     "save": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
     "tokens": ("llama", {"target_modules": QV, "trainable_token_indices": [3, 17, 5]}),
+    "tokens of both": (
+        "llama",
+        {"target_modules": QV, "trainable_token_indices": {"lm_head": [3, 17], "embed_tokens": [5]}},
+    ),
+    "tokens t5": ("t5", {"target_modules": ["q"], "trainable_token_indices": [3]}),
+    "tied both": ("tied", {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}),
+    "norms": ("llama", {"target_modules": QV, "modules_to_save": ["norm"], "bias": "all"}),
+    "mixtral all-linear": ("mixtral", {"target_modules": "all-linear"}),
+    "qwen3 router": ("qwen3", {"target_modules": ["gate"]}),
     "tokens tied": ("tied", {"target_modules": QV, "trainable_token_indices": {"embed_tokens": [3, 17]}}),
     "parameters": ("llama", {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"]}),
@@ -126,6 +147,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-oss": ("gpt-oss", {"target_modules": QV, "target_parameters": EXPERTS}),
 }  # fmt: skip
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 FAST = ("pissa", "both ends", "tied together", "tokens", "gpt2 lora_bias", "bert", "convolutions", "attention", "qwen3 patterns")  # fmt: skip
 
 
@@ -187,7 +214,7 @@ def near(got: torch.Tensor, want: torch.Tensor, atol: float = 1e-6) -> None:
     torch.testing.assert_close(got.float(), want.float(), rtol=1e-6, atol=atol)
 
 
-@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", [c if c in FAST else slow(c) for c in CASES])
 def test_one_adapter_is_what_peft_computes(tmp_path: Path, case: str) -> None:
     family, options = CASES[case]
     model_class, base = made(family, tmp_path / "base")
@@ -199,7 +226,10 @@ def test_one_adapter_is_what_peft_computes(tmp_path: Path, case: str) -> None:
     memory = open_model(truth)
     theirs = {n: memory.read(n).clone() for n in memory.specs}
     merged = truth.merge_and_unload()
-    twice = case == "tied together"  # PEFT merges one product into the one tensor for each of its two names
+    twice = case in (
+        "tied together",
+        "tied both",
+    )  # PEFT merges one product into the one tensor for each of its two names
     if not twice:
         near(answer(merged), want, 2e-5)
         of_theirs = open_model(merged)
@@ -219,3 +249,438 @@ def test_one_adapter_is_what_peft_computes(tmp_path: Path, case: str) -> None:
     for name, tensor in back.state_dict().items() if not twice else ():
         near(tensor, merged.state_dict()[name], 2e-6)
     near(answer(back), want, 2e-5)
+
+
+# ------------------------------------------------------------------------------------------------ experts
+
+
+def rewritten(lora: str, change: Any, **config: Any) -> str:
+    """Change an adapter's tensors and config on the disk."""
+    file = Path(lora) / "adapter_model.safetensors"
+    tensors = {k: t.contiguous() for k, t in change(load_file(file)).items()}
+    save_file(tensors, file, {"format": "pt"})
+    text = json.loads((Path(lora) / "adapter_config.json").read_text())
+    (Path(lora) / "adapter_config.json").write_text(json.dumps({**text, **config}))
+    return lora
+
+
+def whole(model: Any) -> dict[str, torch.Tensor]:
+    return {name: model.read(name) for name in model.specs}
+
+
+def merged_answer(model_class: Any, base: str, lora: str, out: Path) -> torch.Tensor:
+    tm.merge("task_arithmetic", base=base, experts={"a": f"{base}+{lora}"}, scale=1.0, progress=False).save(out)
+    return answer(model_class.from_pretrained(out))
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "names"),
+    [
+        ("mixtral", "block_sparse_moe", ["w1", "w2", "w3"]),
+        pytest.param("qwen3", "mlp", ["gate_proj", "up_proj", "down_proj"], marks=pytest.mark.slow),
+    ],
+)
+def test_experts_as_transformers_4_named_them(tmp_path: Path, family: str, block: str, names: list[str]) -> None:
+    """A LoRA for each expert's own matrices; PEFT fuses them when it loads the file."""
+    model_class, base = made(family, tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=["q_proj"])
+    rng = torch.Generator().manual_seed(5)
+
+    def more(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for e in range(3):
+            for name in names:
+                m, n = (16, 24) if name in ("w2", "down_proj") else (24, 16)
+                where = f"base_model.model.model.layers.0.{block}.experts.{e}.{name}"
+                tensors[f"{where}.lora_A.weight"] = 0.1 * torch.randn(4, n, generator=rng)
+                tensors[f"{where}.lora_B.weight"] = torch.randn(m, 4, generator=rng)
+        return tensors
+
+    rewritten(lora, more, target_modules=["q_proj", *names])
+    want = answer(loaded(model_class, base, lora))
+    assert (want - answer(model_class.from_pretrained(base))).abs().max() > 1e-3
+    near(merged_answer(model_class, base, lora, tmp_path / "out"), want, 2e-5)
+    rewritten(lora, dict, use_rslora=True)  # PEFT doubles rank and alpha of what it fuses, and √2r is not 2√r
+    with pytest.raises(TwinmergeError, match="use_rslora"):
+        open_model(f"{base}+{lora}")
+
+
+def old_sides(tensors: dict[str, torch.Tensor], ranks: int = 12) -> dict[str, torch.Tensor]:
+    """As PEFT 0.18 wrote experts (E, out, in): lora_A reads the output side, lora_B the input side."""
+    found = dict(tensors)
+    for key in [k for k in tensors if "experts" in k and "lora_A" in k]:
+        other = key.replace("lora_A", "lora_B")
+        a, b = tensors[key], tensors[other]
+        experts = 3
+        found[key] = b.reshape(b.shape[0], -1, experts).permute(2, 1, 0).reshape(ranks, -1)
+        found[other] = a.reshape(experts, -1, a.shape[1]).permute(2, 1, 0).reshape(-1, ranks)
+    return found
+
+
+def test_the_sides_of_experts_before_and_since_peft_0_19(tmp_path: Path) -> None:
+    model_class, base = made("qwen3", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=[], target_parameters=EXPERTS)
+    want = whole(open_model(f"{base}+{lora}"))
+    rewritten(lora, old_sides, peft_version="0.18.1")
+    for name, tensor in whole(open_model(f"{base}+{lora}")).items():
+        near(tensor, want[name])
+    rewritten(lora, dict, peft_version="0.19.0")
+    with pytest.raises(TwinmergeError, match=r"by lora_A .* it is \[3,"):
+        open_model(f"{base}+{lora}")
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.21.2", None])
+def test_experts_with_equal_sides_need_the_version(tmp_path: Path, version: str | None) -> None:
+    pair = torch.randn(6, 5), torch.randn(5, 6)
+    config = checked_config({"r": 2, "lora_alpha": 4, "peft_version": version}, "a")
+    if version is None:
+        with pytest.raises(TwinmergeError, match="peft_version"):
+            stack_of(*pair, 2.0, "w", (3, 5, 5), config, False)
+        return
+    got = stack_of(*pair, 2.0, "w", (3, 5, 5), config, False)
+    order = "o r e, e r i -> e o i" if version > "0.19" else "o r e, e r i -> e i o"
+    want = 2 * torch.einsum(order, pair[1].reshape(5, 2, 3), pair[0].reshape(3, 2, 5))
+    near(got.entries(0, 75).reshape(3, 5, 5), want)
+    for start, stop in ((0, 0), (24, 26), (3, 75), (49, 51)):
+        near(got.entries(start, stop), want.flatten()[start:stop])
+
+
+def test_unsloths_experts_are_refused(tmp_path: Path) -> None:
+    model_class, base = made("mixtral", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=[], target_parameters=EXPERTS)
+    rewritten(lora, dict, auto_mapping={"base_model_class": "MixtralForCausalLM", "unsloth_fixed": True})
+    with pytest.raises(TwinmergeError, match="Unsloth wrote the adapter .*save_pretrained_merged"):
+        open_model(f"{base}+{lora}")
+
+
+def test_wrappers_that_the_config_does_not_name(tmp_path: Path) -> None:
+    model_class, base = made("mixtral", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=[], target_parameters=EXPERTS)
+    rewritten(lora, dict, target_parameters=["experts.down_proj"])
+    with pytest.raises(TwinmergeError, match="wraps .* 2 times, but its target_parameters name 1"):
+        open_model(f"{base}+{lora}")
+    rewritten(lora, dict, target_parameters=None)
+    with pytest.raises(TwinmergeError, match="experts"):
+        open_model(f"{base}+{lora}")
+
+
+# ------------------------------------------------------------------------------------------------ names and ties
+
+
+def llava(folder: Path) -> tuple[Any, str]:
+    torch.manual_seed(0)
+    text = {**SMALL, "model_type": "llama"}
+    vision = {**VIT, "model_type": "clip_vision_model", "projection_dim": 8}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=5)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return transformers.LlavaForConditionalGeneration, str(folder)
+
+
+@pytest.mark.parametrize(
+    "more", [slow({}), {"alpha_pattern": {"q_proj": 9}, "rank_pattern": {"v_proj": 2}}], ids=["plain", "patterns"]
+)
+def test_names_of_vision_language_models_before_transformers_4_52(tmp_path: Path, more: dict[str, Any]) -> None:
+    model_class, base = llava(tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=r".*language_model.*(q_proj|v_proj)", **more)
+    now = answer(loaded(model_class, base, lora))
+    rewritten(lora, lambda t: {k.replace("model.language_model.", "language_model.model."): v for k, v in t.items()})
+    near(answer(loaded(model_class, base, lora)), now)
+    near(merged_answer(model_class, base, lora, tmp_path / "out"), now, 2e-5)
+    rewritten(lora, dict, task_type="CAUSAL_LM")  # common; transformers has no causal class for it
+    near(merged_answer(model_class, base, lora, tmp_path / "out2"), now, 2e-5)
+
+
+def test_patterns_in_old_names(tmp_path: Path) -> None:
+    model_class, base = llava(tmp_path / "base")
+    pattern = {"^model.language_model.layers.0.self_attn.q_proj": 3}
+    options = {
+        "target_modules": r".*language_model.*(q_proj|v_proj)",
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+    }
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    want = whole(open_model(f"{base}+{lora}"))
+    older = {"^language_model.model.layers.0.self_attn.q_proj": 3}
+
+    def old(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k.replace("model.language_model.", "language_model.model."): v for k, v in tensors.items()}
+
+    rewritten(lora, old, rank_pattern=older, alpha_pattern=older)
+    for name, tensor in whole(open_model(f"{base}+{lora}")).items():
+        near(tensor, want[name])
+    rewritten(lora, dict, alpha_pattern={"^language_model.model.layers.1.self_attn.q_proj": 3})
+    with pytest.raises(TwinmergeError, match="alpha_pattern .* another alpha"):
+        open_model(f"{base}+{lora}")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("tied", {"target_modules": ["q_proj", "lm_head"]}),
+        ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("tied", {"target_modules": ["lm_head", "embed_tokens"]}),
+        ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("t5", {"target_modules": ["q", "shared"]}),
+        ("t5", {"target_modules": ["q", "shared"], "ensure_weight_tying": True}),
+        ("t5", {"target_modules": ["q"], "modules_to_save": ["shared"], "ensure_weight_tying": True}),
+        ("gpt2", {"target_modules": ["c_attn", "wte"], "ensure_weight_tying": True}),
+        ("tied", {"target_modules": QV, "trainable_token_indices": {"lm_head": [3, 17], "embed_tokens": [5]}}),
+        ("tied", {"target_modules": QV, "trainable_token_indices": {"lm_head": [3, 17]}}),
+        ("tied", {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": "pissa"}),
+    ],
+)
+def test_one_of_two_tied_tensors(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    """PEFT's model changes the one and not the other, so a tied model cannot hold what it computes."""
+    model_class, base = made(family, tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    for model in (f"{base}+{lora}", loaded(model_class, base, lora)):
+        with pytest.raises(TwinmergeError, match="ties|Untie"):
+            open_model(model)
+
+
+def test_two_tied_tensors_with_one_product_in_other_factors(tmp_path: Path) -> None:
+    model_class, base = made("tied", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=["lm_head", "embed_tokens"])
+
+    def turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = {k: t for k, t in tensors.items() if "lm_head" not in k}
+        a = next(t for k, t in tensors.items() if "embedding_A" in k)
+        b = next(t for k, t in tensors.items() if "embedding_B" in k)
+        q = torch.linalg.qr(torch.randn(4, 4))[0]
+        head = "base_model.model.lm_head"
+        return {**found, f"{head}.lora_A.weight": q @ b.T, f"{head}.lora_B.weight": a.T @ q.T}
+
+    rewritten(lora, turned)
+    near(merged_answer(model_class, base, lora, tmp_path / "out"), answer(loaded(model_class, base, lora)), 2e-5)
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(3, 4, 3)
+        self.two = nn.Conv2d(3, 4, (2, 3), stride=2, padding=1)
+        self.three = nn.Conv3d(3, 4, (1, 2, 3))
+        self.point = nn.Conv2d(3, 4, 1)
+
+
+@pytest.mark.parametrize("target", ["one", "two", "three", "point"])
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_every_convolution(target: str, lora_bias: bool) -> None:
+    torch.manual_seed(0)
+    net = Convolutional()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    options = {"target_modules": [target], "lora_bias": lora_bias}
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **options))
+    adapter = adapter_of(model, "a")
+    specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in before.items()}
+    changes = placed(adapter, Base("b", None, specs, {n: n for n in specs}, {}, before.__getitem__))
+    for name, want in model.merge_and_unload().state_dict().items():
+        got = before[name].clone()
+        if name in changes:
+            changes[name].apply(before[name].flatten().clone(), 0, got.view(-1))
+        near(got, want)
+    assert set(changes) == {f"{target}.weight"} | ({f"{target}.bias"} if lora_bias else set())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"groups": 2}, "grouped"),
+        ({"dilation": 2}, "dilation"),
+        ({"padding_mode": "reflect", "padding": 1}, "padding_mode"),
+    ],
+)
+def test_convolutions_whose_factors_are_no_sum(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    class Odd(transformers.ResNetForImageClassification):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.resnet.embedder.embedder.convolution = nn.Conv2d(4, 8, 3, **options)
+
+    transformers.Odd = Odd
+    try:
+        Odd(transformers.ResNetConfig(**RESNET, architectures=["Odd"])).save_pretrained(tmp_path / "base")
+        target = r".*embedder\.embedder\.convolution"
+        lora = trained(Odd, str(tmp_path / "base"), tmp_path / "lora", target_modules=target)
+        with pytest.raises(TwinmergeError, match=text):
+            open_model(f"{tmp_path / 'base'}+{lora}")
+    finally:
+        del transformers.Odd
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(
+    "case", ["pissa", *(slow(c) for c in ("plain", "olora", "both ends", "tokens", "gpt2 lora_bias"))]
+)
+def test_bases_of_16_bits(tmp_path: Path, case: str) -> None:
+    """PEFT rounds what it takes from the base to the base's dtype, and the merged weights as well."""
+    family, options = CASES[case]
+    model_class, base = made(family, tmp_path / "base", torch.bfloat16)
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    ours = open_model(f"{base}+{lora}")
+    merged = open_model(loaded(model_class, base, lora).merge_and_unload())
+    for name in ours.specs:
+        got, want = ours.read(name).bfloat16().float(), merged.read(name).float()
+        assert (got - want).abs().max() <= 0.01 * want.abs().max()
+        if case != "both ends":  # PEFT rounds a table's product before it adds it
+            assert (got != want).float().mean() < 0.02
+
+
+def test_nan_in_an_adapter_is_one_sentence(tmp_path: Path) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=QV)
+
+    def poisoned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        next(t for k, t in tensors.items() if "q_proj" in k)[0, 0] = float("nan")
+        return tensors
+
+    rewritten(lora, poisoned)
+    with pytest.raises(TwinmergeError, match=r"q_proj.* 'a' holds NaN"):
+        merged_answer(model_class, base, lora, tmp_path / "out")
+
+
+def test_ranks_that_contradict_the_tensors(tmp_path: Path) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=QV)
+    for config, rank in (({"r": 8}, 8), ({"r": 4, "rank_pattern": {"q_proj": 2}}, 2)):
+        rewritten(lora, dict, **config)
+        with pytest.raises(TwinmergeError, match=f"rank 4 .* it is {rank}"):
+            open_model(f"{base}+{lora}")
+
+
+@pytest.mark.parametrize("rows", [[3, 17], [3, 17, 40], {"lm_head": [3, 17, 5]}, None])
+def test_rows_that_contradict_the_config(tmp_path: Path, rows: Any) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=QV, trainable_token_indices=[3, 17, 5])
+    rewritten(lora, dict, trainable_token_indices=rows)
+    with pytest.raises(TwinmergeError, match="trainable_token_indices"):
+        open_model(f"{base}+{lora}")
+
+
+# ------------------------------------------------------------------------------------------------ in memory
+
+
+def test_models_in_memory_are_what_they_compute(tmp_path: Path) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    one = trained(model_class, base, tmp_path / "one", target_modules=QV)
+    two = trained(model_class, base, tmp_path / "two", target_modules=["up_proj"])
+    model = loaded(model_class, base, one)
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 3)
+    want = open_model(copy.deepcopy(model).merge_and_unload())
+    for name, tensor in whole(open_model(model)).items():
+        near(tensor, want.read(name))
+    model.load_adapter(two, "two")
+    for name, tensor in whole(open_model(model)).items():
+        near(tensor, want.read(name))
+    model.base_model.set_adapter(["default", "two"])
+    with pytest.raises(TwinmergeError, match="2 active adapters"):
+        open_model(model)
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(TwinmergeError, match="disabled"):
+        open_model(model)
+    model.merge_adapter()
+    with pytest.raises(TwinmergeError, match="merged into the base already"):
+        open_model(model)
+    plain = model_class.from_pretrained(base)
+    plain.load_adapter(one)
+    with pytest.raises(TwinmergeError, match="holds adapters inside"):
+        open_model(plain)
+
+
+# ------------------------------------------------------------------------------------------------ every command
+
+
+@pytest.mark.parametrize("case", ["both ends", *(slow(c) for c in ("pissa", "tokens", "qwen3"))])
+def test_every_command_sees_the_same_model(tmp_path: Path, case: str) -> None:
+    family, options = CASES[case]
+    model_class, base = made(family, tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    ref, full = f"{base}+{lora}", str(tmp_path / "full")
+    loaded(model_class, base, lora).merge_and_unload().save_pretrained(full)
+    ours, theirs = open_model(ref), open_model(full)
+    assert ours.specs.keys() == theirs.specs.keys()
+    for name in ours.specs:
+        near(ours.read(name), theirs.read(name))
+        near(torch.from_numpy(ours.beginning(name, 5)).view(torch.float32), theirs.read(name).flatten()[:5])
+
+    if family != "qwen3":
+        near(answer(Measured(ref).module), answer(model_class.from_pretrained(full)), 2e-5)
+    said = tm.diff(ref, full, progress=False)
+    assert said.total.relative < 1e-6
+
+    for name, expert in (("adapter", ref), ("full", full)):
+        state = tm.Continual.init(tmp_path / f"state of {name}", base, "task_arithmetic", scale=1.0)
+        state.add("a", expert)
+        state.materialise(tmp_path / f"out of {name}")
+    one, two = (model_class.from_pretrained(tmp_path / f"out of {n}") for n in ("adapter", "full"))
+    near(answer(one), answer(two), 2e-5)
+
+
+@pytest.mark.parametrize("case", ["pissa", *(slow(c) for c in ("olora", "rslora", "both ends"))])
+def test_a_merged_adapter_of_one_is_the_one(tmp_path: Path, case: str) -> None:
+    """What PiSSA and OLoRA take from the base goes into the factors of the plain LoRA that comes out."""
+    family, options = CASES[case]
+    model_class, base = made(family, tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    merge_lora(base, {"a": lora}, tmp_path / "out", progress=False)
+    want = answer(loaded(model_class, base, lora))
+    near(answer(loaded(model_class, base, str(tmp_path / "out"))), want, 2e-5)
+    near(merged_answer(model_class, base, str(tmp_path / "out"), tmp_path / "full"), want, 2e-5)
+
+
+def test_rows_do_not_fit_into_a_merged_adapter(tmp_path: Path) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=QV, trainable_token_indices=[3])
+    with pytest.raises(TwinmergeError, match="embed_tokens.weight"):
+        merge_lora(base, {"a": lora}, tmp_path / "out", progress=False)
+    found = merge_lora(base, {"a": lora}, tmp_path / "out", drop_heads=True, progress=False)
+    assert found.dropped == {"a": ["embed_tokens.weight"]}
+
+
+@pytest.mark.parametrize("case", ["gpt2", *(slow(c) for c in ("plain", "pissa", "convolutions", "save"))])
+def test_a_base_without_its_config(tmp_path: Path, case: str) -> None:
+    """A bare checkpoint: names and shapes alone tell what the adapter changes."""
+    family, options = CASES[case]
+    model_class, base = made(family, tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    merged = loaded(model_class, base, lora).merge_and_unload().state_dict()
+    (tmp_path / "base" / "config.json").unlink()
+    ours = open_model(f"{base}+{lora}")
+    for name in ours.specs:
+        near(ours.read(name), merged[name])
+
+
+def test_a_resized_vocabulary_is_refused(tmp_path: Path) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    model = model_class.from_pretrained(base)
+    model.resize_token_embeddings(44)
+    for number, options in enumerate(({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]})):
+        config = peft.LoraConfig(**{"target_modules": ["q_proj"], **options}, r=2, init_lora_weights=False)
+        lora = tmp_path / str(number)
+        peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(lora)
+        with pytest.raises(TwinmergeError, match=r"as \[44, 16\], in its base .* it is \[40, 16\]"):
+            merged_answer(model_class, base, str(lora), tmp_path / "out")
+
+
+def test_a_head_that_the_class_does_not_have(tmp_path: Path) -> None:
+    """Never "remove it, or name it as a head"."""
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=QV)
+    for name in ("value_head.weight", "model.layers.0.mlp.gates.weight", "module.lm_head.weight"):
+        rewritten(lora, lambda t, name=name: {**t, f"base_model.model.{name}": torch.ones(2, 16)})
+        with pytest.raises(TwinmergeError, match=name.replace("model.", "")) as told:
+            merged_answer(model_class, base, lora, tmp_path / "out")
+        assert "--head" not in str(told.value)
+        rewritten(lora, lambda t, name=name: {k: v for k, v in t.items() if name not in k})
+
+
+def test_peft_around_other_models() -> None:
+    net = peft.get_peft_model(Convolutional(), peft.LoraConfig(target_modules=["one"]))
+    with pytest.raises(TwinmergeError, match="is a Convolutional, not a model of transformers"):
+        open_model(net)

@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from twinmerge.engine.merge import merge
+from twinmerge.models.change import Change
 from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.store.checkpoint import Spec
 from twinmerge.twin.twin import Twin
@@ -290,7 +291,8 @@ def mixtures(kind: str, rows: int = ROWS, experts: int = EXPERTS) -> Tensor:
 def opened(tensors: Mapping[str, Tensor], factors: Mapping[str, Any] | None = None) -> OpenedModel:
     """A bare checkpoint in memory."""
     specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-    return OpenedModel("m", specs, {n: n for n in tensors}, None, InMemory(dict(tensors)), factors=factors or {})
+    changes = {n: Change(added=f) for n, f in (factors or {}).items()}
+    return OpenedModel("m", specs, {n: n for n in tensors}, None, InMemory(dict(tensors)), changes=changes)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -13,13 +13,14 @@ from twinmerge.models.patterns import Patterns
 # Every key of peft 0.21.2 is in one of three groups; a test holds them to the LoraConfig that is installed.
 READ = {
     "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out",
-    "init_lora_weights", "trainable_token_indices", "target_parameters", "modules_to_save", "ensure_weight_tying",
+    "init_lora_weights", "trainable_token_indices", "target_parameters", "modules_to_save",
     "peft_version", "auto_mapping",
 }  # fmt: skip
 """Keys that decide what the tensors mean."""
 NO_MATTER = {
     "base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core", "qalora_group_size",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "lora_bias",  # the tensors tell
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",  # the tensors tell
+    "bias", "lora_bias", "ensure_weight_tying",  # and so they do here
     "lora_dropout", "velora_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # of training
     "merge_weights", "loraplus_lr_ratio", "lorap_lr_ratio", "loraplus_lr_embedding",  # of older PEFT and of ms-swift
 }  # fmt: skip
@@ -56,9 +57,8 @@ class AdapterConfig(NamedTuple):
 
     task: PEFT's task type; rank, alpha: of modules that no pattern names; start: what PEFT takes from the base's weights when
     it loads the adapter ("pissa", "olora") or None; tokens: module (the embeddings where None) -> rows that were trained;
-    parameters: tensors that have factors themselves; saved: modules that were trained in full; tied: adapters of tied
-    modules are one; peft: version that wrote it; unsloth: whether Unsloth did; scalings: module -> factor of B A that is in
-    force, for models in memory.
+    parameters: tensors that have factors themselves; saved: modules that were trained in full; peft: version that
+    wrote it; unsloth: whether Unsloth did; scalings: module -> factor of B A that is in force, for models in memory.
     """
 
     name: str
@@ -73,7 +73,6 @@ class AdapterConfig(NamedTuple):
     tokens: Mapping[str | None, tuple[int, ...]] = {}
     parameters: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
-    tied: bool = False
     peft: tuple[int, ...] | None = None
     unsloth: bool = False
     scalings: Mapping[str, float] = {}
@@ -128,7 +127,6 @@ def checked_config(config: Mapping[str, Any], name: str, *, in_memory: bool = Fa
         get.tokens(),
         get.texts("target_parameters"),
         get.texts("modules_to_save"),
-        get.flag("ensure_weight_tying"),
         _version(config.get("peft_version")),
         isinstance(auto, Mapping) and bool(auto.get("unsloth_fixed")),
     )

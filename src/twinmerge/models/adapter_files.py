@@ -50,10 +50,15 @@ def adaptable(architecture: Architecture, kinds: Kinds = KINDS) -> dict[str, tup
     """
     found = {}
     for path, module in architecture.skeleton.named_modules():
-        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1:
+        if isinstance(module, kinds) and not (isinstance(module, nn.Conv2d) and _odd(module)):
             name = architecture.of_module(f"{path}.weight")
             found[path] = architecture.aliases.get(name, name), module
     return found
+
+
+def _odd(module: nn.Conv2d) -> bool:
+    """Whether PEFT's two convolutions cannot do what a change of the weight would."""
+    return module.groups != 1 or any(d != 1 for d in module.dilation) or module.padding_mode != "zeros"
 
 
 def carried(architecture: Architecture, low: Mapping[str, Factors], kinds: Kinds = KINDS) -> dict[str, Carried]:

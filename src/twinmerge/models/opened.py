@@ -378,12 +378,28 @@ def same_values(source: Source, a: tuple[str, Spec], b: tuple[str, Spec]) -> boo
     return True
 
 
+def _refuse_strange(inner: Any, name: str) -> None:
+    from transformers import PretrainedConfig
+
+    config = getattr(inner, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise TwinmergeError(
+            f"The base of {name} is a {type(inner).__name__}, not a model of transformers. Give it as a folder of safetensors, merged "
+            "(merge_and_unload)."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise TwinmergeError(
+            f"The base of {name} is quantised, and quantised weights cannot be merged. Load the base in 16 or 32 bits, and the adapter on it."
+        )
+
+
 def _open_peft(model: Any, name: str) -> OpenedModel:
     from twinmerge.models.architecture import Architecture
     from twinmerge.models.in_memory import adapter_of, base_tensors
 
-    adapter = adapter_of(model, name)
     inner = model.get_base_model()
+    _refuse_strange(inner, name)
+    adapter = adapter_of(model, name)
     return adapted(_in_memory(name, Architecture(inner.config, type(inner)), base_tensors(inner)), adapter)
 
 
@@ -395,6 +411,10 @@ def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
     """
     from twinmerge.models.placing import Base, class_for, placed
 
+    if opened.changes:
+        raise TwinmergeError(
+            f"{opened.name} has an adapter already, so {adapter.name} cannot be put on it. Merge the first one into its base (merge_and_unload)."
+        )
     opened.architecture = class_for(adapter, opened.architecture)
     base = Base(opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)
     opened.changes = placed(adapter, base)

@@ -19,6 +19,7 @@ from twinmerge.models.adapter_config import CONVERT
 from twinmerge.models.architecture import TASK_CLASSES, Architecture, class_of
 from twinmerge.models.change import Change, Rows, Stack
 from twinmerge.models.fused import Part, fused_parts, stack_of
+from twinmerge.models.tied import alone, tied
 from twinmerge.store.checkpoint import Spec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -96,6 +97,12 @@ class _Placing:
             return {}
         return fused_parts(self.architecture, {name: self.base.stored[name] for name in self.base.specs})
 
+    @cached_property
+    def fused_several(self) -> set[str]:
+        """Stored tensors that lie beside others in an expert's matrix."""
+        several = [parts for parts in self.fused.values() if len({part.start for part in parts}) > 1]
+        return {part.name for parts in several for part in parts}
+
     def canonical(self, name: str) -> str:
         """Of a parameter as the adapter names it, which may be as older versions of transformers did."""
         if self.architecture is None:
@@ -124,16 +131,17 @@ class _Placing:
             change = found.get(own, Change())
             if self._is_copy(name, own, tensor):
                 continue
-            self._known(name, own)
+            self._known(name, own, tensor)
             found[own] = change._replace(dense=tensor, taken=None)
         for module, rows in self.adapter.rows.items():
             name, change = self._of_rows(module, rows)
             if name in found:
                 raise TwinmergeError(
-                    f"The adapter {self.adapter.name} changes {name!r} by rows and as a whole. Merge it into its base first (merge_and_unload)."
+                    f"The adapter {self.adapter.name} changes {name!r} in two ways, by rows or under two names. Untie the base "
+                    "(tie_word_embeddings=False), or merge the adapter into it first (merge_and_unload)."
                 )
             found[name] = change
-        return self._tied(found)
+        return tied(found, self.base.specs, self.base.aliases, self.adapter.name, self.base.name)
 
     def _is_copy(self, name: str, own: str, tensor: Tensor) -> bool:
         """PEFT saves the base's embeddings beside their factors, and both of two tied tensors."""
@@ -147,7 +155,19 @@ class _Placing:
         base = self.base.read(own if own in self.base.specs else stored)
         return torch.equal(tensor.to(base.dtype), base)
 
-    def _known(self, name: str, own: str) -> None:
+    def _known(self, name: str, own: str, tensor: Tensor | None = None) -> None:
+        spec = self.base.specs.get(own)
+        body = self.architecture is not None and self.architecture.is_body(own)
+        if (
+            tensor is not None
+            and spec is not None
+            and spec.shape != tuple(tensor.shape)
+            and (body or name in self.adapter.copies)
+        ):
+            raise TwinmergeError(
+                f"The adapter {self.adapter.name} holds {own!r} as {list(tensor.shape)}, in its base {self.base.name} it is {list(spec.shape)}. "
+                "Name the base that the adapter was trained on (resize_token_embeddings and save it, if its vocabulary grew)."
+            )
         if own in self.base.specs or own in self.in_class or own in self.base.aliases:
             return
         listed = any(f".{module}." in f".{name}" for module in self.config.saved)
@@ -171,6 +191,11 @@ class _Placing:
         if name not in self.base.specs and name not in self.base.aliases:
             attention = self.canonical(f"{plain}.in_proj_weight")
             name = attention if attention in self.base.specs else name
+        if self.config.rslora and name in self.fused_several:
+            raise TwinmergeError(
+                f"The adapter {self.adapter.name} scales {name!r} by alpha / √r (use_rslora), which PEFT reads as another number since "
+                "transformers 5 put such matrices together. Merge it into its base first, with the versions that trained it."
+            )
         whose = module.removesuffix(ATTENTION_OUTPUT) if doubled else plain
         scaling = self._scaling(whose, self.path(name).removesuffix(".out_proj" if doubled else ""), pair.a.shape[0])
         if doubled:
@@ -243,6 +268,11 @@ class _Placing:
 
     def _fits(self, name: str, factors: Factors | Stack) -> None:
         specs, aliases = self.base.specs, self.base.aliases
+        if name not in specs and name not in aliases and name in self.in_class:
+            raise TwinmergeError(
+                f"The adapter {self.adapter.name} changes {name!r}, which the files of the base {self.base.name} hold in another form. Merge "
+                "the adapter into it first (merge_and_unload, save_pretrained) and give the full model."
+            )
         if name not in specs and name not in aliases:
             raise TwinmergeError(
                 f"The adapter {self.adapter.name} changes {name!r}, which its base {self.base.name} does not have."
@@ -333,12 +363,15 @@ class _Placing:
             self._fits(part.name, factors)
             yield part.name, Change(added=factors)
 
-    # ------------------------------------------------------------------------------------------------ rows and ties
+    # ------------------------------------------------------------------------------------------------ rows
 
     def _of_rows(self, module: str, rows: Tensor) -> tuple[str, Change]:
         name = self.canonical(f"{module}.weight")
         self._known(f"{module}.weight", name)
-        name = self.base.aliases.get(name, name)
+        if (
+            name in self.base.aliases and self.base.aliases[name] in self.base.specs
+        ):  # of the embeddings, PEFT ties them
+            raise alone(self.adapter.name, self.base.name, name, self.base.aliases[name])
         tokens = self.config.tokens
         named = [at for of, at in tokens.items() if of is not None and _ends(module, of)]
         at = named[0] if named else tokens.get(None)
@@ -350,55 +383,6 @@ class _Placing:
             )
         return name, Change(rows=Rows(torch.tensor(at, dtype=torch.long), rows))
 
-    def _tied(self, found: dict[str, Change]) -> dict[str, Change]:
-        """One tensor serves all the names that a base ties: so all of them have to change, and alike."""
-        groups: dict[str, list[str]] = {}
-        for alias, own in self.base.aliases.items():
-            if own in self.base.specs:
-                groups.setdefault(own, []).append(alias)
-        for own, aliases in groups.items():
-            names = [*aliases, own]
-            changed = [n for n in names if n in found]
-            if not changed or found[changed[0]].rows is not None:
-                continue
-            for other in changed[1:]:
-                if not _same(found[changed[0]], found[other]):
-                    raise TwinmergeError(
-                        f"The adapter {self.adapter.name} changes {changed[0]!r} and {other!r} each in its own way, but the base "
-                        f"{self.base.name} ties them: one tensor cannot hold both. Untie the base (tie_word_embeddings), or train an adapter "
-                        "of one of them."
-                    )
-            if len(changed) < len(names) and not self.config.tied:
-                rest = next(n for n in names if n not in found)
-                raise TwinmergeError(
-                    f"The adapter {self.adapter.name} changes {changed[0]!r} alone, but the base {self.base.name} ties it to {rest!r}: with "
-                    "PEFT only the one changes, and one tensor cannot hold both. Untie the base (save it with tie_word_embeddings=False "
-                    "and its own output layer), or train with ensure_weight_tying."
-                )
-            change = found[changed[0]]
-            for n in changed:
-                del found[n]
-            found[own] = change
-        return found
-
 
 def _ends(name: str, end: str) -> bool:
     return bool(end) and (name == end or name.endswith(f".{end}"))
-
-
-def _same(one: Change, other: Change) -> bool:
-    """Whether two changes of one tensor are the same: products are compared, not factors."""
-    if (one.dense is None) != (other.dense is None) or (one.low is None) != (other.low is None):
-        return False
-    if one.dense is not None and other.dense is not None and not torch.equal(one.dense, other.dense):
-        return False
-    if one.low is None or other.low is None:
-        return one.added is None and other.added is None
-    if one.low.shape != other.low.shape:
-        return False
-    largest = difference = 0.0
-    for rows in torch.arange(one.low.shape[0]).split(4096):
-        first = one.low.b[rows].double() @ one.low.a.double()
-        largest = max(largest, float(first.abs().max()))
-        difference = max(difference, float((other.low.b[rows].double() @ other.low.a.double() - first).abs().max()))
-    return difference <= 1e-6 * largest

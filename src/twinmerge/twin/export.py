@@ -104,7 +104,8 @@ def export_lora(
     Args:
         mixture: an expert's name, or expert -> weight; the ranks of several add up, nothing is approximated.
         out: a folder that does not exist or is empty.
-        server: "vllm" leaves out embeddings and heads, which vLLM refuses, and pads to a rank that it takes.
+        server: "vllm" leaves out embeddings and heads, which vLLM refuses, and pads to a rank that it takes; what changes the
+            experts of a mixture-of-experts model is refused, since vLLM reads their factors in layouts that differ by model.
         base: what the adapter names as its base model; the twin's own folder where None.
 
     Errors:
@@ -124,6 +125,12 @@ def export_lora(
     head = mixture if isinstance(mixture, str) and mixture in twin.package.heads else None
     architecture, own = _class_with_head(twin, head)
     modules = carried(architecture, low, MATRICES if server == "vllm" else KINDS)
+    if server == "vllm":
+        _refuse_experts(twin, used)
+        tied = set(
+            architecture.aliases.values()
+        )  # without the embeddings, an output layer that is tied to them stays as well
+        modules = {path: one for path, one in modules.items() if one.name not in tied}
     if not modules:
         raise TwinmergeError(
             f"Nothing that {', '.join(used) or 'no expert'} adds fits into an adapter. Export dense weights."
@@ -181,6 +188,18 @@ def _class_with_head(twin: Twin, head: str | None) -> tuple[Architecture, HeadSp
         index_of(head, list(twin.package.heads))
     spec = twin.package.heads[head]
     return Architecture(spec.config, class_of(spec.config)), spec
+
+
+def _refuse_experts(twin: Twin, used: Mapping[str, float]) -> None:
+    found = twin.package.shared.architecture
+    stored = twin.package.shared.stored
+    for name in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].names):
+        shape = found.parameters.get(name, ()) if found else ()
+        if found and (found.fused_into(stored.get(name, name)) or (len(shape) == 3 and "expert" in name)):
+            raise TwinmergeError(
+                f"{', '.join(used)} changes the experts' matrices ({name!r}), whose factors vLLM reads in layouts that differ from model to model. "
+                "Export dense weights (without --lora), or --for peft, which leaves the experts out and says so."
+            )
 
 
 def _joined(twin: Twin, used: Mapping[str, float], name: str) -> Factors:
