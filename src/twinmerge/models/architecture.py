@@ -32,8 +32,9 @@ TASK_CLASSES = {
 }
 
 LEAF = ("weight", "bias")
-TABLE = ("embed", "bias_table", "token")
-"""In the names of parameters that a class holds itself, in no module of their own (`pos_embed`, `relative_position_bias_table`)."""
+TABLE = ("embed", "bias", "token", "rel_pos", "latent", "probe", "scale", "A_log", "time_")
+"""In the names of parameters that a class holds itself, in no module of their own, and multiplies no inputs with (`pos_embed`,
+`relative_position_bias_table`, `pos_bias_u`, the biases of experts in one tensor, the decay of a state-space layer)."""
 
 
 class Architecture:
@@ -104,8 +105,8 @@ class Architecture:
 
     @cached_property
     def tables(self) -> frozenset[str]:
-        """Canonical names of what is looked up by a row's number and multiplies nothing: embeddings of tokens and places, tables of
-        relative biases; not the output layer that is tied to one.
+        """Canonical names of what is looked up by a row's number or added and multiplies no inputs: embeddings of tokens and places,
+        tables of relative biases; not the output layer that is tied to one.
 
         Example:
             >>> from transformers import T5Config
