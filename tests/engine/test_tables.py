@@ -57,6 +57,27 @@ FAMILIES = {
     "TimeSeriesTransformerModel": (SERIES, {"embedder.embedders.0.weight"}),
     "SwinModel": (SWIN, {"encoder.layers.0.blocks.0.attention.relative_position_bias.relative_position_bias_table"}),
 }
+FAMILIES["MambaModel"] = (  # A_log is no layer's weight, and has two sides
+    {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4},
+    {"embeddings.weight", "layers.0.mixer.A_log"},
+)
+FAMILIES["Wav2Vec2ConformerModel"] = (
+    {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "conv_dim": [4],
+        "conv_stride": [2],
+    }
+    | {
+        "conv_kernel": [3],
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        "num_feat_extract_layers": 1,
+    },
+    {"encoder.layers.0.self_attn.pos_bias_u", "encoder.layers.0.self_attn.pos_bias_v"},
+)
 LINEAR_ALL_THE_SAME = {"TimeSeriesTransformerModel": {"encoder.value_embedding.value_projection.weight"}}
 
 

@@ -130,6 +130,28 @@ def test_what_cannot_go_by_rows_does_not(name, parameters):
     assert method.grain_of(Place("w", (M, N))) == ("element" if "elementwise" in parameters else "matrix")
 
 
+def test_a_varied_merge_cuts_tensors_as_its_own_method_asks(tmp_path):
+    """A search goes from blocks of rows to calibration, which needs a matrix in one piece, or to tables as vectors, and back."""
+    rng = torch.Generator().manual_seed(2)
+    base = {"words.weight": torch.randn(M, N, generator=rng)}
+    for folder in ("base", "one", "two"):
+        (tmp_path / folder).mkdir()
+        spread = 0.0 if folder == "base" else 0.05
+        tensors = {n: t + spread * torch.randn(t.shape, generator=rng) for n, t in base.items()}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+
+    def made(**parameters):
+        experts = {e: str(tmp_path / e) for e in ("one", "two")}
+        return Merge(Recipe("iso_c", str(tmp_path / "base"), experts, parameters), progress=False)
+
+    varied = made()
+    for parameters in ({}, {"calibration": 0.1}, {"elementwise": "words*", "calibration": 0.0}, {"elementwise": ""}):
+        varied = varied.varied(**parameters)
+        got = varied.state_dict()["words.weight"]
+        want = made(**varied.recipe.parameters).state_dict()["words.weight"]
+        assert torch.equal(got, want), parameters
+
+
 def test_wide_matrices_and_wudis_turned_ones_are_in_one_piece():
     assert make_method("iso_c", ["a"], {}).grain_of(Place("w", (N, M))) == "matrix"
     assert make_method("wudi", ["a"], {"inputs": "rows"}).grain_of(Place("w", (M, N))) == "matrix"

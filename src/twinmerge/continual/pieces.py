@@ -35,7 +35,13 @@ class Read(NamedTuple):
 def places_of(base: OpenedModel, names: Iterable[str]) -> dict[str, Place]:
     """Canonical name -> where the tensor lies, under the name that a merged folder has and patterns are of."""
     return {
-        name: Place(base.stored[name], base.spec(name).shape, turned=base.turned(name), table=base.table(name))
+        name: Place(
+            base.stored[name],
+            base.spec(name).shape,
+            turned=base.turned(name),
+            table=base.table(name),
+            stack=base.stacked(name),
+        )
         for name in names
     }
 

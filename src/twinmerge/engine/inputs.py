@@ -166,6 +166,7 @@ class Inputs:
             tuple(self.experts),
             self._told.turned(self.canonical[each.name]),
             self._told.table(self.canonical[each.name]),
+            self._told.stacked(self.canonical[each.name]),
         )
 
     def buffer(self, label: str, size: int) -> NDArray[np.uint8]:

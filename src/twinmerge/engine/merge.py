@@ -358,9 +358,8 @@ class Merge:
         other = copy.copy(self)
         other.recipe = self.recipe.varied(parameters)
         other.method, other.report, other.run = other.recipe.make_method(), None, None
-        if (other.recipe.lines is None) != (self.recipe.lines is None):  # which may read the base besides
-            other.__dict__.pop("inputs", None)
-            other.__dict__.pop("tile", None)
+        for made in ("inputs", "tile"):  # for this method: which tensors come in which pieces is its to say
+            other.__dict__.pop(made, None)
         return other
 
     def provenance(self) -> dict[str, Any]:

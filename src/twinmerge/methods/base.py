@@ -52,7 +52,8 @@ class Place(NamedTuple):
 
     name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
     element; experts: names in the order of the stack; turned: the matrix is stored (in, out), as GPT-2's Conv1D does, and not as
-    Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as `OpenedModel.table` says.
+    Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as `OpenedModel.table` says;
+    stack: it holds matrices along its first axis, as `OpenedModel.stacked` says.
     """
 
     name: str
@@ -61,11 +62,21 @@ class Place(NamedTuple):
     experts: tuple[str, ...] = ()
     turned: bool = False
     table: bool = False
+    stack: bool = False
+
+    @property
+    def parts(self) -> list[Place]:
+        """Where each of a stack's matrices lies; the tensor itself where it is no stack."""
+        if not self.stack:
+            return [self]
+        shape = self.shape[1:]
+        return [self._replace(shape=shape, offset=i * math.prod(shape), stack=False) for i in range(self.shape[0])]
 
     @property
     def is_matrix(self) -> bool:
-        """True for tensors that act as a matrix (convolution kernels as (out, rest)) with both sides above 1."""
-        return len(self.shape) >= 2 and self.shape[0] > 1 and math.prod(self.shape[1:]) > 1
+        """True for tensors that act as a matrix (convolution kernels as (out, rest)) with both sides above 1, or are a stack of such."""
+        shape = self.shape[1:] if self.stack else self.shape
+        return len(shape) >= 2 and shape[0] > 1 and math.prod(shape[1:]) > 1
 
 
 _Made = tuple["Tensor", "Tensor | None", "torch.dtype"]
@@ -165,6 +176,13 @@ class Tile:
         if made is None:
             raise AssertionError("the engine gives every method the statistics that it needs")
         return made
+
+    @property
+    def parts(self) -> list[Tile]:
+        """The matrices of a stack, which is in one piece."""
+        base = self.base
+        places = enumerate(self.at.parts)
+        return [Tile(self.x[:, i], None if base is None else base[i], at, self.work) for i, at in places]
 
     def require_base(self) -> Tensor:
         """The base's tile, for methods whose formula needs it."""

@@ -84,6 +84,19 @@ class SumFold(Fold):
         return {key: state[key] - term for key, term in self.terms(delta, at).items()}
 
 
+def absorbed_by_matrix(fold: Fold, state: State, delta: Tensor, at: Place) -> State:
+    """The same of a stack of matrices, each by itself."""
+    parts = [{name: x[i] for name, x in state.items()} for i in range(len(delta))]
+    return stacked([fold.absorb(*each) for each in zip(parts, delta, at.parts, strict=True)])
+
+
+def stacked(states: list[State]) -> State:
+    """The states of matrices along a new first axis."""
+    import torch
+
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
 def folded(fold: Fold, tile: Tile) -> State:
     """The state after all experts of a tile, in their order."""
     state: State = {}

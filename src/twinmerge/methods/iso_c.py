@@ -60,6 +60,9 @@ class IsoC(Spectral, SumFold):
         total = state["sum"]
         if not self.decomposes(at):
             return total * (self.scale * share_of(self.rest, seen.experts))
+        if at.stack:
+            parts = zip(total, at.parts, strict=True)
+            return torch.stack([self.settle({"sum": one}, part, seen) for one, part in parts])
         return isotropic(total.flatten(1).float(), self.mean_over, at).double().reshape(total.shape) * self.scale
 
 

@@ -38,6 +38,7 @@ class IsoCts(Spectral):
                 [0., 2.]])
     """
 
+    sided = True
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Marczak et al. 2025, ICML, arXiv 2502.04959"
 

@@ -38,6 +38,7 @@ class Knots(Spectral):
                 [0., 1.]])
     """
 
+    sided = True
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Stoica et al. 2025, ICLR, arXiv 2410.19735"
 
@@ -65,19 +66,19 @@ class Knots(Spectral):
         raise AssertionError("KnOTS merges entries of the aligned space, which takes what the passes found")
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        if not self.decomposes(tile.at) or tile.factors is not None:
+        if not self.decomposes(tile.at) or tile.at.stack or tile.factors is not None:
             return super().apply(tile, known)
-        deltas, weights = tile.x.flatten(2), per_expert(self.weights, len(tile.x))
+        deltas, weights = self.matrices(tile), per_expert(self.weights, len(tile.x))
         merged = self.calibrated(
             self.tied(*aligned(weighted(deltas, weights), tile.at), known), deltas, weights, tile.at
         )
-        return moved(tile, merged.reshape(tile.x[0].shape), self.scale)
+        return moved(tile, self.as_stored(merged, tile.at), self.scale)
 
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
-        basis, reduced = in_basis(parts, per_expert(self.weights, len(parts)))
+        basis, reduced = in_basis(self.sides(parts, at), per_expert(self.weights, len(parts)))
         merged = self.tied(*aligned(reduced, at), known)
         merged = self.calibrated(merged, reduced, (1.0,) * len(parts), at)
-        return Factors(basis.float(), (merged * self.scale).float())
+        return self.sides([Factors(basis.float(), (merged * self.scale).float())], at)[0]
 
     def tied(self, left: Tensor, entries: Tile, known: Known) -> Tensor:
         """U times what TIES makes of the aligned parts, in float64."""
@@ -86,8 +87,9 @@ class Knots(Spectral):
     def entries(self, tile: Tile) -> Tile:
         """The aligned parts of a matrix."""
         if tile.factors is not None:
-            return aligned(in_basis(tile.factors, per_expert(self.weights, len(tile.factors)))[1], tile.at)[1]
-        return aligned(weighted(tile.x.flatten(2), per_expert(self.weights, len(tile.x))), tile.at)[1]
+            parts = self.sides(tile.factors, tile.at)
+            return aligned(in_basis(parts, per_expert(self.weights, len(parts)))[1], tile.at)[1]
+        return aligned(weighted(self.matrices(tile), per_expert(self.weights, len(tile.x))), tile.at)[1]
 
 
 class InAlignedSpace(Pass):
@@ -103,7 +105,10 @@ class InAlignedSpace(Pass):
         return self.step.wanted(known)
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        return self.step.observe(self.method.entries(tile), known)
+        found: Partial = {}
+        for part in tile.parts if tile.at.stack else [tile]:
+            self.step.add(found, self.step.observe(self.method.entries(part), known))
+        return found
 
     def add(self, total: Partial, part: Partial) -> None:
         self.step.add(total, part)

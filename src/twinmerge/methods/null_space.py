@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.methods.base import TABLES, Grain, Known, Method, Place, Tile, moved, scale_field
-from twinmerge.methods.fold import Fold, Seen, State, folded
+from twinmerge.methods.fold import Fold, Seen, State, absorbed_by_matrix, folded
 from twinmerge.methods.spectral import elementwise_field, is_listed
 
 
@@ -39,7 +39,7 @@ class NullSpace(Method, Fold):
 
     def filters(self, at: Place) -> bool:
         """Whether the tensor is the weight of a linear layer; kernels and tables are none."""
-        return len(at.shape) == 2 and at.is_matrix and not is_listed(at, self.elementwise)
+        return (len(at.shape) == 2 or at.stack) and at.is_matrix and not is_listed(at, self.elementwise)
 
     def grain_of(self, at: Place) -> Grain:
         return "matrix" if self.filters(at) else "element"
@@ -51,6 +51,8 @@ class NullSpace(Method, Fold):
         if not state:
             return {"accumulated": delta}
         before = state["accumulated"]
+        if at.stack and self.filters(at):
+            return absorbed_by_matrix(self, state, delta, at)
         if self.filters(at):
             u, _, vh = gram_svd(before, at.name, torch.float32)
             if at.turned:

@@ -12,7 +12,7 @@ from torch import Tensor
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.methods.base import TABLES, Known, Method, Partial, Pass, Place, Tile, moved
-from twinmerge.methods.fold import Fold, Seen, State, folded
+from twinmerge.methods.fold import Fold, Seen, State, absorbed_by_matrix, folded
 from twinmerge.methods.spectral import elementwise_field, is_listed
 
 Form = Literal["fixed", "released", "paper"]
@@ -59,7 +59,7 @@ class Opcm(Method, Fold):
 
     def projects(self, at: Place) -> bool:
         """Whether the tensor is the weight of a linear layer; kernels and tables are none."""
-        return len(at.shape) == 2 and at.is_matrix and not is_listed(at, self.elementwise)
+        return (len(at.shape) == 2 or at.stack) and at.is_matrix and not is_listed(at, self.elementwise)
 
     def absorbs_whole(self, at: Place) -> bool:
         return self.projects(at)
@@ -68,6 +68,8 @@ class Opcm(Method, Fold):
         if not state:
             return {"accumulated": delta}
         before = state["accumulated"]
+        if at.stack and self.projects(at):
+            return absorbed_by_matrix(self, state, delta, at)
         if self.projects(at):
             delta = project(before, delta, self.alpha, self.form, at.name)
         return {"accumulated": before + delta}

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -61,7 +61,7 @@ def is_listed(at: Place, patterns: str) -> bool:
 class Spectral(Method):
     """Matrices: θ = θ0 + λ f(w1 τ1, …, wT τT), f being the subclass's `combine`; all other tensors by `rest`.
 
-    Convolution kernels are matrices (out, in·kh·kw). `combine` must not depend on the orthonormal bases that its matrices
+    Convolution kernels are matrices (out, in·kh·kw), experts in one tensor a matrix each. `combine` must not depend on the orthonormal bases that its matrices
     are written in, so that low-rank experts are merged in their core space (`maths/core_space.py`), exactly and without
     a decomposition of a matrix of the model's size. Numerical ranks there are float32's too, to which factors are
     rounded as deltas are: experts that share a direction but for rounding must not be given one each.
@@ -70,6 +70,8 @@ class Spectral(Method):
     """
 
     grain = "matrix"
+    sided: ClassVar[bool] = False
+    """Whether the formula does another thing to the outputs, m, than to the inputs, n."""
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(1.0)
@@ -84,7 +86,7 @@ class Spectral(Method):
     def grain_of(self, at: Place) -> Grain:
         if not self.decomposes(at):
             return "element"
-        return "rows" if self.passes() and is_tall(at) else "matrix"
+        return "rows" if self.passes() and is_tall(at) and not at.stack else "matrix"
 
     def rule(self, at: Place, known: Known) -> Rule | None:
         if self.decomposes(at):
@@ -96,15 +98,35 @@ class Spectral(Method):
         if not self.decomposes(tile.at):
             scale = self.scale * share_of(self.rest, len(tile.x))
             return moved(tile, weighted_sum(self.weights, tile.x, tile.work), scale)
+        if tile.at.stack:
+            return torch.stack([self.apply(part, known) for part in tile.parts])
         if tile.factors is not None:
             change = self.merge_factors(tile.factors, tile.at, known).dense()
             return moved(tile, change.reshape(tile.require_base().shape), 1.0)
-        deltas, weights = tile.x.flatten(2), per_expert(self.weights, len(tile.x))
+        weights = per_expert(self.weights, len(tile.x))
         if COEFFICIENTS in known:
-            change = product(deltas, weights, known[COEFFICIENTS], tile.work)
+            change = product(tile.x.flatten(2), weights, known[COEFFICIENTS], tile.work)
             return moved(tile, change.reshape(tile.x[0].shape), self.scale)
+        deltas = self.matrices(tile)
         merged = self.calibrated(self.combine(deltas, weights, tile.at), deltas, weights, tile.at)
-        return moved(tile, merged.reshape(tile.x[0].shape), self.scale)
+        return moved(tile, self.as_stored(merged, tile.at), self.scale)
+
+    def turns(self, at: Place) -> bool:
+        """Whether a matrix is transposed before anything is made of it: it is stored (in, out), and the formula knows its sides."""
+        return at.turned and (self.sided or self.calibration > 0)
+
+    def matrices(self, tile: Tile) -> Tensor:
+        """τt as matrices (experts, m, n)."""
+        deltas = tile.x.flatten(2)
+        return deltas.mT if self.turns(tile.at) else deltas
+
+    def as_stored(self, merged: Tensor, at: Place) -> Tensor:
+        """A matrix (m, n) in the shape of its tensor."""
+        return (merged.mT if self.turns(at) else merged).reshape(at.shape)
+
+    def sides(self, parts: Sequence[Factors], at: Place) -> Sequence[Factors]:
+        """`matrices` of factors, and back."""
+        return [Factors(part.a.mT, part.b.mT) for part in parts] if self.turns(at) else parts
 
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
         """λ f(w1 B1 A1, …) of low-rank experts, as a low-rank product again.
@@ -112,9 +134,9 @@ class Spectral(Method):
         Args:
             parts: of every expert, rank 0 where it has none; at: of the matrix that they change; known: what the passes found.
         """
-        space, weights = CoreSpace.of(parts), per_expert(self.weights, len(parts))
+        space, weights = CoreSpace.of(self.sides(parts, at)), per_expert(self.weights, len(parts))
         merged = self.calibrated(self.combine(space.cores, weights, at), space.cores, weights, at)
-        return space.factors(merged.double() * self.scale)
+        return self.sides([space.factors(merged.double() * self.scale)], at)[0]
 
     @abstractmethod
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
@@ -124,8 +146,8 @@ class Spectral(Method):
         wherever singular values are alike.
 
         Args:
-            deltas: (experts, m, n) in float32, or in float64 in the core space, where m and n are the core's; weights: one for
-                each; at: of the whole matrix, whose shape the formula's sizes are to be taken from.
+            deltas: (experts, m, n), outputs and inputs where `sided`, in float32, or in float64 in the core space, where m and n are
+                the core's; weights: one for each; at: of the whole matrix, whose shape the formula's sizes are to be taken from.
         """
 
     def decomposes(self, at: Place) -> bool:

@@ -27,6 +27,7 @@ class Svc(Spectral):
                 [0., 1.]])
     """
 
+    sided = True
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Li et al. 2026, ICML, arXiv 2602.05536"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram
 from twinmerge.methods.base import TABLES, Grain, Known, Partial, Pass, PerExpert, Place, column, per_expert
-from twinmerge.methods.fold import Seen, State, SumFold
+from twinmerge.methods.fold import Seen, State, SumFold, stacked
 from twinmerge.methods.spectral import Spectral, Weights, elementwise_field, share_of
 from twinmerge.methods.tall import COEFFICIENTS, RowPass
 
@@ -42,6 +42,7 @@ class Wudi(Spectral, SumFold):
                 [0., 3.]])
     """
 
+    sided = True
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Cheng et al. 2025, ICML, arXiv 2503.08099"
 
@@ -54,21 +55,21 @@ class Wudi(Spectral, SumFold):
 
     def grain_of(self, at: Place) -> Grain:
         grain = super().grain_of(at)
-        return "matrix" if grain == "rows" and self.reads_rows(at) else grain
+        return "matrix" if grain == "rows" and self.turns(at) else grain
 
-    def reads_rows(self, at: Place) -> bool:
-        """Whether the stored matrix has the inputs along its rows."""
+    def turns(self, at: Place) -> bool:
         return at.turned if self.inputs == "auto" else self.inputs == "rows"
 
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
-        return self.solved(*normal_equations(self.turned(deltas, at), weights), at).to(deltas.dtype)
+        return self.solved(*normal_equations(deltas, weights), at).to(deltas.dtype)
 
     def parts(self, at: Place) -> dict[str, tuple[int, ...]]:
         if not self.decomposes(at):
             return {"sum": at.shape}
-        inputs = self.side(at)
-        outputs = torch.Size(at.shape).numel() // inputs
-        return {"normal": (outputs, inputs), "gram": (inputs, inputs)}
+        inputs = self.side(at.parts[0])
+        outputs = torch.Size(at.parts[0].shape).numel() // inputs
+        several = at.shape[:1] if at.stack else ()
+        return {"normal": (*several, outputs, inputs), "gram": (*several, inputs, inputs)}
 
     def absorbs_whole(self, at: Place) -> bool:
         return self.decomposes(at)
@@ -79,26 +80,28 @@ class Wudi(Spectral, SumFold):
     def terms(self, delta: Tensor, at: Place) -> State:
         if not self.decomposes(at):
             return {"sum": delta}
-        normal, grams = normal_equations(self.turned(delta.flatten(1).float()[None], at))
+        if at.stack:
+            return stacked([self.terms(one, part) for one, part in zip(delta, at.parts, strict=True)])
+        matrix = delta.flatten(1).float()
+        normal, grams = normal_equations((matrix.mT if self.turns(at) else matrix)[None])
         return {"normal": normal, "gram": grams}
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
         if not self.decomposes(at):
             return state["sum"] * (self.scale * share_of(self.rest, seen.experts))
-        return self.solved(state["normal"], state["gram"], at).reshape(at.shape) * self.scale
+        if at.stack:
+            parts = [{name: x[i] for name, x in state.items()} for i in range(at.shape[0])]
+            return torch.stack([self.settle(*each, seen) for each in zip(parts, at.parts, strict=True)])
+        return self.as_stored(self.solved(state["normal"], state["gram"], at), at) * self.scale
 
     def solved(self, normal: Tensor, grams: Tensor, at: Place) -> Tensor:
-        """M* as it is stored, (m, n) float64."""
-        return self.turned(solve(normal, grams, self.ridge, self.side(at), at.name), at)
-
-    def turned(self, x: Tensor, at: Place) -> Tensor:
-        """The inputs along the columns, and back."""
-        return x.mT if self.reads_rows(at) else x
+        """M*, (outputs, inputs) float64."""
+        return solve(normal, grams, self.ridge, self.side(at), at.name)
 
     def side(self, at: Place) -> int:
         """n, the number of inputs of the whole matrix."""
         m = at.shape[0]
-        return m if self.reads_rows(at) else int(torch.Size(at.shape).numel() // max(m, 1))
+        return m if self.turns(at) else int(torch.Size(at.shape).numel() // max(m, 1))
 
 
 class Interference(RowPass):

@@ -33,8 +33,9 @@ TASK_CLASSES = {
 }
 
 LEAF = ("weight", "bias")
-TABLE = ("embed", "bias_table", "token")
-"""In the names of parameters that a class holds itself, in no module of their own (`pos_embed`, `relative_position_bias_table`)."""
+TABLE = ("embed", "bias", "token", "rel_pos", "latent", "probe", "scale", "A_log", "time_")
+"""In the names of parameters that a class holds itself, in no module of their own, and multiplies no inputs with (`pos_embed`,
+`relative_position_bias_table`, `pos_bias_u`, the biases of experts in one tensor, the decay of a state-space layer)."""
 
 
 class Architecture:
@@ -224,8 +225,8 @@ class Architecture:
 
     @cached_property
     def tables(self) -> frozenset[str]:
-        """Canonical names of what is looked up by a row's number and multiplies nothing: embeddings of tokens and places, tables of
-        relative biases; not the output layer that is tied to one.
+        """Canonical names of what is looked up by a row's number or added and multiplies no inputs: embeddings of tokens and places,
+        tables of relative biases; not the output layer that is tied to one.
 
         Example:
             >>> from transformers import T5Config
@@ -241,6 +242,31 @@ class Architecture:
             or (name not in LEAF and any(t in name for t in TABLE))
         }
         return frozenset(found | {own for alias, own in self.aliases.items() if alias in found})
+
+    @cached_property
+    def stacks(self) -> dict[str, bool]:
+        """Canonical names of parameters (E, m, n) that hold matrices along their leading axis, as the experts of one layer in one tensor
+        -> whether those are stored (in, out).
+
+        Example:
+            >>> from transformers import MixtralConfig
+            >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_attention_heads=2, num_key_value_heads=2)
+            >>> tiny = MixtralConfig(num_hidden_layers=1, num_local_experts=3, **sizes)
+            >>> Architecture(tiny, transformers.MixtralForCausalLM).stacks
+            {'layers.0.mlp.experts.gate_up_proj': False, 'layers.0.mlp.experts.down_proj': False}
+        """
+        found: dict[str, bool] = {}
+        for path, module in self.skeleton.named_modules():
+            if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+                continue
+            own = {
+                name: p.shape
+                for name, p in module.named_parameters(recurse=False)
+                if p.dim() == 3 and min(p.shape) > 1 and name.endswith(("weight", "proj"))
+            }
+            turned = _stored_turned(module, own)
+            found |= {self.of_module(f"{path}.{name}" if path else name): turned for name in own}
+        return found
 
     def is_body(self, canonical: str) -> bool:
         """True for tensors inside the bare model; all of them where the class has no part outside it."""
@@ -281,6 +307,18 @@ class Architecture:
             return None
         named = self.skeleton.named_modules()
         return next((self.of_module(f"{name}.weight") for name, module in named if module is found), None)
+
+
+def _stored_turned(module: nn.Module, experts: dict[str, torch.Size]) -> bool:
+    """Whether a module's experts are stored (in, out): by their two matrices, the first of which has gate and up side by side, else by
+    what the module says of itself."""
+    if {"gate_up_proj", "down_proj"} <= experts.keys():
+        (_, a, b), (_, c, d) = experts["gate_up_proj"], experts["down_proj"]
+        if (a, b) == (d, 2 * c) != (2 * d, c):
+            return True
+        if (a, b) == (2 * d, c) != (d, 2 * c):
+            return False
+    return bool(getattr(module, "is_transposed", False))
 
 
 def _one_line(error: Exception) -> str:

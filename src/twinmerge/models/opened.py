@@ -123,7 +123,19 @@ class OpenedModel:
 
     def turned(self, name: str) -> bool:
         """Whether a matrix is known to be stored (in, out)."""
-        return self.architecture is not None and self._own(name) in self.architecture.turned
+        name = self._own(name)
+        known = self.architecture
+        return known is not None and (name in known.turned or known.stacks.get(name, False))
+
+    def stacked(self, name: str) -> bool:
+        """Whether a tensor (E, m, n) holds matrices along its leading axis, as the experts of one layer in one tensor.
+
+        Its class says so; of a bare checkpoint, which names none, the module's usual name does.
+        """
+        name = self._own(name)
+        if self.architecture is not None:
+            return name in self.architecture.stacks
+        return self.tables is None and len(self.specs[name].shape) == 3 and ".experts." in f".{name}"
 
     def table(self, name: str) -> bool:
         """Whether a tensor is looked up by a row's number and multiplies nothing: an embedding, a table of relative biases.
