@@ -88,6 +88,14 @@ def test_a_twin_over_time(command: Any, zoo: SimpleNamespace, tmp_path: Path) ->
         (["init", "{new}", "--base", "{base}", "--method", "tsv"], "needs all experts at once"),
         (["init", "{new}", "--base", "{base}", "--method", "isoc"], "Did you mean 'iso_c'"),
         (["init", "{new}", "--base", "{base}", "-p", "weights=0.5"], "has no place in it"),
+        (
+            ["init", "{new}", "--base", "{base}", "--method", "average", "-p", "normalize=false"],
+            "normalize has no place",
+        ),
+        (
+            ["init", "{new}", "--base", "{base}", "--method", "task_arithmetic", "-p", "normalize=true"],
+            "normalize has no",
+        ),
         (["init", "{new}", "--base", "{base}", "--dtype", "float16"], "kept in float64 or float32"),
         (["init", "{state}", "--base", "{base}"], "there already"),
         (["add", "{base}", "a={expert}"], "no continual state"),

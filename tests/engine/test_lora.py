@@ -681,3 +681,11 @@ def test_extracted_adapters_merge_into_one(zoo: Any, full: Any, tmp_path: Path) 
     found = merge_lora(zoo.base, paths, tmp_path / "out", weights=0.5, progress=False)
     want = sums(paths, {"x": 0.5, "y": 0.5})
     assert max(relative(t, want[n]) for n, t in deltas(found.folder).items()) <= 1e-6
+
+
+def test_normalize_divides_by_the_sum_of_the_weights(zoo: Any, tmp_path: Path) -> None:
+    mean = merge_lora(
+        zoo.base, zoo.experts, tmp_path / "mean", weights=WEIGHTS, parameters={"normalize": True}, progress=False
+    )
+    want = sums(zoo.experts, {n: w / sum(WEIGHTS.values()) for n, w in WEIGHTS.items()})
+    assert max(relative(t, want[n]) for n, t in deltas(mean.folder).items()) <= 1e-6

@@ -41,3 +41,12 @@ def test_large_numbers_do_not_overflow_on_the_way(merge_rows):
 
 def test_cancelling_experts_leave_the_small_rest(merge_rows):
     assert merge_rows("average", [[1e8], [3.0], [-1e8]]).item() == 1.0  # float32 sums give 0
+
+
+def test_sum_instead_of_mean(merge_rows):
+    got = merge_rows("average", [[2.0, 3.0], [4.0, 7.0]], weights={"a": 0.5, "b": 0.25}, normalize=False)
+    assert got.tolist() == [2.0, 3.25]
+
+
+def test_negative_sum_in_mergekit(merge_rows):
+    assert merge_rows("average", [[2.0], [4.0]], weights={"a": 1, "b": -3}, compat="mergekit").tolist() == [5.0]

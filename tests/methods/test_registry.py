@@ -220,3 +220,11 @@ def test_a_negative_sum_of_weights_is_mergekits_alone():
     assert make_method("average", AB, {"weights": (1.0, -2.0), "compat": "mergekit"}).divisor(2) == -1
     with pytest.raises(TwinmergeError, match="add up to -1"):
         make_method("average", AB, {"weights": (1.0, -2.0)})
+
+
+@pytest.mark.parametrize("name", ["dare", "dare_ties"])
+def test_what_mergekit_does_not_do_is_not_called_its_semantics(name):
+    with pytest.raises(TwinmergeError, match=f"^{name}: mergekit restores the L1 norm, or nothing. Add rescale=l1"):
+        make_method(name, AB, {"compat": "mergekit"})
+    for rescale in ("l1", "none"):
+        assert make_method(name, AB, {"compat": "mergekit", "rescale": rescale}).rescale == rescale

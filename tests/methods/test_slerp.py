@@ -88,3 +88,9 @@ def test_tiny_and_huge_tensors_have_an_angle(merge_rows):
     for size in (1e-30, 1e30):
         got = merge_rows("slerp", [(size, 0), (0, size)], t=0.5)
         torch.testing.assert_close(got, torch.full((2,), size * math.sqrt(0.5)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("a, b, want", [((0, 0), (1, 1), (0.707107, 0.707107)), ((2, 0), (0, 0), (1.414214, 0))])
+def test_in_mergekit_a_zero_tensor_is_at_a_right_angle(merge_rows, a, b, want):
+    got = merge_rows("slerp", [a, b], t=0.5, compat="mergekit")
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float32), rtol=0, atol=1e-6)

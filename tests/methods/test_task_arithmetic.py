@@ -72,3 +72,11 @@ def test_sum_and_base_are_rounded_once():
     x, base = torch.tensor([[2.0**-24, 1e8], [2.0**-48, 1.0], [0.0, -1e8]]), torch.tensor([1.0, 0.0])
     got = make_method("task_arithmetic", ("a", "b", "c"), {"scale": 1.0}).apply(Tile(x, base, Place("w", (2,))), {})
     assert got.tolist() == [1 + 2.0**-23, 1.0]
+
+
+@pytest.mark.parametrize(
+    "weights, want", [({"a": 1, "b": 3}, 2.5), ({"a": 1, "b": -1}, -2.0), ({"a": -1, "b": -1}, 2.0)]
+)
+def test_weighted_mean_of_the_task_vectors(merge_rows, weights, want):
+    """τ = 1 and 3; weights that cancel leave the sum as it is."""
+    assert merge_rows("task_arithmetic", [[1.0], [3.0]], weights=weights, normalize=True, scale=1.0).tolist() == [want]

@@ -215,3 +215,28 @@ def test_each_expert_has_its_own_density(merge_rows):
     assert got.tolist() == [0.0] * 9 + [-10]
     got = merge_rows("ties", rows, density={"a": 0.0, "b": 0.1})
     assert got.tolist() == [0.0] * 9 + [1]
+
+
+# ------------------------------------------------------------------------------------- mergekit's trim
+
+
+@pytest.mark.parametrize(
+    "size, density, kept", [(100, 0.29, 28), (10, 0.05, 1), (1, 0.5, 1), (10, 0.0, 0), (10, 1.0, 10), (7, 0.999, 6)]
+)
+def test_mergekit_keeps_one_at_least_and_counts_in_floating_point(merge_rows, size, density, kept):
+    rows = [torch.arange(1.0, size + 1)]
+    assert int((merge_rows("ties", rows, density=density, compat="mergekit") != 0).sum()) == kept
+
+
+@pytest.mark.parametrize(
+    "weights, want",
+    [
+        ({"a": 1.0, "b": -1.0}, 3.0),  # w τ = 1, 2: both agree, their weights cancel, the sum stays undivided
+        ({"a": 1.0, "b": -0.5}, 4.0),  # 1 + 1 over 0.5
+        ({"a": -1.0, "b": -1.0}, -2.0),  # w τ = −1, 2: + wins, and b alone agrees: 2 over −1
+    ],
+)
+def test_weights_of_both_signs_in_mergekit(merge_rows, weights, want):
+    """τ = 1 and −2."""
+    got = merge_rows("ties", [[1.0], [-2.0]], density=1.0, weights=weights, compat="mergekit").item()
+    assert got == pytest.approx(want)

@@ -16,8 +16,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 from twinmerge.engine.merge import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, rank_of_rate, retained_energy
+from twinmerge.methods.registry import make_method
 from twinmerge.twin.routers.gaussian import GaussianRouter
-from twinmerge.twin.split import Exclusive, cut, official_generative, split
+from twinmerge.twin.split import Exclusive, cut, linear_coefficients, official_generative, split
 from twinmerge.twin.twin import Twin
 
 
@@ -483,3 +484,16 @@ def test_shared_part_is_the_static_merge(lab: Any) -> None:
     static = merge("tsv", base=case.base, experts=case.experts, progress=False).state_dict()
     assert all(torch.equal(twin.package.shared.read(n), t) for n, t in static.items())
     assert twin.package.provenance["twin"] == {"rank": 2, "shared": "tsv"}
+
+
+def test_what_of_each_expert_is_in_the_shared_model():
+    order = ("a", "b")
+
+    def found(name, parameters):
+        return linear_coefficients(make_method(name, order, parameters), order, ["b", "a"])
+
+    assert found("average", {"weights": (1.0, 3.0)}) == [0.75, 0.25]
+    assert found("average", {"normalize": False}) is None  # a sum of models is no sum of task vectors
+    assert found("task_arithmetic", {"weights": (1.0, 3.0), "scale": 0.5}) == [1.5, 0.5]
+    assert found("task_arithmetic", {"weights": (1.0, 3.0), "scale": 0.5, "normalize": True}) == [0.375, 0.125]
+    assert found("ties", {}) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Drop, Rule
 from twinmerge.maths.keyed_random import kept_bits, philox_key
@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 
 Rescale = Literal["inverse_keep", "l1", "none"]
 LEAST_NORM = 1e-7  # of a tensor whose L1 norm is restored; smaller ones stay as they are, as in mergekit
+
+
+def check_rescale(compat: str, rescale: Rescale) -> None:
+    """Refuse to call mergekit's what it does not do."""
+    if compat == "mergekit" and rescale == "inverse_keep":
+        raise ValueError(
+            "mergekit restores the L1 norm, or nothing. Add rescale=l1 or rescale=none to compat=mergekit."
+        )
 
 
 def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
@@ -113,6 +121,11 @@ class Dare(Method):
     seed: int = seed_field()
     normalize: bool = Field(default=False, description="divide by the sum of the weights")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
+
+    @model_validator(mode="after")
+    def _check_rescale(self) -> Dare:
+        check_rescale(self.compat, self.rescale)
+        return self
 
     def by(self, experts: int) -> float:
         """What the weighted sum is multiplied with."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Rule
 from twinmerge.methods.base import Known, Pass, PerExpert, Place, Tile, column, seed_field
-from twinmerge.methods.dare import L1Norms, Rescale, drop, drop_rule, factors
+from twinmerge.methods.dare import L1Norms, Rescale, check_rescale, drop, drop_rule, factors
 from twinmerge.methods.ties import Ties
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ class DareTies(Ties):
     trim_density: PerExpert = Field(default=1.0, description="share that TIES then trims to, 0 to 1")
     rescale: Rescale = Field(default="inverse_keep", description="how the kept entries are rescaled")
     seed: int = seed_field()
+
+    @model_validator(mode="after")
+    def _check_rescale(self) -> DareTies:
+        check_rescale(self.compat, self.rescale)
+        return self
 
     @property
     def share_kept(self) -> PerExpert:

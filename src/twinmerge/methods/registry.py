@@ -117,6 +117,8 @@ def make_method(name: str, experts: tuple[str, ...], parameters: Mapping[str, An
         method = cls.model_validate(values, strict=True)
     except ValidationError as error:
         first = max(error.errors(), key=lambda each: len(each["loc"]))  # of one expert's number rather than of all
+        if not first["loc"]:  # of several fields together
+            raise TwinmergeError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error
         field = str(first["loc"][0])
         raise TwinmergeError(
             f"{name}: {field}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge methods {name}`."

@@ -279,17 +279,19 @@ class OutputFolder(_Output):
 
     def finish(self) -> bool:
         """Give its name to what an earlier run with this key left whole; False where it left no such thing."""
-        if self.key is None or not _is_ours(self.partial) or self.content.is_symlink():
-            return False
-        if _read_journal(self.partial / JOURNAL, self.key) is None or Manifest.of(self.content) is None:
+        if self.key is None or not _is_ours(self.partial) or _read_journal(self.partial / JOURNAL, self.key) is None:
             return False
         self._lock = _lock(self.partial / LOCK, self.target)
         try:
-            self._check_target()
-            self._appear()
+            whole = not self.content.is_symlink() and Manifest.of(self.content) is not None
+            if whole:
+                self._check_target()
+                self._appear()
+            elif not self.content.exists():  # it has its name
+                disk.remove(self.partial / JOURNAL)
         finally:
             self._unlock()
-        return True
+        return whole
 
     def _check_target(self) -> None:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
