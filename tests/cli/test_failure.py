@@ -118,7 +118,7 @@ def test_output_that_nobody_can_take() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["methods", "methods --json", "--help", "methods ties"])
+@pytest.mark.parametrize("words", ["methods", "methods --json"])
 def test_streams_that_are_closed_or_broken(words: str) -> None:
     for tail in (">&-", "2>&-", "<&- >&- 2>&-", "| true", "| head -c 1", "> /dev/full", "2> /dev/full"):
         ran = run(words, tail)
@@ -130,7 +130,7 @@ def test_an_interrupt_is_a_word(zoo: Any, tmp_path: Path) -> None:
     """A signal at many moments of a run; only what Python does before it reaches the command is not ours."""
     code = "import sys, twinmerge.cli\nprint('here', flush=True)\ntwinmerge.cli.main()"
     words = ["merge", "--method", "ties", "--base", str(zoo.base), *map(str, zoo.given), "-o"]
-    for i, delay in enumerate((0.0, 0.02, 0.1, 0.3, 0.6, 1.0)):
+    for i, delay in enumerate((0.05, 0.3, 1.0)):
         command = [sys.executable, "-c", code, *words, str(tmp_path / str(i))]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "here\n"

@@ -96,12 +96,12 @@ def _root(
 
 def main() -> None:
     """Run the command. A warning is one line on stderr; so is every error, with exit code 2 for a user's mistake and 4 for the rest."""
-    all_streams()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code: int | str | None = 0
         failed: BaseException | None = None
         try:
+            all_streams()
             check_words(sys.argv[1:])
             app(prog_name="twinmerge")
         except SystemExit as left:
