@@ -63,12 +63,8 @@ def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
 
     try:
         return {name: yaml.safe_load(text) for name, text in pairs(items, option).items()}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, TwinmergeError):
-            raise
-        raise TwinmergeError(
-            f"A value of {option} cannot be read: {str(error)[:200]}. Write numbers or words."
-        ) from error
+    except yaml.YAMLError as error:
+        raise TwinmergeError(f"A value of {option} cannot be read: {error}. Write numbers or words.") from error
 
 
 def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
