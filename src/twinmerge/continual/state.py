@@ -18,6 +18,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.store.artefact import Artefact, in_order, metadata_of, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checksum import joined
+from twinmerge.store.foreign import find
 from twinmerge.store.output import DISK_FULL, CheckpointWriter, header_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class StateFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / FILE
-        if not self.file.is_file():
+        if find(folder, FILE) is None:
             raise TwinmergeError(
                 f"{folder} is no continual state: it has no {FILE}. Make one with `twinmerge continual init`."
             )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint import Checkpoint, Spec
-from twinmerge.store.foreign import parse_json
+from twinmerge.store.foreign import find, parse_json
 from twinmerge.store.output import header_of, write_tensor
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def load_artefact(file: Path, kind: str, version: int, base: str | None = None) 
 
 def open_artefact(file: Path, kind: str, version: int, base: str | None = None) -> tuple[Artefact, Checkpoint]:
     """The same without its tensors, which are read from the checkpoint when they are wanted."""
-    if not file.is_file():
+    if find(file.parent, file.name) is None:
         raise TwinmergeError(f"{file} is missing. Copy the whole folder again, or build it again.")
     checkpoint = Checkpoint([file])
     try:
