@@ -80,7 +80,7 @@ def test_interrupt(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(twinmerge.cli, "app", stop)
-    assert command() == (130, "", "")
+    assert command() == (130, "", "Interrupted. Run the same command again: it goes on where it can, or begins anew.\n")
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import OMP
 from twinmerge.maths.workers import CAN_FORK, forked
+from twinmerge.store.ranges import OpenFile
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="forks on Linux only")
 
@@ -58,6 +60,53 @@ def test_a_killed_worker_is_an_error():
     with pytest.raises(MemoryError, match="ended from outside"):
         list(forked(lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == 1 else n, range(5)))
     assert not children()
+
+
+def test_a_worker_that_crashes_is_another_error():
+    with pytest.raises(RuntimeError, match="a worker process ended by SIGSEGV"):
+        list(forked(lambda n: os.kill(os.getpid(), signal.SIGSEGV) if n == 1 else n, range(5)))
+    assert not children()
+
+
+def test_an_error_that_no_pipe_can_carry():
+    class LocalError(Exception):
+        def __init__(self, one, two):
+            super().__init__(f"{one} and {two}")
+
+    def work(n):
+        raise LocalError(n, "x")
+
+    with pytest.raises(RuntimeError, match="LocalError: 0 and x") as error:
+        list(forked(work, range(3)))
+    assert "in work" in error.value.__notes__[0] and not children()
+
+
+def test_files_that_other_threads_use_do_not_stop_a_worker(tmp_path):
+    """A thread that is not there in the fork neither holds the lock of open files nor uses one of them."""
+    (tmp_path / "a").write_bytes(b"a")
+    held, done = OpenFile(tmp_path / "a"), threading.Event()
+    began = threading.Event()
+
+    def hold():
+        with held.use():
+            began.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    began.wait()
+
+    def work(n):
+        with held.use() as fd:
+            found = os.pread(fd, 1, 0)
+        held.close()
+        return found
+
+    try:
+        assert list(forked(work, range(3))) == [b"a"] * 3
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_workers_end_with_an_iterator_that_is_dropped():

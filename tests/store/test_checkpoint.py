@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
+import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -417,3 +421,39 @@ def test_reading_needs_no_safetensors(model):
     script += "print(Checkpoint.open(Path(sys.argv[1])).read('scalar').item(), 'safetensors' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, str(model[0])], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2.5", "False"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_reads_the_same(tmp_path, duplicate):
+    save_file({"a": torch.arange(3), "b": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.read("a")
+    other = duplicate(checkpoint)
+    assert other.specs == checkpoint.specs and torch.equal(other.read("b"), torch.ones(2, 2))
+    other.close()
+    del other
+    gc.collect()
+    assert checkpoint.read("a").tolist() == [0, 1, 2]
+
+
+def test_an_index_of_a_million_shards_and_a_huge_header_are_refused_at_once(tmp_path):
+    names = ",".join(f'"{i}":"{i}"' for i in range(1_000_000))
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map":{{{names}}}}}')
+    (tmp_path / "other").mkdir()
+    with (tmp_path / "other" / "model.safetensors").open("wb") as file:
+        file.write((90_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(100_000_000)
+    (tmp_path / "many").mkdir()
+    tensors = ",".join(f'"{i}":{{"dtype":"I8","shape":[0],"data_offsets":[0,0]}}' for i in range(250_000))
+    (tmp_path / "many" / "model.safetensors").write_bytes(len(tensors).to_bytes(8, "little") + tensors.encode())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for folder, says in (
+        ("", "has some 1000001 items"),
+        ("other", "announces 90000000 bytes"),
+        ("many", "has 250000 braces"),
+    ):
+        began = time.perf_counter()
+        with pytest.raises(TwinmergeError, match=says):
+            Checkpoint.open(tmp_path / folder)
+        assert time.perf_counter() - began < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000

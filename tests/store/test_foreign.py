@@ -228,3 +228,13 @@ def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result((*real(fd)[:6], 5, *real(fd)[7:])))
     with pytest.raises(TwinmergeError, match="has 11 bytes, more than the 10"):
         read_bytes(tmp_path / "x", 10)
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges", "gguf_file"])
+def test_a_tokenizer_that_reads_files_of_the_user(tmp_path, key):
+    """transformers opens `vocab` of a tokenizer_config.json wherever it leads."""
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", key: "/etc/hostname"})
+    )
+    with pytest.raises(TwinmergeError, match=f"tokenizer_config.json names a file, '/etc/hostname', as its '{key}'"):
+        check_settings(tmp_path)

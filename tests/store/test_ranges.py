@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import os
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from twinmerge.errors import TwinmergeError
 from twinmerge.store import ranges
 from twinmerge.store.ranges import OpenFile, bytes_of, read_into, write_from
 
@@ -183,3 +186,51 @@ def test_writable_file_may_change(tmp_path):
             write_from(fd, text, 0)
         file.close()
     assert file.path.read_bytes() == b"abcd"
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda file: pickle.loads(pickle.dumps(file))])
+def test_a_copy_has_a_descriptor_of_its_own(tmp_path, duplicate):
+    (file,) = files(tmp_path, 1)
+    with file.use() as fd:
+        other = duplicate(file)
+        assert other._fd is None and not other._users
+    with file.use() as own, other.use() as its:
+        assert own == fd and its != own
+    del other
+    gc.collect()
+    (tmp_path / "stranger").write_bytes(b"!")
+    strangers = [(tmp_path / "stranger").open("rb") for _ in range(3)]  # they take the numbers that are free
+    assert first_byte(file) == 0
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_copy_that_fails_half_way_closes_nothing(tmp_path):
+    (file,) = files(tmp_path, 1)
+    assert first_byte(file) == 0
+    with pytest.raises(TypeError, match="pickle"):
+        copy.deepcopy([file, threading.Lock()])
+    gc.collect()
+    with (tmp_path / "0").open("rb"):
+        assert first_byte(file) == 0
+
+
+def test_a_copy_finds_out_that_the_file_changed(tmp_path):
+    (file,) = files(tmp_path, 1)
+    first_byte(file)
+    other = copy.deepcopy(file)
+    file.close()
+    file.path.write_bytes(b"another")
+    with pytest.raises(OSError, match="it changed since it was opened first"):
+        first_byte(other)
+
+
+def test_what_is_written_is_not_copied(tmp_path):
+    with pytest.raises(TypeError, match="is being written: what writes it cannot be copied"):
+        copy.deepcopy(OpenFile(tmp_path / "x", writable=True))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(TwinmergeError, match="x is a pipe, where a file is expected"):
+        first_byte(OpenFile(tmp_path / "x"))

@@ -18,6 +18,7 @@ from twinmerge.cli.continual import twin as twin_of_state
 from twinmerge.cli.demo import demo
 from twinmerge.cli.diff import diff
 from twinmerge.cli.evaluate import evaluate
+from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, told
 from twinmerge.cli.lora import extract as extract_lora
 from twinmerge.cli.lora import merge as merge_lora
 from twinmerge.cli.measure import activations, fisher, gram
@@ -28,7 +29,6 @@ from twinmerge.cli.search import search
 from twinmerge.cli.twin import build, explain, export, run
 from twinmerge.cli.twin_change import add, compress, rebuild, refine, remove
 from twinmerge.cli.verify import verify
-from twinmerge.errors import TwinmergeError
 
 app = typer.Typer(
     name="twinmerge",
@@ -95,16 +95,25 @@ def _root(
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2, a warning is one line there too."""
+    """Run the command. A warning is one line on stderr; so is every error, with exit code 2 for a user's mistake and 4 for the rest."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        code: int | str | None = 0
+        failed: BaseException | None = None
         try:
+            all_streams()
+            check_words(sys.argv[1:])
             app(prog_name="twinmerge")
-        except TwinmergeError as error:
-            _say(f"Error: {error}")
-            sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        except SystemExit as left:
+            code = left.code
+            failed = KeyboardInterrupt() if code == INTERRUPTED else None  # typer has taken the interrupt for itself
+        except BaseException as error:
+            failed = error
+        failed = flushed() or failed
+        if failed is not None:
+            said, code = told(failed)
+            _say(said)
+        sys.exit(code)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -34,18 +34,17 @@ def evaluate(
 
     twinmerge evaluate TWIN --suite DIR --tasks sst2,trec
     """
+    from twinmerge.store.foreign import read_bytes
     from twinmerge.store.locate import locate
     from twinmerge.store.output import OutputFile, replace_text
     from twinmerge.study.evaluate import evaluate as run
     from twinmerge.study.evaluate import open_runner
-    from twinmerge.study.scores import Evaluation
+    from twinmerge.study.scores import EVALUATION, Evaluation
     from twinmerge.tasks.suite import open_suite
 
     use_threads(threads)
-    try:
-        reference = Evaluation.from_json(experts.read_bytes()) if experts else None
-    except OSError as error:
-        raise TwinmergeError(f"{experts} cannot be read: {error}. Name a file that --out wrote.") from error
+    advice = "Name a file that --out wrote."
+    reference = Evaluation.from_json(read_bytes(experts, EVALUATION.bytes, advice)) if experts else None
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise TwinmergeError(f"{out} cannot be written. Name a file in a folder that is there.")
     if out is not None:

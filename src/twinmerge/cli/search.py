@@ -66,8 +66,9 @@ def search(
     twinmerge search --method task_arithmetic --base B --expert a=A --expert b=B2 --suite DIR --grid scale=0.1,0.2,0.3 -o OUT
     """
     from twinmerge.engine.merge import Merge
+    from twinmerge.store.foreign import read_bytes
     from twinmerge.store.output import OutputFile, OutputFolder, replace_text
-    from twinmerge.study.scores import Evaluation
+    from twinmerge.study.scores import EVALUATION, Evaluation
     from twinmerge.study.search import check_split
     from twinmerge.study.search import grid as combined
     from twinmerge.study.search import search as run
@@ -92,9 +93,8 @@ def search(
         points = [{**point, **draw} for point in points for draw in draws(list(recipe.experts), weightings, seed)]
     elif not grid:
         raise TwinmergeError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
-    reference = Evaluation.from_json(experts.read_bytes()) if experts is not None and experts.is_file() else None
-    if experts is not None and reference is None:
-        raise TwinmergeError(f"{experts} is no file. Name what `twinmerge evaluate --out` wrote of the experts.")
+    advice = "Name what `twinmerge evaluate --out` wrote of the experts."
+    reference = Evaluation.from_json(read_bytes(experts, EVALUATION.bytes, advice)) if experts is not None else None
     merge = Merge(recipe, architecture=True)
     found = run(
         merge,

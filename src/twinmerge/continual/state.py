@@ -17,6 +17,7 @@ from twinmerge.store import disk
 from twinmerge.store.artefact import LONGEST, Artefact, ArtefactFile, ArtefactWriter, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checksum import UNSEALED
+from twinmerge.store.foreign import find
 from twinmerge.store.output import DISK_FULL
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class StateFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / FILE
-        if not self.file.is_file():
+        if find(folder, FILE) is None:
             raise TwinmergeError(
                 f"{folder} is no continual state: it has no {FILE}. Make one with `twinmerge continual init`."
             )

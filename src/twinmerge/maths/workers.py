@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -29,6 +30,9 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
     The processes see everything as it is now; what they change, but for files, stays theirs. Results and errors are
     pickled. They end with the iterator, and with this process.
 
+    Errors:
+        MemoryError: a process was killed, as systems do that run out of memory; RuntimeError: it crashed; what `function` raises.
+
     Example:
         >>> list(forked(lambda n: n * n, [1, 2, 3]))
         [1, 4, 9]
@@ -43,7 +47,7 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
             try:
                 good, answer = pickle.load(pipe)
             except (EOFError, pickle.UnpicklingError) as error:
-                raise MemoryError("a worker process was ended from outside, most likely for lack of memory") from error
+                raise _end_of(*children.pop(i % count)) from error
             if not good:
                 raise answer
             yield answer
@@ -53,6 +57,16 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
+
+
+def _end_of(process: int, pipe: BinaryIO) -> Exception:
+    """Why a process ended before its work did."""
+    pipe.close()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if code == -signal.SIGKILL:
+        return MemoryError("a worker process was ended from outside, most likely for lack of memory")
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return RuntimeError(f"a worker process ended by {name}")
 
 
 def _fork(
@@ -85,10 +99,22 @@ def _serve(function: Callable[[Item], Result], items: Sequence[Item], out: Binar
             try:
                 answer = True, function(item)
             except BaseException as error:
-                pickle.dump((False, error), out)
+                pickle.dump((False, _portable(error)), out)
                 return
             pickle.dump(answer, out, protocol=pickle.HIGHEST_PROTOCOL)
             out.flush()
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error with its traceback as a note; one that cannot be pickled as a RuntimeError of the same words."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        other = RuntimeError(f"{type(error).__name__}: {error}")
+        other.__notes__ = error.__notes__
+        return other
+    return error
 
 
 def _die_with(parent: int) -> None:

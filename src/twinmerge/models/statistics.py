@@ -53,8 +53,8 @@ class Statistics:
         Errors:
             TwinmergeError: no statistics file, another version, or another kind than `what`.
         """
-        path = Path(file)
-        if not path.is_file():
+        path = Path(os.path.realpath(file) if os.path.islink(file) else file)  # the user named it, wherever it leads
+        if not os.path.exists(path):
             raise TwinmergeError(f"There is no statistics file {path}. Name one that `twinmerge measure` wrote.")
         found = cls(open_artefact(path, KIND, VERSION))
         if what is not None and found.what != what:

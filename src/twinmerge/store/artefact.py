@@ -19,7 +19,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter
 from twinmerge.store.checksum import UNSEALED, is_sealed, sealed
-from twinmerge.store.foreign import parse_json
+from twinmerge.store.foreign import find, parse_json
 from twinmerge.store.header import header_of, raw_header
 from twinmerge.store.manifest import SEAL
 
@@ -191,7 +191,7 @@ def open_artefact(file: Path, kind: str, version: int, base: str | None = None) 
 
     Files of earlier versions, which had no checksums, are read as they are.
     """
-    if not file.is_file():
+    if find(file.parent, file.name) is None:
         raise TwinmergeError(f"{file} is missing. Copy the whole folder again, or build it again.")
     opened = ArtefactFile(file)
     found = opened.artefact

@@ -240,6 +240,11 @@ def check_settings(folder: Path) -> None:
             raise TwinmergeError(
                 f"{file} has {size} bytes, more than the {VOCABULARY.bytes} that such a file may have. Restore it."
             )
+    if file := find(folder, "tokenizer_config.json"):
+        found = read_json(file, finite=False)
+        for key in ("vocab", "merges", "gguf_file"):  # transformers opens these, wherever they lead
+            if isinstance(found.get(key), str):
+                raise TwinmergeError(f"{file} names a file, {shown(found[key])}, as its {key!r}. Take that line out.")
 
 
 def open_regular(file: str | os.PathLike[str]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.foreign import is_text, shown
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?$")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README*", "LICENSE*"]
@@ -49,30 +50,34 @@ def locate(ref: str | os.PathLike[str], cached: bool = False) -> Located:
     text = os.fspath(ref)
     if not text:
         raise TwinmergeError("A model's name is empty. Give a path, a hub id or base+adapter.")
-    if "+" in text and not Path(text).exists():
+    if not is_text(text):
+        raise TwinmergeError(f"The model's path {text!r} is not UTF-8. Rename the folder.")
+    if "+" in text and not os.path.exists(text):
         base, _, adapter = text.rpartition("+")
         left, right = _folder(base, cached), _folder(adapter, cached)
-        if not (right.folder / "adapter_config.json").is_file():
+        if not os.path.lexists(right.folder / "adapter_config.json"):
             raise TwinmergeError(
                 f"{adapter!r} is no PEFT adapter: it has no adapter_config.json. Write base+adapter with an adapter folder."
             )
         commits = "+".join(c for c in (left.commit, right.commit) if c)
         return Located(text, left.folder, right.folder, commits or None)
     found = _folder(text, cached)
-    if (found.folder / "adapter_config.json").is_file() and not (found.folder / "config.json").is_file():
+    if os.path.lexists(found.folder / "adapter_config.json") and not os.path.lexists(found.folder / "config.json"):
         raise TwinmergeError(f"{text!r} is a PEFT adapter without its base. Write it as base+{text}.")
     return found
 
 
 def _folder(text: str, cached: bool) -> Located:
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))  # these functions find every name, however long, and raise nothing
+    if os.path.isdir(path):
         return Located(text, path)
-    if path.is_file():
-        raise TwinmergeError(f"{text!r} is a file. Name the folder that holds config.json and the safetensors files.")
+    if os.path.lexists(path):
+        raise TwinmergeError(
+            f"{shown(text)} is a file. Name the folder that holds config.json and the safetensors files."
+        )
     if not HUB_ID.match(text) or text.startswith((".", "/", "~")):
         raise TwinmergeError(
-            f"No model at {text!r}: it is neither a folder nor a hub id (org/name or org/name@revision). Check the path."
+            f"No model at {shown(text)}: it is neither a folder nor a hub id (org/name or org/name@revision). Check the path."
         )
     return _from_hub(text, cached)
 

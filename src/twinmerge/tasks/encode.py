@@ -219,9 +219,9 @@ def _texts(row: Input) -> tuple[str, str | None]:
 
 
 def _open(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     advice = "Copy the tokenizer's files from the base model into it, or name a folder that has them."
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise TwinmergeError(f"No tokenizer at {os.fspath(folder)!r}: it is no folder. Check the path.")
     check_settings(path)
     try:

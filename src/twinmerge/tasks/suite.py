@@ -81,7 +81,7 @@ class Task:
             raise TwinmergeError(f"limit is {limit}: give a number of rows from 1 on, or none for all rows.")
         file = self.folder / f"{split}.jsonl"
         if not is_file_name(split) or find(self.folder.parent, Path(self.folder.name) / file.name) is None:
-            here = sorted(f.stem for f in self.folder.glob("*.jsonl")) if self.folder.is_dir() else []
+            here = sorted(f.stem for f in self.folder.glob("*.jsonl")) if os.path.isdir(self.folder) else []
             have = f"it has {', '.join(here)}" if here else "it has no .jsonl file"
             raise TwinmergeError(
                 f"{file} is missing: task {self.name!r} has no split {split!r}, {have}.{nearest(split, here)} "
@@ -151,7 +151,7 @@ def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = Non
         ...
         twinmerge.errors.TwinmergeError: .../tasks.json has no task 'tyo'. Did you mean 'toy'? It has: toy.
     """
-    file = Path(folder).expanduser() / "tasks.json"
+    file = Path(os.path.expanduser(folder)) / "tasks.json"
     if find(file.parent, file.name) is None:
         raise TwinmergeError(
             f"{file} is missing. Name the folder of a suite: tasks.json and one folder of .jsonl files for each task."
