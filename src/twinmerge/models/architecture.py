@@ -6,9 +6,8 @@ Canonical names are the parameter names inside the bare model: `bert.encoder.lay
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.bounds import PARAMETERS, at_most, bounded_json
+from twinmerge.store.checkpoint import Spec
 
 TASK_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -40,6 +41,9 @@ TABLE = ("embed", "bias_table", "token")
 class Architecture:
     """One model class with its config, built without memory (on the meta device).
 
+    Args:
+        config, model_class: what is built; most: parameters that it may have.
+
     Example:
         >>> from transformers import BertConfig
         >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
@@ -50,12 +54,14 @@ class Architecture:
         (True, False)
     """
 
-    def __init__(self, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
+    def __init__(self, config: PretrainedConfig, model_class: type[PreTrainedModel], most: int = PARAMETERS) -> None:
         self.config = config
         self.model_class = model_class
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), at_most(most, f"a {model_class.__name__}"):
                 self.skeleton: PreTrainedModel = model_class(config)
+        except TwinmergeError:
+            raise
         except Exception as error:  # whatever a class makes of a config that was changed by hand
             raise TwinmergeError(
                 f"{model_class.__name__} cannot be made from its config ({_one_line(error)}). Restore its config.json."
@@ -267,14 +273,17 @@ def labels_of(config: PretrainedConfig) -> list[str] | None:
     return [str(names[i]) for i in sorted(names)] if names else None
 
 
-def read_config(folder: Path) -> PretrainedConfig | None:
-    """The transformers config of a folder; None for a folder without config.json (a bare checkpoint)."""
+def read_config(folder: Path, tensors: Mapping[str, Spec] | None = None) -> PretrainedConfig | None:
+    """The transformers config of a folder; None for a folder without config.json (a bare checkpoint).
+
+    Args:
+        tensors: those of the folder, which bound what the config may count (see `bounded_json`).
+    """
     file = folder / "config.json"
     if not file.is_file():
         return None
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if "quantization_config" in raw:
+        if "quantization_config" in bounded_json(file, tensors):
             raise TwinmergeError(
                 f"{folder} is quantised, and quantised weights cannot be merged. Load it in transformers, call "
                 "dequantize(), save_pretrained() to a new folder, and merge that."

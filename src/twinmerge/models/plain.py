@@ -7,11 +7,12 @@ configs say the same: everything is merged, under its own canonical name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.bounds import bounded_json
 from twinmerge.models.configs import differing
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.checkpoint import Checkpoint
@@ -147,8 +148,8 @@ def _shapes(kind: Plain, config: Mapping[str, Any], count: int) -> Shapes | None
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = bounded_json(folder / "config.json")
+    except TwinmergeError:  # is told where transformers is asked
         return {}
     return found if isinstance(found, dict) else {}
 

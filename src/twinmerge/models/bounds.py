@@ -1,0 +1,81 @@
+"""How much work a config may ask for, told before transformers reads it: no more than its checkpoint has tensors for."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.store.checkpoint import Spec
+
+BYTES = 16 << 20  # of a config.json; 21,841 labels take two million
+COUNT = re.compile("layer|label|depth|blocks|stage|expert|head|hidden|d_model")
+FEW = 1 << 16  # a count that is no work in any case
+NUMBER = 1 << 40  # no count, size or limit of tokens is larger
+PARAMETERS = 1 << 17  # of one class, where the number of tensors is not known
+
+
+def bounded_json(file: Path, tensors: Mapping[str, Spec] | None = None) -> Any:
+    """What a config.json says, if it counts nothing beyond what the tensors beside it can be.
+
+    Errors:
+        TwinmergeError: a file of more than 16 MB, one that is no JSON, a count of layers, labels, heads or experts, or a width, above 65,536 that
+            is also above the number of tensors and their longest side.
+    """
+    try:
+        if file.stat().st_size > BYTES:
+            raise TwinmergeError(f"{file} is larger than {BYTES >> 20} MB, which no config is. Restore it.")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        text = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise TwinmergeError(f"{file} is not a config that transformers reads ({text}). Restore it.") from error
+    sides = (side for spec in (tensors or {}).values() for side in spec.shape)
+    most = max(FEW, len(tensors or {}), max(sides, default=0))
+    for key, number in _numbers(raw):
+        if abs(number) > (most if COUNT.search(key) else NUMBER):
+            raise TwinmergeError(
+                f"{file} says {key} = {number:,}, which its tensors cannot be ({len(tensors or {})} of them). Restore the config.json "
+                "that was saved with them."
+            )
+    return raw
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number of a config with its key."""
+    stack = [(key, value)]
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += [(k if isinstance(k, str) else key, v) for k, v in value.items() if k != "label2id"]
+        elif isinstance(value, list):
+            stack += [(key, v) for v in value]
+        elif type(value) is int:
+            yield key, value
+
+
+@contextmanager
+def at_most(parameters: int, what: str) -> Iterator[None]:
+    """Stop a class that is put together here when it has more parameters than that."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    here, count = threading.get_ident(), 0
+
+    def one_more(*_: Any) -> None:
+        nonlocal count
+        if threading.get_ident() == here:
+            count += 1
+            if count > parameters:
+                raise TwinmergeError(
+                    f"By its config {what} has more tensors than its files hold. Restore its config.json."
+                )
+
+    handle = register_module_parameter_registration_hook(one_more)
+    try:
+        yield
+    finally:
+        handle.remove()
