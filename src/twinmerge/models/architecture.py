@@ -36,6 +36,8 @@ TASK_CLASSES = {
 LEAF = ("weight", "bias")
 TABLE = ("embed", "bias_table", "token")
 """In the names of parameters that a class holds itself, in no module of their own (`pos_embed`, `relative_position_bias_table`)."""
+LEFTOVERS = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$", r"(^|\.)position_ids$", r"\.masked_bias$")
+"""Constants that classes of old stored: what a class has no such parameter of is made anew where it is needed."""
 
 
 class Architecture:
@@ -128,13 +130,8 @@ class Architecture:
 
     @cached_property
     def _leftovers(self) -> tuple[str, ...]:
-        """Patterns of the names that loading passes over; the last two are in the code of transformers, for all classes."""
-        patterns = {*(self.skeleton._keys_to_ignore_on_load_unexpected or ())}
-        if any(buffer.endswith("rotary_emb.inv_freq") for buffer in self._buffers):
-            patterns.add(r"rotary_emb\.inv_freq")
-        if any(buffer.endswith("position_ids") for buffer in self._buffers):
-            patterns.add(r"(^|\.)position_ids$")
-        return tuple(sorted(patterns))
+        """Patterns of the names that loading passes over."""
+        return *sorted(self.skeleton._keys_to_ignore_on_load_unexpected or ()), *LEFTOVERS
 
     def lacking(self, filled: set[str]) -> list[str]:
         """Canonical names of the float tensors that loading would make at random, where these are filled."""

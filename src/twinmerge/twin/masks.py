@@ -106,6 +106,7 @@ def compress(
     merge = mask_merge(recipe, progress, tile)
     OutputFolder(out).check()
     changed = changed_tensors(merge)
+    merge.matched.warn()
     merge.warn_of_tokens()
     specs, base = _mask_specs(merge, changed), _fingerprint(merge)
     header = {"experts": list(recipe.experts), "masks": _header(merge, changed)}
