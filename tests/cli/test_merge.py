@@ -82,7 +82,8 @@ def test_dry_run_writes_nothing(command: Any, zoo: Any, tmp_path: Path) -> None:
 def test_dtype_and_head(command: Any, zoo: Any, tmp_path: Path) -> None:
     given = ["--method", "average", "--base", zoo.lm, "--expert", f"a={zoo.alice}", "--expert", f"b={zoo.bob}"]
     found = command("merge", *given, "--head", "wte", "--dtype", "float16", "-o", tmp_path / "out", "--json").json()
-    assert found["heads"] == {"a": ["wte.weight"], "b": ["wte.weight"]}
+    own = ["lm_head.weight", "wte.weight"]  # tied to it: a head runs with its own output layer
+    assert found["heads"] == {"a": own, "b": own}
     assert {t.dtype for t in weights(tmp_path / "out").values()} == {torch.float16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
 

@@ -84,7 +84,7 @@ def empty(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (stray, ["'stray.weight'", "copy-mood", "neither in the base", "--head"]),
+        (stray, ["'stray.weight'", "copy-mood", "neither in the base", "architectures"]),
         (lacking, ["copy-mood lacks the tensor 'encoder.layer.0.attention.self.query.weight'"]),
         (nan, ["'encoder.layer.0.attention.self.query.weight' of the expert 'mood' holds NaN"]),
         (truncated, ["copy-mood/model.safetensors is truncated or no safetensors file"]),

@@ -150,6 +150,7 @@ def test_check_says_what_would_happen_and_writes_nothing(zoo, tmp_path, monkeypa
         "heads": {"x": HEAD, "y": HEAD},
         "from_base": [],
         "ignored": {},
+        "configs": {},
         "tied": {},
         "other_tokens": {},
         "dtypes": {"base": ["float32"], "x": ["float32"], "y": ["float32"]},

@@ -146,15 +146,10 @@ def check(tmp_path: Path, name: str, base: str, expert: str) -> bool:
 
 
 UNTIED = ("both, different", "untied")
-QUICK = [
-    ("both, different", "both, different"),
-    ("tied", "both, different"),
-    ("both, different", "tied"),
-    ("only the output", "tied"),
-]
+QUICK = [("both, different", "both, different"), ("tied", "both, different"), ("both, different", "tied")]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize(("base", "expert"), QUICK)
 def test_a_tie_is_what_stock_transformers_makes_of_the_file(tmp_path, name, base, expert):
     assert check(tmp_path, name, base, expert) is (base in UNTIED or expert not in UNTIED)

@@ -109,6 +109,10 @@ def merge(
         said(f"Rounding put {share:.2g} % of the {report.changed} changed entries back to the base's value.")
     if kept := {name: names for name, names in found["heads"].items() if names}:
         said(f"Heads kept per expert in {target}/heads: {', '.join(kept)}")
+    for name, names in found["ignored"].items():
+        said(
+            f"Ignored of {name}, as loading it does: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        )
     losses = None
     if smoke is not None:
         from twinmerge.study.smoke import smoke_check

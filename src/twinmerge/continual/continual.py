@@ -293,6 +293,7 @@ class Continual:
         opened = {name: expert}
         matched = match(self.base, opened, state.about.heads)
         check_ancestry(self.base, opened, matched.merged)
+        matched.warn()
         have = names_of(state)
         if have and have != matched.merged:
             other = sorted(set(have) ^ set(matched.merged))

@@ -118,6 +118,7 @@ def extract_lora(
         raise TwinmergeError(f"{opened.name} has no config.json, so its modules are not known. Add its config.json.")
     matched = match(origin, {MODEL: opened})
     check_ancestry(origin, {MODEL: opened}, matched.merged)
+    matched.warn()
     whole = saved_modules(opened.architecture, _heads(opened.architecture, matched))
     places = {
         path: found

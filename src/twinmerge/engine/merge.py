@@ -300,6 +300,7 @@ class Merge:
     def load(self) -> HeadedModel:
         """The merged model as a module, with the experts' heads where they have any."""
         whole = self if self.architecture else Merge(self.recipe, self.progress, architecture=True, device=self.device)
+        whole.matched.warn()
         return headed(whole.base, whole.experts, whole.canonical_state(), whole.heads())
 
     @strict

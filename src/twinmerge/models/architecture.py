@@ -7,7 +7,7 @@ Canonical names are the parameter names inside the bare model: `bert.encoder.lay
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.bounds import PARAMETERS, at_most, check_counts
+from twinmerge.store.checkpoint import Spec
 from twinmerge.store.foreign import find, read_json, reason
 
 TASK_CLASSES = {
@@ -36,10 +38,15 @@ LEAF = ("weight", "bias")
 TABLE = ("embed", "bias", "token", "rel_pos", "latent", "probe", "scale", "A_log", "time_")
 """In the names of parameters that a class holds itself, in no module of their own, and multiplies no inputs with (`pos_embed`,
 `relative_position_bias_table`, `pos_bias_u`, the biases of experts in one tensor, the decay of a state-space layer)."""
+LEFTOVERS = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$", r"(^|\.)position_ids$", r"\.masked_bias$")
+"""Constants that classes of old stored: what a class has no such parameter of is made anew where it is needed."""
 
 
 class Architecture:
     """One model class with its config, built without memory (on the meta device).
+
+    Args:
+        config, model_class: what is built; most: parameters that it may have.
 
     Attributes:
         converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`); renames: whether
@@ -55,12 +62,14 @@ class Architecture:
         (True, False)
     """
 
-    def __init__(self, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
+    def __init__(self, config: PretrainedConfig, model_class: type[PreTrainedModel], most: int = PARAMETERS) -> None:
         self.config = config
         self.model_class = model_class
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), at_most(most, f"a {model_class.__name__}"):
                 self.skeleton: PreTrainedModel = model_class(config)
+        except TwinmergeError:
+            raise
         except Exception as error:  # whatever a class makes of a config that was changed by hand
             raise TwinmergeError(
                 f"{model_class.__name__} cannot be made from its config ({_one_line(error)}). Restore its config.json."
@@ -138,13 +147,8 @@ class Architecture:
 
     @cached_property
     def _leftovers(self) -> tuple[str, ...]:
-        """Patterns of the names that loading passes over; the last two are in the code of transformers, for all classes."""
-        patterns = {*(self.skeleton._keys_to_ignore_on_load_unexpected or ())}
-        if any(buffer.endswith("rotary_emb.inv_freq") for buffer in self._buffers):
-            patterns.add(r"rotary_emb\.inv_freq")
-        if any(buffer.endswith("position_ids") for buffer in self._buffers):
-            patterns.add(r"(^|\.)position_ids$")
-        return tuple(sorted(patterns))
+        """Patterns of the names that loading passes over."""
+        return *sorted(self.skeleton._keys_to_ignore_on_load_unexpected or ()), *LEFTOVERS
 
     def lacking(self, filled: set[str]) -> list[str]:
         """Canonical names of the float tensors that loading would make at random, where these are filled."""
@@ -331,12 +335,17 @@ def labels_of(config: PretrainedConfig) -> list[str] | None:
     return [str(names[i]) for i in sorted(names)] if names else None
 
 
-def read_config(folder: Path) -> PretrainedConfig | None:
-    """The transformers config of a folder; None for a folder without config.json (a bare checkpoint)."""
+def read_config(folder: Path, tensors: Mapping[str, Spec] | None = None) -> PretrainedConfig | None:
+    """The transformers config of a folder; None for a folder without config.json (a bare checkpoint).
+
+    Args:
+        tensors: those of the folder, which bound what the config may count (see `check_counts`).
+    """
     file = find(folder, "config.json")
     if file is None:
         return None
     raw = read_json(file, advice="Restore it.", finite=False)
+    check_counts(raw, file, tensors)
     try:
         if "quantization_config" in raw:
             raise TwinmergeError(

@@ -282,8 +282,11 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     if find(found.folder, "config.json"):
         from twinmerge.models.architecture import Architecture, class_of, read_config
 
-        config = read_config(found.folder)
-        architecture = Architecture(config, class_of(config)) if config is not None else None
+        config = read_config(found.folder, checkpoint.specs)
+        most = (
+            4 * len(checkpoint.specs) + 500
+        )  # loading may split a stored tensor; ties and heads are stored once or not at all
+        architecture = Architecture(config, class_of(config), most) if config is not None else None
     opened = _named(name or ref, checkpoint.specs, architecture, checkpoint)
     opened.folder, opened.commit, opened.files = found.folder, found.commit, checkpoint.files
     if found.adapter is None:

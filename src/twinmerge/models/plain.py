@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.bounds import check_counts
 from twinmerge.models.configs import differing
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.checkpoint import Checkpoint
@@ -149,7 +150,9 @@ def _shapes(kind: Plain, config: Mapping[str, Any], count: int) -> Shapes | None
 def _config(folder: Path) -> dict[str, Any]:
     try:
         file = find(folder, "config.json")
-        return read_json(file, finite=False) if file else {}
+        raw = read_json(file, finite=False) if file else {}
+        check_counts(raw, folder / "config.json")
+        return raw
     except TwinmergeError:  # whoever looks at the architecture says what is wrong with it
         return {}
 

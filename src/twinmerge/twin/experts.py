@@ -47,6 +47,7 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
     patterns = package.provenance.get("recipe", {}).get("heads", ())
     matched = match(shared, opened, patterns)
     check_ancestry(shared, opened, matched.merged)
+    matched.warn()
     heads = heads_of(opened, matched, [name])
     if bool(heads) != bool(package.heads):
         has, have = ("a head", "none") if heads else ("no head", "one each")

@@ -112,6 +112,7 @@ def compress(
     OutputFolder(out).check()
     check_written([merge.base, *merge.experts.values()])
     changed = changed_tensors(merge)
+    merge.matched.warn()
     merge.warn_of_tokens()
     specs, base = _mask_specs(merge, changed), _fingerprint(merge)
     header = {"experts": list(recipe.experts), "masks": _header(merge, changed)}

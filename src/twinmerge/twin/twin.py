@@ -169,6 +169,7 @@ class Twin(nn.Module):
         opened = {name: merge.experts[name] for name in experts}
         linear = linear_coefficients(merge.method, merge.recipe.order, list(experts))
         provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": shared}}
+        merge.matched.warn()
         return cls.around(
             merge.canonical_state(), merge.base, opened, merge.matched, provenance, rank, linear, progress
         )
