@@ -71,7 +71,7 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
 
 def strict_class(kind: type[T]) -> type[T]:
     """The same for what a class is made with."""
-    kind.__init__ = strict(kind.__init__)  # type: ignore[misc]
+    setattr(kind, "__init__", strict(kind.__init__))  # noqa: B010  a type checker allows no other way
     return kind
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from twinmerge.arguments import at_least_one, strict
 from twinmerge.engine.card import model_card
