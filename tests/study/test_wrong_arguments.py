@@ -215,4 +215,4 @@ def test_no_wrong_argument_ends_in_a_traceback(lab: Any, tmp_path: Path) -> None
                     bad.append((name, str(error)))
             except Exception as error:
                 bad.append((name, f"{[k for k in given if given[k] is not known.get(k)]} {error!r}"))
-    assert not bad
+    assert not bad, "\n".join(map(str, bad))
