@@ -71,7 +71,7 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
 
 def strict_class(kind: type[T]) -> type[T]:
     """The same for what a class is made with."""
-    kind.__init__ = strict(kind.__init__)  # type: ignore[misc]
+    setattr(kind, "__init__", strict(kind.__init__))  # noqa: B010  a type checker allows no other way
     return kind
 
 
@@ -104,14 +104,15 @@ def fits(value: Any, kind: Any) -> bool:
         plain = isinstance(value, Sized) and (hasattr(value, "__getitem__") or origin is Collection)
         if not plain or isinstance(value, (str, bytes, Mapping)):
             return False
-        if origin is tuple and Ellipsis not in inside:
-            return len(value) == len(inside) and all(map(fits, value, inside))
         try:
-            return not inside or inside[0] is Any or all(fits(item, inside[0]) for item in value)
+            if origin is tuple and Ellipsis not in inside:
+                return len(value) == len(inside) and all(map(fits, value, inside))
+            return len(value) == 0 or not inside or inside[0] is Any or all(fits(item, inside[0]) for item in value)
         except TypeError:  # a tensor without axes
             return False
     if origin is Iterable:
-        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+        plain = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+        return plain and getattr(value, "shape", None) != ()
     return isinstance(value, origin) if isinstance(origin, type) else True
 
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from twinmerge.errors import TwinmergeError
 from twinmerge.measure import gram as module_of_gram
 from twinmerge.measure.data import Batch
-from twinmerge.measure.gram import Gram, _Sum
+from twinmerge.measure.gram import Gram, Sum
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -304,7 +304,7 @@ def test_blocks_are_the_diagonal_of_the_whole(inputs, block, tokens, stripe):
     before = module_of_gram.STRIPE
     module_of_gram.STRIPE = stripe
     try:
-        held = _Sum(inputs, block)
+        held = Sum(inputs, block)
     finally:
         module_of_gram.STRIPE = before
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(inputs), dtype=torch.float64)

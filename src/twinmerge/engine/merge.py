@@ -91,6 +91,17 @@ class Merge:
         self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
         self.run: Run | None = None  # what was planned last
 
+    def __copy__(self) -> Merge:
+        """The same merge beside this one; what is open is shared."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a deep copy or a pickle keeps: the recipe and how it is run. It opens its models anew."""
+        kept = ("recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report")
+        return {name: self.__dict__[name] for name in kept} | {"run": None}
+
     @cached_property
     def _opened(self) -> tuple[OpenedModel, dict[str, OpenedModel]]:
         order, base = self.recipe.order, self.recipe.base

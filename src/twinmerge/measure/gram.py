@@ -59,14 +59,23 @@ class Gram:
         if block < 1:
             raise TwinmergeError(f"block is {block}. Give 1 or more.")
         self.block, self.tokens = block, 0
-        parts = {part: name for part, name in own_weights(module, names).items() if _is_matrix(part)}
+        parts = {part: name for part, name in own_weights(module, names).items() if is_matrix(part)}
         self._parts = {name: part for part, name in parts.items()}
+        self._unknown = [
+            names[f"{path}.{attribute}" if path else attribute]
+            for path, part in module.named_modules()
+            for attribute, p in part._parameters.items()
+            if p is not None
+            and p.dim() > 1
+            and len(p) > 1
+            and not isinstance(part, nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d)
+        ]
         self._group: dict[str, str] = {}  # matrix -> the one that it shares with, or itself
         self._calls: Counter[str] = Counter()
-        self._sums: dict[str, _Sum] = {}
+        self._sums: dict[str, Sum] = {}
         self._seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, list[str]]] = {}
         self._watched = Watched(
-            module, parts, lambda p, part, x, _: _rows(p, part, x) is not None, self._see, last=False
+            module, parts, lambda p, part, x, _: rows_seen(p, part, x) is not None, self._see, last=False
         )
 
     def add(self, batch: Batch) -> None:
@@ -100,7 +109,13 @@ class Gram:
         return _Whole({f"gram/{group}": self._sums[group] for group in self.counts})
 
     def warn_left_out(self) -> None:
-        """Say how many matrices that the passes went through were not measured."""
+        """Say how many matrices that the passes went through were not measured, and what is no Linear, Conv1D or convolution."""
+        if self._unknown:
+            warnings.warn(
+                f"{len(self._unknown)} tensors, the first is {self._unknown[0]!r}, are of kinds of modules whose inputs are not measured (experts "
+                "that share a tensor, say); a merge takes their mean.",
+                stacklevel=2,
+            )
         if left := sorted({*self._group, *self._watched.odd} - set(self.modules)):
             warnings.warn(
                 f"{len(left)} matrices, the first is {left[0]!r}, see inputs that are no rows of the data, so they are not measured; a merge "
@@ -122,17 +137,17 @@ class Gram:
             return
         self._seen[key] = (weakref.ref(x), x._version, [*leaders, name])
         positions = self._watched.positions
-        rows = _rows(positions, part, x)
+        rows = rows_seen(positions, part, x)
         if rows is None:
             self._watched.odd.add(name)
             return
         positions.require_finite(rows, name.removesuffix(".weight"))
-        held = self._sums.setdefault(name, _Sum(_inputs(part), self.block))
-        for piece in _pieces(part, rows):
+        held = self._sums.setdefault(name, Sum(inputs_of(part), self.block))
+        for piece in pieces(part, rows):
             held.add(piece)
 
 
-class _Sum:
+class Sum:
     """Σ x xᵀ as the lower stripes of its diagonal blocks."""
 
     def __init__(self, inputs: int, block: int) -> None:
@@ -166,7 +181,7 @@ class _Sum:
 class _Whole(Mapping[str, Tensor]):
     """Matrices that are put together when they are asked for: the lower halves take half the memory."""
 
-    def __init__(self, sums: Mapping[str, _Sum]) -> None:
+    def __init__(self, sums: Mapping[str, Sum]) -> None:
         self._sums = sums
 
     def __getitem__(self, name: str) -> Tensor:
@@ -179,16 +194,16 @@ class _Whole(Mapping[str, Tensor]):
         return len(self._sums)
 
 
-def _is_matrix(part: nn.Module) -> bool:
+def is_matrix(part: nn.Module) -> bool:
     return isinstance(part, nn.Linear | Conv1D) or (isinstance(part, nn.Conv2d) and part.groups == 1)
 
 
-def _inputs(part: Any) -> int:
+def inputs_of(part: Any) -> int:
     """How many inputs the matrix has."""
     return int(part.weight.shape[0] if isinstance(part, Conv1D) else part.weight[0].numel())
 
 
-def _rows(positions: Positions, part: Any, x: Tensor) -> Tensor | None:
+def rows_seen(positions: Positions, part: Any, x: Tensor) -> Tensor | None:
     """What counts of x: (rows, features), or the images of a convolution."""
     return positions.samples(x) if isinstance(part, nn.Conv2d) else positions.of(x)
 
@@ -200,7 +215,7 @@ def _geometry(part: Any) -> tuple[Any, ...]:
     return (part.kernel_size, part.stride, part.dilation, part.padding, part.padding_mode)
 
 
-def _pieces(part: Any, rows: Tensor) -> Iterator[Tensor]:
+def pieces(part: Any, rows: Tensor) -> Iterator[Tensor]:
     """(some, inputs), piece by piece."""
     if not isinstance(part, nn.Conv2d):
         yield from rows.split(TOKENS)

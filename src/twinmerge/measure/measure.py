@@ -97,7 +97,7 @@ def measure(
     header = {"data": [read.about], "examples": read.examples, "tokens": found.tokens}
     settings = {"max_tokens": read.max_tokens}
     if what == "fisher":
-        tensors: Mapping[str, Tensor] = {name: t.cpu() for name, t in found.sums.items()}
+        tensors: Mapping[str, Tensor] = {name: t.cpu() for name, t in measured.as_stored(found.sums).items()}
         return save_statistics(
             target, what, measured.fingerprint, header | {"settings": settings | found.settings}, tensors
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.architecture import position_limit
+from twinmerge.models.conversion import as_stored
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
 
@@ -47,16 +49,25 @@ class Measured:
                 f"{opened.name} has no config.json, so there is no class to run it with. Copy the model's config.json into its folder."
             )
         architecture = opened.architecture
-        state = {name: _widened(opened, name) for name in architecture.parameters if opened.has(name)}
+        state = {name: _widened(opened, name) for name in opened.specs}
         self.module: Any = HeadedModel(architecture, state).body.to(device).requires_grad_(False)
         aliases = architecture.aliases
         named = ((n, architecture.of_module(n)) for n, _ in self.module.named_parameters())
         self.names: dict[str, str] = {n: aliases.get(canonical, canonical) for n, canonical in named}
+        self._architecture = architecture
         self.kind = kind_of(self.module)
         self.name, self.fingerprint = opened.name, opened.fingerprint()
         self.folder: Path | None = opened.folder
         self.takes = frozenset(signature(self.module.forward).parameters)
         """What the forward of the class has a name for."""
+
+    def as_stored(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the entries of parameters, by canonical name, as those of the tensors that the model is stored in."""
+        if not self._architecture.converts:
+            return dict(sums)
+        keys = {canonical: key for key, canonical in self.names.items()}
+        found = as_stored(self._architecture, {keys[name]: tensor for name, tensor in sums.items()})
+        return {name: tensor.contiguous() for name, (_, tensor) in found.items()}
 
     @property
     def vocabulary(self) -> int | None:

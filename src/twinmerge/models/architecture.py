@@ -82,6 +82,10 @@ class Architecture:
         self.converts = bool(self._converters)
         self.renames = bool(get_model_conversion_mapping(self.skeleton, add_legacy=False))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made anew: the skeleton holds nothing."""
+        return type(self), (self.config, self.model_class)
+
     @property
     def labels(self) -> list[str] | None:
         """The label names of a classifier."""

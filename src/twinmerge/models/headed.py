@@ -64,6 +64,8 @@ class BodyPort(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "_body" or name.startswith("__"):  # a copy that is being made has none yet
+                raise
             return getattr(self._body[0], name)
 
 

@@ -13,8 +13,8 @@ from twinmerge.engine.merge import headed
 from twinmerge.engine.recipe import Recipe
 from twinmerge.maths.bits import plane_at, unpack
 from twinmerge.methods.masks import GRID
-from twinmerge.study.evaluate import StaticRunner, evaluate
-from twinmerge.study.search import check_split, tokenizer_folder
+from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
+from twinmerge.study.search import check_split
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.suite import Task
 from twinmerge.twin.extract import unmasked

@@ -38,7 +38,7 @@ def components(factors: Factors, moments: Moments | None = None) -> Components:
 
     Without moments: of the singular value decomposition, worth σ² (yet to be divided by ‖θs‖²). With the moments C of a Linear's inputs, v = b·a and
     v C^½ = U S Vᵀ: the component i of Uᵢ (Uᵢᵀ v), worth Sᵢ² = E‖Uᵢᵀ v x‖². For an embedding, whose rows are looked up
-    n times each, the same from the other side: diag(n)^½ v = U S Vᵀ gives (v Vᵢ) Vᵢᵀ. A prefix of either is the best of
+    n times each, the same from the other side: diag(n)^½ v = U S Vᵀ gives (v Vᵢ) Vᵢᵀ; so it is with C^½ v for what is stored (in, out). A prefix of either is the best of
     its rank for the output. Both are divided by E‖y‖² of the module's answers, so that modules can be compared.
 
     Example:
@@ -63,12 +63,25 @@ def components(factors: Factors, moments: Moments | None = None) -> Components:
             Factors((f.b.double() @ (f.a.double() @ vh.T)).to(dtype), vh.to(dtype)), s.square() / moments.output
         )
     assert moments.second is not None
-    values, vectors = torch.linalg.eigh(moments.second)
-    root = vectors * values.clamp(min=0).sqrt()  # C = root rootᵀ
-    u, s, _ = _thin_product(f.b.double(), f.a.double() @ root)
+    if moments.turned:
+        _, s, vh = _thin_product(_rooted(f.b.double().T, moments.second).T, f.a.double())
+        return Components(
+            Factors((f.b.double() @ (f.a.double() @ vh.T)).to(dtype), vh.to(dtype)), s.square() / moments.output
+        )
+    u, s, _ = _thin_product(f.b.double(), _rooted(f.a.double(), moments.second))
     return Components(
         Factors(u.to(dtype), ((u.T @ f.b.double()) @ f.a.double()).to(dtype)), s.square() / moments.output
     )
+
+
+def _rooted(x: Tensor, second: Tensor) -> Tensor:
+    """x R with R Rᵀ = C, block by block where C (blocks, size, size) is wide; x (any, in)."""
+    blocks = second if second.dim() == 3 else second[None]
+    found = []
+    for part, block in zip(x.split(blocks.shape[-1], 1), blocks, strict=True):
+        values, vectors = torch.linalg.eigh(block[: part.shape[1], : part.shape[1]])
+        found.append(part @ (vectors * values.clamp(min=0).sqrt()))
+    return torch.cat(found, 1)
 
 
 def _thin_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from twinmerge.arguments import strict
+from twinmerge.arguments import shown, strict
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
@@ -64,6 +64,7 @@ def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head
     Errors:
         TwinmergeError: unknown names, weights that are not finite, an output that is there.
     """
+    _require_twin(twin)
     state = twin.weights_for(mixture)
     architecture, own = _class_with_head(twin, head)
     state |= own.tensors if own else {}
@@ -114,6 +115,7 @@ def export_lora(
 
     Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; PEFT's file layout; vLLM's documentation for its limits.
     """
+    _require_twin(twin)
     weights = {mixture: 1.0} if isinstance(mixture, str) else dict(mixture)
     row = dict(zip(twin.experts, mixture_weights(weights, twin.experts, 1)[0].tolist(), strict=True))
     used = {name: w for name, w in row.items() if w}
@@ -176,6 +178,11 @@ def push_to_hub(twin: Twin, repo: str, *, private: bool | None = None, token: st
 
 
 # ------------------------------------------------------------------------------------------------ inside
+
+
+def _require_twin(twin: Any) -> None:
+    if not hasattr(twin, "weights_for"):
+        raise TwinmergeError(f"A twin is exported, not {shown(twin)}. Open a folder with Twin.from_pretrained.")
 
 
 def _class_with_head(twin: Twin, head: str | None) -> tuple[Architecture, HeadSpec | None]:

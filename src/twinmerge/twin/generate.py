@@ -110,7 +110,7 @@ def _run(twin: Twin, inputs: Mapping[str, Any]) -> Any:
     body: Any = twin.model.body
     try:
         return body.generate(**inputs)
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise TwinmergeError(
             f"{type(body).__name__}.generate does not take this call: {' '.join(str(error).split())} Change its arguments."
         ) from error

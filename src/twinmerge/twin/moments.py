@@ -1,116 +1,133 @@
 """What the modules of a model are fed with: second moments of their inputs, for cuts that keep the outputs.
 
-Sums of products of activations only; no text and no activation of one is kept.
+Sums of products of activations only, by the means of `measure/gram.py`; no text and no activation of one is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twinmerge.models.headed import HeadedModel
+from twinmerge.measure.data import Batch
+from twinmerge.measure.gram import Sum, inputs_of, is_matrix, pieces, rows_seen
+from twinmerge.measure.watch import Positions, Watched, own_weights
+from twinmerge.models.headed import HeadedModel, batch_size
 
-WIDEST = 4096  # inputs of a module; beyond, only the diagonal is kept
+WIDEST = 4096  # inputs of a module; beyond, only blocks along the diagonal are kept
 
 
 class Moments(NamedTuple):
-    """second: E[x xᵀ] of a Linear's inputs, (in, in) float64; lookups: of an embedding, how often each row is read, as a
-    share, (rows,) float64. One of them. power: the mean square of an input's entries; output: E‖y‖² of what the module
-    answers, which errors of its output are measured against."""
+    """second: E[x xᵀ] of a matrix's inputs, (in, in) float64, or (blocks, size, size) where it is wide; lookups: of an embedding,
+    how often each row is read, as a share, (rows,) float64. One of them. power: the mean square of an input's entries; output:
+    E‖y‖² of what the module answers, which errors of its output are measured against; turned: stored (in, out)."""
 
     second: Tensor | None
     lookups: Tensor | None
     power: float = 1.0
     output: float = 1.0
+    turned: bool = False
 
 
-class _Sum:
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.rows = 0
-        self.output = 0.0
+class _Seen:
+    """Of one matrix: Σ x xᵀ or how often each row was read, how many x there were, and Σ ‖y‖²."""
 
-    def add(self, part: Tensor, answer: Tensor) -> None:
-        self.total = part if self.total is None else self.total.add_(part)
-        self.rows += len(answer)
-        self.output += float(answer.double().square().sum())
+    def __init__(self, part: Any) -> None:
+        self.part = part
+        self.sum = None if isinstance(part, nn.Embedding) else Sum(inputs_of(part), WIDEST)
+        self.counts = torch.zeros(part.num_embeddings, dtype=torch.float64) if self.sum is None else None
+        self.answers, self.output = 0, 0.0
+
+    def moments(self) -> Moments:
+        output = self.output / self.answers
+        if self.sum is None:
+            assert self.counts is not None
+            rows, read = len(self.counts), float(self.counts.sum())
+            # a token that was not read here will be read some day
+            return Moments(None, (self.counts + 0.5) / (read + 0.5 * rows), 1 / rows, output)
+        second = self.sum.whole() / self.sum.count
+        power = float(second.diagonal(dim1=-2, dim2=-1).sum()) / self.sum.inputs
+        return Moments(second, None, power, output, isinstance(self.part, Conv1D))
 
 
 def input_moments(model: HeadedModel, names: Iterable[str], batches: Iterable[Mapping[str, Any]]) -> dict[str, Moments]:
-    """Run batches through the body and sum up what its modules see, padding left out.
+    """Run batches through the body and sum up what its matrices see, padding left out.
+
+    Those of Linear, Conv1D, Conv2d and embeddings are read. A matrix that several modules share, of a grouped convolution or of
+    another kind of module, or whose inputs are no rows of the batch, has no moments, and is named in a warning.
 
     Args:
         names: canonical names of the matrices that are of interest.
         batches: what the tokenizer or image processor returns; consumed one by one.
 
     Returns:
-        matrix -> its moments; a matrix that several modules share, or whose module is neither Linear nor embedding, has
-        none. Conv1D's, stored (in, out), has none either.
+        matrix -> its moments.
     """
-    wanted, sums, mask = set(names), dict[str, _Sum](), list[Tensor | None]([None])
-    modules: dict[str, list[nn.Module]] = {}
-    for path, module in model.body.named_modules():
-        if "weight" in module._parameters:
-            name = model.canonical(f"{path}.weight" if path else "weight")
-            modules.setdefault(model.architecture.aliases.get(name, name), []).append(module)
-    single = {n: m[0] for n, m in modules.items() if n in wanted and len(m) == 1 and not isinstance(m[0], Conv1D)}
-    with _watching(single, sums, mask):
-        for batch in batches:
-            mask[0] = batch.get("attention_mask")
-            model.hidden_states(batch)
-    return {name: _moments(single[name], found) for name, found in sums.items() if found.rows}
+    wanted = set(names)
+    aliases = model.architecture.aliases
+    canonical = {n: model.canonical(n) for n, _ in model.body.named_parameters()}
+    known = {n: aliases.get(c, c) for n, c in canonical.items()}
+    parts = {
+        part: name
+        for part, name in own_weights(model.body, known).items()
+        if name in wanted and (is_matrix(part) or isinstance(part, nn.Embedding))
+    }
+    seen: dict[str, _Seen] = {}
+
+    def see(name: str, part: Any, x: Tensor, y: Any) -> None:
+        own = seen.setdefault(name, _Seen(part))
+        answers = _answers(watched.positions, part, x, y)
+        if answers is None:
+            watched.odd.add(name)
+            return
+        own.answers += len(answers)
+        own.output += float(answers.double().square().sum())
+        if own.counts is not None:
+            ids = x.expand(y.shape[:-1])  # positions may be looked up once for all rows
+            ids = _of(watched.positions, ids[..., None]).flatten()
+            own.counts += torch.bincount(ids.cpu(), minlength=len(own.counts))
+        elif own.sum is not None and (rows := rows_seen(watched.positions, part, x)) is not None:
+            watched.positions.require_finite(rows, name.removesuffix(".weight"))
+            for piece in pieces(part, rows):
+                own.sum.add(piece)
+
+    def fits(positions: Positions, part: Any, x: Tensor, y: Any) -> bool:
+        return isinstance(part, nn.Embedding) or rows_seen(positions, part, x) is not None
+
+    watched = Watched(model.body, parts, fits, see, last=True)
+    for batch in batches:
+        watched.run(_as_batch(batch))
+    found = {name: own.moments() for name, own in seen.items() if name not in watched.odd and own.answers}
+    if unread := sorted(wanted - set(found)):
+        others = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        warnings.warn(
+            f"What {unread[0]!r}{others} see was not read (a weight that several modules share, or a kind of module that is not known), so "
+            "they are weighed as if it were white noise.",
+            stacklevel=2,
+        )
+    return found
 
 
-@contextmanager
-def _watching(modules: Mapping[str, nn.Module], sums: dict[str, _Sum], mask: list[Tensor | None]) -> Iterator[None]:
-    handles = []
-    for name, module in modules.items():
-        found = sums.setdefault(name, _Sum())
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_hook(_linear(found, mask)))
-        elif isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(_lookups(found, mask, module.num_embeddings)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _as_batch(batch: Mapping[str, Any]) -> Batch:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = None if ids is None else torch.ones_like(ids)
+    return Batch(inputs, list(range(batch_size(inputs))), None if mask is None else mask.bool(), None)
 
 
-def _linear(found: _Sum, mask: list[Tensor | None]) -> Any:
-    def see(module: nn.Module, args: tuple[Tensor, ...], answer: Tensor) -> None:
-        x = _without_padding(args[0], mask[0])
-        second = (x.T @ x).double() if x.shape[1] <= WIDEST else x.square().sum(0).double()
-        found.add(second, _without_padding(answer, mask[0]))
-
-    return see
+def _answers(positions: Positions, part: Any, x: Tensor, y: Any) -> Tensor | None:
+    """(answers that count, features), one for each input that counts; None where its rows are none of the batch's."""
+    if isinstance(part, nn.Conv2d):
+        return y.movedim(1, -1).flatten(0, -2) if positions.samples(x) is not None else None
+    return _of(positions, y) if isinstance(part, nn.Embedding) else positions.of(y)
 
 
-def _lookups(found: _Sum, mask: list[Tensor | None], rows: int) -> Any:
-    def see(module: nn.Module, args: tuple[Tensor, ...], answer: Tensor) -> None:
-        ids = args[0].expand(answer.shape[:-1])  # positions may be looked up once for all rows
-        ids = _without_padding(ids[..., None], mask[0])[:, 0]
-        found.add(torch.bincount(ids, minlength=rows).double(), _without_padding(answer, mask[0]))
-
-    return see
-
-
-def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and x.shape[:-1] == mask.shape:
-        return x[mask.bool()]
-    return x.reshape(-1, x.shape[-1])
-
-
-def _moments(module: nn.Module, found: _Sum) -> Moments:
-    assert found.total is not None
-    mean, output = found.total / found.rows, found.output / found.rows
-    if isinstance(module, nn.Embedding):
-        # a token that was not read here will be read some day
-        return Moments(None, (found.total + 0.5) / (found.rows + 0.5 * len(found.total)), 1 / len(mean), output)
-    second = mean if mean.dim() == 2 else torch.diag(mean)
-    return Moments(second, None, float(second.diagonal().mean()), output)
+def _of(positions: Positions, x: Tensor) -> Tensor:
+    """What counts of a table's ids or answers: all of them where all rows share them."""
+    found = positions.of(x)
+    return x.reshape(-1, x.shape[-1]) if found is None else found

@@ -56,6 +56,11 @@ class Package(NamedTuple):
     codec: str = "none"
     masks: Mapping[str, Any] = MappingProxyType({})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy holds the shared model's tensors, wherever they lay."""
+        held = shared_in_memory(self.shared, {n: self.shared.read(n) for n in self.shared.specs}, self.shared.name)
+        return Package, (held, *self[1:-1], dict(self.masks))
+
 
 def about_of(folder: Path | None) -> dict[str, dict[str, Any]]:
     """What heads.json of a twin folder says of each expert beside labels and class: its task and metric, say."""

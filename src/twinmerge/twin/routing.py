@@ -119,6 +119,23 @@ def routed(twin: Twin, batch: Mapping[str, Any], experts_per_row: int | None) ->
         return Routed(weights, nearest, early if early is not None and _goes_on(twin, batch) else None)
 
 
+def under_autocast(twin: Twin, strategy: str) -> str:
+    """The strategy that may be used: within torch.autocast only whole weights are exact, since the parts of experts would be added to
+    answers of another dtype.
+
+    Errors:
+        TwinmergeError: a way that adds parts to answers is asked for.
+    """
+    if not torch.is_autocast_enabled(twin.planner.device.type) or strategy in ("folded", "rebuild"):
+        return strategy
+    if strategy != "auto":
+        raise TwinmergeError(
+            f"Within torch.autocast strategy={strategy!r} would add parts in one dtype to answers in another. Leave it out, say "
+            'strategy="rebuild", or convert the twin: twin.to(torch.bfloat16).'
+        )
+    return "rebuild"
+
+
 def _read(
     twin: Twin, router: Router | type[Router], layers: Sequence[int], batch: Mapping[str, Any]
 ) -> tuple[Tensor, Early | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,9 @@ class Exclusive(NamedTuple):
     dense: dict[str, Tensor]
     energy: Mapping[str, float] = MappingProxyType({})
     masked: Mapping[str, Masked] = MappingProxyType({})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Exclusive, (self.low, self.dense, dict(self.energy), dict(self.masked))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from twinmerge.arguments import at_least_one, strict
 from twinmerge.engine.card import model_card
@@ -54,6 +55,7 @@ from twinmerge.twin.routing import (
     mixtures,
     per_row,
     routed,
+    under_autocast,
 )
 from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.score import Score, score
@@ -132,6 +134,28 @@ class Twin(nn.Module):
         self._encoder: TextEncoder | None = None
         self.lock = threading.RLock()
         self.eval()
+
+    # ------------------------------------------------------------------ copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Twin:
+        """Put together anew: the runtime hangs on the modules of one model. What it was built from is shared."""
+        memo[id(self)] = made = _again(
+            copy.deepcopy(self.package_now(), memo), self.side_files, self.sources, self._settings()
+        )
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds all tensors; models in memory that it was built from, too."""
+        return _again, (self.package_now(), self.side_files, self.sources, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        some = next(self.model.body.parameters())
+        return {
+            "strategy": self.strategy,
+            "experts_per_row": self.experts_per_row,
+            "device": some.device,
+            "dtype": some.dtype,
+        }
 
     # ------------------------------------------------------------------ making
 
@@ -571,7 +595,7 @@ class Twin(nn.Module):
         biases = None
         if oracle_biases is not None:
             biases = one_hot(per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
-        way = "stacked" if biases is not None else self.strategy if strategy is None else strategy
+        way = "stacked" if biases is not None else under_autocast(self, self.strategy if strategy is None else strategy)
         with self.lock:
             way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
             found = answer(self, batch, heads, weights, way, biases, early)
@@ -606,7 +630,8 @@ class Twin(nn.Module):
         given = named(self, inputs, given)
         weights = mixtures(self, prompt_of(given), mixture, expert, experts_per_row, normalize, free).weights
         with self.lock:
-            return generate(self, weights, self.strategy if strategy is None else strategy, given)
+            way = under_autocast(self, self.strategy if strategy is None else strategy)
+            return generate(self, weights, way, given)
 
     def pin(self, **choice: Any) -> Pinned:
         """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see `Pinned`).
@@ -703,3 +728,17 @@ class Twin(nn.Module):
     def _has_tokenizer(self) -> bool:
         names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
         return self.side_files is not None and any((self.side_files / n).is_file() for n in names)
+
+
+def _again(
+    package: Package, side_files: Path | None, sources: Mapping[str, OpenedModel], settings: Mapping[str, Any]
+) -> Twin:
+    """The twin that was copied or pickled."""
+    with warnings.catch_warnings():  # what it refuses was said when it was built
+        warnings.simplefilter("ignore")
+        twin = Twin(package, side_files, sources)
+    some = next(twin.model.body.parameters())
+    if (some.device, some.dtype) != (settings["device"], settings["dtype"]):
+        twin.to(device=settings["device"], dtype=settings["dtype"])
+    twin.strategy, twin.experts_per_row = settings["strategy"], settings["experts_per_row"]
+    return twin
