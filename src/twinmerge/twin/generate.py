@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
-from twinmerge.twin.answer import PROMPT, couples_rows, positions_of
+from twinmerge.twin.answer import PROMPT, couples_rows, positions_of, seeing
 from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.planner import distinct_mixtures
+from twinmerge.twin.rebuilt import refuse_whole, separable
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -41,26 +42,80 @@ def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, An
     sampled = inputs.get("do_sample", getattr(config, "do_sample", False))
     reorder = not (as_dict or sampled or couples_rows(twin))
     steps = inputs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or STEPS
-    strategy = twin.planner.choose(weights, positions_of(twin, prompt), int(steps), reorder, strategy)
+    blind = twin.runtime.look_at(prompt) if bool(weights.any()) else None
+    strategy = twin.planner.choose(weights, positions_of(twin, prompt), int(steps), reorder, strategy, blind)
     if strategy in ("folded", "rebuild"):
-        groups = distinct_mixtures(weights)
-        found = []
-        for weight, rows in groups:
-            part = dict(inputs) if len(groups) == 1 else rows_of_batch(inputs, rows, size)
-            with twin.runtime.folded(weight):
-                found.append(run(**part))
-        if len(groups) == 1:
-            return found[0]
-        pad = config.pad_token_id if config.pad_token_id is not None else 0
-        longest = max(f.shape[1] for f in found)
-        tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=pad) for f in found])
-        return _in_order(tokens, torch.cat([rows for _, rows in groups]), size)
+        return _rebuilt(twin, weights, inputs, prompt, config, as_dict, sampled)
     mixture = Mixture.of(weights, strategy == "grouped", reorder)
-    with twin.runtime.mixing(mixture, copies=True):
-        if mixture.order is None:
+    given = inputs if mixture.order is None else rows_of_batch(inputs, mixture.order, size)
+
+    def mixed() -> Any:
+        with twin.runtime.mixing(mixture, copies=frozenset({1, _copies(inputs, config)})):
+            return run(**given)
+
+    tokens = seeing(twin, prompt, mixed)
+    return tokens if mixture.order is None else _in_order(tokens, mixture.order, size)
+
+
+def _copies(inputs: Mapping[str, Any], config: Any) -> int:
+    """How often `generate` repeats each row: for beams, and for each of several sequences that are drawn."""
+
+    def told(name: str) -> int:
+        return int(inputs.get(name) or getattr(config, name, None) or 1)
+
+    return max(told("num_beams"), told("num_return_sequences"))
+
+
+def _rebuilt(
+    twin: Twin,
+    weights: Tensor,
+    inputs: Mapping[str, Any],
+    prompt: Mapping[str, Any],
+    config: Any,
+    as_dict: bool,
+    sampled: bool,
+) -> Any:
+    """By dense weights of one mixture after the other. Where tokens are drawn, and where a row's inputs cannot be told apart, the
+    whole batch runs for each mixture, from the same state of the random numbers."""
+    run: Any = twin.model.body.generate
+    size = batch_size(prompt)
+    groups = distinct_mixtures(weights)
+    if len(groups) == 1:
+        with twin.runtime.folded(groups[0][0]):
             return run(**inputs)
-        tokens = run(**rows_of_batch(inputs, mixture.order, size))
-    return _in_order(tokens, mixture.order, size)
+    if as_dict:
+        raise TwinmergeError(
+            "With strategy='rebuild' rows of different mixtures are generated apart, and only their tokens can be put together. Leave "
+            "return_dict_in_generate out."
+        )
+    refuse_whole(inputs)
+    apart = separable(twin, inputs) and not sampled
+    found = []
+    state = random_state()
+    for weight, rows in groups:
+        set_random_state(state)
+        with twin.runtime.folded(weight):
+            if apart:
+                found.append(run(**rows_of_batch(inputs, rows, size)))
+            else:
+                whole = run(**inputs)
+                times = len(whole) // size
+                found.append(whole[(rows[:, None] * times + torch.arange(times, device=rows.device)).flatten()])
+    pad = inputs.get("pad_token_id", config.pad_token_id)
+    longest = max(f.shape[1] for f in found)
+    tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=0 if pad is None else int(pad)) for f in found])
+    return _in_order(tokens, torch.cat([rows for _, rows in groups]), size)
+
+
+def random_state() -> Any:
+    """Of the processor and of every device."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def set_random_state(state: Any) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
 
 
 def _in_order(tokens: Tensor, order: Tensor, size: int) -> Any:

@@ -101,7 +101,7 @@ class Twin(nn.Module):
             raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
         self.runtime = Runtime(self.model, list(package.exclusive.values()))
-        for why in self.runtime.refused:
+        for why in list(self.runtime.refused.values())[:3]:
             warnings.warn(f'{why} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
         self.planner = Planner(self.runtime, self.model.body)
         self.strategy = "auto"
@@ -524,7 +524,8 @@ class Twin(nn.Module):
             biases = one_hot(per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
         way = "stacked" if biases is not None else strategy or self.strategy
         with self.lock:
-            way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
+            blind = self.runtime.look_at(batch) if bool(weights.any()) else None
+            way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way, blind)
             found = answer(self, batch, heads, weights, way, biases, early)
         return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
 
