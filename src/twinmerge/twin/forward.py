@@ -282,6 +282,7 @@ class Forward(Seen, ABC):
         if known and glance.row is not None and self.path not in glance.spread:
             found = []
             with self.state.only(None):
+                expected = self.own(self.module, *args, **kwargs)
                 for row in range(glance.rows):
                     own = {
                         name: rows_of_value(value, slice(row, row + 1), glance.times_of(self.path, name, value))
@@ -292,7 +293,7 @@ class Forward(Seen, ABC):
                     except Exception:  # its rows cannot be told apart
                         one = None
                     found.append(one)
-            if any(one is None for one in found) or not alike(together(found), whole):
+            if any(one is None for one in found) or not alike(together(found), expected):
                 glance.wrong.setdefault(self.path, "")
         return whole
 

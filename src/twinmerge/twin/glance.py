@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 
 class Call(NamedTuple):
-    """shape: of an input; prints: four numbers of each entry of its leading axis, that tell entries apart."""
+    """shape: of an input; prints: four numbers of each entry of its leading axis, that tell entries apart; eps: of its dtype."""
 
     shape: tuple[int, ...]
     prints: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, x: Tensor) -> Call:
+        return cls(tuple(x.shape), prints(x), torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
 
 
 class Glance:
@@ -51,7 +56,7 @@ class Glance:
         return found
 
     def see(self, path: str, argument: str, x: Tensor) -> None:
-        self.calls.setdefault((path, argument), []).append(Call(tuple(x.shape), prints(x)))
+        self.calls.setdefault((path, argument), []).append(Call.of(x))
 
     def spread_over(self, value: Tensor) -> Tensor:
         """A tensor with a leading axis of 1, once for each row; the changed row's is another."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from twinmerge.twin.forward import Apart, Forward, Layout, State
 from twinmerge.twin.glance import Call, Glance, prints
 
-LEAK = 0.05  # of the change in the changed row's entries that may be seen elsewhere: what 16 bits round differently
+LEAK = 1e-4  # of the change in the changed row's entries that may be seen elsewhere, beside what is rounded differently
 AXES = (1, 2, 0)  # between an axis of rows and a vector that is free: (rows, positions, width), pictures, (rows, width)
 
 Batch = dict[str, Any]
@@ -48,15 +48,17 @@ Run = Callable[[Batch], Any]
 def read_elsewhere(state: State, forwards: Mapping[str, Forward], run: Run, sample: Sample) -> set[str] | None:
     """Paths of modules whose parameters are read by others; None where the sample does not run."""
     expected = _answer(state, Glance(sample.rows), run, sample.plain)
-    if expected is None:
+    again = _answer(state, Glance(sample.rows), run, sample.plain)
+    if expected is None or again is None:
         return None
+    noise = {k: 10 * float((again[k].prints - e.prints).abs().max()) for k, e in expected.items()}  # of atomic sums
 
     def differs(paths: Sequence[str]) -> bool:
         places = [place for path in paths for place in forwards[path].parts]
         originals = {(id(m), a): m._parameters[a] for m, a in places}
         with _standing_aside(places):
             found = _answer(state, Glance(sample.rows, originals=originals), run, sample.plain)
-        return found is None or not _same(found, expected)
+        return found is None or not _same(found, expected, noise)
 
     if not differs(list(forwards)):
         return set()
@@ -124,8 +126,10 @@ def look(state: State, forwards: Mapping[str, Forward], run: Run, samples: Seque
     base: dict[str, str] | None = None
     wrong = tried(spread)
     if wrong or wrong is None:
+        changed.clear()
         base = tried({})
         base = base if base is not None else dict.fromkeys(forwards, "")
+    if base is not None and (wrong is None or set(wrong) - set(base)):
         kinds: dict[Any, list[str]] = {}
         for path in once | free:
             kinds.setdefault((type(forwards[path].module), path in free, path.rpartition(".")[2]), []).append(path)
@@ -170,14 +174,14 @@ def _answer(state: State, glance: Glance, run: Run, batch: Batch) -> dict[str, C
     finally:
         state.glance = None
     items = output.items() if hasattr(output, "items") else enumerate(output) if isinstance(output, (tuple, list)) else [(0, output)]
-    return {str(k): Call(tuple(v.shape), prints(v)) for k, v in items if isinstance(v, Tensor) and v.dim()}
+    return {str(k): Call.of(v) for k, v in items if isinstance(v, Tensor) and v.dim()}
 
 
-def _same(found: Mapping[str, Call], expected: Mapping[str, Call]) -> bool:
+def _same(found: Mapping[str, Call], expected: Mapping[str, Call], noise: Mapping[str, float]) -> bool:
     return all(
         k in found
         and found[k].shape == e.shape
-        and bool(((found[k].prints - e.prints).abs() <= 1e-3 * e.prints.abs().max().clamp(min=1e-6)).all())
+        and float((found[k].prints - e.prints).abs().max()) <= noise[k] + 1e-9 * float(e.prints.abs().max())
         for k, e in expected.items()
     )
 
@@ -218,7 +222,8 @@ def _follows(before: Call, after: Call | None, rows: int) -> bool | None:
     if rest:
         return False
     others = torch.cat([change[:each], change[2 * each :]])
-    return bool(float(others.max()) <= LEAK * size)
+    rounding = 64 * after.eps * float(after.prints.abs().max())
+    return bool(float(others.max()) <= max(LEAK * size, rounding))
 
 
 def _wrong(before: Glance, after: Glance) -> dict[str, str]:

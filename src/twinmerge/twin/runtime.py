@@ -5,7 +5,7 @@ The modules, their names and their weights stay as transformers made them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -122,23 +122,28 @@ class Runtime(nn.Module):
         def run(batch: Mapping[str, Any]) -> Any:
             return body(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
-        origins: dict[str, tuple[str, str]] = {}
         while True:
             if (read := read_elsewhere(state, self.forwards, run, samples[0])) is None:
                 return False
-            if not read - {""}:
-                found = look(state, self.forwards, run, samples, self.coupled)
-                if found is None:
-                    return False
-                read = {p for p in found.wrong if p in self.forwards and self._above(p)}
-                if not read:
-                    break
-            for path in sorted(read - {""}, key=lambda p: -p.count(".")):
-                told = origins.pop(path, (path, self._sentence(path, "")))
-                origins.setdefault(self._lift(path), told)
+            if not (read := read - {""}):
+                break
+            for path in _deepest_first(read):
+                self._lift(path)
+        homes = dict(self.forwards)
+        origins: dict[str, list[str]] = {}
+        while True:
+            found = look(state, self.forwards, run, samples, self.coupled)
+            if found is None:
+                return False
+            if not (wrong := {p for p in found.wrong if self._above(p)}):
+                break
+            for path in _deepest_first(wrong):
+                origins.setdefault(self._lift(path), []).extend(origins.pop(path, [path]))
+        wrong = dict(found.wrong)
+        for path in [p for p in wrong if p in origins]:  # to no avail
+            wrong |= self._put_back(path, homes, wrong.pop(path))
         self.looked.add(signature(samples[0].plain))
         layouts = state.layouts = state.layouts or {}
-        wrong = dict(found.wrong)
         for key, layout in found.layouts.items():
             before = layouts.get(key)
             if before is not None and not key[1] and bool(before.times == frozenset()) != bool(layout.times == frozenset()):
@@ -148,8 +153,7 @@ class Runtime(nn.Module):
         state.spread |= found.spread
         for path, why in wrong.items():
             if path in self.forwards:
-                first, told = origins.get(path, (path, self._sentence(path, why)))
-                self.refused.setdefault(first, told)
+                self.refused.setdefault(path, self._sentence(path, why))
         return True
 
     def _above(self, path: str) -> str:
@@ -173,6 +177,27 @@ class Runtime(nn.Module):
         for key in [k for k in self.state.layouts or {} if k[0] in (path, above)]:
             del (self.state.layouts or {})[key]
         return above
+
+    def _put_back(self, path: str, homes: Mapping[str, Forward], why: str) -> dict[str, str]:
+        """Undo a lift that did not help: the modules add their parts again where rows of one mixture share a batch.
+
+        Returns:
+            path -> why, of the modules that cannot mix row by row.
+        """
+        lifted = self.forwards.pop(path)
+        lifted.detach()
+        found = {}
+        for home, forward in homes.items():
+            if not set(forward.parts) <= set(lifted.parts):
+                continue
+            module = self._modules_by_path[home]
+            if isinstance(forward, Apart):
+                self.forwards[home] = Apart(self.state, home, module, forward.parts)
+            else:
+                own = {attribute: part for (_, attribute), part in forward.parts.items()}
+                self.forwards[home] = attach(self.state, home, module, self._parent(home), own)
+            found[home] = why
+        return found
 
     def _sentence(self, path: str, why: str) -> str:
         if why:
@@ -284,6 +309,10 @@ class Runtime(nn.Module):
                 raise TwinmergeError(
                     f"The part of expert number {expert} for {self.broken[expert]!r} holds NaN or infinity. Build the twin again."
                 )
+
+
+def _deepest_first(paths: Iterable[str]) -> list[str]:
+    return sorted(paths, key=lambda path: (-path.count("."), path))
 
 
 def two_towers(model: HeadedModel) -> bool:
