@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from twinmerge.models.headed import batch_size, joined, rows_of, rows_of_batch
-from twinmerge.twin.early import Early, resumed
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.headed import rows_of
+from twinmerge.twin.early import Early
+from twinmerge.twin.forward import CacheError, UnseenError
 from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.planner import distinct_mixtures
+from twinmerge.twin.rebuilt import Answered, passed, rebuilt
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
 
+T = TypeVar("T")
 PROMPT = ("input_ids", "attention_mask", "pixel_values", "inputs_embeds", "token_type_ids")
-
-
-class Answered(NamedTuple):
-    """output: the model class's own; logits: (rows, labels or ...) or None."""
-
-    output: Any
-    logits: Tensor | None
 
 
 def positions_of(twin: Twin, batch: Mapping[str, Any]) -> int:
@@ -39,7 +36,8 @@ def positions_of(twin: Twin, batch: Mapping[str, Any]) -> int:
 
 
 def couples_rows(twin: Twin) -> bool:
-    """Models of two towers score every row of one against every row of the other: rows must keep their order."""
+    """Models with pictures or sounds beside words: what belongs to a row may stand anywhere in their inputs, and models of two
+    towers score every row of one against every row of the other, so rows must keep their order."""
     config = twin.model.architecture.config
     return hasattr(config, "vision_config") or hasattr(config, "audio_config")
 
@@ -63,34 +61,41 @@ def answer(
         early: what the first layers gave already, where it may be used.
     """
     if strategy in ("folded", "rebuild"):
-        groups = distinct_mixtures(weights)
-        found = []
-        for mixture, rows in groups:
-            with twin.runtime.folded(mixture):
-                found.append(_passed(twin, batch, heads, early, rows if len(groups) > 1 else None))
-        if len(groups) == 1:
-            return found[0]
-        logits = None if found[0].logits is None else joined([f.logits for f in found])
-        whole = Answered(joined([f.output for f in found]), logits)
-        return _back(whole, torch.cat([rows for _, rows in groups]))
+        return rebuilt(twin, batch, heads, distinct_mixtures(weights), early)
     plan = Mixture.of(weights, strategy == "grouped" and biases is None, not couples_rows(twin))
-    with twin.runtime.mixing(plan, None if biases is None else Mixture.of(biases, grouped=False)):
-        answered = _passed(twin, batch, heads, early, plan.order)
+    others = None if biases is None else Mixture.of(biases, grouped=False)
+
+    def mixed(batch: Mapping[str, Any] = batch) -> Answered:
+        with twin.runtime.mixing(plan, others):
+            return passed(twin, batch, heads, early, plan.order)
+
+    try:
+        answered = seeing(twin, batch, mixed)
+    except CacheError:
+        if batch.get("use_cache") is not None:
+            raise
+        answered = seeing(twin, batch, partial(mixed, {**batch, "use_cache": False}))
     return answered if plan.order is None else _back(answered, plan.order)
 
 
-def _passed(
-    twin: Twin, batch: Mapping[str, Any], heads: Sequence[str] | None, early: Early | None, rows: Tensor | None
-) -> Answered:
-    """One pass over some rows, in an order; None for all as they are."""
-    if rows is not None:
-        batch = rows_of_batch(batch, rows, batch_size(batch))
-        heads = None if heads is None else [heads[i] for i in rows.tolist()]
-    with nullcontext() if early is None else resumed(twin.model, early, rows):
-        found = twin.model(batch, heads)
-    if heads:
-        return Answered(found["output"], found["logits"])
-    return Answered(found, getattr(found, "logits", None))
+def seeing(twin: Twin, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
+    """A pass under mixtures; where it calls what no look has seen, the model is looked at with this batch first.
+
+    Errors:
+        TwinmergeError: a module that even that does not call.
+    """
+    try:
+        return run()
+    except UnseenError:
+        why = twin.runtime.look_at(batch, again=True)
+    try:
+        return run()
+    except UnseenError as unseen:
+        told = f"{why} " if why else ""
+        raise TwinmergeError(
+            f"{told}The module {str(unseen)!r} is not called in the same way in every pass, so it is not known how it sees the rows. "
+            'Give one mixture for the whole batch, or say strategy="rebuild".'
+        ) from None
 
 
 def _back(answered: Answered, order: Tensor) -> Answered:

@@ -66,14 +66,17 @@ def read_early(model: HeadedModel, batch: Mapping[str, Any], deepest: int) -> Ea
 def resumed(model: HeadedModel, early: Early, order: Tensor | None) -> Iterator[None]:
     """Within the context the layers that were run give what they gave, their rows in another order if one is named."""
     layers = layers_of(model)[: len(early.outputs)]
+    before = [layer.__dict__.get("forward") for layer in layers]
     try:
         for layer, output in zip(layers, early.outputs, strict=True):
             kept = output if order is None else rows_of(output, order)
             layer.__dict__["forward"] = lambda *args, kept=kept, **kwargs: kept
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.__dict__["forward"] = forward
 
 
 def called_before(model: HeadedModel, batch: Mapping[str, Any], deepest: int) -> set[str]:

@@ -60,9 +60,10 @@ def explain(twin: Twin, batch: Mapping[str, Any], weights: Tensor, measure: bool
     """See `Twin.explain`."""
     reorder = not couples_rows(twin)
     positions = positions_of(twin, batch)
-    chosen = twin.planner.choose(weights, positions, reorder=reorder)
+    blind = twin.runtime.look_at(batch) if bool(weights.any()) else None
+    chosen = twin.planner.choose(weights, positions, reorder=reorder, blind=blind)
     heads = [next(iter(twin.model.head_specs))] * batch_size(batch) if twin.model.head_specs else None
-    predicted = twin.planner.predict(weights, positions, reorder=reorder) if weights.any() else {}
+    predicted = twin.planner.predict(weights, positions, reorder=reorder, blind=blind) if weights.any() else {}
     ways: dict[str, Tensor] = {"shared": torch.zeros_like(weights)}
     if measure:
         ways |= dict.fromkeys(predicted, weights)

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
-from twinmerge.twin.answer import PROMPT, couples_rows, positions_of
+from twinmerge.twin.answer import PROMPT, couples_rows, positions_of, seeing
 from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.planner import distinct_mixtures
+from twinmerge.twin.rebuilt import refuse_whole, separable
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -41,37 +42,76 @@ def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, An
     Args:
         inputs: all that transformers' `generate` takes, by name.
     """
-    size = batch_size(prompt_of(inputs))
+    prompt = prompt_of(inputs)
+    size = batch_size(prompt)
     as_dict, sampled = _setting(twin, inputs, "return_dict_in_generate"), _setting(twin, inputs, "do_sample")
     seers = [n for n in SEE_ALL_ROWS if inputs.get(n) is not None and inputs[n] != []]
-    mixed = not bool((weights == weights[:1]).all())
-    if mixed and (strategy == "rebuild" or (strategy == "auto" and twin.runtime.refused)):
-        strategy = "rebuild"
-        if seers or as_dict:
-            raise TwinmergeError(
-                f"Rows of different mixtures are generated apart here, so {seers[0] if seers else 'return_dict_in_generate'} cannot be told "
-                "of all of them. Give one mixture for all rows, or leave it out."
-            )
-    reorder = not (as_dict or seers or couples_rows(twin) or (sampled and strategy != "rebuild"))
-    strategy = twin.planner.choose(weights, positions_of(twin, inputs), _steps(twin, inputs), reorder, strategy)
+    whole = seers[0] if seers else "return_dict_in_generate" if as_dict else None
+    reorder = not (whole or sampled or couples_rows(twin))
+    blind = twin.runtime.look_at(prompt) if bool(weights.any()) else None
+    strategy = twin.planner.choose(weights, positions_of(twin, prompt), _steps(twin, inputs), reorder, strategy, blind)
     if strategy in ("folded", "rebuild"):
-        groups = distinct_mixtures(weights)
-        found = []
-        for weight, rows in groups:
-            part = dict(inputs) if len(groups) == 1 else _rows(twin, inputs, rows, size)
-            with twin.runtime.folded(weight):
-                found.append(_run(twin, part))
-        if len(groups) == 1:
-            return found[0]
-        longest = max(f.shape[1] for f in found)
-        tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=_padding(twin, inputs)) for f in found])
-        return _in_order(tokens, torch.cat([rows for _, rows in groups]), size)
+        return _rebuilt(twin, weights, inputs, whole, bool(sampled))
     mixture = Mixture.of(weights, strategy == "grouped", reorder)
-    with twin.runtime.mixing(mixture, copies=True):
-        if mixture.order is None:
+    given = inputs if mixture.order is None else _rows(twin, inputs, mixture.order, size)
+
+    def mixed() -> Any:
+        with twin.runtime.mixing(mixture, copies=frozenset({1, _copies(twin, inputs)})):
+            return _run(twin, given)
+
+    tokens = seeing(twin, prompt, mixed)
+    return tokens if mixture.order is None else _in_order(tokens, mixture.order, size)
+
+
+def _copies(twin: Twin, inputs: Mapping[str, Any]) -> int:
+    """How often `generate` repeats each row: for beams, and for each of several sequences that are drawn."""
+    return max(int(_setting(twin, inputs, name) or 1) for name in ("num_beams", "num_return_sequences"))
+
+
+def _rebuilt(twin: Twin, weights: Tensor, inputs: Mapping[str, Any], whole: str | None, sampled: bool) -> Any:
+    """By dense weights of one mixture after the other. Where tokens are drawn, and where a row's inputs cannot be told apart, the
+    whole batch runs for each mixture, from the same state of the random numbers.
+
+    Args:
+        whole: an argument that asks for, or sees, all rows at once.
+    """
+    size = batch_size(prompt_of(inputs))
+    groups = distinct_mixtures(weights)
+    if len(groups) == 1:
+        with twin.runtime.folded(groups[0][0]):
             return _run(twin, inputs)
-        tokens = _run(twin, _rows(twin, inputs, mixture.order, size))
-    return _in_order(tokens, mixture.order, size)
+    if whole is not None:
+        raise TwinmergeError(
+            f"Rows of different mixtures are generated apart here, so {whole} cannot be told of all of them. Give one mixture for all rows, "
+            "or leave it out."
+        )
+    refuse_whole(inputs)
+    apart = separable(twin, prompt_of(inputs)) and not sampled
+    found = []
+    state = random_state()
+    for weight, rows in groups:
+        set_random_state(state)
+        with twin.runtime.folded(weight):
+            if apart:
+                found.append(_run(twin, _rows(twin, inputs, rows, size)))
+            else:
+                answers = _run(twin, inputs)
+                times = len(answers) // size
+                found.append(answers[(rows[:, None] * times + torch.arange(times, device=rows.device)).flatten()])
+    longest = max(f.shape[1] for f in found)
+    tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=_padding(twin, inputs)) for f in found])
+    return _in_order(tokens, torch.cat([rows for _, rows in groups]), size)
+
+
+def random_state() -> Any:
+    """Of the processor and of every device."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def set_random_state(state: Any) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
 
 
 def named(twin: Twin, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,18 +81,13 @@ class MaskedEmbedding(Forward):
     """y += w s m[ids] ⊙ τ[ids]: only the bits of the rows that are looked up are read."""
 
     weight: Masks
+    lookup = True
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
-        ids = x
-        y: Tensor = self.own(self.module, x)
-        tau = F.embedding(ids, self.weight.vector)
-        if not mixture.uniform and ids.dim() == 1 and len(ids) != mixture.rows:
-            ids, y, tau = ids[None], y[None], tau[None]
-        if not mixture.uniform and ids.shape[0] == 1 < mixture.rows:  # all rows share them (positions)
-            ids, y, tau = (t.expand(mixture.rows, *t.shape[1:]) for t in (ids, y, tau))
-        y = y.contiguous()
+        y: Tensor = self.own(self.module, x).contiguous()
+        tau = F.embedding(x, self.weight.vector)
         for rows, expert, w in singles(self, self.weight, mixture, y):
-            mask = self.weight.at(expert, ids[rows])
+            mask = self.weight.at(expert, x[rows])
             y[rows].addcmul_(mask.mul_(tau[rows]), w * self.weight.scales[expert])
         return y
 

@@ -2,24 +2,26 @@
 `masked_modules.py`.
 
 The forward of a module that experts change is replaced by one that runs the module's own and adds to what it gave; with no
-mixture set it is the module's own. Everything that is linear in a parameter is exact.
+mixture set it is the module's own. Everything that is linear in a parameter is exact. Any other module takes the weights of each
+mixture in turn, for the rows that have it (`Apart`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from twinmerge.errors import TwinmergeError
 from twinmerge.twin.forward import (
+    Apart,
     Forward,
-    Seen,
     State,
     channels_last,
+    hiding,
     matrix_of,
     multiplies,
     rows_with_biases,
@@ -36,51 +38,32 @@ RELATIVE_BIAS = ("compute_bias", "compute_position_bias")
 
 def attach(
     state: State, path: str, module: nn.Module, parent: nn.Module | None, parameters: Mapping[str, Part]
-) -> str | None:
-    """Let one module add its rows' parts, by its kind.
-
-    Returns:
-        None, or the sentence that says why this module cannot.
-    """
+) -> Forward:
+    """Let one module add its rows' parts, by its kind."""
     weight, bias = parameters.get("weight"), parameters.get("bias")
     matrix = weight if isinstance(weight, (Low, Masks)) else None
     masked = isinstance(weight, Masks)
     gain, shift = (part if isinstance(part, Dense) else None for part in (weight, bias))
-    if multiplies(module) and not isinstance(parent, nn.MultiheadAttention):
-        (MaskedLinear if masked else _Linear)(state, path, module, matrix, shift)
-    elif runs(module, nn.Embedding) and matrix is not None:
-        method = next((m for m in RELATIVE_BIAS if hasattr(parent, m)), None)
-        if method is not None and path.endswith("relative_attention_bias"):
-            setattr(parent, method, _RelativeBias(state, path, module, matrix, getattr(parent, method)))
-        elif parent is not None and hasattr(parent, "get_rel_embedding"):  # DeBERTa reads the table without its forward
-            swap = _Free(state, path, module, parameters)
-            parent.register_forward_pre_hook(lambda _, args: swap.enter(args))
-            parent.register_forward_hook(lambda *_: swap.leave(), always_call=True)
-        else:
-            (MaskedEmbedding if masked else _Embedding)(state, path, module, matrix)
-    elif isinstance(module, nn.Conv2d) and takes_factors(module):
-        (MaskedConv2d if masked else _Conv2d)(state, path, module, matrix, shift)
-    elif runs(module, nn.BatchNorm2d):
-        _BatchNorm2d(state, path, module, gain, shift)
-    elif runs(module, nn.LayerNorm):
-        _Norm(state, path, module, gain, shift, 0.0)
-    elif (offset := rms_offset(module)) is not None:
-        _Norm(state, path, module, gain, shift, offset)
-    elif _is_plain_holder(module):
-        swap = _Free(state, path, module, parameters)
-        module.register_forward_pre_hook(lambda _, args: swap.enter(args))
-        module.register_forward_hook(lambda *_: swap.leave(), always_call=True)
-    else:
-        return (
-            f"The module {path!r} ({type(module).__name__}) uses its {', '.join(parameters)} in a way that has no exact "
-            "mixture per row."
-        )
-    return None
-
-
-def _is_plain_holder(module: nn.Module) -> bool:
-    """A module of the model's own code that holds free parameters (class token, positions, scales)."""
-    return not type(module).__module__.startswith("torch.nn") and any(True for _ in module.children())
+    known = set(parameters) <= {"weight", "bias"}
+    if known and multiplies(module):
+        return (MaskedLinear if masked else _Linear)(state, path, module, matrix, shift)
+    if known and isinstance(module, nn.Embedding) and matrix is not None:
+        made = (MaskedEmbedding if masked else _Embedding)(state, path, module, matrix)
+        if not runs(module, nn.Embedding):
+            _Lookups(made, module)
+        if (method := next((m for m in RELATIVE_BIAS if hasattr(parent, m)), None)) is not None:
+            assert parent is not None
+            _RelativeBias(made, parent, method)
+        return made
+    if known and isinstance(module, nn.Conv2d) and takes_factors(module):
+        return (MaskedConv2d if masked else _Conv2d)(state, path, module, matrix, shift)
+    if known and runs(module, nn.BatchNorm2d):
+        return _BatchNorm2d(state, path, module, gain, shift)
+    if known and runs(module, nn.LayerNorm):
+        return _Norm(state, path, module, gain, shift, 0.0)
+    if set(parameters) == {"weight"} and (offset := rms_offset(module)) is not None:
+        return _Norm(state, path, module, gain, shift, offset)
+    return Apart(state, path, module, {(module, a): part for a, part in parameters.items()})
 
 
 def rms_offset(module: nn.Module) -> float | None:
@@ -91,9 +74,11 @@ def rms_offset(module: nn.Module) -> float | None:
     x = torch.linspace(-1.0, 2.0, 3 * len(weight), dtype=weight.dtype, device=weight.device).reshape(1, 3, -1)
     with torch.no_grad():
         try:
-            got, scaled = module.forward(x), _rms_scaled(module, x)
-        except (RuntimeError, ValueError):
+            got, scaled = type(module).forward(module, x), _rms_scaled(module, x)
+        except Exception:  # whatever it takes, it takes no x alone
             return None
+    if not isinstance(got, Tensor) or got.shape != scaled.shape:
+        return None
     same = (o for o in (0.0, 1.0) if torch.allclose(got, scaled * (o + weight), rtol=1e-2, atol=1e-3))
     return next(same, None)
 
@@ -104,7 +89,7 @@ def _rms_scaled(module: nn.Module, x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _pieces(place: Seen, part: Low, mixture: Mixture, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def _pieces(place: Forward, part: Low, mixture: Mixture, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows of the activation's leading axis, columns of the factors, weights (those rows or 1, ..., columns))."""
     times = 1 if mixture.uniform else place.times(mixture, len(x))
     for block in mixture.blocks:
@@ -141,21 +126,51 @@ class _Linear(Forward):
 
 
 class _Embedding(Forward):
-    """y += (w · B[ids]) A; ids that all rows share (positions) get a leading axis of rows first."""
+    """y += (w · B[ids]) A."""
+
+    lookup = True
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
-        ids = x
-        y: Tensor = self.own(self.module, x)
-        if not mixture.uniform and ids.dim() == 1 and len(ids) != mixture.rows:
-            ids, y = ids[None], y[None]
-        if not mixture.uniform and ids.shape[0] == 1 < mixture.rows:
-            ids = ids.expand(mixture.rows, *ids.shape[1:])
-            y = y.expand(mixture.rows, *y.shape[1:])
-        y = y.contiguous()
+        y: Tensor = self.own(self.module, x).contiguous()
         for rows, at, w in _pieces(self, self.weight, mixture, y):
-            h = _scale(F.embedding(ids[rows], self.weight.b[:, at]), w)
+            h = _scale(F.embedding(x[rows], self.weight.b[:, at]), w)
             y[rows].view(-1, y.shape[-1]).addmm_(h, self.weight.a[at])
         return y
+
+
+class _Lookups:
+    """The forward of a subclass of nn.Embedding (positions from a mask, a scale): what it looks up in its table is mixed."""
+
+    def __init__(self, lookups: Forward, module: nn.Module) -> None:
+        self.lookups, self.module, self.own = lookups, module, lookups.own
+        lookups.own = self.looked_up
+        self.__signature__ = lookups.__signature__
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        glance = self.lookups.state.glance
+        if glance is None and self.lookups.state.work is None:
+            return self.own(self.module, *args, **kwargs)
+        with _Intercepted(self.module, self.lookups):
+            return self.own(self.module, *args, **kwargs)
+
+    def looked_up(self, module: nn.Module, ids: Tensor) -> Tensor:
+        return F.embedding(ids, module.weight)
+
+
+class _Intercepted(TorchFunctionMode):
+    """Lookups in a module's table are answered by another call."""
+
+    def __init__(self, module: nn.Module, call: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if func is F.embedding and weight is self.module.weight:
+            return self.call(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
 
 
 class _Conv2d(Forward):
@@ -213,66 +228,65 @@ class _BatchNorm2d(Forward):
         return y
 
 
-class _Free(Seen):
-    """Free parameters of a module: during its forward each is p + Σ w d, with an axis of rows where mixtures differ.
+class _RelativeBias:
+    """A table of relative positions: the bias (1, ..., heads, q, k) that its owner computes is linear in the table, so each
+    expert's table is looked up the same way and added to its rows.
 
-    The instance attribute hides the parameter while the module runs; the parameter itself is not touched.
+    While the owner's method runs, the table is read as it is.
     """
 
-    def __init__(self, state: State, path: str, module: nn.Module, parameters: Mapping[str, Part]) -> None:
-        super().__init__(state, path, module)
-        self.parameters = parameters
-        self.set: list[str] = []
+    def __init__(self, table: Forward, parent: nn.Module, method: str) -> None:
+        self.table, self.compute = table, getattr(parent, method)
+        self.read = False  # in the call of the method that is under way
+        self.inside = False
+        self.lookup = table.module.forward
+        table.module.forward = self.look
+        setattr(parent, method, self)
 
-    def enter(self, args: Any) -> None:
-        if (mixture := self.state.work) is None:
-            return
-        for attribute, part in self.parameters.items():
-            self.module.__dict__[attribute] = self.mixed(getattr(self.module, attribute), part, mixture)
-            self.set.append(attribute)
+    def look(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.inside:
+            return self.lookup(*args, **kwargs)
+        self.read = True
+        return self.table.own(self.table.module, *args, **kwargs)
 
-    def leave(self) -> None:
-        for attribute in self.set:
-            self.module.__dict__.pop(attribute, None)
-        self.set.clear()
-
-    def mixed(self, parameter: Tensor, part: Part, mixture: Mixture) -> Tensor:
-        if mixture.uniform:
-            return part.mixed(parameter, mixture.weights[0])
-        by_row = isinstance(part, Dense) and (parameter.dim() == 1 or (parameter.dim() > 1 and parameter.shape[0] == 1))
-        if not by_row:
-            raise TwinmergeError(
-                f"The parameter {part.name!r} {list(parameter.shape)} is used for the whole batch at once, so rows of "
-                'different mixtures cannot share a batch. Give one mixture for the whole batch, or say strategy="rebuild".'
-            )
-        assert isinstance(part, Dense)
-        delta = mixture.dense(part.stack)
-        return parameter + (delta[:, None] if parameter.dim() == 1 else delta[:, 0])
-
-
-class _RelativeBias(Seen):
-    """A table of relative positions: the bias (1 or rows, heads, q, k) is linear in the table, so each expert's table is
-    looked up the same way and added to its rows."""
-
-    def __init__(self, state: State, path: str, module: nn.Module, weight: Low | Masks, compute: Any) -> None:
-        super().__init__(state, path, module)
-        self.weight, self.compute = weight, compute
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        bias: Tensor = self.compute(*args, **kwargs)
-        if (mixture := self.state.work) is None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        table, state = self.table, self.table.state
+        at = (table.module, "weight")
+        if state.glance is not None:
+            with hiding({at: state.glance.original(*at)}):
+                bias = self.computed(args, kwargs)
+            if self.read:
+                state.glance.called.add(table.path)
+                state.glance.see(table.path, "", bias)
+                if table.path in state.glance.spread and len(bias) == 1:
+                    bias = state.glance.spread_over(bias)
             return bias
-        bias = bias.clone() if mixture.uniform else bias.expand(mixture.rows, *bias.shape[1:]).clone()
-        times = 1 if mixture.uniform else self.times(mixture, len(bias))
+        bias = self.computed(args, kwargs)
+        mixture = state.work
+        if mixture is None or not self.read:
+            return bias
+        rows, copies = 1 if mixture.uniform else mixture.rows, 1
+        if mixture.uniform:
+            total = bias.clone()
+        elif len(bias) == 1 and state.layout(table.path).shared:
+            copies = table.copies(mixture)
+            total = bias.expand(rows * copies, *bias.shape[1:]).clone()
+        else:
+            copies = table.times(mixture, len(bias))
+            total = bias.clone()
         for expert in mixture.used:
-            if (table := self.weight.delta(expert)) is None:
+            if (delta := table.weight.delta(expert)) is None:
                 continue
-            self.module.__dict__["weight"] = table
-            try:
-                delta = self.compute(*args, **kwargs)
-            finally:
-                self.module.__dict__.pop("weight")
-            own = mixture.weights[:1, expert] if mixture.uniform else mixture.weights[:, expert]
-            w = own.repeat_interleave(times).to(bias).reshape(-1, 1, 1, 1)
-            bias += torch.where(w == 0, 0, w * delta)
-        return bias
+            with hiding({at: delta}):
+                found = self.computed(args, kwargs)
+            w = mixture.weights[:rows, expert].repeat_interleave(copies).to(bias).reshape(-1, *[1] * (bias.dim() - 1))
+            total += torch.where(w == 0, 0, w * found)
+        return total
+
+    def computed(self, args: Any, kwargs: Any) -> Any:
+        """The method's own answer."""
+        self.inside, self.read = True, False
+        try:
+            return self.compute(*args, **kwargs)
+        finally:
+            self.inside = False

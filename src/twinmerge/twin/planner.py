@@ -199,22 +199,29 @@ class Planner:
         both = sum(times * (m + n) for (m, n), times in products)
         return sum(times * m * n for (m, n), times in products) / max(1, both)
 
-    def possible(self, weights: Tensor, reorder: bool = True) -> list[str]:
-        """The strategies that a batch allows."""
-        uniform = bool((weights == weights[:1]).all())
-        mixed = [] if self.runtime.refused else ["stacked", "grouped"]
-        return mixed + ["folded"] * uniform + ["rebuild"] * (uniform or reorder)
+    def possible(self, weights: Tensor, blind: str | None = None) -> list[str]:
+        """The strategies that a batch allows.
 
-    def predict(self, weights: Tensor, positions: int, steps: int = 0, reorder: bool = True) -> dict[str, float]:
+        Args:
+            blind: why it is not known how the model lays out this batch, where it is not.
+        """
+        uniform = bool((weights == weights[:1]).all())
+        mixed = [] if blind or (self.runtime.refused and not uniform) else ["stacked", "grouped"]
+        return [*mixed, *["folded"] * uniform, "rebuild"]
+
+    def predict(
+        self, weights: Tensor, positions: int, steps: int = 0, reorder: bool = True, blind: str | None = None
+    ) -> dict[str, float]:
         """Strategy -> seconds, of those that are possible.
 
         Args:
             weights: (rows, experts).
             positions: of each row in the pass.
             steps: passes of one position more that follow (a generation).
-            reorder: allow another order of the rows, and rows that are answered apart.
+            reorder: allow another order of the rows.
+            blind: as in `possible`.
         """
-        rows, possible = len(weights), self.possible(weights, reorder)
+        rows, possible = len(weights), self.possible(weights, blind)
         passes = self.base(rows * positions) + steps * self.base(rows)
         found: dict[str, float] = {}
         for strategy in [s for s in ("stacked", "grouped") if s in possible]:
@@ -232,7 +239,13 @@ class Planner:
         return found
 
     def choose(
-        self, weights: Tensor, positions: int, steps: int = 0, reorder: bool = True, strategy: str = "auto"
+        self,
+        weights: Tensor,
+        positions: int,
+        steps: int = 0,
+        reorder: bool = True,
+        strategy: str = "auto",
+        blind: str | None = None,
     ) -> str:
         """The strategy that is the fastest by the model, or the one that is asked for.
 
@@ -248,26 +261,20 @@ class Planner:
             )
         if not bool(weights.any()):  # the shared model alone
             return "stacked"
-        possible = self.possible(weights, reorder)
+        possible = self.possible(weights, blind)
+        refused = blind or next(iter(self.runtime.refused.values()), "")
         if strategy != "auto":
             if strategy not in possible:
-                raise TwinmergeError(self._impossible(strategy))
+                if strategy == "folded":
+                    refused = "The rows have different mixtures, so they cannot share folded weights."
+                raise TwinmergeError(f'{refused} Say strategy="rebuild".')
             return strategy
-        if self.runtime.refused:
-            if "folded" not in possible:
-                raise TwinmergeError(f'{self.runtime.refused[0]} Say strategy="rebuild", or give one mixture.')
-            return "folded"
-        predicted = self.predict(weights, positions, steps, reorder)
+        if not set(possible) - {"rebuild"}:
+            raise TwinmergeError(f'{refused} Give one mixture for the whole batch, or say strategy="rebuild".')
+        predicted = self.predict(weights, positions, steps, reorder, blind)
         handicap = {s: 1.0 if s in ("stacked", "grouped") else 1 / WORTH for s in predicted}
         allowed = [s for s in predicted if self.folds_exactly or s in ("stacked", "grouped")] or list(predicted)
         return min(allowed, key=lambda s: predicted[s] * handicap[s])
-
-    def _impossible(self, strategy: str) -> str:
-        if strategy == "folded":
-            return 'The rows have different mixtures, so they cannot share folded weights. Say strategy="rebuild".'
-        if strategy == "rebuild":
-            return "This model scores rows against each other, so they cannot be rebuilt apart. Give one mixture."
-        return f'{self.runtime.refused[0]} Say strategy="rebuild".'
 
 
 def distinct_mixtures(weights: Tensor) -> list[tuple[Tensor, Tensor]]:

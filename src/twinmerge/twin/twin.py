@@ -121,7 +121,7 @@ class Twin(nn.Module):
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
         self.runtime = Runtime(self.model, list(package.exclusive.values()))
         if self.runtime.refused:
-            first, more = self.runtime.refused[0], len(self.runtime.refused) - 1
+            first, more = next(iter(self.runtime.refused.values())), len(self.runtime.refused) - 1
             also = f" So it is with {more} more." if more else ""
             warnings.warn(f'{first}{also} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
         self.planner = Planner(self.runtime, self.model.body)
@@ -597,7 +597,8 @@ class Twin(nn.Module):
             biases = one_hot(per_row(oracle_biases, size, "oracle bias"), self.experts).to(weights)
         way = "stacked" if biases is not None else under_autocast(self, self.strategy if strategy is None else strategy)
         with self.lock:
-            way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way)
+            blind = self.runtime.look_at(batch) if bool(weights.any()) else None
+            way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way, blind)
             found = answer(self, batch, heads, weights, way, biases, early)
         return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
 
