@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from twinmerge.twin.converted import Converted
 from twinmerge.twin.forward import (
     Apart,
     Forward,
@@ -37,14 +38,14 @@ RELATIVE_BIAS = ("compute_bias", "compute_position_bias")
 
 
 def attach(
-    state: State, path: str, module: nn.Module, parent: nn.Module | None, parameters: Mapping[str, Part]
+    state: State, path: str, module: nn.Module, parent: nn.Module | None, parameters: Mapping[str, Part | Converted]
 ) -> Forward:
     """Let one module add its rows' parts, by its kind."""
     weight, bias = parameters.get("weight"), parameters.get("bias")
     matrix = weight if isinstance(weight, (Low, Masks)) else None
     masked = isinstance(weight, Masks)
     gain, shift = (part if isinstance(part, Dense) else None for part in (weight, bias))
-    known = set(parameters) <= {"weight", "bias"}
+    known = set(parameters) <= {"weight", "bias"} and not any(isinstance(p, Converted) for p in parameters.values())
     if known and multiplies(module):
         return (MaskedLinear if masked else _Linear)(state, path, module, matrix, shift)
     if known and isinstance(module, nn.Embedding) and matrix is not None:

@@ -73,7 +73,7 @@ class Runtime(nn.Module):
             for name in names
             if not all(finite[id(t)] if id(t) in finite else bool(t.isfinite().all()) for t in _tensors(e, name))
         }
-        changed: dict[str, dict[str, Part]] = {}
+        changed: dict[str, dict[str, Part | Converted]] = {}
         modules: dict[str, nn.Module] = {}
         for parameter, conversion, own in converted(model.conversions, model.shapes, names):
             like = getattr(owners[parameter][0].module, owners[parameter][0].attribute)
@@ -84,10 +84,8 @@ class Runtime(nn.Module):
             self.parts[parameter.replace(".", "/")] = whole
             for place in owners[parameter]:
                 self.places.append((place, whole))
-                self.refused[place.path] = (
-                    f"The module {place.path!r} ({type(place.module).__name__}) holds {len(conversion.parts)} stored tensors in one, "
-                    f"{place.attribute}, which has no exact mixture per row."
-                )
+                modules[place.path] = place.module
+                changed.setdefault(place.path, {})[place.attribute] = whole
         for name in (n for n in names if n not in model.conversions):
             part = _gather(name, experts, owners[name][0])
             self.parts[name.replace(".", "/")] = part
