@@ -331,7 +331,7 @@ def test_the_sides_of_experts_before_and_since_peft_0_19(tmp_path: Path) -> None
 @pytest.mark.parametrize("version", ["0.18.0", "0.21.2", None])
 def test_experts_with_equal_sides_need_the_version(tmp_path: Path, version: str | None) -> None:
     pair = torch.randn(6, 5), torch.randn(5, 6)
-    config = checked_config({"r": 2, "lora_alpha": 4, "peft_version": version}, "a")
+    config = checked_config({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "peft_version": version}, "a")
     if version is None:
         with pytest.raises(TwinmergeError, match="peft_version"):
             stack_of(*pair, 2.0, "w", (3, 5, 5), config, False)
