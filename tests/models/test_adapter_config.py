@@ -39,7 +39,7 @@ def test_defaults_of_peft_are_accepted_from_memory_and_from_json(tmp_path: Path)
     for one in (config.to_dict(), written):
         found = checked_config(one, "a")
         assert (found.rank, found.alpha, found.task, found.scaling("x")) == (3, 8, "CAUSAL_LM", 8 / 3)
-    assert checked_config({}, "a").scaling("x") == 1  # PEFT's defaults: r = 8, alpha = 8
+    assert checked_config({"peft_type": "LORA"}, "a").scaling("x") == 1  # PEFT's defaults: r = 8, alpha = 8
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def test_other_kinds_of_adapters(kind: peft.PeftType) -> None:
 
 
 WRONG: list[dict[str, Any]] = [
+    {"peft_type": None},
     {"peft_type": 3},
     {"r": 0},
     {"r": -2},
@@ -128,7 +129,7 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("change", WRONG, ids=str)
 def test_a_wrong_value_is_one_sentence(change: dict[str, Any]) -> None:
     key = next(iter(change))
-    named = "is 3, only LoRA" if key == "peft_type" else key
+    named = "is 3, only LoRA" if change == {"peft_type": 3} else key
     with pytest.raises(TwinmergeError, match=named) as told:
         adapter_from({**CONFIG, **change}, PAIR, "a")
     assert "\n" not in str(told.value) and len(str(told.value)) < 400

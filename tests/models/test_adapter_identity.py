@@ -66,6 +66,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**MOE, "num_local_experts": 3}),
     "qwen3": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**MOE, "num_experts": 3, "head_dim": 8}),
     "gpt-oss": ("GptOssConfig", "GptOssForCausalLM", {**MOE, "num_local_experts": 3, "head_dim": 8}),
+    "nomic": ("NomicBertConfig", "NomicBertModel", {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel", VIT),
 }
 QV = ["q_proj", "v_proj"]
@@ -331,7 +332,7 @@ def test_the_sides_of_experts_before_and_since_peft_0_19(tmp_path: Path) -> None
 @pytest.mark.parametrize("version", ["0.18.0", "0.21.2", None])
 def test_experts_with_equal_sides_need_the_version(tmp_path: Path, version: str | None) -> None:
     pair = torch.randn(6, 5), torch.randn(5, 6)
-    config = checked_config({"r": 2, "lora_alpha": 4, "peft_version": version}, "a")
+    config = checked_config({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "peft_version": version}, "a")
     if version is None:
         with pytest.raises(TwinmergeError, match="peft_version"):
             stack_of(*pair, 2.0, "w", (3, 5, 5), config, False)
@@ -360,6 +361,21 @@ def test_wrappers_that_the_config_does_not_name(tmp_path: Path) -> None:
         open_model(f"{base}+{lora}")
     rewritten(lora, dict, target_parameters=None)
     with pytest.raises(TwinmergeError, match="experts"):
+        open_model(f"{base}+{lora}")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"target_modules": QV, "modules_to_save": ["experts"]}),
+        ("nomic", {"target_modules": ["q_proj", "down_proj"]}),
+        ("nomic", {"target_modules": ["down_proj"], "modules_to_save": ["k_proj"]}),
+    ],
+)
+def test_what_the_files_hold_in_another_form_is_no_head(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    model_class, base = made(family, tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    with pytest.raises(TwinmergeError, match="(experts|q_proj|k_proj).* hold in another form"):
         open_model(f"{base}+{lora}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,8 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
+from twinmerge.models.architecture import Architecture
 from twinmerge.twin import export as export_module
-from twinmerge.twin.export import VLLM_RANKS, export_dense, export_lora
+from twinmerge.twin.export import VLLM_RANKS, _refuse_experts, export_dense, export_lora
+from twinmerge.twin.split import Exclusive
 from twinmerge.twin.twin import Twin
 
 RANK = 4
@@ -326,3 +329,30 @@ def test_push_to_hub_uploads_the_folder(cases: Any, monkeypatch: pytest.MonkeyPa
     assert twin.push_to_hub("me/twin", private=True, token="t") == "hub/me/twin"
     assert seen["token"] == "t" and seen["made"] == ("me/twin", {"private": True, "exist_ok": True})
     assert seen["files"] == {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.experts.1.up_proj.weight", "layers.0.mlp.experts.down_proj"])
+def test_experts_are_not_exported_for_vllm(lab: Any, name: str) -> None:
+    """vLLM reads factors of experts in layouts that differ by model, so none is written; other matrices are no matter."""
+    import transformers
+
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "vocab_size": 9,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "num_experts": 2}
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **heads))
+
+    def twin(changed: str) -> Any:
+        shared = SimpleNamespace(
+            architecture=Architecture(model.config, type(model)), stored={changed: f"model.{changed}"}
+        )
+        parts = {"a": Exclusive({changed: Factors(torch.ones(8, 1), torch.ones(1, 8))}, {}, {})}
+        return SimpleNamespace(package=SimpleNamespace(shared=shared, exclusive=parts))
+
+    with pytest.raises(TwinmergeError, match="a changes the experts' matrices .* --for peft"):
+        _refuse_experts(twin(name), {"a": 1.0})
+    _refuse_experts(twin("layers.0.self_attn.q_proj.weight"), {"a": 1.0})

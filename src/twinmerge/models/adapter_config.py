@@ -103,7 +103,11 @@ def checked_config(config: Mapping[str, Any], name: str, *, in_memory: bool = Fa
         >>> checked_config({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True}, "a").scaling("x")
         4.0
     """
-    kind = config.get("peft_type", "LORA")
+    kind = config.get("peft_type")
+    if kind is None:
+        raise TwinmergeError(
+            f"The adapter_config.json of {name} has no peft_type, so it is none of PEFT's. Save it with PEFT."
+        )
     if str(getattr(kind, "value", kind)).upper() != "LORA":
         raise TwinmergeError(
             f"The adapter {name} is {kind}, only LoRA can be merged. Merge it into its base first (merge_and_unload, save_pretrained) and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -58,6 +58,16 @@ def fused_parts(architecture: Architecture, stored: Mapping[str, str]) -> dict[s
             for expert, name in enumerate(sorted(by_pattern[pattern], key=lambda n: dot_natural_key(stored[n])))
         ]
     return found_parts
+
+
+def in_another_form(architecture: Architecture, stored: Iterable[str]) -> set[str]:
+    """Canonical names of the parameters that transformers makes of stored tensors by more than a new name."""
+    found = set()
+    for original in stored:
+        if (made := architecture.fused_into(original)) is not None:
+            first, *others = architecture.converter_of(made[1]).target_patterns
+            found |= {made[0]} | {made[0].replace(first, other) for other in others}
+    return found
 
 
 def stack_of(

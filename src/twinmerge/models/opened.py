@@ -157,11 +157,6 @@ class OpenedModel:
         """Canonical name -> what an adapter adds to the base's tensor, where that is a product of low rank."""
         return {name: change.low for name, change in self.changes.items() if change.low is not None}
 
-    @cached_property
-    def dense(self) -> dict[str, Tensor]:
-        """Canonical name -> tensor that an adapter has as a whole, where nothing is added to it."""
-        return {n: c.dense for n, c in self.changes.items() if c.dense is not None and c.added is None}
-
     def read(self, name: str) -> Tensor:
         """The whole tensor, as `read_range` gives it."""
         name = self._own(name)

@@ -18,7 +18,7 @@ from twinmerge.models.adapter import Adapter, Pair, unwrapped
 from twinmerge.models.adapter_config import CONVERT
 from twinmerge.models.architecture import TASK_CLASSES, Architecture, class_of
 from twinmerge.models.change import Change, Rows, Stack
-from twinmerge.models.fused import Part, fused_parts, stack_of
+from twinmerge.models.fused import Part, fused_parts, in_another_form, stack_of
 from twinmerge.models.tied import alone, tied
 from twinmerge.store.checkpoint import Spec
 
@@ -98,6 +98,17 @@ class _Placing:
         return fused_parts(self.architecture, {name: self.base.stored[name] for name in self.base.specs})
 
     @cached_property
+    def other_forms(self) -> set[str]:
+        """Parameters of the class that the files hold in another form."""
+        return in_another_form(self.architecture, self.base.stored.values()) if self.architecture else set()
+
+    def _other_form(self, name: str) -> TwinmergeError:
+        return TwinmergeError(
+            f"The adapter {self.adapter.name} changes {name!r}, which the files of the base {self.base.name} hold in another form. Merge "
+            "the adapter into it first (merge_and_unload, save_pretrained) and give the full model."
+        )
+
+    @cached_property
     def fused_several(self) -> set[str]:
         """Stored tensors that lie beside others in an expert's matrix."""
         several = [parts for parts in self.fused.values() if len({part.start for part in parts}) > 1]
@@ -168,6 +179,8 @@ class _Placing:
                 f"The adapter {self.adapter.name} holds {own!r} as {list(tensor.shape)}, in its base {self.base.name} it is {list(spec.shape)}. "
                 "Name the base that the adapter was trained on (resize_token_embeddings and save it, if its vocabulary grew)."
             )
+        if own not in self.base.specs and own in self.other_forms:
+            raise self._other_form(own)
         if own in self.base.specs or own in self.in_class or own in self.base.aliases:
             return
         listed = any(f".{module}." in f".{name}" for module in self.config.saved)
@@ -269,10 +282,7 @@ class _Placing:
     def _fits(self, name: str, factors: Factors | Stack) -> None:
         specs, aliases = self.base.specs, self.base.aliases
         if name not in specs and name not in aliases and name in self.in_class:
-            raise TwinmergeError(
-                f"The adapter {self.adapter.name} changes {name!r}, which the files of the base {self.base.name} hold in another form. Merge "
-                "the adapter into it first (merge_and_unload, save_pretrained) and give the full model."
-            )
+            raise self._other_form(name)
         if name not in specs and name not in aliases:
             raise TwinmergeError(
                 f"The adapter {self.adapter.name} changes {name!r}, which its base {self.base.name} does not have."
