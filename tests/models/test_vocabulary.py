@@ -67,3 +67,12 @@ def test_nothing_is_said_of_what_is_not_known(tmp_path, content):
     assert other_tokens(base, folder(tmp_path / "strange", "tokenizer.json", content)) is None
     (tmp_path / "empty").mkdir()
     assert other_tokens(base, tmp_path / "empty") is None and other_tokens(None, base) is None
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u0085", "\x0c", "\x1c", "\u00a0"])
+def test_a_token_that_holds_another_line_break_is_one_token(tmp_path, inside):
+    for name, tokens in (("base", ["[PAD]", f"a{inside}b", "cat"]), ("expert", ["[PAD]", f"a{inside}b", "cat", "dog"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    said = other_tokens(tmp_path / "base", tmp_path / "expert")
+    assert said is not None and said.startswith("1 of its 4 tokens") and "'dog' (3, not in the base)" in said

@@ -58,7 +58,8 @@ def _tokens(file: Path) -> dict[str, int] | None:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".txt":
-            return {token: i for i, token in enumerate(text.splitlines())}
+            lines = text.split("\n")  # and nowhere else: tokens hold other line breaks, such as U+2028
+            return {token: i for i, token in enumerate(lines if lines[-1] else lines[:-1])}
         raw: Any = json.loads(text)
         if file.name == "vocab.json":
             return {str(token): int(i) for token, i in raw.items()}
@@ -66,5 +67,5 @@ def _tokens(file: Path) -> dict[str, int] | None:
         pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((t[0], i) for i, t in enumerate(vocabulary))
         added = ((token["content"], token["id"]) for token in raw.get("added_tokens") or ())
         return {str(token): int(i) for token, i in (*pairs, *added)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
