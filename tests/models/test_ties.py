@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.opened import open_model
 
 SIZES = {"vocab_size": 24, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
 TWO_SIDED = {
@@ -162,3 +163,25 @@ def test_a_tie_is_what_stock_transformers_makes_of_the_file(tmp_path, name, base
 def test_every_pair_of_layouts(tmp_path, name, base, expert):
     made = check(tmp_path, name, base, expert)
     assert made or base not in UNTIED or (name, expert) == ("BertForMaskedLM", "untied")  # its own bias
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_what_runs_here_is_not_tied_either(tmp_path, name):
+    """BERT's bias stays tied while its output layer is not."""
+    paths = [folder(tmp_path, name, "both, different", seed) for seed in (1, 2)]
+    recipe = Recipe("task_arithmetic", paths[0], {"a": paths[1]}, {"scale": 1.0})
+    model = Merge(recipe, progress=False).load()
+    torch.testing.assert_close(logits(model.body), logits(stock(name, paths[1])[1]), rtol=1e-4, atol=1e-5)
+    loaded = stock(name, paths[1])[1]
+    in_memory = Merge(Recipe("average", None, {"a": loaded, "b": loaded}, {}), progress=False).load()
+    torch.testing.assert_close(logits(in_memory.body), logits(loaded), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tie_that_differs_in_dtype_or_in_its_last_element(tmp_path):
+    path = Path(folder(tmp_path, "LlamaForCausalLM", "both, equal", 1))
+    tensors = load_file(path / "model.safetensors")
+    head = tensors["lm_head.weight"].bfloat16()
+    for table, tied in ((head.float(), True), (head.float() + torch.eye(24, 8).roll(-1, 0) * 0.01, False)):
+        tensors |= {"lm_head.weight": head, "model.embed_tokens.weight": table}
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        assert bool(open_model(str(path)).aliases) is tied

@@ -99,3 +99,12 @@ def test_a_tokenizer_that_leads_out_of_its_folder(tmp_path):
     os.truncate(tmp_path / "other" / "tokenizer.json", 1 << 40)
     with pytest.raises(TwinmergeError, match=r"tokenizer.json has 1099511627776 bytes, more than"):
         other_tokens(base, tmp_path / "other")
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u0085", "\x0c", "\x1c", "\u00a0"])
+def test_a_token_that_holds_another_line_break_is_one_token(tmp_path, inside):
+    for name, tokens in (("base", ["[PAD]", f"a{inside}b", "cat"]), ("expert", ["[PAD]", f"a{inside}b", "cat", "dog"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    said = other_tokens(tmp_path / "base", tmp_path / "expert")
+    assert said is not None and said.startswith("1 of its 4 tokens") and "'dog' (3, not in the base)" in said

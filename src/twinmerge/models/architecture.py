@@ -65,6 +65,9 @@ class Architecture:
     def __init__(self, config: PretrainedConfig, model_class: type[PreTrainedModel], most: int = PARAMETERS) -> None:
         self.config = config
         self.model_class = model_class
+        for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+            if isinstance(said := getattr(part, "dtype", None), str):  # as in the file; some classes make tensors of it
+                part.dtype = getattr(torch, said, None)  # type: ignore[union-attr]
         try:
             with torch.device("meta"), at_most(most, f"a {model_class.__name__}"):
                 self.skeleton: PreTrainedModel = model_class(config)
@@ -81,10 +84,11 @@ class Architecture:
         self._renamed: dict[str, tuple[str, str | None]] = {}
         self.converts = bool(self._converters)
         self.renames = bool(get_model_conversion_mapping(self.skeleton, add_legacy=False))
+        self.torn = False  # whether a checkpoint has its own values for a tensor that the config ties
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is made anew: the skeleton holds nothing."""
-        return type(self), (self.config, self.model_class)
+        return type(self), (self.config, self.model_class), {"torn": self.torn}
 
     @property
     def labels(self) -> list[str] | None:
@@ -210,6 +214,7 @@ class Architecture:
         for i, (target, source) in enumerate(ties):
             if target in there and source in there:
                 if not equal(source_of[source], source_of[target]):
+                    self.torn = True
                     continue
             elif target in there:
                 target, source = source, target

@@ -173,7 +173,7 @@ class HeadedModel(nn.Module):
         _check_shapes(self.body, found, {key: name for name, key in wanted.items()}, "The weights hold")
         self.body.load_state_dict(found, strict=True, assign=True)
         tie = getattr(self.body, "tie_weights", None)
-        if tie is not None and aliases:
+        if tie is not None and aliases and not self.architecture.torn:
             tie()
         self.body.requires_grad_(False)
 
