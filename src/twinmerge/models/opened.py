@@ -218,7 +218,13 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
 
         config = read_config(found.folder)
         architecture = Architecture(config, class_of(config)) if config is not None else None
-    opened = _named(name or ref, checkpoint.specs, architecture, checkpoint)
+    specs: Mapping[str, Spec] = checkpoint.specs
+    source: Source = checkpoint
+    if architecture is not None and architecture.converts:
+        from twinmerge.models.conversion import taken_apart
+
+        specs, source = taken_apart(architecture, specs, source)
+    opened = _named(name or ref, specs, architecture, source)
     opened.folder, opened.commit, opened.files = found.folder, found.commit, checkpoint.files
     if found.adapter is None:
         return opened
