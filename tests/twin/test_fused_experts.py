@@ -271,3 +271,11 @@ def test_what_no_layer_holds_by_itself_is_no_head(tmp_path: Path) -> None:
     lab = Lab("Mixtral", tmp_path)
     with pytest.raises(tm.TwinmergeError, match=r"experts\.0\.w1\.weight.*cannot be a head"):
         tm.Twin.build(lab.base, lab.experts, 2, heads=("experts",), progress=False)
+
+
+def test_gram_names_what_it_does_not_read(tmp_path: Path) -> None:
+    model = made("Mixtral")
+    (tmp_path / "d.jsonl").write_text('{"input_ids": [3, 4, 5]}\n{"input_ids": [6, 7]}')
+    with pytest.warns(UserWarning, match=r"6 tensors, the first is 'layers\.0\.mlp\..*not measured"):
+        file = measure("gram", model, tmp_path / "d.jsonl", tmp_path / "g.safetensors", progress=False)
+    assert "layers.1.self_attn.q_proj.weight" in Statistics.open(file).header["modules"]
