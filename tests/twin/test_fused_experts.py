@@ -247,3 +247,35 @@ def test_fisher_information_is_that_of_the_stored_tensors(tmp_path: Path) -> Non
     for e in range(2):
         own = found.read(f"layers.0.block_sparse_moe.experts.{e}.w2.weight")
         torch.testing.assert_close(own, expected[e], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("fused", ["base", "expert", "both"])
+def test_files_that_hold_experts_as_the_class_does(tmp_path: Path, fused: str) -> None:
+    """`save_pretrained(save_original_format=False)` writes such; the output is as save_pretrained writes by default."""
+    lab = Lab("Mixtral", tmp_path)
+    for name, model in {"base": lab.base, **lab.experts}.items():
+        if fused == "both" or (fused == "base") == (name == "base"):
+            model.save_pretrained(tmp_path / name, save_original_format=False)
+    merge = tm.merge("average", str(tmp_path / "base"), lab.paths, progress=False)
+    torch.testing.assert_close(logits(merge.load().body), logits(lab.average()), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(stock(lab.kind, merge.save(tmp_path / "out"))), logits(lab.average()), atol=1e-6, rtol=1e-5
+    )
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as written:
+        assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in set(written.keys())
+    twin = tm.Twin.build(str(tmp_path / "base"), lab.paths, None, shared="task_arithmetic", progress=False)
+    torch.testing.assert_close(twin(**BATCH, expert="a").logits, logits(lab.experts["a"]), atol=1e-5, rtol=1e-4)
+
+
+def test_what_no_layer_holds_by_itself_is_no_head(tmp_path: Path) -> None:
+    lab = Lab("Mixtral", tmp_path)
+    with pytest.raises(tm.TwinmergeError, match=r"experts\.0\.w1\.weight.*cannot be a head"):
+        tm.Twin.build(lab.base, lab.experts, 2, heads=("experts",), progress=False)
+
+
+def test_gram_names_what_it_does_not_read(tmp_path: Path) -> None:
+    model = made("Mixtral")
+    (tmp_path / "d.jsonl").write_text('{"input_ids": [3, 4, 5]}\n{"input_ids": [6, 7]}')
+    with pytest.warns(UserWarning, match=r"6 tensors, the first is 'layers\.0\.mlp\..*not measured"):
+        file = measure("gram", model, tmp_path / "d.jsonl", tmp_path / "g.safetensors", progress=False)
+    assert "layers.1.self_attn.q_proj.weight" in Statistics.open(file).header["modules"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key, re
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.architecture import Architecture
+from twinmerge.store.checkpoint import Spec
+
+if TYPE_CHECKING:
+    from twinmerge.models.opened import Source
+    from twinmerge.store.ranges import Flat
 
 Shape = tuple[int, ...]
 
@@ -135,3 +140,63 @@ def stored_names(architecture: Architecture) -> dict[str, str]:
     """Name in a checkpoint, as `save_pretrained` writes it -> canonical name, of every tensor of the class."""
     found = as_stored(architecture, architecture.skeleton.state_dict())
     return {stored: name for name, (stored, _) in found.items()}
+
+
+class Taken:
+    """A source whose tensors are as the class holds them, read as they would be stored: `save_pretrained` can write either.
+
+    One tensor of the source is kept in memory, since the parts of one are read one after the other.
+    """
+
+    def __init__(self, architecture: Architecture, source: Source, parts: Mapping[str, tuple[str, str]]) -> None:
+        self.architecture, self.source, self.parts = architecture, source, parts
+        self._last: tuple[str, dict[str, Tensor]] | None = None
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.parts:
+            return self.source.read(name)
+        whole, key = self.parts[name]
+        last = self._last
+        if last is None or last[0] != whole:
+            made = as_stored(self.architecture, {key: self.source.read(whole)})
+            last = self._last = whole, dict(made.values())
+        return last[1][name]
+
+    def read_into(self, name: str, start: int, out: Flat) -> None:
+        if name not in self.parts:
+            self.source.read_into(name, start, out)
+            return
+        flat = self.read(name).reshape(-1)
+        to = out if isinstance(out, Tensor) else torch.from_numpy(out).view(flat.dtype)
+        to.copy_(flat[start : start + len(to)])
+
+    def place(self, name: str) -> tuple[int, int]:
+        return self.source.place(self.parts[name][0] if name in self.parts else name)
+
+
+def taken_apart(
+    architecture: Architecture, specs: Mapping[str, Spec], source: Source
+) -> tuple[dict[str, Spec], Source]:
+    """Specs and source of a checkpoint as `save_pretrained` writes it by default, for files that hold experts as the class does.
+
+    Args:
+        specs: name in the files -> dtype and shape.
+    """
+    if not architecture.converts:
+        return dict(specs), source
+    keys = {architecture.of_module(key): key for key in architecture.skeleton.state_dict()}
+    whole, parts = dict(specs), dict[str, tuple[str, str]]()
+    for name, spec in specs.items():
+        key = keys.get(architecture.canonical(name))
+        if key is None or architecture.converted(architecture.of_module(key))[1] is not None:
+            continue
+        made = as_stored(architecture, {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta")})
+        shapes = {n: tuple(tensor.shape) for n, (_, tensor) in made.items()}
+        back = [each.parameters(shapes) for each in conversions(architecture, made)]
+        if back != [[architecture.of_module(key)]]:  # as it is stored, or only together with others
+            continue
+        del whole[name]
+        for stored, tensor in made.values():
+            parts[stored] = name, key
+            whole[stored] = Spec(spec.dtype, tuple(tensor.shape))
+    return (whole, Taken(architecture, source, parts)) if parts else (whole, source)

@@ -229,6 +229,10 @@ class HeadedModel(nn.Module):
         module.to_empty(device="cpu")
         outside = {n: k for k in module.state_dict() if (n := architecture.of_module(k)) in head.tensors}
         lacking = [k for k in module.state_dict() if k not in outside.values()]
+        if lost := [n for n in head.tensors if n not in outside and n not in self._inner[name]]:
+            raise TwinmergeError(
+                f"The tensor {lost[0]!r} of {name!r} cannot be a head: no layer of {type(module).__name__} holds it by itself. Leave it out of --head."
+            )
         if lacking:
             raise TwinmergeError(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
         state = {k: self._as_body(head.tensors[n]) for n, k in outside.items()}

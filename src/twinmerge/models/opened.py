@@ -278,11 +278,16 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
         from twinmerge.models.architecture import Architecture, class_of, read_config
 
         config = read_config(found.folder, checkpoint.specs)
-        most = (
-            4 * len(checkpoint.specs) + 500
-        )  # loading may split a stored tensor; ties and heads are stored once or not at all
+        # loading may split a stored tensor; ties and heads are stored once or not at all
+        most = 4 * len(checkpoint.specs) + 500
         architecture = Architecture(config, class_of(config), most) if config is not None else None
-    opened = _named(name or ref, checkpoint.specs, architecture, checkpoint)
+    specs: Mapping[str, Spec] = checkpoint.specs
+    source: Source = checkpoint
+    if architecture is not None and architecture.converts:
+        from twinmerge.models.conversion import taken_apart
+
+        specs, source = taken_apart(architecture, specs, source)
+    opened = _named(name or ref, specs, architecture, source)
     opened.folder, opened.commit, opened.files = found.folder, found.commit, checkpoint.files
     if found.adapter is None:
         return opened
