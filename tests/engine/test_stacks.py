@@ -65,7 +65,7 @@ def test_the_class_says_what_is_a_stack_and_how_it_is_stored(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("name", [pytest.param("MixtralForCausalLM", marks=pytest.mark.slow), "GptOssForCausalLM"])
 def test_fused_experts_are_merged_as_separate_ones(tmp_path: Path, name: str, method: str) -> None:
     base, experts = family(name)
     turned = FAMILIES[name][1]
