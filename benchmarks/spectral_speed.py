@@ -213,7 +213,7 @@ def phases(method: str, family: Family, out: Path, threads: int) -> dict[str, fl
     for function in ("gram_svd", "gram_polar", "with_values", "normal_equations", "solve"):
         if hasattr(own, function):
             clock.watch(own, function, "decompositions")
-    for step in make_method(method, family.experts, {}).passes():
+    for step in (s for s in make_method(method, family.experts, {}).passes() if s.grain == "rows"):
         clock.watch(type(step), "sums", "sums over tables' rows")
         clock.watch(type(step), "finish", "decompositions")
     clock.watch(rule, "combine", "the rest of the rule")

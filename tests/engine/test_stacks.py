@@ -65,7 +65,7 @@ def test_the_class_says_what_is_a_stack_and_how_it_is_stored(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("name", [pytest.param("MixtralForCausalLM", marks=pytest.mark.slow), "GptOssForCausalLM"])
 def test_fused_experts_are_merged_as_separate_ones(tmp_path: Path, name: str, method: str) -> None:
     base, experts = family(name)
     turned = FAMILIES[name][1]
@@ -78,6 +78,18 @@ def test_fused_experts_are_merged_as_separate_ones(tmp_path: Path, name: str, me
     merged = tm.merge(method, base=base, experts=experts, progress=False).state_dict()
     for tensor, value in split(merged, turned).items():
         torch.testing.assert_close(value, want[tensor], rtol=1e-4, atol=2e-6)
+
+
+def test_a_bare_checkpoint_tells_experts_by_their_names_and_says_so(tmp_path: Path) -> None:
+    base, experts = family("MixtralForCausalLM")
+    for label, model in {"base": base, **experts}.items():
+        (tmp_path / label).mkdir()
+        save_file(dict(model.state_dict()), tmp_path / label / "model.safetensors")
+    apart = {"base": str(tmp_path / "base"), "experts": {e: str(tmp_path / e) for e in experts}}
+    with pytest.warns(UserWarning, match="tensors of three axes are is told by their names: 2 are experts"):
+        got = tm.merge("iso_c", **apart, progress=False).state_dict()
+    want = tm.merge("iso_c", base=base, experts=experts, progress=False).state_dict()
+    assert all(torch.equal(got[n], value) for n, value in want.items())
 
 
 @pytest.mark.parametrize("method", ["iso_c", "wudi", "opcm", "null_space"])

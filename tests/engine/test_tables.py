@@ -126,7 +126,10 @@ def null_space(x: np.ndarray, turned: bool) -> np.ndarray:
     return found.T if turned else found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+FAST = ("T5Model", "GPT2LMHeadModel", "TimeSeriesTransformerModel", "MambaModel")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in FAMILIES])
 def test_tables_are_averaged_and_linear_layers_are_not(name: str) -> None:
     family = made(name)
     for method, rule in {"wudi": wudi, "null_space": null_space}.items():
@@ -140,7 +143,9 @@ def test_tables_are_averaged_and_linear_layers_are_not(name: str) -> None:
             assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), (method, tensor)
 
 
-@pytest.mark.parametrize("method", ["wudi", "opcm", "null_space"])
+@pytest.mark.parametrize(
+    "method", ["wudi", pytest.param("opcm", marks=pytest.mark.slow), pytest.param("null_space", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertModel"])
 def test_known_types_give_the_same_without_their_class(tmp_path: Path, name: str, method: str) -> None:
     """Plain checkpoints are opened without transformers."""
@@ -206,7 +211,9 @@ def test_one_model_that_knows_its_class_is_enough(tmp_path: Path) -> None:
         torch.testing.assert_close(value, want[f"transformer.{name}"])
 
 
-@pytest.mark.parametrize("method", ["wudi", "opcm", "null_space"])
+@pytest.mark.parametrize(
+    "method", ["wudi", pytest.param("opcm", marks=pytest.mark.slow), pytest.param("null_space", marks=pytest.mark.slow)]
+)
 def test_a_state_treats_tables_as_a_merge_does(tmp_path: Path, method: str) -> None:
     family = made("BartModel")
     state = Continual.init(tmp_path / "state", family.base, method, progress=False)

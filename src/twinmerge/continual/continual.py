@@ -21,7 +21,7 @@ from twinmerge.continual.heads import heads_bytes, remove_others, with_heads, wr
 from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces, places_of, rounded, worked
 from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
 from twinmerge.engine.card import licence_of
-from twinmerge.engine.inputs import asks_for_tables, check_written, knows_class, warn_of_tables
+from twinmerge.engine.inputs import check_written, knows_class, warn_of_names
 from twinmerge.engine.merge import heads_of
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.recipe import DTYPES, EXPERT_NAME
@@ -91,8 +91,8 @@ class Continual:
                 f"A state is kept in {' or '.join(STATE_DTYPES)}, not {dtype!r}.{nearest(dtype, STATE_DTYPES)}"
             )
         opened = open_model(base)
-        if asks_for_tables(made) and not knows_class(opened):
-            warn_of_tables(opened, opened.specs, stacklevel=2)
+        if not knows_class(opened):
+            warn_of_names(made, opened, opened.specs, stacklevel=2)
         about = Description(opened.name, method, made.model_dump(), tuple(heads), dtype)
         output = OutputFolder(folder, manifest=False)  # it changes, and its files carry seals of their own
         with output as partial, next_state(partial, opened.fingerprint(), about, {}) as writer:

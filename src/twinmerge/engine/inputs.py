@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -88,7 +88,12 @@ class Inputs:
         if not asks_for_tables(self.method):
             return None
         names = [out for out, name in self.canonical.items() if self._told.table(name)]
-        return {"told_by": "class" if knows_class(self._told) else "names", "names": names}
+        return {"told_by": "class" if self.knows_class else "names", "names": names}
+
+    @property
+    def knows_class(self) -> bool:
+        """Whether some model's class says what each tensor is for."""
+        return knows_class(self._told)
 
     @cached_property
     def element_bytes(self) -> int:
@@ -303,12 +308,26 @@ def asks_for_tables(method: object) -> bool:
     return TABLES in str(getattr(method, "elementwise", "")).split()
 
 
-def warn_of_tables(model: OpenedModel, names: Iterable[str], stacklevel: int) -> None:
-    """Say which tensors of a bare checkpoint count as tables, since no class says it.
+def warn_of_names(method: Method, model: OpenedModel, names: Iterable[str], stacklevel: int) -> None:
+    """Say what a method that asks what tensors are for takes them for in a bare checkpoint, since no class says it.
 
     Args:
         names: canonical ones of what is merged.
     """
+    names = list(names)
+    if asks_for_tables(method):
+        _warn_of_tables(model, names, stacklevel + 1)
+    three = [n for n in names if len(model.spec(n).shape) == 3 and min(model.spec(n).shape) > 1]
+    if three and method.grain == "matrix":
+        stacks = [n for n in three if model.stacked(n)]
+        warnings.warn(
+            f"{model.name} has no config.json, so what its tensors of three axes are is told by their names: {len(stacks)} are experts, matrix "
+            f"by matrix, and {len(three) - len(stacks)} kernels (out, rest), {three[0]!r} among them. Add its config.json.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _warn_of_tables(model: OpenedModel, names: Sequence[str], stacklevel: int) -> None:
     found = sorted(name for name in names if model.table(name))
     told = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}" if found else "none has such a name"
     warnings.warn(

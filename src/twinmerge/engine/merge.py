@@ -14,7 +14,7 @@ from twinmerge.arguments import device_known, strict, strict_class
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
-from twinmerge.engine.inputs import BASE, FISHER, Digests, Inputs, require_read, warn_of_tables
+from twinmerge.engine.inputs import BASE, FISHER, Digests, Inputs, require_read, warn_of_names
 from twinmerge.engine.lines import KEY, Automatic, Depths, Lines, stacks
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
 from twinmerge.engine.ranges import Range, tile_of
@@ -174,8 +174,8 @@ class Merge:
         names = {name: self.base.stored[name] for name in self.matched.merged}
         with_base = self.recipe.lines is not None
         inputs = Inputs(self.method, reference, self.experts, names, self.device, self.statistics, with_base)
-        if inputs.tables is not None and inputs.tables["told_by"] == "names":
-            warn_of_tables(self.base, names, stacklevel=3)
+        if not inputs.knows_class:
+            warn_of_names(self.method, self.base, names, stacklevel=3)
         return inputs
 
     @cached_property

@@ -61,7 +61,8 @@ def is_listed(at: Place, patterns: str) -> bool:
 class Spectral(Method):
     """Matrices: θ = θ0 + λ f(w1 τ1, …, wT τT), f being the subclass's `combine`; all other tensors by `rest`.
 
-    Convolution kernels are matrices (out, in·kh·kw), experts in one tensor a matrix each. `combine` must not depend on the orthonormal bases that its matrices
+    Convolution kernels are matrices (out, in·kh·kw), experts in one tensor a matrix each; the authors' codes of TSV-Merge and Iso-C
+    average tensors of more than two axes (`elementwise` names them). `combine` must not depend on the orthonormal bases that its matrices
     are written in, so that low-rank experts are merged in their core space (`maths/core_space.py`), exactly and without
     a decomposition of a matrix of the model's size. Numerical ranks there are float32's too, to which factors are
     rounded as deltas are: experts that share a direction but for rounding must not be given one each.
