@@ -57,9 +57,8 @@ class Threshold(NamedTuple):
 def trim_passes(method: Trims, scope: Scope) -> list[Pass]:
     """The passes that find every expert's threshold."""
     exact = [Coarse(method, scope), Fine(method, scope), TiesByTile(method, scope)]
-    if scope == "tensor":
-        return list(exact)
-    exact.insert(2, TiesByTensor(method, scope))
+    if scope == "model":
+        exact.insert(2, TiesByTensor(method, scope))
     for step in exact:
         step.rare = True
     return [Sketch(method, scope), Bracket(method, scope), *exact]
@@ -86,11 +85,15 @@ class Sketch(_TrimPass):
         return {place(tile.at): select.magnitude_bits(self.method.trimmed_quantity(tile, known))}
 
     def finish(self, total: Partial, known: Known) -> object:
-        bits = torch.cat([total[key] for key in sorted(total)], 1)
+        bits = torch.cat([total[key] for key in sorted(total)], 1) if total else torch.empty(1, 0)
         size = bits.shape[1]
         if not size:
             return None
-        return select.bracket(bits, self.method.keep_counts(torch.full((len(bits),), size)))
+        ranks = self.method.keep_counts(torch.full((len(bits),), size))
+        if self.scope == "model":
+            return select.bracket(bits, ranks)
+        found = select.bracket(bits, ranks, select.ANY_WIDTH)  # what is inside is kept, not counted by value
+        return None if found is None else found._replace(shift=torch.zeros_like(found.shift))
 
 
 class Bracket(_TrimPass):
@@ -120,7 +123,11 @@ class Bracket(_TrimPass):
 
     def add(self, total: Partial, part: Partial) -> None:
         for e, size in enumerate(part.pop("bins").tolist()):
-            inside = part.pop(f"inside {e}").cpu().long()
+            inside = part.pop(f"inside {e}").cpu()
+            if self.scope == "tensor":  # hundreds are under way: their counts would take more room than what is counted
+                total.setdefault(f"inside {e}", []).append(inside)
+                continue
+            inside = inside.long()
             counts = total.setdefault(f"counts {e}", torch.zeros(size, dtype=torch.int64))
             counts.index_add_(0, inside, torch.ones_like(inside))
         super().add(total, part)
@@ -134,14 +141,19 @@ class Bracket(_TrimPass):
         rest = self.method.keep_counts(total["size"].expand(len(total["above"]))).cpu() - total["above"]
         bits, take, equal = [], [], []
         for e, k in enumerate(rest.tolist()):
-            counts = total[f"counts {e}"]
-            for value, times in zip(bracket.shared[e].tolist(), shared[e].tolist(), strict=True):
-                if value >= 0:
-                    counts[value - int(bracket.low[e]) >> int(bracket.shift[e])] += times
+            low, shift = int(bracket.low[e]), int(bracket.shift[e])
+            pairs = zip(bracket.shared[e].tolist(), shared[e].tolist(), strict=True)
+            apart = [(value - low >> shift, times) for value, times in pairs if value >= 0]
+            if self.scope == "tensor":
+                values, counts = _tally(total[f"inside {e}"], apart)
+            else:
+                values, counts = None, total[f"counts {e}"]
+                for at, times in apart:
+                    counts[at] += times
             if not 1 <= k <= int(counts.sum()):
                 return None
             at, some = (int(t) for t in select.locate(counts[None], k))
-            bits.append(int(bracket.low[e]) + (at << int(bracket.shift[e])))
+            bits.append(low + ((at if values is None else int(values[at])) << shift))
             take.append(some)
             equal.append(int(counts[at]))
         threshold = Threshold(torch.tensor(bits), torch.tensor(take), torch.tensor(equal), None)
@@ -155,6 +167,15 @@ class Bracket(_TrimPass):
             }
             threshold = threshold._replace(by_tensor=by_tensor)
         return threshold
+
+
+def _tally(inside: list[Tensor], apart: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The values that are there, in order, and how often; `apart`: those that were counted by themselves."""
+    values, counts = torch.unique(torch.cat(inside).long(), return_counts=True)
+    values = torch.cat([values, torch.tensor([value for value, _ in apart], dtype=torch.int64)])
+    counts = torch.cat([counts, torch.tensor([times for _, times in apart], dtype=torch.int64)])
+    order = values.argsort()
+    return values[order], counts[order]
 
 
 class Coarse(_TrimPass):
