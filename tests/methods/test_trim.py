@@ -35,10 +35,12 @@ def tiles(x: dict[str, torch.Tensor], step: int) -> list[Tile]:
     ]
 
 
-def kept(x: dict[str, torch.Tensor], density: float, step: int) -> tuple[dict[str, np.ndarray], list[str]]:
+def kept(
+    x: dict[str, torch.Tensor], density: float, step: int, scope: str = "model"
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """What the passes keep, and the names of those that ran."""
     method, known, ran = Ties(density=density), {}, []
-    for each in trim.trim_passes(method, "model"):
+    for each in trim.trim_passes(method, scope):
         wanted = each.wanted(known)
         total: dict = {}
         some = [t for t in tiles(x, step) if wanted is None or t.at.name in wanted]
@@ -57,7 +59,7 @@ def by_sorting(x: dict[str, torch.Tensor], density: float) -> dict[str, np.ndarr
     flat = np.concatenate([x[n].numpy() for n in sorted(x)], 1).copy()
     for row in flat:
         row[np.argsort(-np.abs(row), kind="stable")[int(density * row.size + 1e-9) :]] = 0
-    cuts = np.cumsum([SIZES[n] for n in sorted(x)])[:-1]
+    cuts = np.cumsum([x[n].shape[1] for n in sorted(x)])[:-1]
     return dict(zip(sorted(x), np.split(flat, cuts, 1), strict=True))
 
 
@@ -68,8 +70,8 @@ def by_sorting(x: dict[str, torch.Tensor], density: float) -> dict[str, np.ndarr
 def test_every_way_keeps_what_a_stable_sort_keeps(monkeypatch, kind, density, step, way):
     plain = select.bracket
 
-    def spoilt(sample, k):
-        found = plain(sample, k)
+    def spoilt(sample, k, *widest):
+        found = plain(sample, k, *widest)
         if way == "no bracket" or found is None:
             return None
         if way == "bracket too low":
@@ -84,6 +86,9 @@ def test_every_way_keeps_what_a_stable_sort_keeps(monkeypatch, kind, density, st
     got, _ = kept(x, density, step)
     for name, want in by_sorting(x, density).items():
         np.testing.assert_array_equal(got[name], want)
+    for name in ("b", "c") if density in (0.05, 0.5) else ():
+        alone, _ = kept({name: x[name]}, density, step, "tensor")
+        np.testing.assert_array_equal(alone[name], by_sorting({name: x[name]}, density)[name])
 
 
 def test_a_good_sample_saves_the_histograms_and_the_count_of_ties():
@@ -91,3 +96,9 @@ def test_a_good_sample_saves_the_histograms_and_the_count_of_ties():
     assert ran == ["trim_sketch", "trim_bracket", "trim_ties_by_tile"]
     _, ran = kept(model("plain", 1), 0.2, 65_536)
     assert ran == ["trim_sketch", "trim_bracket"]
+
+
+def test_a_good_sample_saves_them_by_tensor_too():
+    for kind in ("ties", "plain"):
+        _, ran = kept({"c": model(kind, 1)["c"]}, 0.2, 65_536, "tensor")
+        assert ran == ["trim_sketch", "trim_bracket"]

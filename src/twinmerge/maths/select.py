@@ -181,6 +181,7 @@ def _number(bits: int) -> float:
 
 DEVIATIONS = 6  # standard deviations of a sampled rank on either side of a bracket's middle
 WIDEST = 1 << 20  # values that a bracket may hold: 8 MiB of counts for each expert
+ANY_WIDTH = 1 << 31
 SHARED = 4  # values inside the bracket that are counted apart, and for each tensor
 OFTEN = 1 / 2000  # share of the sample that such a value has at least
 _PIECE = 65_536  # entries at a time: small enough for a core's own cache
@@ -204,12 +205,13 @@ class Bracket(NamedTuple):
         return (int(self.width[expert] - 1) >> int(self.shift[expert])) + 1
 
 
-def bracket(sample: Tensor, k: Tensor) -> Bracket | None:
+def bracket(sample: Tensor, k: Tensor, widest: int = WIDEST) -> Bracket | None:
     """Bracket the k-th largest |x| of what the sample is from.
 
     Args:
         sample: (experts, n) int32, from `magnitude_bits`, n > 0.
         k: (experts,) the rank within the sample, from the top.
+        widest: values that an interval may hold.
 
     Returns:
         None where nothing is kept, or where an interval may hold too many values to count.
@@ -232,7 +234,7 @@ def bracket(sample: Tensor, k: Tensor) -> Bracket | None:
         least = int(inside[-1]) if rank + margin <= size else 0
         steps = int(np.bitwise_or.reduce(inside - least)) | (high - least if rank > margin else 0)
         low[e], width[e], shift[e] = least, high - least + 1, (steps & -steps).bit_length() - 1 if steps else 0
-        if found.bins(e) > WIDEST:
+        if found.bins(e) > widest:
             return None
         values, counts = np.unique(inside, return_counts=True)
         away = np.abs(np.arange(len(values)) - np.searchsorted(values, from_top[rank - 1]))

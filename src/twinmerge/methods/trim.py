@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from twinmerge.maths import select
-from twinmerge.maths.fused import Trim
+from twinmerge.maths.fused import Trim, Values
 from twinmerge.maths.sums import BLOCK
 from twinmerge.methods.base import Known, Partial, Pass, Place, Scope, Tile
 from twinmerge.store.header import SIZES
@@ -40,12 +40,14 @@ class Trims(Protocol):
 
 class Threshold(NamedTuple):
     """bits: (experts,) those of the k-th largest |x|; take: how many of the entries equal to it are kept; equal: how
-    many there are; by_tensor: tensor -> (experts,) how many there are in it, None where that was not counted."""
+    many there are; by_tensor: tensor -> (experts,) how many there are in it, None where that was not counted; before: of a
+    trim by tensor the same by block (see `TiesByTile`)."""
 
     bits: Tensor
     take: Tensor
     equal: Tensor
     by_tensor: Mapping[str, Tensor] | None
+    before: Mapping[str, tuple[int, ...]] | None = None
 
     @property
     def undecided(self) -> list[int]:
@@ -63,7 +65,7 @@ def trim_passes(method: Trims, scope: Scope, sampled: bool = True) -> list[Pass]
     exact = [Coarse(method, scope), Fine(method, scope), TiesByTile(method, scope)]
     if scope == "model":
         exact.insert(2, TiesByTensor(method, scope))
-    if scope == "tensor" or not sampled:
+    if not sampled:
         return list(exact)
     for step in exact:
         step.rare = True
@@ -91,11 +93,15 @@ class Sketch(_TrimPass):
         return {place(tile.at): select.magnitude_bits(self.method.trimmed_quantity(tile, known))}
 
     def finish(self, total: Partial, known: Known) -> object:
-        bits = torch.cat([total[key] for key in sorted(total)], 1)
+        bits = torch.cat([total[key] for key in sorted(total)], 1) if total else torch.empty(1, 0)
         size = bits.shape[1]
         if not size:
             return None
-        return select.bracket(bits, self.method.keep_counts(torch.full((len(bits),), size)))
+        ranks = self.method.keep_counts(torch.full((len(bits),), size))
+        if self.scope == "model":
+            return select.bracket(bits, ranks)
+        found = select.bracket(bits, ranks, select.ANY_WIDTH)  # what is inside is kept, not counted by value
+        return None if found is None else found._replace(shift=torch.zeros_like(found.shift))
 
 
 class Bracket(_TrimPass):
@@ -111,21 +117,44 @@ class Bracket(_TrimPass):
         if tile.stored is not None and self.method.trims_stored:
             base, rows = tile.stored.base, tile.stored.experts
             size = rows[0].memory.nbytes // SIZES[rows[0].code]
-            found = [select.in_bracket_stored(row, base, bracket, e) for e, row in enumerate(rows)]
+
+            def look(e: int, start: int, stop: int) -> tuple[int, Tensor, list[int], int]:
+                reference = None if base is None else _part(base, start, stop)
+                return select.in_bracket_stored(_part(rows[e], start, stop), reference, bracket, e)
+
+            count = len(rows)
         else:
-            x = self.method.trimmed_quantity(tile, known)
-            size = x[0].numel()
-            found = [select.in_bracket(row, bracket, e) for e, row in enumerate(x)]
-        above, bins, ties, between = zip(*found, strict=True)
-        part: Partial = {f"inside {e}": inside for e, inside in enumerate(bins)}
-        part |= {"bins": torch.tensor([bracket.bins(e) for e in range(len(found))]), "size": torch.tensor(size)}
-        part |= {"above": torch.tensor(above), "between": torch.tensor(between)}
-        part[f"ties {tile.at.name}"] = torch.tensor(ties)
-        return part
+            x = self.method.trimmed_quantity(tile, known).flatten(1)
+            size, count = x.shape[1], len(x)
+
+            def look(e: int, start: int, stop: int) -> tuple[int, Tensor, list[int], int]:
+                return select.in_bracket(x[e, start:stop], bracket, e)
+
+        step = max(1, size) if self.scope == "model" else BLOCK
+        part: Partial = {"bins": torch.tensor([bracket.bins(e) for e in range(count)]), "size": torch.tensor(size)}
+        part |= {"above": torch.zeros(count, dtype=torch.int64), "between": torch.zeros(count, dtype=torch.int64)}
+        insides: list[list[Tensor]] = [[] for _ in range(count)]
+        for start in range(0, max(1, size), step):
+            above, bins, ties, between = zip(
+                *(look(e, start, min(start + step, size)) for e in range(count)), strict=True
+            )
+            part["above"] += torch.tensor(above)
+            part["between"] += torch.tensor(between)
+            if self.scope == "model":
+                part[f"ties {tile.at.name}"] = torch.tensor(ties)
+            else:  # numbers, as in `TiesByTile`
+                part[f"ties {place(tile.at, start)}"] = tuple(map(tuple, ties))
+            for e, inside in enumerate(bins):
+                insides[e].append(inside)
+        return part | {f"inside {e}": torch.cat(inside) for e, inside in enumerate(insides)}
 
     def add(self, total: Partial, part: Partial) -> None:
         for e, size in enumerate(part.pop("bins").tolist()):
-            inside = part.pop(f"inside {e}").cpu().long()
+            inside = part.pop(f"inside {e}").cpu()
+            if self.scope == "tensor":  # hundreds are under way: their counts would take more room than what is counted
+                total.setdefault(f"inside {e}", []).append(inside)
+                continue
+            inside = inside.long()
             counts = total.setdefault(f"counts {e}", torch.zeros(size, dtype=torch.int64))
             counts.index_add_(0, inside, torch.ones_like(inside))
         super().add(total, part)
@@ -134,32 +163,49 @@ class Bracket(_TrimPass):
         bracket: select.Bracket = known[Sketch.name]
         if total["between"].any():
             return None
-        shared = sum(counts for key, counts in total.items() if key.startswith("ties "))
-        assert isinstance(shared, Tensor)
+        ties = {key.removeprefix("ties "): torch.as_tensor(n) for key, n in total.items() if key.startswith("ties ")}
+        shared = sum(ties.values(), torch.zeros(1, dtype=torch.int64))
         rest = self.method.keep_counts(total["size"].expand(len(total["above"]))).cpu() - total["above"]
         bits, take, equal = [], [], []
         for e, k in enumerate(rest.tolist()):
-            counts = total[f"counts {e}"]
-            for value, times in zip(bracket.shared[e].tolist(), shared[e].tolist(), strict=True):
-                if value >= 0:
-                    counts[value - int(bracket.low[e]) >> int(bracket.shift[e])] += times
+            low, shift = int(bracket.low[e]), int(bracket.shift[e])
+            pairs = zip(bracket.shared[e].tolist(), shared[e].tolist(), strict=True)
+            apart = [(value - low >> shift, times) for value, times in pairs if value >= 0]
+            if self.scope == "tensor":
+                values, counts = _tally(total[f"inside {e}"], apart)
+            else:
+                values, counts = None, total[f"counts {e}"]
+                for at, times in apart:
+                    counts[at] += times
             if not 1 <= k <= int(counts.sum()):
                 return None
             at, some = (int(t) for t in select.locate(counts[None], k))
-            bits.append(int(bracket.low[e]) + (at << int(bracket.shift[e])))
+            bits.append(low + ((at if values is None else int(values[at])) << shift))
             take.append(some)
             equal.append(int(counts[at]))
         threshold = Threshold(torch.tensor(bits), torch.tensor(take), torch.tensor(equal), None)
         hits = [(bracket.shared[e] == threshold.bits[e]).nonzero()[:1, 0] for e in range(len(bits))]
         if all(len(hits[e]) for e in threshold.undecided):
             column = torch.stack([hit[0] if len(hit) else torch.tensor(0) for hit in hits])
-            by_tensor = {
-                key.removeprefix("ties "): counts.cpu().gather(1, column[:, None])[:, 0]
-                for key, counts in total.items()
-                if key.startswith("ties ")
-            }
-            threshold = threshold._replace(by_tensor=by_tensor)
+            chosen = {key: n.cpu().gather(1, column[:, None])[:, 0] for key, n in ties.items()}
+            if self.scope == "model":
+                return threshold._replace(by_tensor=chosen)
+            return threshold._replace(before=_before({key: tuple(n.tolist()) for key, n in chosen.items()}))
         return threshold
+
+
+def _part(values: Values, start: int, stop: int) -> Values:
+    size = SIZES[values.code]
+    return Values(values.memory[start * size : stop * size], values.code)
+
+
+def _tally(inside: list[Tensor], apart: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The values that are there, in order, and how often; `apart`: those that were counted by themselves."""
+    values, counts = torch.unique(torch.cat(inside).long(), return_counts=True)
+    values = torch.cat([values, torch.tensor([value for value, _ in apart], dtype=torch.int64)])
+    counts = torch.cat([counts, torch.tensor([times for _, times in apart], dtype=torch.int64)])
+    order = values.argsort()
+    return values[order], counts[order]
 
 
 class Coarse(_TrimPass):
@@ -241,9 +287,12 @@ class TiesByTile(_TrimPass):
     name = "trim_ties_by_tile"
 
     def wanted(self, known: Known) -> Collection[str] | None:
-        if not known_threshold(known).undecided:
+        threshold = known_threshold(known)
+        if not threshold.undecided:
             return ()
-        return None if self.scope == "tensor" else {edge.tensor for edge in edges(known).values()}
+        if self.scope == "tensor":
+            return None if threshold.before is None else ()
+        return {edge.tensor for edge in edges(known).values()}
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         x, bits = self.method.trimmed_quantity(tile, known).flatten(1), known_threshold(known).bits
@@ -252,18 +301,27 @@ class TiesByTile(_TrimPass):
         return {place(tile.at, at): tuple(select.ties(x[:, at : at + BLOCK], bits).tolist()) for at in blocks}
 
     def finish(self, total: Partial, known: Known) -> object:
-        """Block -> how many equal entries come before it in its tensor; and the edges."""
-        before: dict[str, tuple[int, ...]] = {}
-        seen: dict[str, tuple[int, ...]] = {}
-        for key in sorted(total):
-            tensor = key.partition("\0")[0]
-            before[key] = seen.get(tensor, (0,) * len(total[key]))
-            seen[tensor] = tuple(a + b for a, b in zip(before[key], total[key], strict=True))
-        if self.scope == "tensor":
-            (tensor,) = seen
-            threshold = known_threshold(known)
-            return before, {e: Edge(tensor, int(threshold.take[e])) for e in threshold.undecided}
-        return before, edges(known)
+        """`_before` of the equal entries; and the edges."""
+        if self.scope == "model":
+            return _before(total), edges(known)
+        tensor = next(iter(total)).partition("\0")[0]
+        return _before(total), _edges_of_a_tensor(tensor, known_threshold(known))
+
+
+def _before(ties: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Block -> how many equal entries come before it in its tensor."""
+    before: dict[str, tuple[int, ...]] = {}
+    seen: dict[str, tuple[int, ...]] = {}
+    for key in sorted(ties):
+        tensor = key.partition("\0")[0]
+        before[key] = seen.get(tensor, (0,) * len(ties[key]))
+        seen[tensor] = tuple(a + b for a, b in zip(before[key], ties[key], strict=True))
+    return before
+
+
+def _edges_of_a_tensor(tensor: str, threshold: Threshold) -> dict[int, Edge]:
+    """The same where every tensor has a threshold of its own."""
+    return {e: Edge(tensor, int(threshold.take[e])) for e in threshold.undecided}
 
 
 def known_threshold(known: Known) -> Threshold:
@@ -284,7 +342,10 @@ def room(at: Place, known: Known) -> list[int]:
     threshold = known_threshold(known)
     rooms = [ALL if take else 0 for take in threshold.take.tolist()]
     if threshold.undecided:
-        before, places = known[TiesByTile.name]
+        if threshold.before is None:
+            before, places = known[TiesByTile.name]
+        else:
+            before, places = threshold.before, _edges_of_a_tensor(at.name, threshold)
         for e, edge in places.items():
             if at.name == edge.tensor:
                 rooms[e] = max(0, edge.rest - before[place(at)][e])
