@@ -13,7 +13,7 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.store.checkpoint import Checkpoint
-from twinmerge.store.foreign import find, read_json
+from twinmerge.store.foreign import CONFIG, find, read_json
 
 PREFIX = "base_model.model."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -35,7 +35,7 @@ class Adapter(NamedTuple):
 def read_adapter(folder: Path) -> Adapter:
     """Read a PEFT folder (adapter_config.json and adapter_model.safetensors)."""
     described, file = (find(folder, name) for name in ADAPTER_FILES)
-    config = read_json(described or folder / ADAPTER_FILES[0], advice="Save the adapter again.", finite=False)
+    config = read_json(described or folder / ADAPTER_FILES[0], CONFIG, "Save the adapter again.", finite=False)
     if file is None:
         raise TwinmergeError(
             f"{folder} has no adapter_model.safetensors. Save the adapter with safe_serialization=True."

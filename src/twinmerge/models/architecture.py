@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.store.foreign import find, read_json, reason
+from twinmerge.store.foreign import CONFIG, find, read_json, reason
 
 TASK_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -134,7 +134,7 @@ def read_config(folder: Path) -> PretrainedConfig | None:
     file = find(folder, "config.json")
     if file is None:
         return None
-    raw = read_json(file, advice="Restore it.", finite=False)
+    raw = read_json(file, CONFIG, finite=False)
     try:
         if "quantization_config" in raw:
             raise TwinmergeError(

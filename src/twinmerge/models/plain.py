@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.checkpoint import Checkpoint
-from twinmerge.store.foreign import find, read_json
+from twinmerge.store.foreign import CONFIG, find, read_json
 from twinmerge.store.locate import locate
 
 
@@ -72,7 +72,7 @@ def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         file = find(folder, "config.json")
-        return read_json(file, finite=False) if file else {}
+        return read_json(file, CONFIG, finite=False) if file else {}
     except TwinmergeError:  # whoever looks at the architecture says what is wrong with it
         return {}
 
