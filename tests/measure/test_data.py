@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import warnings
@@ -15,6 +16,8 @@ from transformers import LlamaForCausalLM, ViTImageProcessor
 from twinmerge.errors import TwinmergeError
 from twinmerge.measure.data import Data
 from twinmerge.measure.model import Measured
+from twinmerge.measure.rows import Rows
+from twinmerge.tasks.texts import read_texts
 
 
 def rows_of(data):
@@ -284,3 +287,61 @@ def test_wrong_files_and_options(bert, jsonl, tmp_path, make, folder):
     (tmp_path / "latin.txt").write_bytes(b"w3\nw4 \xe9\n")
     with pytest.raises(TwinmergeError, match=r"latin\.txt, line 2 is no UTF-8"):
         list(Data(tmp_path / "latin.txt", Measured(str(folder(make("BertModel"))))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("pipe", "a.png is a pipe"),
+        ("self-link", "a.png cannot be followed"),
+        ("nul", "there is no image"),
+        ("giant", "a.png has 1099511627776 bytes"),
+        ("many pixels", "pixels are more than 50000000"),
+        ("another program's", "a.png is no image that can be read"),
+        ("cut off", "a.png is no image that can be read"),
+    ],
+)
+def test_images_that_want_to_hurt(vit, jsonl, pictures, tmp_path, monkeypatch, kind, says):
+    file, name = tmp_path / "images" / "a.png", "images/a.png"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "self-link":
+        file.symlink_to(file)
+    elif kind == "nul":
+        name = "images/\0.png"
+    elif kind == "giant":
+        file.touch()
+        os.truncate(file, 1 << 40)
+    elif kind == "many pixels":  # 8 kB that would be 190 MB
+        Image.new("1", (8_000, 8_000)).save(file)
+    elif kind == "another program's":  # Pillow would call Ghostscript
+        file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n%%EOF\n")
+        monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
+    else:
+        file.write_bytes((tmp_path / "images" / "0.png").read_bytes()[:45])
+    with pytest.raises(TwinmergeError, match=rf"data\.jsonl, line 2.*{says}|{says}"):
+        list(Data(jsonl([pictures[0], {"image": name}]), vit))
+
+
+def test_an_image_processor_of_their_own_code(vit, jsonl, pictures, monkeypatch):
+    mark = vit.folder / "it-ran"
+    (vit.folder / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass P: pass\n")
+    raw = {"image_processor_type": "P", "auto_map": {"AutoImageProcessor": "theirs.P"}}
+    (vit.folder / "preprocessor_config.json").write_text(json.dumps(raw))
+    (vit.folder / "config.json").write_text(json.dumps({"model_type": "theirs"}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    with pytest.raises(
+        TwinmergeError, match="no image processor that can be read .*code of its own, which is never run"
+    ):
+        Data(jsonl(pictures), vit)
+    assert not mark.exists()
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    """U+2028, U+0085, form feeds and a lone carriage return are part of a text; the carriage return of a CRLF is not."""
+    texts = ["a\u2028b", "c\u0085d", "e\x0cf", "g\rh", "i"]
+    (tmp_path / "x.txt").write_bytes("\r\n".join(texts).encode())
+    assert [row.text for row in Rows(tmp_path / "x.txt").between(0, 9)] == texts == read_texts(tmp_path / "x.txt")
+    rows = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "x.jsonl").write_bytes(rows.encode())
+    assert [row.text for row in Rows(tmp_path / "x.jsonl").between(0, 9)] == texts == read_texts(tmp_path / "x.jsonl")

@@ -29,7 +29,7 @@ def told(error: BaseException) -> tuple[str, int]:
         >>> told(TwinmergeError("density is 1.5. Give 0 to 1."))
         ('Error: density is 1.5. Give 0 to 1.', 2)
         >>> told(OSError(errno.EFBIG, "File too large", "out/model.safetensors"))
-        ('Error: The system says of out/model.safetensors: File too large. Mend that, and run the command again.', 4)
+        ('Error: The system says of out/model.safetensors: File too large. Name a place on another disk, or raise the limit (ulimit -f).', 4)
     """
     if isinstance(error, TwinmergeError):
         return f"Error: {error}", WRONG
@@ -143,6 +143,8 @@ def _advice(number: int) -> str:
         return "Name a place on another disk."
     if number in (errno.ENOSPC, errno.EDQUOT):
         return "Free some space, and run the command again."
+    if number == errno.EFBIG:
+        return "Name a place on another disk, or raise the limit (ulimit -f)."
     if number == errno.ENAMETOOLONG:
         return "Give a shorter name."
     return "Mend that, and run the command again."

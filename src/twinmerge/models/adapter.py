@@ -15,7 +15,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter_config import AdapterConfig, checked_config
 from twinmerge.store.checkpoint import Checkpoint
-from twinmerge.store.foreign import find, read_json
+from twinmerge.store.foreign import CONFIG, find, read_json
 
 PREFIX = "base_model.model."
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -80,7 +80,7 @@ def read_adapter(folder: Path) -> Adapter:
         TwinmergeError: as `adapter_from` says; a file that is not there or cannot be read.
     """
     described, file = (find(folder, name) for name in ADAPTER_FILES)
-    config = read_json(described or folder / ADAPTER_FILES[0], advice="Save the adapter again.", finite=False)
+    config = read_json(described or folder / ADAPTER_FILES[0], CONFIG, "Save the adapter again.", finite=False)
     if file is None:
         raise TwinmergeError(
             f"{folder} has no adapter_model.safetensors. Save the adapter with safe_serialization=True."

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.bounds import PARAMETERS, at_most, check_counts
 from twinmerge.store.checkpoint import Spec
-from twinmerge.store.foreign import find, read_json, reason
+from twinmerge.store.foreign import CONFIG, find, read_json, reason
 
 TASK_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -353,7 +353,7 @@ def read_config(folder: Path, tensors: Mapping[str, Spec] | None = None) -> Pret
     file = find(folder, "config.json")
     if file is None:
         return None
-    raw = read_json(file, advice="Restore it.", finite=False)
+    raw = read_json(file, CONFIG, finite=False)
     check_counts(raw, file, tensors)
     try:
         if "quantization_config" in raw:

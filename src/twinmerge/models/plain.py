@@ -16,7 +16,7 @@ from twinmerge.models.bounds import check_counts
 from twinmerge.models.configs import differing
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.checkpoint import Checkpoint
-from twinmerge.store.foreign import find, read_json
+from twinmerge.store.foreign import CONFIG, find, read_json
 from twinmerge.store.locate import locate
 
 Shapes = dict[str, tuple[int, ...]]
@@ -150,7 +150,7 @@ def _shapes(kind: Plain, config: Mapping[str, Any], count: int) -> Shapes | None
 def _config(folder: Path) -> dict[str, Any]:
     try:
         file = find(folder, "config.json")
-        raw = read_json(file, finite=False) if file else {}
+        raw = read_json(file, CONFIG, finite=False) if file else {}
         check_counts(raw, folder / "config.json")
         return raw
     except TwinmergeError:  # whoever looks at the architecture says what is wrong with it

@@ -37,6 +37,7 @@ class Most(NamedTuple):
 
 
 JSON = Most(32_000_000, 600_000)  # an index of 140,000 tensors has 13 MB
+CONFIG = Most(3_000_000, 60_000)  # of a model or an adapter; one of 21,000 labels has 1.2 MB and 44,000 items
 VOCABULARY = Most(64_000_000, 4_000_000)  # 262,000 tokens and their merges: 33 MB, 1.4 million
 ROW = Most(16_000_000, 2_000_000)  # a line of data
 

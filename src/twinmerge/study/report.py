@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from twinmerge import __version__
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
+from twinmerge.store.foreign import read_json
 from twinmerge.study import pictures
 from twinmerge.study.digits import NAMES, TASKS, Rows
 from twinmerge.study.pictures import TASK_COLOURS, samples
@@ -67,8 +68,8 @@ def check_output(out: Path) -> None:
     if not out.is_dir():
         raise TwinmergeError(f"The output {out} is a file. Name a folder.")
     try:
-        ours = json.loads((out / "results.json").read_text(encoding="utf-8"))["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = read_json(out / "results.json").get("kind") == KIND
+    except TwinmergeError:
         ours = False
     others = sorted(path.name for path in out.iterdir() if not ours or path.name not in OWN_FILES)
     if others:
