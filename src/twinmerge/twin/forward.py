@@ -18,7 +18,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import joined
 from twinmerge.twin.glance import Glance
 from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.parts import Dense, Low, Part
+from twinmerge.twin.parts import Dense, Part
 
 
 class Layout(NamedTuple):
@@ -215,14 +215,19 @@ class Forward(Seen, ABC):
         if mixture.uniform and (biases is None or biases.uniform):
             return self.with_weights(args, kwargs, mixture.weights[0], None if biases is None else biases.weights[0])
         given = {name: self._cut(name, value, mixture) for name, value in arguments(args, kwargs)}
-        both = mixture.weights if biases is None else torch.cat([mixture.weights, biases.weights.to(mixture.weights)], 1)
+        both = (
+            mixture.weights if biases is None else torch.cat([mixture.weights, biases.weights.to(mixture.weights)], 1)
+        )
         found = []
         for rows, _ in Mixture.of(both.expand(mixture.rows, -1), grouped=False, reorder=False).stretches:
             own = {name: rows_of_value(value, rows, times) for name, (value, times) in given.items()}
             other = None if biases is None else biases.weights[rows.start]
             found.append(
                 self.with_weights(
-                    [own[str(i)] for i in range(len(args))], {k: own[k] for k in kwargs}, mixture.weights[rows.start], other
+                    [own[str(i)] for i in range(len(args))],
+                    {k: own[k] for k in kwargs},
+                    mixture.weights[rows.start],
+                    other,
                 )
             )
         return together(found)
@@ -233,7 +238,9 @@ class Forward(Seen, ABC):
         for inner, tensor in tensors_of(name, value, self.path):
             layout = self.state.layout(self.path, inner)
             fixed = layout.times is not None and not layout.times
-            times[inner] = None if fixed or (layout.shared and len(tensor) == 1) else self.times(mixture, len(tensor), inner)
+            times[inner] = (
+                None if fixed or (layout.shared and len(tensor) == 1) else self.times(mixture, len(tensor), inner)
+            )
         return value, times
 
     def with_weights(
@@ -289,7 +296,9 @@ class Forward(Seen, ABC):
                         for name, value in arguments(args, kwargs)
                     }
                     try:
-                        one = self.own(self.module, *[own[str(i)] for i in range(len(args))], **{k: own[k] for k in kwargs})
+                        one = self.own(
+                            self.module, *[own[str(i)] for i in range(len(args))], **{k: own[k] for k in kwargs}
+                        )
                     except Exception:  # its rows cannot be told apart
                         one = None
                     found.append(one)
@@ -336,7 +345,9 @@ class Apart(Forward):
     def spreads(self) -> bool:
         """Whether an axis of rows may be tried."""
         own = all(isinstance(p, Dense) for p in self.parts.values())
-        return own and all(v.dim() == 1 or (v.dim() > 1 and len(v) == 1) for v in (getattr(m, a) for m, a in self.parts))
+        return own and all(
+            v.dim() == 1 or (v.dim() > 1 and len(v) == 1) for v in (getattr(m, a) for m, a in self.parts)
+        )
 
     def _entries(self, args: Sequence[Any], kwargs: Mapping[str, Any], mixture: Mixture) -> int:
         for _, value in named(args, kwargs):
@@ -352,9 +363,9 @@ class Apart(Forward):
         used = (self.state.biases or mixture) if attribute == "bias" else mixture
         delta = used.dense(part.stack).expand(mixture.rows, *part.stack.shape[1:])
         delta = delta.repeat_interleave(entries // mixture.rows, 0) if entries > mixture.rows else delta
-        if own.dim() == 1:
-            return own + delta.reshape(len(delta), *[1] * axes, -1)
-        return own + delta[:, 0]
+        delta = delta.reshape(len(delta), *[1] * axes, -1) if own.dim() == 1 else delta[:, 0]
+        found: Tensor = own + delta
+        return found
 
 
 def with_rows(value: Tensor, axes: int) -> Tensor:

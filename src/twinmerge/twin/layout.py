@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.twin.forward import Apart, Forward, Layout, State
-from twinmerge.twin.glance import Call, Glance, prints
+from twinmerge.twin.glance import Call, Glance
 
 LEAK = 1e-4  # of the change in the changed row's entries that may be seen elsewhere, beside what is rounded differently
 AXES = (1, 2, 0)  # between an axis of rows and a vector that is free: (rows, positions, width), pictures, (rows, width)
@@ -55,7 +55,7 @@ def read_elsewhere(state: State, forwards: Mapping[str, Forward], run: Run, samp
 
     def differs(paths: Sequence[str]) -> bool:
         places = [place for path in paths for place in forwards[path].parts]
-        originals = {(id(m), a): m._parameters[a] for m, a in places}
+        originals: dict[tuple[int, str], Tensor] = {(id(m), a): getattr(m, a) for m, a in places}
         with _standing_aside(places):
             found = _answer(state, Glance(sample.rows, originals=originals), run, sample.plain)
         return found is None or not _same(found, expected, noise)
@@ -87,7 +87,9 @@ def _standing_aside(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
         yield
 
 
-def look(state: State, forwards: Mapping[str, Forward], run: Run, samples: Sequence[Sample], coupled: bool) -> Look | None:
+def look(
+    state: State, forwards: Mapping[str, Forward], run: Run, samples: Sequence[Sample], coupled: bool
+) -> Look | None:
     """Look at a model.
 
     Args:
@@ -147,7 +149,7 @@ def look(state: State, forwards: Mapping[str, Forward], run: Run, samples: Seque
             spread, wrong = {}, tried({}) or base
     wrong = dict(wrong or {})
     layouts = _layouts(plain, changed, samples)
-    for path, forward in forwards.items():
+    for path in forwards:
         if path not in plain[0].called | plain[-1].called:
             continue
         main, keys = layouts.get((path, "")), [k for k in layouts if k[0] == path]
@@ -173,7 +175,13 @@ def _answer(state: State, glance: Glance, run: Run, batch: Batch) -> dict[str, C
         return None
     finally:
         state.glance = None
-    items = output.items() if hasattr(output, "items") else enumerate(output) if isinstance(output, (tuple, list)) else [(0, output)]
+    items = (
+        output.items()
+        if hasattr(output, "items")
+        else enumerate(output)
+        if isinstance(output, (tuple, list))
+        else [(0, output)]
+    )
     return {str(k): Call.of(v) for k, v in items if isinstance(v, Tensor) and v.dim()}
 
 
@@ -199,7 +207,9 @@ def _once(plain: Sequence[Glance], samples: Sequence[Sample], forwards: Mapping[
         others = plain[1].calls.get((path, argument), [])
         lookup = forwards[path].lookup
         follows = all(
-            c.shape[0] % s.rows == 0 for g, s in zip(plain, samples, strict=True) for c in g.calls.get((path, argument), [])
+            c.shape[0] % s.rows == 0
+            for g, s in zip(plain, samples, strict=True)
+            for c in g.calls.get((path, argument), [])
         ) and [c.shape[0] for c in calls] != [c.shape[0] for c in others]
         if any(_is_once(c, lookup, not follows) for c in calls):
             found.add(path)
@@ -208,7 +218,7 @@ def _once(plain: Sequence[Glance], samples: Sequence[Sample], forwards: Mapping[
 
 def _follows(before: Call, after: Call | None, rows: int) -> bool | None:
     """Whether exactly the entries of row 1 changed, side by side; None where nothing did, False where others did."""
-    if after is None or len(before.shape) != len(after.shape) and before.shape[0] != 1:
+    if after is None or (len(before.shape) != len(after.shape) and before.shape[0] != 1):
         return False
     if before.shape != after.shape:
         spread = before.shape[0] == 1 and after.shape[0] % rows == 0 and before.shape[1:] == after.shape[1:]
@@ -231,7 +241,9 @@ def _wrong(before: Glance, after: Glance) -> dict[str, str]:
     found: dict[str, str] = {}
     for (path, argument), calls in before.calls.items():
         others = after.calls.get((path, argument), [])
-        if len(calls) != len(others) or any(_follows(a, b, before.rows) is False for a, b in zip(calls, others, strict=True)):
+        if len(calls) != len(others) or any(
+            _follows(a, b, before.rows) is False for a, b in zip(calls, others, strict=True)
+        ):
             found[path] = ""
     return found
 
@@ -246,7 +258,9 @@ def _times(glance: Glance) -> dict[tuple[str, str], int | None]:
     return found
 
 
-def _layouts(plain: Sequence[Glance], changed: Sequence[Glance], samples: Sequence[Sample]) -> dict[tuple[str, str], Layout]:
+def _layouts(
+    plain: Sequence[Glance], changed: Sequence[Glance], samples: Sequence[Sample]
+) -> dict[tuple[str, str], Layout]:
     """(path, argument) -> its layout, where all calls agree."""
     found: dict[tuple[str, str], Layout] = {}
     for key in {k for g in plain for k in g.calls}:

@@ -81,7 +81,9 @@ def separable(twin: Twin, batch: Mapping[str, Any]) -> bool:
     tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
     config = twin.model.architecture.config
     several = hasattr(config, "vision_config") or hasattr(config, "audio_config")
-    words = all(k in ("input_ids", "attention_mask", "token_type_ids") for k, v in batch.items() if isinstance(v, Tensor))
+    words = all(
+        k in ("input_ids", "attention_mask", "token_type_ids") for k, v in batch.items() if isinstance(v, Tensor)
+    )
     return all(len(v) in (1, size) for v in tensors) and (words or not several)
 
 
@@ -124,7 +126,7 @@ def _towers(twin: Twin, batch: Mapping[str, Any], groups: Groups, size: int) -> 
     for mixture, _ in groups:
         calls: dict[str, list[Any]] = {}
         hooks = [
-            child.register_forward_hook(lambda m, a, y, name=name: calls.setdefault(name, []).append(y))
+            child.register_forward_hook(lambda m, a, y, name=name, calls=calls: calls.setdefault(name, []).append(y))
             for name, child in children
         ]
         try:
