@@ -30,13 +30,38 @@ _spec.loader.exec_module(families)
 
 OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "text_embeds", "image_embeds")
 BY_REBUILD = {
-    "longformer": "attention.self.",
-    "led": "self_attn.",
-    "xlnet": "no exact mixture",
+    "xlnet": "word_embedding",
     "clip": "logit_scale",
     "chinese_clip": "logit_scale",
 }
-FAST = ["opt", "falcon", "gemma", "cohere_qk", "mixtral", "longt5_local", "swin", "longformer"]
+FAST = ["opt", "falcon", "gemma", "cohere_qk", "mixtral", "longt5_local", "longformer", "xlnet"]
+GENERATORS = [
+    "t5",
+    "umt5",
+    "longt5_local",
+    "longt5_global",
+    "bart",
+    "mbart",
+    "marian",
+    "pegasus",
+    "m2m_100",
+    "llama",
+    "gemma2",
+]
+GENERATORS += [
+    "opt",
+    "falcon",
+    "bloom",
+    "gpt_neox",
+    "mixtral",
+    "mpt",
+    "cohere",
+    "qwen3",
+    "gpt_oss",
+    "mamba",
+    "llava",
+    "whisper",
+]
 UNRELATED = ("blip", "blip_2")  # matrices that start at almost 0 make experts that look like another model's
 NOT_A_NUMBER = ("canine",)  # its own answer is not finite at this size
 
@@ -108,7 +133,8 @@ def check(name: str, sizes: Sequence[tuple[int, int]]) -> str | None:
             try:
                 found = answers(twin(**batch, mixture=weights, free=True, strategy=strategy).output)
             except TwinmergeError as error:
-                assert strategy != "rebuild", error
+                if strategy == "rebuild":
+                    raise
                 refused = str(error)
                 continue
             for key, first in expected[0].items():
@@ -153,37 +179,7 @@ def test_beams_and_several_sequences_keep_each_rows_mixture(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "t5",
-        "umt5",
-        "longt5_local",
-        "longt5_global",
-        "bart",
-        "mbart",
-        "marian",
-        "pegasus",
-        "m2m_100",
-        "llama",
-        "gemma2",
-        "opt",
-    ]
-    + [
-        "falcon",
-        "bloom",
-        "gpt_neox",
-        "mixtral",
-        "mpt",
-        "cohere",
-        "qwen3",
-        "gpt_oss",
-        "mamba",
-        "llava",
-        "whisper",
-        "codegen",
-    ],
-)
+@pytest.mark.parametrize("name", GENERATORS)
 @pytest.mark.parametrize("beams, returned, sampled", [(1, 1, False), (3, 2, False), (1, 3, True)])
 def test_every_way_of_generating(name: str, beams: int, returned: int, sampled: bool) -> None:
     family, base, experts, twin = built(name)
@@ -203,6 +199,7 @@ def test_every_way_of_generating(name: str, beams: int, returned: int, sampled: 
         try:
             found = twin.generate(**batch, **options, mixture=weights, free=True, strategy=strategy)
         except TwinmergeError as error:
-            assert strategy != "rebuild" and "'" in str(error)
+            if strategy == "rebuild" or "'" not in str(error):
+                raise
             continue
         assert torch.equal(found, torch.cat(expected)), strategy

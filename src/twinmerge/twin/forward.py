@@ -363,9 +363,9 @@ class Apart(Forward):
         used = (self.state.biases or mixture) if attribute == "bias" else mixture
         delta = used.dense(part.stack).expand(mixture.rows, *part.stack.shape[1:])
         delta = delta.repeat_interleave(entries // mixture.rows, 0) if entries > mixture.rows else delta
-        if own.dim() == 1:
-            return own + delta.reshape(len(delta), *[1] * axes, -1)
-        return own + delta[:, 0]
+        delta = delta.reshape(len(delta), *[1] * axes, -1) if own.dim() == 1 else delta[:, 0]
+        found: Tensor = own + delta
+        return found
 
 
 def with_rows(value: Tensor, axes: int) -> Tensor:

@@ -55,7 +55,7 @@ def read_elsewhere(state: State, forwards: Mapping[str, Forward], run: Run, samp
 
     def differs(paths: Sequence[str]) -> bool:
         places = [place for path in paths for place in forwards[path].parts]
-        originals = {(id(m), a): m._parameters[a] for m, a in places}
+        originals: dict[tuple[int, str], Tensor] = {(id(m), a): getattr(m, a) for m, a in places}
         with _standing_aside(places):
             found = _answer(state, Glance(sample.rows, originals=originals), run, sample.plain)
         return found is None or not _same(found, expected, noise)
@@ -149,7 +149,7 @@ def look(
             spread, wrong = {}, tried({}) or base
     wrong = dict(wrong or {})
     layouts = _layouts(plain, changed, samples)
-    for path, forward in forwards.items():
+    for path in forwards:
         if path not in plain[0].called | plain[-1].called:
             continue
         main, keys = layouts.get((path, "")), [k for k in layouts if k[0] == path]

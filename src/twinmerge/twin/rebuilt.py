@@ -126,7 +126,7 @@ def _towers(twin: Twin, batch: Mapping[str, Any], groups: Groups, size: int) -> 
     for mixture, _ in groups:
         calls: dict[str, list[Any]] = {}
         hooks = [
-            child.register_forward_hook(lambda m, a, y, name=name: calls.setdefault(name, []).append(y))
+            child.register_forward_hook(lambda m, a, y, name=name, calls=calls: calls.setdefault(name, []).append(y))
             for name, child in children
         ]
         try:

@@ -147,9 +147,9 @@ class Runtime(nn.Module):
             found = look(state, self.forwards, run, samples, self.coupled)
             if found is None:
                 return False
-            if not (wrong := {p for p in found.wrong if self._above(p)}):
+            if not (below := {p for p in found.wrong if self._above(p)}):
                 break
-            for path in _deepest_first(wrong):
+            for path in _deepest_first(below):
                 origins.setdefault(self._lift(path), []).extend(origins.pop(path, [path]))
         wrong = dict(found.wrong)
         for path in [p for p in wrong if p in origins]:  # to no avail
@@ -165,7 +165,7 @@ class Runtime(nn.Module):
             ):
                 wrong.setdefault(key[0], "")
             layouts[key] = layout if before is None else _either(before, layout)
-        wrong |= {p: "" for p in state.spread if p in found.layouts and p not in found.spread}
+        wrong |= {p: "" for p in state.spread if p in {path for path, _ in found.layouts} and p not in found.spread}
         state.spread |= found.spread
         for path, why in wrong.items():
             if path in self.forwards:

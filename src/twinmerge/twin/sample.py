@@ -94,10 +94,10 @@ def of_batch(body: nn.Module, batch: Mapping[str, Any]) -> list[Sample] | None:
         given["use_cache"] = False
     config: Any = getattr(body, "config", None)
     start = getattr(config, "decoder_start_token_id", None)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and start is not None:
-        if not any(k.startswith("decoder_") for k in given):
-            given["decoder_input_ids"] = torch.full((size, 1), start, device=next(iter(tensors.values())).device)
-            tensors["decoder_input_ids"] = given["decoder_input_ids"]
+    decodes = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes
+    if decodes and start is not None and not any(k.startswith("decoder_") for k in given):
+        given["decoder_input_ids"] = torch.full((size, 1), start, device=next(iter(tensors.values())).device)
+        tensors["decoder_input_ids"] = given["decoder_input_ids"]
     return [_changed(given, tensors, size, rows) for rows in (2, 3)]
 
 
