@@ -318,7 +318,7 @@ def test_an_expert_of_damaged_masks_is_not_extracted(zoo: Any, tmp_path: Path) -
     whole[-1] ^= 1
     (folder / "twin.safetensors").write_bytes(whole)
     with pytest.raises(TwinmergeError, match="is not what twinmerge wrote"):
-        list(map(lambda name: extract(folder, name, tmp_path / name), "ab"))
+        [extract(folder, name, tmp_path / name) for name in "ab"]
 
 
 def test_an_input_that_changes_between_two_reads_is_noticed(zoo: Any, tmp_path: Path, monkeypatch: Any) -> None:
