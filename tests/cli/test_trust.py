@@ -37,7 +37,14 @@ def test_verify_finds_nothing_in_a_fresh_merge(command: Any, merged: Any) -> Non
     )
     assert ran.code == 0 and f"{4 * tensors + heads} tensors, and all files beside them, are what was read" in ran.err
     found = command("verify", out, "--json", "--no-inputs").json()
-    assert found == {"ok": True, "tensors": tensors, "changed": {}, "missing": {}, "unreadable": {}}
+    assert found == {
+        "ok": True,
+        "tensors": tensors + heads,
+        "changed": {},
+        "missing": {},
+        "unreadable": {},
+        "files": {},
+    }
 
 
 def test_verify_names_what_changed(command: Any, merged: Any) -> None:

@@ -71,7 +71,8 @@ def refused(folder: Path, batch: dict[str, Tensor], **choice: Any) -> str:
 
 def older(head: dict[str, Any]) -> dict[str, Any]:
     """The header of the version before there were checksums, so that what is looked at besides them is reached."""
-    return {key: value for key, value in head.items() if key != "checksums"} | {"version": head["version"] - 1}
+    version = 2 if head["kind"] == "twin" and "masks" not in head else head["version"] - 1
+    return {key: value for key, value in head.items() if key != "checksums"} | {"version": version}
 
 
 def artefact(file: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> None:
@@ -208,17 +209,10 @@ def test_routers_that_were_changed(lab: Any, folders: Any, folder: str, name: st
     "folder, name, change, says",
     [
         ("classifiers", "heads.json", lambda t: t.pop("e1"), "names the experts e0, e2, the folder heads beside it e0, e1"),
-        ("classifiers", "heads.json", lambda t: t.update(e7={}), "config.json is missing"),
+        ("classifiers", "heads.json", lambda t: t.update(e7={}), "head.safetensors is missing"),
         ("classifiers", "heads.json", lambda t: t.update(e1=3), "says nothing of the expert 'e1'"),
-        ("classifiers", "heads/e1/config.json", lambda t: t.update(hidden_size=64), "'classifier.weight' as [3, 32]"),
-        ("classifiers", "heads/e0/config.json", lambda t: t.update(hidden_size=64), "as [50, 32], BertModel takes [50, 64]"),
-        (
-            "classifiers",
-            "heads/e1/config.json",
-            lambda t: t.update(id2label={str(i): str(i) for i in range(9)}),
-            "'classifier.weight' as [3, 32], BertForSequenceClassification takes [9, 32]",
-        ),
-        ("classifiers", "heads/e1/config.json", lambda t: t.update(architectures=["GPT2Model"]), "cannot be made from its"),
+        ("classifiers", "heads/e1/config.json", lambda t: t.update(hidden_size=64), "e1/config.json is damaged or was changed"),
+        ("classifiers", "heads/e0/config.json", lambda t: t.update(id2label={"0": "x"}), "e0/config.json is damaged or was"),
         ("classifiers", "config.json", lambda t: t.update(num_attention_heads=5), "not a multiple"),
         ("classifiers", "config.json", lambda t: t.update(hidden_size="a"), "is not a config that transformers"),
         ("classifiers", "config.json", lambda t: t.update(model_type="none"), "is not a config that transformers"),

@@ -138,7 +138,7 @@ BITS, VECTOR = "0/m/pooler.dense.bias", "vector/pooler.dense.bias"  # 12 entries
     "change, said",
     [
         (lambda t, h: h.update(base="0" * 64), "belongs to another base model"),
-        (lambda t, h: h.update(version=4), "has version 4"),
+        (lambda t, h: h.update(version=5), "has version 5"),
         (lambda t, h: h.update(version=1), "is damaged"),
         (lambda t, h: h.pop("masks"), "is damaged"),
         (lambda t, h: h.update(masks=3), "is damaged"),
