@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -321,16 +322,21 @@ def test_an_expert_of_damaged_masks_is_not_extracted(zoo: Any, tmp_path: Path) -
         [extract(folder, name, tmp_path / name) for name in "ab"]
 
 
-def test_an_input_that_changes_between_two_reads_is_noticed(zoo: Any, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("time", ["of now", "of before"])
+def test_an_input_that_changes_between_two_reads_is_noticed(
+    zoo: Any, tmp_path: Path, monkeypatch: Any, time: str
+) -> None:
     base = copied(zoo, "base", tmp_path / "base")
     survey = Run.survey
 
     def change(self: Any) -> None:
         survey(self)
         file = base / "model.safetensors"
-        raw = bytearray(file.read_bytes())
+        raw, status = bytearray(file.read_bytes()), file.stat()
         raw[-2] ^= 1
         file.write_bytes(raw)
+        if time == "of before":
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     monkeypatch.setattr(Run, "survey", change)
     with pytest.raises(TwinmergeError, match="changed while it was read|changed since it was opened"):
