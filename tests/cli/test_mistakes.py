@@ -261,6 +261,9 @@ def test_missing_tokenizer(command: Any, zoo: Any, tmp_path: Path, copied: Any) 
         for file in folder.glob("tokenizer*"):
             file.unlink()
         said = refused(command, tmp_path, *[folder if word == "COPY" else word for word in words])
+        assert "tokenizer" in said and "is missing. Copy the whole folder again" in said
+        (folder / "twinmerge.checksums.json").unlink()  # it is on purpose
+        said = refused(command, tmp_path, *[folder if word == "COPY" else word for word in words])
         assert f"{folder} has no tokenizer" in said and "Copy the tokenizer's files from the base model" in said
         shutil.rmtree(folder)
 
@@ -290,6 +293,7 @@ def test_evaluate_without_the_head_or_with_other_labels(command: Any, zoo: Any, 
     for twin in (copied(zoo.twin), copied(zoo.merged)):
         table = json.loads((twin / "heads.json").read_text())
         if "merged" in twin.name:
+            (twin / "twinmerge.checksums.json").unlink()
             (twin / "heads.json").write_text(json.dumps({n: t for n, t in table.items() if n != "size"}))
             said = refused(command, tmp_path, "evaluate", twin, "--suite", zoo.suite, "--tasks", "mood,size")
             assert "The model has no head for the task 'size'; it has mood, kind" in said

@@ -31,10 +31,20 @@ def spoil(folder: Path, name: str) -> None:
 def test_verify_finds_nothing_in_a_fresh_merge(command: Any, merged: Any) -> None:
     out, _ = merged
     ran = command("verify", out)
-    tensors = len(load_file(out / "model.safetensors"))
-    assert ran.code == 0 and f"{4 * tensors} tensors are what the merge read and wrote" in ran.err
+    tensors, heads = (
+        len(load_file(out / "model.safetensors")),
+        sum(len(load_file(f)) for f in out.rglob("head.safetensors")),
+    )
+    assert ran.code == 0 and f"{4 * tensors + heads} tensors, and all files beside them, are what was read" in ran.err
     found = command("verify", out, "--json", "--no-inputs").json()
-    assert found == {"ok": True, "tensors": tensors, "changed": {}, "missing": {}, "unreadable": {}}
+    assert found == {
+        "ok": True,
+        "tensors": tensors + heads,
+        "changed": {},
+        "missing": {},
+        "unreadable": {},
+        "files": {},
+    }
 
 
 def test_verify_names_what_changed(command: Any, merged: Any) -> None:
@@ -59,7 +69,7 @@ def test_verify_says_what_is_gone(command: Any, merged: Any) -> None:
 
 def test_verify_wants_a_merged_folder(command: Any, zoo: Any) -> None:
     ran = command("verify", zoo.base)
-    assert ran.code == 2 and "Name a folder that `twinmerge merge` wrote" in ran.err
+    assert ran.code == 2 and "Name a folder that twinmerge wrote" in ran.err
 
 
 def test_check_says_what_a_merge_takes(command: Any, zoo: Any, tmp_path: Path) -> None:

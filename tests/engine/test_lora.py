@@ -167,7 +167,7 @@ def test_folder_says_where_it_comes_from(zoo: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     merge_lora(zoo.base, zoo.experts, out, weights=WEIGHTS, rank=4, dtype="bfloat16", progress=False)
     assert {f.name for f in out.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "twinmerge.json",
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "twinmerge.json", "twinmerge.checksums.json",
     }  # fmt: skip
     told = json.loads((out / "twinmerge.json").read_text())
     assert told["lora_merge"]["parameters"] == {f"{n}.weights": w for n, w in WEIGHTS.items()} | {"scale": 1.0}
@@ -631,6 +631,7 @@ def test_an_adapter_that_changes_tied_tensors_in_two_ways_is_refused(tmp_path: P
     extract_lora(tmp_path / "model", tmp_path / "base", tmp_path / "out", rank=4, progress=False)
     ref = f"{tmp_path / 'base'}+{tmp_path / 'out'}"
     assert open_model(ref).low_rank("wte.weight")  # the same in both places is one change
+    (tmp_path / "out" / "twinmerge.checksums.json").unlink()  # which would find it changed
     file = tmp_path / "out" / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(k for k in tensors if "lm_head" in k and "lora_B" in k)

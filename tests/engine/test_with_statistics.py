@@ -202,9 +202,8 @@ def test_a_fisher_that_is_none_is_named(family, tmp_path, bad):
 
 def test_changed_bytes_are_found(family):
     file = family["statistics"]["a"]
-    Statistics.open(file).verify()
     raw = bytearray(file.read_bytes())
     raw[-1000] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(TwinmergeError, match="is not what was measured"):
-        Statistics.open(file).verify()
+    with pytest.raises(TwinmergeError, match="is not what twinmerge wrote"):
+        list(map(Statistics.open(file).read, Statistics.open(file).specs))

@@ -30,7 +30,7 @@ def data(jsonl, ids):
 
 def tensors(file):
     found = Statistics.open(file)
-    found.verify()
+    assert all(found.read(name) is not None for name in found.specs)
     return {name: found.read(name).clone() for name in found.specs}
 
 
@@ -38,7 +38,7 @@ def tensors(file):
 def test_a_file_for_each_kind(model, data, tmp_path, what, ids):
     written = measure(what, model, data, tmp_path / "out.safetensors", progress=False)
     found = Statistics.open(written, what)
-    found.verify()
+    assert all(found.read(name) is not None for name in found.specs)
     opened = open_model(model)
     assert found.model == opened.fingerprint() and found.examples == len(ids)
     (piece,) = found.header["data"]
@@ -73,7 +73,7 @@ def test_batches_change_nothing(model, data, tmp_path, what):
             torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4 * scale + 1e-6)
     headers = [Statistics.open(file).header for file in files]
     for header in headers:
-        header.pop("checksums"), header.pop("squares", None)
+        header.pop("squares", None)
     assert headers[0] == headers[1] == headers[2]
 
 
@@ -94,7 +94,7 @@ def test_halves_add_up(model, data, tmp_path, what, ids):
     one, two = Statistics.open(whole).header, Statistics.open(out).header
     assert [piece["rows"] for piece in two["data"]] == [[0, 4], [4, len(ids)]]
     for header in (one, two):
-        header.pop("checksums"), header.pop("data"), header.pop("squares", None)
+        header.pop("data"), header.pop("squares", None)
     assert one == two
 
 

@@ -198,6 +198,7 @@ def rewrite(file: Path, **changes: Any) -> None:
     """The artefact with other values in its header, or other tensors."""
     with safe_open(file, "pt") as found:
         head = json.loads(found.metadata()["twinmerge"])
+    head = {k: v for k, v in head.items() if k != "checksums"} | {"version": head["version"] - 1}  # as before checksums
     save_file(load_file(file), file, {"twinmerge": json.dumps(head | changes)})
 
 
@@ -219,7 +220,7 @@ def strip(file: Path) -> None:
         ("twin.safetensors", truncate, "twin.safetensors"),
         ("twin.safetensors", scribble, "twin.safetensors"),
         ("twin.safetensors", strip, "no twinmerge artefact"),
-        ("twin.safetensors", lambda f: rewrite(f, version=4), "version 4 .* reads version 3"),
+        ("twin.safetensors", lambda f: rewrite(f, version=5), "version 5 .* reads version 4"),
         ("twin.safetensors", lambda f: rewrite(f, kind="router"), "'router' artefact, expected 'twin'"),
         ("twin.safetensors", lambda f: rewrite(f, base="0" * 64), "another base model"),
         ("twin.safetensors", Path.unlink, "no twin: it has no twin.safetensors"),
@@ -235,6 +236,7 @@ def strip(file: Path) -> None:
     ],
 )  # fmt: skip
 def test_serving18_damage_is_refused_in_one_sentence(folder: Path, name: str, damage: Any, words: str) -> None:
+    (folder / "twinmerge.checksums.json").unlink()  # which would find it first
     damage(folder / name)
     with pytest.raises(TwinmergeError, match=words) as error:
         Twin.from_pretrained(folder)
@@ -243,6 +245,7 @@ def test_serving18_damage_is_refused_in_one_sentence(folder: Path, name: str, da
 
 def test_serving18_exclusive_parts_of_another_model_are_refused(lab: Any, folder: Path, tmp_path: Path) -> None:
     """A twin.safetensors of equal names and shapes that belongs to another shared model."""
+    (folder / "twinmerge.checksums.json").unlink()  # which would find it first
     case = labelled(lab)
     other = Twin.build(case.base, case.experts, 3, shared="task_arithmetic", progress=False)
     shutil.copy(other.save_pretrained(tmp_path / "other") / "twin.safetensors", folder / "twin.safetensors")
@@ -252,6 +255,7 @@ def test_serving18_exclusive_parts_of_another_model_are_refused(lab: Any, folder
 
 
 def test_serving18_weights_that_were_swapped_are_refused(folder: Path) -> None:
+    (folder / "twinmerge.checksums.json").unlink()  # which would find it first
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors["pooler.dense.weight"] += 1

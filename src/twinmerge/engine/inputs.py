@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from twinmerge.engine.ranges import PIECE, Grains, Range
+from twinmerge.engine.seen import Seen
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
@@ -68,6 +69,7 @@ class Inputs:
         models = [*experts.values(), *([] if base is None else [base])]
         self._told = next((m for m in models if knows_class(m)), self._first)
         self.shapes = {out: self._first.spec(name).shape for name, out in names.items()}
+        self.seen = Seen(self.shapes)
         self.compiled = fused.available() and str(device) == "cpu"
         if not self.compiled or type(method).rule is Method.rule or (not self.deltas and with_base):
             import torch  # noqa: F401  before there are workers: each would import it, and give it all cores
@@ -135,7 +137,10 @@ class Inputs:
         Errors:
             TwinmergeError: NaN or infinity (names tensor and expert), once its numbers are looked at.
         """
-        return self._tile(each, self.stored(each))
+        digests = Digests()
+        stored = self.stored(each, digests)
+        self.seen.note(each, digests)
+        return self._tile(each, stored)
 
     def pieces(self, each: Range, stored: Stored) -> Iterator[Tile]:
         """The same in pieces that fit a core's cache."""

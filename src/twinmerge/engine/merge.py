@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from twinmerge.store import disk
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
+from twinmerge.store.checksum import joined
 from twinmerge.store.header import CODES
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
@@ -222,7 +223,15 @@ class Merge:
         names = [self.base.stored[name] for name in order]
         inputs = self.inputs
         run = Run(
-            self.method, names, inputs.shapes, inputs.load, inputs.grains, self.tile, self.progress, self.processes
+            self.method,
+            names,
+            inputs.shapes,
+            inputs.load,
+            inputs.grains,
+            self.tile,
+            self.progress,
+            self.processes,
+            inputs.seen,
         )
         run.known |= self.inputs.told()
         if self.recipe.lines is not None:
@@ -273,20 +282,24 @@ class Merge:
         kept = {self.base.stored[n]: self.base.read(n) for n in self.matched.from_base}
         return {n: merged[n] if n in merged else kept[n].to(spec.dtype) for n, spec in self.out_specs.items()}
 
-    def require(self, source: str, tensor: str, found: str) -> None:
-        """Refuse what was read where it is not what was written, which is known of folders and statistics that were written here.
+    def require(self, source: str, tensor: str, blocks: Sequence[str]) -> None:
+        """Refuse what was read where it was something else in an earlier pass, or is not what was written, which is known of folders and
+        statistics that were written here.
 
         Args:
-            source: "output", the name of an input, or of its statistics; tensor: by its name in the output; found: its checksum.
+            source: "output", the name of an input, or of its statistics; tensor: by its name in the output; blocks: its checksums.
 
         Errors:
             TwinmergeError: a tensor that is not what was written.
         """
+        if source == OUTPUT:
+            return
+        self.inputs.seen.compare(source, tensor, blocks)
         name = self._canonical[tensor]
         if source.startswith(FISHER):
-            self.statistics[source.removeprefix(FISHER)].require(name, found)
-        elif source != OUTPUT:
-            require_read(self.base if source == BASE else self.experts[source], name, found)
+            self.statistics[source.removeprefix(FISHER)].require(name, joined(blocks))
+        else:
+            require_read(self.base if source == BASE else self.experts[source], name, joined(blocks))
 
     @cached_property
     def _canonical(self) -> dict[str, str]:

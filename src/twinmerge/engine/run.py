@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 from twinmerge.engine.ranges import SEEN, TILE, Grains, Range, Shapes, grouped, ranges, sample
+from twinmerge.engine.seen import Folds, Seen
 from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile
@@ -37,6 +38,7 @@ class Run:
         grains: of every tensor; what the method says of it where None.
         tile: elements of a tile, a multiple of 65,536; the result does not depend on it.
         processes: spread large work over forked processes and not over threads (see `maths/workers.py`).
+        seen: where `load` notes what it reads.
 
     Attributes:
         known: what the passes found; a pass whose result is put there before `survey` is left out.
@@ -52,7 +54,9 @@ class Run:
         tile: int = TILE,
         progress: bool = True,
         processes: bool = False,
+        seen: Seen | None = None,
     ) -> None:
+        self.seen = seen or Seen({})
         self.method, self.names, self.shapes, self.load = method, list(names), shapes, load
         self.grains = grains or {name: method.grain_of(Place(name, shapes[name])) for name in names}
         self.tile, self.progress = tile, progress
@@ -147,12 +151,13 @@ class Run:
         work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, tile, self.grains)
         groups = list(grouped(work, tile))
 
-        def look(share: Sequence[list[Range]]) -> dict[str, Partial]:
+        def look(share: Sequence[list[Range]]) -> tuple[dict[str, Partial], Folds]:
+            self.seen.take()
             found: dict[str, Partial] = {}
             for each in (each for group in share for each in group):
                 part = step.observe(self.load(each), self._of(each.name))
                 step.add(found.setdefault(each.name if by_tensor else "", {}), part)
-            return found
+            return found, self.seen.take()
 
         # floating sums are taken over the same blocks in the same order, whatever the number of threads
         count = -(-len(groups) // BLOCKS) if step.grain else min(len(groups), SHARES * thread_count())
@@ -160,11 +165,14 @@ class Run:
         bar = tqdm(
             total=count, desc=title, delay=1, leave=False, disable=True if title is None else _off(self.progress)
         )
+        taken = []
         with bar:
-            for found in self._map(look, shares, all(len(share) > 1 for share in shares)):
+            for found, noted in self._map(look, shares, all(len(share) > 1 for share in shares)):
+                taken.append(noted)
                 for key, part in found.items():
                     Pass.add(step, totals[key], part)
                 bar.update()
+        self.seen.end(*taken)
         if by_tensor:
 
             def finished(name: str) -> object:

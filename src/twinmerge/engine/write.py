@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,10 +46,10 @@ class Journal:
 
 @dataclass
 class Report:
-    """checksums: "output" or an input -> tensor -> its checksum; changed, erased: entries, see `erased`; require: looks at each
-    checksum, and refuses a tensor that is not what it was when it was written."""
+    """checksums: "output" or an input -> tensor -> its checksum; changed, erased: entries, see `erased`; require: looks at each tensor's
+    blocks, and refuses a tensor that is not what it was when it was written."""
 
-    require: Callable[[str, str, str], None] = lambda source, tensor, found: None
+    require: Callable[[str, str, Sequence[str]], None] = lambda source, tensor, blocks: None
     checksums: dict[str, dict[str, str]] = field(default_factory=dict)
     changed: int = 0
     erased: int = 0
@@ -69,10 +69,9 @@ class Report:
     def close(self, tensor: str) -> None:
         """All blocks of the tensor are in."""
         for source, blocks in self._open.pop(tensor).items():
-            found = joined(blocks)
-            self.require(source, tensor, found)
+            self.require(source, tensor, blocks)
             if not source.startswith(FISHER):
-                self.checksums.setdefault(source, {})[tensor] = found
+                self.checksums.setdefault(source, {})[tensor] = joined(blocks)
 
     def rounding(self, seed: int | None) -> dict[str, Any]:
         return {

@@ -17,6 +17,7 @@ from twinmerge.measure.gram import Gram
 from twinmerge.measure.model import Measured
 from twinmerge.models.opened import ModelLike
 from twinmerge.models.statistics import WHAT, save_statistics
+from twinmerge.store.output import OutputFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +74,7 @@ def measure(
         raise TwinmergeError(f"There are no {what!r} statistics.{nearest(what, WHAT)} There are: {', '.join(WHAT)}.")
     device_known(device)
     target = Path(out)
-    if target.exists() or target.is_symlink():
-        raise TwinmergeError(f"The output {target} is there already. Name another one or remove it.")
+    OutputFile(target).check()
     if not target.absolute().parent.is_dir():
         raise TwinmergeError(f"{target} cannot be written: its folder is not there. Name a file in a folder that is.")
     measured = Measured(model, device)

@@ -71,7 +71,7 @@ class ArtefactFile(Checkpoint):
         self.file, self.advice = file, "Copy the whole folder again, or build it again."
         try:
             head = parse_json(self.metadata[KEY])
-            self.expected = dict(head.pop(SUMS, {}))
+            self.expected = _split(head.pop(SUMS, {}), self.specs)
             self.artefact = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
         except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise TwinmergeError(f"{file} is no twinmerge artefact. Build it again.") from error
@@ -168,8 +168,19 @@ def _specs(artefact: Artefact) -> dict[str, Spec]:
 
 def _metadata(artefact: Artefact, sums: Mapping[str, str]) -> dict[str, str]:
     """What the file's header says beside its tensors."""
-    head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header, SUMS: sums}
+    head = {"kind": artefact.kind, "version": artefact.version, "base": artefact.base, **artefact.header}
+    head[SUMS] = "".join(sums[name] for name in sorted(sums))  # a table with names would be most of a small file
     return {SEAL: UNSEALED, KEY: json.dumps(head, sort_keys=True, ensure_ascii=False)}
+
+
+def _split(sums: Any, specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Tensor -> checksum; statistics of before the seals had a table."""
+    if not isinstance(sums, str):
+        return dict(sums)
+    length = len(UNSEALED)
+    if len(sums) != length * len(specs):
+        raise ValueError(SUMS)
+    return {name: sums[i * length : (i + 1) * length] for i, name in enumerate(sorted(specs))}
 
 
 def load_artefact(file: Path, kind: str, version: int, base: str | None = None) -> Artefact:

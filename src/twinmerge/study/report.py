@@ -23,13 +23,14 @@ from twinmerge import __version__
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.foreign import read_json
+from twinmerge.store.manifest import CHECKSUMS
 from twinmerge.study import pictures
 from twinmerge.study.digits import NAMES, TASKS, Rows
 from twinmerge.study.pictures import TASK_COLOURS, samples
 from twinmerge.twin.twin import Twin
 
 KIND = "twinmerge demo"
-OWN_FILES = {"report.html", "results.json", "mixed.safetensors", "models"}
+OWN_FILES = {"report.html", "results.json", "mixed.safetensors", "models", CHECKSUMS}
 TWIN = "twin"
 LABELS = {
     "average": "Average",

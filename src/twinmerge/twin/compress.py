@@ -22,6 +22,7 @@ from twinmerge.twin.moments import Moments
 from twinmerge.twin.package import Package, extra_bytes
 from twinmerge.twin.split import Exclusive, is_ordered, refuse_masks
 
+SLACK = 0.005  # share of a number of bytes that may stay unused
 Key = tuple[str, str]
 """(expert, matrix)."""
 
@@ -212,13 +213,22 @@ def compressed(
         return at(ranks_for_energy(worth, cost, total, energy))
     assert bytes is not None
     fixed = extra_bytes(at(dict.fromkeys(found, 0)))
-    room = bytes - fixed
+    room, beyond = bytes - fixed, bytes - fixed
     while room > 0:
         cut = at(ranks_for_bytes(worth, cost, room))
         over = extra_bytes(cut) - bytes
         if over <= 0:
-            return cut
-        room -= over  # the names in the header, and rounding up
+            break
+        room, beyond = room - over, room  # what headers say of each factor, and rounding up
+    while room > 0 and -over > SLACK * bytes and beyond - room > 1:  # what is cut whole leaves the headers too
+        middle = (room + beyond) / 2
+        more = at(ranks_for_bytes(worth, cost, middle))
+        if (found_over := extra_bytes(more) - bytes) <= 0:
+            room, cut, over = middle, more, found_over
+        else:
+            beyond = middle
+    if room > 0:
+        return cut
     raise TwinmergeError(
         f"{bytes:.0f} bytes are too few: heads, router and all that is no matrix take {fixed}. Give more, or a smaller codec."
     )

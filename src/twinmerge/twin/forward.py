@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import joined
+from twinmerge.twin.converted import Converted
 from twinmerge.twin.glance import Glance
 from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.parts import Dense, Part
@@ -125,7 +126,7 @@ def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
 class Seen:
     """What adds rows' parts at one place of the model."""
 
-    parts: dict[tuple[nn.Module, str], Part]
+    parts: dict[tuple[nn.Module, str], Part | Converted]
 
     def __init__(self, state: State, path: str, module: nn.Module) -> None:
         self.state, self.path = state, path
@@ -315,7 +316,9 @@ class Apart(Forward):
         parts: (module, attribute) -> the experts' part, of this module or of those within whose parameters it reads.
     """
 
-    def __init__(self, state: State, path: str, module: nn.Module, parts: Mapping[tuple[nn.Module, str], Part]) -> None:
+    def __init__(
+        self, state: State, path: str, module: nn.Module, parts: Mapping[tuple[nn.Module, str], Part | Converted]
+    ) -> None:
         super().__init__(state, path, module, None)
         self.parts = dict(parts)
 

@@ -15,7 +15,7 @@ from twinmerge.models.opened import OpenedModel
 from twinmerge.store.artefact import Artefact
 from twinmerge.twin.split import Exclusive, Masked, shared_vectors
 
-TWIN_VERSION = 4  # of a twin's layout: 1 factors, 2 packed by a codec, 3 masks, 4 any of them, sealed
+MASKS_VERSION, TWIN_VERSION = 3, 4  # of a twin's layout: 1 factors, 2 packed by a codec, 3 masks, 4 any of them, sealed
 SCALES = "scales"
 
 

@@ -25,7 +25,7 @@ from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin.masked import TWIN_VERSION, pack_masks, told_of, unpack_masks
+from twinmerge.twin.masked import MASKS_VERSION, TWIN_VERSION, pack_masks, told_of, unpack_masks
 from twinmerge.twin.routers.fit import router_from
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.router import Router
@@ -131,6 +131,8 @@ def load(folder: Path) -> Package:
     base = folder_fingerprint(folder)
     artefact = load_artefact(folder / TWIN, "twin", TWIN_VERSION, base)
     with undamaged(folder / TWIN):
+        if artefact.version < TWIN_VERSION and ("masks" in artefact.header) != (artefact.version == MASKS_VERSION):
+            raise ValueError("version")
         masks = told_of(artefact) if "masks" in artefact.header else {}
         exclusive = unpack_masks(artefact, shared) if masks else _unpack(artefact, shared)
     provenance: dict[str, Any] = {}

@@ -1,0 +1,92 @@
+"""What is read in several passes must be the same in all of them: folded checksums of each tensor of each input."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+
+from twinmerge.engine.ranges import Range, Shapes
+from twinmerge.errors import TwinmergeError
+from twinmerge.store.checksum import BLOCK
+
+MASK = (1 << 128) - 1
+Key = tuple[str, str]
+"""Input and tensor."""
+Folds = dict[Key, tuple[int, int]]
+"""How many blocks were seen, and Σ (2i + 1) · checksum of block i, modulo 2^128: it adds in any order."""
+
+
+class Seen:
+    """Of every pass, which tensors were read whole, and what they were.
+
+    Args:
+        shapes: of the tensors.
+
+    Example:
+        >>> seen = Seen({"w": (3,)})
+        >>> seen.note(Range("w", 0, 3), {"base": ["0a"]})
+        >>> seen.end(seen.take())
+        >>> seen.compare("base", "w", ["0a"])
+        >>> seen.compare("base", "w", ["0b"])
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: Tensor 'w' of the input 'base' changed while it was read. Run again when nobody writes it.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        self._blocks = {name: -(-math.prod(shape) // BLOCK) for name, shape in shapes.items()}
+        self._known: dict[Key, int] = {}
+        self._local = threading.local()
+
+    def note(self, each: Range, digests: Mapping[str, Sequence[str]]) -> None:
+        """A range was read in this thread; one that does not begin with a block says nothing."""
+        if each.start % BLOCK:
+            return
+        held: Folds = self._local.__dict__.setdefault("held", {})
+        for source, blocks in digests.items():
+            _add(held, (source, each.name), fold(blocks, each.start // BLOCK))
+
+    def take(self) -> Folds:
+        """What was noted in this thread, which forgets it."""
+        found: Folds = self._local.__dict__.pop("held", {})
+        return found
+
+    def end(self, *taken: Folds) -> None:
+        """A pass is over.
+
+        Errors:
+            TwinmergeError: a tensor that was something else in an earlier one.
+        """
+        whole: Folds = {}
+        for folds in taken:
+            for key, found in folds.items():
+                _add(whole, key, found)
+        for (source, tensor), (count, found_sum) in whole.items():
+            if count == self._blocks[tensor]:
+                self._require(source, tensor, found_sum)
+
+    def compare(self, source: str, tensor: str, blocks: Sequence[str]) -> None:
+        """The checksums of a tensor at the last read.
+
+        Errors:
+            TwinmergeError: it was something else in an earlier pass.
+        """
+        if (source, tensor) in self._known:
+            self._require(source, tensor, fold(blocks, 0)[1])
+
+    def _require(self, source: str, tensor: str, found: int) -> None:
+        if self._known.setdefault((source, tensor), found) != found:
+            raise TwinmergeError(
+                f"Tensor {tensor!r} of the input {source!r} changed while it was read. Run again when nobody writes it."
+            )
+
+
+def fold(blocks: Sequence[str], first: int) -> tuple[int, int]:
+    """Of blocks that follow each other, the first being number `first`."""
+    return len(blocks), sum((2 * i + 1) * int(digest, 16) for i, digest in enumerate(blocks, first)) & MASK
+
+
+def _add(folds: Folds, key: Key, found: tuple[int, int]) -> None:
+    count, total = folds.get(key, (0, 0))
+    folds[key] = count + found[0], (total + found[1]) & MASK

@@ -1,0 +1,344 @@
+"""Damage to anything that was written: refused when it is used, and found by `verify`; so is every edit by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from twinmerge.engine.merge import Merge
+from twinmerge.engine.recipe import Recipe
+from twinmerge.engine.run import Run
+from twinmerge.engine.verify import verify
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.adapter import read_adapter
+from twinmerge.models.headed import load_heads
+from twinmerge.models.opened import open_model
+from twinmerge.models.statistics import Statistics
+from twinmerge.twin.extract import extract
+from twinmerge.twin.twin import Twin
+
+Use = Callable[[Any, Path], Any]
+
+
+def read_model(zoo: Any, folder: Path) -> None:
+    opened = open_model(str(folder))
+    for name in opened.specs:
+        opened.read(name)
+    load_heads(folder)
+
+
+def read_state(zoo: Any, folder: Path) -> None:
+    state = zoo.state(folder)
+    list(state.settled())
+    state.heads()
+
+
+def read_statistics(zoo: Any, file: Path) -> None:
+    found = Statistics.open(file)
+    for name in found.specs:
+        found.read(name)
+
+
+USES: dict[str, Use] = {
+    "merge": read_model,
+    "twin": lambda zoo, folder: Twin.from_pretrained(folder),
+    "masks": lambda zoo, folder: Twin.from_pretrained(folder),
+    "extract": read_model,
+    "materialise": read_model,
+    "lora merge": lambda zoo, folder: read_adapter(folder),
+    "export lora": lambda zoo, folder: read_adapter(folder),
+    "state": read_state,
+    "measure": read_statistics,
+}
+UNREAD = {"README.md", "twinmerge.json", "vocab.txt"}
+"""What some uses do not look at; `verify` does."""
+
+
+def found_by_verify(path: Path) -> bool:
+    try:
+        return not verify(path, inputs=False, progress=False).ok
+    except TwinmergeError:
+        return True
+
+
+def refused(zoo: Any, kind: str, path: Path) -> bool:
+    try:
+        USES[kind](zoo, path)
+    except TwinmergeError:
+        return True
+    return False
+
+
+def missed(zoo: Any, kind: str, path: Path, flips: int, seed: int) -> list[str]:
+    """Flips of one bit, or of one byte, that nothing finds."""
+    draws, bad = random.Random(seed), []
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        whole = file.read_bytes()
+        for at in sorted(draws.sample(range(len(whole)), min(flips, len(whole)))):
+            changed = bytearray(whole)
+            changed[at] ^= draws.choice([1 << draws.randrange(8), draws.randrange(1, 256)])
+            file.write_bytes(changed)
+            if not found_by_verify(path):
+                bad.append(f"verify: {file.name} at {at}")
+            if file.name not in UNREAD and not refused(zoo, kind, path):
+                bad.append(f"use: {file.name} at {at}")
+        file.write_bytes(whole)
+    return bad
+
+
+def copied(zoo: Any, kind: str, to: Path) -> Path:
+    source = zoo.root / kind
+    return Path(shutil.copytree(source, to) if source.is_dir() else shutil.copy(source, to))
+
+
+@pytest.mark.parametrize("kind", USES)
+def test_what_was_written_is_whole(zoo: Any, kind: str) -> None:
+    assert verify(zoo.root / kind, progress=False).ok
+    assert not refused(zoo, kind, zoo.root / kind)
+
+
+@pytest.mark.parametrize("kind", USES)
+def test_some_flips_are_found(zoo: Any, tmp_path: Path, kind: str) -> None:
+    assert missed(zoo, kind, copied(zoo, kind, tmp_path / "copy"), 2, 0) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", USES)
+def test_flips_are_found(zoo: Any, tmp_path: Path, kind: str) -> None:
+    assert missed(zoo, kind, copied(zoo, kind, tmp_path / "copy"), 150, 1) == []
+
+
+# -------------------------------------------------------------------------------------------- edits by hand
+
+
+def put(old: bytes, new: bytes) -> Callable[[Path], None]:
+    """Bytes in place of others, the first time that they stand there."""
+
+    def change(file: Path) -> None:
+        whole = file.read_bytes()
+        assert old in whole
+        file.write_bytes(whole.replace(old, new, 1))
+
+    return change
+
+
+def swapped_keys(file: Path) -> None:
+    """The tensors of two experts under each other's names, in the header alone."""
+    whole = file.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    head = whole[:end].replace(b'"0/', b'"\0/').replace(b'"1/', b'"0/').replace(b'"\0/', b'"1/')
+    file.write_bytes(head + whole[end:])
+
+
+def without(start: str) -> Callable[[Path], None]:
+    """The file without the tensors that begin so, with its own metadata."""
+
+    def change(file: Path) -> None:
+        with safe_open(file, "pt") as found:
+            metadata = found.metadata()
+        save_file({n: t for n, t in load_file(file).items() if not n.startswith(start)}, file, metadata)
+
+    return change
+
+
+def scaled(name: str) -> Callable[[Path], None]:
+    """The file with one tensor doubled, with its own metadata."""
+
+    def change(file: Path) -> None:
+        with safe_open(file, "pt") as found:
+            metadata = found.metadata()
+        tensors = load_file(file)
+        tensors[name] = tensors[name] * 2
+        save_file(tensors, file, metadata)
+
+    return change
+
+
+def unsealed(version: int) -> Callable[[Path], None]:
+    """The file without any checksum of its own, of a version."""
+
+    def change(file: Path) -> None:
+        with safe_open(file, "pt") as found:
+            head = json.loads(found.metadata()["twinmerge"])
+        head.pop("checksums")
+        save_file(load_file(file), file, {"twinmerge": json.dumps(head | {"version": version})})
+
+    return change
+
+
+def exchange(a: str, b: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / a).rename(folder / "held")
+        (folder / b).rename(folder / a)
+        (folder / "held").rename(folder / b)
+
+    return change
+
+
+def value(key: str, new: Any) -> Callable[[Path], None]:
+    """Another value in a table of JSON, at any depth."""
+
+    def change(file: Path) -> None:
+        table = json.loads(file.read_text())
+
+        def walk(node: Any) -> int:
+            if isinstance(node, list):
+                return sum(map(walk, node))
+            if not isinstance(node, dict):
+                return 0
+            hits = key in node
+            if hits:
+                node[key] = new
+            return hits + sum(map(walk, node.values()))
+
+        assert walk(table)
+        file.write_text(json.dumps(table))
+
+    return change
+
+
+EDITS: dict[str, tuple[str, str, Callable[[Path], Any], bool]] = {
+    "experts' names in the header": ("twin", "twin.safetensors", put(b'\\"a\\", \\"b\\"', b'\\"b\\", \\"a\\"'), True),
+    "keys of two experts": ("twin", "twin.safetensors", swapped_keys, True),
+    "an expert's tensors removed": ("twin", "twin.safetensors", without("1/"), True),
+    "no checksums of its own": ("twin", "twin.safetensors", unsealed(4), True),
+    "an older version": ("twin", "twin.safetensors", unsealed(3), True),
+    "an older version of the state": ("state", "state.safetensors", unsealed(2), True),
+    "a router of before": ("twin", "router.safetensors", unsealed(1), True),
+    "a label": ("twin", "heads.json", value("labels", ["no", "yes"]), True),
+    "a label of a merge": ("merge", "heads.json", value("labels", ["no", "yes"]), True),
+    "a head's config": ("merge", "heads/a/config.json", value("num_attention_heads", 4), True),
+    "a head's config in a state": ("state", "heads/a/config.json", value("num_attention_heads", 4), True),
+    "a config": ("twin", "config.json", value("num_attention_heads", 4), True),
+    "a config of a merge": ("merge", "config.json", value("num_attention_heads", 4), True),
+    "a config of an adapter": ("lora merge", "adapter_config.json", value("lora_alpha", 4), True),
+    "a tensor of an adapter": (
+        "lora merge",
+        "adapter_model.safetensors",
+        scaled("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+        True,
+    ),
+    "λ in the recipe": ("merge", "twinmerge.json", value("scale", 0.9), False),
+    "the experts in the provenance": ("twin", "twinmerge.json", value("rank", 3), True),
+    "layers of the router": ("twin", "router.safetensors", put(b'\\"layers\\": [1', b'\\"layers\\": [2'), True),
+    "the scale of a mask": ("masks", "twin.safetensors", scaled("scales"), True),
+    "the file of the router gone": ("twin", "router.safetensors", Path.unlink, True),
+    "the heads' table gone": ("merge", "heads.json", Path.unlink, True),
+    "a head gone": ("twin", "heads/a/head.safetensors", Path.unlink, True),
+    "all heads gone": ("twin", "heads", shutil.rmtree, True),
+    "weights gone": ("merge", "model.safetensors", Path.unlink, True),
+    "the manifest gone": ("merge", "twinmerge.checksums.json", Path.unlink, False),
+    "a file more": ("merge", "notes.txt", Path.touch, False),
+    "a head more": ("state", "heads/z", lambda path: (path.mkdir(), (path / "config.json").write_text("{}")), False),
+    "two heads": ("twin", ".", exchange("heads/a", "heads/b"), True),
+    "two files": ("merge", ".", exchange("heads/a/head.safetensors", "heads/b/head.safetensors"), True),
+    "a number of the weights": ("merge", "model.safetensors", scaled("pooler.dense.bias"), True),
+    "a number of the state": ("state", "state.safetensors", scaled("sum/pooler.dense.bias"), True),
+    "a number of the statistics": ("measure", "", scaled("norm.weight"), True),
+}
+"""What is edited: kind, file, how, and whether a use reads what was edited."""
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_by_hand_are_found(zoo: Any, tmp_path: Path, edit: str) -> None:
+    kind, name, change, used = EDITS[edit]
+    path = copied(zoo, kind, tmp_path / "copy")
+    change(path / name if name else path)
+    assert found_by_verify(path)
+    assert refused(zoo, kind, path) or not used
+
+
+@pytest.mark.parametrize("name", ["router.safetensors", "twin.safetensors", "heads/a/head.safetensors"])
+def test_a_file_of_another_twin_of_the_same_base(zoo: Any, tmp_path: Path, name: str) -> None:
+    folder, twin = copied(zoo, "twin", tmp_path / "copy"), zoo.twin().at_rank(1)
+    twin.fit_router({"a": zoo.inputs["b"], "b": zoo.inputs["a"]}, progress=False)
+    other = twin.save_pretrained(tmp_path / "other")
+    if name.startswith("heads"):
+        name = "heads/b/head.safetensors"
+        shutil.copy(folder / "heads/a/head.safetensors", folder / name)
+    else:
+        shutil.copy(other / name, folder / name)
+    assert found_by_verify(folder) and refused(zoo, "twin", folder)
+
+
+def test_verify_names_what_differs(zoo: Any, tmp_path: Path) -> None:
+    folder = copied(zoo, "merge", tmp_path / "copy")
+    scaled("pooler.dense.bias")(folder / "model.safetensors")
+    value("scale", 0.9)(folder / "twinmerge.json")
+    (folder / "more.txt").write_text("mine")
+    (folder / "README.md").unlink()
+    found = verify(folder, inputs=False, progress=False)
+    assert found.changed == {"output": ["pooler.dense.bias"]} and not found.missing
+    assert set(found.files) - {"model.safetensors"} == {"twinmerge.json", "more.txt", "README.md"}
+    assert found.files["README.md"] == "is missing" and found.files["more.txt"] == "was not written here"
+
+
+# ------------------------------------------------------------------------------------- what is made of it
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_merge_of_a_damaged_merge_is_refused(zoo: Any, tmp_path: Path, method: str) -> None:
+    """At no extra read, and where the damage is in the last of many ranges too."""
+    folder = copied(zoo, "materialise", tmp_path / "copy")
+    whole = bytearray((folder / "model.safetensors").read_bytes())
+    whole[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(whole)
+    recipe = Recipe(method, str(zoo.root / "base"), {"a": str(folder), "b": zoo.path("base")})
+    for call in (lambda: Merge(recipe, False).save(tmp_path / "out"), Merge(recipe, False).state_dict):
+        with pytest.raises(TwinmergeError, match="is not what twinmerge wrote.*remove twinmerge.checksums.json"):
+            call()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+    (folder / "twinmerge.checksums.json").unlink()
+    Merge(recipe, False).save(tmp_path / "out")
+
+
+def test_fisher_of_damaged_statistics_is_refused(zoo: Any, tmp_path: Path) -> None:
+    file = copied(zoo, "measure", tmp_path / "f")
+    whole = bytearray(file.read_bytes())
+    whole[-3] ^= 1
+    file.write_bytes(whole)
+    recipe = Recipe("fisher", zoo.path("llama"), {"a": zoo.path("llama")}, statistics={"a": str(file)})
+    with pytest.raises(TwinmergeError, match="is not what twinmerge wrote.*Measure it again"):
+        Merge(recipe, progress=False).save(tmp_path / "out")
+
+
+def test_an_expert_of_damaged_masks_is_not_extracted(zoo: Any, tmp_path: Path) -> None:
+    folder = copied(zoo, "masks", tmp_path / "copy")
+    whole = bytearray((folder / "twin.safetensors").read_bytes())
+    whole[-1] ^= 1
+    (folder / "twin.safetensors").write_bytes(whole)
+    with pytest.raises(TwinmergeError, match="is not what twinmerge wrote"):
+        [extract(folder, name, tmp_path / name) for name in "ab"]
+
+
+@pytest.mark.parametrize("time", ["of now", "of before"])
+def test_an_input_that_changes_between_two_reads_is_noticed(
+    zoo: Any, tmp_path: Path, monkeypatch: Any, time: str
+) -> None:
+    base = copied(zoo, "base", tmp_path / "base")
+    survey = Run.survey
+
+    def change(self: Any) -> None:
+        survey(self)
+        file = base / "model.safetensors"
+        raw, status = bytearray(file.read_bytes()), file.stat()
+        raw[-2] ^= 1
+        file.write_bytes(raw)
+        if time == "of before":
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    monkeypatch.setattr(Run, "survey", change)
+    with pytest.raises(TwinmergeError, match="changed while it was read|changed since it was opened"):
+        Merge(Recipe("ties", str(base), {n: zoo.path(n) for n in "ab"}), progress=False).save(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
