@@ -162,7 +162,7 @@ def test_a_tie_is_what_stock_transformers_makes_of_the_file(tmp_path, name, base
 @pytest.mark.parametrize("expert", LAYOUTS)
 def test_every_pair_of_layouts(tmp_path, name, base, expert):
     made = check(tmp_path, name, base, expert)
-    assert made or base not in UNTIED or (name, expert) == ("BertForMaskedLM", "untied")  # its own bias
+    assert made or base not in UNTIED or (name == "BertForMaskedLM" and expert.startswith("untied"))  # its own bias
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"])
