@@ -85,7 +85,7 @@ def test_weightings_are_those_of_the_paper() -> None:
         ([], "nothing to choose from"),
         (["--grid", "scale="], "is not name=value"),
         (["--grid", "sclae=1,2"], "Did you mean 'scale'"),
-        (["--grid", "scale=1", "--experts", "nowhere.json"], "nowhere.json is no file"),
+        (["--grid", "scale=1", "--experts", "nowhere.json"], "nowhere.json cannot be read: No such file"),
         (["--grid", "scale=1", "--out", "."], "cannot be written"),
     ],
 )

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import re
-import shlex
 import sys
-import tempfile
-import traceback
-from importlib.metadata import PackageNotFoundError, version
 
 from twinmerge.errors import TwinmergeError
 
@@ -94,6 +89,9 @@ def flushed() -> BaseException | None:
 
 
 def _internal(error: BaseException) -> str:
+    import tempfile
+    import traceback
+
     name = f"{type(error).__name__}: {_first_line(error)}".removesuffix(": ")
     about = "versions, command line and traceback; nothing of your files"
     try:
@@ -109,6 +107,11 @@ def _internal(error: BaseException) -> str:
 
 def report(error: BaseException) -> str:
     """What a report of an internal error needs to say."""
+    import platform
+    import shlex
+    import traceback
+    from importlib.metadata import PackageNotFoundError, version
+
     found = []
     for package in PACKAGES:
         try:
