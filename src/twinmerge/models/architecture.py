@@ -36,8 +36,7 @@ class Architecture:
     """One model class with its config, built without memory (on the meta device).
 
     Attributes:
-        converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`); renames: whether
-            some have other names there.
+        converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`).
 
     Example:
         >>> from transformers import BertConfig
@@ -64,7 +63,6 @@ class Architecture:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._meta = dict(self.skeleton.state_dict())
         self.converts = bool(self._converters)
-        self.renames = bool(get_model_conversion_mapping(self.skeleton, add_legacy=False))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is made anew: the skeleton holds nothing."""
