@@ -66,7 +66,7 @@ BOUND = {"max_length", "config", "config of sampling"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("strategy", ["stacked", "folded"])
+@pytest.mark.parametrize("strategy", ["stacked", pytest.param("folded", marks=pytest.mark.slow)])
 def test_one_mixture_generates_what_the_rebuilt_model_does(lab: Any, name: str, strategy: str) -> None:
     case, twin = lab.case("llama"), lab.twin("llama")
     options = OPTIONS[name] | ({} if name in BOUND else {"max_new_tokens": 5})
@@ -77,7 +77,7 @@ def test_one_mixture_generates_what_the_rebuilt_model_does(lab: Any, name: str, 
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIONS if "sampl" not in n])
-@pytest.mark.parametrize("strategy", ["stacked", "grouped", "rebuild"])
+@pytest.mark.parametrize("strategy", ["stacked", pytest.param("grouped", marks=pytest.mark.slow), "rebuild"])
 def test_rows_of_different_mixtures_are_those_of_their_models(lab: Any, name: str, strategy: str) -> None:
     case, twin = lab.case("llama"), lab.twin("llama")
     weights = lab.mixtures("one_hot", rows=4)
@@ -167,7 +167,7 @@ def test_within_autocast_whole_weights_answer(lab: Any, rows: str) -> None:
     assert found.strategy == "rebuild"
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "vit"))])
 @pytest.mark.parametrize("way", ["copied", "pickled"])
 def test_a_copy_answers_alike_and_stands_alone(lab: Any, family: str, way: str) -> None:
     case, twin = lab.new_case(family), lab.new_case(family).twin()

@@ -266,7 +266,7 @@ def routed(lab: Any) -> Twin:
     return twin
 
 
-def test_check22_top_k(lab: Any, routed: Twin) -> None:
+def test_check22_experts_per_row(lab: Any, routed: Twin) -> None:
     """Check 22: k = T is the dense mixture bitwise, k = 1 is that single expert, k = 2 has two."""
     batch = lab.case("bert").batch
     dense, all_of = routed(**batch, experts_per_row=None), routed(**batch, experts_per_row=3)
@@ -278,7 +278,7 @@ def test_check22_top_k(lab: Any, routed: Twin) -> None:
     assert ((one.mixture > 0).sum(1) == 1).all()
     single = routed(**batch, expert=one.expert)
     assert torch.equal(one.logits, single.logits)
-    with pytest.raises(TwinmergeError, match="experts_per_row=0"):
+    with pytest.raises(TwinmergeError, match="experts_per_row is 0"):
         routed(**batch, experts_per_row=0)
 
 

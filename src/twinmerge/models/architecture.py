@@ -49,8 +49,7 @@ class Architecture:
         config, model_class: what is built; most: parameters that it may have.
 
     Attributes:
-        converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`); renames: whether
-            some have other names there.
+        converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`).
 
     Example:
         >>> from transformers import BertConfig
@@ -83,7 +82,6 @@ class Architecture:
         self._meta = dict(self.skeleton.state_dict())
         self._renamed: dict[str, tuple[str, str | None]] = {}
         self.converts = bool(self._converters)
-        self.renames = bool(get_model_conversion_mapping(self.skeleton, add_legacy=False))
         self.torn = False  # whether a checkpoint has its own values for a tensor that the config ties
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -112,7 +112,7 @@ def as_module(state: Mapping[str, Tensor], found: Iterable[Conversion]) -> dict[
 
 
 def as_stored(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Canonical name -> name in a checkpoint and tensor, as `save_pretrained` writes them.
+    """Canonical name -> name in a checkpoint and tensor, as `save_pretrained` writes them; as they are for classes that convert nothing.
 
     Args:
         tensors: name of a parameter in the module -> tensor; all of them, or some.
@@ -127,7 +127,7 @@ def as_stored(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict
         {'layers.0.block_sparse_moe.experts.0.w2.weight': 'model.layers.0.block_sparse_moe.experts.0.w2.weight',
          'layers.0.block_sparse_moe.experts.1.w2.weight': 'model.layers.0.block_sparse_moe.experts.1.w2.weight'}
     """
-    if architecture.renames:
+    if architecture.converts:
         reverted: dict[str, Tensor] = revert_weight_conversion(architecture.skeleton, dict(tensors))
         found = {architecture.canonical(key): (key, tensor) for key, tensor in reverted.items()}
         known = all(n in architecture.parameters or architecture.converted(n)[1] is not None for n in found)
