@@ -112,8 +112,10 @@ def some_weights(rows: int) -> Tensor:
 def built(name: str) -> tuple[Any, Any, list[nn.Module], Twin]:
     family = families.FAMILIES[name]
     base = family.model()
-    if name not in FLOAT32:
-        base = base.double()
+    if name not in FLOAT32 and not any(
+        "oe" in type(m).__name__ or "Experts" in type(m).__name__ for m in base.modules()
+    ):
+        base = base.double()  # grouped products of experts take no float64
     experts = [tuned(base, 1), tuned(base, 2)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
