@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
 
 T = TypeVar("T")
-PROMPT = ("input_ids", "attention_mask", "pixel_values", "inputs_embeds", "token_type_ids")
+PROMPT = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "inputs_embeds",
+    "token_type_ids",
+    "input_features",
+    "input_values",
+)
 
 
 def positions_of(twin: Twin, batch: Mapping[str, Any]) -> int:

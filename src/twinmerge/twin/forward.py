@@ -170,8 +170,12 @@ class Forward(Seen, ABC):
         self.weight, self.bias = weight, bias
         self.parts = {(module, a): p for a, p in (("weight", weight), ("bias", bias)) if p is not None}
         self.own = type(module).forward
-        self.__signature__ = inspect.signature(module.forward)  # transformers' generate looks at it
         module.forward = self
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward: transformers' generate looks at it."""
+        return inspect.signature(self.own.__get__(self.module))
 
     def detach(self) -> None:
         """Give the module its own forward back."""

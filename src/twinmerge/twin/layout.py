@@ -101,11 +101,13 @@ def look(
     """
     plain: list[Glance] = []
     answers: list[dict[str, Call]] = []
+    raw: list[dict[str, Call]] = []
     for sample in samples:
         glance = Glance(sample.rows)
         if (found := _answer(state, glance, run, sample.plain)) is None:
             return None
         plain.append(glance)
+        raw.append(found)
         answers.append({} if coupled else found)
 
     def tried(spread: Mapping[str, int]) -> dict[str, str] | None:
@@ -120,6 +122,12 @@ def look(
             if bad := [k for k in expected if _follows(expected[k], found.get(k), sample.rows) is False]:
                 wrong.setdefault("", f"The rows of the answer ({bad[0]}) are not told apart.")
         return wrong
+
+    def acts(path: str) -> bool:
+        """Whether the changed row's copy of what is spread there is read at all: an axis of 1 may be one of layers."""
+        glance = Glance(samples[0].rows, 1, {path: spread[path]}, times=_times(plain[0]))
+        found = _answer(state, glance, run, samples[0].plain)
+        return found is not None and not _same(found, raw[0], dict.fromkeys(raw[0], 0.0))
 
     changed: list[Glance] = []
     once = _once(plain, samples, forwards)
@@ -147,6 +155,11 @@ def look(
         if wrong is None or set(wrong) - set(base):
             changed.clear()
             spread, wrong = {}, tried({}) or base
+    if idle := {p for p in spread if not acts(p)}:
+        spread = {p: axes for p, axes in spread.items() if p not in idle}
+        changed.clear()
+        wrong = tried(spread)
+        wrong = dict.fromkeys(forwards, "") if wrong is None else wrong
     wrong = dict(wrong or {})
     layouts = _layouts(plain, changed, samples)
     for path in forwards:

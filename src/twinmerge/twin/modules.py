@@ -8,6 +8,7 @@ mixture in turn, for the rows that have it (`Apart`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -145,7 +146,6 @@ class _Lookups:
     def __init__(self, lookups: Forward, module: nn.Module) -> None:
         self.lookups, self.module, self.own = lookups, module, lookups.own
         lookups.own = self.looked_up
-        self.__signature__ = lookups.__signature__
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +154,10 @@ class _Lookups:
             return self.own(self.module, *args, **kwargs)
         with _Intercepted(self.module, self.lookups):
             return self.own(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own.__get__(self.module))
 
     def looked_up(self, module: Any, ids: Tensor) -> Tensor:
         return F.embedding(ids, module.weight)

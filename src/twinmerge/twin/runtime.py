@@ -147,6 +147,12 @@ class Runtime(nn.Module):
             found = look(state, self.forwards, run, samples, self.coupled)
             if found is None:
                 return False
+            lost = (
+                read_elsewhere(state, self.forwards, run, samples[0]) if origins else set()
+            )  # by methods, not by a call
+            if lost is None:
+                return False
+            found.wrong.update(dict.fromkeys(lost - {""}, ""))
             if not (below := {p for p in found.wrong if self._above(p)}):
                 break
             for path in _deepest_first(below):
