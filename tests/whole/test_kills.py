@@ -27,7 +27,7 @@ def wrong(kind: str, folder: Path, share: int, *names: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["kill", "full"])
 def test_a_sample_of_the_calls(tmp_path: Path, kind: str) -> None:
-    assert wrong(kind, tmp_path, 4, "merge", "continual add", "measure add") == []
+    assert wrong(kind, tmp_path, 3, "plain merge", "continual add", "measure add") == []
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ CHECKSUMS = "twinmerge.checksums.json"
 OUTPUT = "output"
 SEAL = "seal"  # key of the metadata of a file that carries checksums of its own
 MOST = Most(256_000_000, 8_000_000)  # 32 characters for each tensor of the output and of every input
+HUB_FILES = {".gitattributes", ".cache"}  # which come with a download
 VERSION = 2  # 1 was a table of tensors only
 
 Sums = Mapping[str, Mapping[str, str]]
@@ -111,10 +112,10 @@ def write_manifest(folder: Path, sums: Sums) -> None:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """The paths of all files below the folder, without its manifest, in order and with slashes."""
+    """The paths of all files below the folder, without its manifest and what the hub adds, in order and with slashes."""
     for where, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
+        folders[:] = sorted(set(folders) - HUB_FILES)
+        for name in sorted(set(names) - HUB_FILES):
             path = (Path(where) / name).relative_to(folder).as_posix()
             if path != CHECKSUMS:
                 yield path

@@ -360,17 +360,21 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Within the context no other process changes the folder, if it asks too.
 
     Errors:
-        TwinmergeError: one does.
+        TwinmergeError: one does; the disk is full or cannot be written.
     """
-    fd = _lock(folder / LOCK, folder)
     try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            disk.remove(folder / LOCK)
-        if fd is not None:
-            _HELD.discard(fd)
-            os.close(fd)
+        fd = _lock(folder / LOCK, folder)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                disk.remove(folder / LOCK)
+            if fd is not None:
+                _HELD.discard(fd)
+                os.close(fd)
+    except OSError as error:
+        advice = "Free some space" if error.errno in DISK_FULL else "Look at the disk"
+        raise TwinmergeError(f"{folder} could not be changed: {error}. {advice} and run again.") from error
 
 
 def _is_ours(partial: Path) -> bool:
