@@ -30,7 +30,7 @@ _spec.loader.exec_module(families)
 
 OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "text_embeds", "image_embeds")
 BY_REBUILD = {
-    "xlnet": "word_embedding",
+    "xlnet": "XLNetModel",
     "clip": "logit_scale",
     "chinese_clip": "logit_scale",
 }
