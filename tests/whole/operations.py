@@ -1,6 +1,6 @@
 """Every kind of output on tiny models, and a process that dies, or whose disk is full, at any system call that writes.
 
-`python operations.py kill|full FOLDER SHARE [NAME ...]` tries `SHARE` in every hundred of the calls of each operation and prints what
+`python operations.py kill|full|kill,full FOLDER SHARE [NAME ...]` tries `SHARE` in every hundred of the calls of each operation and prints what
 went wrong as JSON. Runs are forks of one process that has imported everything, each in a process group of its own; OMP_NUM_THREADS must be
 1, since a pool of threads does not survive a fork.
 """
@@ -307,7 +307,8 @@ def main(kind: str, folder: str, share: str, *names: str) -> None:
     zoo = Zoo(Path(folder))
     zoo.make()
     wanted = names or [*OPERATIONS, *CHANGES]
-    print(json.dumps(list(itertools.chain.from_iterable(tried(zoo, name, kind, int(share)) for name in wanted))))
+    found = (tried(zoo, name, one, int(share)) for name in wanted for one in kind.split(","))
+    print(json.dumps(list(itertools.chain.from_iterable(found))))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_what_was_written_is_whole(zoo: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", USES)
 def test_some_flips_are_found(zoo: Any, tmp_path: Path, kind: str) -> None:
-    assert missed(zoo, kind, copied(zoo, kind, tmp_path / "copy"), 2, 0) == []
+    assert missed(zoo, kind, copied(zoo, kind, tmp_path / "copy"), 1, 0) == []
 
 
 @pytest.mark.slow
