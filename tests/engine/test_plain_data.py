@@ -66,7 +66,7 @@ def test_huge_work_is_refused_at_once(tmp_path, kind, text):
     file = tmp_path / f"recipe.{kind}"
     file.write_text(text)
     begun = time.process_time()
-    with pytest.raises(TwinmergeError, match="cannot be read|is no mapping") as caught:
+    with pytest.raises(TwinmergeError, match="cannot be read|is no mapping|more than the") as caught:
         read_recipe(file)
     assert time.process_time() - begun < 1.5  # a second where nobody else is at work
     assert len(str(caught.value)) < 700
@@ -111,12 +111,11 @@ def test_yaml_is_strict(text, said):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ('{"a": 1, "a": 1}', "the key 'a' a second time"),
-        ('{"a": {"b": 1, "b": 2}}', "the key 'b' a second time"),
-        ('{"a": NaN}', "it has NaN, which is no number"),
-        ('{"a": -Infinity}', "it has -Infinity, which is no number"),
-        ('{"a": "\\u0000"}', "has letters that no name or path has"),
-        ('{"a": "\\ud800"}', "has letters that no name or path has"),
+        ('{"a": 1, "a": 1}', "the key 'a' stands twice"),
+        ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice"),
+        ('{"a": NaN}', "it holds NaN, which is no JSON"),
+        ('{"a": -Infinity}', "it holds -Infinity, which is no JSON"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
         ('{"a": 1', "cannot be read"),
         ("", "cannot be read"),
     ],
@@ -180,7 +179,7 @@ def test_files(tmp_path):
     (tmp_path / "a.json").write_bytes('\ufeff{"a": "é",\t"b": 1}'.encode())
     assert read_plain(tmp_path / "a.json", "recipe") == {"a": "é", "b": 1}
     for name in ("gone.yaml", ".", "a\0b", "x" * 300):
-        with pytest.raises(TwinmergeError, match="^The recipe .* cannot be read: "):
+        with pytest.raises(TwinmergeError, match="cannot be read: |is a folder, where a file is expected"):
             read_plain(tmp_path / name, "recipe")
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TwinmergeError, match="a.yaml cannot be read: 'utf-8' codec"):

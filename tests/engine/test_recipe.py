@@ -391,9 +391,9 @@ def test_in_our_schema_every_model_is_an_expert():
             "{merge_method: linear, models: [{model: a}], stochastic: -1}",
             "stochastic is a seed, which cannot be negative",
         ),
-        ("{merge_method: linear, models: [{model: a}], stochastic: true}", "stochastic is the seed"),
-        ("{merge_method: linear, models: [{model: a}], stochastic: 1.0}", "stochastic is the seed"),
-        ("{merge_method: linear, models: [{model: a}], stochastic: '1'}", "stochastic is the seed"),
+        ("{merge_method: linear, models: [{model: a}], stochastic: true}", "stochastic as a whole number"),
+        ("{merge_method: linear, models: [{model: a}], stochastic: 1.0}", "stochastic as a whole number"),
+        ("{merge_method: linear, models: [{model: a}], stochastic: '1'}", "stochastic as a whole number"),
         (
             "{merge_method: ties, base_model: b, models: [{model: a}], lines: {b: '0.5'}}",
             "b is '0.5', which is no finite",
@@ -437,7 +437,7 @@ def test_numbers_as_json_writes_them_are_numbers():
 
 def test_seeds_from_python_are_checked_too():
     for seed in (-1, True, 1.5, "1"):
-        with pytest.raises(TwinmergeError, match="^stochastic is "):
+        with pytest.raises(TwinmergeError, match="^stochastic is |stochastic as a whole number"):
             merge("average", experts={"a": "a"}, stochastic=seed)
 
 

@@ -81,7 +81,7 @@ def test_fused_experts_are_merged_as_separate_ones(tmp_path: Path, name: str, me
 
 
 def test_a_bare_checkpoint_tells_experts_by_their_names_and_says_so(tmp_path: Path) -> None:
-    base, experts = family("MixtralForCausalLM")
+    base, experts = family("GptOssForCausalLM")
     for label, model in {"base": base, **experts}.items():
         (tmp_path / label).mkdir()
         save_file(dict(model.state_dict()), tmp_path / label / "model.safetensors")

@@ -168,7 +168,7 @@ def test_config_that_is_no_text_or_no_file(tmp_path: Path) -> None:
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     (tmp_path / "adapter_config.json").mkdir()
-    with pytest.raises(TwinmergeError, match="cannot be read"):
+    with pytest.raises(TwinmergeError, match="is a folder, where a file is expected"):
         read_adapter(tmp_path)
 
 

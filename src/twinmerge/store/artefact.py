@@ -70,7 +70,7 @@ class ArtefactFile(Checkpoint):
         super().__init__([file])
         self.file, self.advice = file, "Copy the whole folder again, or build it again."
         try:
-            head = parse_json(self.metadata[KEY])
+            head = parse_json(self.metadata[KEY], finite=False)
             self.expected = _split(head.pop(SUMS, {}), self.specs)
             self.artefact = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
         except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RecursionError) as error:
