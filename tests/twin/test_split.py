@@ -426,7 +426,7 @@ def damaged(lab: Any, tmp_path: Path, change: Any) -> Twin:
         (lambda t: t.update({"bert.extra.weight": torch.ones(2, 2)}), "'(bert.)?extra.weight' of .*e1"),
         (
             lambda t: t.update({"bert.pooler.dense.weight": torch.ones(32, 31)}),
-            r"'pooler.dense.weight' is \[32, 31\] in .*e1",
+            r"e1 the tensor 'bert.pooler.dense.weight' is \[32, 31\], by its config",
         ),
     ],
     ids=["missing", "unknown", "shape"],

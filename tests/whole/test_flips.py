@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from twinmerge.continual.heads import with_heads
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.run import Run
@@ -38,8 +39,8 @@ def read_model(zoo: Any, folder: Path) -> None:
 
 def read_state(zoo: Any, folder: Path) -> None:
     state = zoo.state(folder)
-    list(state.settled())
-    state.heads()
+    with with_heads(folder) as (opened, _):
+        list(state.settled(opened))
 
 
 def read_statistics(zoo: Any, file: Path) -> None:
@@ -165,6 +166,13 @@ def scaled(name: str) -> Callable[[Path], None]:
     return change
 
 
+def flipped(file: Path) -> None:
+    """One bit of the last byte."""
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
 def unsealed(version: int) -> Callable[[Path], None]:
     """The file without any checksum of its own, of a version."""
 
@@ -219,7 +227,8 @@ EDITS: dict[str, tuple[str, str, Callable[[Path], Any], bool]] = {
     "a label": ("twin", "heads.json", value("labels", ["no", "yes"]), True),
     "a label of a merge": ("merge", "heads.json", value("labels", ["no", "yes"]), True),
     "a head's config": ("merge", "heads/a/config.json", value("num_attention_heads", 4), True),
-    "a head's config in a state": ("state", "heads/a/config.json", value("num_attention_heads", 4), True),
+    "a head of a state": ("state", "heads", lambda path: flipped(next(path.iterdir())), True),
+    "a head of a state gone": ("state", "heads", lambda path: next(path.iterdir()).unlink(), True),
     "a config": ("twin", "config.json", value("num_attention_heads", 4), True),
     "a config of a merge": ("merge", "config.json", value("num_attention_heads", 4), True),
     "a config of an adapter": ("lora merge", "adapter_config.json", value("lora_alpha", 4), True),
@@ -240,7 +249,7 @@ EDITS: dict[str, tuple[str, str, Callable[[Path], Any], bool]] = {
     "weights gone": ("merge", "model.safetensors", Path.unlink, True),
     "the manifest gone": ("merge", "twinmerge.checksums.json", Path.unlink, False),
     "a file more": ("merge", "notes.txt", Path.touch, False),
-    "a head more": ("state", "heads/z", lambda path: (path.mkdir(), (path / "config.json").write_text("{}")), False),
+    "a head more": ("state", "heads/z.safetensors", Path.touch, False),
     "two heads": ("twin", ".", exchange("heads/a", "heads/b"), True),
     "two files": ("merge", ".", exchange("heads/a/head.safetensors", "heads/b/head.safetensors"), True),
     "a number of the weights": ("merge", "model.safetensors", scaled("pooler.dense.bias"), True),

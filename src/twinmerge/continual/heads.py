@@ -16,7 +16,7 @@ from twinmerge.continual.state import Arrived, Description, StateFile
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HEADS_VERSION, HeadSpec, head_artefact
 from twinmerge.store import disk
-from twinmerge.store.artefact import load_artefact, save_artefact, undamaged
+from twinmerge.store.artefact import head_of_state, load_artefact, save_artefact, undamaged
 from twinmerge.store.checksum import of_file
 
 FOLDER = "heads"
@@ -24,7 +24,7 @@ FOLDER = "heads"
 
 def head_file(folder: Path, entry: Arrived) -> Path:
     """Where the head of an expert lies."""
-    return folder / FOLDER / f"{entry.name}.{(entry.head or '')[:16]}.safetensors"
+    return folder / head_of_state(entry.name, entry.head or "")
 
 
 def write_head(folder: Path, name: str, head: HeadSpec, base: str) -> str:

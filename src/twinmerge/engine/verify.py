@@ -18,7 +18,7 @@ from twinmerge.engine.side_files import PROVENANCE
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.models.opened import OpenedModel
-from twinmerge.store.artefact import ArtefactFile
+from twinmerge.store.artefact import ArtefactFile, head_of_state
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checksum import of_file, streamed
 from twinmerge.store.header import SIZES
@@ -127,17 +127,15 @@ class _Found:
         self.add_artefact(state.file, STATE)
         known = {STATE, "lock"}
         for expert in state.artefact.header.get("experts", []):
-            where = folder / "heads" / str(expert["name"])
-            if not where.is_dir():
+            if (checksum := expert.get("head")) is None:
                 continue
-            name, config = f"heads/{where.name}/head.safetensors", f"heads/{where.name}/config.json"
-            known |= {name, config}
+            name = head_of_state(expert["name"], checksum)
+            known.add(name)
             try:
-                self.add_artefact(folder / name, name)
-                if ArtefactFile(folder / name).artefact.header.get("config") != of_file(folder / config):
-                    self.files[config] = "is not what was written"
-            except (TwinmergeError, OSError) as error:
-                self.files[name] = f"is damaged ({error})"
+                if of_file(folder / name) != checksum:
+                    self.files[name] = "is not what was written"
+            except OSError as error:
+                self.files[name] = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         self.files |= {name: "was not written here" for name in files_in(folder) if name not in known}
 
     def add_inputs(self, folder: Path, wanted: Mapping[str, Mapping[str, str]]) -> None:

@@ -223,6 +223,16 @@ def damaged(file: Path) -> TwinmergeError:
     return TwinmergeError(f"{file} is damaged or was changed by hand. Copy the whole folder again, or build it again.")
 
 
+def head_of_state(expert: str, checksum: str) -> str:
+    """Where a state of experts that came over time has the head of one of them: its path in the folder.
+
+    Example:
+        >>> head_of_state("math", "0123456789abcdef0123")
+        'heads/math.0123456789abcdef.safetensors'
+    """
+    return f"heads/{expert}.{checksum[:16]}.safetensors"
+
+
 @contextmanager
 def undamaged(file: Path) -> Iterator[None]:
     """Within the context a file's content is put together; whatever does not fit there is damage to the file.
