@@ -113,6 +113,20 @@ def test_some_flips_are_found(zoo: Any, tmp_path: Path, kind: str) -> None:
     assert missed(zoo, kind, copied(zoo, kind, tmp_path / "copy"), 1, 0) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("kind", USES)
+def test_pipes_are_not_waited_for(zoo: Any, tmp_path: Path, kind: str) -> None:
+    path = copied(zoo, kind, tmp_path / "copy")
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        whole = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert found_by_verify(path)
+        assert refused(zoo, kind, path) or file.name in UNREAD
+        file.unlink()
+        file.write_bytes(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", USES)

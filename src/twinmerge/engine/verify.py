@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ from twinmerge.models.opened import OpenedModel
 from twinmerge.store.artefact import ArtefactFile, head_of_state
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checksum import of_file, streamed
+from twinmerge.store.foreign import read_json, shown_path
 from twinmerge.store.header import SIZES
-from twinmerge.store.manifest import CHECKSUMS, OUTPUT, SEAL, Manifest, files_in, header_in
+from twinmerge.store.manifest import CHECKSUMS, MOST, OUTPUT, SEAL, Manifest, files_in, header_in
 
 STATE = "state.safetensors"
 Job = tuple[str, str, Callable[[], str]]
@@ -57,15 +58,15 @@ def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Ve
     """
     folder = Path(folder)
     found = _Found()
-    if folder.is_file():
+    if os.path.isfile(folder):
         found.add_artefact(folder, folder.name)
         return found.compared(progress)
-    if not folder.is_dir():
-        raise TwinmergeError(f"{folder} is not there. Name a folder or a file that twinmerge wrote.")
+    if not os.path.isdir(folder):
+        what = "is no folder and no file" if os.path.lexists(folder) else "is not there"
+        raise TwinmergeError(f"{shown_path(folder)} {what}. Name a folder or a file that twinmerge wrote.")
     if (folder / CHECKSUMS).is_file():
-        raw = _read(folder / CHECKSUMS)
         manifest = Manifest.of(folder)
-        wanted: Mapping[str, Mapping[str, str]] = raw if manifest is None else manifest.sums
+        wanted: Mapping[str, Mapping[str, str]] = _read(folder / CHECKSUMS) if manifest is None else manifest.sums
         if manifest is not None:
             found.add_files(manifest)
         else:  # of before the first release: tensors only
@@ -134,8 +135,10 @@ class _Found:
             try:
                 if of_file(folder / name) != checksum:
                     self.files[name] = "is not what was written"
-            except OSError as error:
-                self.files[name] = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            except FileNotFoundError:
+                self.files[name] = "is missing"
+            except (OSError, TwinmergeError) as error:
+                self.files[name] = f"cannot be read ({error})"
         self.files |= {name: "was not written here" for name in files_in(folder) if name not in known}
 
     def add_inputs(self, folder: Path, wanted: Mapping[str, Mapping[str, str]]) -> None:
@@ -194,10 +197,4 @@ def _of_inputs(merge: Merge, wanted: Mapping[str, Mapping[str, str]]) -> list[Jo
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TwinmergeError(f"{file} cannot be read: {error}. Name a folder that twinmerge wrote, whole.") from error
-    if not isinstance(found, dict):
-        raise TwinmergeError(f"{file} is no provenance of twinmerge. Name a folder that twinmerge wrote.")
-    return found
+    return read_json(file, MOST, "Name a folder that twinmerge wrote, whole.", finite=False)
