@@ -365,3 +365,35 @@ def test_an_input_that_changes_between_two_reads_is_noticed(
     with pytest.raises(TwinmergeError, match="changed while it was read|changed since it was opened"):
         Merge(Recipe("ties", str(base), {n: zoo.path(n) for n in "ab"}), progress=False).save(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("name", ["plain merge", "masks", "lora extract", "twin build"])
+def test_an_input_that_changes_under_the_same_size_and_time(
+    zoo: Any, operations: Any, tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    """Half-way through the work, where nothing is read twice too."""
+    which = "a" if name in ("masks", "twin build") else "x"
+    copy, original = copied(zoo, which, tmp_path / "copy"), zoo.path
+    monkeypatch.setattr(zoo, "path", lambda name: str(copy) if name == which else original(name))
+    run = operations.OPERATIONS.get(
+        name, lambda zoo, out: Twin.build(zoo.path("base"), {n: zoo.path(n) for n in "ab"}, 2, progress=False)
+    )
+    file, reads, preadv = copy / "model.safetensors", 0, os.preadv
+    status, changes_at = file.stat(), 0
+
+    def read(*args: Any) -> int:
+        nonlocal reads
+        reads += 1
+        if reads == changes_at:
+            raw = bytearray(file.read_bytes())
+            raw[-2] ^= 1
+            file.write_bytes(raw)
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", read)
+    run(zoo, tmp_path / "whole")
+    changes_at, reads = reads // 2, 0
+    with pytest.raises(TwinmergeError, match="changed while it was read|changed since it was opened"):
+        run(zoo, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
