@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ from twinmerge.engine.run import Run
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.adapter import read_adapter
-from twinmerge.models.headed import load_heads
+from twinmerge.models.headed import HEADS_VERSION, load_heads
 from twinmerge.models.opened import open_model
 from twinmerge.models.statistics import Statistics
+from twinmerge.store.artefact import load_artefact, save_artefact
+from twinmerge.store.checksum import of_file
+from twinmerge.store.manifest import CHECKSUMS, write_manifest
 from twinmerge.twin.extract import extract
 from twinmerge.twin.twin import Twin
 
@@ -397,3 +402,36 @@ def test_an_input_that_changes_under_the_same_size_and_time(
     with pytest.raises(TwinmergeError, match="changed while it was read|changed since it was opened"):
         run(zoo, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 60_000),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**11),
+        ("max_position_embeddings", 10**11),
+        ("intermediate_size", 10**12),
+        ("hidden_size", 60_000),
+        ("num_labels", 60_000),
+    ],
+)
+def test_a_head_whose_config_counts_beyond_the_weights(zoo: Any, tmp_path: Path, key: str, value: int) -> None:
+    """Sealed by whoever made it: refused before memory is taken or a class grows."""
+    folder = copied(zoo, "twin", tmp_path / "copy")
+    config, head = folder / "heads/a/config.json", folder / "heads/a/head.safetensors"
+    raw = json.loads(config.read_text())
+    if key == "num_labels":
+        raw["id2label"], raw["label2id"] = None, None
+    config.write_text(json.dumps({**raw, key: value}))
+    made = load_artefact(head, "head", HEADS_VERSION)
+    made.header["config"] = of_file(config)
+    head.unlink()
+    save_artefact(head, made)
+    sums = json.loads((folder / CHECKSUMS).read_text())["sums"]
+    write_manifest(folder, sums)
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(TwinmergeError, match="config"):
+        Twin.from_pretrained(folder)
+    assert time.monotonic() - begun < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
