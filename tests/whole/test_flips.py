@@ -20,7 +20,7 @@ from twinmerge.continual.heads import with_heads
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.run import Run
-from twinmerge.engine.verify import verify
+from twinmerge.engine.verify import _Found, verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.headed import HEADS_VERSION, load_heads
@@ -298,6 +298,32 @@ def test_a_file_of_another_twin_of_the_same_base(zoo: Any, tmp_path: Path, name:
     else:
         shutil.copy(other / name, folder / name)
     assert found_by_verify(folder) and refused(zoo, "twin", folder)
+
+
+def test_verify_takes_what_a_killed_add_left_for_no_damage(zoo: Any, tmp_path: Path) -> None:
+    folder = copied(zoo, "state", tmp_path / "copy")
+    other = copied(zoo, "state", tmp_path / "other")
+    zoo.state(other).add("b", zoo.path("b"))
+    (head,) = (other / "heads").glob("b.*")
+    shutil.copy(head, folder / "heads")
+    (folder / "state.safetensors.partial").write_bytes(b"begun")
+    (folder / "heads/b.partial").write_bytes(b"begun")
+    assert verify(folder, progress=False).ok
+    (folder / "heads" / head.name).write_bytes(b"another")
+    assert verify(folder, progress=False).files == {f"heads/{head.name}": "was not written here"}
+
+
+def test_verify_of_a_state_that_changes_meanwhile(zoo: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    folder, compared = copied(zoo, "state", tmp_path / "copy"), _Found.compared
+
+    def late(self: Any, progress: bool) -> Any:
+        monkeypatch.setattr(_Found, "compared", compared)
+        zoo.state(folder).add("b", zoo.path("b"))
+        zoo.state(folder).remove("a")
+        return compared(self, progress)
+
+    monkeypatch.setattr(_Found, "compared", late)
+    assert verify(folder, progress=False).ok
 
 
 def test_verify_names_what_differs(zoo: Any, tmp_path: Path) -> None:

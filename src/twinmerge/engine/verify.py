@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,7 +26,7 @@ from twinmerge.store.foreign import read_json, shown_path
 from twinmerge.store.header import SIZES
 from twinmerge.store.manifest import CHECKSUMS, MOST, OUTPUT, SEAL, Manifest, files_in, header_in
 
-STATE = "state.safetensors"
+STATE, HEADS = "state.safetensors", "heads"
 Job = tuple[str, str, Callable[[], str]]
 """Source, tensor, and what computes its checksum."""
 
@@ -75,10 +76,20 @@ def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Ve
         if inputs and wanted.keys() - {OUTPUT} and PROVENANCE not in found.files:
             found.add_inputs(folder, wanted)
         return found.compared(progress)
-    if any(folder.glob("*.safetensors")) and (state := artefact_in(folder / STATE)) is not None:
-        found.add_state(folder, state)
-        return found.compared(progress)
+    if os.path.isfile(folder / STATE):
+        return _state(folder, progress)
     raise TwinmergeError(f"{folder / CHECKSUMS} is missing. Name a folder that twinmerge wrote, whole.")
+
+
+def _state(folder: Path, progress: bool) -> Verified:
+    """Of a state, which another process may replace meanwhile: then the new one is looked at."""
+    while True:
+        state, found = ArtefactFile(folder / STATE), _Found()
+        with contextlib.suppress(OSError), state.held() as (fd,):  # one that was replaced before it was held
+            found.add_state(folder, state)
+            compared = found.compared(progress)
+            if compared.ok or os.path.samestat(os.fstat(fd), os.stat(folder / STATE)):
+                return compared
 
 
 class _Found:
@@ -94,11 +105,11 @@ class _Found:
     def add_artefact(self, file: Path, name: str) -> None:
         """A file with checksums of its own."""
         opened = ArtefactFile(file)
-        if not opened.sealed and not opened.expected:
-            raise TwinmergeError(f"{file} has no checksums: an older release wrote it. Write it again.")
-        self._add(opened, name, opened.expected)
+        self.opened.append(opened)
+        self._add_sums_of(opened, name)
 
     def add_weights(self, opened: Checkpoint, wanted: Mapping[str, str]) -> None:
+        self.opened.append(opened)
         self._add(opened, OUTPUT, wanted)
 
     def add_files(self, manifest: Manifest) -> None:
@@ -124,9 +135,9 @@ class _Found:
                 self.files[weights[0].name] = str(error)
 
     def add_state(self, folder: Path, state: ArtefactFile) -> None:
-        """A state of experts that came over time, and their heads beside it."""
-        self.add_artefact(state.file, STATE)
-        known = {STATE, "lock"}
+        """A state of experts that came over time, held open, and their heads beside it."""
+        self._add_sums_of(state, STATE)
+        known = {STATE, f"{STATE}.partial", "lock"}  # of an add that is under way, or was killed, as are heads below
         for expert in state.artefact.header.get("experts", []):
             if (checksum := expert.get("head")) is None:
                 continue
@@ -139,7 +150,8 @@ class _Found:
                 self.files[name] = "is missing"
             except (OSError, TwinmergeError) as error:
                 self.files[name] = f"cannot be read ({error})"
-        self.files |= {name: "was not written here" for name in files_in(folder) if name not in known}
+        strange = (name for name in files_in(folder) if name not in known and not _is_left(folder / name))
+        self.files |= dict.fromkeys(strange, "was not written here")
 
     def add_inputs(self, folder: Path, wanted: Mapping[str, Mapping[str, str]]) -> None:
         """The base and the experts of a merge."""
@@ -169,15 +181,29 @@ class _Found:
                 missing[source] = gone
         return Verified(len(self.jobs), changed, missing, self.unreadable, self.files)
 
+    def _add_sums_of(self, opened: ArtefactFile, name: str) -> None:
+        if not opened.sealed and not opened.expected:
+            raise TwinmergeError(f"{opened.file} has no checksums: an older release wrote it. Write it again.")
+        self._add(opened, name, opened.expected)
+
     def _add(self, opened: Checkpoint, source: str, wanted: Mapping[str, str]) -> None:
-        self.opened.append(opened)
         self.wanted[source] = wanted
         self.jobs += [(source, name, partial(opened.sum_of, name)) for name in opened.specs]
 
 
-def artefact_in(file: Path) -> ArtefactFile | None:
-    """The artefact, where there is one."""
-    return ArtefactFile(file) if file.is_file() else None
+def _is_left(file: Path) -> bool:
+    """Whether it is a head that no state names yet, or any more: whole, by the checksum in its name, or only begun."""
+    if file.parent.name != HEADS or file.name.endswith(".partial"):
+        return file.parent.name == HEADS
+    expert, _, checksum = file.stem.rpartition(".")
+    try:
+        return (
+            bool(expert) and file.parent.parent / head_of_state(expert, of_file(file)) == file and len(checksum) == 16
+        )
+    except FileNotFoundError:  # it is gone now
+        return True
+    except (OSError, TwinmergeError):
+        return False
 
 
 def _of_inputs(merge: Merge, wanted: Mapping[str, Mapping[str, str]]) -> list[Job]:
