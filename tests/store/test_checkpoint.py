@@ -317,10 +317,41 @@ def test_file_that_became_shorter_is_named(tmp_path):
         TwinmergeError, match="Tensor 'b' in .*model.safetensors cannot be read: it ends at byte .*, 8 bytes"
     ):
         checkpoint.read("b")
-    assert checkpoint.read("a").tolist() == [1, 1, 1, 1]
-    checkpoint.close()
+    for _ in range(2):
+        with pytest.raises(TwinmergeError, match="Tensor 'a' in .*model.safetensors cannot be read: it changed since"):
+            checkpoint.read("a")
+        checkpoint.close()
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_file_that_changed_under_the_same_size_and_time(tmp_path, closed):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4)}, file)
+    checkpoint, status = Checkpoint.open(tmp_path), file.stat()
+    checkpoint.read("a")
+    if closed:
+        checkpoint.close()
+    time.sleep(0.02)  # the clock of a file system ticks some hundred times a second
+    with file.open("r+b") as content:
+        content.seek(-2, os.SEEK_END)
+        content.write(b"\0")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(TwinmergeError, match="Tensor 'a' in .*model.safetensors cannot be read: it changed since"):
         checkpoint.read("a")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda f: f.chmod(0o600), lambda f: os.link(f, f.with_name("other")), Path.unlink], ids=str
+)
+def test_file_with_other_rights_or_names_is_the_same(tmp_path, change):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4)}, file)
+    file.chmod(0o644)
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.read("a")
+    time.sleep(0.02)
+    change(file)
+    assert checkpoint.read("a").tolist() == [1, 1, 1, 1]
 
 
 def test_file_that_is_gone_or_may_not_be_read(tmp_path, monkeypatch):

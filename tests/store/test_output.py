@@ -308,6 +308,44 @@ def test_partial_that_holds_an_input_is_left_alone(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("lock", [True, False])
+def test_what_a_kill_after_the_naming_left_is_removed_by_the_same_command(tmp_path, lock):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with OutputFolder(out, key="k") as folder:
+        (folder / "a").write_bytes(b"a")
+    partial.mkdir()
+    (partial / "journal").write_bytes(output._first_line("k"))
+    if lock:
+        (partial / "lock").touch()
+    with pytest.raises(TwinmergeError, match="is there already"):
+        OutputFolder(out, key="k").check()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("extra", ["output", "notes.txt"])
+def test_what_holds_more_than_a_journal_stays_beside_its_output(tmp_path, extra):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").touch()
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "journal").write_bytes(output._first_line("k"))
+    (partial / extra).mkdir()
+    with pytest.raises(TwinmergeError, match="is there already"):
+        OutputFolder(tmp_path / "out", key="k").check()
+    assert sorted(os.listdir(partial)) == sorted(["journal", extra])
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+def test_a_disk_that_is_full_before_the_first_line_leaves_nothing(tmp_path, monkeypatch, key):
+    def full(fd, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(output.disk, "append", full)
+    with pytest.raises(TwinmergeError, match="cannot be made"), OutputFolder(tmp_path / "out", key=key):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_file_appears_whole_and_replaces_only_if_asked(tmp_path):
     where = tmp_path / "a.json"
     with pytest.raises(KeyError), OutputFile(where) as new:  # noqa: PT012

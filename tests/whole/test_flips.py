@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,15 @@ from twinmerge.continual.heads import with_heads
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.run import Run
-from twinmerge.engine.verify import verify
+from twinmerge.engine.verify import _Found, verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.adapter import read_adapter
-from twinmerge.models.headed import load_heads
+from twinmerge.models.headed import HEADS_VERSION, load_heads
 from twinmerge.models.opened import open_model
 from twinmerge.models.statistics import Statistics
+from twinmerge.store.artefact import load_artefact, save_artefact
+from twinmerge.store.checksum import of_file
+from twinmerge.store.manifest import CHECKSUMS, write_manifest
 from twinmerge.twin.extract import extract
 from twinmerge.twin.twin import Twin
 
@@ -111,6 +116,20 @@ def test_what_was_written_is_whole(zoo: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", USES)
 def test_some_flips_are_found(zoo: Any, tmp_path: Path, kind: str) -> None:
     assert missed(zoo, kind, copied(zoo, kind, tmp_path / "copy"), 1, 0) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("kind", USES)
+def test_pipes_are_not_waited_for(zoo: Any, tmp_path: Path, kind: str) -> None:
+    path = copied(zoo, kind, tmp_path / "copy")
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        whole = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert found_by_verify(path)
+        assert refused(zoo, kind, path) or file.name in UNREAD
+        file.unlink()
+        file.write_bytes(whole)
 
 
 @pytest.mark.slow
@@ -281,6 +300,32 @@ def test_a_file_of_another_twin_of_the_same_base(zoo: Any, tmp_path: Path, name:
     assert found_by_verify(folder) and refused(zoo, "twin", folder)
 
 
+def test_verify_takes_what_a_killed_add_left_for_no_damage(zoo: Any, tmp_path: Path) -> None:
+    folder = copied(zoo, "state", tmp_path / "copy")
+    other = copied(zoo, "state", tmp_path / "other")
+    zoo.state(other).add("b", zoo.path("b"))
+    (head,) = (other / "heads").glob("b.*")
+    shutil.copy(head, folder / "heads")
+    (folder / "state.safetensors.partial").write_bytes(b"begun")
+    (folder / "heads/b.partial").write_bytes(b"begun")
+    assert verify(folder, progress=False).ok
+    (folder / "heads" / head.name).write_bytes(b"another")
+    assert verify(folder, progress=False).files == {f"heads/{head.name}": "was not written here"}
+
+
+def test_verify_of_a_state_that_changes_meanwhile(zoo: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    folder, compared = copied(zoo, "state", tmp_path / "copy"), _Found.compared
+
+    def late(self: Any, progress: bool) -> Any:
+        monkeypatch.setattr(_Found, "compared", compared)
+        zoo.state(folder).add("b", zoo.path("b"))
+        zoo.state(folder).remove("a")
+        return compared(self, progress)
+
+    monkeypatch.setattr(_Found, "compared", late)
+    assert verify(folder, progress=False).ok
+
+
 def test_verify_names_what_differs(zoo: Any, tmp_path: Path) -> None:
     folder = copied(zoo, "merge", tmp_path / "copy")
     scaled("pooler.dense.bias")(folder / "model.safetensors")
@@ -351,3 +396,68 @@ def test_an_input_that_changes_between_two_reads_is_noticed(
     with pytest.raises(TwinmergeError, match="changed while it was read|changed since it was opened"):
         Merge(Recipe("ties", str(base), {n: zoo.path(n) for n in "ab"}), progress=False).save(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("name", ["plain merge", "masks", "lora extract", "twin build"])
+def test_an_input_that_changes_under_the_same_size_and_time(
+    zoo: Any, operations: Any, tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    """Half-way through the work, where nothing is read twice too."""
+    which = "a" if name in ("masks", "twin build") else "x"
+    copy, original = copied(zoo, which, tmp_path / "copy"), zoo.path
+    monkeypatch.setattr(zoo, "path", lambda name: str(copy) if name == which else original(name))
+    run = operations.OPERATIONS.get(
+        name, lambda zoo, out: Twin.build(zoo.path("base"), {n: zoo.path(n) for n in "ab"}, 2, progress=False)
+    )
+    file, reads, preadv = copy / "model.safetensors", 0, os.preadv
+    status, changes_at = file.stat(), 0
+
+    def read(*args: Any) -> int:
+        nonlocal reads
+        reads += 1
+        if reads == changes_at:
+            raw = bytearray(file.read_bytes())
+            raw[-2] ^= 1
+            file.write_bytes(raw)
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", read)
+    run(zoo, tmp_path / "whole")
+    changes_at, reads = reads // 2, 0
+    with pytest.raises(TwinmergeError, match="changed while it was read|changed since it was opened"):
+        run(zoo, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 60_000),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**11),
+        ("max_position_embeddings", 10**11),
+        ("intermediate_size", 10**12),
+        ("hidden_size", 60_000),
+        ("num_labels", 60_000),
+    ],
+)
+def test_a_head_whose_config_counts_beyond_the_weights(zoo: Any, tmp_path: Path, key: str, value: int) -> None:
+    """Sealed by whoever made it: refused before memory is taken or a class grows."""
+    folder = copied(zoo, "twin", tmp_path / "copy")
+    config, head = folder / "heads/a/config.json", folder / "heads/a/head.safetensors"
+    raw = json.loads(config.read_text())
+    if key == "num_labels":
+        raw["id2label"], raw["label2id"] = None, None
+    config.write_text(json.dumps({**raw, key: value}))
+    made = load_artefact(head, "head", HEADS_VERSION)
+    made.header["config"] = of_file(config)
+    head.unlink()
+    save_artefact(head, made)
+    sums = json.loads((folder / CHECKSUMS).read_text())["sums"]
+    write_manifest(folder, sums)
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(TwinmergeError, match="config"):
+        Twin.from_pretrained(folder)
+    assert time.monotonic() - begun < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000

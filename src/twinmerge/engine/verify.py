@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,11 @@ from twinmerge.models.opened import OpenedModel
 from twinmerge.store.artefact import ArtefactFile, head_of_state
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checksum import of_file, streamed
+from twinmerge.store.foreign import read_json, shown_path
 from twinmerge.store.header import SIZES
-from twinmerge.store.manifest import CHECKSUMS, OUTPUT, SEAL, Manifest, files_in, header_in
+from twinmerge.store.manifest import CHECKSUMS, MOST, OUTPUT, SEAL, Manifest, files_in, header_in
 
-STATE = "state.safetensors"
+STATE, HEADS = "state.safetensors", "heads"
 Job = tuple[str, str, Callable[[], str]]
 """Source, tensor, and what computes its checksum."""
 
@@ -57,15 +59,15 @@ def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Ve
     """
     folder = Path(folder)
     found = _Found()
-    if folder.is_file():
+    if os.path.isfile(folder):
         found.add_artefact(folder, folder.name)
         return found.compared(progress)
-    if not folder.is_dir():
-        raise TwinmergeError(f"{folder} is not there. Name a folder or a file that twinmerge wrote.")
+    if not os.path.isdir(folder):
+        what = "is no folder and no file" if os.path.lexists(folder) else "is not there"
+        raise TwinmergeError(f"{shown_path(folder)} {what}. Name a folder or a file that twinmerge wrote.")
     if (folder / CHECKSUMS).is_file():
-        raw = _read(folder / CHECKSUMS)
         manifest = Manifest.of(folder)
-        wanted: Mapping[str, Mapping[str, str]] = raw if manifest is None else manifest.sums
+        wanted: Mapping[str, Mapping[str, str]] = _read(folder / CHECKSUMS) if manifest is None else manifest.sums
         if manifest is not None:
             found.add_files(manifest)
         else:  # of before the first release: tensors only
@@ -74,10 +76,20 @@ def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Ve
         if inputs and wanted.keys() - {OUTPUT} and PROVENANCE not in found.files:
             found.add_inputs(folder, wanted)
         return found.compared(progress)
-    if any(folder.glob("*.safetensors")) and (state := artefact_in(folder / STATE)) is not None:
-        found.add_state(folder, state)
-        return found.compared(progress)
+    if os.path.isfile(folder / STATE):
+        return _state(folder, progress)
     raise TwinmergeError(f"{folder / CHECKSUMS} is missing. Name a folder that twinmerge wrote, whole.")
+
+
+def _state(folder: Path, progress: bool) -> Verified:
+    """Of a state, which another process may replace meanwhile: then the new one is looked at."""
+    while True:
+        state, found = ArtefactFile(folder / STATE), _Found()
+        with contextlib.suppress(OSError), state.held() as (fd,):  # one that was replaced before it was held
+            found.add_state(folder, state)
+            compared = found.compared(progress)
+            if compared.ok or os.path.samestat(os.fstat(fd), os.stat(folder / STATE)):
+                return compared
 
 
 class _Found:
@@ -93,11 +105,11 @@ class _Found:
     def add_artefact(self, file: Path, name: str) -> None:
         """A file with checksums of its own."""
         opened = ArtefactFile(file)
-        if not opened.sealed and not opened.expected:
-            raise TwinmergeError(f"{file} has no checksums: an older release wrote it. Write it again.")
-        self._add(opened, name, opened.expected)
+        self.opened.append(opened)
+        self._add_sums_of(opened, name)
 
     def add_weights(self, opened: Checkpoint, wanted: Mapping[str, str]) -> None:
+        self.opened.append(opened)
         self._add(opened, OUTPUT, wanted)
 
     def add_files(self, manifest: Manifest) -> None:
@@ -123,9 +135,9 @@ class _Found:
                 self.files[weights[0].name] = str(error)
 
     def add_state(self, folder: Path, state: ArtefactFile) -> None:
-        """A state of experts that came over time, and their heads beside it."""
-        self.add_artefact(state.file, STATE)
-        known = {STATE, "lock"}
+        """A state of experts that came over time, held open, and their heads beside it."""
+        self._add_sums_of(state, STATE)
+        known = {STATE, f"{STATE}.partial", "lock"}  # of an add that is under way, or was killed, as are heads below
         for expert in state.artefact.header.get("experts", []):
             if (checksum := expert.get("head")) is None:
                 continue
@@ -134,9 +146,12 @@ class _Found:
             try:
                 if of_file(folder / name) != checksum:
                     self.files[name] = "is not what was written"
-            except OSError as error:
-                self.files[name] = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        self.files |= {name: "was not written here" for name in files_in(folder) if name not in known}
+            except FileNotFoundError:
+                self.files[name] = "is missing"
+            except (OSError, TwinmergeError) as error:
+                self.files[name] = f"cannot be read ({error})"
+        strange = (name for name in files_in(folder) if name not in known and not _is_left(folder / name))
+        self.files |= dict.fromkeys(strange, "was not written here")
 
     def add_inputs(self, folder: Path, wanted: Mapping[str, Mapping[str, str]]) -> None:
         """The base and the experts of a merge."""
@@ -166,15 +181,29 @@ class _Found:
                 missing[source] = gone
         return Verified(len(self.jobs), changed, missing, self.unreadable, self.files)
 
+    def _add_sums_of(self, opened: ArtefactFile, name: str) -> None:
+        if not opened.sealed and not opened.expected:
+            raise TwinmergeError(f"{opened.file} has no checksums: an older release wrote it. Write it again.")
+        self._add(opened, name, opened.expected)
+
     def _add(self, opened: Checkpoint, source: str, wanted: Mapping[str, str]) -> None:
-        self.opened.append(opened)
         self.wanted[source] = wanted
         self.jobs += [(source, name, partial(opened.sum_of, name)) for name in opened.specs]
 
 
-def artefact_in(file: Path) -> ArtefactFile | None:
-    """The artefact, where there is one."""
-    return ArtefactFile(file) if file.is_file() else None
+def _is_left(file: Path) -> bool:
+    """Whether it is a head that no state names yet, or any more: whole, by the checksum in its name, or only begun."""
+    if file.parent.name != HEADS or file.name.endswith(".partial"):
+        return file.parent.name == HEADS
+    expert, _, checksum = file.stem.rpartition(".")
+    try:
+        return (
+            bool(expert) and file.parent.parent / head_of_state(expert, of_file(file)) == file and len(checksum) == 16
+        )
+    except FileNotFoundError:  # it is gone now
+        return True
+    except (OSError, TwinmergeError):
+        return False
 
 
 def _of_inputs(merge: Merge, wanted: Mapping[str, Mapping[str, str]]) -> list[Job]:
@@ -194,10 +223,4 @@ def _of_inputs(merge: Merge, wanted: Mapping[str, Mapping[str, str]]) -> list[Jo
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TwinmergeError(f"{file} cannot be read: {error}. Name a folder that twinmerge wrote, whole.") from error
-    if not isinstance(found, dict):
-        raise TwinmergeError(f"{file} is no provenance of twinmerge. Name a folder that twinmerge wrote.")
-    return found
+    return read_json(file, MOST, "Name a folder that twinmerge wrote, whole.", finite=False)

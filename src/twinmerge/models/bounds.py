@@ -38,6 +38,14 @@ def check_counts(raw: Mapping[str, Any], file: Path, tensors: Mapping[str, Spec]
             )
 
 
+def most_parameters(tensors: int) -> int:
+    """Parameters that a class may have for a checkpoint of so many tensors.
+
+    Loading may split a stored tensor; ties and heads are stored once or not at all.
+    """
+    return 4 * tensors + 500
+
+
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
     """Every whole number of a config with its key."""
     stack = [(key, value)]

@@ -16,9 +16,11 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
+from twinmerge.models.bounds import most_parameters
 from twinmerge.models.conversion import as_module, conversions
 from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, damaged, load_artefact, save_artefact, undamaged
+from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.checksum import of_bytes, of_file
 from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import Manifest
@@ -132,11 +134,13 @@ class HeadedModel(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.head_specs = dict(heads or {})
-        model = build_module(architecture)
         head_names = {n for spec in self.head_specs.values() for n in spec.tensors}
         self.body_path = body_path(architecture, head_names) if head_names else ""
+        self._most = most_parameters(len(state) + len(head_names))
+        found = self._found(state)
+        model = build_module(architecture)
         self.body: nn.Module = model.get_submodule(self.body_path) if self.body_path else model
-        self._load(state)
+        self._load(found)
         self.body.eval()
         self._groups: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._inner = self._hook_inner_heads(head_names)
@@ -150,12 +154,19 @@ class HeadedModel(nn.Module):
         full = f"{self.body_path}.{module_name}" if self.body_path else module_name
         return self.architecture.of_module(full)
 
-    def _load(self, state: Mapping[str, Tensor]) -> None:
+    def _found(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensor of each key of the body, in the shapes that the class has by its config, which takes no memory to find out.
+
+        Errors:
+            TwinmergeError: one is missing, or has another shape.
+        """
         found_conversions = conversions(self.architecture, state)
         self.shapes = {part: tuple(state[part].shape) for each in found_conversions for part in each.parts}
         self.conversions = {part: each for each in found_conversions for part in each.parts}
         state = as_module(state, found_conversions)
-        wanted = {self.canonical(k): k for k in self.body.state_dict()}
+        skeleton = self.architecture.skeleton
+        body = skeleton.get_submodule(self.body_path) if self.body_path else skeleton
+        wanted = {self.canonical(k): k for k in body.state_dict()}
         aliases = self.architecture.aliases
         found, missing = {}, []
         for canonical, key in wanted.items():
@@ -170,9 +181,20 @@ class HeadedModel(nn.Module):
                 f"The weights lack {len(missing)} tensors of {self.architecture.model_class.__name__}, the first is "
                 f"{missing[0]!r}. Take a base that has them, or build the output again."
             )
-        _check_shapes(self.body, found, {key: name for name, key in wanted.items()}, "The weights hold")
+        _check_shapes(body, found, {key: name for name, key in wanted.items()}, "The weights hold")
+        for key, own in skeleton.state_dict().items():
+            name = self.architecture.of_module(key)
+            shapes = {tuple(head.tensors[name].shape) for head in self.head_specs.values() if name in head.tensors}
+            if shapes and tuple(own.shape) not in shapes:
+                raise TwinmergeError(
+                    f"The heads hold {name!r} as {list(min(shapes))}, {type(skeleton).__name__} takes {list(own.shape)} by its config. "
+                    "Restore its config.json, or build the output again."
+                )
+        return found
+
+    def _load(self, found: Mapping[str, Tensor]) -> None:
         self.body.load_state_dict(found, strict=True, assign=True)
-        tie = getattr(self.body, "tie_weights", None)
+        tie, aliases = getattr(self.body, "tie_weights", None), self.architecture.aliases
         if tie is not None and aliases and not self.architecture.torn:
             tie()
         self.body.requires_grad_(False)
@@ -221,12 +243,11 @@ class HeadedModel(nn.Module):
         return y
 
     def _head_module(self, name: str, head: HeadSpec) -> PreTrainedModel:
-        architecture = Architecture(head.config, class_of(head.config))
+        architecture = Architecture(head.config, class_of(head.config), self._most)
         module = architecture.skeleton
         path = body_path(architecture, set(head.tensors))
         parent, _, child = path.rpartition(".")
         setattr(module.get_submodule(parent) if parent else module, child, self.port)
-        module.to_empty(device="cpu")
         outside = {n: k for k in module.state_dict() if (n := architecture.of_module(k)) in head.tensors}
         lacking = [k for k in module.state_dict() if k not in outside.values()]
         if lost := [n for n in head.tensors if n not in outside and n not in self._inner[name]]:
@@ -237,6 +258,7 @@ class HeadedModel(nn.Module):
             raise TwinmergeError(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
         state = {k: self._as_body(head.tensors[n]) for n, k in outside.items()}
         _check_shapes(module, state, {k: n for n, k in outside.items()}, f"The head of {name!r} holds")
+        module.to_empty(device="cpu")
         module.load_state_dict(state, strict=True, assign=True)
         module.eval().requires_grad_(False)
         return module
@@ -315,10 +337,14 @@ class HeadedModel(nn.Module):
         raise TwinmergeError(f"{type(module).__name__} gives no hidden states to route on. Name the mixture yourself.")
 
 
-def architecture_of(heads: Mapping[str, HeadSpec]) -> Architecture:
-    """The class that runs the body of these heads: that of the first."""
-    config = next(iter(heads.values())).config
-    return Architecture(config, class_of(config))
+def architecture_of(heads: Mapping[str, HeadSpec], tensors: int) -> Architecture:
+    """The class that runs the body of these heads: that of the first.
+
+    Args:
+        tensors: how many the body has.
+    """
+    first = next(iter(heads.values()))
+    return Architecture(first.config, class_of(first.config), most_parameters(tensors + len(first.tensors)))
 
 
 def _check_shapes(module: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
@@ -378,8 +404,11 @@ def _config_of(head: HeadSpec) -> bytes:
     return head.config.to_json_string(use_diff=True).encode()
 
 
-def load_head(folder: Path, name: str, base: str | None = None) -> HeadSpec:
+def load_head(folder: Path, name: str, base: str | None = None, body: Mapping[str, Spec] | None = None) -> HeadSpec:
     """The head in `heads/<name>/`.
+
+    Args:
+        base: fingerprint of the model that it belongs to; body: the tensors of that model, which bound what the config may count.
 
     Errors:
         TwinmergeError: missing, damaged, of another expert or another model, or with another config than it was written with.
@@ -391,7 +420,8 @@ def load_head(folder: Path, name: str, base: str | None = None) -> HeadSpec:
     file = where / "config.json"
     if file.is_file() and artefact.version == HEADS_VERSION and artefact.header.get("config") != of_file(file):
         raise damaged(file)
-    config = read_config(where)
+    own = {key: Spec(t.dtype, tuple(t.shape)) for key, t in artefact.tensors.items()}
+    config = read_config(where, {**(body or {}), **own})
     if config is None:
         raise TwinmergeError(f"{where / 'config.json'} is missing. Copy the whole folder again.")
     if artefact.header.get("expert") != name:
@@ -430,4 +460,5 @@ def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
                 if isinstance(entry, dict)
                 else f"{file} says nothing of the expert {name!r}. Copy the whole folder again."
             )
-    return {name: load_head(folder, name, base) for name in table}
+    body = Checkpoint.open(folder).specs if table and any(folder.glob("*.safetensors")) else None
+    return {name: load_head(folder, name, base, body) for name in table}

@@ -276,10 +276,10 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     architecture = None
     if find(found.folder, "config.json"):
         from twinmerge.models.architecture import Architecture, class_of, read_config
+        from twinmerge.models.bounds import most_parameters
 
         config = read_config(found.folder, checkpoint.specs)
-        # loading may split a stored tensor; ties and heads are stored once or not at all
-        most = 4 * len(checkpoint.specs) + 500
+        most = most_parameters(len(checkpoint.specs))
         architecture = Architecture(config, class_of(config), most) if config is not None else None
     specs: Mapping[str, Spec] = checkpoint.specs
     source: Source = checkpoint

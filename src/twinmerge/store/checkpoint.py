@@ -186,6 +186,7 @@ class Checkpoint:
         try:
             with self._handles[i].use() as fd:
                 read_into(fd, bytes_of(out), offset + start * spec.itemsize)
+                self._handles[i].require_same(fd)
         except (EOFError, OSError) as error:
             raise TwinmergeError(
                 f"Tensor {name!r} in {self.files[i]} cannot be read: {error}. Restore the file and run again."

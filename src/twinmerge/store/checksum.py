@@ -15,6 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from twinmerge.store.foreign import open_regular
+
 BLOCK = 65_536
 
 
@@ -72,9 +74,13 @@ def of_bytes(content: Any) -> str:
 
 
 def of_file(file: Path) -> str:
-    """XXH3-128 of all bytes of a file, read in pieces."""
+    """XXH3-128 of all bytes of a file, read in pieces.
+
+    Errors:
+        TwinmergeError: a pipe or another thing that is no file.
+    """
     found = xxhash.xxh3_128()
-    with file.open("rb") as content:
+    with open(open_regular(file), "rb") as content:
         while piece := content.read(1 << 22):
             found.update(piece)
     return found.hexdigest()

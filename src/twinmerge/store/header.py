@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.foreign import no_key_twice as no_key_twice
+from twinmerge.store.foreign import open_regular
 from twinmerge.store.foreign import shown as shown
 from twinmerge.store.ranges import read_into
 
@@ -196,7 +197,7 @@ def read_header(fd: int, file: Path) -> Header:
 
 def raw_header(file: Path) -> bytes:
     """The bytes of a file's header, length prefix included; `read_header` has found it to be one."""
-    with file.open("rb") as content:
+    with open(open_regular(file), "rb") as content:
         prefix = content.read(8)
         return prefix + content.read(min(int.from_bytes(prefix, "little"), MAX_HEADER))
 

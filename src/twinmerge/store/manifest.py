@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from twinmerge.errors import TwinmergeError
 from twinmerge.store import disk
 from twinmerge.store.checksum import UNSEALED, is_sealed, of_bytes, of_file, sealed
-from twinmerge.store.foreign import AGAIN, Most, find, parse_json, read_bytes
+from twinmerge.store.foreign import AGAIN, Most, find, open_regular, parse_json, read_bytes
 from twinmerge.store.header import Header, raw_header, read_header
 
 CHECKSUMS = "twinmerge.checksums.json"
@@ -84,9 +85,11 @@ class Manifest(NamedTuple):
         """In what a file that the manifest names is no longer what was written; None where it is."""
         wanted, file = self.files[name], self.folder / name
         try:
-            size = file.stat().st_size
-            if size != wanted["size"]:
-                return f"has {size} bytes, {wanted['size']} were written"
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return "is no file"
+            if status.st_size != wanted["size"]:
+                return f"has {status.st_size} bytes, {wanted['size']} were written"
             found = of_file(file) if "sum" in wanted else of_bytes(raw_header(file))
         except FileNotFoundError:
             return "is missing"
@@ -127,7 +130,7 @@ def header_in(file: Path) -> Header:
     Errors:
         TwinmergeError: as `read_header`.
     """
-    with file.open("rb") as content:
+    with open(open_regular(file), "rb") as content:
         return read_header(content.fileno(), file)
 
 

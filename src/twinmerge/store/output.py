@@ -73,7 +73,11 @@ class _Output:
         """Refuse now what would fail later."""
         if self.target.is_symlink():
             raise TwinmergeError(f"The output {self.target} is a link. Name the {self.what} itself.")
-        self._check_target()
+        try:
+            self._check_target()
+        except TwinmergeError:
+            self._clear()
+            raise
         if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
             raise TwinmergeError(
                 f"{self.partial}, where the output is written first, is no folder. Remove it or name another output."
@@ -110,6 +114,13 @@ class _Output:
                 self.check()  # the process that had the lock may have finished since the first look
                 self._begin()
             except BaseException:
+                if self._journal is not None and not self.done:  # nothing is lost with it
+                    self._close()
+                    with contextlib.suppress(OSError):
+                        disk.remove_tree(self.content)
+                    with contextlib.suppress(OSError):
+                        disk.remove(self.partial / JOURNAL)
+                self._close()
                 self._unlock()
                 raise
         except OSError as error:
@@ -153,6 +164,20 @@ class _Output:
     def _check_target(self) -> None:
         """Refuse what has the name."""
         raise NotImplementedError
+
+    def _clear(self) -> None:
+        """Remove the `.partial` of a run that was killed just after its output got the name."""
+        if self.partial.is_symlink() or not self.partial.is_dir() or not _is_ours(self.partial):
+            return
+        with contextlib.suppress(OSError, TwinmergeError):  # it is somebody's who is at work
+            if {path.name for path in self.partial.iterdir()} - {LOCK, JOURNAL}:
+                return
+            self._lock = _lock(self.partial / LOCK, self.target)
+            try:
+                if not os.path.lexists(self.content):
+                    disk.remove(self.partial / JOURNAL)
+            finally:
+                self._unlock()
 
     def _complete(self) -> None:
         """The last things that are written."""

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,26 @@ def _found() -> Callable[[int, int, int, int], int] | None:
 _sync_file_range = _found()
 
 
+class Stamp(NamedTuple):
+    """What tells whether a file changed: its length, the times of its content and of its entry (which no program sets), and what else
+    moves the latter: links, rights and owner. No inode: some network file systems give a new one each time.
+    """
+
+    size: int
+    content: int
+    entry: int
+    others: tuple[int, ...]
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        others = (status.st_nlink, status.st_mode, status.st_uid, status.st_gid)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, others)
+
+    def fits(self, now: Stamp) -> bool:
+        """Whether the content is still the same; a file that got another name, or none, or other rights is."""
+        return self[:2] == now[:2] and (self.entry == now.entry or self.others != now.others)
+
+
 class OpenFile:
     """A file whose descriptor is opened when it is first needed and kept, for any number of threads.
 
@@ -143,7 +163,7 @@ class OpenFile:
         self._fd: int | None = None
         self._users: list[int] = []  # a thread's number for each use
         self._last_use = 0
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: Stamp | None = None
 
     @contextmanager
     def use(self) -> Iterator[int]:
@@ -192,13 +212,33 @@ class OpenFile:
 
     def _open(self) -> int:
         fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC) if self.writable else open_regular(self.path)
-        found = os.fstat(fd)
-        stamp = (found.st_size, found.st_mtime_ns)  # no inode: some network file systems give a new one each time
-        if not self.writable and self._stamp not in (None, stamp):
+        if self._stamp is None:
+            self._stamp = Stamp.of(os.fstat(fd))
+        try:
+            self.require_same(fd)
+        except OSError:
             os.close(fd)
-            raise OSError("it changed since it was opened first")
-        self._stamp = stamp
+            raise
         return fd
+
+    def require_same(self, fd: int) -> None:
+        """Refuse what was read of a file that is not written here, if it changed since it was opened first.
+
+        Errors:
+            OSError: it did.
+        """
+        if self.writable or self._stamp is None:
+            return
+        size, content, entry, _ = self._stamp
+        now = os.fstat(fd)
+        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (
+            size,
+            content,
+            entry,
+        ):  # nearly always, and after every read
+            return
+        if not self._stamp.fits(Stamp.of(now)):
+            raise OSError("it changed since it was opened first")
 
     def _close(self) -> None:
         fd, self._fd = self._fd, None

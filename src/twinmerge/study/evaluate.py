@@ -68,7 +68,7 @@ class StaticRunner:
         heads = load_heads(folder, folder_fingerprint(folder))
         architecture = opened.architecture
         if heads:
-            architecture = architecture_of(heads)
+            architecture = architecture_of(heads, len(opened.specs))
         model = HeadedModel(architecture, {n: opened.read(n) for n in opened.specs}, heads)
         if not heads and not hasattr(model.body, "num_labels"):
             raise TwinmergeError(

@@ -20,9 +20,9 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, check, unpack
 from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.threads import parallel
-from twinmerge.models.architecture import Architecture, class_of
+from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import stored_names
-from twinmerge.models.headed import HeadSpec, load_heads
+from twinmerge.models.headed import HeadSpec, architecture_of, load_heads
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store import disk
 from twinmerge.store.artefact import ArtefactFile, open_artefact, undamaged
@@ -106,7 +106,7 @@ def extract(folder: str | Path, task: str, out: str | Path) -> Path:
     masks = open_masks(folder, shared)
     expert = index_of(task, masks.experts)
     head = load_heads(folder).get(task)
-    architecture = shared.architecture if head is None else Architecture(head.config, class_of(head.config))
+    architecture = shared.architecture if head is None else architecture_of({task: head}, len(shared.specs))
     check_written([shared])
     for name in masks.lengths:
         masks.file.check(f"vector/{name}")

@@ -115,7 +115,7 @@ class Twin(nn.Module):
         shared = package.shared
         architecture = shared.architecture
         if package.heads:
-            architecture = architecture_of(package.heads)
+            architecture = architecture_of(package.heads, len(shared.specs))
         if architecture is None:
             raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
