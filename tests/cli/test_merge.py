@@ -235,3 +235,9 @@ def test_one_method(command: Any) -> None:
     shown = command("methods", "ties")
     assert shown.out.startswith("ties\n\n") and ">>>" not in shown.out
     assert all(f"│ {name} " in shown.out for name in found["ties"]["parameters"])
+
+
+def test_a_weight_twice(command: Any, zoo: Any, tmp_path: Path) -> None:
+    given = ["--method", "average", "--expert", f"a={zoo.mood}", "--expert", f"b={zoo.kind}", "-o", tmp_path / "out"]
+    ran = command("merge", *given, "-p", "a.weights=3", "--weight", "a=2")
+    assert ran.code == 2 and "-p a.weights and --weight are one parameter" in ran.err

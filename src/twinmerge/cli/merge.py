@@ -191,7 +191,10 @@ def recipe_of(
             )
         require_model(method)
         parameters = values(parameter, "-p")
-        parameters |= {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
+        weights = {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
+        if twice := weights.keys() & parameters.keys():
+            raise TwinmergeError(f"-p {min(twice)} and --weight are one parameter. Give one of them.")
+        parameters |= weights
         heads = tuple(head or ())
         measured = pairs(statistics, "--statistics")
         depth = None if lines is None else Lines.of(values(lines.split(","), "--lines"))
