@@ -54,7 +54,10 @@ def test_merge_with_a_recipe(command: Any, zoo: Any, tmp_path: Path) -> None:
     )
     ran = command("merge", recipe, tmp_path / "out", "--json")
     found = ran.json()
-    assert ran.err.endswith("average, by mergekit's semantics.\n") and found["semantics"] == "mergekit"
+    assert (
+        ran.err.endswith("average, by mergekit's semantics, with sums in float32 or wider.\n")
+        and found["semantics"] == "mergekit"
+    )
     assert found["method"] == "average" and found["output"] == str(tmp_path / "out") and found["smoke"] is None
     name = "encoder.layer.0.output.dense.weight"
     mood, kind = (weights(folder)[f"bert.{name}"] for folder in (zoo.mood, zoo.kind))

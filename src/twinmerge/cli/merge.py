@@ -124,7 +124,10 @@ def merge(
                 ["model", "loss", "texts"],
                 [(r.model, f"{r.loss:.4f}", str(r.texts)) for r in losses],
             )
-    said(f"{described.method}, by {SEMANTICS[described.semantics]}.")
+    sums = (
+        ", with sums in float32 or wider" if described.semantics == "mergekit" else ""
+    )  # its own are in the models' dtype
+    said(f"{described.method}, by {SEMANTICS[described.semantics]}{sums}.")
     if json:
         rounding = report.rounding(described.stochastic)
         smoked = [r._asdict() for r in losses] if losses else None
