@@ -247,7 +247,7 @@ W = "parameters: {weight: 1}"
             "neither true nor false",
         ),
         (
-            f"{{merge_method: linear, models: [{{model: a, {W}}}], parameters: {{normalize: 'true'}}}}",
+            f"{{merge_method: linear, models: [{{model: a, {W}}}], parameters: {{normalize: ' true'}}}}",
             "neither true nor",
         ),
         (
