@@ -54,7 +54,10 @@ def test_merge_with_a_recipe(command: Any, zoo: Any, tmp_path: Path) -> None:
     )
     ran = command("merge", recipe, tmp_path / "out", "--json")
     found = ran.json()
-    assert ran.err.endswith("average, by mergekit's semantics.\n") and found["semantics"] == "mergekit"
+    assert (
+        ran.err.endswith("average, by mergekit's semantics, with sums in float32 or wider.\n")
+        and found["semantics"] == "mergekit"
+    )
     assert found["method"] == "average" and found["output"] == str(tmp_path / "out") and found["smoke"] is None
     name = "encoder.layer.0.output.dense.weight"
     mood, kind = (weights(folder)[f"bert.{name}"] for folder in (zoo.mood, zoo.kind))
@@ -235,3 +238,9 @@ def test_one_method(command: Any) -> None:
     shown = command("methods", "ties")
     assert shown.out.startswith("ties\n\n") and ">>>" not in shown.out
     assert all(f"│ {name} " in shown.out for name in found["ties"]["parameters"])
+
+
+def test_a_weight_twice(command: Any, zoo: Any, tmp_path: Path) -> None:
+    given = ["--method", "average", "--expert", f"a={zoo.mood}", "--expert", f"b={zoo.kind}", "-o", tmp_path / "out"]
+    ran = command("merge", *given, "-p", "a.weights=3", "--weight", "a=2")
+    assert ran.code == 2 and "-p a.weights and --weight are one parameter" in ran.err

@@ -87,8 +87,20 @@ def test_weightings_are_those_of_the_paper() -> None:
         (["--grid", "sclae=1,2"], "Did you mean 'scale'"),
         (["--grid", "scale=1", "--experts", "nowhere.json"], "nowhere.json cannot be read: No such file"),
         (["--grid", "scale=1", "--out", "."], "cannot be written"),
+        (
+            ["--grid", "mood.weights=1,2", "--weightings", "3"],
+            "--grid mood.weights and --weightings both choose weights",
+        ),
     ],
 )
 def test_mistakes(command: Any, given: list[str], words: list[str], said: str) -> None:
     ran = command(*given, *words)
     assert ran.code == 2 and said in ran.err and ran.out == ""
+
+
+def test_a_wrong_last_candidate_is_told_before_the_first_is_tried(
+    command: Any, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twinmerge.study.search.evaluate", lambda *_, **__: pytest.fail("a candidate was tried"))
+    ran = command(*given, "--grid", "scale=0.1,1:30")
+    assert ran.code == 2 and "scale='1:30' is not allowed" in ran.err

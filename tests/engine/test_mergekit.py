@@ -244,6 +244,7 @@ def test_passthrough_of_one_model(models, tmp_path):
         ("dare_ties", {"normalize": True}, 0.75),
         ("ties", {}, 0.75),
         ("ties", {"normalize": 0.0}, 1.5),
+        ("ties", {"normalize": "off"}, 1.5),
         ("task_arithmetic", {}, 0.5),
         ("task_arithmetic", {"normalize": True}, 0.5 / 3),
         ("dare_linear", {}, 0.5),

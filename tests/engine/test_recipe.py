@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
+from transformers import BertConfig, BertModel
 
 from twinmerge.engine.merge import merge
 from twinmerge.engine.names import EXPERT_NAME, expert_names
@@ -245,7 +247,7 @@ W = "parameters: {weight: 1}"
             "neither true nor false",
         ),
         (
-            f"{{merge_method: linear, models: [{{model: a, {W}}}], parameters: {{normalize: 'true'}}}}",
+            f"{{merge_method: linear, models: [{{model: a, {W}}}], parameters: {{normalize: ' true'}}}}",
             "neither true nor",
         ),
         (
@@ -519,3 +521,60 @@ def test_names_from_paths_do_not_depend_on_the_order():
     assert expert_names(["x/a", "y/a"], ["a", None], "it") == ["a", "y_a"]
     assert expert_names(["a@v1", "a@v2", "a@v0"], [None] * 3, "it") == ["a_2", "a_3", "a_1"]
     assert all(EXPERT_NAME.fullmatch(name) for name in want)
+
+
+# --------------------------------------------------------------------- lists, and one parameter twice
+
+
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "tsv", "magmax"])
+def test_lists_are_in_the_order_of_the_recipe(method):
+    """Whatever the order in which the method sees the experts, which is by name where that changes no bit."""
+    recipe = Recipe(method, "base", {"z": "m", "a": "n", "k": "o"}, {"weights": [1.0, 2.0, 3.0]})
+    by_name = dict(zip(recipe.order, recipe.make_method().weights, strict=True))
+    assert by_name == {"z": 1.0, "a": 2.0, "k": 3.0}
+    one_by_one = Recipe(method, "base", recipe.experts, {"z.weights": 1.0, "a.weights": 2.0, "k.weights": 3.0})
+    assert one_by_one.make_method() == recipe.make_method()
+    assert recipe.resolved(recipe.make_method())["weights"] == (1.0, 2.0, 3.0)
+    read = recipe_from(recipe.describe())
+    assert read.make_method() == recipe.make_method() and list(read.experts) == ["z", "a", "k"]
+
+
+def test_a_list_of_weights_merges_the_expert_that_it_names():
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 4,
+    }
+    b = BertModel(BertConfig(**sizes))
+    a = copy.deepcopy(b)
+    name = "encoder.layer.0.output.dense.weight"
+    a.get_parameter(name).data += 0.01
+    merged = merge("average", experts={"b": b, "a": a}, weights=[1.0, 0.0], progress=False).state_dict()
+    assert merged[name].equal(b.state_dict()[name]) and not merged[name].equal(a.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ("{lambda: 2, scale: 3}", "lambda and scale are one parameter, scale"),
+        ("{weights: 2, weight: 3}", "weights and weight are one parameter, weights"),
+        ("{a.weight: 2, a.weights: 3}", "a.weight and a.weights are one parameter"),
+        ("{merge: mean, normalize: false}", "merge and normalize are one parameter, merge"),
+        ("{a.density: 0.5}", "'a.density' is set for the whole recipe too"),
+    ],
+)
+def test_one_parameter_by_two_names(parameters, said):
+    with pytest.raises(TwinmergeError, match=said):
+        ours(
+            f"{{merge_method: ties, base_model: b, parameters: {parameters}, models: [{{name: a, model: m, parameters: {{density: 1}}}}]}}"
+        )
+
+
+@pytest.mark.parametrize("value", ["''", "false", "0", "[]"])
+def test_a_wrong_out_dtype_beside_a_right_dtype(value):
+    with pytest.raises(TwinmergeError, match="dtype"):
+        parse(
+            f"{{merge_method: linear, dtype: float32, out_dtype: {value}, models: [{{model: m, parameters: {{weight: 1}}}}]}}"
+        )

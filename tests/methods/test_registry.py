@@ -86,6 +86,7 @@ def test_values_that_a_field_does_not_take_are_named(name, parameters, field):
         ({"density": 0.3, "b.density": 0.5}, (0.3, 0.5)),
         ({"b.density": 0.5, "a.density": 0.1}, (0.1, 0.5)),
         ({"density": (0.1, 0.9)}, (0.1, 0.9)),
+        ({"density": [0.1, 0.9], "b.density": 0.5}, (0.1, 0.5)),
     ],
     ids=str,
 )
@@ -115,6 +116,8 @@ def test_parameters_for_all_are_not_set_for_one():
 def test_as_many_values_as_experts(field, values):
     with pytest.raises(TwinmergeError, match=f"{len(values)} .*{field} for 2 experts"):
         make_method("ties", AB, {field: values})
+    with pytest.raises(TwinmergeError, match=f"{len(values)} .*{field} for 2 experts"):
+        make_method("ties", AB, {field: values, f"a.{field}": 0.5})
 
 
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (0.0, 0.0), (-2.0, 1.0), 0.0, -1.0])

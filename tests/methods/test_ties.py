@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from twinmerge.errors import TwinmergeError
+from twinmerge.methods.registry import make_method
+
 R1 = [0.9, -0.1, 0.5, 0, -0.7, 0.2, 0.05, -0.3, 0.6, -0.02]
 R2 = [0.8, 0.3, -0.6, 0.1, 0.7, -0.2, 0.04, -0.4, -0.1, 0.01]
 R3 = [-0.2, 0.25, 0.55, -0.9, 0.1, 0.3, -0.06, -0.5, 0, 0.03]
@@ -240,3 +243,20 @@ def test_weights_of_both_signs_in_mergekit(merge_rows, weights, want):
     """τ = 1 and −2."""
     got = merge_rows("ties", [[1.0], [-2.0]], density=1.0, weights=weights, compat="mergekit").item()
     assert got == pytest.approx(want)
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties"])
+@pytest.mark.parametrize(
+    ("compat", "field", "decided", "other"),
+    [
+        ("mergekit", "scope", "tensor", "model"),
+        ("mergekit", "tie", "positive", "zero"),
+        ("official", "tie", "majority", "zero"),
+    ],
+)
+def test_what_the_semantics_decide_is_said_and_nothing_else_is_taken(name, compat, field, decided, other):
+    chosen = {"compat": compat, "rescale": "none"} if name == "dare_ties" else {"compat": compat}
+    assert getattr(make_method(name, ("a",), chosen), field) == decided
+    assert make_method(name, ("a",), {**chosen, field: decided}) == make_method(name, ("a",), chosen)
+    with pytest.raises(TwinmergeError, match=f"compat={compat} goes with {field}={decided}, got {field}='{other}'"):
+        make_method(name, ("a",), {**chosen, field: other})

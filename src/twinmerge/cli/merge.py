@@ -124,7 +124,10 @@ def merge(
                 ["model", "loss", "texts"],
                 [(r.model, f"{r.loss:.4f}", str(r.texts)) for r in losses],
             )
-    said(f"{described.method}, by {SEMANTICS[described.semantics]}.")
+    sums = (
+        ", with sums in float32 or wider" if described.semantics == "mergekit" else ""
+    )  # its own are in the models' dtype
+    said(f"{described.method}, by {SEMANTICS[described.semantics]}{sums}.")
     if json:
         rounding = report.rounding(described.stochastic)
         smoked = [r._asdict() for r in losses] if losses else None
@@ -191,7 +194,10 @@ def recipe_of(
             )
         require_model(method)
         parameters = values(parameter, "-p")
-        parameters |= {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
+        weights = {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
+        if twice := weights.keys() & parameters.keys():
+            raise TwinmergeError(f"-p {min(twice)} and --weight are one parameter. Give one of them.")
+        parameters |= weights
         heads = tuple(head or ())
         measured = pairs(statistics, "--statistics")
         depth = None if lines is None else Lines.of(values(lines.split(","), "--lines"))

@@ -88,7 +88,10 @@ def search(
         raise TwinmergeError(f"{out} cannot be written. Name a file in a folder that is there.")
     if out is not None:
         OutputFile(out, replace=True).check()
-    points = list(combined(**_grid(grid))) if grid else [{}]
+    axes = _grid(grid or [])
+    if weightings is not None and (twice := [name for name in axes if name.rpartition(".")[2] == "weights"]):
+        raise TwinmergeError(f"--grid {twice[0]} and --weightings both choose weights. Give one of them.")
+    points = list(combined(**axes))
     if weightings is not None:
         points = [{**point, **draw} for point in points for draw in draws(list(recipe.experts), weightings, seed)]
     elif not grid:

@@ -31,7 +31,7 @@ def checked(merge: Merge) -> dict[str, Any]:
     return {
         "method": merge.recipe.method,
         "semantics": merge.recipe.semantics,
-        "parameters": merge.method.model_dump(),
+        "parameters": merge.recipe.resolved(merge.method),
         "merged_tensors": len(matched.merged),
         "merged_parameters": sum(base.spec(n).numel for n in matched.merged),
         "heads": matched.heads,

@@ -161,14 +161,16 @@ def _recipe(
 ) -> Recipe:
     """What is to be done as a recipe, which checks names, parameters and dtype."""
     given = dict(parameters)
+    named: dict[str, Any] = {} if scale is None else {"scale": scale}
     if isinstance(weights, Mapping):
-        given |= {f"{name}.weights": number for name, number in weights.items()}
+        named |= {f"{name}.weights": number for name, number in weights.items()}
     elif weights != 1:
-        given["weights"] = weights
-    if scale is None and method == "task_arithmetic":
-        scale = given.get("scale", 1.0)
-    if scale is not None:
-        given["scale"] = scale
+        named["weights"] = weights
+    if twice := named.keys() & given.keys():
+        raise TwinmergeError(f"{min(twice)!r} is given twice, among the parameters too. Give it once.")
+    given |= named
+    if method == "task_arithmetic":
+        given.setdefault("scale", 1.0)
     return Recipe(method, base, dict(experts), given, dtype)
 
 

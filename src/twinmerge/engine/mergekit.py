@@ -89,6 +89,11 @@ SWITCHES = (
     "nuslerp_row_wise",
     "normalize_weights",
 )
+WORDS = {
+    **dict.fromkeys(("1", "on", "t", "true", "y", "yes"), True),
+    **dict.fromkeys(("0", "off", "f", "false", "n", "no"), False),
+}
+"""Texts that mergekit takes for a switch."""
 PARAMETERS = {
     *SWITCHES,
     *(
@@ -362,7 +367,9 @@ def _number(key: str, value: Any, where: str) -> float:
 
 
 def _switch(key: str, value: Any, where: str) -> bool:
-    """True or false, or the number of it."""
+    """True or false, or a number or a word of it."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
+    if isinstance(value, str) and value.lower() in WORDS:
+        return WORDS[value.lower()]
     raise TwinmergeError(f"{where}: {key} is {value!r:.80}, which is neither true nor false. Write {key}: true.")

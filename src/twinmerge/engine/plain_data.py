@@ -101,9 +101,9 @@ def from_yaml(text: str, where: str) -> Any:
     except yaml.composer.ComposerError as error:
         if "single document" in str(error):
             raise TwinmergeError(f"{where} cannot be read: it has several documents. Give a file for each.") from error
-        raise TwinmergeError(f"{where} cannot be read: {error}. Write plain YAML or JSON.") from error
+        raise TwinmergeError(f"{where} cannot be read: {_said(error)}. Write plain YAML or JSON.") from error
     except yaml.YAMLError as error:
-        raise TwinmergeError(f"{where} cannot be read: {error}. Write plain YAML or JSON.") from error
+        raise TwinmergeError(f"{where} cannot be read: {_said(error)}. Write plain YAML or JSON.") from error
     except (_UnreadableError, RecursionError) as error:
         said = error if isinstance(error, _UnreadableError) else _too_much()
         raise TwinmergeError(f"{where} cannot be read: {said}") from error
@@ -151,6 +151,12 @@ def same_number(text: str) -> float | None:
         (1e-09, None)
     """
     return float(text) if NUMBER.fullmatch(text) else None
+
+
+def _said(error: yaml.YAMLError) -> str:
+    """What PyYAML says, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}, {problem}" if mark and problem else " ".join(str(error).split())
 
 
 class _UnreadableError(Exception):

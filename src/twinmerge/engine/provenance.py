@@ -23,7 +23,7 @@ def provenance(merge: Merge) -> dict[str, Any]:
     return {
         "recipe": merge.recipe.describe(),
         "semantics": merge.recipe.semantics,
-        "parameters": merge.method.model_dump(),
+        "parameters": merge.recipe.resolved(merge.method),
         "commits": {label: model.commit for label, model in inputs_of(merge).items() if model.commit},
         "versions": {package: version(package) for package in PACKAGES},
         "tensors": {

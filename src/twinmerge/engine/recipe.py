@@ -168,7 +168,26 @@ class Recipe:
         return replace(self, parameters=own, lines=Lines.of(lines) if lines else None)
 
     def make_method(self) -> Method:
-        return make_method(self.method, self.order, self.parameters)
+        """The method; a list of its parameters has a value for each expert, in the order in which the recipe names them."""
+        values, given = dict(self.parameters), list(self.experts)
+        for key in self._per_expert & values.keys():
+            value = values[key]
+            if isinstance(value, (list, tuple)) and len(value) == len(given):
+                values[key] = tuple(value[given.index(name)] for name in self.order)
+        return make_method(self.method, self.order, values)
+
+    def resolved(self, method: Method) -> dict[str, Any]:
+        """The parameters of the method with their defaults; lists are in the order in which the recipe names the experts."""
+        found = method.model_dump()
+        for key in self._per_expert:
+            if isinstance(found[key], tuple):
+                found[key] = tuple(found[key][self.order.index(name)] for name in self.experts)
+        return found
+
+    @property
+    def _per_expert(self) -> frozenset[str]:
+        cls = method_class(self.method)
+        return frozenset(name for name in cls.model_fields if is_per_expert(cls, name))
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data, for the provenance of an output."""
@@ -299,13 +318,15 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
     parameters = _parameters(raw.get("parameters"), method, where, ours)
     statistics: dict[str, str] = {}
     for name, (entry, at) in zip(names, entries, strict=True):
-        own = _parameters(entry.get("parameters"), method, at, ours)
-        parameters.update({f"{name}.{key}": value for key, value in own.items()})
+        own = {f"{name}.{key}": value for key, value in _parameters(entry.get("parameters"), method, at, ours).items()}
+        if twice := own.keys() & parameters.keys():
+            raise TwinmergeError(f"{at}: {min(twice)!r} is set for the whole recipe too. Keep one of them.")
+        parameters |= own
         if "statistics" in entry:
             if not isinstance(entry["statistics"], str):
                 raise TwinmergeError(f"{at}: statistics is {entry['statistics']!r:.80}, which is no path of a file.")
             statistics[name] = entry["statistics"]
-    heads = raw.get("heads") or ()
+    heads = () if raw.get("heads") is None else raw["heads"]
     if not isinstance(heads, (list, tuple)) or not all(isinstance(pattern, str) for pattern in heads):
         raise TwinmergeError(
             f"{where}: heads must be a list of patterns, got {heads!r:.80}. Write heads: [classifier]."
@@ -315,7 +336,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
         base,
         {name: entry["model"] for name, (entry, _) in zip(names, entries, strict=True)},
         parameters,
-        raw.get("out_dtype") or raw.get("dtype"),
+        raw.get("dtype") if raw.get("out_dtype") is None else raw["out_dtype"],
         tuple(heads),
         raw.get("stochastic"),
         statistics,
@@ -346,6 +367,7 @@ def _parameters(raw: Any, method: str, where: str, ours: bool) -> dict[str, Any]
     cls = method_class(method)
     fields = cls.model_fields
     found: dict[str, Any] = {}
+    said: dict[str, str] = {}
     for key, value in raw.items():
         expert, dot, name = str(key).rpartition(".")
         name = name if name in fields else PARAMETER_ALIASES.get(name, name)
@@ -363,5 +385,8 @@ def _parameters(raw: Any, method: str, where: str, ours: bool) -> dict[str, Any]
             raise TwinmergeError(
                 f"{where}: {method} has no parameter {key!r:.80}.{nearest(str(key), fields)} It has: {', '.join(fields) or 'none'}."
             )
-        found[f"{expert}{dot}{name}"] = value
+        to = f"{expert}{dot}{name}"
+        if to in found:
+            raise TwinmergeError(f"{where}: {said[to]} and {key} are one parameter, {to}. Keep one of them.")
+        found[to], said[to] = value, str(key)
     return found

@@ -108,7 +108,10 @@ def make_method(name: str, experts: tuple[str, ...], parameters: Mapping[str, An
         single.setdefault(field, {})[expert] = value
     for field, chosen in single.items():
         general = values.get(field, fields[field].default)
-        values[field] = tuple(chosen.get(e, general) for e in experts)
+        if not isinstance(general, (list, tuple)):
+            general = [general] * len(experts)
+        if len(general) == len(experts):  # else all of them are told of below
+            values[field] = tuple(chosen.get(e, own) for e, own in zip(experts, general, strict=True))
     values = {field: _plain(value) for field, value in values.items()}
     for field, value in values.items():
         if field.endswith("density"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Elect, Rule
 from twinmerge.methods.base import (
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Tie = Literal["zero", "majority", "positive"]
 Compat = Literal["paper", "official", "mergekit"]
+DECIDED = {"mergekit": {"scope": "tensor", "tie": "positive"}, "official": {"tie": "majority"}}
+"""What somebody's semantics leave no choice in."""
 
 
 class Majority(Pass):
@@ -85,14 +87,27 @@ class Ties(Method):
     tie: Tie = Field(default="zero", description="the elected sign where the votes cancel")
     compat: Compat = Field(default="paper", description="whose semantics")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _decide(cls, values: Any) -> Any:
+        """Fields that the semantics decide have that value, and no other is taken and then ignored."""
+        if not isinstance(values, dict) or not isinstance(values.get("compat"), str):
+            return values
+        decided = DECIDED.get(values["compat"], {})
+        for field, own in decided.items():
+            if values.get(field, own) != own:
+                raise ValueError(
+                    f"compat={values['compat']} goes with {field}={own}, got {field}={values[field]!r:.80}. Leave one of them out."
+                )
+        return {**values, **decided}
+
     def passes(self) -> Sequence[Pass]:
-        scope: Scope = "tensor" if self.compat == "mergekit" else self.scope
         passes: list[Pass] = []
         if self.trims:
             from twinmerge.methods.trim import trim_passes  # with torch, which is not needed where nothing is trimmed
 
-            passes += trim_passes(self, scope)
-        if self.tie == "majority" or self.compat == "official":
+            passes += trim_passes(self, self.scope)
+        if self.tie == "majority":
             passes.append(Majority(self))
         return passes
 
@@ -144,12 +159,12 @@ class Ties(Method):
 
     def tie_sign(self, known: Known) -> int:
         """The sign of an entry whose votes cancel."""
-        if self.compat == "official" or self.tie == "majority":
+        if self.tie == "majority":
             negative = (
                 self.compat == "official" and self.merge != "max"
             )  # whose maximum is multiplied with the sign itself
             return known[Majority.name] or -int(negative)
-        return int(self.tie == "positive" or self.compat == "mergekit")
+        return int(self.tie == "positive")
 
     def flips(self, weight: float) -> bool:
         """mergekit's votes are those of w · τ, so an expert of negative weight agrees from the other side."""

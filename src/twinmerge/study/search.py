@@ -138,6 +138,8 @@ def search(
         )
     if not candidates:
         raise TwinmergeError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
+    for candidate in candidates:  # before the first of them takes its time
+        merge.recipe.varied(candidate).make_method()
     if not merge.architecture:  # to run it
         merge = Merge(merge.recipe, merge.progress, architecture=True, device=merge.device)
     encoder: TextEncoder | None = None
