@@ -578,3 +578,13 @@ def test_a_wrong_out_dtype_beside_a_right_dtype(value):
         parse(
             f"{{merge_method: linear, dtype: float32, out_dtype: {value}, models: [{{model: m, parameters: {{weight: 1}}}}]}}"
         )
+
+
+def test_what_is_set_for_the_base_under_the_papers_semantics():
+    text = (
+        "{{compat: paper, merge_method: ties, base_model: b, models: [{{model: b, parameters: {{{}}}}}, {{model: m}}]}}"
+    )
+    with pytest.warns(UserWarning, match="ignored, as by mergekit: weights, density of the base"):
+        assert list(parse(text.format("weight: 3, density: 0.5")).experts) == ["m"]
+    with pytest.raises(TwinmergeError, match="has no parameter 'weigth'"):
+        parse(text.format("weigth: 3"))

@@ -120,6 +120,14 @@ def test_as_many_values_as_experts(field, values):
         make_method("ties", AB, {field: values, f"a.{field}": 0.5})
 
 
+@pytest.mark.parametrize("name", ["average", "ties", "dare", "tsv"])
+@pytest.mark.parametrize("weights", [(1e31, 1.0), (1.0, -1e308), (1e-31, 1.0), 1e-300, 10**40])
+def test_weights_that_float32_cannot_hold(name, weights):
+    with pytest.raises(TwinmergeError, match="weights=.* is out of range. Give 0, or a number between 1e-30 and 1e.30"):
+        make_method(name, AB, {"weights": weights})
+    assert make_method(name, AB, {"weights": (0.0, 1e-30)}) and make_method(name, AB, {"weights": 1e30})
+
+
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (0.0, 0.0), (-2.0, 1.0), 0.0, -1.0])
 def test_average_refuses_weights_without_a_positive_sum(weights):
     with pytest.raises(TwinmergeError, match="average: the weights add up to"):

@@ -9,6 +9,7 @@ nearest right one.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -314,6 +315,8 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
         _model(entry["model"], at)
         if ours or not deltas or entry["model"] != base:
             entries.append((entry, at))
+        elif own := _parameters(entry.get("parameters"), method, at, ours):
+            warnings.warn(f"{where}: ignored, as by mergekit: {', '.join(own)} of the base.", stacklevel=2)
     names = expert_names([str(e["model"]) for e, _ in entries], [e.get("name") for e, _ in entries], where)
     parameters = _parameters(raw.get("parameters"), method, where, ours)
     statistics: dict[str, str] = {}

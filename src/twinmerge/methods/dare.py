@@ -98,7 +98,7 @@ class Dare(Method):
     The expectation of τ′ is τ. `density` is the share kept (1 − p of the paper); 1 keeps all, 0 none. `rescale`:
     "inverse_keep" divides by the density (the paper), "l1" restores each tensor's L1 norm (as mergekit does),
     "none" leaves the rest as it is. A mask depends on seed, expert, tensor and index only. With `normalize` the sum is
-    divided by Σt wt, unless that is 0. mergekit's semantics are this formula with "l1".
+    divided by Σt wt, unless that is below 1e-8. mergekit's semantics are this formula with "l1".
 
     Source: Yu et al. 2024, "Language models are super Mario", arXiv 2311.03099, equation 2.
 

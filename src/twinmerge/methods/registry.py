@@ -17,6 +17,7 @@ from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.base import Method, PerExpert, per_expert
 
 GROUP = "twinmerge.methods"
+LARGEST = 1e30  # of a number that is multiplied with
 _NO_METHODS = {"__init__", "base", "fold", "masks", "registry", "spectral", "tall", "trim"}
 
 
@@ -126,6 +127,7 @@ def make_method(name: str, experts: tuple[str, ...], parameters: Mapping[str, An
         raise TwinmergeError(
             f"{name}: {field}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge methods {name}`."
         ) from error
+    _check_sizes(name, method)
     _check_count(name, cls, method, len(experts))
     return method
 
@@ -143,6 +145,18 @@ def _check_share(name: str, field: str, value: Any) -> None:
             raise TwinmergeError(
                 f"{name}: {field}={number!r:.80} is out of range. Give a share between 0 and 1, such as 0.2."
             )
+
+
+def _check_sizes(name: str, method: Method) -> None:
+    """Sums of 16-bit models are in float32, where larger numbers are infinite and smaller weights nothing."""
+    for field, value in method:
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, float) or abs(number) in (0.0, math.inf):
+                continue
+            if abs(number) > LARGEST or (field == "weights" and abs(number) < 1 / LARGEST):
+                raise TwinmergeError(
+                    f"{name}: {field}={number:g} is out of range. Give 0, or a number between {1 / LARGEST:g} and {LARGEST:g} in size."
+                )
 
 
 def _check_count(name: str, cls: type[Method], method: Method, count: int) -> None:
