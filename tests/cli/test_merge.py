@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import twinmerge as tm
+from twinmerge.cli.merge import _short
 from twinmerge.methods.registry import method_names
 
 
@@ -226,6 +227,7 @@ def test_methods(command: Any) -> None:
     found = command("methods", "--json").json()
     assert list(found) == method_names()
     table = command("methods").out
+    assert len(table.splitlines()) < 4 * len(found)
     assert all(f"│ {name} " in table and about["paper"][:12] in table for name, about in found.items())
 
 
@@ -235,3 +237,13 @@ def test_one_method(command: Any) -> None:
     shown = command("methods", "ties")
     assert shown.out.startswith("ties\n\n") and ">>>" not in shown.out
     assert all(f"│ {name} " in shown.out for name in found["ties"]["parameters"])
+
+
+# ------------------------------------------------------------------------------------------------ check
+
+
+def test_check_names_the_first_of_what_it_counts() -> None:
+    assert _short({"a": ["w", "b"], "b": []}, "heads") == "a: 2 (w, b), b: 0"
+    assert _short({"told_by": "class", "names": [*"abcd"]}, "tables") == "told_by: class, names: 4 (a, b, c …)"
+    assert _short({"a": {"eps": [0.1, 0.2]}}, "configs") == "a: eps is 0.1 (0.2 in the base)"
+    assert _short({"rest": "mean", "elementwise": ""}, "parameters") == "rest: mean, elementwise: none"
