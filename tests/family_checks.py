@@ -232,7 +232,9 @@ def page(all_found: list[Checked]) -> str:
     """docs/families.md."""
     import peft
 
-    versions = f"transformers {transformers.__version__}, PEFT {peft.__version__}, torch {torch.__version__.partition('+')[0]}"
+    versions = (
+        f"transformers {transformers.__version__}, PEFT {peft.__version__}, torch {torch.__version__.partition('+')[0]}"
+    )
     exact = sum(found.twin == YES for found in all_found)
     lines = [
         f"""# Families of transformers

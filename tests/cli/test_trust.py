@@ -52,9 +52,11 @@ def test_verify_names_what_changed(command: Any, merged: Any) -> None:
     spoil(out, "embeddings.LayerNorm.weight")
     ran = command("verify", out, "--no-inputs")
     assert ran.code == 2 and f"'embeddings.LayerNorm.weight' of the output {out} changed" in ran.err
+    assert "Copy or write it again." in ran.err and "--no-inputs" not in ran.err
     spoil(mood, "bert.pooler.dense.weight")
     ran = command("verify", out)
     assert ran.code == 2 and "'pooler.dense.weight' of the input 'mood' changed since the merge" in ran.err
+    assert "--no-inputs" in ran.err
 
 
 def test_verify_says_what_is_gone(command: Any, merged: Any) -> None:

@@ -126,6 +126,47 @@ def test_keys_that_change_nothing_are_not_told(build, save):
     assert matched(base, a=save(expert)).configs == {"a": {}}
 
 
+def edited(path: str, **keys: Any) -> str:
+    config = Path(path, "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), **keys}))
+    return path
+
+
+@pytest.mark.parametrize("older", ["base", "expert"])
+@pytest.mark.parametrize(
+    ("name", "keys", "told"),
+    [
+        ("BertForSequenceClassification", {"position_embedding_type": "absolute", "torch_dtype": "float32"}, []),
+        ("BertForSequenceClassification", {"position_embedding_type": "relative_key"}, ["position_embedding_type"]),
+        ("ViTModel", {"is_decoder": False, "pruned_heads": {}, "tf_legacy_loss": False, "output_past": True}, []),
+        ("ViTModel", {"is_decoder": True}, ["is_decoder"]),
+        ("LlamaForCausalLM", {"quantization_config": None, "pretraining_tp": 1, "rope_scaling": None}, []),
+    ],
+)
+def test_keys_of_older_releases_are_told_where_they_say_something(build, tuned, save, name, keys, told, older):
+    """transformers 4 wrote what every class did (`position_embedding_type: absolute`); 5 dropped the keys."""
+    model = build(name)
+    base, expert = save(model, "base"), save(tuned(model, 1), "a")
+    edited(base if older == "base" else expert, **keys)
+    assert list(matched(base, a=expert).configs["a"]) == told
+
+
+def test_a_classifier_and_an_adapter_of_one_over_a_base_with_another_head(build, tuned, save, tmp_path):
+    """The adapter's model still stores the masked language model's head, which the classifier's class does not have."""
+    peft = pytest.importorskip("peft")
+    model = build("RobertaForMaskedLM")
+    base, whole = save(model, "base"), build("RobertaForSequenceClassification", seed=1)
+    whole.roberta.load_state_dict(tuned(model.roberta, 1).state_dict())
+    options = {"task_type": "SEQ_CLS", "target_modules": ["query"], "init_lora_weights": False, "r": 2}
+    adapted = peft.get_peft_model(
+        transformers.RobertaForSequenceClassification.from_pretrained(base), peft.LoraConfig(**options)
+    )
+    adapted.save_pretrained(tmp_path / "lora")
+    found = matched(base, a=save(whole, "a"), b=f"{base}+{tmp_path / 'lora'}")
+    assert found.heads["a"] == found.heads["b"] and "classifier.dense.weight" in found.heads["b"]
+    assert not any("lm_head" in name for name in found.merged) and "lm_head.bias" in found.from_base
+
+
 @pytest.mark.parametrize("holes", ["base", "expert", "both"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_hole_in_the_body_is_refused_by_name(build, tuned, save, name, holes):

@@ -210,7 +210,8 @@ def twin(
 
 def _told(continual: Continual) -> str:
     found = continual.status()
-    return f"{found['method']} of {len(found['experts'])} experts ({', '.join(e['name'] for e in found['experts']) or 'none'}), {size(found['state_bytes'])}"
+    count = len(found["experts"])
+    return f"{found['method']} of {count} expert{'s' * (count != 1)} ({', '.join(e['name'] for e in found['experts']) or 'none'}), {size(found['state_bytes'])}"
 
 
 def _row(expert: dict[str, Any]) -> tuple[str, str, str]:

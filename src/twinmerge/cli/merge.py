@@ -230,8 +230,22 @@ def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
 def _short(value: object, key: str = "") -> str:
     if key.endswith("_bytes") and isinstance(value, int):
         return size(value)
+    if key == "configs" and isinstance(value, dict):
+        from twinmerge.models.configs import said as differences
+
+        return "; ".join(f"{name}: {differences(found)}" for name, found in value.items()) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {len(v) if isinstance(v, (list, dict)) else v}" for k, v in value.items()) or "none"
+        return ", ".join(f"{k}: {_within(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
-        return f"{len(value)}: {', '.join(map(str, value[:3]))}{' …' if len(value) > 3 else ''}" if value else "none"
+        return f"{len(value)}: {_first(value)}" if value else "none"
     return str(value)
+
+
+def _within(value: object) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} ({_first(value)})" if value else "0"
+    return str(len(value)) if isinstance(value, dict) else str(value) or "none"
+
+
+def _first(names: list[object]) -> str:
+    return f"{', '.join(map(str, names[:3]))}{' …' if len(names) > 3 else ''}"

@@ -41,18 +41,9 @@ def methods(
         )
         return
     if name is None:
-        rows = [
-            (
-                n,
-                (inspect.getdoc(c) or "").split("\n\n")[0].replace("\n", " "),
-                ", ".join(f"{f}={i.default}" for f, i in c.model_fields.items()),
-                ", ".join(_needs(c)),
-                _gives(c),
-                c.paper,
-            )
-            for n, c in classes.items()
-        ]
-        print_table("Static methods", ["method", "rule", "parameters", "needs", "gives", "paper"], rows)
+        rows = [(n, ", ".join(_needs(c)), _gives(c), c.paper) for n, c in classes.items()]
+        print_table("Static methods", ["method", "needs", "gives", "paper"], rows)
+        typer.echo("Formula and parameters of one: twinmerge methods NAME")
         return
     found = classes[name]
     typer.echo(f"{name}\n\n{(inspect.getdoc(found) or '').split('Example:')[0].strip()}\n")

@@ -10,6 +10,7 @@ import typer
 from twinmerge.cli.common import Json, Threads, print_json, said
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
+from twinmerge.store.manifest import OUTPUT
 
 if TYPE_CHECKING:
     from twinmerge.engine.verify import Verified
@@ -49,11 +50,13 @@ def _what_differs(folder: Path, found: Verified) -> str:
     ]
     parts += [f"the file {name} of {folder} {said_of}" for name, said_of in found.files.items()]
     parts += [f"the {what} cannot be opened ({why})" for what, why in found.unreadable.items()]
-    return "; ".join(parts) + ". Write it again from sound inputs, or check with --no-inputs if they have moved."
+    inputs = [s for s in (*found.changed, *found.missing) if s != OUTPUT and not s.endswith(".safetensors")]
+    again = "Write it again from sound inputs, or check with --no-inputs if they have moved"
+    return "; ".join(parts) + f". {again if inputs or found.unreadable else 'Copy or write it again'}."
 
 
 def _whose(source: str, folder: Path) -> str:
-    if source == "output":
+    if source == OUTPUT:
         return f"the output {folder}"
     return f"the file {source}" if source.endswith(".safetensors") else f"the input {source!r}"
 

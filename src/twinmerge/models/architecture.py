@@ -354,7 +354,7 @@ def read_config(folder: Path, tensors: Mapping[str, Spec] | None = None) -> Pret
     raw = read_json(file, CONFIG, finite=False)
     check_counts(raw, file, tensors)
     try:
-        if "quantization_config" in raw:
+        if raw.get("quantization_config") is not None:
             raise TwinmergeError(
                 f"{folder} is quantised, and quantised weights cannot be merged. Load it in transformers, call "
                 "dequantize(), save_pretrained() to a new folder, and merge that."

@@ -25,9 +25,13 @@ HARMLESS = frozenset(
             "unsloth_fixed",
             "finetuning_task",
             "task_specific_params",
+            "output_past",
+            "predict_special_tokens",
+            "tie_weights_",
         ),
         # how it is run
         *("dtype", "torch_dtype", "torchscript", "use_cache", "use_return_dict", "return_dict", "output_hidden_states"),
+        *("cache_implementation", "reference_compile", "repad_logits_with_grad"),
         *(
             "output_attentions",
             "output_router_logits",
@@ -117,6 +121,16 @@ HARMLESS = frozenset(
 """Keys that two models of one base may differ in. Every other key, known or not, counts as one that changes what is computed."""
 
 
+FORMER = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "tf_legacy_loss": False,
+}
+"""What releases of transformers wrote into configs until they dropped the key: a config without it means the same."""
+
+
 def differing(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Every key that says something else in two configs and is not harmless -> (the expert's value, the base's), None where there is
     none. Keys of configs inside configs are joined by dots.
@@ -125,10 +139,12 @@ def differing(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, t
         >>> base = {"rope_parameters": {"rope_theta": 1e4}, "num_hidden_layers": 2, "use_cache": True}
         >>> differing(base, {"rope_parameters": {"rope_theta": 5e5}, "num_hidden_layers": 2, "use_cache": False})
         {'rope_parameters.rope_theta': (500000.0, 10000.0)}
+        >>> differing({"num_hidden_layers": 2}, {"num_hidden_layers": 2, "position_embedding_type": "absolute"})
+        {}
     """
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*base, *expert} - HARMLESS):
-        own, other = expert.get(key), base.get(key)
+        own, other = (config.get(key, FORMER.get(key)) for config in (expert, base))
         if own == other:
             continue
         if isinstance(own, Mapping) and isinstance(other, Mapping):

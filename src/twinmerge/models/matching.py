@@ -310,8 +310,11 @@ def _labels_differ(base: OpenedModel, experts: Mapping[str, OpenedModel]) -> boo
 
 
 def _expected_by(experts: Mapping[str, OpenedModel], name: str) -> OpenedModel | None:
-    """An expert that should have `name` (its class has it, or another expert does, or nothing says what it should have) and does not."""
-    held = any(expert.has(name) for expert in experts.values())
+    """An expert that should have `name` (its class has it, or another expert does, or nothing says what it should have) and does not.
+    An adapter with a head of its own stores what its base has, also where its class has no such part."""
+    held = any(
+        expert.has(name) and (expert.architecture is None or _is_part(expert, name)) for expert in experts.values()
+    )
     for expert in experts.values():
         if not expert.has(name) and (held or expert.architecture is None or name in expert.architecture.parameters):
             return expert
