@@ -115,6 +115,8 @@ HARMLESS = frozenset(
     )
 )
 """Keys that two models of one base may differ in. Every other key, known or not, counts as one that changes what is computed."""
+DROPPED = {"position_embedding_type": "absolute"}
+"""Keys that transformers 4 writes and 5 has no more -> what a config without them says."""
 
 
 def differing(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -128,7 +130,7 @@ def differing(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, t
     """
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*base, *expert} - HARMLESS):
-        own, other = expert.get(key), base.get(key)
+        own, other = (config.get(key, DROPPED.get(key)) for config in (expert, base))
         if own == other:
             continue
         if isinstance(own, Mapping) and isinstance(other, Mapping):

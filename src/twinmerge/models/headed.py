@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +136,7 @@ class HeadedModel(nn.Module):
         head_names = {n for spec in self.head_specs.values() for n in spec.tensors}
         self.body_path = body_path(architecture, head_names) if head_names else ""
         self.body: nn.Module = model.get_submodule(self.body_path) if self.body_path else model
-        self._load(state)
+        self._load(model, state)
         self.body.eval()
         self._groups: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._inner = self._hook_inner_heads(head_names)
@@ -150,21 +150,30 @@ class HeadedModel(nn.Module):
         full = f"{self.body_path}.{module_name}" if self.body_path else module_name
         return self.architecture.of_module(full)
 
-    def _load(self, state: Mapping[str, Tensor]) -> None:
+    def _made_anew(self, model: PreTrainedModel, keys: set[str]) -> dict[str, Tensor]:
+        """What checkpoints need not hold (sinusoidal places), as loading makes it; keys: names in `body`."""
+        for path in sorted({key.rpartition(".")[0] for key in keys}):
+            model._init_weights(self.body.get_submodule(path))
+        return {key: tensor for key, tensor in self.body.state_dict().items() if key in keys}
+
+    def _load(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
         found_conversions = conversions(self.architecture, state)
         self.shapes = {part: tuple(state[part].shape) for each in found_conversions for part in each.parts}
         self.conversions = {part: each for each in found_conversions for part in each.parts}
         state = as_module(state, found_conversions)
         wanted = {self.canonical(k): k for k in self.body.state_dict()}
         aliases = self.architecture.aliases
-        found, missing = {}, []
+        found, missing, made = {}, [], set[str]()
         for canonical, key in wanted.items():
             source = canonical if canonical in state else aliases.get(canonical, canonical)
             own = [head.tensors[canonical] for head in self.head_specs.values() if canonical in head.tensors]
             if source in state or own:  # a head inside the body that the base lacks: any expert's holds its place
                 found[key] = state[source] if source in state else own[0]
+            elif self.architecture.optional(canonical):
+                made.add(key)
             else:
                 missing.append(canonical)
+        found |= self._made_anew(model, made)
         if missing:
             raise TwinmergeError(
                 f"The weights lack {len(missing)} tensors of {self.architecture.model_class.__name__}, the first is "
@@ -264,7 +273,11 @@ class HeadedModel(nn.Module):
 
         Returns:
             without heads: the model's own output. With heads: a dict of `logits` (rows, most labels of any head used),
-            −inf beyond a row's own labels, and `output`, what the class of the first row's head returned.
+            −inf beyond a row's own labels, and `output`, what the class of the first row's head returned. Heads without logits
+            (question answering): `logits` is None, and `output` has every row's own answer.
+
+        Errors:
+            TwinmergeError: heads of different kinds in one batch.
         """
         if not self._outer:
             return self.body(**batch, **options)
@@ -276,25 +289,25 @@ class HeadedModel(nn.Module):
             h: torch.tensor([i for i, name in enumerate(heads) if name == h], device=device)
             for h in dict.fromkeys(heads)
         }
-        logits: list[tuple[Tensor, Tensor]] = []
-        first: Any = None
+        outputs: list[Any] = []
         try:
             self._groups = [(rows, self._inner[head]) for head, rows in groups.items()]
             for head, rows in groups.items():
-                if first is None:
-                    first = self._outer[head](**batch, **options)
-                    logits.append((rows, first.logits.index_select(0, rows)))
+                if not outputs:
+                    outputs.append(self._outer[head](**batch, **options))
                 else:
                     self.port.replay(rows)
-                    output = self._outer[head](**rows_of_batch(batch, rows, size), **options)
-                    logits.append((rows, output.logits))
+                    outputs.append(self._outer[head](**rows_of_batch(batch, rows, size), **options))
         finally:
             self._groups = []
             self.port.reset()
-        if len({part.shape[1:-1] for _, part in logits}) > 1:
-            raise TwinmergeError(
-                f"The heads {', '.join(groups)} answer in different shapes, so their rows cannot share a batch. Ask them apart."
-            )
+        first = outputs[0]
+        parts = [rows_of(first, next(iter(groups.values()))), *outputs[1:]]
+        answers = [getattr(part, "logits", None) for part in parts]
+        check_alike(answers, groups)
+        logits = [(rows, part) for rows, part in zip(groups.values(), answers, strict=True) if part is not None]
+        if not logits:  # a question answerer's: the rows of all of it, in their order
+            return {"logits": None, "output": rows_of(joined(parts), torch.cat([*groups.values()]).argsort())}
         width = max(part.shape[-1] for _, part in logits)
         some = logits[0][1]
         whole = some.new_full((size, *some.shape[1:-1], width), -torch.inf)
@@ -315,10 +328,21 @@ class HeadedModel(nn.Module):
         raise TwinmergeError(f"{type(module).__name__} gives no hidden states to route on. Name the mixture yourself.")
 
 
+def check_alike(logits: Sequence[Tensor | None], heads: Iterable[str]) -> None:
+    """Refuse answers that have no place in one batch: a label for each text and for each token, or logits and none."""
+    if len({None if part is None else part.shape[1:-1] for part in logits}) > 1:
+        raise TwinmergeError(
+            f"The heads {', '.join(heads)} answer in different shapes, so their rows cannot share a batch. Ask them apart."
+        )
+
+
 def architecture_of(heads: Mapping[str, HeadSpec]) -> Architecture:
-    """The class that runs the body of these heads: that of the first."""
-    config = next(iter(heads.values())).config
-    return Architecture(config, class_of(config))
+    """The class that runs the body of these heads: the first with the largest body, since some do without the pooler of others."""
+    configs: dict[type[PreTrainedModel], PretrainedConfig] = {}
+    for head in heads.values():
+        configs.setdefault(class_of(head.config), head.config)
+    found = [Architecture(config, kind) for kind, config in configs.items()]
+    return max(found, key=lambda each: sum(each.is_body(name) for name in each.parameters))
 
 
 def _check_shapes(module: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:

@@ -159,7 +159,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _one_plain_class(configs: Sequence[dict[str, Any]]) -> Plain | None:
     kinds = {(str(c.get("model_type")), str(c.get("architectures"))) for c in configs}
-    if len(kinds) != 1 or any("quantization_config" in c for c in configs):
+    if len(kinds) != 1 or any(c.get("quantization_config") is not None for c in configs):
         return None
     model_type, classes = kinds.pop()
     kind = PLAIN.get(model_type)
