@@ -152,7 +152,17 @@ class _Placing:
                     "(tie_word_embeddings=False), or merge the adapter into it first (merge_and_unload)."
                 )
             found[name] = change
-        return tied(found, self.base.specs, self.base.aliases, self.adapter.name, self.base.name)
+        return tied(found, self.base.specs, self.base.aliases, self.adapter.name, self.base.name, self._values())
+
+    def _values(self) -> set[str]:
+        """Canonical names of what PEFT loads into the base's own parameters, and so into all that share it: modules that are trained in
+        full or have factors are copies of their own."""
+        saved, adapted = self.config.saved, {unwrapped(module) for module in self.adapter.pairs}
+        return {
+            self.canonical(name)
+            for name in self.adapter.dense
+            if not any(f".{module}." in f".{name}" for module in saved) and name.rpartition(".")[0] not in adapted
+        }
 
     def _is_copy(self, name: str, own: str, tensor: Tensor) -> bool:
         """PEFT saves the base's embeddings beside their factors, and both of two tied tensors."""
@@ -210,6 +220,13 @@ class _Placing:
                 "transformers 5 put such matrices together. Merge it into its base first, with the versions that trained it."
             )
         whose = module.removesuffix(ATTENTION_OUTPUT) if doubled else plain
+        if not any(
+            self.config.targeted(path) for path in (whose, self.path(name).removesuffix(".out_proj"), self.path(name))
+        ):
+            raise TwinmergeError(
+                f"The adapter {self.adapter.name} has factors of {whose!r}, which its target_modules do not name, and PEFT leaves such out. Take "
+                "the adapter_config.json that was saved with it."
+            )
         scaling = self._scaling(whose, self.path(name).removesuffix(".out_proj" if doubled else ""), pair.a.shape[0])
         if doubled:
             scaling *= 2  # PEFT adds it twice, in training as in merging
