@@ -480,6 +480,31 @@ def test_factors_of_modules_that_the_config_does_not_name(tmp_path: Path) -> Non
     open_model(f"{base}+{lora}")
 
 
+def test_the_class_of_an_adapter_without_a_task(tmp_path: Path) -> None:
+    """An image classifier on the bare encoder: PEFT has no task for it, and notes the class."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(base)
+    model_class = transformers.ViTForImageClassification
+    experts = {}
+    for name, labels in (("a", 3), ("b", 5)):
+        inner = model_class.from_pretrained(base, num_labels=labels)
+        model = peft.get_peft_model(
+            inner,
+            peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"], init_lora_weights=False),
+        )
+        model.save_pretrained(tmp_path / name)
+        experts[name] = model.eval()
+    twin = tm.Twin.build(str(base), {e: f"{base}+{tmp_path / e}" for e in experts}, rank=None, progress=False)
+    pixels = torch.randn(2, 3, 8, 8)
+    for name, model in experts.items():
+        with torch.no_grad():
+            want = model(pixel_values=pixels).logits
+            got = twin(pixel_values=pixels, expert=name).logits[..., : want.shape[-1]]
+        near(got, want, 1e-5)
+
+
 def test_a_strong_adapter_on_its_own_base_is_no_stranger(tmp_path: Path) -> None:
     model_class, base = made("llama", tmp_path / "base")
     lora = trained(model_class, base, tmp_path / "lora", target_modules="all-linear")

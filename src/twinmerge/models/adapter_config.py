@@ -59,7 +59,7 @@ class AdapterConfig(NamedTuple):
     it loads the adapter ("pissa", "olora") or None; tokens: module (the embeddings where None) -> rows that were trained;
     parameters: tensors that have factors themselves; saved: modules that were trained in full; peft: version that
     wrote it; unsloth: whether Unsloth did; scalings: module -> factor of B A that is in force, for models in memory; targets: ends of
-    the paths of the adapted modules, where they are listed.
+    the paths of the adapted modules, where they are listed; model_class: of transformers, which PEFT notes where there is no task.
     """
 
     name: str
@@ -78,6 +78,7 @@ class AdapterConfig(NamedTuple):
     unsloth: bool = False
     scalings: Mapping[str, float] = {}
     targets: tuple[str, ...] = ()
+    model_class: str | None = None
 
     def targeted(self, module: str) -> bool:
         """Whether PEFT adapts a module, as far as the config names modules by the ends of their paths."""
@@ -140,6 +141,7 @@ def checked_config(config: Mapping[str, Any], name: str, *, in_memory: bool = Fa
         _version(config.get("peft_version")),
         isinstance(auto, Mapping) and bool(auto.get("unsloth_fixed")),
         targets=() if in_memory or config.get("ensure_weight_tying") else _listed(config.get("target_modules")),
+        model_class=str(auto.get("base_model_class")) if isinstance(auto, Mapping) else None,
     )
 
 
