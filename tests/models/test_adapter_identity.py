@@ -454,6 +454,73 @@ def test_one_of_two_tied_tensors(tmp_path: Path, family: str, options: dict[str,
             open_model(model)
 
 
+@pytest.mark.parametrize("family", ["tied", "gpt2", "t5"])
+def test_embeddings_that_are_saved_beside_the_factors_go_into_all_that_share_them(tmp_path: Path, family: str) -> None:
+    model_class, base = made(family, tmp_path / "base")
+    options = {"target_modules": {"tied": QV, "gpt2": ["c_attn"], "t5": ["q"]}[family]}
+    lora = trained(model_class, base, tmp_path / "lora", **options)
+    grown = loaded(model_class, base, lora)
+    with torch.no_grad():
+        table = grown.get_base_model().get_input_embeddings().weight
+        table.add_(0.01 * torch.randn_like(table))
+    grown.save_pretrained(tmp_path / "saved", save_embedding_layers=True)
+    want = answer(loaded(model_class, base, str(tmp_path / "saved")))
+    near(want, answer(grown))
+    near(merged_answer(model_class, base, str(tmp_path / "saved"), tmp_path / "out"), want, 2e-5)
+
+
+def test_factors_of_modules_that_the_config_does_not_name(tmp_path: Path) -> None:
+    """PEFT leaves them out, and says so in passing."""
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules=["q_proj", "v_proj"])
+    rewritten(lora, dict, target_modules=["q_proj", "o_proj"])
+    with pytest.raises(TwinmergeError, match="factors of 'model.layers.0.self_attn.v_proj', which its target_modules"):
+        open_model(f"{base}+{lora}")
+    rewritten(lora, dict, target_modules=["self_attn.q_proj", "v_proj"])
+    open_model(f"{base}+{lora}")
+
+
+def test_the_class_of_an_adapter_without_a_task(tmp_path: Path) -> None:
+    """An image classifier on the bare encoder: PEFT has no task for it, and notes the class."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(base)
+    model_class = transformers.ViTForImageClassification
+    experts = {}
+    for name, labels in (("a", 3), ("b", 5)):
+        inner = model_class.from_pretrained(base, num_labels=labels)
+        model = peft.get_peft_model(
+            inner,
+            peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"], init_lora_weights=False),
+        )
+        model.save_pretrained(tmp_path / name)
+        experts[name] = model.eval()
+    twin = tm.Twin.build(str(base), {e: f"{base}+{tmp_path / e}" for e in experts}, rank=None, progress=False)
+    pixels = torch.randn(2, 3, 8, 8)
+    for name, model in experts.items():
+        with torch.no_grad():
+            want = model(pixel_values=pixels).logits
+            got = twin(pixel_values=pixels, expert=name).logits[..., : want.shape[-1]]
+        near(got, want, 1e-5)
+
+
+def test_a_strong_adapter_on_its_own_base_is_no_stranger(tmp_path: Path) -> None:
+    model_class, base = made("llama", tmp_path / "base")
+    lora = trained(model_class, base, tmp_path / "lora", target_modules="all-linear")
+    rewritten(lora, lambda tensors: {k: 30 * t for k, t in tensors.items()})
+    near(merged_answer(model_class, base, lora, tmp_path / "out"), answer(loaded(model_class, base, lora)), 1e-3)
+    other = model_class.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(TwinmergeError, match="does not come from the base"):
+        tm.merge("average", base=base, experts={"a": f"{tmp_path / 'other'}+{lora}"}, progress=False).save(
+            tmp_path / "no"
+        )
+
+
 def test_two_tied_tensors_with_one_product_in_other_factors(tmp_path: Path) -> None:
     model_class, base = made("tied", tmp_path / "base")
     lora = trained(model_class, base, tmp_path / "lora", target_modules=["lm_head", "embed_tokens"])

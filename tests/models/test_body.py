@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import twinmerge as tm
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
@@ -291,6 +292,105 @@ def test_labels_of_the_base_count(build, tuned):
     assert matched(base, a=expert).heads == {"a": []}
     expert.config.id2label = {0: "pos", 1: "neg"}
     assert matched(base, a=expert).heads == {"a": ["classifier.bias", "classifier.weight"]}
+
+
+@pytest.mark.parametrize(
+    ("base", "expert"),
+    [
+        ("BertForSequenceClassification", "BertForTokenClassification"),
+        ("BertForSequenceClassification", "BertForMultipleChoice"),
+        ("LlamaForTokenClassification", "LlamaForSequenceClassification"),
+        ("GPT2ForSequenceClassification", "GPT2ForTokenClassification"),
+    ],
+)
+def test_classifiers_of_another_kind_keep_their_output_layer(build, base, expert):
+    """Of texts and of tokens: one name, one shape and the same label names make no one layer of them."""
+    origin = build(base, num_labels=1 if expert.endswith("Choice") else 2)
+    known = {n for n in open_model(build(expert)).specs if n.startswith(("classifier.", "score."))}
+    found = matched(origin, a=build(expert, seed=1), b=build(expert, seed=2))
+    assert known and all(known <= set(found.heads[e]) for e in "ab") and not known & set(found.merged)
+
+
+@pytest.mark.parametrize(
+    "base", ["BertModel", "BertForPreTraining", "BertForSequenceClassification", "BertForMaskedLM"]
+)
+@pytest.mark.parametrize("order", ["text token", "token text"])
+def test_experts_with_and_without_a_pooler(build, tuned, save, tmp_path, base, order):
+    """The pooler of those that have one is their own, and each answers in a twin as it does alone, in any order."""
+    whole = build("BertForPreTraining")
+    folder = save(whole, "whole")
+    kinds = {"text": transformers.BertForSequenceClassification, "token": transformers.BertForTokenClassification}
+    paths = {e: save(tuned(kinds[e].from_pretrained(folder, num_labels=3), i), e) for i, e in enumerate(order.split())}
+    origin = save(getattr(transformers, base).from_pretrained(folder), "base")
+    twin = tm.Twin.build(origin, paths, rank=None, progress=False)
+    pooler = {"pooler.dense.weight", "pooler.dense.bias"}
+    assert {e: pooler <= set(head.tensors) for e, head in twin.model.head_specs.items()} == {
+        "text": True,
+        "token": False,
+    }
+    batch = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
+    for e, kind in kinds.items():
+        with torch.no_grad():
+            want, got = kind.from_pretrained(paths[e])(**batch).logits, twin(**batch, expert=e).logits
+        assert torch.allclose(got, want, atol=1e-5)
+    with pytest.raises(TwinmergeError, match="answer in different shapes"):
+        twin(**batch, expert=["text", "token"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["auto", "rebuild"])
+def test_question_answerers_in_one_batch(build, tuned, save, strategy):
+    base = build("BertModel")
+    folder = save(base, "base")
+    kind = transformers.BertForQuestionAnswering
+    paths = {e: save(tuned(kind.from_pretrained(folder), i), e) for i, e in enumerate("ab")}
+    other = transformers.BertForSequenceClassification.from_pretrained(folder)
+    twin = tm.Twin.build(folder, {**paths, "c": save(tuned(other, 3), "c")}, rank=None, progress=False)
+    batch = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8], [9, 3, 2]])}
+    got = twin(**batch, expert=["b", "a", "b"], strategy=strategy)
+    assert got.logits is None
+    for row, e in enumerate("bab"):
+        want = kind.from_pretrained(paths[e])(**batch)
+        assert torch.allclose(got.output.start_logits[row], want.start_logits[row], atol=1e-5)
+        assert torch.allclose(got.output.end_logits[row], want.end_logits[row], atol=1e-5)
+    with pytest.raises(TwinmergeError, match="answer in different shapes"):
+        twin(**batch, expert=["b", "a", "c"], strategy=strategy)
+
+
+@pytest.mark.parametrize("change", [1, -1])
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma2"])
+def test_another_depth_where_the_config_lists_the_layers(save, kind, change):
+    """Such configs check their keys against each other, so none of them fits by itself."""
+
+    def model(depth):
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 30, **heads}
+        config = getattr(transformers, f"{kind}Config")(num_hidden_layers=depth, **sizes)
+        return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+    with pytest.raises(TwinmergeError, match=f"num_hidden_layers is {2 + change} \\(2 in the base\\)"):
+        matched(save(model(2), "base"), a=save(model(2 + change), "a"))
+
+
+@pytest.mark.parametrize("integers", ["base", "a"])
+def test_whole_numbers_where_the_other_side_has_fractions(build, tuned, save, integers):
+    paths = {"base": save(build("BertModel"), "base"), "a": save(tuned(build("BertModel"), 1), "a")}
+    name = IN_BODY["BertForSequenceClassification"]
+    rewrite(paths[integers], lambda tensors: tensors.update({name: torch.ones(tensors[name].shape, dtype=torch.int8)}))
+    with pytest.raises(TwinmergeError, match=f"{name}.*I8.*do not merge"):
+        matched(paths["base"], a=paths["a"])
+
+
+def test_keys_that_transformers_4_wrote_say_nothing_new(build, tuned, save):
+    base = build("BertModel")
+    paths = [save(base, "base"), save(tuned(base, 1), "a")]
+    file = Path(paths[1], "config.json")
+    old = {"position_embedding_type": "absolute", "quantization_config": None}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **old}))
+    assert matched(paths[0], a=paths[1]).configs == {"a": {}}
+    old["position_embedding_type"] = "relative_key"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **old}))
+    assert set(matched(paths[0], a=paths[1]).configs["a"]) == {"position_embedding_type"}
 
 
 def test_an_output_layer_that_is_missing_and_not_tied(build, tuned, save):

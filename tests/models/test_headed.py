@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, save_heads
@@ -130,6 +131,23 @@ def test_model_without_heads_is_its_class(build, name):
     ids = batch_for("Llama")["input_ids"]
     batch = {"input_ids": ids, **({"decoder_input_ids": ids} if name.startswith("T5") else {})}
     assert torch.equal(headed(batch).logits, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_what_a_file_need_not_hold_is_made_as_loading_makes_it(tmp_path):
+    """transformers does not save Marian's sinusoidal places."""
+    sizes = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in [("layers", 1), ("ffn_dim", 8)]}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 12}
+    tokens = {"vocab_size": 20, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = transformers.MarianConfig(d_model=8, **sizes, **heads, **tokens)
+    transformers.MarianMTModel(config).save_pretrained(tmp_path)
+    opened = open_model(tmp_path)
+    assert not opened.has("encoder.embed_positions.weight")
+    headed = HeadedModel(opened.architecture, {n: opened.read(n) for n in opened.specs})
+    ids = torch.tensor([[3, 4, 5, 6], [7, 8, 1, 0]])
+    batch = {"input_ids": ids, "decoder_input_ids": ids}
+    stock = transformers.MarianMTModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(headed(batch).logits, stock(**batch).logits)
 
 
 # ------------------------------------------------------------------------------------ heads on disk

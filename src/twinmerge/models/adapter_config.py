@@ -13,13 +13,13 @@ from twinmerge.models.patterns import Patterns
 # Every key of peft 0.21.2 is in one of three groups; a test holds them to the LoraConfig that is installed.
 READ = {
     "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out",
-    "init_lora_weights", "trainable_token_indices", "target_parameters", "modules_to_save",
+    "init_lora_weights", "trainable_token_indices", "target_parameters", "modules_to_save", "target_modules",
     "peft_version", "auto_mapping",
 }  # fmt: skip
 """Keys that decide what the tensors mean."""
 NO_MATTER = {
     "base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core", "qalora_group_size",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",  # the tensors tell
+    "exclude_modules", "layers_to_transform", "layers_pattern",  # the tensors tell
     "bias", "lora_bias", "ensure_weight_tying",  # and so they do here
     "lora_dropout", "velora_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # of training
     "merge_weights", "loraplus_lr_ratio", "lorap_lr_ratio", "loraplus_lr_embedding",  # of older PEFT and of ms-swift
@@ -58,7 +58,8 @@ class AdapterConfig(NamedTuple):
     task: PEFT's task type; rank, alpha: of modules that no pattern names; start: what PEFT takes from the base's weights when
     it loads the adapter ("pissa", "olora") or None; tokens: module (the embeddings where None) -> rows that were trained;
     parameters: tensors that have factors themselves; saved: modules that were trained in full; peft: version that
-    wrote it; unsloth: whether Unsloth did; scalings: module -> factor of B A that is in force, for models in memory.
+    wrote it; unsloth: whether Unsloth did; scalings: module -> factor of B A that is in force, for models in memory; targets: ends of
+    the paths of the adapted modules, where they are listed; model_class: of transformers, which PEFT notes where there is no task.
     """
 
     name: str
@@ -76,6 +77,12 @@ class AdapterConfig(NamedTuple):
     peft: tuple[int, ...] | None = None
     unsloth: bool = False
     scalings: Mapping[str, float] = {}
+    targets: tuple[str, ...] = ()
+    model_class: str | None = None
+
+    def targeted(self, module: str) -> bool:
+        """Whether PEFT adapts a module, as far as the config names modules by the ends of their paths."""
+        return not self.targets or any(module == end or module.endswith(f".{end}") for end in self.targets)
 
     def rank_of(self, module: str) -> int:
         return int(self.ranks.get(module, self.rank))
@@ -133,6 +140,8 @@ def checked_config(config: Mapping[str, Any], name: str, *, in_memory: bool = Fa
         get.texts("modules_to_save"),
         _version(config.get("peft_version")),
         isinstance(auto, Mapping) and bool(auto.get("unsloth_fixed")),
+        targets=() if in_memory or config.get("ensure_weight_tying") else _listed(config.get("target_modules")),
+        model_class=str(auto.get("base_model_class")) if isinstance(auto, Mapping) else None,
     )
 
 
@@ -167,6 +176,12 @@ def _start(value: Any, name: str) -> str | None:
             f"{UNKNOWN_BASE[kind]} to repeat. {CONVERT}"
         )
     raise _wrong("init_lora_weights", value, name, "one of PEFT's kinds")
+
+
+def _listed(targets: Any) -> tuple[str, ...]:
+    """Modules by the ends of their paths; none where an expression names them."""
+    found = tuple(t for t in targets if isinstance(t, str)) if isinstance(targets, (list, tuple, set)) else ()
+    return () if "all-linear" in found else found
 
 
 def _task(value: Any, name: str) -> str | None:

@@ -159,15 +159,19 @@ class Architecture:
     def lacking(self, filled: set[str]) -> list[str]:
         """Canonical names of the float tensors that loading would make at random, where these are filled."""
         ties = {alias for alias, own in self.aliases.items() if own in filled}
-        optional = self.skeleton._keys_to_ignore_on_load_missing or ()
         return [
             canonical
             for name, tensor in self._meta.items()
             if (canonical := self.of_module(name)) not in filled
             and canonical not in ties
             and tensor.is_floating_point()
-            and not any(re.search(pattern, name) for pattern in optional)
+            and not self.optional(canonical)
         ]
+
+    def optional(self, canonical: str) -> bool:
+        """Whether loading makes a tensor of the class itself, without a word, where a checkpoint does not hold it."""
+        name = f"{self.prefix}{canonical}" if f"{self.prefix}{canonical}" in self._meta else canonical
+        return any(re.search(pattern, name) for pattern in self.skeleton._keys_to_ignore_on_load_missing or ())
 
     def converted(self, canonical: str) -> tuple[str, WeightConverter | None, str]:
         """Name in the module of the parameter that a stored tensor is a part of, and the converter and the pattern that make it so;
@@ -300,8 +304,16 @@ class Architecture:
         return bare if bare.keys() & self.parameters.keys() else None
 
     def with_config(self, config: dict[str, Any]) -> Architecture:
-        """The same class with another config, as `to_dict` gives it."""
-        return Architecture(type(self.config).from_dict(config), self.model_class)
+        """The same class with another config, as `to_dict` gives it.
+
+        Errors:
+            TwinmergeError: it is no config of this class.
+        """
+        try:
+            made = type(self.config).from_dict(config)
+        except Exception as error:  # some configs check their keys against each other
+            raise TwinmergeError(f"This is no {type(self.config).__name__} ({_one_line(error)}).") from error
+        return Architecture(made, self.model_class)
 
     @property
     def is_bare(self) -> bool:

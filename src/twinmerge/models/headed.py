@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +140,7 @@ class HeadedModel(nn.Module):
         found = self._found(state)
         model = build_module(architecture)
         self.body: nn.Module = model.get_submodule(self.body_path) if self.body_path else model
-        self._load(found)
+        self._load(model, found)
         self.body.eval()
         self._groups: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._inner = self._hook_inner_heads(head_names)
@@ -169,18 +169,18 @@ class HeadedModel(nn.Module):
         wanted = {self.canonical(k): k for k in body.state_dict()}
         aliases = self.architecture.aliases
         found, missing = {}, []
+        self._left_out: list[str] = []
         for canonical, key in wanted.items():
             source = canonical if canonical in state else aliases.get(canonical, canonical)
             own = [head.tensors[canonical] for head in self.head_specs.values() if canonical in head.tensors]
             if source in state or own:  # a head inside the body that the base lacks: any expert's holds its place
                 found[key] = state[source] if source in state else own[0]
+            elif self.architecture.optional(canonical):
+                self._left_out.append(key)
             else:
                 missing.append(canonical)
         if missing:
-            raise TwinmergeError(
-                f"The weights lack {len(missing)} tensors of {self.architecture.model_class.__name__}, the first is "
-                f"{missing[0]!r}. Take a base that has them, or build the output again."
-            )
+            raise self._lacks(missing)
         _check_shapes(body, found, {key: name for name, key in wanted.items()}, "The weights hold")
         for key, own in skeleton.state_dict().items():
             name = self.architecture.of_module(key)
@@ -192,7 +192,33 @@ class HeadedModel(nn.Module):
                 )
         return found
 
-    def _load(self, found: Mapping[str, Tensor]) -> None:
+    def _lacks(self, missing: Sequence[str]) -> TwinmergeError:
+        return TwinmergeError(
+            f"The weights lack {len(missing)} tensors of {self.architecture.model_class.__name__}, the first is "
+            f"{missing[0]!r}. Take a base that has them, or build the output again."
+        )
+
+    def _made_anew(self, model: PreTrainedModel, key: str, dtype: torch.dtype) -> Tensor:
+        """What a class makes by itself and leaves out of its files (sinusoidal places): the same numbers each time.
+
+        Errors:
+            TwinmergeError: it is made at random.
+        """
+        path, _, attribute = key.rpartition(".")
+        module, made = self.body.get_submodule(path), []
+        for seed in (0, 1):
+            getattr(module, attribute).data.fill_(seed + 0.5)  # what is not set stays different
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model._init_weights(module)
+            made.append(getattr(module, attribute).detach().clone())
+        if not torch.equal(*made):
+            raise self._lacks([self.canonical(key)])
+        return made[0].to(dtype)
+
+    def _load(self, model: PreTrainedModel, given: Mapping[str, Tensor]) -> None:
+        dtype = next((t.dtype for t in given.values() if t.is_floating_point()), torch.float32)
+        found = {**given, **{key: self._made_anew(model, key, dtype) for key in self._left_out}}
         self.body.load_state_dict(found, strict=True, assign=True)
         tie, aliases = getattr(self.body, "tie_weights", None), self.architecture.aliases
         if tie is not None and aliases and not self.architecture.torn:
@@ -286,7 +312,11 @@ class HeadedModel(nn.Module):
 
         Returns:
             without heads: the model's own output. With heads: a dict of `logits` (rows, most labels of any head used),
-            −inf beyond a row's own labels, and `output`, what the class of the first row's head returned.
+            −inf beyond a row's own labels, and `output`, what the class of the first row's head returned. Heads without logits
+            (question answering): `logits` is None, and `output` has every row's own answer.
+
+        Errors:
+            TwinmergeError: heads of different kinds in one batch.
         """
         if not self._outer:
             return self.body(**batch, **options)
@@ -298,25 +328,25 @@ class HeadedModel(nn.Module):
             h: torch.tensor([i for i, name in enumerate(heads) if name == h], device=device)
             for h in dict.fromkeys(heads)
         }
-        logits: list[tuple[Tensor, Tensor]] = []
-        first: Any = None
+        outputs: list[Any] = []
         try:
             self._groups = [(rows, self._inner[head]) for head, rows in groups.items()]
             for head, rows in groups.items():
-                if first is None:
-                    first = self._outer[head](**batch, **options)
-                    logits.append((rows, first.logits.index_select(0, rows)))
+                if not outputs:
+                    outputs.append(self._outer[head](**batch, **options))
                 else:
                     self.port.replay(rows)
-                    output = self._outer[head](**rows_of_batch(batch, rows, size), **options)
-                    logits.append((rows, output.logits))
+                    outputs.append(self._outer[head](**rows_of_batch(batch, rows, size), **options))
         finally:
             self._groups = []
             self.port.reset()
-        if len({part.shape[1:-1] for _, part in logits}) > 1:
-            raise TwinmergeError(
-                f"The heads {', '.join(groups)} answer in different shapes, so their rows cannot share a batch. Ask them apart."
-            )
+        first = outputs[0]
+        parts = [rows_of(first, next(iter(groups.values()))), *outputs[1:]]
+        answers = [getattr(part, "logits", None) for part in parts]
+        check_alike(answers, groups)
+        logits = [(rows, part) for rows, part in zip(groups.values(), answers, strict=True) if part is not None]
+        if not logits:  # a question answerer's: the rows of all of it, in their order
+            return {"logits": None, "output": rows_of(joined(parts), torch.cat([*groups.values()]).argsort())}
         width = max(part.shape[-1] for _, part in logits)
         some = logits[0][1]
         whole = some.new_full((size, *some.shape[1:-1], width), -torch.inf)
@@ -337,20 +367,34 @@ class HeadedModel(nn.Module):
         raise TwinmergeError(f"{type(module).__name__} gives no hidden states to route on. Name the mixture yourself.")
 
 
+def check_alike(logits: Sequence[Tensor | None], heads: Iterable[str]) -> None:
+    """Refuse answers that have no place in one batch: a label for each text and for each token, or logits and none."""
+    if len({None if part is None else part.shape[1:-1] for part in logits}) > 1:
+        raise TwinmergeError(
+            f"The heads {', '.join(heads)} answer in different shapes, so their rows cannot share a batch. Ask them apart."
+        )
+
+
 def architecture_of(heads: Mapping[str, HeadSpec], tensors: int) -> Architecture:
-    """The class that runs the body of these heads: that of the first.
+    """The class that runs the body of these heads: the first with the largest body, since some do without the pooler of others.
 
     Args:
         tensors: how many the body has.
     """
-    first = next(iter(heads.values()))
-    return Architecture(first.config, class_of(first.config), most_parameters(tensors + len(first.tensors)))
+    first: dict[type[PreTrainedModel], HeadSpec] = {}
+    for head in heads.values():
+        first.setdefault(class_of(head.config), head)
+    found = [
+        Architecture(head.config, kind, most_parameters(tensors + len(head.tensors))) for kind, head in first.items()
+    ]
+    return max(found, key=lambda each: sum(each.is_body(name) for name in each.parameters))
 
 
 def _check_shapes(module: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
     """Refuse tensors of other shapes than the module's; `names` has what a user knows them by."""
-    for key, own in module.state_dict().items():
-        found = state[key]
+    owned = module.state_dict()
+    for key, found in state.items():
+        own = owned[key]
         if found.shape != own.shape or found.is_floating_point() != own.is_floating_point():
             raise TwinmergeError(
                 f"{what} {names[key]!r} as {list(found.shape)}, {type(module).__name__} takes {list(own.shape)} by its "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,11 @@ from twinmerge.models.configs import differing, replaced, said
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.values import decoded
 
+if TYPE_CHECKING:
+    from twinmerge.models.architecture import Architecture
+
 SAMPLE = 1 << 20  # entries of the matrix that is looked at
+CLASSIFIERS = re.compile(r"For(\w*(?:Classification|Choice|Answering|Segmentation|Detection))$")
 UNRELATED_BELOW = 0.2  # cosine of base and expert; a fine-tune stays above 0.9, two trainings from scratch are near 0
 
 
@@ -71,6 +76,7 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
     ignored: dict[str, list[str]] = {}
     for e, expert in experts.items():
         heads[e], ignored[e] = _sorted(base, expert, head_patterns)
+    _parts_of_some(base, experts, heads)
     anchored = any(_is_part(experts[e], name) for e, names in heads.items() for name in names)
     if anchored or _labels_differ(base, experts):
         for e, expert in experts.items():
@@ -113,6 +119,11 @@ def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
         elif name not in expert.specs:
             continue  # merged where what it is tied to is merged
         elif base.has(name):
+            if spec.is_float != base.spec(name).is_float:
+                raise TwinmergeError(
+                    f"Tensor {name!r} is {spec.code} in {expert.name} and {base.spec(name).code} in the base {base.name}: whole numbers and "
+                    "fractions do not merge. If one is quantised, restore it to 16 or 32 bits first."
+                )
             if spec.is_float and base.spec(name).shape != spec.shape:
                 _other_shape(base, expert, name)
                 heads.add(name)
@@ -152,6 +163,20 @@ def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
             f"The base {base.name} lacks the tensor {name!r} that {expert.name} has. Check that the base's folder is complete and that "
             "the expert was tuned from it."
         )
+
+
+def _parts_of_some(base: OpenedModel, experts: Mapping[str, OpenedModel], heads: dict[str, set[str]]) -> None:
+    """A part of the base, without layers of its own, that the class of some expert does not have (the pooler, for a token classifier)
+    is a head of those that have it."""
+    for name, spec in base.specs.items():
+        having = [e for e, expert in experts.items() if expert.has(name)]
+        if not spec.is_float or not 0 < len(having) < len(experts) or any(p.isdigit() for p in name.split(".")):
+            continue
+        classes = [expert.architecture for e, expert in experts.items() if e not in having]
+        if all(known is not None and not known.filled(name) for known in classes):
+            for e in having:
+                if _is_part(experts[e], name):
+                    heads[e].add(name)
 
 
 def _all_there(
@@ -213,7 +238,7 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
 
 def _direction(model: OpenedModel, name: str, count: int) -> NDArray[np.float32]:
     """The first `count` numbers of a tensor, scaled to length one; zeros stay zeros."""
-    x = decoded(model.beginning(name, count), model.range_code(name))
+    x = decoded(*model.stored_beginning(name, count))
     with np.errstate(all="ignore"):  # numbers that are not finite are refused later, with their place
         length = np.sqrt(np.vdot(x, x))
         return x / length if length else x
@@ -300,13 +325,21 @@ def _untied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
 
 
 def _labels_differ(base: OpenedModel, experts: Mapping[str, OpenedModel]) -> bool:
-    """Classifiers of different label names: equal shapes do not make their output layers one."""
-    classes = {e.architecture.model_class for e in experts.values() if e.architecture is not None}
-    classifiers = all(e.architecture is not None and e.architecture.prefix for e in experts.values())
-    models = [*experts.values()]
-    if base.architecture is not None and base.architecture.model_class in classes:
-        models.append(base)
-    return classifiers and len({tuple(model.labels or ()) for model in models}) > 1
+    """Classifiers of different kinds or label names: equal shapes do not make their output layers one."""
+    known = [e.architecture for e in experts.values() if e.architecture is not None and e.architecture.prefix]
+    if len(known) < len(experts):
+        return False
+    classes, kinds = {each.model_class for each in known}, {_kind(each) for each in known}
+    own = base.architecture
+    if own is not None and (own.model_class in classes or (_kind(own) and _kind(own) not in kinds)):
+        known.append(own)
+    return len({(_kind(each), tuple(each.labels or ())) for each in known}) > 1
+
+
+def _kind(known: Architecture) -> str:
+    """What a classifier's class tells apart (whole texts, tokens, choices, …); empty for every other class."""
+    found = CLASSIFIERS.search(known.model_class.__name__)
+    return found[1] if found else ""
 
 
 def _expected_by(experts: Mapping[str, OpenedModel], name: str) -> OpenedModel | None:

@@ -243,6 +243,16 @@ class OpenedModel:
         self.read_range(name, 0, out)
         return out
 
+    def stored_beginning(self, name: str, count: int) -> tuple[NDArray[np.uint8], str]:
+        """The same, and its dtype, without the low-rank product that an adapter adds: of the base that it is on."""
+        change = self.changes.get(self._own(name))
+        if change is None or change.dense is not None:
+            return self.beginning(name, count), self.range_code(name)
+        spec = self.spec(name)
+        out = np.empty(count * SIZES[spec.code], np.uint8)
+        self.source.read_into(self.stored[self._own(name)], 0, out)
+        return out, spec.code
+
 
 def as_tensor(flat: Flat, dtype: torch.dtype) -> Tensor:
     """Bytes seen as a 1-D tensor, without a copy; a tensor is what it is."""

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError, nearest
@@ -43,7 +44,8 @@ class Base(NamedTuple):
 
 def class_for(adapter: Adapter, architecture: Architecture | None) -> Architecture | None:
     """The base's class, or that of the adapter's task where the base has not what the adapter changes."""
-    if architecture is None or adapter.task not in TASK_CLASSES:
+    named = _named_class(adapter, architecture)
+    if architecture is None or (adapter.task not in TASK_CLASSES and named is None):
         return architecture
     own = {path for path, _ in architecture.skeleton.named_modules()}
     known = architecture.parameters
@@ -51,9 +53,11 @@ def class_for(adapter: Adapter, architecture: Architecture | None) -> Architectu
     fits = all(name.rpartition(".")[0] in own or architecture.canonical(name) in known for name in names)
     if fits and not architecture.is_bare and adapter.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         return architecture
+    if fits and named is not None:
+        return architecture
     config = architecture.config
     try:
-        task_class = class_of(config, adapter.task)
+        task_class = named or class_of(config, adapter.task)
     except TwinmergeError:
         if fits:
             return architecture
@@ -62,10 +66,19 @@ def class_for(adapter: Adapter, architecture: Architecture | None) -> Architectu
         return architecture
     changed: PretrainedConfig = type(config).from_dict(config.to_dict())
     outputs = {n: t.shape[0] for n, t in adapter.dense.items() if n.endswith("weight") and t.dim() == 2}
-    if outputs and adapter.task in ("SEQ_CLS", "TOKEN_CLS"):
-        heads = [n for n in outputs if {"classifier", "score"} & set(n.split("."))]
+    heads = [n for n in outputs if {"classifier", "score"} & set(n.split("."))]
+    if outputs and (adapter.task in ("SEQ_CLS", "TOKEN_CLS") or (named is not None and heads)):
         changed.num_labels = outputs[(heads or list(outputs))[-1]]
     return Architecture(changed, task_class)
+
+
+def _named_class(adapter: Adapter, architecture: Architecture | None) -> type[PreTrainedModel] | None:
+    """The class that PEFT noted of an adapter without a task, where it is one of transformers for the base's config."""
+    name = adapter.config.model_class
+    found = None if adapter.task is not None or name is None else getattr(transformers, name, None)
+    if architecture is None or not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        return None
+    return found if found.config_class is type(architecture.config) else None
 
 
 def placed(adapter: Adapter, base: Base) -> dict[str, Change]:
@@ -152,7 +165,17 @@ class _Placing:
                     "(tie_word_embeddings=False), or merge the adapter into it first (merge_and_unload)."
                 )
             found[name] = change
-        return tied(found, self.base.specs, self.base.aliases, self.adapter.name, self.base.name)
+        return tied(found, self.base.specs, self.base.aliases, self.adapter.name, self.base.name, self._values())
+
+    def _values(self) -> set[str]:
+        """Canonical names of what PEFT loads into the base's own parameters, and so into all that share it: modules that are trained in
+        full or have factors are copies of their own."""
+        saved, adapted = self.config.saved, {unwrapped(module) for module in self.adapter.pairs}
+        return {
+            self.canonical(name)
+            for name in self.adapter.dense
+            if not any(f".{module}." in f".{name}" for module in saved) and name.rpartition(".")[0] not in adapted
+        }
 
     def _is_copy(self, name: str, own: str, tensor: Tensor) -> bool:
         """PEFT saves the base's embeddings beside their factors, and both of two tied tensors."""
@@ -210,6 +233,13 @@ class _Placing:
                 "transformers 5 put such matrices together. Merge it into its base first, with the versions that trained it."
             )
         whose = module.removesuffix(ATTENTION_OUTPUT) if doubled else plain
+        if not any(
+            self.config.targeted(path) for path in (whose, self.path(name).removesuffix(".out_proj"), self.path(name))
+        ):
+            raise TwinmergeError(
+                f"The adapter {self.adapter.name} has factors of {whose!r}, which its target_modules do not name, and PEFT leaves such out. Take "
+                "the adapter_config.json that was saved with it."
+            )
         scaling = self._scaling(whose, self.path(name).removesuffix(".out_proj" if doubled else ""), pair.a.shape[0])
         if doubled:
             scaling *= 2  # PEFT adds it twice, in training as in merging

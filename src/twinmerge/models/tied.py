@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 
 import torch
 
@@ -11,13 +11,19 @@ from twinmerge.models.change import Change
 
 
 def tied(
-    found: dict[str, Change], specs: Container[str], aliases: Mapping[str, str], adapter: str, base: str
+    found: dict[str, Change],
+    specs: Container[str],
+    aliases: Mapping[str, str],
+    adapter: str,
+    base: str,
+    values: Collection[str] = (),
 ) -> dict[str, Change]:
     """The changes by the names that hold the values: all of the names that share one have to change, and alike.
 
     Args:
         found: canonical name -> change, by the names of the modules; specs: the base's tensors; aliases: tied name -> the one
-            that holds the values; adapter, base: how messages call them.
+            that holds the values; adapter, base: how messages call them; values: names whose new values PEFT puts into the one tensor
+            that all of them share.
 
     Errors:
         TwinmergeError: one of them changes alone, or two in different ways.
@@ -38,7 +44,7 @@ def tied(
                     f"{base} ties them: one tensor cannot hold both. Untie the base (tie_word_embeddings), or train one "
                     "that changes both alike."
                 )
-        if len(changed) < len(names):
+        if len(changed) < len(names) and not all(n in values for n in changed):
             rest = next(n for n in names if n not in found)
             raise alone(adapter, base, changed[0], rest)
         change = found[changed[0]]

@@ -82,8 +82,7 @@ class StaticRunner:
     def answer(self, rows: Sequence[Row], heads: Sequence[str]) -> torch.Tensor:
         """Logits (rows, most labels)."""
         output = self.model(self.encoder.encode(rows), list(heads) if self.heads else None)
-        logits: torch.Tensor = output["logits"] if self.heads else output.logits
-        return logits
+        return _logits(output["logits"] if self.heads else getattr(output, "logits", None))
 
 
 class TwinRunner:
@@ -115,8 +114,15 @@ class TwinRunner:
     ) -> torch.Tensor:
         biases = list(tasks) if self.oracle_biases else None
         out: TwinOutput = self.twin(**batch, mixture=mixture, head=list(heads), oracle_biases=biases)
-        assert out.logits is not None
-        return out.logits
+        return _logits(out.logits)
+
+
+def _logits(found: torch.Tensor | None) -> torch.Tensor:
+    if found is None:
+        raise TwinmergeError(
+            "The heads give no label for a row (question answering), so there is nothing to score. Name classifiers."
+        )
+    return found
 
 
 def open_runner(folder: Path, oracle_biases: bool = False) -> StaticRunner | TwinRunner:

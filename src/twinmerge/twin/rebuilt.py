@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import batch_size, joined, rows_of, rows_of_batch
+from twinmerge.models.headed import batch_size, check_alike, joined, rows_of, rows_of_batch
 from twinmerge.twin.early import Early, resumed
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def rebuilt(
     if not apart:
         output = _chosen([f.output for f in found], groups, size)
         return Answered(output, getattr(output, "logits", None))
+    check_alike([f.logits for f in found], dict.fromkeys(heads or ()))
     logits = None if found[0].logits is None else joined([f.logits for f in found])
     back = torch.argsort(torch.cat([rows for _, rows in groups]))
     output = rows_of(joined([f.output for f in found]), back)
