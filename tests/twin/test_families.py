@@ -210,3 +210,21 @@ def test_every_way_of_generating(name: str, beams: int, returned: int, sampled: 
                 raise
             continue
         assert torch.equal(found, torch.cat(expected)), strategy
+
+
+def test_what_a_class_never_stores_is_made_by_it(tmp_path: Path) -> None:
+    """Marian's files have no tables of positions: the class makes them anew, the same each time."""
+    family = families.FAMILIES["marian"]
+    base = family.model()
+    base.save_pretrained(tmp_path / "base")
+    expert = copy.deepcopy(base)
+    with torch.no_grad():
+        expert.model.shared.weight.mul_(1.01)
+    expert.save_pretrained(tmp_path / "a")
+    twin = Twin.build(
+        tmp_path / "base", {"a": tmp_path / "a"}, None, shared="task_arithmetic", scale=1.0, progress=False
+    )
+    batch = family.batch(base, 2, 5)
+    stock = type(base).from_pretrained(tmp_path / "a").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(twin(**batch, expert="a").output.logits, stock(**batch).logits, rtol=1e-4, atol=1e-5)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.glance import LONGEST, prints
 
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -123,3 +125,29 @@ def test_twins_made_of_a_twin_answer_as_it_is_set(lab: Any) -> None:
 def test_the_answer_as_a_tuple_is_refused(lab: Any) -> None:
     with pytest.raises(TwinmergeError, match="to_tuple"):
         lab.twin("llama")(input_ids=IDS, expert="e0", return_dict=False)
+
+
+def test_numbers_of_numpy_are_numbers(lab: Any) -> None:
+    twin = copy.deepcopy(lab.twin("bert"))
+    inputs = {name: lab.text_batch(8, 6, seed) for seed, name in enumerate(twin.experts)}
+    twin.fit_router(inputs, layers=np.array([0, 1]), null=np.bool_(False), progress=np.bool_(False))
+    assert twin.layers == (0, 1) and all(type(layer) is int for layer in twin.layers)
+
+
+def test_directions_of_an_encoder_decoder(lab: Any) -> None:
+    """The pass that finds what reads a layer has words for the decoder, too."""
+    twin = copy.deepcopy(lab.twin("t5"))
+    twin.fit_router(kind="projection", progress=False)
+    assert twin.route({"input_ids": IDS, "decoder_input_ids": IDS[:, :2]}).shape == (4, len(twin.experts))
+
+
+def test_entries_of_many_numbers_are_told_apart() -> None:
+    """Prints of entries that are longer than a wave: any number that changes, or two that change places, are seen."""
+    x = torch.randn(1, 3 * LONGEST + 5)
+    rows = x.repeat(5, 1)
+    rows[1, 0] += 1e-3
+    rows[2, 2 * LONGEST + 7] += 1e-3
+    rows[3, -1] += 1e-3
+    rows[4, [3, LONGEST + 3]] = rows[4, [LONGEST + 3, 3]]
+    change = (prints(rows) - prints(x)).abs().amax(1)
+    assert change[0] < 1e-9 and bool((change[1:] > 1e-5).all())

@@ -190,6 +190,9 @@ class HeadedModel(nn.Module):
             own = [head.tensors[canonical] for head in self.head_specs.values() if canonical in head.tensors]
             if source in state or own:  # a head inside the body that the base lacks: any expert's holds its place
                 found[key] = state[source] if source in state else own[0]
+            elif (made := self._never_stored(key)) is not None:
+                some = next((t for t in state.values() if t.is_floating_point()), made)
+                found[key] = made.to(some.dtype)
             else:
                 missing.append(canonical)
         if missing:
@@ -246,6 +249,21 @@ class HeadedModel(nn.Module):
                 for attribute in own:
                     del module.__dict__[attribute]
         return y
+
+    def _never_stored(self, key: str) -> Tensor | None:
+        """What the class makes by itself and leaves out of its files (Marian's sinusoids): the same numbers each time."""
+        left_out = getattr(self.body, "_keys_to_ignore_on_load_missing", None) or ()
+        if not any(re.search(pattern, name) for pattern in left_out for name in (key, f"model.{key}")):
+            return None
+        path, _, attribute = key.rpartition(".")
+        module, made = self.body.get_submodule(path), []
+        for seed in (0, 1):
+            getattr(module, attribute).data.fill_(seed + 0.5)  # what is not set stays different
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.body._init_weights(module)  # type: ignore[operator]
+            made.append(getattr(module, attribute).detach().clone())
+        return made[0] if torch.equal(*made) else None
 
     def _head_module(self, name: str, head: HeadSpec) -> PreTrainedModel:
         architecture = Architecture(head.config, class_of(head.config))
