@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,10 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
 from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, seeing
+from twinmerge.twin.forward import CacheError
 from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.planner import distinct_mixtures
-from twinmerge.twin.rebuilt import refuse_whole, separable
+from twinmerge.twin.rebuilt import CACHES, refuse_whole, separable
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -61,11 +63,19 @@ def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, An
     mixture = Mixture.of(weights, strategy == "grouped", reorder)
     given = inputs if mixture.order is None else _rows(twin, inputs, mixture.order, size)
 
-    def mixed() -> Any:
+    def mixed(**more: Any) -> Any:
         with twin.runtime.mixing(mixture, copies=frozenset({1, _copies(twin, inputs)})):
-            return _run(twin, given)
+            return _run(twin, {**given, **more})
 
-    tokens = seeing(twin, prompt, mixed)
+    try:
+        tokens = seeing(twin, prompt, mixed)
+    except CacheError as error:  # a layer that is answered row group by row group would write into the cache of all
+        if inputs.get("use_cache") is not None or any(inputs.get(name) is not None for name in CACHES):
+            raise
+        try:
+            tokens = seeing(twin, prompt, partial(mixed, use_cache=False))
+        except RuntimeError:  # nor does it go without one
+            raise error from None
     return tokens if mixture.order is None else _in_order(tokens, mixture.order, size)
 
 
@@ -157,6 +167,8 @@ def _run(twin: Twin, inputs: Mapping[str, Any]) -> Any:
     own = {k: type(v)(**v) if isinstance(v, ModelOutput) else v for k, v in inputs.items()}  # generate writes into it
     try:
         return body.generate(**own)
+    except TwinmergeError:
+        raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise TwinmergeError(
             f"{type(body).__name__}.generate does not take this call: {' '.join(str(error).split())} Change its arguments."
