@@ -92,7 +92,9 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is None or kind is type(None):
         return value is None
     if origin is bool:
-        return isinstance(value, bool) or type(value).__name__ == "bool_"
+        return isinstance(value, bool) or (
+            type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+        )
     if origin in (int, float):
         number = numbers.Integral if origin is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)

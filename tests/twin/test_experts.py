@@ -149,6 +149,8 @@ def test_what_cannot_come_or_go(lab: Any, built: Any, tmp_path: Path) -> None:
     strange = lab.new_case("roberta", torch.float32).experts["e0"]
     for call, says in (
         (lambda: twin.add("e1", case.experts["e3"], inputs(3)), "an expert 'e1' already"),
+        (lambda: twin.add("../e3", case.experts["e3"], inputs(3)), "'../e3' is not usable"),
+        (lambda: twin.add("", case.experts["e3"], inputs(3)), "'' is not usable"),
         (lambda: twin.add("e3", case.experts["e3"]), "Give inputs of its kind"),
         (lambda: twin.add("e3", strange, inputs(3)), "is a roberta model"),
         (lambda: twin.add("e3", bare, inputs(3)), "has no head, the twin's experts have one each"),

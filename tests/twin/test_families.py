@@ -61,6 +61,8 @@ GENERATORS += [
     "mamba",
     "llava",
     "whisper",
+    "jamba",
+    "bamba",
 ]
 UNRELATED = ("blip", "blip_2")  # matrices that start at almost 0 make experts that look like another model's
 FLOAT32 = (
@@ -210,3 +212,34 @@ def test_every_way_of_generating(name: str, beams: int, returned: int, sampled: 
                 raise
             continue
         assert torch.equal(found, torch.cat(expected)), strategy
+
+
+def test_rows_generate_without_a_cache_where_it_cannot_be_told_apart() -> None:
+    """Jamba's recurrent layers are answered row group by row group, and would write into the cache of all."""
+    family, base, experts, twin = built("jamba")
+    batch, weights = family.batch(base, 3, 5), some_weights(3)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
+    found = twin.generate(**batch, **options, mixture=weights, free=True, strategy="stacked")
+    for i, row in enumerate(weights):
+        model = dense(base, twin.model.body, experts, row)
+        assert torch.equal(found[i], model.generate(**batch, **options)[i])
+    with pytest.raises(TwinmergeError, match="^The module .* is given a DynamicCache"):
+        twin.generate(**batch, **options, use_cache=True, mixture=weights, free=True, strategy="stacked")
+
+
+def test_what_a_class_never_stores_is_made_by_it(tmp_path: Path) -> None:
+    """Marian's files have no tables of positions: the class makes them anew, the same each time."""
+    family = families.FAMILIES["marian"]
+    base = family.model()
+    base.save_pretrained(tmp_path / "base")
+    expert = copy.deepcopy(base)
+    with torch.no_grad():
+        expert.model.shared.weight.mul_(1.01)
+    expert.save_pretrained(tmp_path / "a")
+    twin = Twin.build(
+        tmp_path / "base", {"a": tmp_path / "a"}, None, shared="task_arithmetic", scale=1.0, progress=False
+    )
+    batch = family.batch(base, 2, 5)
+    stock = type(base).from_pretrained(tmp_path / "a").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(twin(**batch, expert="a").output.logits, stock(**batch).logits, rtol=1e-4, atol=1e-5)

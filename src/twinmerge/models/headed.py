@@ -99,21 +99,48 @@ def joined(outputs: Sequence[Any]) -> Any:
     return None
 
 
+PLACES = ("logits_to_keep", "cache_position", "prompt_ids")
+"""Tensors of a batch that have no axis of rows, though they may be as long as there are rows."""
+ALIKE = ("position_ids", "token_type_ids")
+"""What may be given once for all rows."""
+
+
 def rows_of_batch(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
-    """The chosen rows of every input whose leading axis is the batch."""
-    return {
-        k: v.index_select(0, rows) if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
-        for k, v in batch.items()
-    }
+    """The chosen rows of every input whose leading axis is the batch, and of those in tuples and outputs (of an encoder)."""
+    return {k: v if k in PLACES else _rows_of_input(v, rows, size) for k, v in batch.items()}
+
+
+def _rows_of_input(value: Any, rows: Tensor, size: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.index_select(0, rows) if value.dim() and value.shape[0] == size else value
+    if isinstance(value, ModelOutput):
+        return type(value)(**{k: _rows_of_input(v, rows, size) for k, v in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_rows_of_input(v, rows, size) for v in value)
+    return value
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
-    for value in batch.values():
+    """How many rows a batch has."""
+    by_rows = [v for k, v in batch.items() if k not in (*PLACES, *ALIKE)]
+    for value in (*by_rows, *batch.values()):
+        if isinstance(value, ModelOutput):
+            value = next(iter(value.values()), None)
+        elif isinstance(value, tuple) and value:
+            value = value[0]
         if isinstance(value, Tensor) and value.dim():
             if not value.shape[0]:
                 raise TwinmergeError("The batch holds no rows. Give at least one input.")
             return int(value.shape[0])
     raise TwinmergeError("The batch holds no tensor. Pass what the tokenizer or image processor returns.")
+
+
+def for_each_row(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A batch whose positions and kinds of words, where they come once for all rows, come for each of them."""
+    return {
+        k: v.expand(size, *v.shape[1:]) if k in ALIKE and isinstance(v, Tensor) and v.dim() > 1 and len(v) == 1 else v
+        for k, v in batch.items()
+    }
 
 
 class HeadedModel(nn.Module):

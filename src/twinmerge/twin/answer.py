@@ -15,7 +15,7 @@ from twinmerge.twin.early import Early
 from twinmerge.twin.forward import CacheError, UnseenError
 from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.planner import distinct_mixtures
-from twinmerge.twin.rebuilt import Answered, passed, rebuilt
+from twinmerge.twin.rebuilt import CACHES, Answered, passed, rebuilt
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -50,6 +50,11 @@ def couples_rows(twin: Twin) -> bool:
     return hasattr(config, "vision_config") or hasattr(config, "audio_config")
 
 
+def keeps_order(twin: Twin, batch: Mapping[str, Any]) -> bool:
+    """Whether rows must stay where they are: also those that go on from a cache do, whose rows are not looked into."""
+    return couples_rows(twin) or any(batch.get(name) is not None for name in CACHES)
+
+
 def answer(
     twin: Twin,
     batch: Mapping[str, Any],
@@ -70,7 +75,7 @@ def answer(
     """
     if strategy in ("folded", "rebuild"):
         return rebuilt(twin, batch, heads, distinct_mixtures(weights), early)
-    plan = Mixture.of(weights, strategy == "grouped" and biases is None, not couples_rows(twin))
+    plan = Mixture.of(weights, strategy == "grouped" and biases is None, not keeps_order(twin, batch))
     others = None if biases is None else Mixture.of(biases, grouped=False)
 
     def mixed(batch: Mapping[str, Any] = batch) -> Answered:

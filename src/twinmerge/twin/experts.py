@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.engine.merge import heads_of
+from twinmerge.engine.names import EXPERT_NAME
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import projected
@@ -42,6 +43,8 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
         raise TwinmergeError(
             f"The twin has an expert {name!r} already. Give the new one another name, or remove that one."
         )
+    if not EXPERT_NAME.fullmatch(name):
+        raise TwinmergeError(f"The expert name {name!r:.80} is not usable. Use letters, digits, '_', '-' and '.'.")
     opened = {name: open_model(model, name if not isinstance(model, str) else None)}
     shared = package.shared
     patterns = package.provenance.get("recipe", {}).get("heads", ())

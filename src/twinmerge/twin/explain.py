@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.models.headed import batch_size
-from twinmerge.twin.answer import answer, couples_rows, positions_of
+from twinmerge.twin.answer import answer, keeps_order, positions_of
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -58,7 +58,7 @@ class Explanation:
 @torch.no_grad()
 def explain(twin: Twin, batch: Mapping[str, Any], weights: Tensor, measure: bool, repeats: int) -> Explanation:
     """See `Twin.explain`."""
-    reorder = not couples_rows(twin)
+    reorder = not keeps_order(twin, batch)
     positions = positions_of(twin, batch)
     blind = twin.runtime.look_at(batch) if bool(weights.any()) else None
     chosen = twin.planner.choose(weights, positions, reorder=reorder, blind=blind)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
-from twinmerge.twin.answer import PROMPT, couples_rows, positions_of, seeing
+from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, seeing
+from twinmerge.twin.forward import CacheError
 from twinmerge.twin.mixture import Mixture
 from twinmerge.twin.planner import distinct_mixtures
-from twinmerge.twin.rebuilt import refuse_whole, separable
+from twinmerge.twin.rebuilt import CACHES, refuse_whole, separable
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
 
 SEE_ALL_ROWS = ("streamer", "logits_processor", "stopping_criteria")
 """Arguments that are told of all rows at once, in their order."""
+FOR_EACH_ROW = ("decoder_start_token_id", "language", "task")
+"""Arguments that may be lists, with one for each row."""
 REFUSED = {
     "assistant_model": "it guesses ahead for one mixture, and its guesses are checked row by row",
     "custom_generate": "it may run code from a repository, and bypasses the mixtures",
@@ -46,20 +51,31 @@ def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, An
     size = batch_size(prompt)
     as_dict, sampled = _setting(twin, inputs, "return_dict_in_generate"), _setting(twin, inputs, "do_sample")
     seers = [n for n in SEE_ALL_ROWS if inputs.get(n) is not None and inputs[n] != []]
+    seers += [n for n in FOR_EACH_ROW if isinstance(given := inputs.get(n), (list, tuple, Tensor)) and len(given) > 1]
     whole = seers[0] if seers else "return_dict_in_generate" if as_dict else None
-    reorder = not (whole or sampled or couples_rows(twin))
-    blind = twin.runtime.look_at(prompt) if bool(weights.any()) else None
+    reorder = not (whole or sampled or keeps_order(twin, inputs))
+    blind = None
+    if bool(weights.any()):
+        blind = twin.runtime.look_at({**prompt, "encoder_outputs": inputs.get("encoder_outputs")})
     strategy = twin.planner.choose(weights, positions_of(twin, prompt), _steps(twin, inputs), reorder, strategy, blind)
     if strategy in ("folded", "rebuild"):
         return _rebuilt(twin, weights, inputs, whole, bool(sampled))
     mixture = Mixture.of(weights, strategy == "grouped", reorder)
     given = inputs if mixture.order is None else _rows(twin, inputs, mixture.order, size)
 
-    def mixed() -> Any:
+    def mixed(**more: Any) -> Any:
         with twin.runtime.mixing(mixture, copies=frozenset({1, _copies(twin, inputs)})):
-            return _run(twin, given)
+            return _run(twin, {**given, **more})
 
-    tokens = seeing(twin, prompt, mixed)
+    try:
+        tokens = seeing(twin, prompt, mixed)
+    except CacheError as error:  # a layer that is answered row group by row group would write into the cache of all
+        if inputs.get("use_cache") is not None or any(inputs.get(name) is not None for name in CACHES):
+            raise
+        try:
+            tokens = seeing(twin, prompt, partial(mixed, use_cache=False))
+        except RuntimeError:  # nor does it go without one
+            raise error from None
     return tokens if mixture.order is None else _in_order(tokens, mixture.order, size)
 
 
@@ -148,8 +164,11 @@ def named(twin: Twin, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]
 
 def _run(twin: Twin, inputs: Mapping[str, Any]) -> Any:
     body: Any = twin.model.body
+    own = {k: type(v)(**v) if isinstance(v, ModelOutput) else v for k, v in inputs.items()}  # generate writes into it
     try:
-        return body.generate(**inputs)
+        return body.generate(**own)
+    except TwinmergeError:
+        raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise TwinmergeError(
             f"{type(body).__name__}.generate does not take this call: {' '.join(str(error).split())} Change its arguments."
@@ -184,7 +203,8 @@ def _padding(twin: Twin, inputs: Mapping[str, Any]) -> int:
 def _rows(twin: Twin, inputs: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
     """The inputs of some rows; what belongs to the generation as a whole stays as it is."""
     config: Any = twin.model.body.generation_config
-    whole = {k: v for k, v in inputs.items() if hasattr(config, k) or not (k in PROMPT or isinstance(v, Tensor))}
+    by_rows = {k for k, v in inputs.items() if k in PROMPT or isinstance(v, (Tensor, ModelOutput))}
+    whole = {k: v for k, v in inputs.items() if hasattr(config, k) or k not in by_rows}
     found = whole | rows_of_batch({k: v for k, v in inputs.items() if k not in whole}, rows, size)
     if (allowed := inputs.get("prefix_allowed_tokens_fn")) is not None:
         own = rows.tolist()

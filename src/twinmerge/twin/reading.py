@@ -142,7 +142,9 @@ def nothing_much(twin: Twin) -> dict[str, Tensor]:
     if (size := getattr(config, "image_size", None)) is not None:
         dtype = next(twin.model.body.parameters()).dtype
         return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), size, size, dtype=dtype)}
-    return {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in twin.takes and config.is_encoder_decoder else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **decoder}
 
 
 def layer_count(config: Any) -> int:

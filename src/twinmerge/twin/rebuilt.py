@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import batch_size, check_alike, joined, rows_of, rows_of_batch
+from twinmerge.models.headed import PLACES, batch_size, check_alike, joined, rows_of, rows_of_batch
 from twinmerge.twin.early import Early, resumed
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
+
+CACHES = ("past_key_values", "cache_params", "mems", "state", "past_buckets_states")
+"""What a pass goes on from, of all rows."""
 
 Groups = Sequence[tuple[Tensor, Tensor]]
 """(mixture (experts,), the numbers of its rows)."""
@@ -79,7 +82,7 @@ def rebuilt(
 def separable(twin: Twin, batch: Mapping[str, Any]) -> bool:
     """Whether a row's inputs are that row of every tensor, or one for all."""
     size = batch_size(batch)
-    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+    tensors = [v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and k not in PLACES]
     config = twin.model.architecture.config
     several = hasattr(config, "vision_config") or hasattr(config, "audio_config")
     words = all(
@@ -95,7 +98,7 @@ def refuse_whole(batch: Mapping[str, Any]) -> None:
             "A loss is the mean of a whole batch, and the rows of different mixtures are answered apart. Leave the labels out and "
             "take it from the logits."
         )
-    if batch.get("past_key_values") is not None:
+    if any(batch.get(name) is not None for name in CACHES):
         raise TwinmergeError(
             "A cache holds the rows of a whole batch, and the rows of different mixtures are answered apart. Give one mixture."
         )

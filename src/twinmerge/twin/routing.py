@@ -188,6 +188,7 @@ def fitted(
         layers = ()
     elif layers is None:
         layers = default_layers(layer_count(twin.model.architecture.config), kind, twin.first_layer)
+    layers = tuple(int(layer) for layer in layers)
     rows: list[Tensor] = []
     owners: list[int] = []
     for k, name in enumerate(twin.experts):

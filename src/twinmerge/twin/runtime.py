@@ -116,6 +116,8 @@ class Runtime(nn.Module):
             None, or the sentence that says why it cannot be, so that only dense weights are sure to be right.
         """
         kind = signature(batch)
+        if batch.get("encoder_outputs") is not None:  # of the encoder, which is looked at with what it takes
+            kind |= {str(getattr(self.body[0], "main_input_name", "input_ids"))}
         if not self.forwards or (kind in self.looked and not again):
             return None
         samples = of_batch(self.body[0], batch)

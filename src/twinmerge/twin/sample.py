@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinmerge.models.headed import batch_size
+from twinmerge.models.headed import PLACES, batch_size
 from twinmerge.twin.layout import Batch, Sample
 
 SIZES = ((2, 7), (3, 5))  # rows and words: no number is a multiple of another
@@ -86,7 +86,7 @@ def of_batch(body: nn.Module, batch: Mapping[str, Any]) -> list[Sample] | None:
     """Two and three rows of a caller's batch, one of them changed; None where its rows cannot be told apart."""
     given = {k: v for k, v in batch.items() if k != "labels"}
     size = batch_size(given)
-    tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dim()}
+    tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dim() and k not in PLACES}
     if any(len(v) not in (1, size) for v in tensors.values()) or any(hasattr(v, "update") for v in given.values()):
         return None
     takes = inspect.signature(body.forward).parameters

@@ -21,7 +21,7 @@ from twinmerge.engine.card import model_card
 from twinmerge.engine.merge import Merge, heads_of
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import HeadedModel, architecture_of, batch_size
+from twinmerge.models.headed import HeadedModel, architecture_of, batch_size, for_each_row
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.foreign import find, read_text
@@ -29,7 +29,7 @@ from twinmerge.store.locate import locate
 from twinmerge.store.output import OutputFolder
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.twin import package as folder_format
-from twinmerge.twin.answer import answer, couples_rows, positions_of
+from twinmerge.twin.answer import answer, keeps_order, positions_of
 from twinmerge.twin.compress import compressed, retained
 from twinmerge.twin.early import depth
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
@@ -157,6 +157,13 @@ class Twin(nn.Module):
             "dtype": some.dtype,
         }
 
+    def _set(self, settings: Mapping[str, Any]) -> None:
+        """Take over the settings of another."""
+        some = next(self.model.body.parameters())
+        if (some.device, some.dtype) != (settings["device"], settings["dtype"]):
+            self.to(device=settings["device"], dtype=settings["dtype"])
+        self.strategy, self.experts_per_row = settings["strategy"], settings["experts_per_row"]
+
     # ------------------------------------------------------------------ making
 
     @classmethod
@@ -279,9 +286,7 @@ class Twin(nn.Module):
     def at_rank(self, rank: int) -> Twin:
         """The same twin with every exclusive matrix cut to a lower rank; shares the weights' memory where it can."""
         exclusive = {name: cut(part, rank) for name, part in self.package.exclusive.items()}
-        twin = Twin(self.package._replace(exclusive=exclusive), self.side_files, self.sources)
-        twin.router, twin.layers, twin._encoder = self.router, self.layers, self._encoder
-        return twin
+        return self._with(self.package_now()._replace(exclusive=exclusive))
 
     @strict
     def single_pass(self, layer: int | None = None) -> Twin:
@@ -482,7 +487,9 @@ class Twin(nn.Module):
         return self.package._replace(router=self.router, layers=self.layers)
 
     def _with(self, package: Package) -> Twin:
+        """A twin of another package that answers as this one is set to, where this one is."""
         twin = Twin(package, self.side_files, self.sources)
+        twin._set(self._settings())
         twin._encoder = self._encoder
         return twin
 
@@ -586,8 +593,13 @@ class Twin(nn.Module):
         if "top_k" in batch:
             raise TwinmergeError(TOP_K)
         check_batch(batch)
-        check_names(self, batch)
+        check_names(self, {k: v for k, v in batch.items() if k != "return_dict"})
+        if batch.pop("return_dict", None) is False:
+            raise TwinmergeError(
+                "A twin gives its answer by name. Leave return_dict out, and take twin(**batch).output.to_tuple()."
+            )
         size = batch_size(batch)
+        batch = for_each_row(batch, size)
         weights, nearest, early = mixtures(self, batch, mixture, expert, experts_per_row, normalize, free)
         chosen = [self.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
         likely = chosen if nearest is None else [self.experts[k] for k in nearest.tolist()]
@@ -598,7 +610,7 @@ class Twin(nn.Module):
         way = "stacked" if biases is not None else under_autocast(self, self.strategy if strategy is None else strategy)
         with self.lock:
             blind = self.runtime.look_at(batch) if bool(weights.any()) else None
-            way = self.planner.choose(weights, positions_of(self, batch), 0, not couples_rows(self), way, blind)
+            way = self.planner.choose(weights, positions_of(self, batch), 0, not keeps_order(self, batch), way, blind)
             found = answer(self, batch, heads, weights, way, biases, early)
         return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
 
@@ -738,8 +750,5 @@ def _again(
     with warnings.catch_warnings():  # what it refuses was said when it was built
         warnings.simplefilter("ignore")
         twin = Twin(package, side_files, sources)
-    some = next(twin.model.body.parameters())
-    if (some.device, some.dtype) != (settings["device"], settings["dtype"]):
-        twin.to(device=settings["device"], dtype=settings["dtype"])
-    twin.strategy, twin.experts_per_row = settings["strategy"], settings["experts_per_row"]
+    twin._set(settings)
     return twin
