@@ -308,11 +308,12 @@ def test_threads_do_not_see_each_others_mixture(lab: Any) -> None:
     assert wrong == []
 
 
-def test_an_error_in_the_model_leaves_the_twin_clean(lab: Any) -> None:
+@pytest.mark.parametrize(("token", "error"), [(-1, IndexError), (10_000, TwinmergeError)])
+def test_an_error_in_the_model_leaves_the_twin_clean(lab: Any, token: int, error: type[Exception]) -> None:
     case, twin = lab.case("bert"), lab.twin("bert")
     before = twin(**case.batch, mixture={}, head="e0").logits
-    ids = torch.full((5, 3), 10_000)
-    with pytest.raises(IndexError):
+    ids = torch.full((5, 3), token)
+    with pytest.raises(error):
         twin(input_ids=ids, expert="e1")
     assert torch.equal(twin(**case.batch, mixture={}, head="e0").logits, before)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -461,3 +462,11 @@ def test_a_head_whose_config_counts_beyond_the_weights(zoo: Any, tmp_path: Path,
         Twin.from_pretrained(folder)
     assert time.monotonic() - begun < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(zoo: Any) -> None:
+    twin = zoo.twin()
+    batch = {"input_ids": torch.tensor([[1, 24]]), "attention_mask": torch.ones(1, 2, dtype=torch.int64)}
+    for answer in (lambda: twin(**batch), lambda: twin(**batch, expert=["a"])):
+        with pytest.raises(TwinmergeError, match="the token 24, and the model has embeddings of 24"):
+            answer()

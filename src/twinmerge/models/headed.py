@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,7 +242,8 @@ class HeadedModel(nn.Module):
             made.append(getattr(module, attribute).detach().clone())
         if not torch.equal(*made):
             raise self._lacks([self.canonical(key)])
-        return made[0].to(dtype)
+        first: Tensor = made[0].to(dtype)
+        return first
 
     def _load(self, model: PreTrainedModel, given: Mapping[str, Tensor]) -> None:
         dtype = next((t.dtype for t in given.values() if t.is_floating_point()), torch.float32)
@@ -345,6 +347,10 @@ class HeadedModel(nn.Module):
         Errors:
             TwinmergeError: heads of different kinds in one batch.
         """
+        with known_tokens(self.body, batch):
+            return self._answer(batch, heads, **options)
+
+    def _answer(self, batch: Mapping[str, Any], heads: Sequence[str] | None, **options: Any) -> Any:
         if not self._outer:
             return self.body(**batch, **options)
         size = batch_size(batch)
@@ -385,7 +391,8 @@ class HeadedModel(nn.Module):
         """The hidden states of all layers, the embedding's first, each (rows, positions, width)."""
         module = next(iter(self._outer.values())) if self._outer else self.body
         try:
-            output = module(**batch, output_hidden_states=True)
+            with known_tokens(self.body, batch):
+                output = module(**batch, output_hidden_states=True)
         finally:
             self.port.reset()
         for key in ("hidden_states", "encoder_hidden_states"):
@@ -400,6 +407,30 @@ def check_alike(logits: Sequence[Tensor | None], heads: Iterable[str]) -> None:
         raise TwinmergeError(
             f"The heads {', '.join(heads)} answer in different shapes, so their rows cannot share a batch. Ask them apart."
         )
+
+
+@contextmanager
+def known_tokens(body: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Within the context a token that the model has no row for is told as that, and not as an index somewhere inside.
+
+    Errors:
+        TwinmergeError: the batch has one.
+    """
+    try:
+        yield
+    except IndexError as error:
+        ids = batch.get("input_ids")
+        try:
+            table = body.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            raise error from None
+        rows = getattr(table, "num_embeddings", None)
+        if rows is None or not isinstance(ids, Tensor) or not ids.numel() or int(ids.max()) < rows:
+            raise
+        raise TwinmergeError(
+            f"The tokenizer gives the token {int(ids.max())}, and the model has embeddings of {rows}. Take the tokenizer that belongs to "
+            "the model, or a base whose embeddings were resized to it."
+        ) from error
 
 
 def architecture_of(heads: Mapping[str, HeadSpec], tensors: int) -> Architecture:
