@@ -341,7 +341,9 @@ def test_file_that_changed_under_the_same_size_and_time(tmp_path, closed):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda f: f.chmod(0o600), lambda f: os.link(f, f.with_name("other")), Path.unlink], ids=str
+    "change",
+    [lambda f: f.chmod(0o600), lambda f: os.link(f, f.with_name("other")), Path.unlink],
+    ids=["rights", "links", "gone"],
 )
 def test_file_with_other_rights_or_names_is_the_same(tmp_path, change):
     file = tmp_path / "model.safetensors"

@@ -119,6 +119,7 @@ def test_some_flips_are_found(zoo: Any, tmp_path: Path, kind: str) -> None:
     assert missed(zoo, kind, copied(zoo, kind, tmp_path / "copy"), 1, 0) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
 @pytest.mark.parametrize("kind", USES)
 def test_pipes_are_not_waited_for(zoo: Any, tmp_path: Path, kind: str) -> None:
