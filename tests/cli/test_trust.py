@@ -66,7 +66,7 @@ def test_verify_says_what_is_gone(command: Any, merged: Any) -> None:
     assert ran.code == 2 and "the inputs cannot be opened" in ran.err and "--no-inputs" in ran.err
     (out / "twinmerge.checksums.json").write_text("{")
     ran = command("verify", out)
-    assert ran.code == 2 and "twinmerge.checksums.json cannot be read" in ran.err
+    assert ran.code == 2 and "twinmerge.checksums.json cannot be used" in ran.err
 
 
 def test_verify_wants_a_merged_folder(command: Any, zoo: Any) -> None:

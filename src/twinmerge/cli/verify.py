@@ -10,7 +10,6 @@ import typer
 from twinmerge.cli.common import Json, Threads, print_json, said
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
-from twinmerge.store.manifest import OUTPUT
 
 if TYPE_CHECKING:
     from twinmerge.engine.verify import Verified
@@ -41,6 +40,8 @@ def verify(
 
 
 def _what_differs(folder: Path, found: Verified) -> str:
+    from twinmerge.store.manifest import OUTPUT
+
     parts = [
         f"{_first(names)} of {_whose(source, folder)} changed since the merge"
         for source, names in found.changed.items()
@@ -56,6 +57,8 @@ def _what_differs(folder: Path, found: Verified) -> str:
 
 
 def _whose(source: str, folder: Path) -> str:
+    from twinmerge.store.manifest import OUTPUT
+
     if source == OUTPUT:
         return f"the output {folder}"
     return f"the file {source}" if source.endswith(".safetensors") else f"the input {source!r}"
