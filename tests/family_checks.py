@@ -192,6 +192,10 @@ def twin(zoo: Zoo, found: Checked) -> str:
         wanted.append({k: v[row] for k, v in answers(dense(**batch), len(MIXTURES)).items()})
     if not wanted[0]:
         return "–"
+    base = zoo.models["base"]
+    once, twice = (answers(base(**batch), len(MIXTURES)) for _ in range(2))
+    if any(not torch.equal(value, twice[key]) for key, value in once.items()):
+        return "– (its own answer is drawn at random)"
     cell = YES
     for strategy in ("auto", "rebuild"):
         try:

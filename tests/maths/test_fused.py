@@ -254,7 +254,13 @@ def test_ties(case: tuple[Values, list[Values], str], data: st.DataObject) -> No
         tie, votes, flip = 1, weights, tuple(w < 0 for w in weights)
     else:
         tie, votes, flip = majority, (1.0,) * count, (False,) * count
-    method = TrimmedTies(weights=weights, scale=scale, merge=how, compat="mergekit" if mergekit else "paper")
+    method = TrimmedTies(
+        weights=weights,
+        scale=scale,
+        merge=how,
+        tie="positive" if mergekit else "majority",
+        compat="mergekit" if mergekit else "paper",
+    )
     rule = Rule(weights, deltas=True, scale=scale, trim=trim, elect=Elect(how, votes, tie, flip))
     agree(method, rule, {"trim": trim, Majority.name: majority}, base, experts, code)
 

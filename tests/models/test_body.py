@@ -168,7 +168,7 @@ def test_a_classifier_and_an_adapter_of_one_over_a_base_with_another_head(build,
     assert not any("lm_head" in name for name in found.merged) and "lm_head.bias" in found.from_base
 
 
-@pytest.mark.parametrize("holes", ["base", "expert", "both"])
+@pytest.mark.parametrize("holes", ["base", "expert", pytest.param("both", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_hole_in_the_body_is_refused_by_name(build, tuned, save, name, holes):
     base, expert = save(build(name), "base"), save(tuned(build(name), 1), "a")
@@ -208,7 +208,7 @@ IGNORED = [
 
 
 @pytest.mark.parametrize(("name", "extra", "value"), IGNORED)
-@pytest.mark.parametrize("where", ["base", "expert", "both"])
+@pytest.mark.parametrize("where", ["expert", *(pytest.param(w, marks=pytest.mark.slow) for w in ("base", "both"))])
 def test_what_loading_passes_over_is_ignored_and_changes_nothing(build, tuned, save, name, extra, value, where):
     base, expert = save(build(name), "base"), save(tuned(build(name), 1), "a")
     clean = Merge(Recipe("task_arithmetic", base, {"a": expert}, {}), progress=False, architecture=True).state_dict()

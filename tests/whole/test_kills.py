@@ -26,7 +26,7 @@ def wrong(kind: str, folder: Path, share: int, *names: str) -> list[str]:
 
 
 def test_a_sample_of_the_calls(tmp_path: Path) -> None:
-    assert wrong("kill,full", tmp_path, 2, "plain merge", "continual add") == []
+    assert wrong("kill,full", tmp_path, 2, "plain merge") == []
 
 
 @pytest.mark.slow
