@@ -35,13 +35,13 @@ class Seen:
     """
 
     def __init__(self, shapes: Shapes) -> None:
-        self._blocks = {name: -(-math.prod(shape) // BLOCK) for name, shape in shapes.items()}
+        self._sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         self._known: dict[Key, int] = {}
         self._local = threading.local()
 
     def note(self, each: Range, digests: Mapping[str, Sequence[str]]) -> None:
-        """A range was read in this thread; one that does not begin with a block says nothing."""
-        if each.start % BLOCK:
+        """A range was read in this thread; one that is not of whole blocks (of a sample) says nothing."""
+        if each.start % BLOCK or (each.stop % BLOCK and each.stop != self._sizes[each.name]):
             return
         held: Folds = self._local.__dict__.setdefault("held", {})
         for source, blocks in digests.items():
@@ -63,7 +63,7 @@ class Seen:
             for key, found in folds.items():
                 _add(whole, key, found)
         for (source, tensor), (count, found_sum) in whole.items():
-            if count == self._blocks[tensor]:
+            if count == -(-self._sizes[tensor] // BLOCK):
                 self._require(source, tensor, found_sum)
 
     def compare(self, source: str, tensor: str, blocks: Sequence[str]) -> None:
