@@ -99,8 +99,9 @@ def make_folder(path: Path) -> None:
     try:
         call(os.mkdir, path)
     except FileExistsError:
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+        with contextlib.suppress(FileNotFoundError):  # gone since
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
 
 
 def remove(path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +79,7 @@ class _Output:
         except TwinmergeError:
             self._clear()
             raise
-        if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
+        if _is_no_folder(self.partial):
             raise TwinmergeError(
                 f"{self.partial}, where the output is written first, is no folder. Remove it or name another output."
             )
@@ -402,24 +403,53 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise TwinmergeError(f"{folder} could not be changed: {error}. {advice} and run again.") from error
 
 
-def _is_ours(partial: Path) -> bool:
-    """Whether a `.partial` is not there, is empty, or was made here, if only begun: by its lock and journal."""
+def _is_no_folder(path: Path) -> bool:
+    """Whether something else is there; looked at once, since another process may remove it between two looks."""
     try:
-        names = {path.name for path in partial.iterdir()}
-        lock, journal = partial / LOCK, partial / JOURNAL
-        if any(path.is_symlink() or not path.is_file() for path in (lock, journal) if path.name in names):
-            return False
-        begin = b""
-        if JOURNAL in names:
-            with journal.open("rb") as content:
-                begin = content.read(len(MARK))
-        if names <= {LOCK, JOURNAL}:
-            return MARK.startswith(begin) and (LOCK not in names or not lock.stat().st_size)
-        return begin == MARK
-    except (FileNotFoundError, NotADirectoryError):  # or gone since
-        return True
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
     except OSError:
         return False
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a `.partial` is not there, is empty, or was made here, if only begun: by its lock and journal.
+
+    A process that finishes meanwhile takes file after file away, so "no" is said of what two looks found alike.
+    """
+    before: set[str] | None = None
+    while True:
+        try:
+            names = {path.name for path in partial.iterdir()}
+            if _was_made_here(partial, names):
+                return True
+            if names == before:
+                return False
+            before = names
+        except FileNotFoundError:  # gone since: all of it, or one file
+            before = None
+            if not os.path.lexists(partial):
+                return True
+        except NotADirectoryError:
+            return True
+        except OSError:
+            return False
+
+
+def _was_made_here(partial: Path, names: set[str]) -> bool:
+    """Errors: FileNotFoundError where one of the names has gone."""
+    sizes = {}
+    for name in names & {LOCK, JOURNAL}:
+        status = os.lstat(partial / name)
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        sizes[name] = status.st_size
+    begin = b""
+    if JOURNAL in names:
+        with (partial / JOURNAL).open("rb") as content:
+            begin = content.read(len(MARK))
+    if names <= {LOCK, JOURNAL}:
+        return MARK.startswith(begin) and not sizes.get(LOCK)
+    return begin == MARK
 
 
 def _first_line(key: str | None) -> bytes:
