@@ -21,7 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.bounds import PARAMETERS, at_most, check_counts
+from twinmerge.models.bounds import PARAMETERS, check_counts
+from twinmerge.models.skeleton import one_line, skeleton_of
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.foreign import CONFIG, find, read_json, reason
 
@@ -49,7 +50,7 @@ class Architecture:
         config, model_class: what is built; most: parameters that it may have.
 
     Attributes:
-        converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`).
+        skeleton: shared by all with the same config, and never changed; converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`).
 
     Example:
         >>> from transformers import BertConfig
@@ -67,15 +68,7 @@ class Architecture:
         for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
             if isinstance(said := getattr(part, "dtype", None), str):  # as in the file; some classes make tensors of it
                 part.dtype = getattr(torch, said, None)  # type: ignore[union-attr]
-        try:
-            with torch.device("meta"), at_most(most, f"a {model_class.__name__}"):
-                self.skeleton: PreTrainedModel = model_class(config)
-        except TwinmergeError:
-            raise
-        except Exception as error:  # whatever a class makes of a config that was changed by hand
-            raise TwinmergeError(
-                f"{model_class.__name__} cannot be made from its config ({_one_line(error)}). Restore its config.json."
-            ) from error
+        self.skeleton = skeleton_of(config, model_class, most)
         transforms = get_model_conversion_mapping(self.skeleton)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -312,7 +305,7 @@ class Architecture:
         try:
             made = type(self.config).from_dict(config)
         except Exception as error:  # some configs check their keys against each other
-            raise TwinmergeError(f"This is no {type(self.config).__name__} ({_one_line(error)}).") from error
+            raise TwinmergeError(f"This is no {type(self.config).__name__} ({one_line(error)}).") from error
         return Architecture(made, self.model_class)
 
     @property
@@ -342,10 +335,6 @@ def _stored_turned(module: nn.Module, experts: dict[str, torch.Size]) -> bool:
         if (a, b) == (2 * d, c) != (d, 2 * c):
             return False
     return bool(getattr(module, "is_transposed", False))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def labels_of(config: PretrainedConfig) -> list[str] | None:

@@ -19,6 +19,7 @@ from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
 from twinmerge.models.bounds import most_parameters
 from twinmerge.models.conversion import as_module, conversions
+from twinmerge.models.skeleton import new_skeleton
 from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, damaged, load_artefact, save_artefact, undamaged
 from twinmerge.store.checkpoint import Checkpoint, Spec
@@ -299,7 +300,7 @@ class HeadedModel(nn.Module):
 
     def _head_module(self, name: str, head: HeadSpec) -> PreTrainedModel:
         architecture = Architecture(head.config, class_of(head.config), self._most)
-        module = architecture.skeleton
+        module = new_skeleton(head.config, architecture.model_class, self._most)
         path = body_path(architecture, set(head.tensors))
         parent, _, child = path.rpartition(".")
         setattr(module.get_submodule(parent) if parent else module, child, self.port)
