@@ -83,6 +83,7 @@ def words(what: str, file: str, zoo: Any, folder: Path, out: Path) -> list[objec
     }[what]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(
     ("what", "file", "kind"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
 )

@@ -169,6 +169,7 @@ def check(models: SimpleNamespace, tmp_path: Path, method: str, kind: str, densi
     assert all(torch.equal(got[n], turned[n]) for n in got)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("method", SHARED)
 def test_a_file_merges_as_its_transcription(models, tmp_path, method):
     for kind, shared, density in zip(WEIGHTS, itertools.cycle(SHARED[method]), [None, 0.29, 0.6, 0.001], strict=False):
@@ -305,6 +306,7 @@ def recipes(models: SimpleNamespace) -> dict[str, dict[str, Any]]:
 KINDS = list(recipes(SimpleNamespace(root=Path("models"))))
 
 
+@pytest.mark.few(4)
 @in_float32
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_recipe_on_the_card_gives_the_same_bytes(models, tmp_path, kind):

@@ -52,6 +52,7 @@ def test_passes_over_ranges_and_samples_of_the_same_bytes_agree(
         seen.end(seen.take())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("compat", ["paper", "mergekit"])
 def test_a_model_larger_than_its_sample_with_many_small_tensors(tmp_path: Path, compat: str) -> None:
     """Samples begin in small tensors and end before they do."""

@@ -107,6 +107,7 @@ def by_hand(
     return found
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("favor_target", [True, False])
 @pytest.mark.parametrize("compat", ["paper", "official"])

@@ -428,6 +428,7 @@ def test_patterns_in_old_names(tmp_path: Path) -> None:
         open_model(f"{base}+{lora}")
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("family", "options"),
     [

@@ -53,6 +53,7 @@ def matched(base: Any, heads: tuple[str, ...] = (), **experts: Any) -> Any:
     return match(open_model(base, "the-base"), {n: open_model(m, n) for n, m in experts.items()}, heads)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("change", [1, -1])
 @pytest.mark.parametrize("name", CLASSES)
 def test_another_depth_is_refused_with_both_numbers(build, name, change):
@@ -62,6 +63,7 @@ def test_another_depth_is_refused_with_both_numbers(build, name, change):
         matched(base, a=expert)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("name", "options", "key"),
     [
@@ -83,6 +85,7 @@ def test_keys_that_change_shapes_are_refused_by_name(build, name, options, key):
             matched(base, a=expert)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("name", "options", "key"),
     [
@@ -168,6 +171,7 @@ def test_a_classifier_and_an_adapter_of_one_over_a_base_with_another_head(build,
     assert not any("lm_head" in name for name in found.merged) and "lm_head.bias" in found.from_base
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("holes", ["base", "expert", pytest.param("both", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_hole_in_the_body_is_refused_by_name(build, tuned, save, name, holes):
@@ -207,6 +211,7 @@ IGNORED = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "extra", "value"), IGNORED)
 @pytest.mark.parametrize("where", ["expert", *(pytest.param(w, marks=pytest.mark.slow) for w in ("base", "both"))])
 def test_what_loading_passes_over_is_ignored_and_changes_nothing(build, tuned, save, name, extra, value, where):
@@ -230,6 +235,7 @@ def test_what_loading_passes_over_is_ignored_and_changes_nothing(build, tuned, s
 # --------------------------------------------------------------------------------------------- what must go on
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("base", "expert", "head"),
     [
@@ -311,6 +317,7 @@ def test_classifiers_of_another_kind_keep_their_output_layer(build, base, expert
     assert known and all(known <= set(found.heads[e]) for e in "ab") and not known & set(found.merged)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "base", ["BertModel", "BertForPreTraining", "BertForSequenceClassification", "BertForMaskedLM"]
 )

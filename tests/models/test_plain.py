@@ -162,6 +162,7 @@ def test_checkpoints_with_a_hole_in_the_same_place_are_not_plain(families, tmp_p
     assert open_plain(models) is None
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize(
     "options",
     [

@@ -150,6 +150,7 @@ UNTIED = ("both, different", "untied")
 QUICK = [("both, different", "both, different"), ("tied", "both, different"), ("both, different", "tied")]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize(("base", "expert"), QUICK)
 def test_a_tie_is_what_stock_transformers_makes_of_the_file(tmp_path, name, base, expert):

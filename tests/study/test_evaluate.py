@@ -139,6 +139,7 @@ def answers(e: Evaluation) -> dict[str, list[int]]:
     return {task: p.predictions.tolist() for task, p in e.predictions.items()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("experts_per_row", "oracle"), [(1, False), (None, False), (1, True)])
 def test_the_settings_of_a_twin(lab: Any, experts_per_row: int | None, oracle: bool) -> None:
     runner = open_runner(lab.twin, oracle)

@@ -107,6 +107,7 @@ def put(start: str, made: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any
 # ---------------------------------------------------------------------------------------- the exclusive parts
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -332,6 +333,7 @@ SPOILED = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("folder, name", SPOILED)
 @FUZZ
 @given(seed=st.integers(0, 2**32))

@@ -155,6 +155,7 @@ def check(name: str, sizes: Sequence[tuple[int, int]]) -> str | None:
     return refused
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", FAST)
 def test_mixed_rows_are_exact_or_refused_by_name(name: str) -> None:
     refused = check(name, [(2, 8), (8, 8)])
@@ -170,6 +171,7 @@ def test_every_family_is_exact_or_refused_by_name(name: str) -> None:
     assert refused is None or ("'" in refused and "Say" in refused)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["t5", "bart", "gpt2"])
 def test_beams_and_several_sequences_keep_each_rows_mixture(name: str) -> None:
     family, base, experts, twin = built(name)

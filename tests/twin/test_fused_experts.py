@@ -256,6 +256,7 @@ def test_fisher_information_is_that_of_the_stored_tensors(tmp_path: Path) -> Non
         torch.testing.assert_close(own, expected[e], rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fused", ["base", "expert", "both"])
 def test_files_that_hold_experts_as_the_class_does(tmp_path: Path, fused: str) -> None:
     """`save_pretrained(save_original_format=False)` writes such; the output is as save_pretrained writes by default."""

@@ -76,6 +76,7 @@ def test_one_mixture_generates_what_the_rebuilt_model_does(lab: Any, name: str, 
     assert torch.equal(found, case.rebuilt(WEIGHTS, "e0").generate(**GIVEN, **options))
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", [n for n in OPTIONS if "sampl" not in n])
 @pytest.mark.parametrize("strategy", ["stacked", pytest.param("grouped", marks=pytest.mark.slow), "rebuild"])
 def test_rows_of_different_mixtures_are_those_of_their_models(lab: Any, name: str, strategy: str) -> None:

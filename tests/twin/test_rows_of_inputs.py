@@ -84,6 +84,7 @@ def test_rows_that_go_on_from_a_cache_keep_their_order(lab: Any, strategy: str) 
     assert all(same)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("strategy", ["stacked", "grouped", "rebuild"])
 def test_answers_of_an_encoder_are_sorted_with_their_rows(lab: Any, strategy: str) -> None:
     case, twin = lab.case("t5"), lab.twin("t5")

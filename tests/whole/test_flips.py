@@ -108,12 +108,14 @@ def copied(zoo: Any, kind: str, to: Path) -> Path:
     return Path(shutil.copytree(source, to) if source.is_dir() else shutil.copy(source, to))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", USES)
 def test_what_was_written_is_whole(zoo: Any, kind: str) -> None:
     assert verify(zoo.root / kind, progress=False).ok
     assert not refused(zoo, kind, zoo.root / kind)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", USES)
 def test_some_flips_are_found(zoo: Any, tmp_path: Path, kind: str) -> None:
     assert missed(zoo, kind, copied(zoo, kind, tmp_path / "copy"), 1, 0) == []
@@ -400,6 +402,7 @@ def test_an_input_that_changes_between_two_reads_is_noticed(
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["plain merge", "masks", "lora extract", "twin build"])
 def test_an_input_that_changes_under_the_same_size_and_time(
     zoo: Any, operations: Any, tmp_path: Path, monkeypatch: Any, name: str

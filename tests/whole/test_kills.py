@@ -25,6 +25,7 @@ def wrong(kind: str, folder: Path, share: int, *names: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_calls(tmp_path: Path) -> None:
     assert wrong("kill,full", tmp_path, 2, "plain merge") == []
 
