@@ -49,6 +49,16 @@ def test_small_files_are_copied_and_folders_are_not(two: Any) -> None:
     copy_side_files(None, two.ours)
 
 
+def test_settings_of_others_may_be_a_list_and_lose_code_within(two: Any) -> None:
+    """`data_config.json` of sentence-transformers is one."""
+    (two.theirs / "data_config.json").write_text('[{"name": "a.jsonl.gz", "weight": 1}]')
+    (two.theirs / "odd_config.json").write_text('[{"auto_map": {"AutoModel": "x.y"}, "b": 2}]')
+    with pytest.warns(UserWarning, match="auto_map"):
+        copy_side_files(two.theirs, two.ours)
+    assert (two.ours / "data_config.json").read_text() == '[{"name": "a.jsonl.gz", "weight": 1}]'
+    assert json.loads((two.ours / "odd_config.json").read_text()) == [{"b": 2}]
+
+
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model", "LICENSE", "merges.txt", "chat.jinja"])
 @pytest.mark.parametrize("kind", ["link", "self-link", "broken", "pipe", "device"])
 def test_what_is_no_file_of_the_folder_is_refused_by_name(two: Any, name: str, kind: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store import disk
-from twinmerge.store.foreign import UNREAD, find, is_text, matches, open_regular, read_json, shown_path
+from twinmerge.store.foreign import UNREAD, find, is_text, matches, open_regular, read_any_json, read_json, shown_path
 from twinmerge.store.manifest import CHECKSUMS, Manifest
 
 PROVENANCE = "twinmerge.json"
@@ -84,7 +84,7 @@ def _copy(file: Path, to: Path) -> None:
 
 def _drop_code(file: Path) -> bool:
     """Take the keys that name code out of a config; whether there were any."""
-    raw = read_json(file, finite=False)
+    raw = read_any_json(file, finite=False)
     found = _without(raw)
     if found != raw:
         disk.write_json(file, found)

@@ -149,14 +149,21 @@ def read_json(
         >>> read_json(file)
         {'a': [1, 2.5]}
     """
+    found = read_any_json(file, most, advice, finite=finite)
+    if not isinstance(found, dict):
+        raise TwinmergeError(f"{file} cannot be read: it holds {_kind(found)}, expected an object. {advice}")
+    return found
+
+
+def read_any_json(
+    file: str | os.PathLike[str], most: Most = JSON, advice: str = "Restore it.", *, finite: bool = True
+) -> Any:
+    """The same, whatever it is: some files of others hold a list."""
     raw = read_bytes(file, most.bytes, advice)
     try:
-        found = parse_json(raw, most, finite=finite)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds {_kind(found)}, expected an object")
+        return parse_json(raw, most, finite=finite)
     except ValueError as error:
         raise TwinmergeError(f"{file} cannot be read: {error}. {advice}") from error
-    return found
 
 
 def parse_json(raw: bytes | str, most: Most = JSON, *, finite: bool = True) -> Any:
