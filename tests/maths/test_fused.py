@@ -21,7 +21,8 @@ from torch import Tensor
 from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused, keyed_random, select, sums
-from twinmerge.maths.fused import CODES, Drop, Elect, Outcome, Rule, Trim, Values, gram, in_bracket, merge
+from twinmerge.maths.fused import CODES, Drop, Elect, Outcome, Rule, Trim, Values, gram, in_bracket, merge, norms
+from twinmerge.maths.keyed_random import philox_key, uniform
 from twinmerge.methods.average import Average
 from twinmerge.methods.base import Known, Method, Place, Tile
 from twinmerge.methods.dare import Dare
@@ -439,6 +440,27 @@ def test_gram(seed: int, size: int, codes: tuple[str, str], kind: Kind) -> None:
     expected = sums.blocked_gram(torch.stack([numbers(a).float(), numbers(b).float()]))
     expected = torch.stack([expected[0, 0], expected[0, 1], expected[1, 1]])
     np.testing.assert_array_equal(found, expected.numpy())
+
+
+@compiled
+@FEW
+@given(
+    case=merges(),
+    with_base=st.booleans(),
+    share=st.sampled_from([0.0, 1e-9, 0.1, 0.5, 0.9, 1.0]),
+    blocks=st.integers(0, 3),
+)
+def test_norms(case: tuple[Values, list[Values], str], with_base: bool, share: float, blocks: int) -> None:
+    """As the sums of the blocks of what DARE drops, to the bit."""
+    theirs, experts, _ = case
+    base, x = theirs if with_base else None, experts[0]
+    row, start = deltas(base, [x])[0].flatten(), blocks * sums.BLOCK
+    found = norms(x, base, philox_key(3, "a", "w"), share, start)
+    kept = row.clone()
+    kept[uniform(3, "a", "w", start, len(row)) >= share] = 0
+    expected = [sums.block_sums(each.abs()).tolist() if len(row) else [] for each in (row, kept)]
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
 @compiled

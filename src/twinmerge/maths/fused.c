@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 2
+#define VERSION 3
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -155,6 +155,7 @@ typedef struct {
     void (*merge[2])(const Rule *, const Range *, Outcome *); /* sums in float, in double */
     void (*weigh)(const Rule *, const Range *, const void *const *, Outcome *);
     void (*gram)(const void *, int, const void *, int, size_t, double *);
+    void (*norms)(const void *, int, const void *, int, size_t, const uint64_t *, uint32_t, uint64_t, double *);
     size_t (*bracket)(const void *, int, const void *, int, size_t, int32_t, uint32_t, const int32_t *, int64_t *, int32_t *);
 } Level;
 
@@ -406,6 +407,52 @@ static TARGET void NAME(gram)(const void *a, int of_a, const void *b, int of_b, 
     }
 }
 
+/* The sum of |x| over one block of n elements. */
+static TARGET double NAME(block_size)(const float *x, size_t n) {
+    double sums[8][COLUMNS]; /* as in gram */
+    float rows[BRANCH][COLUMNS];
+    int waiting = 0;
+    for (size_t number = 0; number < BRANCHES; number++, waiting++) {
+        size_t row = 0;
+        for (size_t bit = 1; bit < BRANCHES; bit *= 2)
+            row = row * 2 + (number & bit ? 1 : 0);
+        NAME(branch)(x, F32, n, row, rows);
+        for (int i = 0; i < COLUMNS; i++) {
+            double p[BRANCH];
+            for (int r = 0; r < BRANCH; r++)
+                p[r] = (double)as_float(as_bits(rows[r][i]) & MAGNITUDE);
+            sums[waiting][i] = ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+        }
+        for (size_t carry = number; carry & 1; carry /= 2, waiting--)
+            for (int i = 0; i < COLUMNS; i++)
+                sums[waiting - 1][i] += sums[waiting][i];
+    }
+    for (int width = COLUMNS / 2; width; width /= 2)
+        for (int i = 0; i < width; i++)
+            sums[0][i] += sums[0][i + width];
+    return sums[0][0];
+}
+
+/* The sums of |x - base| over one block, of all entries and of those that `drop` keeps. */
+static TARGET void NAME(norms)(const void *stored, int code, const void *base, int of_base, size_t n, const uint64_t *key,
+                               uint32_t below, uint64_t offset, double *found) {
+    float x[BLOCK], theirs[CHUNK];
+    x[0] = 0; /* n is at least 1 */
+    for (size_t at = 0, m; at < n; at += m) {
+        m = least(CHUNK, n - at);
+        if (base)
+            NAME(load)(from(base, of_base, at), of_base, NULL, m, theirs);
+        NAME(load)(from(stored, code, at), code, base ? theirs : NULL, m, x + at);
+    }
+    found[0] = NAME(block_size)(x, n);
+    if (below < 1 << 24)
+        for (size_t at = 0, m; at < n; at += m) {
+            m = least(CHUNK, n - at);
+            NAME(drop)(x + at, m, key, below, offset + at);
+        }
+    found[1] = NAME(block_size)(x, n);
+}
+
 /* Counts of |x - base| above low + width - 1 and equal to low + shared[...]; the others from low on, less low, are listed. */
 static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, int of_base, size_t size, int32_t low, uint32_t width,
                                    const int32_t *shared, int64_t *counts, int32_t *inside) {
@@ -445,7 +492,7 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
 }
 
 static const Level NAME(level) = {
-    {NAME(merge_f), NAME(merge_d)}, NAME(weigh), NAME(gram), NAME(bracket),
+    {NAME(merge_f), NAME(merge_d)}, NAME(weigh), NAME(gram), NAME(norms), NAME(bracket),
 };
 
 #undef NAME
@@ -682,6 +729,14 @@ EXPORT void twinmerge_fused_weigh(const Rule *rule, const void *const *experts, 
 EXPORT void twinmerge_fused_gram(const void *a, int of_a, const void *b, int of_b, size_t size, double *found) {
     for (size_t at = 0; at < size; at += BLOCK, found += 3)
         levels[level]->gram(from(a, of_a, at), of_a, from(b, of_b, at), of_b, least(BLOCK, size - at), found);
+}
+
+/* found: two sums for each block; offset: index of the first element in its tensor. */
+EXPORT void twinmerge_fused_norms(const void *x, int code, const void *base, int of_base, size_t size, const uint64_t *key,
+                                  uint32_t below, uint64_t offset, double *found) {
+    for (size_t at = 0; at < size; at += BLOCK, found += 2)
+        levels[level]->norms(from(x, code, at), code, base ? from(base, of_base, at) : NULL, of_base, least(BLOCK, size - at),
+                             key, below, offset + at, found);
 }
 
 /* counts: above, and equal to each of the shared values; returns how many `inside` has. */

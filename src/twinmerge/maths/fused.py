@@ -25,7 +25,7 @@ CODES = ("BF16", "F16", "F32")
 
 SHARED = 4  # values that `in_bracket` counts apart, at most
 MOST = 1024  # experts, at most
-_VERSION = 2  # of fused.c
+_VERSION = 3  # of fused.c
 _BLOCK = 65_536
 _CODE = {name: number for number, name in enumerate(CODES)}
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -196,6 +196,30 @@ def gram(a: Values, b: Values) -> NDArray[np.float64]:
     return found.T
 
 
+def norms(
+    x: Values, base: Values | None, key: tuple[int, int], share: float, offset: int = 0
+) -> tuple[list[float], list[float]]:
+    """Σ|x - base| of each block of 65,536 elements, as `sums.block_sums` adds them: of all entries, and of those that `Drop` keeps.
+
+    Args:
+        key, share: of the mask, as in `Drop`; offset: index of the first element in its tensor, a multiple of 65,536.
+
+    Raises:
+        ValueError, RuntimeError: as `merge`.
+
+    Example:
+        >>> x = Values(np.array([1, -2], np.float32).view(np.uint8), "F32")
+        >>> norms(x, None, (0, 0), 1.0) if available() else ([3.0], [3.0])
+        ([3.0], [3.0])
+    """
+    size = _size(x)
+    found = np.empty((-(-size // _BLOCK), 2))
+    keys = np.array(key, np.uint64)
+    values = (*_stored(x, size), *_stored(base, size), size)
+    _required().twinmerge_fused_norms(*values, keys.ctypes.data, _below(share), offset, found.ctypes.data)
+    return found[:, 0].tolist(), found[:, 1].tolist()
+
+
 def in_bracket(
     x: Values, base: Values | None, low: int, width: int, shared: Sequence[int]
 ) -> tuple[int, NDArray[np.int32], list[int]]:
@@ -362,6 +386,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
         ("merge", [address, address, address, address, ctypes.c_char_p, count, ctypes.c_uint64, address], None),
         ("weigh", [address, address, address, address, ctypes.c_char_p, count, address], None),
         ("gram", [*values, address], None),
+        ("norms", [*values, address, ctypes.c_uint32, ctypes.c_uint64, address], None),
         ("bracket", [*values, ctypes.c_int32, ctypes.c_uint32, address, address, address], count),
         ("level", [code], code),
     ]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from twinmerge.maths.fused import Drop, Rule
+from twinmerge.maths.fused import Drop, Rule, norms
 from twinmerge.maths.keyed_random import kept_bits, philox_key
 from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.base import (
@@ -73,6 +74,14 @@ class L1Norms(Pass):
         self.density, self.seed = density, seed
 
     def observe(self, tile: Tile, known: Known) -> Partial:
+        if tile.stored is not None:
+            each = zip(
+                tile.stored.experts, tile.at.experts, per_expert(self.density, len(tile.at.experts)), strict=True
+            )
+            keys = ((values, philox_key(self.seed, expert, tile.at.name), share) for values, expert, share in each)
+            sums = [norms(values, tile.stored.base, key, share, tile.at.offset) for values, key, share in keys]
+            if all(math.isfinite(value) for of in sums for blocks in of for value in blocks):
+                return {f"{tile.at.offset}": sums}  # else the tile says whose numbers are none
         rest = drop(tile.x, self.density, self.seed, tile.at)
         sums = [(block_sums(x.abs()).tolist(), block_sums(y.abs()).tolist()) for x, y in zip(tile.x, rest, strict=True)]
         return {f"{tile.at.offset}": sums}
