@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +44,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
-class _Output:
+class _Output(ABC):
     """What folders and files share: `<name>.partial`, a folder with a lock, a journal, and what will get the name.
 
     A `.partial` without a lock and a journal of ours is somebody else's, and is left alone.
@@ -162,9 +163,9 @@ class _Output:
         if error is None:
             raise failure
 
+    @abstractmethod
     def _check_target(self) -> None:
         """Refuse what has the name."""
-        raise NotImplementedError
 
     def _clear(self) -> None:
         """Remove the `.partial` of a run that was killed just after its output got the name."""
@@ -180,7 +181,7 @@ class _Output:
             finally:
                 self._unlock()
 
-    def _complete(self) -> None:
+    def _complete(self) -> None:  # noqa: B027 (most have none)
         """The last things that are written."""
 
     def _tidy(self) -> None:

@@ -327,7 +327,7 @@ class Apart(Forward):
         self.parts = dict(parts)
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Any:
-        raise NotImplementedError
+        return self.apart([x], {}, mixture)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.glance is not None:
