@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from twinmerge.methods.masks import Marks
+from twinmerge.methods.kit.masks import Marks
 from twinmerge.study.mask_shares import draw_shares
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.metrics import Interval

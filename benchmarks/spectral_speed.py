@@ -47,10 +47,10 @@ from twinmerge.maths import gram_svd as by_gram
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.threads import use_threads
 from twinmerge.methods import wudi as wudi_rule
-from twinmerge.methods.base import Method, Place, Tile
+from twinmerge.methods.kit.base import Method, Place, Tile
+from twinmerge.methods.kit.registry import make_method
+from twinmerge.methods.kit.spectral import Spectral
 from twinmerge.methods.opcm import Opcm
-from twinmerge.methods.registry import make_method
-from twinmerge.methods.spectral import Spectral
 from twinmerge.models.opened import open_model
 
 SECTIONS = ("factorise", "core", "state")
@@ -290,7 +290,7 @@ def factorise(args: argparse.Namespace, report: dict[str, Any]) -> None:
     base = str(family.folder / "base")
     started = statistics.median(
         measured(
-            [sys.executable, "-c", "import twinmerge.cli.merge, twinmerge.engine.merge, twinmerge.methods.spectral"]
+            [sys.executable, "-c", "import twinmerge.cli.merge, twinmerge.engine.merge, twinmerge.methods.kit.spectral"]
         )["wall_s"]
         for _ in range(3)
     )

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from twinmerge.moved import serve_old_names
+
+serve_old_names()
 __version__ = "0.1.0"
 
 _WHERE = {

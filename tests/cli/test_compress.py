@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel
 
-from twinmerge.methods.masks import GRID
+from twinmerge.methods.kit.masks import GRID
 from twinmerge.study.evaluate import evaluate
 from twinmerge.tasks.suite import open_suite
 

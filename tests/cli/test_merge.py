@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 import twinmerge as tm
 from twinmerge.cli.merge import _short
-from twinmerge.methods.registry import method_names
+from twinmerge.methods.kit.registry import method_names
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from twinmerge.continual.continual import Continual
 from twinmerge.continual.folds import fold_names
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.fold import SumFold
-from twinmerge.methods.registry import method_class
+from twinmerge.methods.kit.fold import SumFold
+from twinmerge.methods.kit.registry import method_class
 from twinmerge.models.opened import open_model
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.study.evaluate import evaluate

@@ -22,8 +22,8 @@ from twinmerge.engine.provenance import plan_key
 from twinmerge.engine.recipe import Recipe, recipe_from
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import make_method, method_class, method_names
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method, method_class, method_names
 
 LAYERS = 4
 SHAPES = {f"layers.{i}.{n}": s for i in range(LAYERS) for n, s in {"mlp.0.weight": (6, 9), "norm.bias": (7,)}.items()}

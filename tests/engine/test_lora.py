@@ -39,7 +39,7 @@ from twinmerge.engine.lora_extract import extract_lora, leading
 from twinmerge.engine.lora_folder import Limit, compress
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, retained_energy
-from twinmerge.methods.spectral import Spectral
+from twinmerge.methods.kit.spectral import Spectral
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.opened import open_model
 
@@ -282,7 +282,7 @@ class Halves(Spectral):
 
 
 def test_parameters_of_the_method_reach_it(zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twinmerge.methods.registry.method_class", lambda _: Halves)
+    monkeypatch.setattr("twinmerge.methods.kit.registry.method_class", lambda _: Halves)
     monkeypatch.setattr("twinmerge.engine.recipe.method_class", lambda _: Halves)
     options: dict[str, Any] = {"method": "halves", "weights": WEIGHTS, "progress": False}
     whole = merge_lora(zoo.base, zoo.experts, tmp_path / "one", scale=3.0, **options)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import twinmerge as tm
+from twinmerge.methods.kit.spectral import Spectral
 from twinmerge.methods.opcm import Opcm
-from twinmerge.methods.spectral import Spectral
 from twinmerge.models.opened import open_model
 
 METHODS = ["tsv", "svc", "iso_c", "iso_cts", "wudi", "knots", "opcm"]

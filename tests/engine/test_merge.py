@@ -16,7 +16,7 @@ from twinmerge.engine.diff import diff, difference
 from twinmerge.engine.merge import Merge, merge
 from twinmerge.engine.recipe import recipe_from
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.registry import method_class, method_names
+from twinmerge.methods.kit.registry import method_class, method_names
 
 HEAD = ["classifier.bias", "classifier.weight"]
 SYMMETRIC = [

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from twinmerge.engine.merge import Merge, merge
 from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
 from twinmerge.models import opened as opened_module
 
 SHAPES = {"b.weight": (7, 5), "a.bias": (3,), "c": (), "b.alpha": (2, 2, 2)}

@@ -14,8 +14,8 @@ from twinmerge.engine.merge import Merge, merge
 from twinmerge.engine.recipe import Recipe, read_recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
-from twinmerge.methods.base import Place, Tile
 from twinmerge.methods.fisher import Fisher, FisherSquares
+from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.models.opened import open_model
 from twinmerge.models.statistics import Statistics, save_statistics
 

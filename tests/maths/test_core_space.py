@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
 
 METHODS = ["tsv", "svc", "iso_c", "iso_cts", "wudi", "knots", "opcm"]
 # where TIES has no ties to break, and where WUDI does not take the rounding of a dense expert for inputs of it

@@ -24,9 +24,9 @@ from twinmerge.maths import fused, keyed_random, select, sums
 from twinmerge.maths.fused import CODES, Drop, Elect, Outcome, Rule, Trim, Values, gram, in_bracket, merge, norms
 from twinmerge.maths.keyed_random import philox_key, uniform
 from twinmerge.methods.average import Average
-from twinmerge.methods.base import Known, Method, Place, Tile
 from twinmerge.methods.dare import Dare
 from twinmerge.methods.dare_ties import DareTies
+from twinmerge.methods.kit.base import Known, Method, Place, Tile
 from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.methods.ties import Majority, Ties
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from twinmerge.maths.gram_svd import gram_polar, gram_svd
 from twinmerge.maths.svd import numerical_rank, thin_svd
-from twinmerge.methods.base import Place, Tile
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
 from twinmerge.methods.opcm import project
-from twinmerge.methods.registry import make_method
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (40, 30), (30, 40), (300, 20), (260, 270), (270, 900)]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.run import Run
 from twinmerge.maths.keyed_random import uniform
-from twinmerge.methods.base import Gram, Known, Method, Place, Tile
-from twinmerge.methods.registry import make_method, method_class
+from twinmerge.methods.kit.base import Gram, Known, Method, Place, Tile
+from twinmerge.methods.kit.registry import make_method, method_class
 from twinmerge.models.opened import open_model
 from twinmerge.models.statistics import save_statistics
 

@@ -20,8 +20,8 @@ from twinmerge.engine.merge import Merge
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import is_per_expert, make_method, method_class, method_names
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_names
 from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.store.checkpoint import Spec
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from twinmerge.methods.base import Place
 from twinmerge.methods.continual_ties import ContinualTies
-from twinmerge.methods.fold import Seen
+from twinmerge.methods.kit.base import Place
+from twinmerge.methods.kit.fold import Seen
 
 
 def deltas(count, *shape, seed=0):

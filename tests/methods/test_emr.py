@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinmerge.maths.bits import pack, unpack
-from twinmerge.methods.base import Place, Tile
 from twinmerge.methods.emr import Emr
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
 
 
 def tile_of(rows, name="w"):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
-from twinmerge.methods.base import Place, Tile
 from twinmerge.methods.fisher import Fisher, FisherSquares, squares_of
+from twinmerge.methods.kit.base import Place, Tile
 
 THETA, F = [[1.0, 2.0], [3.0, 6.0]], [[1.0, 4.0], [3.0, 1.0]]
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinmerge.methods.base import Place
-from twinmerge.methods.fold import Seen
 from twinmerge.methods.iso_c import IsoC
+from twinmerge.methods.kit.base import Place
+from twinmerge.methods.kit.fold import Seen
 
 
 def deltas(count, *shape, seed=0):

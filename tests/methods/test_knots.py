@@ -8,7 +8,7 @@ import torch
 
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.base import Place, Tile
+from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.knots import Knots
 from twinmerge.methods.knots import aligned as aligned_tile
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from twinmerge.engine.merge import merge
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
 
 ROWS = [[1.0, -2.0, 0.0], [-1.0, 1.0, 0.0]]
 

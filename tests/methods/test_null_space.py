@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinmerge.methods.base import Place
-from twinmerge.methods.fold import Seen
+from twinmerge.methods.kit.base import Place
+from twinmerge.methods.kit.fold import Seen
 from twinmerge.methods.null_space import NullSpace
 from twinmerge.methods.opcm import Opcm
 from twinmerge.methods.tsv import Tsv

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.fold import Seen
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.fold import Seen
 from twinmerge.methods.opcm import Opcm, project, protected
 
 SHAPES = {"a": (6, 5), "b": (4, 7), "bias": (5,)}

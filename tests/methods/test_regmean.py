@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Gram, Place, Tile
+from twinmerge.methods.kit.base import Gram, Place, Tile
 from twinmerge.methods.regmean import Regmean
 
 W = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])

@@ -8,9 +8,9 @@ import torch
 
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import make_method
-from twinmerge.methods.spectral import calibrate
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
+from twinmerge.methods.kit.spectral import calibrate
 from twinmerge.methods.svc import Svc
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
 
 ROWS = [
     [0.9, -0.1, 0.5, 0, -0.7, 0.2, 0.05, -0.3, 0.6, -0.02],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.registry import make_method
 
 R1 = [0.9, -0.1, 0.5, 0, -0.7, 0.2, 0.05, -0.3, 0.6, -0.02]
 R2 = [0.8, 0.3, -0.6, 0.1, 0.7, -0.2, 0.04, -0.4, -0.1, 0.01]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twinmerge.methods import tsv
-from twinmerge.methods.base import Place, Tile
+from twinmerge.methods.kit.base import Place, Tile
 
 E1, E2 = np.outer([1, 0], [1, 0]), np.outer([0, 1], [0, 1])
 VV = np.outer([0.6, 0.8], [0.6, 0.8])

@@ -14,8 +14,8 @@ from twinmerge.continual.continual import Continual
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.recipe import Recipe
 from twinmerge.methods import wudi
-from twinmerge.methods.base import Place
-from twinmerge.methods.fold import Seen
+from twinmerge.methods.kit.base import Place
+from twinmerge.methods.kit.fold import Seen
 from twinmerge.methods.wudi import Wudi, normal_equations, solve
 
 E11, E21 = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])

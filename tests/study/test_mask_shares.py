@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.masks import Marks
+from twinmerge.methods.kit.masks import Marks
 from twinmerge.study.mask_shares import draw_shares
 
 MARKS = Marks((1, 2, 1, 4), (3, 4, 5), 10)

@@ -8,7 +8,7 @@ import torch
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import pack, planes
-from twinmerge.methods.masks import GRID, important
+from twinmerge.methods.kit.masks import GRID, important
 from twinmerge.study.thresholds import choose_thresholds, put_on
 from twinmerge.twin.levels import MaskLevels
 

@@ -21,7 +21,7 @@ from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, unpack
-from twinmerge.methods.masks import GRID
+from twinmerge.methods.kit.masks import GRID
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.output import CheckpointWriter
 from twinmerge.twin.extract import extract

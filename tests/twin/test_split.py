@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 from twinmerge.engine.merge import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, rank_of_rate, retained_energy
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.registry import make_method
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.split import Exclusive, cut, linear_coefficients, official_generative, split
 from twinmerge.twin.twin import Twin

@@ -10,14 +10,14 @@ import typer
 from twinmerge.cli.common import Json, print_json, print_table
 
 if TYPE_CHECKING:
-    from twinmerge.methods.base import Method
+    from twinmerge.methods.kit.base import Method
 
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None, json: Json = False
 ) -> None:
     """List the static methods with their papers, or show one: formula, parameters, defaults."""
-    from twinmerge.methods.registry import method_class, method_names
+    from twinmerge.methods.kit.registry import method_class, method_names
 
     names = [name] if name else method_names()
     classes = {n: method_class(n) for n in names}
@@ -63,7 +63,7 @@ def _gives(method: type[Method]) -> str:
 
 def _over_time(method: type[Method]) -> str | None:
     """How it takes experts one by one, for `twinmerge continual`: "sum" in any order, "order", or not at all."""
-    from twinmerge.methods.fold import Fold
+    from twinmerge.methods.kit.fold import Fold
 
     if not issubclass(method, Fold):
         return None

@@ -24,8 +24,8 @@ from twinmerge.continual.state import Arrived, Description, StateFile, StateWrit
 from twinmerge.engine.inputs import check_written
 from twinmerge.engine.ranges import Range
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Place
-from twinmerge.methods.fold import Fold, State, SumFold
+from twinmerge.methods.kit.base import Place
+from twinmerge.methods.kit.fold import Fold, State, SumFold
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.ranges import bytes_of

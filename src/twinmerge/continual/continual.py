@@ -26,7 +26,7 @@ from twinmerge.engine.merge import heads_of
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.recipe import DTYPES, EXPERT_NAME
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.methods.fold import Seen, SumFold
+from twinmerge.methods.kit.fold import Seen, SumFold
 from twinmerge.models.headed import HeadSpec
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model

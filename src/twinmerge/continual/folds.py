@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.fold import Fold
-from twinmerge.methods.registry import make_method, method_class, method_names
+from twinmerge.methods.kit.fold import Fold
+from twinmerge.methods.kit.registry import make_method, method_class, method_names
 
 AS_A_WHOLE = ("weights", "calibration", "normalize")  # what only a merge of all experts at once can do otherwise
 

@@ -16,8 +16,8 @@ from twinmerge.continual.state import StateFile
 from twinmerge.engine.ranges import TILE, Range, ranges
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.base import Place
-from twinmerge.methods.fold import State
+from twinmerge.methods.kit.base import Place
+from twinmerge.methods.kit.fold import State
 from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype

@@ -12,7 +12,7 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
-from twinmerge.methods.base import Known, Method, Stored
+from twinmerge.methods.kit.base import Known, Method, Stored
 from twinmerge.store.ranges import bytes_of
 
 if TYPE_CHECKING:

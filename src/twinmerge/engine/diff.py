@@ -14,7 +14,7 @@ from twinmerge.arguments import strict
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.sums import BLOCK, block_sums, blocked_dot, total
 from twinmerge.maths.svd import Core, numerical_rank
-from twinmerge.methods.base import Place
+from twinmerge.methods.kit.base import Place
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
 
 CHUNK = 4 * BLOCK  # float64 copies of 2 MiB, which stay in the cache from one sum to the next

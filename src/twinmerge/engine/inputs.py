@@ -18,7 +18,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.base import TABLES, Gram, Method, Place, Stored, Tile
+from twinmerge.methods.kit.base import TABLES, Gram, Method, Place, Stored, Tile
 from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.models.statistics import Statistics
 from twinmerge.store.checkpoint import Checkpoint

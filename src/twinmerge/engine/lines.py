@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.sums import block_sums, total
-from twinmerge.methods.base import Known, Method, Partial, Pass, Tile, moved, weighted_sum
-from twinmerge.methods.fold import Fold
+from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Tile, moved, weighted_sum
+from twinmerge.methods.kit.fold import Fold
 
 if TYPE_CHECKING:
     from torch import Tensor

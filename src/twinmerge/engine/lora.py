@@ -20,9 +20,9 @@ from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors, truncate_product
-from twinmerge.methods.base import Known, Method, Place, Tile, per_expert
-from twinmerge.methods.registry import method_class, method_names
-from twinmerge.methods.spectral import Spectral, share_of
+from twinmerge.methods.kit.base import Known, Method, Place, Tile, per_expert
+from twinmerge.methods.kit.registry import method_class, method_names
+from twinmerge.methods.kit.spectral import Spectral, share_of
 from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried

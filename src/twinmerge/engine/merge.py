@@ -24,8 +24,8 @@ from twinmerge.engine.run import Run
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Known, Method
-from twinmerge.methods.registry import method_class
+from twinmerge.methods.kit.base import Known, Method
+from twinmerge.methods.kit.registry import method_class
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor, open_model
 from twinmerge.models.plain import open_plain

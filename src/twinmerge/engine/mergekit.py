@@ -206,7 +206,7 @@ def _dialect(method: str, where: str) -> Dialect:
         raise TwinmergeError(
             f"{where}: {method} is a method of mergekit that twinmerge does not have yet. The nearest is {NEAREST_OF_OTHERS[method]}."
         )
-    from twinmerge.methods.registry import method_names
+    from twinmerge.methods.kit.registry import method_names
 
     if method in method_names():
         instead = f", where this is called {OUR_NAMES[method]}" if method in OUR_NAMES else ""

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from twinmerge.maths.sums import BLOCK
-from twinmerge.methods.base import Grain
+from twinmerge.methods.kit.base import Grain
 
 TILE = 16 * BLOCK  # elements read and written at once, at most: enough for what each range costs
 TILE_BYTES = 12 << 20  # of all inputs and the output together, for each worker

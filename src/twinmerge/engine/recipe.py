@@ -24,8 +24,8 @@ from twinmerge.engine.names import expert_name as expert_name
 from twinmerge.engine.names import expert_names
 from twinmerge.engine.plain_data import read_plain
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.methods.base import Method
-from twinmerge.methods.registry import is_per_expert, make_method, method_class
+from twinmerge.methods.kit.base import Method
+from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class
 from twinmerge.models.opened import ModelLike
 
 MARK = "twinmerge"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Method, Tile
+from twinmerge.methods.kit.base import Method, Tile
 from twinmerge.store.header import SIZES, torch_dtype
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from twinmerge.engine.ranges import SEEN, TILE, Grains, Range, Shapes, grouped, 
 from twinmerge.engine.seen import Folds, Seen
 from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
-from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile
+from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile
 
 LARGE = 1 << 24  # elements from which on worker processes pay for themselves
 SHARES = 4  # parts of a sweep for each worker: a step of the progress bar each

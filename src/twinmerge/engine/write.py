@@ -12,7 +12,7 @@ import numpy as np
 from twinmerge.engine.combine import combine
 from twinmerge.engine.inputs import BASE, FISHER, Digests
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.methods.base import Known
+from twinmerge.methods.kit.base import Known
 from twinmerge.models.opened import as_tensor
 from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype

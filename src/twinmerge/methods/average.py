@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from twinmerge.maths.fused import Rule
-from twinmerge.methods.base import Known, Method, PerExpert, Place, Tile, per_expert, weighted_sum, weights_field
-from twinmerge.methods.fold import Seen, State, SumFold
+from twinmerge.methods.kit.base import Known, Method, PerExpert, Place, Tile, per_expert, weighted_sum, weights_field
+from twinmerge.methods.kit.fold import Seen, State, SumFold
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class Average(Method, SumFold):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> x = torch.tensor([[2.0, 3.0], [4.0, 7.0]])
         >>> Average(weights=(0.25, 0.75)).apply(Tile(x, None, Place("w", (2,))), {})
         tensor([3.5000, 6.0000])

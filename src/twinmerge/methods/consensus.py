@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from twinmerge.methods.base import Known, Tile, moved, per_expert, scale_field
-from twinmerge.methods.masks import Marking, important
+from twinmerge.methods.kit.base import Known, Tile, moved, per_expert, scale_field
+from twinmerge.methods.kit.masks import Marking, important
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class Consensus(Marking):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas = torch.tensor([[1.0, 0.25, -0.5, 0.0], [1.0, -1.0, 0.125, 0.0]])
         >>> Consensus(scale=1.0).apply(Tile(deltas, torch.zeros(4), Place("w", (4,))), {})
         tensor([2., 0., 0., 0.])

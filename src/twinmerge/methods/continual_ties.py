@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.maths.select import keep_count, largest
-from twinmerge.methods.base import Known, Method, Place, Tile, moved, scale_field
-from twinmerge.methods.fold import Fold, Seen, State, folded
+from twinmerge.methods.kit.base import Known, Method, Place, Tile, moved, scale_field
+from twinmerge.methods.kit.fold import Fold, Seen, State, folded
 
 
 class ContinualTies(Method, Fold):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from twinmerge.maths.fused import Drop, Rule, norms
 from twinmerge.maths.keyed_random import kept_bits, philox_key
 from twinmerge.maths.sums import block_sums, total
-from twinmerge.methods.base import (
+from twinmerge.methods.kit.base import (
     Known,
     Method,
     Partial,
@@ -113,7 +113,7 @@ class Dare(Method):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas, base = torch.ones(1, 10_000), torch.zeros(10_000)
         >>> out = Dare(density=0.5, scale=1.0).apply(Tile(deltas, base, Place("w", (10_000,), 0, ("a",))), {})
         >>> sorted(set(out.tolist())), abs(out.mean().item() - 1) < 0.05

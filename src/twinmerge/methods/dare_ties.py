@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Rule
-from twinmerge.methods.base import Known, Pass, PerExpert, Place, Tile, column, seed_field
 from twinmerge.methods.dare import L1Norms, Rescale, check_rescale, drop, drop_rule, factors
+from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Tile, column, seed_field
 from twinmerge.methods.ties import Ties
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class DareTies(Ties):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place
+        >>> from twinmerge.methods.kit.base import Place
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.zeros(1)
         >>> at = Place("w", (1,), 0, ("a", "b", "c"))
         >>> DareTies(density=1.0).apply(Tile(deltas, base, at), {})

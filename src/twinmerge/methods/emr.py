@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from twinmerge.maths.sums import block_sums, total
-from twinmerge.methods.base import Known, Tile, weighted_sum
-from twinmerge.methods.masks import MaskMethod
+from twinmerge.methods.kit.base import Known, Tile, weighted_sum
+from twinmerge.methods.kit.masks import MaskMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class Emr(MaskMethod):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas = torch.tensor([[2.0, -1.0, 0.0], [-1.0, -3.0, 4.0]])
         >>> vector, masks = Emr().vector_and_masks(Tile(deltas, torch.zeros(3), Place("w", (3,))), {})
         >>> vector.tolist(), masks.int().tolist()

@@ -10,7 +10,7 @@ from pydantic import Field
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import sums
 from twinmerge.maths.fused import Importance, Rule
-from twinmerge.methods.base import Known, Method, Partial, Pass, PerExpert, Place, Tile, per_expert, weights_field
+from twinmerge.methods.kit.base import Known, Method, Partial, Pass, PerExpert, Place, Tile, per_expert, weights_field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +93,7 @@ class Fisher(Method):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> theta, f = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([[1.0, 4.0], [3.0, 1.0]])
         >>> tile = Tile(theta, None, Place("w", (2,), 0, ("a", "b")), fisher=f)
         >>> Fisher(weights=(0.5, 0.5), normalize=False).apply(tile, {"fisher_squares": [Squares(5, 17, 2), Squares(4, 10, 2)]})

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from twinmerge.maths.gram_svd import coefficients, gram_svd, with_values
 from twinmerge.maths.svd import SVD
-from twinmerge.methods.base import Known, Partial, Pass, Place
-from twinmerge.methods.fold import Seen, State, SumFold
-from twinmerge.methods.spectral import Spectral, Weights, share_of, short_side, total_of
-from twinmerge.methods.tall import COEFFICIENTS, RowPass, gram_of
+from twinmerge.methods.kit.base import Known, Partial, Pass, Place
+from twinmerge.methods.kit.fold import Seen, State, SumFold
+from twinmerge.methods.kit.spectral import Spectral, Weights, share_of, short_side, total_of
+from twinmerge.methods.kit.tall import COEFFICIENTS, RowPass, gram_of
 
 Over = Literal["size", "rank"]
 
@@ -31,7 +31,7 @@ class IsoC(Spectral, SumFold):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Tile
+        >>> from twinmerge.methods.kit.base import Tile
         >>> deltas = torch.diag(torch.tensor([3.0, 1.0]))[None]
         >>> IsoC().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
         tensor([[2., 0.],

@@ -11,9 +11,9 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram_polar, gram_svd
 from twinmerge.maths.svd import SVD
-from twinmerge.methods.base import Place
 from twinmerge.methods.iso_c import Over, flat
-from twinmerge.methods.spectral import Spectral, Weights, short_side, total_of
+from twinmerge.methods.kit.base import Place
+from twinmerge.methods.kit.spectral import Spectral, Weights, short_side, total_of
 
 
 class IsoCts(Spectral):
@@ -31,7 +31,7 @@ class IsoCts(Spectral):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Tile
+        >>> from twinmerge.methods.kit.base import Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
         >>> IsoCts(common=0.0).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
         tensor([[2., 0.],

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.base import Grain, Known, Partial, Pass, Place, Scope, Tile, moved, per_expert, scale_field
-from twinmerge.methods.spectral import Spectral, Weights, weighted
+from twinmerge.methods.kit.base import Grain, Known, Partial, Pass, Place, Scope, Tile, moved, per_expert, scale_field
+from twinmerge.methods.kit.spectral import Spectral, Weights, weighted
+from twinmerge.methods.kit.trim import trim_passes
 from twinmerge.methods.ties import Majority, Tie, Ties
-from twinmerge.methods.trim import trim_passes
 
 
 class Knots(Spectral):
@@ -31,7 +31,7 @@ class Knots(Spectral):
     Source: Stoica et al. 2025, "Model Merging with SVD to Tie the Knots", ICLR, arXiv 2410.19735, section 4.
 
     Example:
-        >>> from twinmerge.methods.base import Tile
+        >>> from twinmerge.methods.kit.base import Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
         >>> Knots(density=1.0, tie="zero", scale=1.0).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
         tensor([[2., 0.],

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from twinmerge.methods.base import Known, Method, PerExpert, Place, Tile, moved, per_expert, scale_field, weights_field
-from twinmerge.methods.fold import Fold, Seen, State
+from twinmerge.methods.kit.base import (
+    Known,
+    Method,
+    PerExpert,
+    Place,
+    Tile,
+    moved,
+    per_expert,
+    scale_field,
+    weights_field,
+)
+from twinmerge.methods.kit.fold import Fold, Seen, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +31,7 @@ class Magmax(Method, Fold):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place
+        >>> from twinmerge.methods.kit.base import Place
         >>> deltas = torch.tensor([[1.0, -2.0, 0.0], [-1.0, 1.0, 0.0]])
         >>> Magmax(scale=1.0).apply(Tile(deltas, torch.zeros(3), Place("w", (3,))), {})
         tensor([-1., -2.,  0.])

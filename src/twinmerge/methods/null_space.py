@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_svd
-from twinmerge.methods.base import TABLES, Grain, Known, Method, Place, Tile, moved, scale_field
-from twinmerge.methods.fold import Fold, Seen, State, absorbed_by_matrix, folded
-from twinmerge.methods.spectral import elementwise_field, is_listed
+from twinmerge.methods.kit.base import TABLES, Grain, Known, Method, Place, Tile, moved, scale_field
+from twinmerge.methods.kit.fold import Fold, Seen, State, absorbed_by_matrix, folded
+from twinmerge.methods.kit.spectral import elementwise_field, is_listed
 
 
 class NullSpace(Method, Fold):

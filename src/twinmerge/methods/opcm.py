@@ -11,9 +11,9 @@ from torch import Tensor
 
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.gram_svd import gram_svd
-from twinmerge.methods.base import TABLES, Known, Method, Partial, Pass, Place, Tile, moved
-from twinmerge.methods.fold import Fold, Seen, State, absorbed_by_matrix, folded
-from twinmerge.methods.spectral import elementwise_field, is_listed
+from twinmerge.methods.kit.base import TABLES, Known, Method, Partial, Pass, Place, Tile, moved
+from twinmerge.methods.kit.fold import Fold, Seen, State, absorbed_by_matrix, folded
+from twinmerge.methods.kit.spectral import elementwise_field, is_listed
 
 Form = Literal["fixed", "released", "paper"]
 
@@ -39,7 +39,7 @@ class Opcm(Method, Fold):
     project's specification found them.
 
     Example:
-        >>> from twinmerge.methods.fold import Seen
+        >>> from twinmerge.methods.kit.fold import Seen
         >>> method, at = Opcm(), Place("w", (2, 2))
         >>> state = method.absorb({}, torch.diag(torch.tensor([3.0, 1.0])).double(), at)
         >>> state = method.absorb(state, torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double(), at)

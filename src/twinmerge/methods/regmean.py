@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Gram, Known, Method, PerExpert, Tile, per_expert, weighted_sum, weights_field
+from twinmerge.methods.kit.base import Gram, Known, Method, PerExpert, Tile, per_expert, weighted_sum, weights_field
 
 LARGEST_RIDGE = 1e-2
 
@@ -27,7 +27,7 @@ class Regmean(Method):
     Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849, equation 2.
 
     Example:
-        >>> from twinmerge.methods.base import Place
+        >>> from twinmerge.methods.kit.base import Place
         >>> w = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
         >>> grams = [Gram(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), Gram(torch.diag(torch.tensor([1.0, 3.0])))]
         >>> tile = Tile(w, None, Place("w", (2, 2), 0, ("a", "b")), grams=[lambda g=g: g for g in grams])

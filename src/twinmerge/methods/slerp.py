@@ -11,7 +11,7 @@ from pydantic import Field
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Rule
 from twinmerge.maths.sums import blocked_gram, total
-from twinmerge.methods.base import Known, Method, Partial, Pass, Place, Tile, weighted_sum
+from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class Slerp(Method):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> slerp, tile = Slerp(t=0.5), Tile(torch.eye(2), None, Place("w", (2,)))
         >>> found = slerp.passes()[0]
         >>> slerp.apply(tile, {found.name: found.finish(found.observe(tile, {}), {})})

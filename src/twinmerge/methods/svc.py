@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.methods.base import Place
-from twinmerge.methods.spectral import Spectral, Weights, total_of
+from twinmerge.methods.kit.base import Place
+from twinmerge.methods.kit.spectral import Spectral, Weights, total_of
 
 
 class Svc(Spectral):
@@ -16,11 +16,11 @@ class Svc(Spectral):
     that an expert is taken to be in a direction. The other methods on singular values take the same parameter.
 
     Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv 2602.05536;
-    `twinmerge.methods.spectral.calibrate` has the formula.
+    `twinmerge.methods.kit.spectral.calibrate` has the formula.
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Tile
+        >>> from twinmerge.methods.kit.base import Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 1.0]))] * 2)
         >>> Svc().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
         tensor([[2., 0.],

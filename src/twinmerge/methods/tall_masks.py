@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twinmerge.methods.masks import Marking, MaskMethod
+from twinmerge.methods.kit.masks import Marking, MaskMethod
 
 
 class TallMasks(Marking, MaskMethod):
@@ -20,7 +20,7 @@ class TallMasks(Marking, MaskMethod):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas = torch.tensor([[1.0, 0.25, -0.5, 0.0], [1.0, -1.0, 0.125, 0.0]])
         >>> vector, masks = TallMasks().vector_and_masks(Tile(deltas, torch.zeros(4), Place("w", (4,))), {})
         >>> vector.tolist(), masks.int().tolist()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from twinmerge.maths.fused import Rule
-from twinmerge.methods.base import (
+from twinmerge.methods.kit.base import (
     Known,
     Method,
     PerExpert,
@@ -20,7 +20,7 @@ from twinmerge.methods.base import (
     weighted_sum,
     weights_field,
 )
-from twinmerge.methods.fold import Seen, State, SumFold
+from twinmerge.methods.kit.fold import Seen, State, SumFold
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class TaskArithmetic(Method, SumFold):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.tensor([1.0])
         >>> TaskArithmetic(scale=0.4).apply(Tile(deltas, base, Place("w", (1,))), {})
         tensor([1.1200])

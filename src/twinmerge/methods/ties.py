@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Elect, Rule
-from twinmerge.methods.base import (
+from twinmerge.methods.kit.base import (
     Known,
     Method,
     Partial,
@@ -70,7 +70,7 @@ class Ties(Method):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place
+        >>> from twinmerge.methods.kit.base import Place
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.zeros(1)
         >>> Ties(density=1.0, scope="tensor").apply(Tile(deltas, base, Place("w", (1,))), {})
         tensor([0.4500])
@@ -104,7 +104,9 @@ class Ties(Method):
     def passes(self) -> Sequence[Pass]:
         passes: list[Pass] = []
         if self.trims:
-            from twinmerge.methods.trim import trim_passes  # with torch, which is not needed where nothing is trimmed
+            from twinmerge.methods.kit.trim import (
+                trim_passes,  # with torch, which is not needed where nothing is trimmed
+            )
 
             passes += trim_passes(self, self.scope)
         if self.tie == "majority":
@@ -149,7 +151,7 @@ class Ties(Method):
         x = self.trimmed_quantity(tile, known)
         if not self.trims:
             return x
-        from twinmerge.methods.trim import trimmed
+        from twinmerge.methods.kit.trim import trimmed
 
         return trimmed(x, tile, known, keep_all_equal=self.compat == "official")
 
@@ -215,7 +217,7 @@ class Ties(Method):
         votes, flips = per_expert(self.vote_weights, count), tuple(self.flips(weight) for weight in weights)
         trim = None
         if self.trims:
-            from twinmerge.methods.trim import trim_rule
+            from twinmerge.methods.kit.trim import trim_rule
 
             trim = trim_rule(at, known, keep_all_equal=self.compat == "official")
         elect = Elect(self.merge, votes, self.tie_sign(known), flips)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_polar, gram_svd, right_side
-from twinmerge.methods.base import Known, Partial, Pass, Place
-from twinmerge.methods.spectral import Spectral, Weights, short_side, weighted
-from twinmerge.methods.tall import COEFFICIENTS, RowPass, gram_of
+from twinmerge.methods.kit.base import Known, Partial, Pass, Place
+from twinmerge.methods.kit.spectral import Spectral, Weights, short_side, weighted
+from twinmerge.methods.kit.tall import COEFFICIENTS, RowPass, gram_of
 
 
 class Tsv(Spectral):
@@ -24,7 +24,7 @@ class Tsv(Spectral):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Place, Tile
         >>> v = torch.tensor([0.6, 0.8])
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), 3 * torch.outer(v, v)])
         >>> Tsv().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})

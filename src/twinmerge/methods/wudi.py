@@ -10,10 +10,10 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.base import TABLES, Grain, Known, Partial, Pass, PerExpert, Place, column, per_expert
-from twinmerge.methods.fold import Seen, State, SumFold, stacked
-from twinmerge.methods.spectral import Spectral, Weights, elementwise_field, share_of
-from twinmerge.methods.tall import COEFFICIENTS, RowPass
+from twinmerge.methods.kit.base import TABLES, Grain, Known, Partial, Pass, PerExpert, Place, column, per_expert
+from twinmerge.methods.kit.fold import Seen, State, SumFold, stacked
+from twinmerge.methods.kit.spectral import Spectral, Weights, elementwise_field, share_of
+from twinmerge.methods.kit.tall import COEFFICIENTS, RowPass
 
 LARGEST_RIDGE = 1.0
 
@@ -35,7 +35,7 @@ class Wudi(Spectral, SumFold):
     Source: Cheng et al. 2025, "Whoever Started the Interference Should End It", ICML, arXiv 2503.08099; the closed form is ours.
 
     Example:
-        >>> from twinmerge.methods.base import Tile
+        >>> from twinmerge.methods.kit.base import Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.tensor([[0.0, 0.0], [0.0, 3.0]])])
         >>> Wudi(ridge=1e-12).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
         tensor([[2., 0.],

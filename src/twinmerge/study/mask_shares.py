@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.masks import Marks
+from twinmerge.methods.kit.masks import Marks
 from twinmerge.store.output import OutputFile
 from twinmerge.study.heatmap import DPI, FORMATS, check_picture
 

@@ -14,8 +14,8 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, pack, plane_at, planes
-from twinmerge.methods.base import Known
-from twinmerge.methods.masks import GRID, Marking, beyond, sizes
+from twinmerge.methods.kit.base import Known
+from twinmerge.methods.kit.masks import GRID, Marking, beyond, sizes
 from twinmerge.twin.masks import changed_tensors, in_given_order, mask_merge, walk
 
 

@@ -28,9 +28,9 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, pack
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.base import Known
-from twinmerge.methods.masks import Form, Marks, MaskMethod, described, storage_bits
-from twinmerge.methods.registry import method_class
+from twinmerge.methods.kit.base import Known
+from twinmerge.methods.kit.masks import Form, Marks, MaskMethod, described, storage_bits
+from twinmerge.methods.kit.registry import method_class
 from twinmerge.models.headed import save_heads
 from twinmerge.models.opened import as_tensor
 from twinmerge.store import disk

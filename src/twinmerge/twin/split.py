@@ -16,7 +16,7 @@ from twinmerge.maths.bits import unpack
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_product
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.average import Average
-from twinmerge.methods.base import Method, Place, per_expert
+from twinmerge.methods.kit.base import Method, Place, per_expert
 from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.opened import OpenedModel
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
 
 SETTINGS = {
     "tsv": {},

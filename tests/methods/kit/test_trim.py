@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from twinmerge.maths import select
-from twinmerge.methods import trim
-from twinmerge.methods.base import Place, Tile
+from twinmerge.methods.kit import trim
+from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.ties import Ties
 
 SIZES = {"a": 5000, "b": 3, "c": 40_000, "d": 1}

@@ -13,9 +13,9 @@ from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.run import Run
 from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.threads import use_threads
-from twinmerge.methods import tall
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit import tall
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.registry import make_method
 from twinmerge.store.output import CheckpointWriter
 
 N = 48

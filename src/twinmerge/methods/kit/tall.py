@@ -11,12 +11,12 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.base import Known, Partial, Pass, Place, Tile, per_expert
+from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Tile, per_expert
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twinmerge.methods.spectral import Spectral
+    from twinmerge.methods.kit.spectral import Spectral
 
 RATIO = 4  # rows for each column from which on the Gram matrices under way are smaller than the matrix itself
 LEAST = 1 << 23  # elements: smaller ones are quick in one piece

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from twinmerge.methods.base import Known, Method, Pass, PerExpert, Scope, Tile, moved, per_expert, weighted_sum
+from twinmerge.methods.kit.base import Known, Method, Pass, PerExpert, Scope, Tile, moved, per_expert, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,7 +227,7 @@ def storage_bits(trained: int, frozen: int, tasks: int, form: Form, number_bits:
 
 def described(method: Method, experts: Sequence[str]) -> dict[str, Any]:
     """What a mask file says of the method: its fields, those per expert as one number for each."""
-    from twinmerge.methods.registry import is_per_expert
+    from twinmerge.methods.kit.registry import is_per_expert
 
     fields = method.model_dump()
     return {

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import pack, plane_at, planes
-from twinmerge.methods.base import Place, Tile
-from twinmerge.methods.masks import GRID, Marks, described, important, sizes, storage_bits
-from twinmerge.methods.registry import make_method
+from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.masks import GRID, Marks, described, important, sizes, storage_bits
+from twinmerge.methods.kit.registry import make_method
 
 ONE, TWO = [1.0, 0.2, -0.5, 0.0], [0.9, -1.0, 0.1, 0.0]
 THREE = [[0.5, 0.1, -0.3, 0.2], [0.4, -0.2, 0.3, 0.25], [-0.1, 0.6, 0.05, 0.3]]

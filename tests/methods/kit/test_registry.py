@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.base import Method
-from twinmerge.methods.registry import is_per_expert, make_method, method_class, method_names
+from twinmerge.methods.kit.base import Method
+from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_names
 
 AB = ("a", "b")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twinmerge.methods.base import Place, Tile
+    from twinmerge.methods.kit.base import Place, Tile
 
 State = Mapping[str, "Tensor"]
 """What is kept of one tensor: name of a part -> tensor; nothing before the first expert."""

@@ -1,4 +1,4 @@
-"""Methods by name: a file of this folder, or an entry point of the group `twinmerge.methods`."""
+"""Methods by name: a file of `methods/`, or an entry point of the group `twinmerge.methods`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from twinmerge import methods
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.methods.base import Method, PerExpert, per_expert
+from twinmerge.methods.kit.base import Method, PerExpert, per_expert
 
 GROUP = "twinmerge.methods"
 LARGEST = 1e30  # of a number that is multiplied with
-_NO_METHODS = {"__init__", "base", "fold", "masks", "registry", "spectral", "tall", "trim"}
+FILES = Path(methods.__file__).parent
 
 
 def method_names() -> list[str]:
@@ -58,7 +59,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def _own() -> set[str]:
-    return {p.stem for p in Path(__file__).parent.glob("*.py")} - _NO_METHODS
+    return {p.stem for p in FILES.glob("*.py")} - {"__init__"}
 
 
 def is_per_expert(cls: type[Method], parameter: str) -> bool:

@@ -17,7 +17,7 @@ from twinmerge.maths.fused import Rule
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import SVD
-from twinmerge.methods.base import (
+from twinmerge.methods.kit.base import (
     TABLES,
     Grain,
     Known,
@@ -32,7 +32,7 @@ from twinmerge.methods.base import (
     weighted_sum,
     weights_field,
 )
-from twinmerge.methods.tall import COEFFICIENTS, is_tall
+from twinmerge.methods.kit.tall import COEFFICIENTS, is_tall
 
 Rest = Literal["mean", "sum", "base"]
 Weights = tuple[float, ...]

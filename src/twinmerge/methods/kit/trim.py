@@ -18,7 +18,7 @@ from torch import Tensor
 from twinmerge.maths import select
 from twinmerge.maths.fused import Trim, Values
 from twinmerge.maths.sums import BLOCK
-from twinmerge.methods.base import Known, Partial, Pass, Place, Scope, Tile
+from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, Tile
 from twinmerge.store.header import SIZES
 
 ALL = 1 << 62  # room for every entry that equals a threshold

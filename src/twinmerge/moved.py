@@ -1,0 +1,64 @@
+"""Modules that have moved: their old names still import the module, with a warning, until 0.1.0."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "methods.base": "methods.kit.base",
+    "methods.fold": "methods.kit.fold",
+    "methods.masks": "methods.kit.masks",
+    "methods.registry": "methods.kit.registry",
+    "methods.spectral": "methods.kit.spectral",
+    "methods.tall": "methods.kit.tall",
+    "methods.trim": "methods.kit.trim",
+}
+"""Old name -> name of today, below twinmerge."""
+
+
+class _Finder(MetaPathFinder):
+    """Asked last, so that it costs nothing where a module has the name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        if package != __package__ or name not in MOVED:
+            return None
+        new = f"{package}.{MOVED[name]}"
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("importlib"):
+            frame = frame.f_back
+        warnings.warn_explicit(
+            f"{fullname} is {new} now. The old name goes with 0.1.0.",
+            DeprecationWarning,
+            frame.f_code.co_filename,
+            frame.f_lineno,
+        )
+        return ModuleSpec(fullname, _Loader(new))
+
+
+class _Loader(Loader):
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(self.new)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run already; the import has put another spec into it."""
+        module.__spec__ = self.spec
+
+
+def serve_old_names() -> None:
+    """Let the old names be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
