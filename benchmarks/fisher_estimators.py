@@ -21,9 +21,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from twinmerge.measure.data import Batch
-from twinmerge.measure.fisher import Fisher
-from twinmerge.measure.model import Measured
+from twinmerge.statistics.data import Batch
+from twinmerge.statistics.fisher import Fisher
+from twinmerge.statistics.model import Measured
 from twinmerge.tasks.encode import TextEncoder
 
 BATCH = 8

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from text_suite import default_base
 
-from twinmerge.engine.lines import Lines
 from twinmerge.engine.merge import Merge
-from twinmerge.engine.recipe import Recipe
+from twinmerge.recipes.lines import Lines
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.study.evaluate import evaluate
 from twinmerge.study.scores import Evaluation
 from twinmerge.study.search import grid, search, weightings
@@ -282,7 +282,7 @@ def bytes_of(folder: Path) -> int:
 
 def take(options: argparse.Namespace) -> None:
     """The statistics of all experts."""
-    from twinmerge.measure.measure import measure
+    from twinmerge.statistics.measure import measure
 
     folder = options.out / "statistics"
     folder.mkdir(parents=True, exist_ok=True)

@@ -205,7 +205,7 @@ def phases(method: str, family: Family, out: Path, threads: int) -> dict[str, fl
     from twinmerge.engine import combine, inputs
     from twinmerge.engine import write as writing
     from twinmerge.engine.merge import Merge
-    from twinmerge.engine.recipe import Recipe
+    from twinmerge.recipes.recipe import Recipe
     from twinmerge.store.output import CheckpointWriter
 
     clock, rule = Clock(), type(make_method(method, family.experts, {}))

@@ -29,7 +29,7 @@ from merge_limits import TWINMERGE
 from merge_speed import Family, make_family, touch_free_memory, warm
 
 from twinmerge.models.opened import open_model
-from twinmerge.models.statistics import save_statistics
+from twinmerge.statistics.file import save_statistics
 
 CHUNK = 1 << 20
 PEER = str(Path(__file__).with_name("merge_speed_peer.py"))

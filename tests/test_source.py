@@ -17,7 +17,7 @@ OWN_READERS = {
     "store/foreign.py",  # the door itself
     "store/output.py",  # the journal of a folder that is being written
     "engine/verify.py",
-    "engine/recipe.py",
+    "recipes/recipe.py",
 }
 OPENERS = {"from_pretrained", "from_config", "get_config_dict", "pipeline", "cached_file"}
 

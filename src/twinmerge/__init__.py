@@ -16,7 +16,7 @@ _WHERE = {
     "Continual": "continual.continual",
     "Merge": "engine.merge",
     "Prediction": "twin.predict",
-    "Recipe": "engine.recipe",
+    "Recipe": "recipes.recipe",
     "Twin": "twin.twin",
     "TwinOutput": "twin.twin",
     "TwinmergeError": "errors",
@@ -26,9 +26,10 @@ _WHERE = {
     "extract": "twin.extract",
     "extract_lora": "engine.lora_extract",
     "merge": "engine.merge",
+    "measure": "statistics.measure",
     "merge_lora": "engine.lora",
     "open_suite": "tasks.suite",
-    "read_recipe": "engine.recipe",
+    "read_recipe": "recipes.recipe",
     "search": "study.search",
 }
 __all__ = ["__version__", *_WHERE]
@@ -40,9 +41,10 @@ if TYPE_CHECKING:
     from twinmerge.engine.lora_extract import extract_lora as extract_lora
     from twinmerge.engine.merge import Merge as Merge
     from twinmerge.engine.merge import merge as merge
-    from twinmerge.engine.recipe import Recipe as Recipe
-    from twinmerge.engine.recipe import read_recipe as read_recipe
     from twinmerge.errors import TwinmergeError as TwinmergeError
+    from twinmerge.recipes.recipe import Recipe as Recipe
+    from twinmerge.recipes.recipe import read_recipe as read_recipe
+    from twinmerge.statistics.measure import measure as measure
     from twinmerge.study.evaluate import evaluate as evaluate
     from twinmerge.study.search import search as search
     from twinmerge.tasks.suite import open_suite as open_suite

@@ -11,6 +11,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "engine.lines": "recipes.lines",
+    "engine.mergekit": "recipes.mergekit",
+    "engine.names": "recipes.names",
+    "engine.plain_data": "recipes.plain_data",
+    "engine.recipe": "recipes.recipe",
     "methods.base": "methods.kit.base",
     "methods.fold": "methods.kit.fold",
     "methods.masks": "methods.kit.masks",
@@ -18,6 +23,7 @@ MOVED = {
     "methods.spectral": "methods.kit.spectral",
     "methods.tall": "methods.kit.tall",
     "methods.trim": "methods.kit.trim",
+    "models.statistics": "statistics.file",
 }
 """Old name -> name of today, below twinmerge."""
 

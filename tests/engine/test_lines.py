@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from twinmerge.engine.lines import KEY, Automatic, Lines, block_of, coefficient, stacks
 from twinmerge.engine.merge import Merge, merge
 from twinmerge.engine.provenance import plan_key
-from twinmerge.engine.recipe import Recipe, recipe_from
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
+from twinmerge.recipes.lines import KEY, Automatic, Lines, block_of, coefficient, stacks
+from twinmerge.recipes.recipe import Recipe, recipe_from
 
 LAYERS = 4
 SHAPES = {f"layers.{i}.{n}": s for i in range(LAYERS) for n, s in {"mlp.0.weight": (6, 9), "norm.bias": (7,)}.items()}
@@ -193,7 +193,7 @@ def test_one_block_is_scaled_by_a(zoo):
 def test_statistics_and_lines(models, tmp_path):
     """RegMean, whose experts are averaged where no Gram was measured, in whole matrices."""
     from twinmerge.models.opened import open_model
-    from twinmerge.models.statistics import save_statistics
+    from twinmerge.statistics.file import save_statistics
 
     files = {}
     for name in "xy":

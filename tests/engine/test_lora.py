@@ -283,7 +283,7 @@ class Halves(Spectral):
 
 def test_parameters_of_the_method_reach_it(zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twinmerge.methods.kit.registry.method_class", lambda _: Halves)
-    monkeypatch.setattr("twinmerge.engine.recipe.method_class", lambda _: Halves)
+    monkeypatch.setattr("twinmerge.recipes.recipe.method_class", lambda _: Halves)
     options: dict[str, Any] = {"method": "halves", "weights": WEIGHTS, "progress": False}
     whole = merge_lora(zoo.base, zoo.experts, tmp_path / "one", scale=3.0, **options)
     halves = sums(zoo.experts, {n: 1.5 * w for n, w in WEIGHTS.items()})

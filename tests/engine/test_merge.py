@@ -14,9 +14,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from twinmerge.engine.diff import diff, difference
 from twinmerge.engine.merge import Merge, merge
-from twinmerge.engine.recipe import recipe_from
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.registry import method_class, method_names
+from twinmerge.recipes.recipe import recipe_from
 
 HEAD = ["classifier.bias", "classifier.weight"]
 SYMMETRIC = [

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from twinmerge.engine import write
 from twinmerge.engine.merge import Merge, merge
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.output import CheckpointWriter
 
 SHAPES = {"a.weight": (900, 700), "b.bias": (5,), "c.weight": (3, 70_001), "d.weight": (400, 500), "e": (0,)}

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.ranges import CHUNK, SAMPLE, Range, ranges, sample
-from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.seen import Seen
 from twinmerge.errors import TwinmergeError
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checksum import BLOCK, block_digests
 
 SIZES = st.lists(

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twinmerge.engine.merge import Merge, merge
-from twinmerge.engine.recipe import Recipe, read_recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.methods.fisher import Fisher, FisherSquares
 from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.models.opened import open_model
-from twinmerge.models.statistics import Statistics, save_statistics
+from twinmerge.recipes.recipe import Recipe, read_recipe
+from twinmerge.statistics.file import Statistics, save_statistics
 
 SHAPES = {"a.weight": (300, 257), "b.bias": (6,), "c.scalar": (), "d.never": (4, 5)}
 HEADER = {"data": [], "settings": {}, "examples": 7, "tokens": 7}

@@ -22,7 +22,7 @@ from twinmerge.maths.keyed_random import uniform
 from twinmerge.methods.kit.base import Gram, Known, Method, Place, Tile
 from twinmerge.methods.kit.registry import make_method, method_class
 from twinmerge.models.opened import open_model
-from twinmerge.models.statistics import save_statistics
+from twinmerge.statistics.file import save_statistics
 
 BLOCK = 65_536
 State = dict[str, Tensor]

@@ -18,11 +18,11 @@ from torch import Tensor
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.ranges import Range
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_names
 from twinmerge.models.opened import InMemory, OpenedModel
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint import Spec
 
 LAWS = {"idempotent", "symmetric", "odd", "homogeneous"}

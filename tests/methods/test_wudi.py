@@ -12,11 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from twinmerge.continual.continual import Continual
 from twinmerge.engine.merge import Merge
-from twinmerge.engine.recipe import Recipe
 from twinmerge.methods import wudi
 from twinmerge.methods.kit.base import Place
 from twinmerge.methods.kit.fold import Seen
 from twinmerge.methods.wudi import Wudi, normal_equations, solve
+from twinmerge.recipes.recipe import Recipe
 
 E11, E21 = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import twinmerge as tm
 from twinmerge.engine.merge import Merge
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.matching import match
 from twinmerge.models.opened import open_model
+from twinmerge.recipes.recipe import Recipe
 
 CLASSES = (
     "BertForSequenceClassification",

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from twinmerge.engine.merge import Merge
-from twinmerge.engine.recipe import Recipe
 from twinmerge.maths import fused
 from twinmerge.models.opened import open_model
 from twinmerge.models.plain import ENCODER, PLAIN, open_plain
+from twinmerge.recipes.recipe import Recipe
 
 SIZES = {
     "vocab_size": 19,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import pack, planes
 from twinmerge.methods.kit.masks import GRID, important
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.study.thresholds import choose_thresholds, put_on
 from twinmerge.twin.levels import MaskLevels
 

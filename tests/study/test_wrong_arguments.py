@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, P
 
 import twinmerge as tm
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure.measure import measure
+from twinmerge.statistics.measure import measure
 from twinmerge.twin.export import export_dense, export_lora
 
 SIZES = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twinmerge.engine.merge import merge
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import load_heads
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.twin.masks import compress
 from twinmerge.twin.twin import Twin
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import twinmerge as tm
-from twinmerge.measure.measure import measure
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import as_module, as_stored, conversions
 from twinmerge.models.opened import open_model
-from twinmerge.models.statistics import Statistics
+from twinmerge.statistics.file import Statistics
+from twinmerge.statistics.measure import measure
 from twinmerge.twin.export import export_dense
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
 
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.twin.export import export_dense
 from twinmerge.twin.extract import extract
 from twinmerge.twin.masks import compress

@@ -32,11 +32,11 @@ from twinmerge.engine import run
 from twinmerge.engine.lora import merge_lora
 from twinmerge.engine.lora_extract import extract_lora
 from twinmerge.engine.merge import Merge
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
-from twinmerge.measure.measure import measure
-from twinmerge.models.statistics import added
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.statistics.file import added
+from twinmerge.statistics.measure import measure
 from twinmerge.store import disk
 from twinmerge.store.output import replace_text
 from twinmerge.twin.export import export_dense, export_lora

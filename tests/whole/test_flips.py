@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from twinmerge.continual.heads import with_heads
 from twinmerge.engine.merge import Merge
-from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.run import Run
 from twinmerge.engine.verify import _Found, verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.headed import HEADS_VERSION, load_heads
 from twinmerge.models.opened import open_model
-from twinmerge.models.statistics import Statistics
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.statistics.file import Statistics
 from twinmerge.store.artefact import load_artefact, save_artefact
 from twinmerge.store.checksum import of_file
 from twinmerge.store.manifest import CHECKSUMS, write_manifest

@@ -68,7 +68,7 @@ def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
         >>> values(["density=2e-1", "merge=sum"], "-p")
         {'density': 0.2, 'merge': 'sum'}
     """
-    from twinmerge.engine.plain_data import from_yaml
+    from twinmerge.recipes.plain_data import from_yaml
 
     return {name: from_yaml(text, f"{option} {name}={text:.60}") for name, text in pairs(items, option).items()}
 
@@ -83,7 +83,7 @@ def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
         >>> numbers(["a=1e-3"], "--weight")
         {'a': 0.001}
     """
-    from twinmerge.engine.plain_data import same_number
+    from twinmerge.recipes.plain_data import same_number
 
     found = {}
     for name, text in pairs(items, option).items():

@@ -26,7 +26,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
-    from twinmerge.engine.recipe import Recipe
+    from twinmerge.recipes.recipe import Recipe
     from twinmerge.study.thresholds import Chosen
     from twinmerge.twin.masks import Compressed
 
@@ -62,7 +62,7 @@ def compress(
 
     twinmerge compress --base B --expert a=A --expert b=B2 --suite DIR --split validation -o OUT
     """
-    from twinmerge.engine.recipe import Recipe
+    from twinmerge.recipes.recipe import Recipe
     from twinmerge.store.output import OutputFolder
     from twinmerge.twin.masks import compress as run
 

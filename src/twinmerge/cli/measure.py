@@ -15,7 +15,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
-    from twinmerge.measure.measure import What
+    from twinmerge.statistics.measure import What
 
 Model = Annotated[str, typer.Argument(help="A path, a hub id or base+adapter.")]
 DataFile = Annotated[
@@ -114,7 +114,7 @@ def add(
 
     twinmerge measure add A B -o OUT
     """
-    from twinmerge.models.statistics import added
+    from twinmerge.statistics.file import added
 
     use_threads(threads)
     started = perf_counter()
@@ -139,7 +139,7 @@ def _measure(
     use_threads(threads)
     started = perf_counter()
     chosen = None if rows is None else row_range(rows)
-    from twinmerge.measure.measure import measure
+    from twinmerge.statistics.measure import measure
 
     written = measure(
         what,
@@ -158,7 +158,7 @@ def _measure(
 
 
 def _report(written: Path, seconds: float, json: bool) -> None:
-    from twinmerge.models.statistics import Statistics
+    from twinmerge.statistics.file import Statistics
 
     found = Statistics.open(written)
     told = {

@@ -28,7 +28,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
-    from twinmerge.engine.recipe import Recipe
+    from twinmerge.recipes.recipe import Recipe
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.")]
 Out = Annotated[Path | None, typer.Argument(help="The folder to write.")]
@@ -84,7 +84,7 @@ def merge(
     twinmerge merge --method ties --base B --expert a=A --expert b=B2 -p density=0.2 -o OUT
     """
     from twinmerge.engine.merge import Merge
-    from twinmerge.engine.recipe import SEMANTICS
+    from twinmerge.recipes.recipe import SEMANTICS
 
     use_threads(threads)
     if smoke is not None and not smoke.is_file():
@@ -179,9 +179,9 @@ def recipe_of(
     lines: str | None = None,
 ) -> tuple[Recipe, Path | None]:
     """The recipe and the output that the options name."""
-    from twinmerge.engine.lines import Lines
     from twinmerge.engine.merge import require_model
-    from twinmerge.engine.recipe import Recipe, read_recipe
+    from twinmerge.recipes.lines import Lines
+    from twinmerge.recipes.recipe import Recipe, read_recipe
 
     if method is not None and recipe is not None and out is None:
         recipe, out = None, recipe  # `twinmerge merge --method … OUT`

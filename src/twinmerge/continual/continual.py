@@ -24,12 +24,12 @@ from twinmerge.engine.card import licence_of
 from twinmerge.engine.inputs import check_written, knows_class, warn_of_names
 from twinmerge.engine.merge import heads_of
 from twinmerge.engine.ranges import Range
-from twinmerge.engine.recipe import DTYPES, EXPERT_NAME
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.kit.fold import Seen, SumFold
 from twinmerge.models.headed import HeadSpec
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.recipes.recipe import DTYPES, EXPERT_NAME
 from twinmerge.store.output import OutputFolder, alone_in
 
 STATE_DTYPES = ("float64", "float32")

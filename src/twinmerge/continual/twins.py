@@ -9,10 +9,10 @@ from typing import Any
 
 from twinmerge.continual.continual import Continual
 from twinmerge.continual.state import StateFile
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.matching import match
 from twinmerge.models.opened import ModelLike, open_model
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.reading import Given
 from twinmerge.twin.twin import DEFAULT_RANK, Twin

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinmerge.engine.plain_data import from_yaml, to_yaml
-from twinmerge.engine.recipe import SEMANTICS
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
+from twinmerge.recipes.plain_data import from_yaml, to_yaml
+from twinmerge.recipes.recipe import SEMANTICS
 from twinmerge.store.foreign import find, open_regular
 
 README_BYTES = 1 << 20  # that are looked at; the largest front matters, of embedding models, have half of it

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from twinmerge.engine.inputs import Digests, Inputs
-from twinmerge.engine.lines import at_depth
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.methods.kit.base import Known, Method, Stored
+from twinmerge.recipes.lines import at_depth
 from twinmerge.store.ranges import bytes_of
 
 if TYPE_CHECKING:

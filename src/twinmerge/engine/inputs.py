@@ -20,7 +20,7 @@ from twinmerge.maths.fused import Values
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import TABLES, Gram, Method, Place, Stored, Tile
 from twinmerge.models.opened import OpenedModel, as_tensor
-from twinmerge.models.statistics import Statistics
+from twinmerge.statistics.file import Statistics
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checksum import block_digests
 from twinmerge.store.header import SIZES, torch_dtype

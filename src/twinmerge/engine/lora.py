@@ -16,7 +16,6 @@ from twinmerge.arguments import strict
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.lora_folder import About, Limit, compress, write_lora
 from twinmerge.engine.ranges import Grains, Range, Shapes
-from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors, truncate_product
@@ -28,6 +27,7 @@ from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
 from twinmerge.models.matching import check_ancestry
 from twinmerge.models.opened import ModelLike, OpenedModel, adapted, open_model
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.output import OutputFolder
 
 

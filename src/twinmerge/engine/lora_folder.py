@@ -13,7 +13,6 @@ from torch import Tensor
 
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.provenance import PACKAGES
-from twinmerge.engine.recipe import DTYPES
 from twinmerge.engine.side_files import PROVENANCE
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
@@ -22,6 +21,7 @@ from twinmerge.models.adapter import PREFIX
 from twinmerge.models.adapter_files import Carried, adapter_config, lora_tensors, write_adapter
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.opened import OpenedModel
+from twinmerge.recipes.recipe import DTYPES
 from twinmerge.store import disk
 from twinmerge.store.header import CODES, torch_dtype
 from twinmerge.store.manifest import OUTPUT

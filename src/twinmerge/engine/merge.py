@@ -15,10 +15,8 @@ from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
 from twinmerge.engine.inputs import BASE, FISHER, Digests, Inputs, require_read, warn_of_names
-from twinmerge.engine.lines import KEY, Automatic, Depths, Lines, stacks
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
 from twinmerge.engine.ranges import Range, tile_of
-from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.rounding import Rounding
 from twinmerge.engine.run import Run
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
@@ -29,8 +27,10 @@ from twinmerge.methods.kit.registry import method_class
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor, open_model
 from twinmerge.models.plain import open_plain
-from twinmerge.models.statistics import Statistics
 from twinmerge.models.vocabulary import other_tokens
+from twinmerge.recipes.lines import KEY, Automatic, Depths, Lines, stacks
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.statistics.file import Statistics
 from twinmerge.store import disk
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from twinmerge.engine.inputs import BASE
 from twinmerge.engine.merge import Merge
-from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.side_files import PROVENANCE
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.models.opened import OpenedModel
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.artefact import ArtefactFile, head_of_state
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checksum import of_file, streamed

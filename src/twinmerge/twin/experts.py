@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from twinmerge.engine.merge import heads_of
-from twinmerge.engine.names import EXPERT_NAME
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import projected
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, open_model
+from twinmerge.recipes.names import EXPERT_NAME
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
 from twinmerge.twin.masked import told_without

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.ranges import Range
-from twinmerge.engine.recipe import Recipe
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, pack, plane_at, planes
 from twinmerge.methods.kit.base import Known
 from twinmerge.methods.kit.masks import GRID, Marking, beyond, sizes
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.twin.masks import changed_tensors, in_given_order, mask_merge, walk
 
 

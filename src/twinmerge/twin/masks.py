@@ -22,7 +22,6 @@ from twinmerge.engine.inputs import check_written
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, pack
@@ -33,6 +32,7 @@ from twinmerge.methods.kit.masks import Form, Marks, MaskMethod, described, stor
 from twinmerge.methods.kit.registry import method_class
 from twinmerge.models.headed import save_heads
 from twinmerge.models.opened import as_tensor
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, ArtefactWriter, fingerprint
 from twinmerge.store.checkpoint import Spec

@@ -1,6 +1,6 @@
 """What the modules of a model are fed with: second moments of their inputs, for cuts that keep the outputs.
 
-Sums of products of activations only, by the means of `measure/gram.py`; no text and no activation of one is kept.
+Sums of products of activations only, by the means of `statistics/gram.py`; no text and no activation of one is kept.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twinmerge.measure.data import Batch
-from twinmerge.measure.gram import Sum, inputs_of, is_matrix, pieces, rows_seen
-from twinmerge.measure.watch import Positions, Watched, own_weights
 from twinmerge.models.headed import HeadedModel, batch_size
+from twinmerge.statistics.data import Batch
+from twinmerge.statistics.gram import Sum, inputs_of, is_matrix, pieces, rows_seen
+from twinmerge.statistics.watch import Positions, Watched, own_weights
 
 WIDEST = 4096  # inputs of a module; beyond, only blocks along the diagonal are kept
 

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from twinmerge.engine import ranges
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.ranges import rows_of
-from twinmerge.engine.recipe import Recipe
 from twinmerge.engine.run import Run
 from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.threads import use_threads
 from twinmerge.methods.kit import tall
 from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.kit.registry import make_method
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.output import CheckpointWriter
 
 N = 48

@@ -11,18 +11,18 @@ from tqdm.auto import tqdm
 
 from twinmerge.arguments import device_known, strict
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.measure.activations import Activations
-from twinmerge.measure.data import Data
-from twinmerge.measure.gram import Gram
-from twinmerge.measure.model import Measured
 from twinmerge.models.opened import ModelLike
-from twinmerge.models.statistics import WHAT, save_statistics
+from twinmerge.statistics.activations import Activations
+from twinmerge.statistics.data import Data
+from twinmerge.statistics.file import WHAT, save_statistics
+from twinmerge.statistics.gram import Gram
+from twinmerge.statistics.model import Measured
 from twinmerge.store.output import OutputFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twinmerge.measure.fisher import Labels
+    from twinmerge.statistics.fisher import Labels
 
 What = Literal["fisher", "gram", "activations"]
 
@@ -80,7 +80,7 @@ def measure(
     measured = Measured(model, device)
     found: Any
     if what == "fisher":
-        from twinmerge.measure.fisher import Fisher
+        from twinmerge.statistics.fisher import Fisher
 
         found = Fisher(measured.module, measured.kind, measured.names, labels=labels, samples=samples, seed=seed)
     elif what == "gram":

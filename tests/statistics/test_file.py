@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.statistics import Statistics, added, save_statistics
+from twinmerge.statistics.file import Statistics, added, save_statistics
 
 
 def header(start=0, stop=4, sha="s", **more):

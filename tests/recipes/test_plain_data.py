@@ -11,9 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinmerge.engine.plain_data import BYTES, from_json, from_yaml, read_plain, to_yaml
-from twinmerge.engine.recipe import read_recipe
 from twinmerge.errors import TwinmergeError
+from twinmerge.recipes.plain_data import BYTES, from_json, from_yaml, read_plain, to_yaml
+from twinmerge.recipes.recipe import read_recipe
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n"

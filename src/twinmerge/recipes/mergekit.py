@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from twinmerge.engine.lines import KEY as LINES
-from twinmerge.engine.names import expert_names
-from twinmerge.engine.plain_data import same_number
 from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.recipes.lines import KEY as LINES
+from twinmerge.recipes.names import expert_names
+from twinmerge.recipes.plain_data import same_number
 
 OWN_KEYS = ("heads", "stochastic", LINES)
 """What a recipe says beside mergekit's schema, if it says whose semantics it has."""

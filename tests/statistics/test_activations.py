@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure.activations import Activations
-from twinmerge.measure.data import Batch
+from twinmerge.statistics.activations import Activations
+from twinmerge.statistics.data import Batch
 
 
 def batch_of(rows, extra=0):

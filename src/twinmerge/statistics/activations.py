@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinmerge.measure.data import Batch
-from twinmerge.measure.watch import Positions, Watched, own_weights
+from twinmerge.statistics.data import Batch
+from twinmerge.statistics.watch import Positions, Watched, own_weights
 
 
 class Activations:

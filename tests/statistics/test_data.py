@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import LlamaForCausalLM, ViTImageProcessor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure.data import Data
-from twinmerge.measure.model import Measured
-from twinmerge.measure.rows import Rows
+from twinmerge.statistics.data import Data
+from twinmerge.statistics.model import Measured
+from twinmerge.statistics.rows import Rows
 from twinmerge.tasks.texts import read_texts
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure.data import IGNORED, Batch
 from twinmerge.models.headed import rows_of_batch
+from twinmerge.statistics.data import IGNORED, Batch
 
 PROBED = 3  # rows: few tables that all rows share have as many
 

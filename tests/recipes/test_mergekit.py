@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from twinmerge.engine.merge import Merge, merge
-from twinmerge.engine.recipe import Recipe, read_recipe, recipe_from
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import kept_bits
+from twinmerge.recipes.recipe import Recipe, read_recipe, recipe_from
 
 SHAPES = {"a.weight": (9, 11), "b.bias": (7,), "c.one": (1,), "d.zero": (3, 4), "e.kernel": (4, 3, 2)}
 MODELS = ("base", "x", "y", "z")

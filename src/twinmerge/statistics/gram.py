@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure.data import Batch
-from twinmerge.measure.watch import Positions, Watched, own_weights
+from twinmerge.statistics.data import Batch
+from twinmerge.statistics.watch import Positions, Watched, own_weights
 
 STRIPE = 512  # rows of a Gram matrix at a time: what lies above the diagonal is neither computed nor held
 TOKENS = 4096  # rows that are widened to float64 at a time

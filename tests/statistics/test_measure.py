@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure.data import Data
-from twinmerge.measure.gram import Gram
-from twinmerge.measure.measure import measure
-from twinmerge.measure.model import Measured
 from twinmerge.models.opened import open_model
-from twinmerge.models.statistics import Statistics, added
+from twinmerge.statistics.data import Data
+from twinmerge.statistics.file import Statistics, added
+from twinmerge.statistics.gram import Gram
+from twinmerge.statistics.measure import measure
+from twinmerge.statistics.model import Measured
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # the forward pass of another batch rounds otherwise
 

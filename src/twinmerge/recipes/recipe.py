@@ -1,7 +1,7 @@
 """The one recipe language: what to merge, how, and to what dtype.
 
 A file whose top level has `twinmerge: 1` is a recipe of ours, which is what `describe` writes: the methods by our names and
-with the papers' semantics. Every other file is in mergekit's schema and means what mergekit means (`engine/mergekit.py`).
+with the papers' semantics. Every other file is in mergekit's schema and means what mergekit means (`recipes/mergekit.py`).
 `compat: paper` or `compat: mergekit` at the top level decides otherwise. Both are strict: an unknown key is an error with the
 nearest right one.
 """
@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.arguments import strict, strict_class
-from twinmerge.engine.lines import KEY, KEYS, Lines
-from twinmerge.engine.mergekit import NOT_YET, translated
-from twinmerge.engine.names import EXPERT_NAME as EXPERT_NAME
-from twinmerge.engine.names import expert_name as expert_name
-from twinmerge.engine.names import expert_names
-from twinmerge.engine.plain_data import read_plain
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class
 from twinmerge.models.opened import ModelLike
+from twinmerge.recipes.lines import KEY, KEYS, Lines
+from twinmerge.recipes.mergekit import NOT_YET, translated
+from twinmerge.recipes.names import EXPERT_NAME as EXPERT_NAME
+from twinmerge.recipes.names import expert_name as expert_name
+from twinmerge.recipes.names import expert_names
+from twinmerge.recipes.plain_data import read_plain
 
 MARK = "twinmerge"
 VERSION = 1

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure.data import Batch
-from twinmerge.measure.fisher import Fisher
-from twinmerge.measure.scores import draws_of, of_sampled
+from twinmerge.statistics.data import Batch
+from twinmerge.statistics.fisher import Fisher
+from twinmerge.statistics.scores import draws_of, of_sampled
 
 SMALL = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20, "vocab_size": 30}
 BERT = {**SMALL, "max_position_embeddings": 16, "pad_token_id": 0}

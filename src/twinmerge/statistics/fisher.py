@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from twinmerge.arguments import shown
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure.data import Batch
-from twinmerge.measure.per_example import InseparableError, PerExample, Squares, Vectors
-from twinmerge.measure.scores import draws_of, of_bernoullis, of_classes, of_sampled
 from twinmerge.models.headed import rows_of_batch
+from twinmerge.statistics.data import Batch
+from twinmerge.statistics.per_example import InseparableError, PerExample, Squares, Vectors
+from twinmerge.statistics.scores import draws_of, of_bernoullis, of_classes, of_sampled
 
 Labels = Literal["auto", "exact", "sampled"]
 MOST_CLASSES = 32  # of "auto": each class more is a backward pass more

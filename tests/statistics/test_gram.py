@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.measure import gram as module_of_gram
-from twinmerge.measure.data import Batch
-from twinmerge.measure.gram import Gram, Sum
+from twinmerge.statistics import gram as module_of_gram
+from twinmerge.statistics.data import Batch
+from twinmerge.statistics.gram import Gram, Sum
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinmerge.measure.scores import draws_of, of_bernoullis, of_classes, of_sampled
+from twinmerge.statistics.scores import draws_of, of_bernoullis, of_classes, of_sampled
 
 
 def covariance(p):

@@ -10,10 +10,10 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from twinmerge.engine.merge import merge
-from twinmerge.engine.names import EXPERT_NAME, expert_names
-from twinmerge.engine.plain_data import from_yaml, to_yaml
-from twinmerge.engine.recipe import Recipe, expert_name, read_recipe, recipe_from
 from twinmerge.errors import TwinmergeError
+from twinmerge.recipes.names import EXPERT_NAME, expert_names
+from twinmerge.recipes.plain_data import from_yaml, to_yaml
+from twinmerge.recipes.recipe import Recipe, expert_name, read_recipe, recipe_from
 
 
 def parse(text: str) -> Recipe:

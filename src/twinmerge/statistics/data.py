@@ -15,8 +15,8 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import uniform
-from twinmerge.measure.model import Measured
-from twinmerge.measure.rows import Row, Rows
+from twinmerge.statistics.model import Measured
+from twinmerge.statistics.rows import Row, Rows
 from twinmerge.store.foreign import check_settings, reason
 from twinmerge.tasks.encode import TextEncoder
 
