@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
 
-from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, unpack
 from twinmerge.methods.kit.masks import GRID
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.output import CheckpointWriter
 from twinmerge.twin.extract import extract

@@ -179,7 +179,7 @@ def recipe_of(
     lines: str | None = None,
 ) -> tuple[Recipe, Path | None]:
     """The recipe and the output that the options name."""
-    from twinmerge.engine.merge import require_model
+    from twinmerge.methods.kit.registry import require_model
     from twinmerge.recipes.lines import Lines
     from twinmerge.recipes.recipe import Recipe, read_recipe
 

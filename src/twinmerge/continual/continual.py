@@ -22,11 +22,11 @@ from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces
 from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.inputs import check_written, knows_class, warn_of_names
-from twinmerge.engine.merge import heads_of
 from twinmerge.engine.ranges import Range
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.kit.fold import Seen, SumFold
 from twinmerge.models.headed import HeadSpec
+from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
 from twinmerge.recipes.recipe import DTYPES, EXPERT_NAME
@@ -242,7 +242,7 @@ class Continual:
             raise TwinmergeError(
                 f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}."
             )
-        return write_folder(self, Path(out), dtype)
+        return write_folder(self.folder, self.base, self.settled, self.status, Path(out), dtype)
 
     def heads(self) -> dict[str, HeadSpec]:
         """The heads of the experts that have one, in their order."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.continual.heads import with_heads
 from twinmerge.continual.pieces import rounded
-from twinmerge.engine.merge import folder_fingerprint
+from twinmerge.continual.state import Description, StateFile
 from twinmerge.engine.provenance import PACKAGES
+from twinmerge.engine.ranges import Range
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
 from twinmerge.models.headed import save_heads
+from twinmerge.models.opened import OpenedModel
 from twinmerge.store import disk
+from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import CODES
@@ -21,12 +25,25 @@ from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 
 if TYPE_CHECKING:
-    from twinmerge.continual.continual import Continual
+    from torch import Tensor
+
+Settled = Callable[[StateFile], Iterable[tuple[Range, "Tensor"]]]
+"""The merged model of a state, piece by piece: range and its values in float64, flat."""
 
 
-def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
-    """See `Continual.materialise`."""
-    base = continual.base
+def write_folder(
+    place: Path,
+    base: OpenedModel,
+    settled: Settled,
+    status: Callable[[], Mapping[str, Any]],
+    out: Path,
+    dtype: str | None,
+) -> Path:
+    """See `Continual.materialise`.
+
+    Args:
+        place: the state's folder; status: `Continual.status`.
+    """
     code = CODES[dtype] if dtype else None
     specs = {}
     for name, spec in base.specs.items():
@@ -34,10 +51,10 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
     stored = {base.stored[name]: spec for name, spec in specs.items()}
     written: set[str] = set()
     output = OutputFolder(out, sum(spec.bytes for spec in specs.values()))
-    with with_heads(continual.folder) as (state, heads), output as folder:
+    with with_heads(place) as (state, heads), output as folder:
         writer = CheckpointWriter(folder, layout(stored))
         try:
-            for each, values in continual.settled(state):
+            for each, values in settled(state):
                 tensor = rounded(values, specs[each.name].dtype, each.name)
                 writer.write(base.stored[each.name], each.start, tensor.contiguous())
                 written.add(each.name)
@@ -51,21 +68,19 @@ def write_folder(continual: Continual, out: Path, dtype: str | None) -> Path:
         write_config(base, folder, dtype)
         if heads:
             save_heads(folder, heads, folder_fingerprint(folder), {})
-        told = {"continual": _told(continual), "versions": {package: version(package) for package in PACKAGES}}
+        told = {"continual": _told(status()), "versions": {package: version(package) for package in PACKAGES}}
         disk.write_json(folder / PROVENANCE, told)
-        disk.write_text(folder / "README.md", _card(continual))
+        disk.write_text(folder / "README.md", _card(state.about))
     return out
 
 
-def _told(continual: Continual) -> dict[str, Any]:
-    found = continual.status()
+def _told(status: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: found[key] for key in ("base", "method", "parameters", "experts", "removed", "mean_norm", "state_norm")
+        key: status[key] for key in ("base", "method", "parameters", "experts", "removed", "mean_norm", "state_norm")
     }
 
 
-def _card(continual: Continual) -> str:
-    about = continual.about
+def _card(about: Description) -> str:
     rows = "\n".join(f"| {e.name} | `{e.model}` | {e.licence or 'not stated'} |" for e in about.experts)
     return (
         "---\nlibrary_name: transformers\ntags: [twinmerge, continual]\n---\n\n"

@@ -23,7 +23,8 @@ from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_confi
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Known, Method
-from twinmerge.methods.kit.registry import method_class
+from twinmerge.methods.kit.registry import require_model
+from twinmerge.models.heads import headed, heads_of
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor, open_model
 from twinmerge.models.plain import open_plain
@@ -32,8 +33,8 @@ from twinmerge.recipes.lines import KEY, Automatic, Depths, Lines, stacks
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.statistics.file import Statistics
 from twinmerge.store import disk
-from twinmerge.store.artefact import fingerprint
-from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.artefact import folder_fingerprint
+from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.checksum import joined
 from twinmerge.store.header import CODES
@@ -440,60 +441,6 @@ def merge(
     depth = None if lines is None else Lines.of(lines)
     recipe = Recipe(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
     return Merge(recipe, progress, device=device)
-
-
-def require_model(method: str) -> None:
-    """Refuse a method that gives masks where one model is wanted.
-
-    Errors:
-        TwinmergeError: such a method.
-
-    Example:
-        >>> require_model("ties")
-    """
-    if method_class(method).outputs != "model":
-        raise TwinmergeError(
-            f"{method} makes a mask for each expert, and no one model of them. Use `twinmerge compress --method {method}`."
-        )
-
-
-def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[str]) -> dict[str, HeadSpec]:
-    """The head of every expert that has one; bare checkpoints have no class to run a head and give none."""
-    heads: dict[str, HeadSpec] = {}
-    for name in order:
-        names, config = matched.heads[name], experts[name].config
-        if names and config is None:
-            raise TwinmergeError(
-                f"The expert {name!r} has a head ({names[0]!r}) but no config.json. Add its config.json."
-            )
-        if names and config is not None:
-            from twinmerge.models.headed import HeadSpec
-
-            config = copy.deepcopy(config)  # the caller's own model may hold it
-            config.architectures = [experts[name].architecture.model_class.__name__]  # type: ignore[union-attr]
-            heads[name] = HeadSpec(config, {n: experts[name].read(n).clone() for n in names})
-    return heads
-
-
-def headed(
-    base: OpenedModel, experts: Mapping[str, OpenedModel], state: Mapping[str, Tensor], heads: Mapping[str, HeadSpec]
-) -> HeadedModel:
-    """A runnable model out of merged tensors and heads."""
-    from twinmerge.models.headed import HeadedModel
-
-    architecture = next(iter(experts.values())).architecture if heads else base.architecture
-    if architecture is None:
-        raise TwinmergeError(f"{base.name} has no config.json, so it cannot be run. Use state_dict() or save().")
-    return HeadedModel(architecture, state, heads)
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """The fingerprint of a folder's model, by the names in its files."""
-    checkpoint = Checkpoint.open(folder)
-    try:
-        return fingerprint(checkpoint.specs, checkpoint.beginning)
-    finally:
-        checkpoint.close()
 
 
 def _open(model: ModelLike, name: str) -> OpenedModel:

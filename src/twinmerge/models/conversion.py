@@ -17,10 +17,10 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key, re
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.architecture import Architecture
+from twinmerge.models.source import Source
 from twinmerge.store.checkpoint import Spec
 
 if TYPE_CHECKING:
-    from twinmerge.models.opened import Source
     from twinmerge.store.ranges import Flat
 
 Shape = tuple[int, ...]

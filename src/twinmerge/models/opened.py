@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.source import Source as Source
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import find
@@ -43,19 +44,6 @@ USUAL_TABLES = (
 
 PIECE = 1 << 22  # elements of two tensors that are compared at once
 NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
-
-
-class Source(Protocol):
-    """Where a model's tensors are read from, by their stored names."""
-
-    def read(self, name: str) -> Tensor:
-        """The whole tensor."""
-
-    def read_into(self, name: str, start: int, out: Flat) -> None:
-        """Fill `out` with elements from `start` on, flat, in the stored dtype."""
-
-    def place(self, name: str) -> tuple[int, int]:
-        """Where it lies, for reading in the order of the disk: file number and offset."""
 
 
 class InMemory:

@@ -254,3 +254,12 @@ or build it again.
         raise
     except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RuntimeError) as error:
         raise damaged(file) from error
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """The fingerprint of a folder's model, by the names in its files."""
+    checkpoint = Checkpoint.open(folder)
+    try:
+        return fingerprint(checkpoint.specs, checkpoint.beginning)
+    finally:
+        checkpoint.close()

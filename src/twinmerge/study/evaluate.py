@@ -12,10 +12,11 @@ import torch
 from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
-from twinmerge.engine.merge import Merge, folder_fingerprint
+from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, architecture_of, load_heads, rows_of_batch
 from twinmerge.models.opened import open_model
+from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.manifest import Manifest
 from twinmerge.study.scores import Evaluation, Reading, Setting
 from twinmerge.tasks.encode import TextEncoder, batches

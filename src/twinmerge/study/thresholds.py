@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from twinmerge.engine.merge import headed
 from twinmerge.maths.bits import plane_at, unpack
 from twinmerge.methods.kit.masks import GRID
+from twinmerge.models.heads import headed
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
 from twinmerge.study.search import check_split

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.engine.merge import heads_of
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import projected
+from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, open_model
 from twinmerge.recipes.names import EXPERT_NAME

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from twinmerge.arguments import strict
 from twinmerge.engine.inputs import check_written
-from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files
 from twinmerge.errors import TwinmergeError
@@ -25,7 +24,7 @@ from twinmerge.models.conversion import stored_names
 from twinmerge.models.headed import HeadSpec, architecture_of, load_heads
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store import disk
-from twinmerge.store.artefact import ArtefactFile, open_artefact, undamaged
+from twinmerge.store.artefact import ArtefactFile, folder_fingerprint, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.foreign import AGAIN, find, read_json

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from twinmerge.engine.merge import folder_fingerprint
 from twinmerge.engine.side_files import NO_SIDE_FILES, PROVENANCE, copy_side_files, write_config
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
@@ -19,7 +18,14 @@ from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadSpec, head_artefact, load_heads, save_heads
 from twinmerge.models.opened import InMemory, OpenedModel, open_model
 from twinmerge.store import disk
-from twinmerge.store.artefact import Artefact, artefact_bytes, load_artefact, save_artefact, undamaged
+from twinmerge.store.artefact import (
+    Artefact,
+    artefact_bytes,
+    folder_fingerprint,
+    load_artefact,
+    save_artefact,
+    undamaged,
+)
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.foreign import AGAIN, find, read_json

@@ -18,9 +18,10 @@ from transformers.utils.generic import TransformersKwargs
 
 from twinmerge.arguments import at_least_one, strict
 from twinmerge.engine.card import model_card
-from twinmerge.engine.merge import Merge, heads_of
+from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, architecture_of, batch_size, for_each_row
+from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.recipes.recipe import Recipe

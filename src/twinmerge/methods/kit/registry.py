@@ -178,3 +178,18 @@ def _check_count(name: str, cls: type[Method], method: Method, count: int) -> No
             raise TwinmergeError(
                 f"{name}: the weights add up to {total:g}, and the average divides by that. Make it positive."
             )
+
+
+def require_model(method: str) -> None:
+    """Refuse a method that gives masks where one model is wanted.
+
+    Errors:
+        TwinmergeError: such a method.
+
+    Example:
+        >>> require_model("ties")
+    """
+    if method_class(method).outputs != "model":
+        raise TwinmergeError(
+            f"{method} makes a mask for each expert, and no one model of them. Use `twinmerge compress --method {method}`."
+        )

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Tile, per_expert
+from twinmerge.methods.kit.base import Known, Partial, Pass, PerExpert, Place, Tile, per_expert
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from twinmerge.methods.kit.spectral import Spectral
 
 RATIO = 4  # rows for each column from which on the Gram matrices under way are smaller than the matrix itself
 LEAST = 1 << 23  # elements: smaller ones are quick in one piece
@@ -34,13 +32,21 @@ def is_tall(at: Place) -> bool:
     return m >= RATIO * n and m * n >= LEAST
 
 
+class Weighted(Protocol):
+    """A method that weighs its experts."""
+
+    @property
+    def weights(self) -> PerExpert:
+        """One number for all, or one for each expert."""
+
+
 class RowPass(Pass):
     """Sums of float64 matrices over the blocks of rows of one tensor, which are added up in the blocks' order."""
 
     scope = "tensor"
     grain = "rows"
 
-    def __init__(self, method: Spectral) -> None:
+    def __init__(self, method: Weighted) -> None:
         self.method = method
 
     def observe(self, tile: Tile, known: Known) -> Partial:

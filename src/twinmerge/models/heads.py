@@ -1,0 +1,46 @@
+"""The heads of opened models: which they are, and a model that runs with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.matching import Matched
+from twinmerge.models.opened import OpenedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twinmerge.models.headed import HeadedModel, HeadSpec
+
+
+def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[str]) -> dict[str, HeadSpec]:
+    """The head of every expert that has one; bare checkpoints have no class to run a head and give none."""
+    heads: dict[str, HeadSpec] = {}
+    for name in order:
+        names, config = matched.heads[name], experts[name].config
+        if names and config is None:
+            raise TwinmergeError(
+                f"The expert {name!r} has a head ({names[0]!r}) but no config.json. Add its config.json."
+            )
+        if names and config is not None:
+            from twinmerge.models.headed import HeadSpec
+
+            config = copy.deepcopy(config)  # the caller's own model may hold it
+            config.architectures = [experts[name].architecture.model_class.__name__]  # type: ignore[union-attr]
+            heads[name] = HeadSpec(config, {n: experts[name].read(n).clone() for n in names})
+    return heads
+
+
+def headed(
+    base: OpenedModel, experts: Mapping[str, OpenedModel], state: Mapping[str, Tensor], heads: Mapping[str, HeadSpec]
+) -> HeadedModel:
+    """A runnable model out of merged tensors and heads."""
+    from twinmerge.models.headed import HeadedModel
+
+    architecture = next(iter(experts.values())).architecture if heads else base.architecture
+    if architecture is None:
+        raise TwinmergeError(f"{base.name} has no config.json, so it cannot be run. Use state_dict() or save().")
+    return HeadedModel(architecture, state, heads)
