@@ -248,7 +248,8 @@ KILLED = """
     import json, os, signal, sys
     import twinmerge.continual.state as state
     from twinmerge.continual.continual import Continual
-    from twinmerge.store.output import CheckpointWriter
+    from twinmerge.store.artefact import ArtefactWriter
+    from twinmerge.store.checkpoint_writer import CheckpointWriter
 
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -266,11 +267,11 @@ KILLED = """
         if where == "write":
             CheckpointWriter.write = later(CheckpointWriter.write)
         elif where == "finish":
-            CheckpointWriter.finish = die
+            ArtefactWriter.finish = die
         elif where == "replace":
             state.os.replace = die
         elif where == "renamed":
-            state._sync_folder = die
+            state.disk.sync_path = die
         Continual(folder, progress=False).add("c", model)
 
     ends = {}

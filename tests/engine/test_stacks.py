@@ -65,7 +65,7 @@ def test_the_class_says_what_is_a_stack_and_how_it_is_stored(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [pytest.param("MixtralForCausalLM", marks=pytest.mark.slow), "GptOssForCausalLM"])
+@pytest.mark.parametrize("name", [pytest.param("Llama4ForCausalLM", marks=pytest.mark.slow), "GptOssForCausalLM"])
 def test_fused_experts_are_merged_as_separate_ones(tmp_path: Path, name: str, method: str) -> None:
     base, experts = family(name)
     turned = FAMILIES[name][1]
@@ -78,6 +78,20 @@ def test_fused_experts_are_merged_as_separate_ones(tmp_path: Path, name: str, me
     merged = tm.merge(method, base=base, experts=experts, progress=False).state_dict()
     for tensor, value in split(merged, turned).items():
         torch.testing.assert_close(value, want[tensor], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_models_in_memory_are_merged_as_their_folders(tmp_path: Path, name: str) -> None:
+    """Which hold a tensor for each expert and matrix, where the class has all in one."""
+    base, experts = family(name)
+    for label, model in {"base": base, **experts}.items():
+        model.save_pretrained(tmp_path / label)
+    folders = {e: str(tmp_path / e) for e in experts}
+    for method in ("ties", "tsv"):
+        want = tm.merge(method, base=str(tmp_path / "base"), experts=folders, progress=False).state_dict()
+        merged = tm.merge(method, base=base, experts=experts, progress=False).state_dict()
+        assert merged.keys() == want.keys()
+        assert all(torch.equal(value, want[tensor]) for tensor, value in merged.items())
 
 
 def test_a_bare_checkpoint_tells_experts_by_their_names_and_says_so(tmp_path: Path) -> None:

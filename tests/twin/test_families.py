@@ -67,6 +67,8 @@ GENERATORS += [
 UNRELATED = ("blip", "blip_2")  # matrices that start at almost 0 make experts that look like another model's
 FLOAT32 = (
     "fsmt",
+    "mra",
+    "xglm",
     "swinv2",
     "mobilevit",
     "pvt",

@@ -306,7 +306,10 @@ class OutputFolder(_Output):
 
     def finish(self) -> bool:
         """Give its name to what an earlier run with this key left whole; False where it left no such thing."""
-        if self.key is None or not _is_ours(self.partial) or _read_journal(self.partial / JOURNAL, self.key) is None:
+        if self.key is None or not _is_ours(self.partial):
+            return False
+        if _read_journal(self.partial / JOURNAL, self.key) is None:
+            self._clear()
             return False
         self._lock = _lock(self.partial / LOCK, self.target)
         try:
