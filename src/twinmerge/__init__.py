@@ -26,7 +26,6 @@ _WHERE = {
     "extract": "twin.extract",
     "extract_lora": "engine.lora_extract",
     "merge": "engine.merge",
-    "measure": "statistics.measure",
     "merge_lora": "engine.lora",
     "open_suite": "tasks.suite",
     "read_recipe": "recipes.recipe",
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from twinmerge.errors import TwinmergeError as TwinmergeError
     from twinmerge.recipes.recipe import Recipe as Recipe
     from twinmerge.recipes.recipe import read_recipe as read_recipe
-    from twinmerge.statistics.measure import measure as measure
     from twinmerge.study.evaluate import evaluate as evaluate
     from twinmerge.study.search import search as search
     from twinmerge.tasks.suite import open_suite as open_suite

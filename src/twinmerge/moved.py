@@ -16,6 +16,17 @@ MOVED = {
     "engine.names": "recipes.names",
     "engine.plain_data": "recipes.plain_data",
     "engine.recipe": "recipes.recipe",
+    "measure": "statistics",
+    "measure.activations": "statistics.activations",
+    "measure.data": "statistics.data",
+    "measure.fisher": "statistics.fisher",
+    "measure.gram": "statistics.gram",
+    "measure.measure": "statistics.measure",
+    "measure.model": "statistics.model",
+    "measure.per_example": "statistics.per_example",
+    "measure.rows": "statistics.rows",
+    "measure.scores": "statistics.scores",
+    "measure.watch": "statistics.watch",
     "methods.base": "methods.kit.base",
     "methods.fold": "methods.kit.fold",
     "methods.masks": "methods.kit.masks",
@@ -29,7 +40,7 @@ MOVED = {
 
 
 class _Finder(MetaPathFinder):
-    """Asked last, so that it costs nothing where a module has the name."""
+    """Asked first: files of a package that has moved would be found again under its old name, and run twice."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -67,4 +78,4 @@ class _Loader(Loader):
 def serve_old_names() -> None:
     """Let the old names be imported."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())
