@@ -36,6 +36,7 @@ def error(case: Any, twin: Twin, name: str) -> float:
     return float((got - want)[own].norm() / want[own].norm())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama_tied", "vit"])
 def test_refined_parts_are_closer_to_the_expert_on_other_inputs(lab: Any, tmp_path: Path, name: str) -> None:
     case = lab.new_case(name, torch.float32)
@@ -64,6 +65,7 @@ def test_the_same_seed_gives_the_same_parts(lab: Any) -> None:
     assert any(not torch.equal(one.low[n].b, other.low[n].b) for n in one.low)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("codec", ["int8", "int4"])
 def test_what_is_refined_is_what_the_codec_stores(lab: Any, tmp_path: Path, codec: str) -> None:
     case = lab.new_case("bert", torch.float32)
