@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BertConfig
+from transformers import AutoConfig, BertConfig, BertModel
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
@@ -208,3 +208,15 @@ def test_tables_are_told_by_class(name: str, sizes: dict[str, Any], tables: set[
     architecture = Architecture(model_class.config_class(**sizes), model_class)
     assert tables <= architecture.tables
     assert linear <= set(architecture.parameters) - architecture.tables
+
+
+def test_a_config_whose_keys_cannot_be_sorted_and_one_that_changes_afterwards() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    odd = BertConfig(**sizes)
+    odd.notes = {0: "a", "b": 1}
+    assert "pooler.dense.weight" in Architecture(odd, BertModel).parameters
+    config = BertConfig(**sizes)
+    first = Architecture(config, BertModel).parameters
+    config.num_hidden_layers = 2
+    second = Architecture(config, BertModel).parameters
+    assert len(second) > len(first) == len(Architecture(BertConfig(**sizes), BertModel).parameters)
