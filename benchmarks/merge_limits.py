@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import Spec
-from twinmerge.store.output import CheckpointWriter, layout
 
 TWINMERGE = [sys.executable, "-c", "from twinmerge.cli import main; main()"]
 

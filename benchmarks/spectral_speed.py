@@ -206,7 +206,7 @@ def phases(method: str, family: Family, out: Path, threads: int) -> dict[str, fl
     from twinmerge.engine import write as writing
     from twinmerge.engine.merge import Merge
     from twinmerge.recipes.recipe import Recipe
-    from twinmerge.store.output import CheckpointWriter
+    from twinmerge.store.checkpoint_writer import CheckpointWriter
 
     clock, rule = Clock(), type(make_method(method, family.experts, {}))
     own = sys.modules[rule.__module__]

@@ -20,7 +20,8 @@ import torch
 from twinmerge.continual.continual import Continual, seen_of
 from twinmerge.continual.state import StateFile, StateWriter
 from twinmerge.errors import TwinmergeError
-from twinmerge.store.output import CheckpointWriter, alone_in
+from twinmerge.store.checkpoint_writer import CheckpointWriter
+from twinmerge.store.output import alone_in
 
 
 def header_of(file):

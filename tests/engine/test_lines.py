@@ -318,7 +318,7 @@ def test_resumed_only_with_the_same_lines(models):
 
 
 def test_a_stopped_merge_goes_on_to_the_same_bytes(models, tmp_path, monkeypatch):
-    from twinmerge.store.output import CheckpointWriter
+    from twinmerge.store.checkpoint_writer import CheckpointWriter
 
     recipe = plan(models, "average", {"b": B}).recipe
     whole = Merge(recipe, progress=False, tile=65_536).save(tmp_path / "whole")

@@ -18,7 +18,7 @@ from twinmerge.engine import write
 from twinmerge.engine.merge import Merge, merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.store.output import CheckpointWriter
+from twinmerge.store.checkpoint_writer import CheckpointWriter
 
 SHAPES = {"a.weight": (900, 700), "b.bias": (5,), "c.weight": (3, 70_001), "d.weight": (400, 500), "e": (0,)}
 
@@ -145,7 +145,7 @@ import os, signal, sys
 import torch
 from twinmerge.engine import ranges
 from twinmerge.engine.merge import merge
-from twinmerge.store.output import CheckpointWriter
+from twinmerge.store.checkpoint_writer import CheckpointWriter
 root, out, after = sys.argv[1], sys.argv[2], int(sys.argv[3])
 plain, count = CheckpointWriter.write, [0]
 def write(self, *work):

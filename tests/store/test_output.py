@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save
 from twinmerge.errors import TwinmergeError
 from twinmerge.store import output, ranges
 from twinmerge.store.checkpoint import Checkpoint, Spec
-from twinmerge.store.output import CheckpointWriter, OutputFile, OutputFolder, header_of, layout, write_checkpoint
+from twinmerge.store.checkpoint_writer import CheckpointWriter, layout, write_checkpoint
+from twinmerge.store.header import header_of
+from twinmerge.store.output import OutputFile, OutputFolder
 
 MIXED = {
     "b.half": torch.tensor([1.5, -2.0, 0.1], dtype=torch.bfloat16),
@@ -586,7 +588,9 @@ def test_full_disk_of_unknown_need(tmp_path):
 KILLED = """
 import sys, time, torch
 from twinmerge.store.header import Spec
-from twinmerge.store.output import CheckpointWriter, OutputFolder, layout
+from twinmerge.store.output import OutputFolder
+from twinmerge.store.checkpoint_writer import CheckpointWriter
+from twinmerge.store.checkpoint_writer import layout
 files = layout({n: Spec(torch.float32, (1000,)) for n in "ab"}, 4000)
 out = OutputFolder(sys.argv[1], key="k", kept=files)
 with out as partial:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.store.output import layout
+from twinmerge.store.checkpoint_writer import layout
 from twinmerge.twin.twin import Twin
 
 LABELS = {"e0": ["no", "yes"], "e1": ["bad", "fair", "good"], "e2": ["a", "b", "c", "d"]}

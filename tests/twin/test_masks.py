@@ -23,7 +23,7 @@ from twinmerge.methods.kit.masks import GRID
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.checkpoint import Checkpoint
-from twinmerge.store.output import CheckpointWriter
+from twinmerge.store.checkpoint_writer import CheckpointWriter
 from twinmerge.twin.extract import extract
 from twinmerge.twin.levels import choose, levels
 from twinmerge.twin.masks import compress

@@ -29,7 +29,8 @@ from twinmerge.models.headed import HeadSpec
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
-from twinmerge.recipes.recipe import DTYPES, EXPERT_NAME
+from twinmerge.recipes.names import EXPERT_NAME
+from twinmerge.recipes.recipe import DTYPES
 from twinmerge.store.output import OutputFolder, alone_in
 
 STATE_DTYPES = ("float64", "float32")

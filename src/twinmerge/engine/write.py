@@ -14,10 +14,11 @@ from twinmerge.engine.inputs import BASE, FISHER, Digests
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.methods.kit.base import Known
 from twinmerge.models.opened import as_tensor
+from twinmerge.store.checkpoint_writer import CheckpointWriter
 from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.manifest import OUTPUT
-from twinmerge.store.output import CheckpointWriter, OutputFolder
+from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
 
 if TYPE_CHECKING:

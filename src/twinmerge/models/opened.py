@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.source import Source as Source
+from twinmerge.models.source import Source
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import find

@@ -23,9 +23,7 @@ from twinmerge.methods.kit.registry import is_per_expert, make_method, method_cl
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.lines import KEY, KEYS, Lines
 from twinmerge.recipes.mergekit import NOT_YET, translated
-from twinmerge.recipes.names import EXPERT_NAME as EXPERT_NAME
-from twinmerge.recipes.names import expert_name as expert_name
-from twinmerge.recipes.names import expert_names
+from twinmerge.recipes.names import EXPERT_NAME, expert_names
 from twinmerge.recipes.plain_data import read_plain
 
 MARK = "twinmerge"

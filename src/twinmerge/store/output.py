@@ -17,10 +17,6 @@ from typing import Any
 from twinmerge.errors import TwinmergeError
 from twinmerge.store import disk
 from twinmerge.store.checkpoint import is_in_use
-from twinmerge.store.checkpoint_writer import CheckpointWriter as CheckpointWriter
-from twinmerge.store.checkpoint_writer import layout as layout
-from twinmerge.store.checkpoint_writer import write_checkpoint as write_checkpoint
-from twinmerge.store.header import header_of as header_of
 from twinmerge.store.manifest import Manifest, write_manifest
 
 try:

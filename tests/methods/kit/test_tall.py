@@ -16,7 +16,7 @@ from twinmerge.methods.kit import tall
 from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.kit.registry import make_method
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.store.output import CheckpointWriter
+from twinmerge.store.checkpoint_writer import CheckpointWriter
 
 N = 48
 M = 3 * 4096 + 40  # four blocks of rows, the last one short
