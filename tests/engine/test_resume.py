@@ -125,7 +125,7 @@ def test_another_recipe_or_another_input_starts_afresh(models, tmp_path, monkeyp
 def write_key(models: Path) -> str | None:
     from twinmerge.engine.provenance import plan_key
 
-    return plan_key(plan(models))
+    return plan_key(plan(models).plan)
 
 
 def test_a_full_disk_leaves_only_the_partial_and_says_what_is_missing(models, tmp_path, monkeypatch, whole):

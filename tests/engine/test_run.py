@@ -116,7 +116,7 @@ def through(method, names, tiles):
     """Merged tensors of whole tiles in memory."""
     shapes = {n: tuple(tile.x.shape[1:]) for n, tile in tiles.items()}
 
-    def load(each):
+    def load(each, digests=None):
         tile = tiles[each.name]
         base = None if tile.base is None else tile.base.reshape(-1)
         return Tile(tile.x.reshape(len(tile.x), -1), base, tile.at)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.ranges import CHUNK, SAMPLE, Range, ranges, sample
-from twinmerge.engine.seen import Seen
+from twinmerge.engine.seen import Folds, Seen, note
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checksum import BLOCK, block_digests
@@ -23,8 +23,8 @@ SIZES = st.lists(
 )
 
 
-def read(seen: Seen, data: dict[str, np.ndarray], each: Range) -> None:
-    seen.note(each, {"base": block_digests(data[each.name][each.start : each.stop], 1)})
+def read(seen: Seen, folds: Folds, data: dict[str, np.ndarray], each: Range) -> None:
+    note(folds, seen.sizes, each, {"base": block_digests(data[each.name][each.start : each.stop], 1)})
 
 
 @given(SIZES, st.integers(1, 300), st.sampled_from([1, 2, 16]), st.randoms())
@@ -41,15 +41,17 @@ def test_passes_over_ranges_and_samples_of_the_same_bytes_agree(
         list(ranges(data, shapes, BLOCK)),
     ]
     for work in passes:
+        folds = Folds()
         order.shuffle(work)  # type: ignore[attr-defined]
         for each in work:
-            read(seen, data, each)
-        seen.end(seen.take())
+            read(seen, folds, data, each)
+        seen.end(folds)
     data["t0"] = data["t0"] + np.uint8(1)
+    folds = Folds()
     for each in ranges(["t0"], shapes):
-        read(seen, data, each)
+        read(seen, folds, data, each)
     with pytest.raises(TwinmergeError, match="'t0' of the input 'base' changed while it was read"):
-        seen.end(seen.take())
+        seen.end(folds)
 
 
 @pytest.mark.few(1)

@@ -151,7 +151,7 @@ def test_statistics_of_no_example_are_refused(family, tmp_path):
 
 def test_headers_tell_what_the_pass_finds(family):
     merged = Merge(Recipe("fisher", None, family["experts"], statistics=family["statistics"]), progress=False)
-    run = merged.plan()
+    run = merged.new_run()
     told = run.known.pop(FisherSquares.name)
     run.survey()
     assert run.known[FisherSquares.name] == told

@@ -109,7 +109,7 @@ def through(method: Method, tiles: Mapping[str, Tile]) -> State:
     """The engine's run over whole tiles in memory: name -> merged tensor."""
     shapes = {name: tuple(tile.x.shape[1:]) for name, tile in tiles.items()}
 
-    def load(each: Range) -> Tile:
+    def load(each: Range, digests: Any = None) -> Tile:
         tile = tiles[each.name]
         grain = method.grain_of(tile.at)
         if grain == "matrix":

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.merge import Merge
+from twinmerge.engine.models import Models
+from twinmerge.engine.planning import entry_of
 from twinmerge.engine.ranges import Range
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Place, Tile
@@ -179,13 +181,9 @@ def test_a_number_that_is_not_finite_is_an_error_with_its_place(methods, name, b
     def load() -> Tensor:
         models = {e: opened(e, m) for e, m in experts.items()}
         unmeasured = SimpleNamespace(has=lambda _: False, examples=1)
-        inputs = Inputs(
-            method,
-            opened("the-base", base),
-            models,
-            {n: n for n in base},
-            statistics=dict.fromkeys(experts, unmeasured),
-        )
+        both = Models(opened("the-base", base), models)
+        entries = {n: entry_of(both, n, n, method, method.space == "deltas") for n in base}
+        inputs = Inputs(entries, both, statistics=dict.fromkeys(experts, unmeasured))
         return inputs.load(Range("a.weight", 0, 63)).x
 
     assert load().isfinite().all()

@@ -70,6 +70,9 @@ def merge(
         Path | None,
         typer.Option("--smoke", help="Texts (.jsonl or .txt): print their loss under base, experts and result."),
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Run a plan that `twinmerge check --plan` wrote.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     device: Device = "cpu",
     threads: Threads = None,
@@ -89,12 +92,24 @@ def merge(
     use_threads(threads)
     if smoke is not None and not smoke.is_file():
         raise TwinmergeError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
-    described, target = recipe_of(
-        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines
-    )
+    how = {"architecture": smoke is not None, "device": device_of(device), "processes": True}
+    if plan is not None:
+        given = (method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out)
+        if any(each is not None for each in given):
+            raise TwinmergeError(
+                "A plan says all of a merge. Name its file and the output alone: --plan FILE -o FOLDER."
+            )
+        if recipe is not None and output is not None:
+            raise TwinmergeError(f"Two outputs are named, {recipe} and {output}. Name one.")
+        merged, target = Merge.from_plan(plan, **how), output or recipe
+    else:
+        described, target = recipe_of(
+            recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines
+        )
+        merged = Merge(described, **how)
+    described = merged.recipe
     if target is None and not dry_run:
         raise TwinmergeError("No output is named. Add -o FOLDER.")
-    merged = Merge(described, architecture=smoke is not None, device=device_of(device), processes=True)
     if dry_run:
         _checked(merged, target, json, "Nothing is written (--dry-run)")
         return
@@ -146,21 +161,31 @@ def check(
     statistics: StatisticsFiles = None,
     head: Heads = None,
     dtype: Dtype = None,
+    stochastic: Stochastic = None,
     lines: Depth = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Write down what would be done, for `twinmerge merge --plan`."),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """What a merge would do and take: names, shapes, ties, dtypes, disk, memory and time; writes nothing.
+    """What a merge would do and take: names, shapes, ties, dtypes, disk, memory and time; no model is written.
 
     twinmerge check RECIPE.yaml OUT
+
+    twinmerge check RECIPE.yaml --plan plan.json
     """
     from twinmerge.engine.merge import Merge
 
     use_threads(threads)
     described, target = recipe_of(
-        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, None, lines
+        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines
     )
-    _checked(Merge(described), target, json, "Nothing is written")
+    merged = Merge(described)
+    _checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}")
+    if plan is not None:
+        merged.write_plan(plan)
 
 
 def recipe_of(

@@ -21,8 +21,8 @@ from twinmerge.continual.pieces import (
     worked,
 )
 from twinmerge.continual.state import Arrived, Description, StateFile, StateWriter, next_state
-from twinmerge.engine.inputs import check_written
 from twinmerge.engine.ranges import Range
+from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Place
 from twinmerge.methods.kit.fold import Fold, State, SumFold

@@ -20,9 +20,10 @@ from twinmerge.continual.folds import fold_of
 from twinmerge.continual.heads import heads_bytes, remove_others, with_heads, write_head
 from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces, places_of, rounded, worked
 from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
+from twinmerge.engine.by_names import warn_of_names
 from twinmerge.engine.card import licence_of
-from twinmerge.engine.inputs import check_written, knows_class, warn_of_names
 from twinmerge.engine.ranges import Range
+from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.kit.fold import Seen, SumFold
 from twinmerge.models.headed import HeadSpec
@@ -92,7 +93,7 @@ class Continual:
                 f"A state is kept in {' or '.join(STATE_DTYPES)}, not {dtype!r}.{nearest(dtype, STATE_DTYPES)}"
             )
         opened = open_model(base)
-        if not knows_class(opened):
+        if not opened.knows_class:
             warn_of_names(made, opened, opened.specs, stacklevel=2)
         about = Description(opened.name, method, made.model_dump(), tuple(heads), dtype)
         output = OutputFolder(folder, manifest=False)  # it changes, and its files carry seals of their own

@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
+from twinmerge.engine.by_names import tables_of
+from twinmerge.engine.models import Models
+from twinmerge.engine.plan import Plan, element_bytes, grains_of, shapes_of
 from twinmerge.engine.ranges import SEEN, Range, ranges
+from twinmerge.engine.run import Run
 from twinmerge.maths.threads import thread_count
-
-if TYPE_CHECKING:
-    from twinmerge.engine.merge import Merge
+from twinmerge.models.opened import OpenedModel
+from twinmerge.statistics.file import Statistics
 
 RATE = 1e9  # bytes per second that the estimate of the time takes for reading and writing: a plain solid-state disk
 COPIES = 3  # of a stack that a method holds at once
 
 
-def checked(merge: Merge) -> dict[str, Any]:
+def checked(
+    plan: Plan, models: Models, run: Run, statistics: Mapping[str, Statistics], other_tokens: Mapping[str, str]
+) -> dict[str, Any]:
     """Plain data: which tensors go where, dtypes, ties, vocabularies and keys of the configs that say something else than the base's
     (the expert's value, the base's), and the bytes, memory and time of the merge.
 
-    Reads headers and the beginning of one matrix. Memory is that of the tiles under way (of whole matrices, for methods
+    Headers and the beginning of one matrix were read for it. Memory is that of the tiles under way (of whole matrices, for methods
     that need them), beside what the libraries themselves take; time is what a disk of 1 GB/s needs for the bytes.
+
+    Args:
+        plan: what is to be done.
+        models: its opened models.
+        run: of its method, with what headers say.
+        statistics: of each expert, where the method reads them.
+        other_tokens: expert -> what its tokenizer means otherwise.
     """
-    matched, base = merge.matched, merge.base
-    run = merge.plan()
     reads = 1 + sum(not step.sampled and not step.rare and step.name not in run.known for step in run.leading)
-    inputs = [*merge.experts.values(), *([base] if merge.inputs.base is not None else [])]
-    input_bytes = sum(model.spec(n).bytes for model in inputs for n in matched.merged)
-    input_bytes += sum(spec.bytes for found in merge.statistics.values() for spec in found.specs.values())
-    output_bytes = sum(spec.bytes for spec in merge.out_specs.values())
+    input_bytes = sum(
+        models.of_source(entry, label).spec(source.tensor).itemsize * entry.size
+        for entry in plan.merged.values()
+        for label, source in entry.sources.items()
+    )
+    input_bytes += sum(spec.bytes for found in statistics.values() for spec in found.specs.values())
+    tables = tables_of(plan, models)
     return {
-        "method": merge.recipe.method,
-        "semantics": merge.recipe.semantics,
-        "parameters": merge.recipe.resolved(merge.method),
-        "merged_tensors": len(matched.merged),
-        "merged_parameters": sum(base.spec(n).numel for n in matched.merged),
-        "heads": matched.heads,
-        "from_base": matched.from_base,
-        "ignored": {e: names for e, names in matched.ignored.items() if names},
-        "configs": {e: {k: list(v) for k, v in found.items()} for e, found in matched.configs.items() if found},
-        "tied": base.aliases,
-        **({} if merge.inputs.tables is None else {"tables": merge.inputs.tables}),
-        "other_tokens": merge.other_tokens,
-        "dtypes": {label: _dtypes(model) for label, model in {"base": base, **merge.experts}.items()},
-        "output_dtypes": sorted({spec.name for spec in merge.out_specs.values()}),
+        "method": plan.recipe.method,
+        "semantics": plan.recipe.semantics,
+        "parameters": plan.recipe.resolved(plan.method),
+        "merged_tensors": len(plan.merged),
+        "merged_parameters": sum(entry.size for entry in plan.merged.values()),
+        "heads": plan.heads,
+        "from_base": sorted(entry.tensor for entry in plan.copied.values()),
+        "ignored": {e: names for e, names in plan.ignored.items() if names},
+        "configs": {e: {k: list(v) for k, v in found.items()} for e, found in plan.configs.items() if found},
+        "tied": models.base.aliases,
+        **({} if tables is None else {"tables": tables}),
+        "other_tokens": dict(other_tokens),
+        "dtypes": {label: _dtypes(model) for label, model in {"base": models.base, **models.experts}.items()},
+        "output_dtypes": sorted({spec.name for spec in plan.specs.values()}),
         "read_bytes": reads * input_bytes,
-        "output_bytes": output_bytes,
-        "memory_bytes": _memory(merge),
-        "seconds_at_1_GB_per_s": round((reads * input_bytes + output_bytes) / RATE, 1),
-    } | ({} if merge.recipe.lines is None else {"lines": {**merge.recipe.lines.describe(), "blocks": merge.blocks}})
+        "output_bytes": plan.output_bytes,
+        "memory_bytes": _memory(plan),
+        "seconds_at_1_GB_per_s": round((reads * input_bytes + plan.output_bytes) / RATE, 1),
+    } | ({} if plan.recipe.lines is None else {"lines": {**plan.recipe.lines.describe(), "blocks": plan.blocks}})
 
 
-def _memory(merge: Merge) -> int:
+def _memory(plan: Plan) -> int:
     """What all workers read and write at once, and the float32 stacks that methods make of a part of it."""
-    shapes, grains = merge.inputs.shapes, merge.inputs.grains
-    work = list(ranges(shapes, shapes, merge.tile, grains))
-    element = merge.inputs.element_bytes + max(spec.itemsize for spec in merge.out_specs.values())
-    stack = COPIES * (len(merge.experts) + 1) * 4
+    shapes, grains = shapes_of(plan.merged), grains_of(plan.merged)
+    work = list(ranges(shapes, shapes, plan.tile, grains))
+    element = element_bytes(plan.merged, plan.specs)
+    stack = COPIES * (len(plan.experts) + 1) * 4
 
     def taken(each: Range) -> int:
         if grains[each.name] == "element":
@@ -65,5 +79,5 @@ def _memory(merge: Merge) -> int:
     return thread_count() * max(map(taken, work), default=0)
 
 
-def _dtypes(model: Any) -> list[str]:
+def _dtypes(model: OpenedModel) -> list[str]:
     return sorted({spec.name for spec in model.specs.values()})

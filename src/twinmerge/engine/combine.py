@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from twinmerge.engine.inputs import Digests, Inputs
+from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.rounding import Rounding, erased
+from twinmerge.engine.seen import Digests
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.methods.kit.base import Known, Method, Stored
-from twinmerge.recipes.lines import at_depth
 from twinmerge.store.ranges import bytes_of
 
 if TYPE_CHECKING:
@@ -28,26 +28,28 @@ class Combined(NamedTuple):
     erased: int
 
 
-def combine(
-    each: Range, known: Known, method: Method, inputs: Inputs, rounding: Rounding, digests: Digests | None = None
-) -> Combined:
-    """The merged values of a range.
+def combine(each: Range, known: Known, inputs: Inputs, rounding: Rounding, digests: Digests | None = None) -> Combined:
+    """The merged values of a range, by the rule of its entry.
 
     Args:
+        each: the range.
+        known: what the passes found.
+        inputs: what it is made of.
+        rounding: how it is rounded.
         digests: is given the checksums of what was read.
 
-    Errors:
+    Raises:
         TwinmergeError: NaN or infinity in an input, out of the method, or because a value does not fit the dtype.
     """
+    method = inputs.entries[each.name].rule
     stored = inputs.stored(each, digests)
     values = inputs.buffer("output", each.size * rounding.itemsize)
-    scaled = at_depth(method, known, each.name)
-    done = _compiled(each, known, scaled, inputs, rounding, stored, values)
+    done = _compiled(each, known, method, inputs, rounding, stored, values)
     if done is not None:  # else torch finds out what is wrong with the values, and where
         return done
     changed = lost = 0
     for tile in inputs.pieces(each, stored):
-        merged = scaled.apply(tile, known)
+        merged = method.apply(tile, known)
         out = rounding.of(merged, tile, method)
         start = (tile.at.offset - each.start) * rounding.itemsize
         values[start : start + out.nbytes] = np.frombuffer(bytes_of(out), np.uint8)

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from twinmerge.engine.ranges import PIECE, Grains, Range
-from twinmerge.engine.seen import Seen
+from twinmerge.engine.models import Models
+from twinmerge.engine.plan import BASE, Entries, Entry, Plan, Source, needs_of, shapes_of
+from twinmerge.engine.ranges import PIECE, Range
+from twinmerge.engine.seen import Digests, Seen
+from twinmerge.engine.written import check_tensors, require_read
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
-from twinmerge.maths.threads import parallel
-from twinmerge.methods.kit.base import TABLES, Gram, Method, Place, Stored, Tile
-from twinmerge.models.opened import OpenedModel, as_tensor
+from twinmerge.methods.kit.base import Gram, Method, Place, Stored, Tile
+from twinmerge.models.opened import as_tensor
 from twinmerge.statistics.file import Statistics
-from twinmerge.store.checkpoint import Checkpoint
-from twinmerge.store.checksum import block_digests
+from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype
+from twinmerge.store.manifest import OUTPUT
 
 if TYPE_CHECKING:
     import torch
@@ -32,119 +35,117 @@ if TYPE_CHECKING:
 
     from twinmerge.maths.lowrank import Factors
 
-BASE = "base"
 FISHER = "fisher of "  # an expert's statistics among the digests
-Digests = dict[str, list[str]]
-"""Input -> checksums of the blocks of a range, in order."""
 
 
 class Inputs:
-    """What the method's tiles are made of.
+    """What the tiles of a merge are made of: the entries of a plan, opened.
+
+    Pickled, it is its plan: who loads it opens the models by itself, once for all that is sent of one sealed plan.
 
     Args:
-        base: None where the method needs none.
-        names: canonical name -> name of the tensor in the output, which keys random numbers and orders equal entries, so
-            that neither depends on how another input spells its names.
+        entries: the tensors that are read, by their names in the output; these key random numbers and order equal
+            entries, so that neither depends on how another input spells its names.
+        models: the opened models.
         device: where the arithmetic runs.
         statistics: of each expert, for methods that need them.
-        with_base: give the base to methods that work on parameters, too.
+        plan: that the entries are of.
+
+    Attributes:
+        compiled: the compiled library may do the work.
     """
 
     def __init__(
         self,
-        method: Method,
-        base: OpenedModel | None,
-        experts: Mapping[str, OpenedModel],
-        names: Mapping[str, str],
+        entries: Entries,
+        models: Models,
         device: torch.device | str = "cpu",
         statistics: Mapping[str, Statistics] = MappingProxyType({}),
-        with_base: bool = False,
+        plan: Plan | None = None,
     ) -> None:
-        self.method, self.deltas = method, method.space == "deltas"
-        self.base = base if self.deltas or with_base else None
-        self.experts, self.names, self.device = experts, names, device
-        self.canonical = {out: name for name, out in names.items()}
-        self._first = next(iter(experts.values()))
-        # whose class says what each tensor is: models without a config.json have none
-        models = [*experts.values(), *([] if base is None else [base])]
-        self._told = next((m for m in models if knows_class(m)), self._first)
-        self.shapes = {out: self._first.spec(name).shape for name, out in names.items()}
+        self.entries, self.models, self.device = entries, models, device
+        self.statistics, self.plan = statistics, plan
+        self.shapes = shapes_of(entries)
+        self.needs = needs_of(entries)
         self.seen = Seen(self.shapes)
         self.compiled = fused.available() and str(device) == "cpu"
-        if not self.compiled or type(method).rule is Method.rule or (not self.deltas and with_base):
+        if not self.compiled or any(_needs_torch(entry) for entry in entries.values()):
             import torch  # noqa: F401  before there are workers: each would import it, and give it all cores
-        self._models = {**experts, **({} if self.base is None else {BASE: self.base})}
-        self.needs, self.statistics = method.needs, statistics
         self._local = threading.local()
 
-    @cached_property
-    def grains(self) -> Grains:
-        """Of every tensor; a core space is that of a tensor in one piece."""
-        low_rank = {out for out, name in self.canonical.items() if any(e.low_rank(name) for e in self.experts.values())}
-        found = {out: self.method.grain_of(self.place(Range(out, 0, 0))) for out in self.canonical}
-        return {out: "matrix" if grain == "rows" and out in low_rank else grain for out, grain in found.items()}
+    @classmethod
+    def of(cls, plan: Plan, models: Models, device: torch.device | str = "cpu") -> Inputs:
+        """The opened inputs of a plan.
 
-    @cached_property
-    def tables(self) -> dict[str, object] | None:
-        """What the method takes for tables of embeddings, by names in the output, and who says so; None where it is all the same to it."""
-        if not asks_for_tables(self.method):
-            return None
-        names = [out for out, name in self.canonical.items() if self._told.table(name)]
-        return {"told_by": "class" if self.knows_class else "names", "names": names}
+        Raises:
+            TwinmergeError: statistics that were measured on another model.
+        """
+        statistics = open_statistics(plan, models) if needs_of(plan.merged) else {}
+        return cls(plan.merged, models, device, statistics, plan)
 
-    @property
-    def knows_class(self) -> bool:
-        """Whether some model's class says what each tensor is for."""
-        return knows_class(self._told)
+    def with_plan(self, plan: Plan) -> Inputs:
+        """The same inputs of a plan with other rules."""
+        other = copy.copy(self)
+        other.plan, other.entries = plan, plan.merged
+        return other
 
-    @cached_property
-    def element_bytes(self) -> int:
-        """Of one element of every input, of the widest dtype that it has."""
-        inputs = (max(SIZES[model.range_code(n)] for n in self.canonical.values()) for model in self._models.values())
-        return sum(inputs) + ("fisher" in self.needs) * SIZES["F32"] * len(self.experts)
+    def __copy__(self) -> Inputs:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> tuple[Callable[..., Inputs], tuple[Plan, str]]:
+        """What a pickle has: the sealed plan, for `opened_plan`."""
+        plan = self.plan
+        if plan is None or plan.key is None:
+            raise TypeError("Only the inputs of a sealed plan can be pickled. Seal it first.")
+        return opened_plan, (plan, str(self.device))
 
     @cached_property
     def examples(self) -> dict[str, int]:
         """How many each expert's statistics are summed over, where the method reads Fisher information."""
-        found = {e: self.statistics[e].examples for e in self.experts if "fisher" in self.needs}
+        found = {e: self.statistics[e].examples for e in self.models.experts if "fisher" in self.needs}
         if none := next((expert for expert, count in found.items() if count < 1), None):
             raise TwinmergeError(
                 f"The Fisher information of {none!r} is of no example. Measure it on a file that has some."
             )
         return found
 
-    def told(self) -> dict[str, object]:
-        """What passes would find, as the headers of the statistics tell it."""
+    def from_headers(self) -> dict[str, object]:
+        """What passes would find, as the headers of the statistics say."""
         if "fisher" not in self.needs:
             return {}
         from twinmerge.methods.fisher import FisherSquares, squares_of, unsound
 
         found = []
-        for expert, model in self.experts.items():
+        for i, expert in enumerate(self.models.experts):
             squares = self.statistics[expert].header["squares"]
             parts = []
-            for out, name in self.canonical.items():
-                total, square = squares.get(name, (0.0, 0.0))
+            for out, entry in self.entries.items():
+                if not entry.experts[i].view.whole:  # headers are of whole tensors
+                    return {}
+                total, square = squares.get(entry.tensor, (0.0, 0.0))
                 if not (math.isfinite(square) and total >= 0):
                     raise unsound(expert, out)
-                parts.append((total, square, math.prod(model.spec(name).shape)))
+                parts.append((total, square, entry.size))
             found.append(squares_of(parts, self.examples[expert]))
         return {FisherSquares.name: found}
 
-    def load(self, each: Range) -> Tile:
+    def load(self, each: Range, digests: Digests | None = None) -> Tile:
         """The tile of a range.
 
-        Errors:
+        Args:
+            each: the range.
+            digests: is given the checksums of what was read.
+
+        Raises:
             TwinmergeError: NaN or infinity (names tensor and expert), once its numbers are looked at.
         """
-        digests = Digests()
-        stored = self.stored(each, digests)
-        self.seen.note(each, digests)
-        return self._tile(each, stored)
+        return self._tile(each, self.stored(each, digests))
 
     def pieces(self, each: Range, stored: Stored) -> Iterator[Tile]:
         """The same in pieces that fit a core's cache."""
-        step = PIECE if self.grains[each.name] == "element" else max(each.size, 1)
+        step = PIECE if self.entries[each.name].grain == "element" else max(each.size, 1)
         for at in range(0, max(each.size, 1), step):
             stop = min(at + step, each.size)
             yield self._tile(Range(each.name, each.start + at, each.start + stop), _part(stored, at, stop))
@@ -153,31 +154,25 @@ class Inputs:
         """The range of every input as it is stored, in memory that the next range of this thread overwrites.
 
         Args:
+            each: the range.
             digests: is given the checksums of what was read.
         """
-        name = self.canonical[each.name]
+        entry = self.entries[each.name]
         values = {}
-        for label, model in self._models.items():
-            values[label] = self._read(label, model, name, each)
+        for label, source in entry.sources.items():
+            values[label] = self._read(entry, label, source, each)
             if digests is not None:  # while the bytes are in the cache
                 digests[label] = block_digests(values[label].memory, SIZES[values[label].code])
-        fisher = tuple(self._fisher(e, name, each) for e in self.experts) if "fisher" in self.needs else ()
+        fisher = tuple(self._fisher(e, entry, each) for e in self.models.experts) if "fisher" in self.needs else ()
         if digests is not None:
-            for expert, measured in zip(self.experts, fisher, strict=False):
-                if self.statistics[expert].has(name):
+            for expert, measured in zip(self.models.experts, fisher, strict=False):
+                if self.statistics[expert].has(entry.tensor):
                     digests[f"{FISHER}{expert}"] = block_digests(measured.memory, SIZES[measured.code])
-        return Stored(values.pop(BASE) if self.base is not None else None, tuple(values.values()), fisher)
+        return Stored(values.pop(BASE) if entry.base is not None else None, tuple(values.values()), fisher)
 
     def place(self, each: Range) -> Place:
-        return Place(
-            each.name,
-            self.shapes[each.name],
-            each.start,
-            tuple(self.experts),
-            self._told.turned(self.canonical[each.name]),
-            self._told.table(self.canonical[each.name]),
-            self._told.stacked(self.canonical[each.name]),
-        )
+        """Where a range lies."""
+        return self.entries[each.name].place._replace(offset=each.start)
 
     def buffer(self, label: str, size: int) -> NDArray[np.uint8]:
         """Memory of this thread, which the next call with this label gives again."""
@@ -186,48 +181,92 @@ class Inputs:
             held[label] = np.empty(size, np.uint8)
         return held[label][:size]
 
-    def _read(self, label: str, model: OpenedModel, name: str, each: Range) -> Values:
-        code = model.range_code(name)
-        out = self.buffer(label, each.size * SIZES[code])
-        model.read_range(name, each.start, out)
-        return Values(out, code)
+    def require(self, source: str, tensor: str, blocks: Sequence[str]) -> None:
+        """Refuse what was read where it was something else in an earlier pass, or is not what was written.
 
-    def _fisher(self, expert: str, name: str, each: Range) -> Values:
+        Args:
+            source: "output", the name of an input, or of its statistics.
+            tensor: by its name in the output.
+            blocks: its checksums.
+
+        Raises:
+            TwinmergeError: a tensor that is not what was written, which is known of what was written here.
+        """
+        if source == OUTPUT:
+            return
+        self.seen.compare(source, tensor, blocks)
+        entry = (self.entries if self.plan is None else self.plan.entries)[tensor]
+        if source.startswith(FISHER):
+            expert = source.removeprefix(FISHER)
+            if entry.sources[expert].view.whole:
+                self.statistics[expert].require(entry.tensor, joined(blocks))
+        elif (found := entry.sources[source]).view.whole:  # of what is read in part, `check_parts` has looked at all
+            require_read(self.models.of_source(entry, source), found.tensor, joined(blocks))
+
+    def check_parts(self) -> None:
+        """Look at the tensors of which only a part is read, where it is known what was written.
+
+        Raises:
+            TwinmergeError: a tensor that changed.
+        """
+        for entry in self.entries.values():
+            for label, source in entry.sources.items():
+                if not source.view.whole:
+                    check_tensors(self.models.of_source(entry, label), [source.tensor])
+                    if "fisher" in self.needs and label in self.statistics and self.statistics[label].has(entry.tensor):
+                        self.statistics[label].read(entry.tensor)
+
+    def _read(self, entry: Entry, label: str, source: Source, each: Range) -> Values:
+        model = self.models.of_source(entry, label)
+        out = self.buffer(label, each.size * SIZES[source.code])
+        if source.view.whole:
+            model.read_range(source.tensor, each.start, out)
+        else:
+            shape = model.spec(source.tensor).shape
+            source.view.read(partial(model.read_range, source.tensor), shape, SIZES[source.code], each.start, out)
+        return Values(out, source.code)
+
+    def _fisher(self, expert: str, entry: Entry, each: Range) -> Values:
         """Of a range; zeros where none was measured."""
         out = self.buffer(f"fisher of {expert}", each.size * SIZES["F32"])
-        if self.statistics[expert].has(name):
-            self.statistics[expert].read_range(name, each.start, out)
-        else:
+        if not self.statistics[expert].has(entry.tensor):
             out.fill(0)
+            return Values(out, "F32")
+        source = entry.sources[expert]
+        read = partial(self.statistics[expert].read_range, entry.tensor)
+        source.view.read(read, self.models.experts[expert].spec(source.tensor).shape, SIZES["F32"], each.start, out)
         return Values(out, "F32")
 
     def _tile(self, each: Range, stored: Stored) -> Tile:
+        entry = self.entries[each.name]
         known = all(v.code in fused.CODES for v in (*stored.experts, *filter(None, [stored.base])))
         grams = []
         if "gram" in self.needs:
-            name = self.canonical[each.name]
-            grams = [partial(gram, self.statistics[e], name) for e in self.experts]
+            grams = [partial(gram, self.statistics[e], entry.tensor) for e in self.models.experts]
         return Tile.of(
             lambda: self._widened(each, stored),
             self.place(each),
             stored if self.compiled and known else None,
             lambda: self._measured(each, stored),
             grams,
-            self._factors(self.canonical[each.name]) if self.grains[each.name] == "matrix" else None,
+            self._factors(entry) if entry.grain == "matrix" else None,
             tuple(self.examples.values()),
         )
 
-    def _factors(self, name: str) -> list[Factors] | None:
+    def _factors(self, entry: Entry) -> list[Factors] | None:
         """Of every expert's delta, where all are adapters of this base's very tensor."""
-        if self.base is None or not self.deltas or not any(expert.low_rank(name) for expert in self.experts.values()):
+        base, experts = self.models.base, self.models.experts
+        deltas = entry.base is not None and entry.rule.space == "deltas"
+        whole = all(source.view.whole and source.tensor == entry.tensor for source in entry.sources.values())
+        if not deltas or not whole or not any(expert.low_rank(entry.tensor) for expert in experts.values()):
             return None
         found = []
-        for label, expert in self.experts.items():
-            factors = expert.factors_on(self.base, name)
+        for label, expert in experts.items():
+            factors = expert.factors_on(base, entry.tensor)
             if factors is None:
                 return None
             if not all(bool(side.isfinite().all()) for side in factors):
-                raise TwinmergeError(_not_finite(self.names[name], label))
+                raise TwinmergeError(_not_finite(entry.name, label))
             found.append(factors)
         return found
 
@@ -241,7 +280,7 @@ class Inputs:
 
     def _shape(self, each: Range) -> tuple[int, ...]:
         """Of the tile of a range."""
-        grain, shape = self.grains[each.name], self.shapes[each.name]
+        grain, shape = self.entries[each.name].grain, self.shapes[each.name]
         if grain == "element":
             return (each.size,)
         return shape if grain == "matrix" else (each.size // max(1, math.prod(shape[1:])), *shape[1:])
@@ -250,15 +289,16 @@ class Inputs:
         """x, base and the dtype of sums."""
         import torch
 
-        x = torch.empty((len(self.experts), each.size), dtype=torch.float32)
+        deltas = self.entries[each.name].rule.space == "deltas"
+        x = torch.empty((len(stored.experts), each.size), dtype=torch.float32)
         for row, values in zip(x, stored.experts, strict=True):
             row.copy_(_numbers(values))
         base = None
         if stored.base is not None:
             base = _numbers(stored.base).float()
-            if self.deltas:
+            if deltas:
                 x -= base
-        if not math.isfinite(x.sum().item() + (0.0 if base is None or self.deltas else base.sum().item())):
+        if not math.isfinite(x.sum().item() + (0.0 if base is None or deltas else base.sum().item())):
             self._require_finite(each, stored)
         if str(self.device) != "cpu":
             x, base = x.to(self.device), None if base is None else base.to(self.device)
@@ -269,77 +309,71 @@ class Inputs:
 
     def _require_finite(self, each: Range, stored: Stored) -> None:
         """A sum that is not finite: say whose tensor it is, unless large numbers only overflowed the sum."""
-        if self.base is not None and stored.base is not None and not bool(_numbers(stored.base).isfinite().all()):
+        if stored.base is not None and not bool(_numbers(stored.base).isfinite().all()):
             raise TwinmergeError(
-                f"Tensor {each.name!r} of the base {self.base.name} holds NaN or infinity. Take a sound checkpoint of it."
+                f"Tensor {each.name!r} of the base {self.models.base.name} holds NaN or infinity. Take a sound checkpoint of it."
             )
-        for expert, values in zip(self.experts, stored.experts, strict=True):
+        for expert, values in zip(self.models.experts, stored.experts, strict=True):
             if not bool(_numbers(values).isfinite().all()):
                 raise TwinmergeError(_not_finite(each.name, expert))
 
 
-def check_written(models: Iterable[OpenedModel]) -> None:
-    """Read what was written here before, and refuse it where it is no longer what was written.
+def open_statistics(plan: Plan, models: Models) -> dict[str, Statistics]:
+    """The statistics of each expert; headers only are read.
 
-    For work that reads its inputs in ranges and sums nothing; other models are not read.
-
-    Errors:
-        TwinmergeError: a tensor that changed.
+    Raises:
+        TwinmergeError: they were measured on another model; another tensor than the one they are of, or a part of one.
     """
-    for model in models:
-        if isinstance(model.source, Checkpoint) and model.source.expected:
-            for _ in parallel(model.source.check, list(model.stored.values())):
-                pass
+    found = {}
+    for name in models.experts:
+        statistics = Statistics.open(Path(plan.recipe.statistics[name]), plan.method.needs[0])
+        if statistics.model != models.experts[name].fingerprint():
+            raise TwinmergeError(
+                f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or name the right file."
+            )
+        found[name] = statistics
+    for out, entry in plan.merged.items():
+        other = any(source.tensor != entry.tensor for source in entry.experts)
+        if other or ("gram" in plan.method.needs and not all(source.view.whole for source in entry.experts)):
+            raise TwinmergeError(
+                f"{out!r} is made of another tensor, or of a part of one, in some expert, and the statistics are of "
+                f"{entry.tensor!r}. Merge it by a method that reads no statistics, such as average."
+            )
+    return found
 
 
-def require_read(model: OpenedModel, name: str, found: str) -> None:
-    """Refuse a tensor whose checksum, taken while it was read, is not the one with which it was written, where that is known.
+_OPENED: dict[str, Inputs] = {}
+"""Of this process: the sealed plan that it was sent last, opened."""
 
-    Errors:
-        TwinmergeError: another one.
+
+def opened_plan(plan: Plan, device: str = "cpu") -> Inputs:
+    """The inputs of a sealed plan in this process, which opens them when it is first asked.
+
+    Raises:
+        TwinmergeError: a model that is not there, or is not the one that the plan was made for.
     """
-    own = name if name in model.specs else model.aliases.get(name, name)
-    if isinstance(model.source, Checkpoint) and own not in model.changes:
-        model.source.require(model.stored[own], found)
+    assert plan.key is not None
+    if plan.key not in _OPENED:
+        models = Models.of(plan.recipe, plan.architecture)
+        models.require(plan)
+        _OPENED.clear()
+        _OPENED[plan.key] = Inputs.of(plan, models, device)
+    return _OPENED[plan.key].with_plan(plan)
 
 
-def knows_class(model: OpenedModel) -> bool:
-    """Whether the model's class says what each of its tensors is for."""
-    return model.architecture is not None or model.tables is not None
+def gram(statistics: Statistics, name: str) -> Gram | None:
+    """The Gram matrix that was measured of a matrix's inputs, per token."""
+    module = statistics.header["modules"].get(name)
+    if module is None:
+        return None
+    count = statistics.header["counts"][module["group"]]
+    return Gram(statistics.read(f"gram/{module['group']}") / max(count, 1), bool(module["turned"]))
 
 
-def asks_for_tables(method: object) -> bool:
-    """Whether a method treats tables of embeddings as the class tells them."""
-    return TABLES in str(getattr(method, "elementwise", "")).split()
-
-
-def warn_of_names(method: Method, model: OpenedModel, names: Iterable[str], stacklevel: int) -> None:
-    """Say what a method that asks what tensors are for takes them for in a bare checkpoint, since no class says it.
-
-    Args:
-        names: canonical ones of what is merged.
-    """
-    names = list(names)
-    if asks_for_tables(method):
-        _warn_of_tables(model, names, stacklevel + 1)
-    three = [n for n in names if len(model.spec(n).shape) == 3 and min(model.spec(n).shape) > 1]
-    if three and method.grain == "matrix":
-        stacks = [n for n in three if model.stacked(n)]
-        warnings.warn(
-            f"{model.name} has no config.json, so what its tensors of three axes are is told by their names: {len(stacks)} are experts, matrix "
-            f"by matrix, and {len(three) - len(stacks)} kernels (out, rest), {three[0]!r} among them. Add its config.json.",
-            stacklevel=stacklevel + 1,
-        )
-
-
-def _warn_of_tables(model: OpenedModel, names: Sequence[str], stacklevel: int) -> None:
-    found = sorted(name for name in names if model.table(name))
-    told = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}" if found else "none has such a name"
-    warnings.warn(
-        f"{model.name} has no config.json, so tables of embeddings, which are not merged as matrices, are told by their usual names: "
-        f"{told}. Add its config.json, or name them with elementwise.",
-        stacklevel=stacklevel + 1,
-    )
+def _needs_torch(entry: Entry) -> bool:
+    """Whether the compiled library does not know the rule, or not what is done with its result."""
+    method = entry.rule
+    return type(method).rule is Method.rule or (method.space == "parameters" and entry.base is not None)
 
 
 def _not_finite(tensor: str, expert: str) -> str:
@@ -357,12 +391,3 @@ def _part(stored: Stored, start: int, stop: int) -> Stored:
 
     fisher = tuple(map(cut, stored.fisher))
     return Stored(None if stored.base is None else cut(stored.base), tuple(map(cut, stored.experts)), fisher)
-
-
-def gram(statistics: Statistics, name: str) -> Gram | None:
-    """The Gram matrix that was measured of a matrix's inputs, per token."""
-    module = statistics.header["modules"].get(name)
-    if module is None:
-        return None
-    count = statistics.header["counts"][module["group"]]
-    return Gram(statistics.read(f"gram/{module['group']}") / max(count, 1), bool(module["turned"]))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from twinmerge.arguments import strict
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.lora_folder import About, Limit, compress, write_lora
 from twinmerge.engine.ranges import Grains, Range, Shapes
-from twinmerge.engine.run import Run
+from twinmerge.engine.run import Load, Run
+from twinmerge.engine.seen import Digests
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors, truncate_product
 from twinmerge.methods.kit.base import Known, Method, Place, Tile, per_expert
@@ -272,12 +273,10 @@ def _place(origin: OpenedModel, name: str, experts: tuple[str, ...]) -> Place:
     return Place(origin.stored[name], shape, experts=experts, turned=turned, table=table)
 
 
-def _matrices(
-    parts: Mapping[str, Sequence[Factors]], places: Mapping[str, Place]
-) -> tuple[Shapes, Callable[[Range], Tile], Grains]:
+def _matrices(parts: Mapping[str, Sequence[Factors]], places: Mapping[str, Place]) -> tuple[Shapes, Load, Grains]:
     """What a run needs to know: the shape of every matrix, its tile in one piece, made of the factors, and that it is in one piece."""
 
-    def load(each: Range) -> Tile:
+    def load(each: Range, digests: Digests) -> Tile:
         own, at = parts[each.name], places[each.name]
         return Tile.of(
             lambda: (torch.stack([part.dense() for part in own]), None, torch.float64), at, None, factors=own

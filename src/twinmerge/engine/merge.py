@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
+import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.arguments import device_known, strict, strict_class
+from twinmerge.engine.by_names import warn_of_names
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
-from twinmerge.engine.inputs import BASE, FISHER, Digests, Inputs, require_read, warn_of_names
+from twinmerge.engine.inputs import Inputs
+from twinmerge.engine.models import Models
+from twinmerge.engine.plan import Plan, grains_of
+from twinmerge.engine.plan_file import plan_from, read_plan, write_plan
+from twinmerge.engine.planning import planned
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
-from twinmerge.engine.ranges import Range, tile_of
-from twinmerge.engine.rounding import Rounding
-from twinmerge.engine.run import Run
+from twinmerge.engine.ranges import Range
+from twinmerge.engine.run import Map, Run
+from twinmerge.engine.seen import Digests
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
@@ -26,19 +33,13 @@ from twinmerge.methods.kit.base import Known, Method
 from twinmerge.methods.kit.registry import require_model
 from twinmerge.models.heads import headed, heads_of
 from twinmerge.models.matching import Matched, check_ancestry, match
-from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor, open_model
-from twinmerge.models.plain import open_plain
+from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor
 from twinmerge.models.vocabulary import other_tokens
-from twinmerge.recipes.lines import KEY, Automatic, Depths, Lines, stacks
+from twinmerge.recipes.lines import KEY, Automatic, Lines
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.statistics.file import Statistics
 from twinmerge.store import disk
 from twinmerge.store.artefact import folder_fingerprint
-from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
-from twinmerge.store.checksum import joined
-from twinmerge.store.header import CODES
-from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Merge:
             changes no byte of the result.
         processes: let `save` spread its work over forked processes, which is faster than threads; only where
             this process runs no threads of its own, as the command does not.
+        spread: spreads `save`'s work over workers elsewhere, as `concurrent.futures.Executor.map` does: `spread(function,
+            items)` gives the function of every item, in order. Workers get pickles, open the models by themselves and
+            write to the same output, so they need the same files under the same names.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -81,6 +85,7 @@ class Merge:
         device: torch.device | str = "cpu",
         tile: int | None = None,
         processes: bool = False,
+        spread: Map[Any, Any] | None = None,
     ) -> None:
         device_known(device)
         self.recipe = recipe
@@ -89,9 +94,10 @@ class Merge:
         self.device = device
         self._tile = tile
         self.processes = processes and str(device) == "cpu"
+        self.spread = spread
         self.method: Method = recipe.make_method()
         self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
-        self.run: Run | None = None  # what was planned last
+        self.lines: Lines | None = recipe.lines  # with the a that was found last, where it was asked for
 
     def __copy__(self) -> Merge:
         """The same merge beside this one; what is open is shared."""
@@ -101,30 +107,40 @@ class Merge:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy or a pickle keeps: the recipe and how it is run. It opens its models anew."""
-        kept = ("recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report")
-        return {name: self.__dict__[name] for name in kept} | {"run": None}
+        kept = ("recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report", "lines")
+        return {name: self.__dict__[name] for name in kept} | {"spread": None}
+
+    @classmethod
+    def from_plan(cls, file: str | Path, progress: bool = True, **how: Any) -> Merge:
+        """The merge that a plan file says.
+
+        Args:
+            file: that `write_plan` wrote, as it is or edited.
+            progress: show how far it is.
+            how: as of `Merge`.
+
+        Raises:
+            TwinmergeError: it is no plan, was made for other models, or says what is not understood.
+        """
+        recipe, raw = read_plan(file)
+        merge = cls(recipe, progress, **how)
+        merge.__dict__["plan"] = plan_from(raw, merge.plan, merge.models, str(file))
+        return merge
 
     @cached_property
-    def _opened(self) -> tuple[OpenedModel, dict[str, OpenedModel]]:
-        order, base = self.recipe.order, self.recipe.base
-        models = [*([] if base is None else [base]), *(self.recipe.experts[name] for name in order)]
-        plain = None if self.architecture or self.recipe.heads else open_plain(models)
-        if plain is not None:
-            experts = dict(zip(order, plain[-len(order) :], strict=True))
-            first = plain[0] if base is not None else experts[next(iter(self.recipe.experts))]
-            return first, experts
-        experts = {name: _open(self.recipe.experts[name], name) for name in order}
-        return open_model(base) if base is not None else experts[next(iter(self.recipe.experts))], experts
+    def models(self) -> Models:
+        """The opened models."""
+        return Models.of(self.recipe, self.architecture)
 
     @property
-    def experts(self) -> dict[str, OpenedModel]:
+    def experts(self) -> Mapping[str, OpenedModel]:
         """The opened experts, in the order that the method sees."""
-        return self._opened[1]
+        return self.models.experts
 
     @property
     def base(self) -> OpenedModel:
         """The base; without one, the first expert stands for it (names, config, side files)."""
-        return self._opened[0]
+        return self.models.base
 
     @cached_property
     def matched(self) -> Matched:
@@ -132,6 +148,19 @@ class Merge:
         found = match(self.base, self.experts, self.recipe.heads)
         check_ancestry(self.base, self.experts, found.merged)
         return found
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What every tensor of the output is made of, and by which rule."""
+        plan = planned(self.recipe, self.models, self.matched, self.architecture, self._tile)
+        if not self.models.knows_class:
+            warn_of_names(self.method, self.base, [entry.tensor for entry in plan.merged.values()], stacklevel=3)
+        return plan
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The base and the experts, tile by tile."""
+        return Inputs.of(self.plan, self.models, self.device)
 
     @cached_property
     def other_tokens(self) -> dict[str, str]:
@@ -148,168 +177,88 @@ class Merge:
                 stacklevel=3,
             )
 
-    @cached_property
-    def out_specs(self) -> dict[str, Spec]:
-        """Name in the output -> dtype and shape of every tensor of it."""
-        specs, code = {}, CODES[self.recipe.dtype] if self.recipe.dtype else None
-        if code is None and self.recipe.semantics == "mergekit":
-            self._require_one_dtype()
-        for name in [*self.matched.merged, *self.matched.from_base]:
-            spec = self.base.spec(name)
-            specs[self.base.stored[name]] = Spec(code, spec.shape) if code and spec.is_float else spec
-        return specs
-
-    def _require_one_dtype(self) -> None:
-        """mergekit writes the widest dtype of the inputs where the recipe names none; here that is the base's."""
-        inputs = [*self.experts.values(), *([self.base] if self.recipe.base is not None else [])]
-        for name in self.matched.merged:
-            if len(found := sorted({model.spec(name).name for model in inputs})) > 1:
-                raise TwinmergeError(
-                    f"The models have different dtypes ({', '.join(found)} for {name!r}), and the recipe says not which is written. Add "
-                    "dtype: to it."
-                )
-
-    @cached_property
-    def inputs(self) -> Inputs:
-        """The base and the experts, tile by tile."""
-        reference = self.base if self.recipe.base is not None else None
-        names = {name: self.base.stored[name] for name in self.matched.merged}
-        with_base = self.recipe.lines is not None
-        inputs = Inputs(self.method, reference, self.experts, names, self.device, self.statistics, with_base)
-        if not inputs.knows_class:
-            warn_of_names(self.method, self.base, names, stacklevel=3)
-        return inputs
-
-    @cached_property
-    def statistics(self) -> dict[str, Statistics]:
-        """The statistics of each expert, where the method needs them; headers only are read."""
-        found = {}
-        for name in self.experts if self.recipe.statistics else ():
-            statistics = Statistics.open(Path(self.recipe.statistics[name]), self.method.needs[0])
-            if statistics.model != self.experts[name].fingerprint():
-                raise TwinmergeError(
-                    f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or name the right file."
-                )
-            found[name] = statistics
-        return found
-
-    @cached_property
-    def blocks(self) -> dict[str, int]:
-        """Path -> number of blocks of every stack of them, for LiNeS."""
-        found, lines = stacks(self.base.specs), self.recipe.lines
-        if not found and lines is not None and lines.b:
-            warnings.warn(
-                f"LiNeS finds no stack of two or more blocks in {self.base.name}, so that every tensor is scaled by a alone. Look at "
-                "the names of its tensors, or leave lines out.",
-                stacklevel=2,
-            )
-        return found
-
-    @cached_property
-    def tile(self) -> int:
-        """Elements that a worker reads and writes at once."""
-        if self._tile is not None:
-            return self._tile
-        widest = max((spec.itemsize for spec in self.out_specs.values()), default=1)
-        return tile_of(self.inputs.element_bytes + widest)
-
-    def rounding(self, name: str) -> Rounding:
-        """How the tensor of the output is rounded."""
-        return Rounding(self.out_specs[name].code, self.recipe.stochastic)
-
-    def plan(self) -> Run:
-        """The method over all merged tensors, in the order that they lie on the disk."""
-        first = next(iter(self.experts.values()))
-        order = sorted(self.matched.merged, key=first.place)
-        names = [self.base.stored[name] for name in order]
-        inputs = self.inputs
+    def new_run(self, spread: Map[Any, Any] | None = None) -> Run:
+        """The rules over all merged tensors, in the order that they lie on the disk; nothing is read yet."""
+        plan, inputs = self.plan, self.inputs if spread is None else self._sealed
+        methods = {name: entry.rule for name, entry in plan.merged.items()}
         run = Run(
-            self.method,
-            names,
+            methods,
+            list(plan.merged),
             inputs.shapes,
             inputs.load,
-            inputs.grains,
-            self.tile,
+            grains_of(plan.merged),
+            plan.tile,
             self.progress,
             self.processes,
             inputs.seen,
+            spread,
         )
-        run.known |= self.inputs.told()
-        if self.recipe.lines is not None:
-            self._add_lines(run, self.recipe.lines)
-        self.run = run
+        run.known |= inputs.from_headers()
+        if plan.lines is not None and plan.lines.a is None:
+            import torch  # noqa: F401  as in `Inputs`
+
+            run.survey_last(Automatic(methods))
         return run
 
-    def _add_lines(self, run: Run, lines: Lines) -> None:
-        """Tell the run the coefficient of every tensor, or how to find them when all else is known."""
-        names = {name: self.base.stored[name] for name in self.matched.merged}
-        if lines.a is not None:
-            run.known[KEY] = Depths.of(lines.a, lines.b, names, self.blocks)
-            return
-        import torch  # noqa: F401  as in `Inputs`
+    def surveyed(self, spread: Map[Any, Any] | None = None) -> tuple[Run, Inputs]:
+        """The run with all that must be known before the first tensor is merged, and the inputs with their rules settled."""
+        inputs = self.inputs if spread is None else self._sealed
+        inputs.check_parts()
+        run = self.new_run(spread)
+        run.survey()
+        if KEY in run.known:
+            plan = inputs.plan
+            assert plan is not None
+            inputs = inputs.with_plan(plan.with_lines(run.known.pop(KEY)))
+        assert inputs.plan is not None
+        self.lines = inputs.plan.lines
+        return run, inputs
 
-        last = Automatic(self.method, lines.b, names, self.blocks)
-        run.leading, run.trailing = [*run.leading, *run.trailing, last], []
+    @cached_property
+    def _sealed(self) -> Inputs:
+        """The inputs as workers elsewhere get them: they open what the plan names by themselves."""
+        for label, found in self.plan.inputs.items():
+            if not found.files:
+                raise TwinmergeError(
+                    f"{found.name} ({label}) is in memory, so workers elsewhere cannot open it. Save it, and name its folder."
+                )
+        return self.inputs.with_plan(replace(self.models.seal(self.plan), key=secrets.token_hex(16)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole merged model in memory, by the base's own tensor names."""
         import torch
 
+        run, inputs = self.surveyed()
+        run.processes = False  # the values are wanted in this process's memory
+        plan, shapes = inputs.plan, inputs.shapes
+        assert plan is not None
         with torch.inference_mode(False):  # which is a thread's own, and other threads fill these
-            merged = {
-                self.base.stored[name]: torch.empty(spec.shape, dtype=spec.dtype)
-                for name, spec in ((n, self.out_specs[self.base.stored[n]]) for n in self.matched.merged)
-            }
+            merged = {name: torch.empty(e.spec.shape, dtype=e.spec.dtype) for name, e in plan.merged.items()}
 
         def keep(each: Range, known: Known) -> tuple[Range, Digests]:
             digests = Digests()
-            got = combine(each, known, self.method, self.inputs, self.rounding(each.name), digests if watched else None)
+            got = combine(each, known, inputs, plan.rounding(each.name), digests if watched else None)
             to = merged[each.name].view(-1)[each.start : each.stop]
             to.copy_(as_tensor(got.values, to.dtype))
             return each, digests
 
-        watched = self.statistics or any(
-            getattr(m.source, "expected", None) for m in [self.base, *self.experts.values()]
+        watched = inputs.statistics or any(
+            getattr(m.source, "expected", None) for m in (self.base, *self.experts.values())
         )
-        report = Report(self.require)
-        run = self.plan()
-        run.processes = False  # the values are wanted in this process's memory
-        run.survey()
+        report = Report(inputs.require)
         for answers in run.merge(run.groups(), keep):
             for each, digests in answers:
                 report.extend(each.name, digests)
-                if each.stop == math.prod(self.inputs.shapes[each.name]):
+                if each.stop == math.prod(shapes[each.name]):
                     report.close(each.name)
-        kept = {self.base.stored[n]: self.base.read(n) for n in self.matched.from_base}
-        return {n: merged[n] if n in merged else kept[n].to(spec.dtype) for n, spec in self.out_specs.items()}
-
-    def require(self, source: str, tensor: str, blocks: Sequence[str]) -> None:
-        """Refuse what was read where it was something else in an earlier pass, or is not what was written, which is known of folders and
-        statistics that were written here.
-
-        Args:
-            source: "output", the name of an input, or of its statistics; tensor: by its name in the output; blocks: its checksums.
-
-        Errors:
-            TwinmergeError: a tensor that is not what was written.
-        """
-        if source == OUTPUT:
-            return
-        self.inputs.seen.compare(source, tensor, blocks)
-        name = self._canonical[tensor]
-        if source.startswith(FISHER):
-            self.statistics[source.removeprefix(FISHER)].require(name, joined(blocks))
-        else:
-            require_read(self.base if source == BASE else self.experts[source], name, joined(blocks))
-
-    @cached_property
-    def _canonical(self) -> dict[str, str]:
-        return {self.base.stored[name]: name for name in [*self.matched.merged, *self.matched.from_base]}
+        kept = {name: self.base.read(e.tensor).to(e.spec.dtype) for name, e in plan.copied.items()}
+        order = sorted(plan.entries.values(), key=lambda entry: (entry.name in kept, entry.tensor))
+        return {entry.name: {**merged, **kept}[entry.name] for entry in order}
 
     def canonical_state(self) -> dict[str, Tensor]:
         """The same by canonical names, as models are put together from."""
         state = self.state_dict()
-        return {name: state[self.base.stored[name]] for name in [*self.matched.merged, *self.matched.from_base]}
+        return {self.plan.canonical[name]: value for name, value in state.items()}
 
     def diff(self) -> list[Difference]:
         """How far the merged model is from the base, tensor by tensor."""
@@ -339,17 +288,19 @@ class Merge:
         Errors:
             TwinmergeError: as said by `check`, `OutputFolder` and the method.
         """
-        files = layout(self.out_specs)
-        needed = sum(spec.bytes for spec in self.out_specs.values())
-        output = OutputFolder(out, needed, plan_key(self), kept=files)
+        plan, spread = self.plan, self.spread
+        files = layout(plan.specs)
+        output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files)
         output.check()
-        read = states_of(self)
+        read = states_of(plan)
         self.matched.warn()
         self.warn_of_tokens()
         with output as folder:
             writer = CheckpointWriter(folder, files, summed=False)
             try:
-                report = write(self, writer, Journal(output, writer.kept))
+                run, inputs = self.surveyed(spread)
+                assert inputs.plan is not None
+                report = write(inputs.plan, inputs, run, writer, Journal(output, writer.kept))
                 writer.finish()
             finally:
                 writer.close()
@@ -360,14 +311,13 @@ class Merge:
                 from twinmerge.models.headed import save_heads
 
                 save_heads(folder, heads, folder_fingerprint(folder), about or {})
-            described = {**provenance(self), "rounding": report.rounding(self.recipe.stochastic)}
-            if self.run is not None and KEY in self.run.known:  # with the a that was found
-                found = {"a": self.run.known[KEY].a, "b": self.run.known[KEY].b}
-                described["parameters"] = {**described["parameters"], KEY: found}
+            described = {**provenance(plan), "rounding": report.rounding(self.recipe.stochastic)}
+            if self.lines is not None:  # with the a that was found
+                described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
             disk.write_json(folder / PROVENANCE, described)
             card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
             disk.write_text(folder / "README.md", card)
-            require_same(read, states_of(self))
+            require_same(read, states_of(plan))
         self.report = report
         return Path(out)
 
@@ -383,18 +333,29 @@ class Merge:
         """
         other = copy.copy(self)
         other.recipe = self.recipe.varied(parameters)
-        other.method, other.report, other.run = other.recipe.make_method(), None, None
-        for made in ("inputs", "tile"):  # for this method: which tensors come in which pieces is its to say
+        other.method, other.report, other.lines = other.recipe.make_method(), None, other.recipe.lines
+        for made in ("plan", "inputs", "_sealed"):  # for this method: which tensors come in which pieces is its to say
             other.__dict__.pop(made, None)
         return other
 
     def provenance(self) -> dict[str, Any]:
         """Recipe, resolved parameters, versions and the hub commits that were read."""
-        return provenance(self)
+        return provenance(self.plan)
 
     def check(self) -> dict[str, Any]:
         """What would happen and what it would take, as plain data; writes nothing (see `engine/check.py`)."""
-        return checked(self)
+        return checked(self.plan, self.models, self.new_run(), self.inputs.statistics, self.other_tokens)
+
+    def write_plan(self, file: str | Path) -> Path:
+        """Write down what would be done, as one page of JSON that `Merge.from_plan` and `twinmerge merge --plan` run.
+
+        Args:
+            file: to write.
+
+        Raises:
+            TwinmergeError: models in memory.
+        """
+        return write_plan(self.models.seal(self.plan), file)
 
 
 @strict
@@ -441,7 +402,3 @@ def merge(
     depth = None if lines is None else Lines.of(lines)
     recipe = Recipe(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
     return Merge(recipe, progress, device=device)
-
-
-def _open(model: ModelLike, name: str) -> OpenedModel:
-    return open_model(model, None if isinstance(model, (str, Path)) else name)

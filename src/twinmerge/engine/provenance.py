@@ -6,54 +6,52 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from twinmerge.engine.plan import Plan
+from twinmerge.engine.plan_file import rules_of
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.opened import OpenedModel
-
-if TYPE_CHECKING:
-    from twinmerge.engine.merge import Merge
 
 PACKAGES = ("twinmerge", "torch", "safetensors", "transformers")
 
 
-def provenance(merge: Merge) -> dict[str, Any]:
-    """Recipe, whose semantics it has, resolved parameters, versions and the hub commits that were read; LiNeS' blocks where it is asked for."""
-    stored, matched = merge.base.stored, merge.matched
-    return {
-        "recipe": merge.recipe.describe(),
-        "semantics": merge.recipe.semantics,
-        "parameters": merge.recipe.resolved(merge.method),
-        "commits": {label: model.commit for label, model in inputs_of(merge).items() if model.commit},
+def provenance(plan: Plan) -> dict[str, Any]:
+    """Recipe, whose semantics it has, resolved parameters, versions and the hub commits that were read; LiNeS' blocks where it is asked
+    for; the rules where they are not the recipe's."""
+    described = {
+        "recipe": plan.recipe.describe(),
+        "semantics": plan.recipe.semantics,
+        "parameters": plan.recipe.resolved(plan.method),
+        "commits": {label: model.commit for label, model in plan.inputs.items() if model.commit},
         "versions": {package: version(package) for package in PACKAGES},
         "tensors": {
-            "merged": len(matched.merged),
-            "from_base": sorted(stored[name] for name in matched.from_base),
-            "heads": matched.heads,
+            "merged": len(plan.merged),
+            "from_base": sorted(plan.copied),
+            "heads": plan.heads,
         },
-    } | ({} if merge.recipe.lines is None else {"blocks": merge.blocks})
+    }
+    if plan.recipe.lines is not None:
+        described["blocks"] = plan.blocks
+    return described | ({"rules": rules_of(plan)} if plan.edited else {})
 
 
-def inputs_of(merge: Merge) -> dict[str, OpenedModel]:
-    """The base and the experts by the labels that the provenance gives them."""
-    return {"base": merge.base, **{f"expert {name}": model for name, model in merge.experts.items()}}
-
-
-def plan_key(merge: Merge) -> str | None:
+def plan_key(plan: Plan) -> str | None:
     """What identifies a merge that may be resumed: the same recipe, versions and input files (by size and times of change).
 
     None for models in memory, which cannot be told apart from one process to the next.
     """
-    if not all(model.files for model in inputs_of(merge).values()):
+    if not all(model.files for model in plan.inputs.values()):
         return None
-    plan = {**provenance(merge), "rounding": merge.recipe.stochastic, "files": states_of(merge), "tile": merge.tile}
-    return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
+    key = {**provenance(plan), "rounding": plan.recipe.stochastic, "files": states_of(plan), "tile": plan.tile}
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def states_of(merge: Merge) -> list[list[Any]]:
+def states_of(plan: Plan) -> list[list[Any]]:
     """Label, path, size, and times of change of content and entry of every file that is read."""
-    files = [(label, file) for label, model in inputs_of(merge).items() for file in model.files]
-    files += [(f"statistics {name}", found.file) for name, found in merge.statistics.items()]
+    files = [(label, file) for label, model in plan.inputs.items() for file in model.files]
+    files += [
+        (f"statistics {name}", Path(plan.recipe.statistics[name])) for name in plan.experts if plan.recipe.statistics
+    ]
     return [_state(label, file) for label, file in files]
 
 

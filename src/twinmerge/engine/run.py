@@ -8,16 +8,19 @@ tensors; those of one tensor that come last are run just before it is merged, so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
 from twinmerge.engine.ranges import SEEN, TILE, Grains, Range, Shapes, grouped, ranges, sample
-from twinmerge.engine.seen import Folds, Seen
+from twinmerge.engine.seen import Digests, Folds, Seen, note
+from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile
+from twinmerge.recipes.lines import unscaled
 
 LARGE = 1 << 24  # elements from which on worker processes pay for themselves
 SHARES = 4  # parts of a sweep for each worker: a step of the progress bar each
@@ -25,12 +28,20 @@ BLOCKS = 8  # of rows that one worker adds up
 BATCH = 512  # tiles between two passes of one tensor: enough for all workers, few enough to stay in the page cache
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+Each = TypeVar("Each")
+
+
+Load = Callable[[Range, Digests], Tile]
+"""A range's tile; the digests are given the checksums of what was read."""
+Map = Callable[[Callable[[Item], Answer], Sequence[Item]], Iterable[Answer]]
+"""What spreads work: the function of every item, in order, as `concurrent.futures.Executor.map` gives it."""
 
 
 class Run:
-    """One method over the tensors `names`.
+    """A method over the tensors `names`.
 
     Args:
+        method: that merges them, or name -> method where its parameters differ between tensors.
         names: all tensors that are merged (they are what "the whole model" means for model-scope passes), in the order
             in which they are read.
         shapes: name -> shape.
@@ -38,39 +49,73 @@ class Run:
         grains: of every tensor; what the method says of it where None.
         tile: elements of a tile, a multiple of 65,536; the result does not depend on it.
         processes: spread large work over forked processes and not over threads (see `maths/workers.py`).
-        seen: where `load` notes what it reads.
+        seen: where what is read is compared with what earlier passes read.
+        spread: what spreads work over workers elsewhere, which get pickles; threads or forks of this machine where None.
 
     Attributes:
         known: what the passes found; a pass whose result is put there before `survey` is left out.
+
+    Raises:
+        TwinmergeError: parameters that differ between tensors, where a pass over the whole model asks for one.
     """
 
     def __init__(
         self,
-        method: Method,
+        method: Method | Mapping[str, Method],
         names: Sequence[str],
         shapes: Shapes,
-        load: Callable[[Range], Tile],
+        load: Load,
         grains: Grains | None = None,
         tile: int = TILE,
         progress: bool = True,
         processes: bool = False,
         seen: Seen | None = None,
+        spread: Map[Any, Any] | None = None,
     ) -> None:
         self.seen = seen or Seen({})
-        self.method, self.names, self.shapes, self.load = method, list(names), shapes, load
-        self.grains = grains or {name: method.grain_of(Place(name, shapes[name])) for name in names}
-        self.tile, self.progress = tile, progress
-        self.processes = processes and CAN_FORK and method.grain != "matrix"
-        passes = list(method.passes())
-        last_model = max((i for i, p in enumerate(passes) if p.scope == "model"), default=-1)
-        self.leading, self.trailing = passes[: last_model + 1], passes[last_model + 1 :]
+        self.methods = method if isinstance(method, Mapping) else dict.fromkeys(names, method)
+        self.names, self.shapes, self.load = list(names), shapes, load
+        self.grains = grains or {name: self.methods[name].grain_of(Place(name, shapes[name])) for name in names}
+        self.tile, self.progress, self.spread = tile, progress, spread
+        self.rules = _shared(self.methods)
+        self.matrices = any(rule.method.grain == "matrix" for rule in self.rules)
+        self.processes = processes and CAN_FORK and not self.matrices
+        self.leading: list[Pass] = []
+        for rule in self.rules:
+            last_model = max((i for i, step in enumerate(rule.trailing) if step.scope == "model"), default=-1)
+            leading, rule.trailing = rule.trailing[: last_model + 1], rule.trailing[last_model + 1 :]
+            if leading and len(self.rules) > 1:
+                raise TwinmergeError(
+                    f"{type(rule.method).__name__} looks at the whole model before it merges a tensor, so its parameters cannot differ "
+                    "between tensors. Give one value for all, or compat: mergekit where the method has it."
+                )
+            self.leading = leading
         self.known: dict[str, Any] = {}
         self.known_of: dict[str, dict[str, Any]] = {name: {} for name in names}
+
+    @property
+    def has_trailing(self) -> bool:
+        """Whether some tensor has passes of its own that run just before it is merged."""
+        return any(rule.trailing for rule in self.rules)
+
+    def survey_last(self, step: Pass) -> None:
+        """Run one more pass over the whole model when all others have run, so that it knows all.
+
+        Raises:
+            TwinmergeError: parameters that differ between tensors.
+        """
+        if len(self.rules) > 1:
+            raise TwinmergeError(
+                f"{step.name} looks at the whole merged model, so the method's parameters cannot differ between tensors. Give one "
+                f"value for all, or say what {step.name} is to find."
+            )
+        self.leading = [*self.leading, *self.rules[0].trailing, step]
+        self.rules[0].trailing = []
 
     def survey(self) -> None:
         """All passes that must be over before the first tensor is merged."""
         for number, step in enumerate(self.leading, 1):
-            if step.name in self.known:  # it was told
+            if step.name in self.known:  # from a header
                 continue
             self._sweep(step, self.names, f"pass {number} of {len(self.leading)}")
 
@@ -85,18 +130,15 @@ class Run:
         return [*alone, *grouped(ranges(cut, self.shapes, self.tile), self.tile)]
 
     def merge(self, groups: Sequence[list[Range]], combine: Callable[[Range, Known], Answer]) -> Iterator[list[Answer]]:
-        """Merge the ranges, each group in one thread.
+        """Merge the ranges, each group in one worker.
 
         Args:
-            combine: range and what is known of its tensor -> what is to be told of it.
+            groups: as `groups` gives them.
+            combine: range and what is known of its tensor -> what is to be said of it.
 
         Yields:
             the answers of a group, in the order of the groups.
         """
-
-        def work(group: list[Range]) -> list[Answer]:
-            return [combine(each, self._of(each.name)) for each in group]
-
         with tqdm(
             total=sum(each.size for group in groups for each in group),
             desc="merging",
@@ -107,21 +149,21 @@ class Run:
             disable=_off(self.progress),
         ) as bar:
             for batch in self._batches(groups):
-                for step in self.trailing:
-                    title = step.name if step.grain else None  # what decomposes takes its time
-                    self._sweep(step, list(dict.fromkeys(each.name for group in batch for each in group)), title)
+                self._sweep_tensors(list(dict.fromkeys(each.name for group in batch for each in group)))
                 # what waits are answers, not tiles; a matrix takes longer than many that follow it
-                ahead = len(batch) if self.method.grain == "matrix" else None
-                for group, answers in zip(batch, self._map(work, batch, ahead=ahead), strict=True):
+                ahead = len(batch) if self.matrices else None
+                items = [_Item(group, {each.name: self.known_of[each.name] for each in group}) for group in batch]
+                work = _Merge(combine, self.known)
+                for group, answers in zip(batch, self._map(work, items, ahead=ahead), strict=True):
                     yield answers
                     bar.update(sum(each.size for each in group))
-                for each in (each for group in batch for each in group) if self.trailing else ():
+                for each in (each for group in batch for each in group) if self.has_trailing else ():
                     if each.stop == math.prod(self.shapes[each.name]):
                         self.known_of[each.name].clear()
 
     def _batches(self, groups: Sequence[list[Range]]) -> Iterator[Sequence[list[Range]]]:
         """All groups at once; with passes of a tensor to run before, whole tensors of some 512 tiles."""
-        if not self.trailing:
+        if not self.has_trailing:
             yield groups
             return
         batch: list[list[Range]] = []
@@ -132,6 +174,13 @@ class Run:
             batch.append(group)
         if batch:
             yield batch
+
+    def _sweep_tensors(self, names: Sequence[str]) -> None:
+        """The passes of some tensors that come last, of the tensors of one method together."""
+        for rule in self.rules if self.has_trailing else ():
+            own = [name for name in names if name in rule.names]
+            for step in rule.trailing if own else ():
+                self._sweep(step, own, step.name if step.grain else None)  # what decomposes takes its time
 
     def _sweep(self, step: Pass, names: Sequence[str], title: str | None) -> None:
         """One pass over tensors: one total for the model, or one for each tensor."""
@@ -150,24 +199,17 @@ class Run:
         tile = min(SEEN, self.tile)
         work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, tile, self.grains)
         groups = list(grouped(work, tile))
-
-        def look(share: Sequence[list[Range]]) -> tuple[dict[str, Partial], Folds]:
-            self.seen.take()
-            found: dict[str, Partial] = {}
-            for each in (each for group in share for each in group):
-                part = step.observe(self.load(each), self._of(each.name))
-                step.add(found.setdefault(each.name if by_tensor else "", {}), part)
-            return found, self.seen.take()
-
         # floating sums are taken over the same blocks in the same order, whatever the number of threads
         count = -(-len(groups) // BLOCKS) if step.grain else min(len(groups), SHARES * thread_count())
         shares = [groups[i * len(groups) // count : (i + 1) * len(groups) // count] for i in range(count)]
+        items = [_Item(share, {e.name: self.known_of[e.name] for g in share for e in g}) for share in shares]
+        look = _Look(step, self.load, self.seen.sizes, self.known)
         bar = tqdm(
             total=count, desc=title, delay=1, leave=False, disable=True if title is None else _off(self.progress)
         )
         taken = []
         with bar:
-            for found, noted in self._map(look, shares, all(len(share) > 1 for share in shares)):
+            for found, noted in self._map(look, items, all(len(share) > 1 for share in shares)):
                 taken.append(noted)
                 for key, part in found.items():
                     Pass.add(step, totals[key], part)
@@ -178,7 +220,7 @@ class Run:
             def finished(name: str) -> object:
                 return step.finish(totals[name], self._of(name))
 
-            for name, answer in zip(totals, self._map(finished, list(totals), large=False), strict=True):
+            for name, answer in zip(totals, parallel(finished, list(totals)), strict=True):
                 self.known_of[name][step.name] = answer
         else:
             self.known[step.name] = step.finish(totals[""], self.known)
@@ -193,13 +235,82 @@ class Run:
         """The one seam: `function` of every item, in order, somewhere."""
         if large is None:
             large = len(items) * self.tile >= LARGE
+        if self.spread is not None:
+            return iter(self.spread(function, items))
         if self.processes and large:
             return forked(function, items)
         return parallel(function, items, ahead)
 
     def _of(self, name: str) -> Known:
-        own = self.known_of[name]
-        return {**self.known, **own} if own else self.known
+        return _joined(self.known, self.known_of[name])
+
+
+@dataclass
+class _Rule:
+    """A method, the tensors that it merges, and its passes that run just before each."""
+
+    method: Method
+    names: set[str]
+    trailing: list[Pass]
+
+
+class _Item(NamedTuple, Generic[Each]):
+    """A worker's share: what it works on, and what is known of its tensors alone."""
+
+    work: Sequence[Each]
+    own: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A pass over a share of its tiles."""
+
+    step: Pass
+    load: Load
+    sizes: Mapping[str, int]
+    known: Mapping[str, Any]
+
+    def __call__(self, item: _Item[list[Range]]) -> tuple[dict[str, Partial], Folds]:
+        found: dict[str, Partial] = {}
+        folds: Folds = {}
+        for each in (each for group in item.work for each in group):
+            digests = Digests()
+            tile = self.load(each, digests)
+            note(folds, self.sizes, each, digests)
+            part = self.step.observe(tile, _joined(self.known, item.own[each.name]))
+            self.step.add(found.setdefault(each.name if self.step.scope == "tensor" else "", {}), part)
+        return found, folds
+
+
+@dataclass(frozen=True)
+class _Merge(Generic[Answer]):
+    """What is done with a group of ranges."""
+
+    combine: Callable[[Range, Known], Answer]
+    known: Mapping[str, Any]
+
+    def __call__(self, item: _Item[Range]) -> list[Answer]:
+        return [self.combine(each, _joined(self.known, item.own[each.name])) for each in item.work]
+
+
+def _joined(known: Mapping[str, Any], own: Mapping[str, Any]) -> Known:
+    return {**known, **own} if own else known
+
+
+def _shared(methods: Mapping[str, Method]) -> list[_Rule]:
+    """The tensors whose methods have the same passes together: equal methods, but for what LiNeS scales after all."""
+    groups: list[tuple[Method, _Rule]] = []
+    of: dict[int, _Rule] = {}
+    for name, method in methods.items():
+        if id(method) not in of:
+            key = unscaled(method)
+            found = next((rule for other, rule in groups if other == key), None)
+            if found is None:
+                found = _Rule(method, set(), list(method.passes()))
+                groups.append((key, found))
+            of[id(method)] = found
+        of[id(method)].names.add(name)
+    return [rule for _, rule in groups]
 
 
 def _off(progress: bool) -> bool | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 
 from twinmerge.engine.ranges import Range, Shapes
@@ -13,6 +12,8 @@ from twinmerge.store.checksum import BLOCK
 MASK = (1 << 128) - 1
 Key = tuple[str, str]
 """Input and tensor."""
+Digests = dict[str, list[str]]
+"""Input -> checksums of the blocks of a range, in order."""
 Folds = dict[Key, tuple[int, int]]
 """How many blocks were seen, and Σ (2i + 1) · checksum of block i, modulo 2^128: it adds in any order."""
 
@@ -25,8 +26,9 @@ class Seen:
 
     Example:
         >>> seen = Seen({"w": (3,)})
-        >>> seen.note(Range("w", 0, 3), {"base": ["0a"]})
-        >>> seen.end(seen.take())
+        >>> folds = Folds()
+        >>> note(folds, seen.sizes, Range("w", 0, 3), {"base": ["0a"]})
+        >>> seen.end(folds)
         >>> seen.compare("base", "w", ["0a"])
         >>> seen.compare("base", "w", ["0b"])
         Traceback (most recent call last):
@@ -35,22 +37,8 @@ class Seen:
     """
 
     def __init__(self, shapes: Shapes) -> None:
-        self._sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         self._known: dict[Key, int] = {}
-        self._local = threading.local()
-
-    def note(self, each: Range, digests: Mapping[str, Sequence[str]]) -> None:
-        """A range was read in this thread; one that is not of whole blocks (of a sample) says nothing."""
-        if each.start % BLOCK or (each.stop % BLOCK and each.stop != self._sizes[each.name]):
-            return
-        held: Folds = self._local.__dict__.setdefault("held", {})
-        for source, blocks in digests.items():
-            _add(held, (source, each.name), fold(blocks, each.start // BLOCK))
-
-    def take(self) -> Folds:
-        """What was noted in this thread, which forgets it."""
-        found: Folds = self._local.__dict__.pop("held", {})
-        return found
 
     def end(self, *taken: Folds) -> None:
         """A pass is over.
@@ -63,7 +51,7 @@ class Seen:
             for key, found in folds.items():
                 _add(whole, key, found)
         for (source, tensor), (count, found_sum) in whole.items():
-            if count == -(-self._sizes[tensor] // BLOCK):
+            if count == -(-self.sizes[tensor] // BLOCK):
                 self._require(source, tensor, found_sum)
 
     def compare(self, source: str, tensor: str, blocks: Sequence[str]) -> None:
@@ -80,6 +68,21 @@ class Seen:
             raise TwinmergeError(
                 f"Tensor {tensor!r} of the input {source!r} changed while it was read. Run again when nobody writes it."
             )
+
+
+def note(folds: Folds, sizes: Mapping[str, int], each: Range, digests: Mapping[str, Sequence[str]]) -> None:
+    """Add what was read of a range; of one that is not of whole blocks (of a sample) nothing is known.
+
+    Args:
+        folds: what a worker has noted of a pass so far.
+        sizes: name -> elements of a tensor.
+        each: the range.
+        digests: input -> checksums of its blocks.
+    """
+    if not digests or each.start % BLOCK or (each.stop % BLOCK and each.stop != sizes[each.name]):
+        return
+    for source, blocks in digests.items():
+        _add(folds, (source, each.name), fold(blocks, each.start // BLOCK))
 
 
 def fold(blocks: Sequence[str], first: int) -> tuple[int, int]:

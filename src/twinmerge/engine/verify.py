@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from twinmerge.engine.inputs import BASE
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.side_files import PROVENANCE
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import parallel
-from twinmerge.models.opened import OpenedModel
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.artefact import ArtefactFile, head_of_state
 from twinmerge.store.checkpoint import Checkpoint
@@ -208,17 +206,14 @@ def _is_left(file: Path) -> bool:
 
 def _of_inputs(merge: Merge, wanted: Mapping[str, Mapping[str, str]]) -> list[Job]:
     """One job for every tensor of every input that the merge read."""
-    stored = merge.base.stored
-    models: dict[str, OpenedModel] = {BASE: merge.base, **merge.experts}
     found: list[Job] = []
-    for source, model in models.items():
-        known = wanted.get(source, {})
-        names = [*merge.matched.merged, *(merge.matched.from_base if source == BASE else [])]
-        for name in names:
-            if stored[name] in known:
-                read = partial(model.read_range, name)
-                size = SIZES[model.range_code(name)]
-                found.append((source, stored[name], partial(streamed, read, size, model.spec(name).numel)))
+    for name, entry in merge.plan.entries.items():
+        for label, source in entry.sources.items():
+            if source.view.whole and name in wanted.get(label, {}):
+                model = merge.models.of_source(entry, label)
+                read = partial(model.read_range, source.tensor)
+                job = partial(streamed, read, SIZES[source.code], model.spec(source.tensor).numel)
+                found.append((label, name, job))
     return found
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from twinmerge.engine.combine import combine
-from twinmerge.engine.inputs import BASE, FISHER, Digests
+from twinmerge.engine.inputs import FISHER, Inputs
+from twinmerge.engine.plan import BASE, Entry, Plan
 from twinmerge.engine.ranges import Range, ranges
+from twinmerge.engine.rounding import Rounding
+from twinmerge.engine.run import Run
+from twinmerge.engine.seen import Digests
 from twinmerge.methods.kit.base import Known
 from twinmerge.models.opened import as_tensor
 from twinmerge.store.checkpoint_writer import CheckpointWriter
@@ -20,9 +23,6 @@ from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
-
-if TYPE_CHECKING:
-    from twinmerge.engine.merge import Merge
 
 Line = dict[str, Any]
 """What the journal keeps of one group of ranges: tensor -> input or "output" -> checksums; changed and erased entries."""
@@ -56,6 +56,10 @@ class Report:
     erased: int = 0
     _open: dict[str, Digests] = field(default_factory=dict)  # tensor -> what is known of it so far
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was found; a copy has nothing more to look at."""
+        return {**self.__dict__, "require": _no_more}
+
     def add(self, line: Line) -> None:
         self.changed += line["changed"]
         self.erased += line["erased"]
@@ -82,33 +86,54 @@ class Report:
         }
 
 
+def _no_more(source: str, tensor: str, blocks: Sequence[str]) -> None:
+    raise AssertionError("a report that was copied is finished")
+
+
 class _Written(NamedTuple):
-    """What is told of a range once it is in its place."""
+    """What is said of a range once it is in its place."""
 
     digests: Digests
     changed: int
     erased: int
 
 
-def write(merge: Merge, writer: CheckpointWriter, journal: Journal) -> Report:
-    """Fill the output's files."""
-    report = Report(merge.require)
-    for name in merge.matched.from_base:
-        _copy(merge, name, writer, report)
-    run = merge.plan()
-    run.survey()
-    groups = run.groups()
+@dataclass(frozen=True)
+class _Writing:
+    """What a worker does with a range: merge it, and put it in its place. Pickled, both ends are opened where it arrives."""
 
-    def written(each: Range, known: Known) -> _Written:
-        digests, rounding = Digests(), merge.rounding(each.name)
-        got = combine(each, known, merge.method, merge.inputs, rounding, digests)
-        writer.write(each.name, each.start, got.values)
+    inputs: Inputs
+    writer: CheckpointWriter
+    stochastic: int | None
+
+    def __call__(self, each: Range, known: Known) -> _Written:
+        digests, rounding = Digests(), Rounding(self.inputs.entries[each.name].spec.code, self.stochastic)
+        got = combine(each, known, self.inputs, rounding, digests)
+        self.writer.write(each.name, each.start, got.values)
         digests[OUTPUT] = block_digests(got.values, rounding.itemsize)
         return _Written(digests, got.changed, got.erased)
 
-    journal.keep(lambda i, line: _is_there(groups[i], line, writer, merge))
+
+def write(plan: Plan, inputs: Inputs, run: Run, writer: CheckpointWriter, journal: Journal) -> Report:
+    """Fill the output's files.
+
+    Args:
+        plan: what is written.
+        inputs: its opened models.
+        run: of its merged tensors, surveyed.
+        writer: of the output's files.
+        journal: what is written already.
+
+    Raises:
+        TwinmergeError: as `combine` says; an input that is not what it was.
+    """
+    report = Report(inputs.require)
+    for entry in plan.copied.values():
+        _copy(plan, inputs, entry, writer, report)
+    groups = run.groups()
+    journal.keep(lambda i, line: _is_there(groups[i], line, writer, plan))
     left = [i for i in range(len(groups)) if i not in journal.done]
-    fresh = run.merge([groups[i] for i in left], written)
+    fresh = run.merge([groups[i] for i in left], _Writing(inputs, writer, plan.recipe.stochastic))
     for i, group in enumerate(groups):
         if i in journal.done:
             line = journal.done.pop(i)
@@ -117,44 +142,44 @@ def write(merge: Merge, writer: CheckpointWriter, journal: Journal) -> Report:
             journal.record(i, line)
         report.add(line)
         for each in group:
-            if each.stop == math.prod(merge.inputs.shapes[each.name]):
+            if each.stop == plan.merged[each.name].size:
                 report.close(each.name)
     for _ in fresh:  # lets the progress bar end
         pass
     return report
 
 
-def _is_there(group: list[Range], line: Line, writer: CheckpointWriter, merge: Merge) -> bool:
+def _is_there(group: list[Range], line: Line, writer: CheckpointWriter, plan: Plan) -> bool:
     """Whether the output has the values whose checksums the line tells."""
     found: Digests = {}
     for each in group:
-        size = merge.rounding(each.name).itemsize
+        size = plan.rounding(each.name).itemsize
         values = np.empty(each.size * size, np.uint8)
         writer.read_into(each.name, each.start, values)
         found.setdefault(each.name, []).extend(block_digests(values, size))
     return found == {name: digests[OUTPUT] for name, digests in line["tensors"].items()}
 
 
-def _line(group: list[Range], told: list[_Written]) -> Line:
+def _line(group: list[Range], written: list[_Written]) -> Line:
     tensors: dict[str, Digests] = {}
-    for each, one in zip(group, told, strict=True):
+    for each, one in zip(group, written, strict=True):
         for source, blocks in one.digests.items():
             tensors.setdefault(each.name, {}).setdefault(source, []).extend(blocks)
-    return {"changed": sum(t.changed for t in told), "erased": sum(t.erased for t in told), "tensors": tensors}
+    return {"changed": sum(t.changed for t in written), "erased": sum(t.erased for t in written), "tensors": tensors}
 
 
-def _copy(merge: Merge, name: str, writer: CheckpointWriter, report: Report) -> None:
+def _copy(plan: Plan, inputs: Inputs, entry: Entry, writer: CheckpointWriter, report: Report) -> None:
     """A tensor of the base, byte for byte where the dtype stays."""
-    base, out_name = merge.base, merge.base.stored[name]
-    code, wanted = base.range_code(name), merge.out_specs[out_name].code
-    for each in ranges([out_name], {out_name: base.spec(name).shape}, merge.tile):
+    assert entry.base is not None
+    code, wanted, base = entry.base.code, entry.spec.code, inputs.models.base
+    for each in ranges([entry.name], {entry.name: entry.place.shape}, plan.tile):
         stored = np.empty(each.size * SIZES[code], np.uint8)
-        base.read_range(name, each.start, stored)
+        base.read_range(entry.base.tensor, each.start, stored)
         out = stored
         if code != wanted:
             rounded = as_tensor(stored, torch_dtype(code)).to(torch_dtype(wanted))
             out = np.frombuffer(bytes_of(rounded), np.uint8)
-        writer.write(out_name, each.start, out)
+        writer.write(entry.name, each.start, out)
         digests = {BASE: block_digests(stored, SIZES[code]), OUTPUT: block_digests(out, SIZES[wanted])}
-        report.extend(out_name, digests)
-    report.close(out_name)
+        report.extend(entry.name, digests)
+    report.close(entry.name)

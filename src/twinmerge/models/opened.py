@@ -109,9 +109,14 @@ class OpenedModel:
             return set(self.names)
         return {*self.names}.union(*(self.architecture.filled(self.stored.get(n, n)) for n in self.specs))
 
+    @property
+    def knows_class(self) -> bool:
+        """Whether its class says what each of its tensors is for."""
+        return self.architecture is not None or self.tables is not None
+
     def turned(self, name: str) -> bool:
         """Whether a matrix is known to be stored (in, out)."""
-        name = self._own(name)
+        name = self.own(name)
         known = self.architecture
         return known is not None and (name in known.turned or known.stacks.get(name, False))
 
@@ -120,7 +125,7 @@ class OpenedModel:
 
         Its class says so; of a bare checkpoint, which names none, the module's usual name does.
         """
-        name = self._own(name)
+        name = self.own(name)
         if self.architecture is not None:
             return name in self.architecture.stacks
         return self.tables is None and len(self.specs[name].shape) == 3 and ".experts." in f".{name}"
@@ -130,7 +135,7 @@ class OpenedModel:
 
         Its class says so; of a bare checkpoint, which names none, the usual names do.
         """
-        name = self._own(name)
+        name = self.own(name)
         known = self.architecture.tables if self.architecture is not None else self.tables
         return name in known if known is not None else f".{name}".endswith(USUAL_TABLES)
 
@@ -147,7 +152,7 @@ class OpenedModel:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, as `read_range` gives it."""
-        name = self._own(name)
+        name = self.own(name)
         if name not in self.changes:
             return self.source.read(self.stored[name])
         import torch
@@ -161,13 +166,13 @@ class OpenedModel:
 
     def range_code(self, name: str) -> str:
         """The dtype that `read_range` gives, as safetensors calls it: the stored one, F32 where an adapter adds to it."""
-        name = self._own(name)
+        name = self.own(name)
         change = self.changes.get(name)
         return self.specs[name].code if change is None or change.added is None else "F32"
 
     def read_range(self, name: str, start: int, out: Flat) -> None:
         """Fill `out` (bytes, or numbers of the dtype of `range_code`) with elements from `start` on of the tensor, flat."""
-        name = self._own(name)
+        name = self.own(name)
         change = self.changes.get(name)
         if change is None:
             self.source.read_into(self.stored[name], start, out)
@@ -186,7 +191,7 @@ class OpenedModel:
 
     def low_rank(self, name: str) -> bool:
         """Whether an adapter adds a product of low rank to the base's tensor."""
-        return self._own(name) in self.factors
+        return self.own(name) in self.factors
 
     def factors_on(self, base: OpenedModel, name: str) -> Factors | None:
         """What takes the base's tensor to this model's, as a low-rank product; None where it is none.
@@ -197,8 +202,8 @@ class OpenedModel:
 
         from twinmerge.maths.lowrank import Factors
 
-        name = self._own(name)
-        theirs = base._own(name)
+        name = self.own(name)
+        theirs = base.own(name)
         spec = self.spec(name)
         if (name in self.changes and not self.low_rank(name)) or theirs in base.changes or spec != base.spec(name):
             return None
@@ -215,11 +220,12 @@ class OpenedModel:
 
     def place(self, name: str) -> tuple[int, int]:
         """Where the tensor lies: file number and offset."""
-        name = self._own(name)
+        name = self.own(name)
         change = self.changes.get(name)
         return (-1, 0) if change is not None and change.dense is not None else self.source.place(self.stored[name])
 
-    def _own(self, name: str) -> str:
+    def own(self, name: str) -> str:
+        """The canonical name that a tensor's values are kept under: another one where it is tied."""
         return self.aliases[name] if name not in self.specs and name in self.aliases else name
 
     def fingerprint(self) -> str:
@@ -233,12 +239,12 @@ class OpenedModel:
 
     def stored_beginning(self, name: str, count: int) -> tuple[NDArray[np.uint8], str]:
         """The same, and its dtype, without the low-rank product that an adapter adds: of the base that it is on."""
-        change = self.changes.get(self._own(name))
+        change = self.changes.get(self.own(name))
         if change is None or change.dense is not None:
             return self.beginning(name, count), self.range_code(name)
         spec = self.spec(name)
         out = np.empty(count * SIZES[spec.code], np.uint8)
-        self.source.read_into(self.stored[self._own(name)], 0, out)
+        self.source.read_into(self.stored[self.own(name)], 0, out)
         return out, spec.code
 
 

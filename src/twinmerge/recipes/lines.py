@@ -10,13 +10,15 @@ arXiv 2410.17146.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import SerializeAsAny
 
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.sums import block_sums, total
-from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Tile, moved, weighted_sum
+from twinmerge.methods.kit.base import Grain, Known, Method, Need, Partial, Pass, Place, Tile, moved, weighted_sum
 from twinmerge.methods.kit.fold import Fold
 
 if TYPE_CHECKING:
@@ -130,36 +132,24 @@ def coefficient(name: str, depths: Mapping[str, int], a: float, b: float) -> flo
 # ---------------------------------------------------------------------------------------- one merge
 
 
-class Depths(NamedTuple):
-    """What is known once a is: a, b, and tensor of the output -> its coefficient."""
-
-    a: float
-    b: float
-    coefficients: dict[str, float]
-
-    @classmethod
-    def of(cls, a: float, b: float, names: Mapping[str, str], depths: Mapping[str, int]) -> Depths:
-        """Args: names: canonical -> name in the output; depths: as `stacks` gives them."""
-        return cls(a, b, {out: coefficient(name, depths, a, b) for name, out in names.items()})
-
-
 class Automatic(Pass):
     """a = ‖Σt τt‖₁ / (T ‖θ − θ0‖₁) with θ as the method alone merges: 1/T for task arithmetic at scale 1.
 
-    In float64 over fixed blocks. Where the method changes nothing there is nothing to scale, and a = 0.
+    In float64 over fixed blocks; it finds a. Where the method changes nothing there is nothing to scale, and a = 0.
     """
 
     name = KEY
     scope = "model"
 
-    def __init__(self, method: Method, b: float, names: Mapping[str, str], depths: Mapping[str, int]) -> None:
-        self.method, self.b, self.names, self.depths = method, b, names, depths
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        """Args: methods: name of a tensor in the output -> what merges it."""
+        self.methods = methods
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        base = tile.require_base()
-        x = tile.x if self.method.space == "deltas" else tile.x - base
+        base, method = tile.require_base(), self.methods[tile.at.name]
+        x = tile.x if method.space == "deltas" else tile.x - base
         together = weighted_sum(1.0, x, base.double().dtype)
-        merged = self.method.apply(tile, known).double() - base.double()
+        merged = method.apply(tile, known).double() - base.double()
         key = f"{tile.at.name}\0{tile.at.offset}"
         return {key: [len(x), *(block_sums(part.abs().flatten()).tolist() for part in (together, merged))]}
 
@@ -170,14 +160,32 @@ class Automatic(Pass):
             raise TwinmergeError(
                 f"The merged change is NaN or infinite, so {KEY} cannot take its a from it. Lower the method's scale."
             )
-        return Depths.of(together / (experts * merged) if merged else 0.0, self.b, self.names, self.depths)
+        return together / (experts * merged) if merged else 0.0
 
 
 class Scaled(Method):
-    """θ0 + c·(θ − θ0), θ being what another method merges."""
+    """θ0 + c·(θ − θ0), θ being what another method merges, whose passes and tiles it has."""
 
-    method: Method
+    method: SerializeAsAny[Method]
     by: float
+
+    @property
+    def space(self) -> Literal["deltas", "parameters"]:  # type: ignore[override]
+        return self.method.space
+
+    @property
+    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
+        return self.method.needs
+
+    @property
+    def grain(self) -> Grain:  # type: ignore[override]
+        return self.method.grain
+
+    def passes(self) -> Sequence[Pass]:
+        return self.method.passes()
+
+    def grain_of(self, at: Place) -> Grain:
+        return self.method.grain_of(at)
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         merged = self.method.apply(tile, known)
@@ -186,13 +194,21 @@ class Scaled(Method):
         return moved(tile, merged.double() - tile.require_base().double(), self.by)
 
 
-def at_depth(method: Method, known: Known, name: str) -> Method:
-    """What merges the tensor `name` of the output: the method itself where LiNeS is not asked for."""
-    if KEY not in known:
-        return method
-    by = known[KEY].coefficients[name]
-    scale = getattr(method, "scale", None)
-    last = not isinstance(method, Fold) or method.scales_last
-    if method.space == "deltas" and isinstance(scale, float) and last:
+def at_depth(method: Method, by: float) -> Method:
+    """The method with its merged change scaled: by its own last step where that is a scale, else after it."""
+    if (scale := _last_scale(method)) is not None:
         return method.model_copy(update={"scale": scale * by})
     return Scaled(method=method, by=by)
+
+
+def unscaled(method: Method) -> Method:
+    """What methods that only differ by their depths have in common."""
+    if isinstance(method, Scaled):
+        return method.method
+    return method if _last_scale(method) is None else method.model_copy(update={"scale": 1.0})
+
+
+def _last_scale(method: Method) -> float | None:
+    scale = getattr(method, "scale", None)
+    last = not isinstance(method, Fold) or method.scales_last
+    return scale if method.space == "deltas" and isinstance(scale, float) and last else None

@@ -61,21 +61,35 @@ class CheckpointWriter:
     ) -> None:
         self._folder = folder
         self._files = files
-        self._handles: list[OpenFile] = []
-        self._place: dict[str, tuple[OpenFile, int, Spec]] = {}
+        self._headers = {file: header_of(specs, metadata) for file, specs in files.items()}
         self._summed = summed
-        self._blocks: dict[str, dict[int, str]] = {}  # tensor -> number of a block -> its checksum
         self.kept = True
         for file, specs in files.items():
-            header = header_of(specs, metadata)
-            handle, offset = OpenFile(folder / file, writable=True), len(header)
+            header = self._headers[file]
+            size = len(header) + sum(spec.bytes for spec in specs.values())
+            if not _is_begun(folder / file, header, size):
+                self.kept = False
+                _begin(folder / file, header, size)
+        self._open()
+
+    def _open(self) -> None:
+        self._handles = [OpenFile(self._folder / file, writable=True) for file in self._files]
+        self._place: dict[str, tuple[OpenFile, int, Spec]] = {}
+        self._blocks: dict[str, dict[int, str]] = {}  # tensor -> number of a block -> its checksum
+        for (file, specs), handle in zip(self._files.items(), self._handles, strict=True):
+            offset = len(self._headers[file])
             for name, spec in specs.items():
                 self._place[name] = (handle, offset, spec)
                 offset += spec.bytes
-            if not _is_begun(folder / file, header, offset):
-                self.kept = False
-                _begin(folder / file, header, offset)
-            self._handles.append(handle)
+
+    def __getstate__(self) -> tuple[Path, Mapping[str, Mapping[str, Spec]], dict[str, bytes]]:
+        """What a worker elsewhere needs to write into the same files."""
+        return self._folder.absolute(), self._files, self._headers
+
+    def __setstate__(self, state: tuple[Path, Mapping[str, Mapping[str, Spec]], dict[str, bytes]]) -> None:
+        self._folder, self._files, self._headers = state
+        self._summed, self.kept = False, True
+        self._open()
 
     def write(self, name: str, start: int, flat: Flat) -> None:
         """Put a tensor's elements from `start` on in their place, without a copy.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from twinmerge.arguments import strict
-from twinmerge.engine.inputs import check_written
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files
+from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, check, unpack
 from twinmerge.maths.sums import BLOCK

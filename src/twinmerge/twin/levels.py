@@ -64,10 +64,10 @@ def levels(
             f"{recipe.method} has no threshold, so there is none to choose. Compress with it as it is."
         )
     changed = changed_tensors(merge)
-    canonical = merge.inputs.canonical
+    canonical = merge.plan.canonical
     vectors, found = {}, {}
     for out_name in changed:
-        spec, name = merge.out_specs[out_name], canonical[out_name]
+        spec, name = merge.plan.specs[out_name], canonical[out_name]
         vectors[name] = torch.empty(spec.shape, dtype=spec.dtype)
         found[name] = torch.zeros(len(merge.experts), 3, byte_count(spec.numel), dtype=torch.uint8)
     for _ in walk(merge, changed, partial(_fill, merge, tuple(grid), vectors, found)):
@@ -83,12 +83,12 @@ def _fill(
     each: Range,
     known: Known,
 ) -> None:
-    method, name = merge.method, merge.inputs.canonical[each.name]
+    method, name = merge.method, merge.plan.canonical[each.name]
     assert isinstance(method, Marking)
     for tile in merge.inputs.pieces(each, merge.inputs.stored(each)):
         vector = method.one_vector(tile, known)
         start, count = tile.at.offset, vector.numel()
-        vectors[name].view(-1)[start : start + count] = merge.rounding(each.name).of(vector, tile, merge.method)
+        vectors[name].view(-1)[start : start + count] = merge.plan.rounding(each.name).of(vector, tile, merge.method)
         at = slice(start // 8, start // 8 + byte_count(count))
         own = in_given_order(merge, list(tile.x))
         for row, to in zip(own, found[name], strict=True):

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from twinmerge.arguments import strict
 from twinmerge.engine.card import model_card
-from twinmerge.engine.inputs import check_written
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, pack
 from twinmerge.maths.sums import BLOCK, total
@@ -116,10 +116,10 @@ def compress(
     merge.warn_of_tokens()
     specs, base = _mask_specs(merge, changed), _fingerprint(merge)
     header = {"experts": list(recipe.experts), "masks": _header(merge, changed)}
-    needed = sum(spec.bytes for spec in (*merge.out_specs.values(), *specs.values()))
+    needed = merge.plan.output_bytes + sum(spec.bytes for spec in specs.values())
     output = OutputFolder(out, needed)
     with output as folder:
-        model = CheckpointWriter(folder, layout(merge.out_specs))
+        model = CheckpointWriter(folder, layout(merge.plan.specs))
         twin = ArtefactWriter(folder / TWIN, Artefact("twin", TWIN_VERSION, base, header, {}), specs)
         try:
             found = _write(merge, changed, model, twin, Path(out))
@@ -132,7 +132,7 @@ def compress(
         write_config(merge.base, folder, None)
         if heads := merge.heads():
             save_heads(folder, heads, base, about or {})
-        described = {**provenance(merge), "masks": found.told()}
+        described = {**provenance(merge.plan), "masks": found.told()}
         disk.write_json(folder / PROVENANCE, described)
         card = model_card(described, merge.base, merge.experts, sorted(merge.matched.head_names), "twin")
         disk.write_text(folder / "README.md", card)
@@ -166,7 +166,7 @@ def changed_tensors(merge: Merge) -> list[str]:
     def is_changed(name: str) -> bool:
         return any(bool(merge.inputs.load(each).x.any()) for each in ranges([name], merge.inputs.shapes, BLOCK))
 
-    names = merge.plan().names
+    names = list(merge.plan.merged)
     found = [name for name, one in zip(names, parallel(is_changed, names), strict=True) if one]
     if not found:
         raise TwinmergeError("No expert changes anything of the base, so there is nothing to mask. Check the paths.")
@@ -175,8 +175,7 @@ def changed_tensors(merge: Merge) -> list[str]:
 
 def walk(merge: Merge, names: Sequence[str], work: Callable[[Range, Known], Answer]) -> Iterator[tuple[Range, Answer]]:
     """What `work` gives of every range of the tensors, in their order."""
-    run = merge.plan()
-    run.survey()
+    run, _ = merge.surveyed()
     groups = run.groups(names)
     for group, answers in zip(groups, run.merge(groups, work), strict=True):
         yield from zip(group, answers, strict=True)
@@ -198,8 +197,8 @@ class _Seen(NamedTuple):
 def _write(
     merge: Merge, changed: Sequence[str], model: CheckpointWriter, twin: ArtefactWriter, out: Path
 ) -> Compressed:
-    kept = {out_name: name for out_name, name in _canonical(merge).items() if out_name not in set(changed)}
-    for each in ranges(kept, {name: merge.out_specs[name].shape for name in kept}, merge.tile):
+    kept = {out_name: name for out_name, name in merge.plan.canonical.items() if out_name not in set(changed)}
+    for each in ranges(kept, {name: merge.plan.specs[name].shape for name in kept}, merge.plan.tile):
         model.write(each.name, each.start, _of_base(merge, kept[each.name], each.start, each.stop))
     marks, count = Marks.none(len(merge.experts)), len(merge.experts)
     masses: dict[str, list[list[float]]] = {}
@@ -223,14 +222,14 @@ def _write(
         scales,
         marks._replace(by_task=by_task),
         trained,
-        sum(spec.numel for spec in merge.out_specs.values()) - trained,
-        8 * max(merge.out_specs[name].itemsize for name in changed),
+        sum(spec.numel for spec in merge.plan.specs.values()) - trained,
+        8 * max(merge.plan.specs[name].itemsize for name in changed),
     )
 
 
 def _write_range(merge: Merge, model: CheckpointWriter, twin: ArtefactWriter, each: Range, known: Known) -> _Seen:
-    method, inputs, rounding = _method(merge), merge.inputs, merge.rounding(each.name)
-    name = inputs.canonical[each.name]
+    method, inputs, rounding = _method(merge), merge.inputs, merge.plan.rounding(each.name)
+    name = merge.plan.canonical[each.name]
     stored = inputs.stored(each)
     assert stored.base is not None
     model.write(each.name, each.start, _as_code(stored.base.memory, stored.base.code, rounding.code))
@@ -257,7 +256,7 @@ def _method(merge: Merge) -> MaskMethod:
 
 
 def _header(merge: Merge, changed: Sequence[str]) -> dict[str, Any]:
-    canonical, shapes = merge.inputs.canonical, merge.inputs.shapes
+    canonical, shapes = merge.plan.canonical, merge.inputs.shapes
     fields = described(merge.method, list(merge.experts))
     fields = {k: in_given_order(merge, v) if isinstance(v, list) else v for k, v in fields.items()}
     if "threshold" in fields:
@@ -269,7 +268,7 @@ def _header(merge: Merge, changed: Sequence[str]) -> dict[str, Any]:
 def _mask_specs(merge: Merge, changed: Sequence[str]) -> dict[str, Spec]:
     specs = {SCALES: Spec("F64", (len(merge.experts),))}
     for out_name in changed:
-        name, spec = merge.inputs.canonical[out_name], merge.out_specs[out_name]
+        name, spec = merge.plan.canonical[out_name], merge.plan.specs[out_name]
         specs[f"vector/{name}"] = spec
         specs |= {f"{i}/m/{name}": Spec("U8", (byte_count(spec.numel),)) for i in range(len(merge.experts))}
     return specs
@@ -277,13 +276,8 @@ def _mask_specs(merge: Merge, changed: Sequence[str]) -> dict[str, Spec]:
 
 def _fingerprint(merge: Merge) -> str:
     """What `folder_fingerprint` will find in the folder."""
-    names = _canonical(merge)
-    return fingerprint(merge.out_specs, lambda name, count: _of_base(merge, names[name], 0, count))
-
-
-def _canonical(merge: Merge) -> dict[str, str]:
-    """Name in the output -> canonical name, of every tensor of it."""
-    return {merge.base.stored[name]: name for name in [*merge.matched.merged, *merge.matched.from_base]}
+    names = merge.plan.canonical
+    return fingerprint(merge.plan.specs, lambda name, count: _of_base(merge, names[name], 0, count))
 
 
 def _of_base(merge: Merge, name: str, start: int, stop: int) -> Bytes:
@@ -291,7 +285,7 @@ def _of_base(merge: Merge, name: str, start: int, stop: int) -> Bytes:
     code = merge.base.range_code(name)
     stored = np.empty((stop - start) * SIZES[code], np.uint8)
     merge.base.read_range(name, start, stored)
-    return _as_code(stored, code, merge.out_specs[merge.base.stored[name]].code)
+    return _as_code(stored, code, merge.plan.specs[merge.base.stored[name]].code)
 
 
 def _as_code(stored: Bytes, code: str, wanted: str) -> Bytes:

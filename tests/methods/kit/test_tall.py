@@ -57,7 +57,7 @@ def by_rows(name, deltas, base, work=None, **parameters):
     method = make_method(name, [f"e{i}" for i in range(len(deltas))], parameters)
     shape = tuple(base.shape)
 
-    def load(each):
+    def load(each, digests=None):
         first, last = each.start // N, each.stop // N
         return Tile(deltas[:, first:last], base[first:last], Place("w", shape, each.start), work)
 
@@ -171,7 +171,7 @@ def test_kernels_are_tall_too():
     assert method.grain_of(at) == "rows"
     want = method.apply(Tile(deltas, torch.zeros(at.shape), at), {})
 
-    def load(each):
+    def load(each, digests=None):
         first, last = each.start // N, each.stop // N
         return Tile(deltas[:, first:last], torch.zeros(last - first, 12, 2, 2), at._replace(offset=each.start))
 
@@ -196,7 +196,7 @@ def test_files_with_a_table_vectors_and_matrices(name, tmp_path, monkeypatch):
     recipe = Recipe(name, str(tmp_path / "base"), {e: str(tmp_path / e) for e in experts}, {})
     merge = Merge(recipe, progress=False)
     got = merge.state_dict()
-    assert merge.inputs.grains["words.weight"] == "rows" and merge.inputs.grains["bias"] == "element"
+    assert merge.plan.merged["words.weight"].grain == "rows" and merge.plan.merged["bias"].grain == "element"
     deltas = torch.stack([e["words.weight"] for e in experts.values()]) - base["words.weight"]
     want = whole(name, deltas, base["words.weight"])
     assert float((got["words.weight"] - want).norm()) <= 1e-6 * float((want - base["words.weight"]).norm())

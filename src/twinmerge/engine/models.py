@@ -1,0 +1,98 @@
+"""The opened models that a merge reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from twinmerge.engine.plan import Entry, Plan
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.plain import open_plain
+from twinmerge.recipes.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Models:
+    """The opened models of a merge.
+
+    Attributes:
+        base: the base; without one, the first expert stands for it (names, config, side files).
+        experts: in the order in which the method sees them.
+        has_base: a base was named.
+    """
+
+    base: OpenedModel
+    experts: Mapping[str, OpenedModel]
+    has_base: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe, architecture: bool) -> Models:
+        """Open what a recipe names.
+
+        Args:
+            recipe: that names the models.
+            architecture: look at their classes in any case.
+
+        Raises:
+            TwinmergeError: as `open_model` says.
+        """
+        order, base = recipe.order, recipe.base
+        models = [*([] if base is None else [base]), *(recipe.experts[name] for name in order)]
+        plain = None if architecture or recipe.heads else open_plain(models)
+        if plain is not None:
+            experts = dict(zip(order, plain[-len(order) :], strict=True))
+            first = plain[0] if base is not None else experts[next(iter(recipe.experts))]
+        else:
+            experts = {name: _open(recipe.experts[name], name) for name in order}
+            first = open_model(base) if base is not None else experts[next(iter(recipe.experts))]
+        return cls(first, experts, base is not None)
+
+    @property
+    def labels(self) -> dict[str, OpenedModel]:
+        """The base and the experts by the labels that the provenance gives them."""
+        return {"base": self.base, **{f"expert {name}": model for name, model in self.experts.items()}}
+
+    @property
+    def inputs(self) -> list[OpenedModel]:
+        """All of them, the base only where one was named."""
+        return [*self.experts.values(), *([self.base] if self.has_base else [])]
+
+    @property
+    def told(self) -> OpenedModel:
+        """Whose class says what each tensor is: models without a config.json have none."""
+        return next((model for model in self.inputs if model.knows_class), next(iter(self.experts.values())))
+
+    @property
+    def knows_class(self) -> bool:
+        """Whether some model's class says what each tensor is for."""
+        return self.told.knows_class
+
+    def of_source(self, entry: Entry, label: str) -> OpenedModel:
+        """The model that a label of an entry's sources names; an expert may be called "base" where the base is not read."""
+        return self.experts[label] if label in entry.place.experts else self.base
+
+    def seal(self, plan: Plan) -> Plan:
+        """The plan with the fingerprint of every model, which who opens it again compares."""
+        experts = {
+            name: replace(found, fingerprint=self.experts[name].fingerprint()) for name, found in plan.experts.items()
+        }
+        return replace(plan, base=replace(plan.base, fingerprint=self.base.fingerprint()), experts=experts)
+
+    def require(self, plan: Plan) -> None:
+        """Refuse a plan that was made for other models.
+
+        Raises:
+            TwinmergeError: a model whose fingerprint is not the plan's.
+        """
+        for label, found in plan.inputs.items():
+            if found.fingerprint is not None and self.labels[label].fingerprint() != found.fingerprint:
+                raise TwinmergeError(
+                    f"The plan was made for another model than {self.labels[label].name} ({label}) is now. Make it again with "
+                    "`twinmerge check … --plan FILE`."
+                )
+
+
+def _open(model: ModelLike, name: str) -> OpenedModel:
+    return open_model(model, None if isinstance(model, (str, Path)) else name)

@@ -1,0 +1,297 @@
+"""A plan as one page of JSON, like tensors together, and back.
+
+A plan file names the recipe, the fingerprint of every model, and rule by rule the tensors that it merges. It may be edited:
+what is merged is what the file says. The shape of a tensor, what its class says of it and the order of reading are not in
+it, since the models themselves say that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from twinmerge.engine.models import Models
+from twinmerge.engine.patterns import names_of, patterns_of
+from twinmerge.engine.plan import Entry, Plan, Source
+from twinmerge.engine.planning import copied_of, entry_of
+from twinmerge.engine.view import View
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.methods.kit.base import Method
+from twinmerge.methods.kit.registry import is_per_expert, make_method
+from twinmerge.recipes.lines import Scaled
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.store import disk
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.foreign import Most, read_json
+from twinmerge.store.header import CODES, DTYPES
+
+MARK, VERSION = "twinmerge_plan", 1
+KEYS = (MARK, "recipe", "models", "rules", "copied", "heads")
+MOST = Most(64_000_000, 4_000_000)
+FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
+
+
+def write_plan(plan: Plan, file: str | Path) -> Path:
+    """Write a sealed plan down.
+
+    Args:
+        plan: with the fingerprints of its models.
+        file: to write; it is replaced.
+
+    Raises:
+        TwinmergeError: models in memory, which no file can name.
+    """
+    for label, found in plan.inputs.items():
+        if not found.files:
+            raise TwinmergeError(
+                f"{found.name} ({label}) is in memory, so no file can name it. Save it, and name its folder."
+            )
+    disk.write_json(Path(file), described(plan))
+    return Path(file)
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    return {
+        MARK: VERSION,
+        "recipe": plan.recipe.describe(),
+        "models": {
+            label: {"model": str(found.model), "fingerprint": found.fingerprint} for label, found in plan.inputs.items()
+        },
+        "rules": rules_of(plan),
+        "copied": _tensors(plan, list(plan.copied.values())),
+        "heads": dict(plan.heads),
+    }
+
+
+def rules_of(plan: Plan) -> list[dict[str, Any]]:
+    """Every rule with its parameters, and the tensors that it merges."""
+    groups: list[tuple[Method, list[Entry]]] = []
+    for entry in plan.merged.values():
+        group = next((entries for method, entries in groups if method == entry.method), None)
+        if group is None:
+            groups.append((entry.rule, [entry]))
+        else:
+            group.append(entry)
+    return [{**_rule(plan, method), "tensors": _tensors(plan, entries)} for method, entries in groups]
+
+
+def read_plan(file: str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that a plan file is of, and what else is in it.
+
+    Raises:
+        TwinmergeError: it is no plan file.
+    """
+    raw = read_json(Path(file), MOST, "Write it again with `twinmerge check … --plan FILE`.")
+    where = str(file)
+    if raw.get(MARK) != VERSION or type(raw.get(MARK)) is not int:
+        raise TwinmergeError(
+            f"{where} is no plan of version {VERSION}. Write one with `twinmerge check … --plan FILE`."
+        )
+    _known_keys(raw, KEYS, where)
+    if not isinstance(raw.get("recipe"), dict):
+        raise TwinmergeError(f"{where} has no recipe. Write it again with `twinmerge check … --plan FILE`.")
+    return Recipe.from_description(raw["recipe"]), raw
+
+
+def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) -> Plan:
+    """The plan that a file says.
+
+    Args:
+        raw: what `read_plan` gave.
+        plan: what the recipe of the file gives with the models as they are.
+        models: the opened models.
+        where: how messages call the file.
+
+    Returns:
+        `plan` itself where the file says the same.
+
+    Raises:
+        TwinmergeError: other models; tensors that the output does not have, or that are missing or named twice; a rule, a
+            dtype or a part of a tensor that is not understood.
+    """
+    given = raw.get("models")
+    if not isinstance(given, dict) or given.keys() != plan.inputs.keys():
+        raise TwinmergeError(f"{where}: models are not those of its recipe: {', '.join(plan.inputs)}.")
+    if not all(isinstance(of, dict) and isinstance(of.get("fingerprint"), str) for of in given.values()):
+        raise TwinmergeError(f"{where}: every model needs its fingerprint. Write the plan again.")
+    for label, found in plan.inputs.items():
+        _known_keys(given[label], ("model", "fingerprint"), f"{where}, {label}")
+        if given[label].get("model") != str(found.model):
+            raise TwinmergeError(f"{where}: {label} is another model than in its recipe. Write the plan again.")
+    sealed = replace(
+        plan,
+        base=replace(plan.base, fingerprint=given["base"]["fingerprint"]),
+        experts={e: replace(x, fingerprint=given[f"expert {e}"]["fingerprint"]) for e, x in plan.experts.items()},
+    )
+    models.require(sealed)
+    if raw.get("heads") != dict(plan.heads):
+        raise TwinmergeError(
+            f"{where}: heads are not those of its recipe. Change `heads` there, and write the plan again."
+        )
+    entries = _read_entries(raw, plan, models, where)
+    if missing := plan.entries.keys() - entries.keys():
+        raise TwinmergeError(f"{where} says nothing of the tensor {min(missing)!r}. Name it in a rule, or as copied.")
+    first = next(iter(models.experts.values()))
+    merged = [entry for entry in entries.values() if entry.method is not None]
+    if not merged:
+        raise TwinmergeError(f"{where} merges no tensor. Name some in a rule.")
+    merged.sort(key=lambda entry: (first.place(entry.experts[0].tensor), entry.name))
+    read = replace(
+        sealed,
+        merged={entry.name: entry for entry in merged},
+        copied={name: entries[name] for name in sorted(entries) if entries[name].method is None},
+    )
+    same = described(read)["rules"] == described(plan)["rules"] and read.copied.keys() == plan.copied.keys()
+    return plan if same and read.specs == plan.specs else replace(read, edited=True)
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def _rule(plan: Plan, method: Method) -> dict[str, Any]:
+    by = {"by": method.by} if isinstance(method, Scaled) else {}
+    own = method.method if isinstance(method, Scaled) else method
+    fields = own.model_dump()
+    experts = list(plan.experts)
+    for key, value in fields.items():
+        if is_per_expert(type(own), key) and isinstance(value, tuple):
+            fields[key] = dict(zip(experts, value, strict=True))
+    return {"method": plan.recipe.method, "parameters": fields, **by}
+
+
+def _tensors(plan: Plan, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The entries, like ones together."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    said: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in entries:
+        parts = {label: _part(entry, source) for label, source in entry.sources.items() if _part(entry, source)}
+        key = (entry.spec, repr(sorted(parts.items())) + (entry.name if parts else ""))
+        alike.setdefault(key, []).append(entry.name)
+        said[key] = {"dtype": entry.spec.name, "shape": list(entry.spec.shape)} | ({"sources": parts} if parts else {})
+    return [{"name": name, **said[key]} for key, names in alike.items() for name in patterns_of(names)]
+
+
+def _part(entry: Entry, source: Source) -> dict[str, Any]:
+    """What of a source is not as in the output: another tensor, a part of it."""
+    other = {} if source.tensor == entry.tensor else {"tensor": source.tensor}
+    return other | source.view.to_dict()
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def _read_entries(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+
+    def add(entry: Entry) -> None:
+        if entry.name in found:
+            raise TwinmergeError(f"{where} names the tensor {entry.name!r} twice. Keep one of them.")
+        found[entry.name] = entry
+
+    rules = raw.get("rules")
+    if not isinstance(rules, list):
+        raise TwinmergeError(f"{where} has no list of rules. Write it again with `twinmerge check … --plan FILE`.")
+    reads_base = {entry.base is not None for entry in plan.merged.values()} == {True}
+    for number, rule in enumerate(rules, 1):
+        at = f"{where}, rule {number}"
+        method = _method(rule, plan, at)
+        for name, spec, views in _read_tensors(rule.get("tensors"), plan, at):
+            reading = reads_base or "base" in views or isinstance(method, Scaled)
+            canonical = plan.entries[name].tensor
+            entry = entry_of(
+                models, name, canonical, method, reading and models.has_base, spec, _views(views, canonical, plan, at)
+            )
+            add(_fitting(entry, plan, at))
+    for name, spec, views in _read_tensors(raw.get("copied"), plan, f"{where}, copied"):
+        if views:
+            raise TwinmergeError(f"{where}: {name!r} is copied from the base, whole. Leave its sources out.")
+        add(copied_of(models, name, plan.entries[name].tensor, spec))
+    return found
+
+
+def _method(rule: Any, plan: Plan, at: str) -> Method:
+    if not isinstance(rule, dict):
+        raise TwinmergeError(f"{at} is {rule!r:.80}, which is no rule. Write the plan again.")
+    _known_keys(rule, ("method", "parameters", "by", "tensors"), at)
+    if rule.get("method") != plan.recipe.method:
+        raise TwinmergeError(f"{at}: method is {rule.get('method')!r:.80}, and the recipe's is {plan.recipe.method!r}.")
+    parameters = rule.get("parameters")
+    if not isinstance(parameters, dict):
+        raise TwinmergeError(f"{at} has no parameters. Write parameters: {{}} for the defaults.")
+    flat: dict[str, Any] = {}
+    for key, value in parameters.items():
+        flat |= {f"{e}.{key}": number for e, number in value.items()} if isinstance(value, dict) else {key: value}
+    method = make_method(plan.recipe.method, tuple(plan.experts), flat)
+    if getattr(method, "compat", None) != getattr(plan.method, "compat", None):
+        raise TwinmergeError(
+            f"{at}: compat is another one than the recipe's. Change the recipe, and write the plan again."
+        )
+    by = rule.get("by")
+    if by is None:
+        return method
+    if plan.recipe.base is None or isinstance(by, bool) or not isinstance(by, (int, float)):
+        raise TwinmergeError(f"{at}: by is {by!r:.80}. It is a number that scales the change to a base.")
+    return Scaled(method=method, by=float(by))
+
+
+def _read_tensors(raw: Any, plan: Plan, at: str) -> Iterator[tuple[str, Spec, dict[str, Any]]]:
+    """Name in the output, what is written, and label -> what is said of a source."""
+    if not isinstance(raw, list):
+        raise TwinmergeError(f"{at} has no list of tensors. Write the plan again.")
+    for item in raw:
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+            raise TwinmergeError(f"{at}: {item!r:.80} names no tensor. Write the plan again.")
+        _known_keys(item, ("name", "dtype", "shape", "sources"), f"{at}, {item['name']}")
+        views = item.get("sources", {})
+        if not isinstance(views, dict) or not all(isinstance(view, dict) for view in views.values()):
+            raise TwinmergeError(f"{at}, {item['name']}: sources is no mapping from a model to a part of a tensor.")
+        for name in names_of(item["name"]):
+            if name not in plan.entries:
+                raise TwinmergeError(
+                    f"{at}: the output has no tensor {name!r}.{nearest(name, list(plan.entries))} Name those that it has."
+                )
+            was = plan.entries[name].spec
+            if item.get("shape") != list(was.shape):
+                raise TwinmergeError(
+                    f"{at}: {name!r} is {list(was.shape)} in the output, not {item.get('shape')!r:.80}."
+                )
+            dtype = item.get("dtype")
+            if dtype != was.name and not (was.is_float and dtype in FLOATS):
+                raise TwinmergeError(
+                    f"{at}: {name!r} cannot be written as {dtype!r:.80}. Choose from {', '.join(FLOATS if was.is_float else [was.name])}."
+                )
+            yield name, Spec(CODES[str(dtype)], was.shape), views
+
+
+def _views(raw: Mapping[str, Any], canonical: str, plan: Plan, at: str) -> dict[str, tuple[str, View]]:
+    found = {}
+    for label, view in raw.items():
+        if label not in (*plan.experts, "base"):
+            raise TwinmergeError(f"{at}: sources names {label!r:.80}, which is no model.{nearest(label, plan.experts)}")
+        _known_keys(view, ("tensor", "axes", "order"), f"{at}, {label}")
+        tensor = view.get("tensor", canonical)
+        if not isinstance(tensor, str):
+            raise TwinmergeError(f"{at}, {label}: tensor is {tensor!r:.80}, which is no name.")
+        found[label] = tensor, View.of({k: v for k, v in view.items() if k != "tensor"}, f"{at}, {label}")
+    return found
+
+
+def _fitting(entry: Entry, plan: Plan, at: str) -> Entry:
+    if entry.place.shape != entry.spec.shape:
+        raise TwinmergeError(
+            f"{at}: what the models give to {entry.name!r} is {list(entry.place.shape)}, and the output has {list(entry.spec.shape)}."
+        )
+    if not entry.spec.is_float or any(Spec(source.code, ()).is_float is False for source in entry.sources.values()):
+        raise TwinmergeError(f"{at}: {entry.name!r} holds whole numbers, which do not merge. Name it as copied.")
+    return entry
+
+
+def _known_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in raw:
+        if key not in known:
+            raise TwinmergeError(
+                f"{where}: unknown key {key!r:.80}.{nearest(str(key), known)} Known: {', '.join(known)}."
+            )
