@@ -9,7 +9,6 @@ import twinmerge
 
 ROOT = Path(twinmerge.__file__).parent
 OPEN = (
-    {"twinmerge.engine.merge", "twinmerge.engine.check", "twinmerge.engine.provenance", "twinmerge.engine.write"},
     {
         f"twinmerge.twin.{name}"
         for name in [

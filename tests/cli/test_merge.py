@@ -47,6 +47,22 @@ def test_merge_with_options(command: Any, zoo: Any, tmp_path: Path) -> None:
     AutoModel.from_pretrained(tmp_path / "out")
 
 
+def test_a_plan_is_written_and_run(command: Any, zoo: Any, tmp_path: Path) -> None:
+    given = ("--method", "task_arithmetic", "--base", zoo.base, *zoo.given, "-p", "scale=0.5")
+    ran = command("check", *given, "--plan", tmp_path / "plan.json")
+    assert ran.code == 0 and f"The plan is in {tmp_path / 'plan.json'}" in ran.out.replace("\n", "")
+    assert command("merge", "--plan", tmp_path / "plan.json", "-o", tmp_path / "planned").code == 0
+    assert command("merge", *given, "-o", tmp_path / "given").code == 0
+    assert same(weights(tmp_path / "planned"), weights(tmp_path / "given"))
+    both = command("merge", "--plan", tmp_path / "plan.json", "--base", zoo.base, "-o", tmp_path / "third")
+    assert both.code == 1 and "A plan says all of a merge" in both.err
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(text.replace('"fingerprint": "', '"fingerprint": "0', 1))
+    other = command("merge", "--plan", tmp_path / "plan.json", "-o", tmp_path / "third")
+    assert other.code == 1 and "The plan was made for another model" in other.err
+    assert not (tmp_path / "third").exists()
+
+
 def test_merge_with_a_recipe(command: Any, zoo: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -92,7 +92,7 @@ def merge(
     use_threads(threads)
     if smoke is not None and not smoke.is_file():
         raise TwinmergeError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
-    how = {"architecture": smoke is not None, "device": device_of(device), "processes": True}
+    how: dict[str, Any] = {"architecture": smoke is not None, "device": device_of(device), "processes": True}
     if plan is not None:
         given = (method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out)
         if any(each is not None for each in given):
@@ -183,9 +183,9 @@ def check(
         recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines
     )
     merged = Merge(described)
-    _checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}")
     if plan is not None:
         merged.write_plan(plan)
+    _checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}")
 
 
 def recipe_of(

@@ -181,7 +181,7 @@ class Inputs:
             held[label] = np.empty(size, np.uint8)
         return held[label][:size]
 
-    def require(self, source: str, tensor: str, blocks: Sequence[str]) -> None:
+    def require(self, source: str, tensor: str, blocks: Sequence[str]) -> bool:
         """Refuse what was read where it was something else in an earlier pass, or is not what was written.
 
         Args:
@@ -189,19 +189,26 @@ class Inputs:
             tensor: by its name in the output.
             blocks: its checksums.
 
+        Returns:
+            whether these are checksums of an input's whole tensor of that name.
+
         Raises:
             TwinmergeError: a tensor that is not what was written, which is known of what was written here.
         """
         if source == OUTPUT:
-            return
+            return True
         self.seen.compare(source, tensor, blocks)
         entry = (self.entries if self.plan is None else self.plan.entries)[tensor]
         if source.startswith(FISHER):
             expert = source.removeprefix(FISHER)
             if entry.sources[expert].view.whole:
                 self.statistics[expert].require(entry.tensor, joined(blocks))
-        elif (found := entry.sources[source]).view.whole:  # of what is read in part, `check_parts` has looked at all
-            require_read(self.models.of_source(entry, source), found.tensor, joined(blocks))
+            return False
+        found = entry.sources[source]
+        if not found.view.whole:  # `check_parts` has looked at all of it
+            return False
+        require_read(self.models.of_source(entry, source), found.tensor, joined(blocks))
+        return found.tensor == entry.tensor
 
     def check_parts(self) -> None:
         """Look at the tensors of which only a part is read, where it is known what was written.

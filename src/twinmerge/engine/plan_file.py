@@ -7,6 +7,7 @@ it, since the models themselves say that.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,15 @@ from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.registry import is_per_expert, make_method
 from twinmerge.recipes.lines import Scaled
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.store import disk
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.foreign import Most, read_json
 from twinmerge.store.header import CODES, DTYPES
+from twinmerge.store.output import replace_text
 
 MARK, VERSION = "twinmerge_plan", 1
 KEYS = (MARK, "recipe", "models", "rules", "copied", "heads")
 MOST = Most(64_000_000, 4_000_000)
+WIDTH = 120
 FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
 
 
@@ -38,7 +40,7 @@ def write_plan(plan: Plan, file: str | Path) -> Path:
 
     Args:
         plan: with the fingerprints of its models.
-        file: to write; it is replaced.
+        file: to write, whole or not at all; one that is there gives way.
 
     Raises:
         TwinmergeError: models in memory, which no file can name.
@@ -48,7 +50,7 @@ def write_plan(plan: Plan, file: str | Path) -> Path:
             raise TwinmergeError(
                 f"{found.name} ({label}) is in memory, so no file can name it. Save it, and name its folder."
             )
-    disk.write_json(Path(file), described(plan))
+    replace_text(Path(file), f"{_text(described(plan))}\n")
     return Path(file)
 
 
@@ -149,6 +151,20 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
 
 
 # ------------------------------------------------------------------------------------------ writing
+
+
+def _text(value: Any, indent: str = "") -> str:
+    """JSON in which all that fits on a line stands on one."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(indent) + len(line) < WIDTH or not isinstance(value, (dict, list)) or not value:
+        return line
+    inner = f"{indent}  "
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key, ensure_ascii=False)}: {_text(each, inner)}" for key, each in value.items()]
+    else:
+        parts = [_text(each, inner) for each in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{closing}"
 
 
 def _rule(plan: Plan, method: Method) -> dict[str, Any]:

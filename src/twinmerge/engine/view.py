@@ -71,7 +71,9 @@ class View:
             out: bytes to fill, whole elements.
         """
         count = out.nbytes // itemsize
-        if self.whole or not count:
+        if not count:
+            return
+        if self.whole:
             read(start, out)
             return
         kind, axes = KINDS[itemsize], self._axes(stored)

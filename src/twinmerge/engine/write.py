@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twinmerge.engine.combine import combine
-from twinmerge.engine.inputs import FISHER, Inputs
+from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.plan import BASE, Entry, Plan
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.rounding import Rounding
@@ -48,9 +48,9 @@ class Journal:
 @dataclass
 class Report:
     """checksums: "output" or an input -> tensor -> its checksum; changed, erased: entries, see `erased`; require: looks at each tensor's
-    blocks, and refuses a tensor that is not what it was when it was written."""
+    blocks, refuses a tensor that is not what it was when it was written, and says whether they are kept."""
 
-    require: Callable[[str, str, Sequence[str]], None] = lambda source, tensor, blocks: None
+    require: Callable[[str, str, Sequence[str]], bool]
     checksums: dict[str, dict[str, str]] = field(default_factory=dict)
     changed: int = 0
     erased: int = 0
@@ -74,8 +74,7 @@ class Report:
     def close(self, tensor: str) -> None:
         """All blocks of the tensor are in."""
         for source, blocks in self._open.pop(tensor).items():
-            self.require(source, tensor, blocks)
-            if not source.startswith(FISHER):
+            if self.require(source, tensor, blocks):
                 self.checksums.setdefault(source, {})[tensor] = joined(blocks)
 
     def rounding(self, seed: int | None) -> dict[str, Any]:
@@ -86,7 +85,7 @@ class Report:
         }
 
 
-def _no_more(source: str, tensor: str, blocks: Sequence[str]) -> None:
+def _no_more(source: str, tensor: str, blocks: Sequence[str]) -> bool:
     raise AssertionError("a report that was copied is finished")
 
 
