@@ -55,11 +55,11 @@ def test_a_plan_is_written_and_run(command: Any, zoo: Any, tmp_path: Path) -> No
     assert command("merge", *given, "-o", tmp_path / "given").code == 0
     assert same(weights(tmp_path / "planned"), weights(tmp_path / "given"))
     both = command("merge", "--plan", tmp_path / "plan.json", "--base", zoo.base, "-o", tmp_path / "third")
-    assert both.code == 1 and "A plan says all of a merge" in both.err
+    assert both.code == 2 and "A plan says all of a merge" in both.err
     text = (tmp_path / "plan.json").read_text()
     (tmp_path / "plan.json").write_text(text.replace('"fingerprint": "', '"fingerprint": "0', 1))
     other = command("merge", "--plan", tmp_path / "plan.json", "-o", tmp_path / "third")
-    assert other.code == 1 and "The plan was made for another model" in other.err
+    assert other.code == 2 and "The plan was made for another model" in other.err
     assert not (tmp_path / "third").exists()
 
 
