@@ -24,9 +24,9 @@ _WHERE = {
     "diff": "engine.diff",
     "evaluate": "study.evaluate",
     "extract": "twin.extract",
-    "extract_lora": "engine.lora_extract",
+    "extract_lora": "engine.adapters.extract",
     "merge": "engine.merge",
-    "merge_lora": "engine.lora",
+    "merge_lora": "engine.adapters.merge",
     "open_suite": "tasks.suite",
     "read_recipe": "recipes.recipe",
     "search": "study.search",
@@ -35,9 +35,9 @@ __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
     from twinmerge.continual.continual import Continual as Continual
+    from twinmerge.engine.adapters.extract import extract_lora as extract_lora
+    from twinmerge.engine.adapters.merge import merge_lora as merge_lora
     from twinmerge.engine.diff import diff as diff
-    from twinmerge.engine.lora import merge_lora as merge_lora
-    from twinmerge.engine.lora_extract import extract_lora as extract_lora
     from twinmerge.engine.merge import Merge as Merge
     from twinmerge.engine.merge import merge as merge
     from twinmerge.errors import TwinmergeError as TwinmergeError

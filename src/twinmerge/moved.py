@@ -12,6 +12,9 @@ from types import ModuleType
 
 MOVED = {
     "engine.lines": "recipes.lines",
+    "engine.lora": "engine.adapters.merge",
+    "engine.lora_extract": "engine.adapters.extract",
+    "engine.lora_folder": "engine.adapters.folder",
     "engine.mergekit": "recipes.mergekit",
     "engine.names": "recipes.names",
     "engine.plain_data": "recipes.plain_data",

@@ -34,9 +34,9 @@ from transformers import (
 )
 
 import twinmerge as tm
-from twinmerge.engine.lora import merge_lora
-from twinmerge.engine.lora_extract import extract_lora, leading
-from twinmerge.engine.lora_folder import Limit, compress
+from twinmerge.engine.adapters.extract import extract_lora, leading
+from twinmerge.engine.adapters.folder import Limit, compress
+from twinmerge.engine.adapters.merge import merge_lora
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, retained_energy
 from twinmerge.methods.kit.spectral import Spectral

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import twinmerge as tm
-from twinmerge.engine.lora import merge_lora
+from twinmerge.engine.adapters.merge import merge_lora
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.adapter_config import checked_config
 from twinmerge.models.fused import stack_of

@@ -29,8 +29,8 @@ from peft import LoraConfig, get_peft_model
 from twinmerge.continual.continual import Continual
 from twinmerge.continual.twins import twin_of
 from twinmerge.engine import run
-from twinmerge.engine.lora import merge_lora
-from twinmerge.engine.lora_extract import extract_lora
+from twinmerge.engine.adapters.extract import extract_lora
+from twinmerge.engine.adapters.merge import merge_lora
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads

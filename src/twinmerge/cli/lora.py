@@ -66,7 +66,7 @@ def merge(
     use_threads(threads)
     if base is None:
         raise TwinmergeError("No base is named. Add --base MODEL, the model that the adapters belong to.")
-    from twinmerge.engine.lora import merge_lora
+    from twinmerge.engine.adapters.merge import merge_lora
     from twinmerge.store.output import OutputFolder
 
     OutputFolder(output).check()
@@ -118,7 +118,7 @@ def extract(
     use_threads(threads)
     if base is None:
         raise TwinmergeError("No base is named. Add --base MODEL, the model that was tuned.")
-    from twinmerge.engine.lora_extract import extract_lora
+    from twinmerge.engine.adapters.extract import extract_lora
 
     found = extract_lora(model, base, output, rank=rank, energy=energy, max_rank=max_rank, dtype=dtype, exact=exact)
     if json:

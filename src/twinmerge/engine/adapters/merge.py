@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from twinmerge.arguments import strict
+from twinmerge.engine.adapters.folder import About, Limit, compress, write_lora
 from twinmerge.engine.card import licence_of
-from twinmerge.engine.lora_folder import About, Limit, compress, write_lora
 from twinmerge.engine.ranges import Grains, Range, Shapes
 from twinmerge.engine.run import Load, Run
 from twinmerge.engine.seen import Digests
@@ -92,7 +92,7 @@ def merge_lora(
     Example:
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
-        >>> from twinmerge.engine.lora_extract import extract_lora
+        >>> from twinmerge.engine.adapters.extract import extract_lora
         >>> config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
         >>> base, model, folder = BertModel(config), BertModel(config), Path(tempfile.mkdtemp())
         >>> _ = model.load_state_dict({name: tensor + (name == "pooler.dense.weight") for name, tensor in base.state_dict().items()})

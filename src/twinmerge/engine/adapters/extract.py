@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
+from twinmerge.engine.adapters.folder import About, Limit, balanced, check_dtype, compress, write_lora
 from twinmerge.engine.card import licence_of
-from twinmerge.engine.lora_folder import About, Limit, balanced, check_dtype, compress, write_lora
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, truncate
 from twinmerge.maths.sums import blocked_dot, total

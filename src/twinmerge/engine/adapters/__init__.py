@@ -1,0 +1,1 @@
+"""Adapters: merged as factors, made of full models, and written."""
