@@ -27,7 +27,7 @@ MOVED = {
     "measure.measure": "statistics.measure",
     "measure.model": "statistics.model",
     "measure.per_example": "statistics.per_example",
-    "measure.rows": "statistics.rows",
+    "measure.rows": "tasks.rows",
     "measure.scores": "statistics.scores",
     "measure.watch": "statistics.watch",
     "methods.base": "methods.kit.base",
@@ -37,6 +37,7 @@ MOVED = {
     "methods.spectral": "methods.kit.spectral",
     "methods.tall": "methods.kit.tall",
     "methods.trim": "methods.kit.trim",
+    "statistics.rows": "tasks.rows",
     "models.statistics": "statistics.file",
 }
 """Old name -> name of today, below twinmerge."""

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import twinmerge as tm
-from twinmerge.tasks.texts import read_texts
+from twinmerge.tasks.rows import read_inputs
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -96,7 +96,7 @@ def test_refine_a_small_twin(command: Any, zoo: Any, tmp_path: Path) -> None:
     words = ["--data", f"{task}={zoo.data[task]}", "--steps", 3, "--rate", 0.002, "--seed", 5]
     found = command("twin", "refine", small, *words, "-o", tmp_path / "fine")
     assert found.code == 0 and f"Refined {task} in 3 steps each" in found.err
-    texts = read_texts(zoo.data[task])
+    texts = read_inputs(zoo.data[task])
     own = tm.Twin.from_pretrained(small).refine({task: texts}, steps=3, rate=0.002, seed=5, progress=False)
     read = tm.Twin.from_pretrained(tmp_path / "fine")
     assert all(torch.equal(a, b) for a, b in zip(read.buffers(), own.buffers(), strict=True))

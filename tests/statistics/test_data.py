@@ -16,8 +16,7 @@ from transformers import LlamaForCausalLM, ViTImageProcessor
 from twinmerge.errors import TwinmergeError
 from twinmerge.statistics.data import Data
 from twinmerge.statistics.model import Measured
-from twinmerge.statistics.rows import Rows
-from twinmerge.tasks.texts import read_texts
+from twinmerge.tasks.rows import Rows, read_inputs
 
 
 def rows_of(data):
@@ -341,7 +340,7 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     """U+2028, U+0085, form feeds and a lone carriage return are part of a text; the carriage return of a CRLF is not."""
     texts = ["a\u2028b", "c\u0085d", "e\x0cf", "g\rh", "i"]
     (tmp_path / "x.txt").write_bytes("\r\n".join(texts).encode())
-    assert [row.text for row in Rows(tmp_path / "x.txt").between(0, 9)] == texts == read_texts(tmp_path / "x.txt")
+    assert [row.text for row in Rows(tmp_path / "x.txt").between(0, 9)] == texts == read_inputs(tmp_path / "x.txt")
     rows = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
     (tmp_path / "x.jsonl").write_bytes(rows.encode())
-    assert [row.text for row in Rows(tmp_path / "x.jsonl").between(0, 9)] == texts == read_texts(tmp_path / "x.jsonl")
+    assert [row.text for row in Rows(tmp_path / "x.jsonl").between(0, 9)] == texts == read_inputs(tmp_path / "x.jsonl")

@@ -248,12 +248,12 @@ def run(
 
     twinmerge twin run TWIN "a lovely film" "where is my card?"
     """
-    from twinmerge.tasks.texts import read_texts
+    from twinmerge.tasks.rows import read_inputs
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
     texts: list[Any] = list(text or ())
-    texts += read_texts(file) if file else []
+    texts += read_inputs(file) if file else []
     if not texts:
         raise TwinmergeError("There is no text to answer. Give texts as arguments, or --file.")
     loaded = Twin.from_pretrained(twin)

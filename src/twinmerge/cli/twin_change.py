@@ -105,7 +105,7 @@ def add(
     twinmerge twin add TWIN --expert c=C --data c.jsonl -o MORE
     """
     from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.texts import read_texts
+    from twinmerge.tasks.rows import read_inputs
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
@@ -113,7 +113,7 @@ def add(
     if len(named := pairs([expert], "--expert")) != 1:
         raise TwinmergeError("Add one expert at a time.")
     ((name, model),) = named.items()
-    more = Twin.from_pretrained(twin).add(name, model, read_texts(data) if data else None, rank=rank)
+    more = Twin.from_pretrained(twin).add(name, model, read_inputs(data) if data else None, rank=rank)
     more.save_pretrained(output)
     said(
         f"Added {name}: the twin has {', '.join(more.experts)}, {size(bytes_beside(output))} beside the shared model -> {output}"

@@ -34,9 +34,9 @@ Picture = Annotated[
 
 def texts_of(data: list[str] | None) -> dict[str, Sequence[Any]]:
     """Expert -> its texts."""
-    from twinmerge.tasks.texts import read_texts
+    from twinmerge.tasks.rows import read_inputs
 
-    return {name: read_texts(Path(file)) for name, file in pairs(data, "--data").items()}
+    return {name: read_inputs(Path(file)) for name, file in pairs(data, "--data").items()}
 
 
 def compressed(

@@ -16,9 +16,9 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.statistics.model import Measured
-from twinmerge.statistics.rows import Row, Rows
 from twinmerge.store.foreign import check_settings, reason
-from twinmerge.tasks.encode import TextEncoder
+from twinmerge.tasks.encode import TextEncoder, padded_tokens
+from twinmerge.tasks.rows import DataRow, Rows, Tokens
 
 WINDOW = 16  # batches whose rows are sorted by length together, so that little is padded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that runs another program, as EPS does
@@ -127,7 +127,7 @@ class Data:
                 stacklevel=2,
             )
 
-    def _texts(self, window: Sequence[Row]) -> Iterator[Batch]:
+    def _texts(self, window: Sequence[DataRow]) -> Iterator[Batch]:
         """Batches of rows of similar length."""
         inputs, lengths = self._encoded(window)
         targets = self._targets(window)
@@ -144,21 +144,18 @@ class Data:
             own = {n: t for n, t in own.items() if n in self.model.takes}
             yield Batch(own, [window[i].number for i in some], mask, answers)
 
-    def _encoded(self, window: Sequence[Row]) -> tuple[dict[str, Tensor], list[int]]:
+    def _encoded(self, window: Sequence[DataRow]) -> tuple[dict[str, Tensor], list[int]]:
         """(rows, longest) tensors, and how many positions each row has."""
         if self._encoder is not None:
-            found = self._encoder.encode([(r.text or "", r.pair) if r.pair else r.text or "" for r in window])
+            found = self._encoder.encode([row.input for row in window])
             return found, found["attention_mask"].sum(1).tolist()
-        lists = [(r.ids or [])[: self.max_tokens] for r in window]
-        self._seen += len(window)
-        self._cut += sum(len(r.ids or []) > len(ids) for r, ids in zip(window, lists, strict=True))
-        ids, mask = (torch.zeros(len(window), max(map(len, lists)), dtype=torch.int64) for _ in range(2))
-        for i, (row, own) in enumerate(zip(window, lists, strict=True)):
-            ids[i, : len(own)] = torch.tensor(own)
-            mask[i, : len(own)] = torch.tensor((row.attended or [1] * len(own))[: len(own)])
-        return {"input_ids": ids, "attention_mask": mask}, [len(own) for own in lists]
+        rows = [row.input for row in window if isinstance(row.input, Tokens)]
+        lengths = [len(row.ids[: self.max_tokens]) for row in rows]
+        self._seen += len(rows)
+        self._cut += sum(len(row.ids) > length for row, length in zip(rows, lengths, strict=True))
+        return padded_tokens(rows, self.max_tokens), lengths
 
-    def _targets(self, window: Sequence[Row]) -> list[list[int]] | None:
+    def _targets(self, window: Sequence[DataRow]) -> list[list[int]] | None:
         """Token ids of each row's target; None where the rows have none, or the model is no encoder-decoder."""
         given = [row.target for row in window]
         some = [text for text in given if text is not None]
@@ -184,7 +181,7 @@ class Data:
     def _class(self) -> str:
         return type(self.model.module).__name__
 
-    def _images(self, window: Sequence[Row]) -> Batch:
+    def _images(self, window: Sequence[DataRow]) -> Batch:
         assert self._processor is not None
         images = [_image(row.image, row.where) for row in window if row.image is not None]
         found = self._processor(images=images, return_tensors="pt")

@@ -15,7 +15,7 @@ from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, rows_of_b
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store.foreign import ROW, lines_of, parse_json
 from twinmerge.tasks.encode import TextEncoder
-from twinmerge.tasks.texts import read_texts
+from twinmerge.tasks.rows import read_inputs
 from twinmerge.twin.reading import position_limit
 
 MOST_TEXTS = 64
@@ -64,7 +64,7 @@ def _module(model: OpenedModel, like: OpenedModel, heads: dict[str, HeadSpec]) -
 
 
 def _language(written: OpenedModel, merged: Merge, encoder: TextEncoder, file: Path) -> list[Loss]:
-    batches = [encoder.encode([text]) for text in read_texts(file)[:MOST_TEXTS]]
+    batches = [encoder.encode([text]) for text in read_inputs(file)[:MOST_TEXTS]]
     encoder.warn_truncated()
     batches = [batch for batch in batches if batch["input_ids"].shape[1] > 1]  # one token predicts none
     if not batches:

@@ -16,10 +16,11 @@ from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.store.foreign import check_settings, reason
+from twinmerge.tasks.rows import Tokens
 from twinmerge.tasks.suite import Row
 
-Input: TypeAlias = str | tuple[str, str] | Row
-"""A text, a pair of texts, or a row of a task."""
+Input: TypeAlias = str | tuple[str, str] | Row | Tokens
+"""A text, a pair of texts, a row of a task, or token ids."""
 
 AnyInput = TypeVar("AnyInput", bound=Input)
 
@@ -93,7 +94,7 @@ class TextEncoder:
         """Encode one batch; rows with and without a second text may stand side by side.
 
         Args:
-            rows: texts, pairs of texts or rows; at least one.
+            rows: texts, pairs of texts or rows, or token ids for all; at least one.
 
         Returns:
             What the model takes, by name (`input_ids`, `attention_mask`, ...): (rows, longest) int64, padded on the
@@ -105,6 +106,10 @@ class TextEncoder:
         """
         if isinstance(rows, (str, Mapping)) or not fits(rows, Sequence[Any]) or not len(rows):
             raise TwinmergeError("Give a list of at least one text to encode.")
+        if (tokens := all_tokens(rows)) is not None:
+            self._seen += len(rows)
+            self._truncated += sum(self.max_tokens is not None and len(row.ids) > self.max_tokens for row in tokens)
+            return padded_tokens(tokens, self.max_tokens, self._pad, self.tokenizer.padding_side)
         pairs = [_texts(row) for row in rows]
         columns: dict[str, list[list[int]]] = {}
         for paired in (False, True):
@@ -191,7 +196,7 @@ def batches(
     if order == "file":
         places = list(range(len(rows)))
     elif order == "length":
-        places = sorted(range(len(rows)), key=lambda i: -sum(len(text or "") for text in _texts(rows[i])))
+        places = sorted(range(len(rows)), key=lambda i: -_length(rows[i]))
     elif order == "shuffled":
         places = torch.sort(uniform(seed, "batches", "order", 0, len(rows)), stable=True).indices.tolist()
     else:
@@ -199,7 +204,52 @@ def batches(
     return ((at, [rows[i] for i in at]) for start in range(0, len(rows), size) if (at := places[start : start + size]))
 
 
-def _texts(row: Input) -> tuple[str, str | None]:
+def all_tokens(rows: Sequence[Input]) -> list[Tokens] | None:
+    """The rows where they are token ids; None where they are texts.
+
+    Raises:
+        TwinmergeError: some are the one, some the other.
+    """
+    found = [row for row in rows if isinstance(row, Tokens)]
+    if found and len(found) < len(rows):
+        raise TwinmergeError("Some inputs are token ids, and some are texts. Give all as token ids, or all as texts.")
+    return found or None
+
+
+def padded_tokens(
+    rows: Sequence[Tokens], most: int | None = None, pad: int = 0, side: str = "right"
+) -> dict[str, Tensor]:
+    """Token ids as a batch.
+
+    Args:
+        rows: at least one.
+        most: tokens that the model takes; longer rows are cut at their end.
+        pad: the id that fills.
+        side: where it fills, "left" or "right".
+
+    Returns:
+        `input_ids` and `attention_mask`, (rows, longest) int64.
+
+    Example:
+        >>> padded_tokens([Tokens([5, 6, 7]), Tokens([8])], most=2)["input_ids"].tolist()
+        [[5, 6], [8, 0]]
+    """
+    longest = max(len(row.ids[:most]) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, own, attended in zip(rows, ids, mask, strict=True):
+        count = len(row.ids[:most])
+        place = slice(longest - count, longest) if side == "left" else slice(0, count)
+        own[place] = torch.tensor(list(row.ids[:most]), dtype=torch.int64)
+        attended[place] = torch.tensor(list((row.attended or [1] * count)[:count]), dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _length(row: Input) -> int:
+    return len(row.ids) if isinstance(row, Tokens) else sum(len(text or "") for text in _texts(row))
+
+
+def _texts(row: str | tuple[str, str] | Row | Any) -> tuple[str, str | None]:
     """The text of a row, and its second one.
 
     Errors:

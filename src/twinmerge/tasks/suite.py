@@ -18,8 +18,9 @@ import torch
 from twinmerge.arguments import strict
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.keyed_random import uniform
-from twinmerge.store.foreign import ROW, find, is_file_name, lines_of, parse_json, read_json, shown
+from twinmerge.store.foreign import find, is_file_name, lines_of, read_json, shown
 from twinmerge.tasks.metrics import metric
+from twinmerge.tasks.rows import json_row
 
 SPLITS = ("train", "validation", "test")
 
@@ -103,12 +104,7 @@ class Task:
         return [rows[i] for i in chosen]
 
     def _row(self, line: bytes, where: str) -> Row:
-        try:
-            found = parse_json(line, ROW)
-        except ValueError as error:
-            raise TwinmergeError(f"{where} is no JSON ({error}). Write one JSON object a line, in UTF-8.") from error
-        if not isinstance(found, dict):
-            raise TwinmergeError(f'{where} is no JSON object. Write {{"text": "...", "label": 0}}.')
+        found = json_row(line, where)
         for name in ("text", "label"):
             if name not in found:
                 raise TwinmergeError(f"{where} has no field {name!r}.{nearest(name, found)} Add it.")

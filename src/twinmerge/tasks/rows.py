@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,19 @@ FIELDS = ("text", "input_ids", "image")
 MAX_IMAGE = 100_000_000  # bytes of a file
 
 
-class Row(NamedTuple):
+class Tokens(NamedTuple):
+    """A text as token ids, special tokens included.
+
+    Attributes:
+        ids: of the tokens; at least one.
+        attended: 1 for each that the model attends to and 0 for the others; None for all.
+    """
+
+    ids: Sequence[int]
+    attended: Sequence[int] | None = None
+
+
+class DataRow(NamedTuple):
     """number: of the row in its file, from 0 on, blank lines not counted; where: how messages call it; one of text (and pair), ids (and attended, 1 or 0
     each) and image; target: what an encoder-decoder is to answer."""
 
@@ -28,6 +40,13 @@ class Row(NamedTuple):
     attended: list[int] | None = None
     image: Path | None = None
     target: str | None = None
+
+    @property
+    def input(self) -> str | tuple[str, str] | Tokens:
+        """The text, the pair of texts, or the token ids."""
+        if self.ids is not None:
+            return Tokens(self.ids, self.attended)
+        return (self.text or "", self.pair) if self.pair else self.text or ""
 
 
 class Rows:
@@ -62,7 +81,7 @@ class Rows:
         if file.suffix == ".jsonl":
             _, line, where = next(self._lines(), (0, b"", ""))
             if line:
-                self.field = self._field(_json(line, where), where)
+                self.field = self._field(json_row(line, where), where)
 
     @cached_property
     def _scanned(self) -> tuple[int, str]:
@@ -88,7 +107,7 @@ class Rows:
     def sha256(self) -> str:
         return self._scanned[1]
 
-    def between(self, start: int, stop: int) -> Iterator[Row]:
+    def between(self, start: int, stop: int) -> Iterator[DataRow]:
         """Rows start ... stop - 1."""
         for number, line, where in self._lines():
             if number >= stop:
@@ -104,25 +123,25 @@ class Rows:
                 yield number, line, f"{self.file}, line {at}"
                 number += 1
 
-    def _row(self, number: int, line: bytes, where: str) -> Row:
+    def _row(self, number: int, line: bytes, where: str) -> DataRow:
         if self.file.suffix != ".jsonl":
             try:
-                return Row(number, where, text=line.decode().rstrip("\r\n"))
+                return DataRow(number, where, text=line.decode().rstrip("\r\n"))
             except UnicodeDecodeError as error:
                 raise TwinmergeError(f"{where} is no UTF-8 ({error.reason}). Save the file as UTF-8.") from error
-        found = _json(line, where)
+        found = json_row(line, where)
         if (field := self._field(found, where)) != self.field:
             raise TwinmergeError(
                 f"{where} has the field {field!r}, the rows before have {self.field!r}. Give all rows the same."
             )
         target = _text(found, "target", where)
         if field == "image":
-            return Row(number, where, image=self._image(found["image"], where), target=target)
+            return DataRow(number, where, image=self._image(found["image"], where), target=target)
         if field == "input_ids":
-            return Row(
+            return DataRow(
                 number, where, ids=self._ids(found["input_ids"], where), attended=_attended(found, where), target=target
             )
-        return Row(
+        return DataRow(
             number, where, text=_text(found, "text", where), pair=_text(found, "text_pair", where), target=target
         )
 
@@ -166,7 +185,38 @@ class Rows:
         return image
 
 
-def _json(line: bytes, where: str) -> dict[str, Any]:
+def read_inputs(file: str | os.PathLike[str]) -> list[str | tuple[str, str] | Tokens]:
+    """What a model is to read, out of a file of rows: texts, pairs of texts or token ids.
+
+    Args:
+        file: a `.jsonl` file as `Rows` reads it, or a text on each line.
+
+    Raises:
+        TwinmergeError: as `Rows` says; rows of images, which are no input of this kind.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "x.jsonl"
+        >>> _ = file.write_text('{"text": "a"}\\n{"text": "b", "text_pair": "c"}\\n')
+        >>> read_inputs(file)
+        ['a', ('b', 'c')]
+    """
+    rows = Rows(Path(file))
+    if rows.field == "image":
+        raise TwinmergeError(f"{file} has rows of images, and texts or token ids are read here. Give rows of those.")
+    return [row.input for row in rows.between(0, rows.count)]
+
+
+def json_row(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of one line.
+
+    Args:
+        line: of a file.
+        where: how messages call it.
+
+    Raises:
+        TwinmergeError: it is none.
+    """
     try:
         found = parse_json(line, ROW)
     except ValueError as error:
