@@ -13,7 +13,7 @@ from torch import Tensor
 
 import twinmerge as tm
 from twinmerge.continual.continual import Continual
-from twinmerge.models.architecture import Architecture
+from twinmerge.models.transformers_class import TransformersArchitecture
 
 SIZES = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": False}
@@ -58,7 +58,7 @@ def split(tensors: dict[str, Tensor], turned: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_class_says_what_is_a_stack_and_how_it_is_stored(name: str) -> None:
     base, _ = family(name)
-    found = Architecture(base.config, type(base)).stacks
+    found = TransformersArchitecture(base.config, type(base)).stacks
     fused = {n.removeprefix("model.") for n, t in base.state_dict().items() if t.dim() == 3}
     assert {n.removeprefix("model.") for n in found} == fused and len(fused) == 2
     assert set(found.values()) == {FAMILIES[name][1]}

@@ -27,7 +27,7 @@ from twinmerge.models.adapter_files import (
     task_of,
     write_adapter,
 )
-from twinmerge.models.architecture import Architecture
+from twinmerge.models.transformers_class import TransformersArchitecture
 
 
 class Net(nn.Module):
@@ -116,14 +116,15 @@ def test_a_pattern_matches_one_name_only(name: str) -> None:
 
 def test_a_head_is_saved_as_the_largest_module_that_is_all_head(build: Any) -> None:
     roberta = build("RobertaForSequenceClassification", num_labels=3)
-    found = Architecture(roberta.config, type(roberta))
+    found = TransformersArchitecture(roberta.config, type(roberta))
     head = {name for name in found.parameters if not found.is_body(name)}
     keys = [key for key in roberta.state_dict() if key.startswith("classifier.")]
     assert len(head) == 4 and saved_modules(found, head) == {"classifier": keys}
     assert saved_modules(found, head - {"classifier.dense.bias"}).keys() == {"classifier.dense", "classifier.out_proj"}
     bert = build("BertForSequenceClassification")
     pooled = saved_modules(
-        Architecture(bert.config, type(bert)), {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight"}
+        TransformersArchitecture(bert.config, type(bert)),
+        {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight"},
     )
     assert pooled.keys() == {"bert.pooler", "classifier"}
     assert saved_modules(found, set()) == {}
@@ -131,7 +132,7 @@ def test_a_head_is_saved_as_the_largest_module_that_is_all_head(build: Any) -> N
 
 def test_a_tied_tensor_does_not_split_a_saved_module(build: Any) -> None:
     masked = build("BertForMaskedLM")
-    found = Architecture(masked.config, type(masked))
+    found = TransformersArchitecture(masked.config, type(masked))
     head = {n for n in found.parameters if not found.is_body(n) and n not in found.aliases}
     saved = saved_modules(found, head)
     assert saved.keys() == {"cls"} and "cls.predictions.decoder.weight" in saved["cls"]
@@ -160,9 +161,9 @@ def test_a_roberta_head_out_of_a_twin_loads_in_peft(build: Any, tuned: Any, with
 
 def test_no_task_type_where_peft_would_then_not_adapt_the_module(build: Any) -> None:
     model = build("BertForSequenceClassification")
-    found = Architecture(model.config, type(model))
+    found = TransformersArchitecture(model.config, type(model))
     low = {"classifier.weight": factors(2, 16, 2, 0), "pooler.dense.weight": factors(16, 16, 2, 1)}
-    assert task_of(found) == "SEQ_CLS" and task_of(Architecture(model.config, type(model.bert))) is None
+    assert task_of(found) == "SEQ_CLS" and task_of(TransformersArchitecture(model.config, type(model.bert))) is None
     assert adapter_config(found, carried(found, low), [], "b")["task_type"] is None
     del low["classifier.weight"]
     assert adapter_config(found, carried(found, low), [], "b")["task_type"] == "SEQ_CLS"

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertModel
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
 from twinmerge.models.opened import open_model
+from twinmerge.models.transformers_class import TransformersArchitecture, class_of, labels_of, read_config
 
 BODY = {
     "BertForSequenceClassification": ("bert.", "encoder.layer.0.attention.self.query.weight", "classifier.weight"),
@@ -35,13 +35,13 @@ BARE = {
 def test_class_around_a_body(build, name):
     prefix, inside, outside = BODY[name]
     model = build(name)
-    architecture = Architecture(model.config, type(model))
+    architecture = TransformersArchitecture(model.config, type(model))
     assert architecture.prefix == prefix
     assert architecture.canonical(prefix + inside) == architecture.canonical(inside) == inside
     assert architecture.canonical(outside) == outside
     assert architecture.is_body(inside) and not architecture.is_body(outside)
     assert architecture.parameters[inside] == model.state_dict()[prefix + inside].shape
-    assert not architecture.is_bare and Architecture(model.config, type(model.base_model)).is_bare
+    assert not architecture.is_bare and TransformersArchitecture(model.config, type(model.base_model)).is_bare
 
 
 @pytest.mark.parametrize("name", BODY)
@@ -66,7 +66,7 @@ def test_every_stored_vit_name_finds_its_parameter(build, save):
     path = save(model)
     stored = load_file(f"{path}/model.safetensors")
     of_value = {tensor.numpy().tobytes(): name for name, tensor in model.state_dict().items()}
-    architecture = Architecture(model.config, type(model))
+    architecture = TransformersArchitecture(model.config, type(model))
     assert "vit.encoder.layer.0.attention.attention.query.weight" in stored  # what 5.23 still writes
     for name, tensor in stored.items():
         assert architecture.canonical(name) == of_value[tensor.numpy().tobytes()].removeprefix("vit.")
@@ -171,7 +171,7 @@ def test_configs_that_cannot_be_used(tmp_path):
 )
 def test_input_embedding(build, name, embedding):
     model = build(name)
-    assert Architecture(model.config, type(model)).embedding == embedding
+    assert TransformersArchitecture(model.config, type(model)).embedding == embedding
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_input_embedding(build, name, embedding):
 )
 def test_tables_are_told_by_class(name: str, sizes: dict[str, Any], tables: set[str], linear: set[str]) -> None:
     model_class = getattr(transformers, name)
-    architecture = Architecture(model_class.config_class(**sizes), model_class)
+    architecture = TransformersArchitecture(model_class.config_class(**sizes), model_class)
     assert tables <= architecture.tables
     assert linear <= set(architecture.parameters) - architecture.tables
 
@@ -214,9 +214,9 @@ def test_a_config_whose_keys_cannot_be_sorted_and_one_that_changes_afterwards() 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     odd = BertConfig(**sizes)
     odd.notes = {0: "a", "b": 1}
-    assert "pooler.dense.weight" in Architecture(odd, BertModel).parameters
+    assert "pooler.dense.weight" in TransformersArchitecture(odd, BertModel).parameters
     config = BertConfig(**sizes)
-    first = Architecture(config, BertModel).parameters
+    first = TransformersArchitecture(config, BertModel).parameters
     config.num_hidden_layers = 2
-    second = Architecture(config, BertModel).parameters
-    assert len(second) > len(first) == len(Architecture(BertConfig(**sizes), BertModel).parameters)
+    second = TransformersArchitecture(config, BertModel).parameters
+    assert len(second) > len(first) == len(TransformersArchitecture(BertConfig(**sizes), BertModel).parameters)

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
-from twinmerge.models.architecture import Architecture
+from twinmerge.models.transformers_class import TransformersArchitecture
 from twinmerge.twin import export as export_module
 from twinmerge.twin.export import VLLM_RANKS, _refuse_experts, export_dense, export_lora
 from twinmerge.twin.split import Exclusive
@@ -348,7 +348,7 @@ def test_experts_are_not_exported_for_vllm(lab: Any, name: str) -> None:
 
     def twin(changed: str) -> Any:
         shared = SimpleNamespace(
-            architecture=Architecture(model.config, type(model)), stored={changed: f"model.{changed}"}
+            architecture=TransformersArchitecture(model.config, type(model)), stored={changed: f"model.{changed}"}
         )
         parts = {"a": Exclusive({changed: Factors(torch.ones(8, 1), torch.ones(1, 8))}, {}, {})}
         return SimpleNamespace(package=SimpleNamespace(shared=shared, exclusive=parts))

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import twinmerge as tm
-from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import as_module, as_stored, conversions
 from twinmerge.models.opened import open_model
+from twinmerge.models.transformers_class import TransformersArchitecture
 from twinmerge.statistics.file import Statistics
 from twinmerge.statistics.measure import measure
 from twinmerge.twin.export import export_dense
@@ -121,7 +121,9 @@ def test_a_static_merge_loads_and_computes_the_mean(lab: Lab) -> None:
     torch.testing.assert_close(logits(merge.load().body), expected, atol=1e-6, rtol=1e-5)
     memory = tm.merge("average", lab.base, {**lab.experts, "b": lab.paths["b"]}, progress=False).state_dict()
     files = merge.state_dict()
-    if Architecture(lab.base.config, lab.kind).converts:  # in memory too they are named as save_pretrained names them
+    if TransformersArchitecture(
+        lab.base.config, lab.kind
+    ).converts:  # in memory too they are named as save_pretrained names them
         assert memory.keys() == files.keys()
     assert all(torch.equal(a, b) for a, b in zip(sorted_by_values(memory), sorted_by_values(files), strict=True))
     with safe_open(lab.root / "base" / "model.safetensors", "pt") as written:
@@ -149,7 +151,7 @@ def test_a_twin_answers_as_its_experts(lab: Lab, where: str) -> None:
         safe_open(lab.root / "one" / "model.safetensors", "pt") as one,
         safe_open(lab.root / "base" / "model.safetensors", "pt") as two,
     ):
-        if Architecture(lab.base.config, lab.kind).converts:
+        if TransformersArchitecture(lab.base.config, lab.kind).converts:
             assert set(one.keys()) == set(two.keys())
 
 
@@ -180,7 +182,7 @@ def test_each_stored_matrix_keeps_its_own_rank(tmp_path: Path) -> None:
             u, s, vh = torch.linalg.svd(change, full_matrices=False)
             change = (u[:, :2] * s[:2]) @ vh[:2]
         state[name] = (shared + change).float()
-    architecture = Architecture(lab.base.config, lab.kind)
+    architecture = TransformersArchitecture(lab.base.config, lab.kind)
     whole = as_module(state, conversions(architecture, state))
     model = copy.deepcopy(lab.base)
     model.load_state_dict({k: whole[architecture.of_module(k)] for k in model.state_dict()})
@@ -189,7 +191,7 @@ def test_each_stored_matrix_keeps_its_own_rank(tmp_path: Path) -> None:
 
 def test_there_and_back_are_the_same_bits() -> None:
     model = made("Qwen2Moe")
-    architecture = Architecture(model.config, type(model))
+    architecture = TransformersArchitecture(model.config, type(model))
     found = {name: tensor for name, (_, tensor) in as_stored(architecture, model.state_dict()).items()}
     back = as_module(found, conversions(architecture, found))
     assert all(torch.equal(back[architecture.of_module(k)], t) for k, t in model.state_dict().items())
@@ -202,7 +204,7 @@ def test_an_expert_that_lacks_a_part_is_named(tmp_path: Path) -> None:
     from twinmerge.models.headed import HeadedModel
 
     with pytest.raises(tm.TwinmergeError, match=r"layers\.1\.mlp\.experts\.gate_up_proj"):
-        HeadedModel(Architecture(lab.base.config, lab.kind), state)
+        HeadedModel(TransformersArchitecture(lab.base.config, lab.kind), state)
 
 
 def test_classifiers_keep_their_body_and_their_heads(tmp_path: Path) -> None:

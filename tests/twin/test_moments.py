@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
 
 from twinmerge.maths.lowrank import Factors
-from twinmerge.models.architecture import Architecture
 from twinmerge.models.headed import HeadedModel
+from twinmerge.models.transformers_class import TransformersArchitecture
 from twinmerge.twin import moments as module
 from twinmerge.twin.compress import components
 from twinmerge.twin.moments import Moments, input_moments
@@ -42,7 +42,7 @@ def seen_by(model: nn.Module, path: str, batch: dict[str, Tensor]) -> tuple[Tens
 
 
 def headed(model: Any) -> HeadedModel:
-    architecture = Architecture(model.config, type(model))
+    architecture = TransformersArchitecture(model.config, type(model))
     return HeadedModel(architecture, {architecture.of_module(n): t for n, t in model.state_dict().items()})
 
 

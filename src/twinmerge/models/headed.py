@@ -16,10 +16,11 @@ from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
-from twinmerge.models.architecture import Architecture, class_of, labels_of, read_config
+from twinmerge.models.architecture import Architecture
 from twinmerge.models.bounds import most_parameters
 from twinmerge.models.conversion import as_module, conversions
 from twinmerge.models.skeleton import new_skeleton
+from twinmerge.models.transformers_class import TransformersArchitecture, class_of, labels_of, read_config
 from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, damaged, load_artefact, save_artefact, undamaged
 from twinmerge.store.checkpoint import Checkpoint, Spec
@@ -167,7 +168,7 @@ class HeadedModel(nn.Module):
         self.body_path = body_path(architecture, head_names) if head_names else ""
         self._most = most_parameters(len(state) + len(head_names))
         found = self._found(state)
-        model = build_module(architecture)
+        model = architecture.build()
         self.body: nn.Module = model.get_submodule(self.body_path) if self.body_path else model
         self._load(model, found)
         self.body.eval()
@@ -227,7 +228,7 @@ class HeadedModel(nn.Module):
             f"{missing[0]!r}. Take a base that has them, or build the output again."
         )
 
-    def _made_anew(self, model: PreTrainedModel, key: str, dtype: torch.dtype) -> Tensor:
+    def _made_anew(self, model: Any, key: str, dtype: torch.dtype) -> Tensor:
         """What a class makes by itself and leaves out of its files (sinusoidal places): the same numbers each time.
 
         Errors:
@@ -246,7 +247,7 @@ class HeadedModel(nn.Module):
         first: Tensor = made[0].to(dtype)
         return first
 
-    def _load(self, model: PreTrainedModel, given: Mapping[str, Tensor]) -> None:
+    def _load(self, model: nn.Module, given: Mapping[str, Tensor]) -> None:
         dtype = next((t.dtype for t in given.values() if t.is_floating_point()), torch.float32)
         found = {**given, **{key: self._made_anew(model, key, dtype) for key in self._left_out}}
         self.body.load_state_dict(found, strict=True, assign=True)
@@ -299,7 +300,7 @@ class HeadedModel(nn.Module):
         return y
 
     def _head_module(self, name: str, head: HeadSpec) -> PreTrainedModel:
-        architecture = Architecture(head.config, class_of(head.config), self._most)
+        architecture = TransformersArchitecture(head.config, class_of(head.config), self._most)
         module = new_skeleton(head.config, architecture.model_class, self._most)
         path = body_path(architecture, set(head.tensors))
         parent, _, child = path.rpartition(".")
@@ -444,7 +445,8 @@ def architecture_of(heads: Mapping[str, HeadSpec], tensors: int) -> Architecture
     for head in heads.values():
         first.setdefault(class_of(head.config), head)
     found = [
-        Architecture(head.config, kind, most_parameters(tensors + len(head.tensors))) for kind, head in first.items()
+        TransformersArchitecture(head.config, kind, most_parameters(tensors + len(head.tensors)))
+        for kind, head in first.items()
     ]
     return max(found, key=lambda each: sum(each.is_body(name) for name in each.parameters))
 
@@ -461,18 +463,10 @@ def _check_shapes(module: nn.Module, state: Mapping[str, Tensor], names: Mapping
             )
 
 
-def build_module(architecture: Architecture) -> PreTrainedModel:
-    """The class with its buffers, its parameters left as they come (they are replaced)."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        return architecture.model_class(architecture.config)
-
-
 def body_path(architecture: Architecture, head_names: set[str]) -> str:
     """The name of the one child of the class that holds everything but the heads."""
     if architecture.prefix:
-        return architecture.prefix.removesuffix(".")
+        return str(architecture.prefix).removesuffix(".")
     children = {
         k.partition(".")[0] for k in architecture.skeleton.state_dict() if architecture.of_module(k) not in head_names
     }
@@ -484,7 +478,7 @@ def body_path(architecture: Architecture, head_names: set[str]) -> str:
             f"The heads of {architecture.model_class.__name__} cannot be told from its body ({', '.join(sorted(children))}). "
             "Use a class whose base model is one part, or give the task's model without --head."
         )
-    return children.pop()
+    return str(children.pop())
 
 
 def head_artefact(name: str, head: HeadSpec, base: str, codec: str = "none") -> Artefact:

@@ -279,12 +279,12 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     checkpoint = Checkpoint.open(found.folder)
     architecture = None
     if find(found.folder, "config.json"):
-        from twinmerge.models.architecture import Architecture, class_of, read_config
         from twinmerge.models.bounds import most_parameters
+        from twinmerge.models.transformers_class import TransformersArchitecture, class_of, read_config
 
         config = read_config(found.folder, checkpoint.specs)
         most = most_parameters(len(checkpoint.specs))
-        architecture = Architecture(config, class_of(config), most) if config is not None else None
+        architecture = TransformersArchitecture(config, class_of(config), most) if config is not None else None
     specs: Mapping[str, Spec] = checkpoint.specs
     source: Source = checkpoint
     if architecture is not None and architecture.converts:
@@ -326,14 +326,14 @@ def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | No
 
 
 def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
-    from twinmerge.models.architecture import Architecture
+    from twinmerge.models.transformers_class import TransformersArchitecture
 
     tensors = {k: v.detach() for k, v in model.state_dict().items()}
     if any(".lora_" in key or ".base_layer." in key for key in tensors):
         raise TwinmergeError(
             f"{name} holds adapters inside. Give the PeftModel around it, or call merge_and_unload() first."
         )
-    architecture = Architecture(model.config, type(model))
+    architecture = TransformersArchitecture(model.config, type(model))
     return _in_memory(name, architecture, tensors)
 
 
@@ -413,13 +413,13 @@ def _refuse_strange(inner: Any, name: str) -> None:
 
 
 def _open_peft(model: Any, name: str) -> OpenedModel:
-    from twinmerge.models.architecture import Architecture
     from twinmerge.models.in_memory import adapter_of, base_tensors
+    from twinmerge.models.transformers_class import TransformersArchitecture
 
     inner = model.get_base_model()
     _refuse_strange(inner, name)
     adapter = adapter_of(model, name)
-    return adapted(_in_memory(name, Architecture(inner.config, type(inner)), base_tensors(inner)), adapter)
+    return adapted(_in_memory(name, TransformersArchitecture(inner.config, type(inner)), base_tensors(inner)), adapter)
 
 
 def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:

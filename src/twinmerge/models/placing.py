@@ -17,10 +17,11 @@ from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter import Adapter, Pair, unwrapped
 from twinmerge.models.adapter_config import CONVERT
-from twinmerge.models.architecture import TASK_CLASSES, Architecture, class_of
+from twinmerge.models.architecture import Architecture
 from twinmerge.models.change import Change, Rows, Stack
 from twinmerge.models.fused import Part, fused_parts, in_another_form, stack_of
 from twinmerge.models.tied import alone, tied
+from twinmerge.models.transformers_class import TASK_CLASSES, TransformersArchitecture, class_of
 from twinmerge.store.checkpoint import Spec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -69,7 +70,7 @@ def class_for(adapter: Adapter, architecture: Architecture | None) -> Architectu
     heads = [n for n in outputs if {"classifier", "score"} & set(n.split("."))]
     if outputs and (adapter.task in ("SEQ_CLS", "TOKEN_CLS") or (named is not None and heads)):
         changed.num_labels = outputs[(heads or list(outputs))[-1]]
-    return Architecture(changed, task_class)
+    return TransformersArchitecture(changed, task_class)
 
 
 def _named_class(adapter: Adapter, architecture: Architecture | None) -> type[PreTrainedModel] | None:

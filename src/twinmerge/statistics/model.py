@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.architecture import position_limit
 from twinmerge.models.conversion import as_stored
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.transformers_class import position_limit
 
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 

@@ -25,9 +25,10 @@ from twinmerge.models.adapter_files import (
     saved_modules,
     write_adapter,
 )
-from twinmerge.models.architecture import Architecture, class_of
+from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import stored_names
 from twinmerge.models.headed import HeadSpec
+from twinmerge.models.transformers_class import TransformersArchitecture, class_of
 from twinmerge.store import disk
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
@@ -194,7 +195,7 @@ def _class_with_head(twin: Twin, head: str | None) -> tuple[Architecture, HeadSp
     if head not in twin.package.heads:
         index_of(head, list(twin.package.heads))
     spec = twin.package.heads[head]
-    return Architecture(spec.config, class_of(spec.config)), spec
+    return TransformersArchitecture(spec.config, class_of(spec.config)), spec
 
 
 def _refuse_experts(twin: Twin, used: Mapping[str, float]) -> None:

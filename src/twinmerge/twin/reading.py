@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from twinmerge.arguments import at_least_one, shown
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.architecture import position_limit as position_limit
 from twinmerge.models.headed import batch_size, rows_of_batch
+from twinmerge.models.transformers_class import position_limit as position_limit
 from twinmerge.tasks.encode import batches
 from twinmerge.twin.answer import PROMPT
 from twinmerge.twin.features import features
