@@ -44,7 +44,7 @@ from twinmerge.store.output import OutputFolder
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from twinmerge.engine.diff import Difference
     from twinmerge.models.headed import HeadedModel, HeadSpec
@@ -271,8 +271,17 @@ class Merge:
         """The experts' own output layers, in the order the experts were given."""
         return heads_of(self.experts, self.matched, list(self.recipe.experts))
 
-    def load(self) -> HeadedModel:
-        """The merged model as a module, with the experts' heads where they have any."""
+    def load(self) -> nn.Module:
+        """The merged model as a module, with the experts' heads where they have any.
+
+        Returns:
+            a `HeadedModel` around a model of transformers; a copy of your own module, in eval mode, where the base is one.
+        """
+        made = self.headed()
+        return made if made.architecture.config is not None else made.body
+
+    def headed(self) -> HeadedModel:
+        """The merged model with the experts' heads, whatever its class."""
         whole = self if self.architecture else Merge(self.recipe, self.progress, architecture=True, device=self.device)
         whole.matched.warn()
         return headed(whole.base, whole.experts, whole.canonical_state(), whole.heads())

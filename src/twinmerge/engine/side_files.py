@@ -62,7 +62,9 @@ def copy_side_files(source: Path | None, folder: Path) -> None:
 def write_config(model: OpenedModel, folder: Path, dtype: str | None) -> None:
     """The model's config where none was copied, naming its class and the dtype that is written."""
     file = folder / "config.json"
-    if model.architecture is not None and not file.exists():  # a model made in memory does not name its class there
+    if (
+        model.architecture is not None and model.config is not None and not file.exists()
+    ):  # made in memory, it names no class
         config = copy.deepcopy(model.architecture.config)
         config.architectures = [model.architecture.model_class.__name__]
         disk.write_text(file, config.to_json_string())

@@ -59,6 +59,10 @@ class Architecture(ABC):
         """The same class with another config, as `to_dict` gives it."""
         raise AssertionError(f"{self.model_class.__name__} has no config")
 
+    def differing(self, base: Architecture) -> dict[str, tuple[Any, Any]]:
+        """What this class computes otherwise than the base's with the same weights, where no config says it: (its own, the base's)."""
+        return {}
+
     @property
     def model_class(self) -> Any:
         """The module's class."""

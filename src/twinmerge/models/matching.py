@@ -268,8 +268,10 @@ def _same_architecture(base: OpenedModel, expert: OpenedModel) -> None:
 
 def _same_sizes(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """What the configs say differently; keys that give the body other tensors or shapes are an error."""
-    if base.config is None or expert.config is None or expert.architecture is None:
+    if base.architecture is None or expert.architecture is None:
         return {}
+    if base.config is None or expert.config is None:
+        return expert.architecture.differing(base.architecture)
     theirs, own = base.config.to_dict(), expert.config.to_dict()
     differences = differing(theirs, own)
     if not differences:

@@ -24,17 +24,18 @@ from twinmerge.store.values import decoded
 
 if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from twinmerge.maths.lowrank import Factors
     from twinmerge.models.adapter import Adapter
     from twinmerge.models.architecture import Architecture
     from twinmerge.models.change import Change
+    from twinmerge.models.torch_module import TorchModel
     from twinmerge.store.ranges import Flat
 
 ModelLike = str | os.PathLike[str] | Any
-"""A path, a hub id, `base+adapter`, a transformers PreTrainedModel or a PeftModel."""
+"""A path, a hub id, `base+adapter`, a transformers PreTrainedModel, a PeftModel, any nn.Module or a `TorchModel`."""
 
 USUAL_TABLES = (
     *("embeddings.weight", "embedding.weight", "embed_tokens.weight", "embed_positions.weight", "embed_in.weight"),
@@ -269,8 +270,17 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
         return _open_module(model, name or type(model).__name__)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return _open_peft(model, name or "PeftModel")
+    if "torch" in sys.modules:
+        from twinmerge.models.torch_module import TorchModel, unwrapped
+
+        if isinstance(model, TorchModel):
+            return _open_torch_model(model, model.name or name)
+        if isinstance(model, sys.modules["torch"].nn.Module):
+            inner = unwrapped(model)
+            return open_model(inner, name) if inner is not model else _open_any_module(model, name)
     raise TwinmergeError(
-        f"Cannot open a {type(model).__name__} as a model. Give a path, a hub id, a PreTrainedModel or a PeftModel."
+        f"Cannot open a {type(model).__name__} as a model. Give a path, a hub id, a PreTrainedModel, a PeftModel, an nn.Module or a "
+        "TorchModel."
     )
 
 
@@ -335,6 +345,27 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
         )
     architecture = TransformersArchitecture(model.config, type(model))
     return _in_memory(name, architecture, tensors)
+
+
+def _open_any_module(model: nn.Module, name: str | None) -> OpenedModel:
+    from twinmerge.models.torch_module import ModuleArchitecture, tensors_of
+
+    name = name or type(model).__name__
+    return _in_memory(name, ModuleArchitecture(model), tensors_of(model.state_dict(), name))
+
+
+def _open_torch_model(model: TorchModel, name: str | None) -> OpenedModel:
+    from twinmerge.models.torch_module import ModuleArchitecture, tensors_of
+
+    architecture = ModuleArchitecture.made_by(model.factory)
+    if isinstance(model.weights, Mapping):
+        name = name or architecture.model_class.__name__
+        return _in_memory(name, architecture, tensors_of(model.weights, name))
+    path = Path(model.weights)
+    checkpoint = Checkpoint([path]) if path.is_file() else Checkpoint.open(locate(os.fspath(path)).folder)
+    opened = _named(name or str(path), checkpoint.specs, architecture, checkpoint)
+    opened.folder, opened.files = path if path.is_dir() else None, checkpoint.files
+    return opened
 
 
 def _in_memory(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> OpenedModel:

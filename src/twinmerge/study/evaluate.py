@@ -147,7 +147,7 @@ def runner_of(
         return open_runner(Path(model), oracle_biases)
     if oracle_biases:
         raise TwinmergeError("A merge is no twin, so there are no biases to hand in. Leave oracle_biases out.")
-    found = model.load()
+    found = model.headed()
     if not found.head_specs and not hasattr(found.body, "num_labels"):
         raise TwinmergeError("The merged model has no heads and is no classifier. Merge classifiers.")
     return StaticRunner(

@@ -145,7 +145,7 @@ def search(
     encoder: TextEncoder | None = None
     trials, rows = [], 0
     for candidate in tqdm(candidates, "searching", delay=1, leave=False, disable=None if progress else True):
-        model = merge.varied(**candidate).load()
+        model = merge.varied(**candidate).headed()
         if encoder is None:
             folder = tokenizer_folder(merge)
             encoder = TextEncoder(folder, positions=position_limit(model.architecture.config))
