@@ -31,9 +31,9 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedModel, RobertaConfig
 
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.opened import open_model
-from twinmerge.twin.features import features
 from twinmerge.twin.package import Package
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import Exclusive
 from twinmerge.twin.twin import Twin
 

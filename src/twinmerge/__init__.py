@@ -20,10 +20,10 @@ _WHERE = {
     "Twin": "twin.twin",
     "TwinOutput": "twin.twin",
     "TwinmergeError": "errors",
-    "compress": "twin.masks",
+    "compress": "twin.masks.build",
     "diff": "engine.diff",
     "evaluate": "study.evaluate",
-    "extract": "twin.extract",
+    "extract": "twin.masks.extract",
     "extract_lora": "engine.lora_extract",
     "merge": "engine.merge",
     "merge_lora": "engine.lora",
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from twinmerge.study.evaluate import evaluate as evaluate
     from twinmerge.study.search import search as search
     from twinmerge.tasks.suite import open_suite as open_suite
-    from twinmerge.twin.extract import extract as extract
-    from twinmerge.twin.masks import compress as compress
+    from twinmerge.twin.masks.build import compress as compress
+    from twinmerge.twin.masks.extract import extract as extract
     from twinmerge.twin.predict import Prediction as Prediction
     from twinmerge.twin.twin import Twin as Twin
     from twinmerge.twin.twin import TwinOutput as TwinOutput

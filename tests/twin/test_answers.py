@@ -14,9 +14,9 @@ from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.features import features
 from twinmerge.twin.predict import Prediction
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.twin import Twin
 
 LABELS = {"e0": ["no", "yes"], "e1": ["bad", "fair", "good"], "e2": ["a", "b", "c", "d"]}

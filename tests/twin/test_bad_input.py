@@ -17,9 +17,9 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.twin.export import export_dense, export_lora
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.mlp import MlpRouter
 from twinmerge.twin.routers.projection import ProjectionRouter
-from twinmerge.twin.routers.router import Router
 from twinmerge.twin.twin import Twin
 
 NOBODY = {

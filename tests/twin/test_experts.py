@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.routers.gaussian import GaussianRouter
-from twinmerge.twin.statistics import FIRST, Statistics
+from twinmerge.twin.routers.kit.aggregates import FIRST, Statistics
 from twinmerge.twin.twin import Twin
 
 RANK = 3

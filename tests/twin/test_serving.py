@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from twinmerge.twin.features import features
-from twinmerge.twin.routers.fit import fit_router
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.features import features
+from twinmerge.twin.routers.kit.fit import fit_router
 from twinmerge.twin.routers.mlp import MlpRouter
 from twinmerge.twin.routers.projection import ProjectionRouter
 from twinmerge.twin.twin import Twin

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.early import layers_of, read_early
-from twinmerge.twin.features import features
+from twinmerge.models.layers import layers_of, read_early
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.twin import Twin
 
 

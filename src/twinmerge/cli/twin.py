@@ -90,7 +90,7 @@ def build(
     """
     from twinmerge.store.output import OutputFolder
     from twinmerge.tasks.suite import open_suite
-    from twinmerge.twin.routers.fit import router_kind
+    from twinmerge.twin.routers.kit.fit import router_kind
     from twinmerge.twin.twin import CHOSEN_FROM, DEFAULT_RANK, Twin
 
     use_threads(threads)

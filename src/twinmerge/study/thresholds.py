@@ -17,8 +17,8 @@ from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
 from twinmerge.study.search import check_split
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.suite import Task
-from twinmerge.twin.extract import unmasked
-from twinmerge.twin.levels import MaskLevels, choose, levels
+from twinmerge.twin.masks.extract import unmasked
+from twinmerge.twin.masks.levels import MaskLevels, choose, levels
 from twinmerge.twin.reading import position_limit
 
 

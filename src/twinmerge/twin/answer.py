@@ -11,10 +11,10 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import rows_of
-from twinmerge.twin.early import Early
-from twinmerge.twin.forward import CacheError, UnseenError
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.planner import distinct_mixtures
+from twinmerge.models.layers import Early
+from twinmerge.twin.mixing.forward import CacheError, UnseenError
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.planner import distinct_mixtures
 from twinmerge.twin.rebuilt import CACHES, Answered, passed, rebuilt
 
 if TYPE_CHECKING:

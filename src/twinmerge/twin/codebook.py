@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.export import Server, export_lora
-from twinmerge.twin.mixture import MixtureLike, mixture_weights
+from twinmerge.twin.mixing.mixture import MixtureLike, mixture_weights
 from twinmerge.twin.split import Exclusive, refuse_masks
 
 if TYPE_CHECKING:

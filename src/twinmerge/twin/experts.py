@@ -19,12 +19,12 @@ from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
 from twinmerge.twin.masked import told_without
-from twinmerge.twin.mixture import index_of
-from twinmerge.twin.novelty import Novelty, limits_of
+from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import Package
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.novelty import Novelty, limits_of
 from twinmerge.twin.split import Exclusive, is_buffer, refuse_masks, split
-from twinmerge.twin.statistics import Statistics
 
 
 def with_expert(package: Package, name: str, model: ModelLike, rank: int, progress: bool = True) -> Package:

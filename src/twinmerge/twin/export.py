@@ -33,7 +33,7 @@ from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin.mixture import index_of, mixture_weights
+from twinmerge.twin.mixing.mixture import index_of, mixture_weights
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin

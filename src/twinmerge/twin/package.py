@@ -32,11 +32,11 @@ from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.masked import MASKS_VERSION, TWIN_VERSION, pack_masks, told_of, unpack_masks
-from twinmerge.twin.routers.fit import router_from
 from twinmerge.twin.routers.gaussian import GaussianRouter
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.fit import router_from
 from twinmerge.twin.split import Exclusive, shared_vectors
-from twinmerge.twin.statistics import Statistics
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
 ROUTER_VERSION, STATISTICS_VERSION = 2, 3  # the first that are sealed

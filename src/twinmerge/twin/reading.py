@@ -14,11 +14,11 @@ from twinmerge.arguments import at_least_one, shown
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.architecture import position_limit as position_limit
 from twinmerge.models.headed import batch_size, rows_of_batch
+from twinmerge.statistics.moments import Moments, input_moments
 from twinmerge.tasks.encode import batches
 from twinmerge.twin.answer import PROMPT
-from twinmerge.twin.features import features
-from twinmerge.twin.mixture import Mixture, index_of, one_hot
-from twinmerge.twin.moments import Moments, input_moments
+from twinmerge.twin.mixing.mixture import Mixture, index_of, one_hot
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import refuse_masks
 
 if TYPE_CHECKING:

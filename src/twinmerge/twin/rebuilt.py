@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import PLACES, batch_size, check_alike, joined, rows_of, rows_of_batch
-from twinmerge.twin.early import Early, resumed
+from twinmerge.models.layers import Early, resumed
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin

@@ -23,9 +23,9 @@ from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
 from twinmerge.twin.compress import balanced, projected_factors
-from twinmerge.twin.converted import Converted
 from twinmerge.twin.experts import models_of
-from twinmerge.twin.mixture import index_of
+from twinmerge.twin.mixing.converted import Converted
+from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import Package
 from twinmerge.twin.reading import Given, read_batches
 from twinmerge.twin.split import Exclusive, refuse_masks

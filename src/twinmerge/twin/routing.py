@@ -11,16 +11,16 @@ from torch import Tensor
 from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.models.headed import batch_size
-from twinmerge.twin.converted import Converted
-from twinmerge.twin.early import Early, called_before
-from twinmerge.twin.features import default_layers, read_states
-from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
+from twinmerge.models.layers import Early, called_before
+from twinmerge.twin.mixing.converted import Converted
+from twinmerge.twin.mixing.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
 from twinmerge.twin.reading import Given, input_directions, layer_count, nothing_much, read_batches
-from twinmerge.twin.routers.calibration import RouterReport
 from twinmerge.twin.routers.entropy import EntropyRouter, unsureness
-from twinmerge.twin.routers.fit import calibrated, fit_router, router_kind
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.calibration import RouterReport
+from twinmerge.twin.routers.kit.features import default_layers, read_states
+from twinmerge.twin.routers.kit.fit import calibrated, fit_router, router_kind
 from twinmerge.twin.routers.projection import ProjectionRouter
-from twinmerge.twin.routers.router import Router
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin

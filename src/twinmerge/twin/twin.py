@@ -22,6 +22,7 @@ from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, architecture_of, batch_size, for_each_row
 from twinmerge.models.heads import heads_of
+from twinmerge.models.layers import depth
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.recipes.recipe import Recipe
@@ -32,19 +33,19 @@ from twinmerge.tasks.encode import TextEncoder
 from twinmerge.twin import package as folder_format
 from twinmerge.twin.answer import answer, keeps_order, positions_of
 from twinmerge.twin.compress import compressed, retained
-from twinmerge.twin.early import depth
 from twinmerge.twin.experts import recipe_of, routed_to, with_expert, without_expert
 from twinmerge.twin.explain import Explanation, explain
-from twinmerge.twin.extract import unmasked
 from twinmerge.twin.generate import Pinned, generate, named, prompt_of
-from twinmerge.twin.mixture import MixtureLike, mixture_weights, one_hot
+from twinmerge.twin.masks.extract import unmasked
+from twinmerge.twin.mixing.mixture import MixtureLike, mixture_weights, one_hot
+from twinmerge.twin.mixing.planner import Planner
+from twinmerge.twin.mixing.runtime import Runtime
 from twinmerge.twin.package import Package
-from twinmerge.twin.planner import Planner
 from twinmerge.twin.predict import predict
 from twinmerge.twin.reading import Given, check_batch, position_limit, read_features, read_moments
 from twinmerge.twin.refine import refined
-from twinmerge.twin.routers.calibration import RouterReport
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.calibration import RouterReport
 from twinmerge.twin.routing import (
     TOP_K,
     PerRow,
@@ -58,7 +59,6 @@ from twinmerge.twin.routing import (
     routed,
     under_autocast,
 )
-from twinmerge.twin.runtime import Runtime
 from twinmerge.twin.score import Score, score
 from twinmerge.twin.split import cut, is_buffer, linear_coefficients, refuse_masks, split, without_parameters
 
@@ -524,7 +524,7 @@ class Twin(nn.Module):
                 "projection" and "entropy", made of the experts alone: with no inputs they are not calibrated.
             layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one, "entropy" none but every
                 expert's answer).
-            null: let the shared model answer what is far from every expert's inputs (`twin/novelty.py`); takes 250 inputs or
+            null: let the shared model answer what is far from every expert's inputs (`twin/routers/kit/novelty.py`); takes 250 inputs or
                 more of an expert. Not for "projection" and "entropy".
 
         Returns:
@@ -581,7 +581,7 @@ class Twin(nn.Module):
             experts_per_row: of the router; the twin's own `experts_per_row` (1) where not given, None for soft mixtures.
             oracle_biases: one expert per row whose biases are used in full whatever the mixture. Only to reproduce the
                 paper's evaluation, which hands the labelled task's biases in.
-            strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/planner.py`); the fastest
+            strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/mixing/planner.py`); the fastest
                 by the planner's reckoning where not given. The answers are the same.
             batch: what the tokenizer or image processor returns.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.base import Router
 
 UNFITTED = 0.05  # temperature, as entropies are shares of the highest one
 

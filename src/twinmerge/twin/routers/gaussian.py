@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twinmerge.twin.novelty import Novelty
-from twinmerge.twin.routers.calibration import fit_temperature
-from twinmerge.twin.routers.linear import LinearRouter
-from twinmerge.twin.statistics import Statistics
+from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.calibration import fit_temperature
+from twinmerge.twin.routers.kit.linear import LinearRouter
+from twinmerge.twin.routers.kit.novelty import Novelty
 
 DRAWN = 2000  # rows of each expert, where a temperature is fitted on drawn ones
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.base import Router
 
 NEIGHBOURS = 10
 BANK = 256  # rows that are kept of each expert

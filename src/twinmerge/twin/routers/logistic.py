@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twinmerge.twin.routers.linear import LinearRouter
+from twinmerge.twin.routers.kit.linear import LinearRouter
 
 RIDGE = 1e-2  # of standardised features; chosen on validation rows of text8
 STEPS = 150  # of LBFGS

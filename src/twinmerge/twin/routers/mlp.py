@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.base import Router
 
 
 class MlpRouter(Router):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.base import Router
 
 ENERGY = 0.95  # of an expert's directions, kept
 UNFITTED = 0.05  # temperature of residuals where no inputs are there to fit it

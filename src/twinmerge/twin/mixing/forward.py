@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import joined
-from twinmerge.twin.converted import Converted
-from twinmerge.twin.glance import Glance
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.parts import Dense, Part
+from twinmerge.twin.mixing.converted import Converted
+from twinmerge.twin.mixing.glance import Glance
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.parts import Dense, Part
 
 
 class Layout(NamedTuple):
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
 
 class UnseenError(Exception):
-    """A module that no look at the model has seen called (see `twin/layout.py`)."""
+    """A module that no look at the model has seen called (see `twin/mixing/layout.py`)."""
 
 
 class CacheError(TwinmergeError):
@@ -266,7 +266,7 @@ class Forward(Seen, ABC):
     # ------------------------------------------------------------------ looked at
 
     def glanced(self, glance: Glance, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The module's own answer while a look is under way (see `twin/layout.py`)."""
+        """The module's own answer while a look is under way (see `twin/mixing/layout.py`)."""
         glance.called.add(self.path)
         tensors = dict(named(args, kwargs))
         with hiding({(m, a): glance.original(m, a) for m, a in self.parts}):

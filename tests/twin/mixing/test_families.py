@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.twin import Twin
 
-_spec = util.spec_from_file_location("families", Path(__file__).parents[1] / "families.py")
+_spec = util.spec_from_file_location("families", Path(__file__).parents[2] / "families.py")
 assert _spec is not None and _spec.loader is not None
 families = util.module_from_spec(_spec)
 import sys  # noqa: E402  (dataclasses look their module up)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twinmerge.twin.forward import Forward, Seen, matrix_of, rows_with_biases
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.parts import Masks
+from twinmerge.twin.mixing.forward import Forward, Seen, matrix_of, rows_with_biases
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.parts import Masks
 
 MAKING = 32  # positions whose product with a matrix takes as long as making it of one expert's mask: 20 to 40 on a CPU
 

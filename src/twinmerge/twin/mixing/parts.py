@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.maths.bits import unpack
-from twinmerge.twin.mixture import Mixture
+from twinmerge.twin.mixing.mixture import Mixture
 
 
 class Low(nn.Module):

@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.headed import HeadedModel
-from twinmerge.twin import moments as module
+from twinmerge.statistics import moments as module
+from twinmerge.statistics.moments import Moments, input_moments
 from twinmerge.twin.compress import components
-from twinmerge.twin.moments import Moments, input_moments
 from twinmerge.twin.twin import Twin
 
 GPT2 = {

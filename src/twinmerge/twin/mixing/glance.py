@@ -1,4 +1,4 @@
-"""One pass over a model in which it is written down what each module is given (see `twin/layout.py`)."""
+"""One pass over a model in which it is written down what each module is given (see `twin/mixing/layout.py`)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.novelty import Novelty
+from twinmerge.twin.routers.kit.novelty import Novelty
 
 
 class Router(nn.Module, ABC):

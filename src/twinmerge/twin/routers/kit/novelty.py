@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from twinmerge.twin.statistics import Statistics
+from twinmerge.twin.routers.kit.aggregates import Statistics
 
 KNOWN = 0.995  # of an expert's own held-out rows, that the null expert must leave alone
 ENOUGH = 50  # held-out rows of an expert; such a quantile cannot be told from fewer

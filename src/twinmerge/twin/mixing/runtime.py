@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel
-from twinmerge.twin.converted import Converted, Slot, converted
-from twinmerge.twin.forward import Apart, Forward, Layout, State, takes_factors
-from twinmerge.twin.layout import Sample, look, read_elsewhere
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.modules import attach
-from twinmerge.twin.parts import Dense, Low, Masks, Part
-from twinmerge.twin.sample import made_up, of_batch, signature
+from twinmerge.twin.mixing.converted import Converted, Slot, converted
+from twinmerge.twin.mixing.forward import Apart, Forward, Layout, State, takes_factors
+from twinmerge.twin.mixing.layout import Sample, look, read_elsewhere
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.modules import attach
+from twinmerge.twin.mixing.parts import Dense, Low, Masks, Part
+from twinmerge.twin.mixing.sample import made_up, of_batch, signature
 from twinmerge.twin.split import Exclusive, Masked, shared_vectors
 
 

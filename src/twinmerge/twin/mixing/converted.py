@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from twinmerge.models.conversion import Conversion, Shape
 
 if TYPE_CHECKING:
-    from twinmerge.twin.parts import Part
+    from twinmerge.twin.mixing.parts import Part
 
 
 class Converted(nn.Module):

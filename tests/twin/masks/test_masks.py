@@ -24,9 +24,9 @@ from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checkpoint_writer import CheckpointWriter
-from twinmerge.twin.extract import extract
-from twinmerge.twin.levels import choose, levels
-from twinmerge.twin.masks import compress
+from twinmerge.twin.masks.build import compress
+from twinmerge.twin.masks.extract import extract
+from twinmerge.twin.masks.levels import choose, levels
 
 SIZES = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
 SIZES |= {
@@ -298,7 +298,7 @@ def test_no_more_than_a_tile_is_read_or_written_at_once(
     monkeypatch.setattr(CheckpointWriter, "write", writing)
     compress(recipe(lab), tmp_path / "out", progress=False, tile=65_536)
     assert largest == {"read": 4 * 65_536, "written": 4 * 65_536}  # the embeddings alone are 72,012 numbers
-    monkeypatch.setattr("twinmerge.twin.extract.RANGE", 65_536)
+    monkeypatch.setattr("twinmerge.twin.masks.extract.RANGE", 65_536)
     extract(tmp_path / "out", "mood", tmp_path / "again")
     assert largest == {"read": largest["read"], "written": 4 * 65_536}
     assert largest["read"] <= 4 * 16 * 65_536  # of the checksums

@@ -22,13 +22,13 @@ from transformers import ResNetConfig, ResNetModel
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.codebook import CodeBook
 from twinmerge.twin.export import export_lora
-from twinmerge.twin.forward import State
 from twinmerge.twin.masked import masked
-from twinmerge.twin.masked_modules import MAKING, apart
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.modules import attach
-from twinmerge.twin.parts import Dense, Masks
-from twinmerge.twin.planner import Machine, Planner
+from twinmerge.twin.mixing.forward import State
+from twinmerge.twin.mixing.masked_modules import MAKING, apart
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.modules import attach
+from twinmerge.twin.mixing.parts import Dense, Masks
+from twinmerge.twin.mixing.planner import Machine, Planner
 from twinmerge.twin.split import Exclusive
 from twinmerge.twin.twin import Twin
 

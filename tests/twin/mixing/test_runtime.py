@@ -24,9 +24,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.features import features
-from twinmerge.twin.mixture import Mixture
+from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.twin import Twin
 
 NAMES = ["bert", "roberta", "vit", "clip_vision", "t5", "gpt2", "gpt2_classifier", "llama", "llama_tied", "mpnet"]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from twinmerge.twin.novelty import Novelty
-from twinmerge.twin.routers.fit import fit_router
 from twinmerge.twin.routers.gaussian import GaussianRouter
-from twinmerge.twin.statistics import Statistics
+from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.fit import fit_router
+from twinmerge.twin.routers.kit.novelty import Novelty
 from twinmerge.twin.twin import Twin
 
 

@@ -16,7 +16,7 @@ from twinmerge.maths.bits import byte_count, pack, plane_at, planes
 from twinmerge.methods.kit.base import Known
 from twinmerge.methods.kit.masks import GRID, Marking, beyond, sizes
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.twin.masks import changed_tensors, in_given_order, mask_merge, walk
+from twinmerge.twin.masks.build import changed_tensors, in_given_order, mask_merge, walk
 
 
 class MaskLevels(NamedTuple):

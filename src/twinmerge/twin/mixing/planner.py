@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.twin.forward import multiplies
-from twinmerge.twin.masked_modules import apart
-from twinmerge.twin.mixture import Block, Mixture
-from twinmerge.twin.parts import Low, Masks
-from twinmerge.twin.runtime import Runtime
+from twinmerge.twin.mixing.forward import multiplies
+from twinmerge.twin.mixing.masked_modules import apart
+from twinmerge.twin.mixing.mixture import Block, Mixture
+from twinmerge.twin.mixing.parts import Low, Masks
+from twinmerge.twin.mixing.runtime import Runtime
 
 STRATEGIES = ("stacked", "grouped", "folded", "rebuild")
 WORTH = 0.95  # a way that touches all weights must be predicted this much faster than one that touches none

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.modules import State, attach
-from twinmerge.twin.parts import Low
-from twinmerge.twin.planner import STRATEGIES, Machine, Planner
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.modules import State, attach
+from twinmerge.twin.mixing.parts import Low
+from twinmerge.twin.mixing.planner import STRATEGIES, Machine, Planner
 from twinmerge.twin.twin import Twin
 
 FAMILIES = ["bert", "roberta", "vit", "clip_vision", "gpt2_classifier", "llama", "llama_tied", "t5"]

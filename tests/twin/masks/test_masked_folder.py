@@ -17,8 +17,8 @@ from transformers import AutoModel, BertConfig, BertForSequenceClassification, B
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.twin.export import export_dense
-from twinmerge.twin.extract import extract
-from twinmerge.twin.masks import compress
+from twinmerge.twin.masks.build import compress
+from twinmerge.twin.masks.extract import extract
 from twinmerge.twin.twin import Twin
 
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}

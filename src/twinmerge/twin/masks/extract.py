@@ -31,7 +31,7 @@ from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.masked import SCALES, TWIN_VERSION
-from twinmerge.twin.mixture import index_of
+from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import TWIN, is_twin
 
 RANGE = 16 * BLOCK  # elements that a thread works on at once

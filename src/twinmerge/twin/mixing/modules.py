@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from twinmerge.twin.converted import Converted
-from twinmerge.twin.forward import (
+from twinmerge.twin.mixing.converted import Converted
+from twinmerge.twin.mixing.forward import (
     Apart,
     Forward,
     State,
@@ -30,9 +30,9 @@ from twinmerge.twin.forward import (
     runs,
     takes_factors,
 )
-from twinmerge.twin.masked_modules import MaskedConv2d, MaskedEmbedding, MaskedLinear
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.parts import Dense, Low, Masks, Part
+from twinmerge.twin.mixing.masked_modules import MaskedConv2d, MaskedEmbedding, MaskedLinear
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.parts import Dense, Low, Masks, Part
 
 RELATIVE_BIAS = ("compute_bias", "compute_position_bias")
 """What T5's kind and MPNet's call their method that turns the table of relative positions into a bias."""

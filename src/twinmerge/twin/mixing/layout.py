@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from twinmerge.twin.forward import Apart, Forward, Layout, State
-from twinmerge.twin.glance import Call, Glance
+from twinmerge.twin.mixing.forward import Apart, Forward, Layout, State
+from twinmerge.twin.mixing.glance import Call, Glance
 
 LEAK = 1e-4  # of the change in the changed row's entries that may be seen elsewhere, beside what is rounded differently
 AXES = (1, 2, 0)  # between an axis of rows and a vector that is free: (rows, positions, width), pictures, (rows, width)

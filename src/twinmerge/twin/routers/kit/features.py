@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, batch_size
-from twinmerge.twin.early import Early, depth, read_early
+from twinmerge.models.layers import Early, depth, read_early
 
 
 def default_layers(layers: int, kind: str, deepest: int | None = None) -> tuple[int, ...]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.features import features
-from twinmerge.twin.routers.calibration import calibration_error, fit_temperature, held_out_split
 from twinmerge.twin.routers.entropy import unsureness
-from twinmerge.twin.routers.fit import fit_router, router_from
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.calibration import calibration_error, fit_temperature, held_out_split
+from twinmerge.twin.routers.kit.features import features
+from twinmerge.twin.routers.kit.fit import fit_router, router_from
 from twinmerge.twin.routers.knn import KnnRouter
 from twinmerge.twin.routers.logistic import LogisticRouter
 from twinmerge.twin.routers.mlp import MlpRouter

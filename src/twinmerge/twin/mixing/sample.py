@@ -1,4 +1,4 @@
-"""Batches to look at a model with (see `twin/layout.py`): made up from its config, or a caller's with one row changed."""
+"""Batches to look at a model with (see `twin/mixing/layout.py`): made up from its config, or a caller's with one row changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.models.headed import PLACES, batch_size
-from twinmerge.twin.layout import Batch, Sample
+from twinmerge.twin.mixing.layout import Batch, Sample
 
 SIZES = ((2, 7), (3, 5))  # rows and words: no number is a multiple of another
 CONTENT = ("input_ids", "decoder_input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")

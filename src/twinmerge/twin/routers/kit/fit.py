@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.twin.novelty import Novelty, limits_of
-from twinmerge.twin.routers.calibration import RouterReport, fit_temperature, held_out_split, report_of
 from twinmerge.twin.routers.entropy import EntropyRouter
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.calibration import RouterReport, fit_temperature, held_out_split, report_of
+from twinmerge.twin.routers.kit.novelty import Novelty, limits_of
 from twinmerge.twin.routers.knn import KnnRouter
 from twinmerge.twin.routers.logistic import LogisticRouter
 from twinmerge.twin.routers.mlp import MlpRouter
 from twinmerge.twin.routers.projection import ProjectionRouter
-from twinmerge.twin.routers.router import Router
-from twinmerge.twin.statistics import Statistics
 
 KINDS: tuple[type[Router], ...] = (
     GaussianRouter,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.glance import LONGEST, prints
+from twinmerge.twin.mixing.glance import LONGEST, prints
 
 IDS = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
