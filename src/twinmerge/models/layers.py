@@ -1,4 +1,7 @@
-"""The first layers of a pass: read for the router and, where no expert changes them, not run a second time."""
+"""The layers of a model of one stack, and a pass through the first of them alone.
+
+The states that such a pass gives are read for a router; a second pass can go on from there, so that no layer runs twice.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, rows_of
 
 
@@ -22,10 +26,24 @@ class _ReachedError(Exception):
     """The layer that a pass was to stop before."""
 
 
+def layer_count(config: Any) -> int:
+    """How many layers a model has.
+
+    Errors:
+        TwinmergeError: its config does not say.
+    """
+    if (count := _count(config)) is None:
+        raise TwinmergeError(f"{type(config).__name__} does not say how many layers it has. Name the router's layers.")
+    return int(count)
+
+
+def _count(config: Any) -> Any:
+    return getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
+
+
 def layers_of(model: HeadedModel) -> Sequence[nn.Module]:
     """The layers of a model of one stack, in their order; none of a model of two stacks, or where they cannot be told."""
-    config = model.architecture.config
-    count = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
+    count = _count(model.architecture.config)
     found = [m for m in model.body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     stacks = [m for m in found if any(True for _ in m[0].children())]
     return list(stacks[0]) if len(stacks) == 1 else []

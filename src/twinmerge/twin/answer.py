@@ -12,7 +12,8 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import rows_of
 from twinmerge.models.layers import Early
-from twinmerge.twin.mixing.forward import CacheError, UnseenError
+from twinmerge.twin.mixing.arguments import CacheError
+from twinmerge.twin.mixing.forward import UnseenError
 from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.mixing.planner import distinct_mixtures
 from twinmerge.twin.rebuilt import CACHES, Answered, passed, rebuilt

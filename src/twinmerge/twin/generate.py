@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
 from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, seeing
-from twinmerge.twin.mixing.forward import CacheError
+from twinmerge.twin.mixing.arguments import CacheError
 from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.mixing.planner import distinct_mixtures
 from twinmerge.twin.rebuilt import CACHES, refuse_whole, separable

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from twinmerge.arguments import at_least_one, shown
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.architecture import position_limit as position_limit
+from twinmerge.models.blocks import block_of
 from twinmerge.models.headed import batch_size, rows_of_batch
 from twinmerge.statistics.moments import Moments, input_moments
 from twinmerge.tasks.encode import batches
@@ -102,7 +103,9 @@ def input_directions(twin: Twin, layer: int) -> list[Tensor]:
     """
     refuse_masks(twin.package.exclusive.values(), "told apart by their low-rank factors")
     modules = {
-        path: m for path, m in twin.model.body.named_modules() if _layer_of(path) == layer and not any(m.children())
+        path: m
+        for path, m in twin.model.body.named_modules()
+        if (block := block_of(path)) is not None and block[1] == layer and not any(m.children())
     }
     seen: list[tuple[str, Tensor]] = []
     handles = []
@@ -131,11 +134,6 @@ def input_directions(twin: Twin, layer: int) -> list[Tensor]:
     return found
 
 
-def _layer_of(path: str) -> int | None:
-    """The first integer component of a module's path."""
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
-
-
 def nothing_much(twin: Twin) -> dict[str, Tensor]:
     """A batch that runs through the model."""
     config = twin.model.architecture.config
@@ -145,15 +143,3 @@ def nothing_much(twin: Twin) -> dict[str, Tensor]:
     ids = torch.zeros(1, 4, dtype=torch.int64)
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in twin.takes and config.is_encoder_decoder else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **decoder}
-
-
-def layer_count(config: Any) -> int:
-    """How many layers a model has.
-
-    Errors:
-        TwinmergeError: its config does not say.
-    """
-    count = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
-    if count is None:
-        raise TwinmergeError(f"{type(config).__name__} does not say how many layers it has. Name the router's layers.")
-    return int(count)

@@ -11,10 +11,10 @@ from torch import Tensor
 from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.models.headed import batch_size
-from twinmerge.models.layers import Early, called_before
+from twinmerge.models.layers import Early, called_before, layer_count
 from twinmerge.twin.mixing.converted import Converted
 from twinmerge.twin.mixing.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
-from twinmerge.twin.reading import Given, input_directions, layer_count, nothing_much, read_batches
+from twinmerge.twin.reading import Given, input_directions, nothing_much, read_batches
 from twinmerge.twin.routers.entropy import EntropyRouter, unsureness
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.calibration import RouterReport

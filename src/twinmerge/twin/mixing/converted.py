@@ -6,15 +6,12 @@ Each stored tensor, the matrix of one expert of a mixture of experts, keeps its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from twinmerge.models.conversion import Conversion, Shape
-
-if TYPE_CHECKING:
-    from twinmerge.twin.mixing.parts import Part
+from twinmerge.twin.mixing.parts import Part
 
 
 class Converted(nn.Module):

@@ -5,17 +5,14 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import joined
+from twinmerge.twin.mixing.arguments import alike, arguments, hiding, named, rows_of_value, tensors_of, together
 from twinmerge.twin.mixing.converted import Converted
 from twinmerge.twin.mixing.glance import Glance
 from twinmerge.twin.mixing.mixture import Mixture
@@ -35,10 +32,6 @@ class Layout(NamedTuple):
 
 class UnseenError(Exception):
     """A module that no look at the model has seen called (see `twin/mixing/layout.py`)."""
-
-
-class CacheError(TwinmergeError):
-    """A module whose rows are to be answered apart is given a cache of all rows."""
 
 
 class State:
@@ -80,47 +73,6 @@ class State:
             yield
         finally:
             self.mixture, self.biases, self.glance = before
-
-
-def multiplies(module: nn.Module) -> bool:
-    """True for nn.Linear and Conv1D, which stores its matrix turned, and for subclasses that compute the same by other means
-    (Falcon's), which is checked on numbers once."""
-    if runs(module, nn.Linear) or isinstance(module, Conv1D):
-        return True
-    if not isinstance(module, nn.Linear):
-        return False
-    if module not in _multiplies:
-        if module.weight.is_meta:
-            return False
-        _multiplies[module] = _is_linear(module)
-    return _multiplies[module]
-
-
-_multiplies: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def _is_linear(module: nn.Linear) -> bool:
-    weight = module.weight
-    x = torch.linspace(-1.0, 2.0, 4 * weight.shape[1], device=weight.device).reshape(2, 2, -1).to(weight)
-    x[1] *= 100
-    with torch.no_grad():
-        try:
-            got, expected = type(module).forward(module, x), F.linear(x, weight, module.bias)
-        except Exception:  # whatever it takes, it takes no x alone
-            return False
-    close = isinstance(got, Tensor) and got.shape == expected.shape
-    return close and torch.allclose(got, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
-
-
-def takes_factors(module: nn.Module) -> bool:
-    """True where a weight of any shape is used as factors."""
-    plain = runs(module, nn.Conv2d) and getattr(module, "groups", 1) == 1
-    return multiplies(module) or isinstance(module, nn.Embedding) or plain
-
-
-def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """The module computes what `kind` computes, also where it is a subclass."""
-    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 class Seen:
@@ -378,124 +330,3 @@ class Apart(Forward):
 def with_rows(value: Tensor, axes: int) -> Tensor:
     """A free parameter with a leading axis of 1."""
     return value.reshape(1, *[1] * axes, -1) if value.dim() == 1 else value
-
-
-# ---------------------------------------------------------------------------------------- arguments and rows
-
-
-def arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every argument by its number or name."""
-    yield from ((str(i), v) for i, v in enumerate(args))
-    yield from kwargs.items()
-
-
-def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The arguments that are tensors with an axis."""
-    return ((name, v) for name, v in arguments(args, kwargs) if isinstance(v, Tensor) and v.dim())
-
-
-def tensors_of(name: str, value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in an argument, tuples included.
-
-    Errors:
-        TwinmergeError: it is something else than tensors and plain values (a cache).
-    """
-    if isinstance(value, Tensor):
-        if value.dim():
-            yield name, value
-    elif isinstance(value, (tuple, list)):
-        for i, one in enumerate(value):
-            yield from tensors_of(f"{name}.{i}", one, path)
-    elif value is not None and not isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
-        raise CacheError(
-            f"The module {path!r} is given a {type(value).__name__}, which cannot be told apart by rows. Say use_cache=False, give "
-            'one mixture for the whole batch, or say strategy="rebuild".'
-        )
-
-
-def rows_of_value(value: Any, rows: slice, times: Mapping[str, int | None], name: str | None = None) -> Any:
-    """Some rows of an argument; times: entries of a row of each tensor in it, None where it is one for all."""
-    if name is None:
-        name = next((n.partition(".")[0] for n in times), "")
-    if isinstance(value, Tensor):
-        each = times.get(name)
-        return value if each is None else value[rows.start * each : rows.stop * each]
-    if isinstance(value, (tuple, list)):
-        return type(value)(rows_of_value(v, rows, times, f"{name}.{i}") for i, v in enumerate(value))
-    return value
-
-
-def together(found: Sequence[Any]) -> Any:
-    """The rows of several answers, one after the other."""
-    first = found[0]
-    if isinstance(first, (tuple, list)):
-        return type(first)(together(parts) for parts in zip(*found, strict=True))
-    if isinstance(first, Tensor):
-        return torch.cat(list(found)) if first.dim() else first
-    return joined(found) if hasattr(first, "keys") else first
-
-
-def alike(a: Any, b: Any) -> bool:
-    """The same numbers, up to rounding."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape:
-            return False
-        if not a.is_floating_point():
-            return torch.equal(a, b)
-        size = float(torch.nan_to_num(b, posinf=0.0, neginf=0.0).abs().max()) if b.numel() else 0.0
-        error = torch.finfo(b.dtype).eps ** 0.5 * max(size, 1e-6)
-        return torch.allclose(a, b, rtol=torch.finfo(b.dtype).eps ** 0.5, atol=error, equal_nan=True)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(alike(x, y) for x, y in zip(a, b, strict=True))
-    if hasattr(a, "keys") and hasattr(b, "keys"):
-        return all(alike(a.get(k), b[k]) for k in b if b[k] is not None)
-    return a is None or b is None or type(a) is type(b)
-
-
-@contextmanager
-def hiding(values: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
-    """Within the context the modules' parameters are these; the parameters themselves are not touched."""
-    with ExitStack() as stack:
-        for (module, attribute), value in values.items():
-            if isinstance(module, nn.RNNBase):  # it reads a list of its weights
-                names, flat = module._flat_weights_names, module._flat_weights
-                module._flat_weights = [value if n == attribute else w for n, w in zip(names, flat, strict=True)]
-                stack.callback(setattr, module, "_flat_weights", flat)
-            else:
-                before = module.__dict__.get(attribute)
-                module.__dict__[attribute] = value
-                stack.callback(_restore, module, attribute, before)
-        yield
-
-
-def _restore(module: nn.Module, attribute: str, before: Tensor | None) -> None:
-    if before is None:
-        module.__dict__.pop(attribute, None)
-    else:
-        module.__dict__[attribute] = before
-
-
-def channels_last(vectors: Tensor, y: Tensor) -> Tensor:
-    """(n, channels) shaped to join an activation (n, ..., channels)."""
-    return vectors.to(y).reshape(len(vectors), *[1] * (y.dim() - 2), -1)
-
-
-def rows_with_biases(module: Any, x: Tensor, biases: Tensor | None) -> Tensor:
-    """What the rows' products of a Linear or Conv1D are added to: the bias of each row in the answer's shape, or zeros.
-
-    Args:
-        x: the module's input (rows, ..., in); biases: w · db (rows or 1, out).
-    """
-    own: Tensor | None = module.bias
-    if own is None:
-        return x.new_zeros(*x.shape[:-1], matrix_of(module).shape[1])
-    if biases is None:
-        return own.repeat(*x.shape[:-1], 1)
-    rows = own + channels_last(biases, x)
-    return rows.expand(*x.shape[:-1], rows.shape[-1]).contiguous()
-
-
-def matrix_of(module: Any, weight: Tensor | None = None) -> Tensor:
-    """The matrix (in, out) that a Linear or Conv1D multiplies its input by; that of another weight where one is given."""
-    found: Tensor = module.weight if weight is None else weight
-    return found if isinstance(module, Conv1D) else found.T

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twinmerge.twin.mixing.forward import Forward, Seen, matrix_of, rows_with_biases
+from twinmerge.twin.mixing.forward import Forward, Seen
+from twinmerge.twin.mixing.kinds import matrix_of, rows_with_biases
 from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.mixing.parts import Masks
 

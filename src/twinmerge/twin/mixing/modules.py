@@ -17,19 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from twinmerge.twin.mixing.arguments import hiding
 from twinmerge.twin.mixing.converted import Converted
-from twinmerge.twin.mixing.forward import (
-    Apart,
-    Forward,
-    State,
-    channels_last,
-    hiding,
-    matrix_of,
-    multiplies,
-    rows_with_biases,
-    runs,
-    takes_factors,
-)
+from twinmerge.twin.mixing.forward import Apart, Forward, State
+from twinmerge.twin.mixing.kinds import channels_last, matrix_of, multiplies, rows_with_biases, runs, takes_factors
 from twinmerge.twin.mixing.masked_modules import MaskedConv2d, MaskedEmbedding, MaskedLinear
 from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.mixing.parts import Dense, Low, Masks, Part

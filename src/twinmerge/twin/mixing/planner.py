@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.twin.mixing.forward import multiplies
+from twinmerge.twin.mixing.kinds import multiplies
 from twinmerge.twin.mixing.masked_modules import apart
 from twinmerge.twin.mixing.mixture import Block, Mixture
 from twinmerge.twin.mixing.parts import Low, Masks

@@ -7,30 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel
 from twinmerge.twin.mixing.converted import Converted, Slot, converted
-from twinmerge.twin.mixing.forward import Apart, Forward, Layout, State, takes_factors
+from twinmerge.twin.mixing.forward import Apart, Forward, Layout, State
+from twinmerge.twin.mixing.gather import Place, gather, places_of, tensors_of
 from twinmerge.twin.mixing.layout import Sample, look, read_elsewhere
 from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.mixing.modules import attach
-from twinmerge.twin.mixing.parts import Dense, Low, Masks, Part
+from twinmerge.twin.mixing.parts import Part
 from twinmerge.twin.mixing.sample import made_up, of_batch, signature
-from twinmerge.twin.split import Exclusive, Masked, shared_vectors
-
-
-class Place(NamedTuple):
-    """Where a parameter is used: a module by its path, and the name that it has there."""
-
-    path: str
-    module: nn.Module
-    attribute: str
+from twinmerge.twin.split import Exclusive, shared_vectors
 
 
 class Runtime(nn.Module):
@@ -59,7 +50,7 @@ class Runtime(nn.Module):
         self.looked: set[frozenset[str]] = set()  # kinds of batches that the model was looked at with
         self.coupled = two_towers(model)
         self._folded: tuple[list[float], list[nn.Parameter]] | None = None  # of one mixture
-        owners = _owners(model)
+        owners = places_of(model)
         names = sorted({n for e in experts for n in e.names})
         if missing := [n for n in names if n not in owners and n not in model.conversions]:
             raise TwinmergeError(
@@ -71,7 +62,7 @@ class Runtime(nn.Module):
             i: name
             for i, e in enumerate(experts)
             for name in names
-            if not all(finite[id(t)] if id(t) in finite else bool(t.isfinite().all()) for t in _tensors(e, name))
+            if not all(finite[id(t)] if id(t) in finite else bool(t.isfinite().all()) for t in tensors_of(e, name))
         }
         changed: dict[str, dict[str, Part | Converted]] = {}
         modules: dict[str, nn.Module] = {}
@@ -79,7 +70,7 @@ class Runtime(nn.Module):
             like = getattr(owners[parameter][0].module, owners[parameter][0].attribute)
             slots = {n: Place(n, Slot(model.shapes[n], like), "part") for n in own}
             whole = Converted(
-                parameter, conversion, model.shapes, {n: _gather(n, experts, slot) for n, slot in slots.items()}
+                parameter, conversion, model.shapes, {n: gather(n, experts, slot) for n, slot in slots.items()}
             )
             self.parts[parameter.replace(".", "/")] = whole
             for place in owners[parameter]:
@@ -87,7 +78,7 @@ class Runtime(nn.Module):
                 modules[place.path] = place.module
                 changed.setdefault(place.path, {})[place.attribute] = whole
         for name in (n for n in names if n not in model.conversions):
-            part = _gather(name, experts, owners[name][0])
+            part = gather(name, experts, owners[name][0])
             self.parts[name.replace(".", "/")] = part
             for place in owners[name]:
                 modules[place.path] = place.module
@@ -356,55 +347,3 @@ def _put(place: Place, parameter: nn.Parameter | None) -> None:
         setattr(place.module, place.attribute, parameter)
     else:
         place.module._parameters[place.attribute] = parameter
-
-
-def _owners(model: HeadedModel) -> dict[str, list[Place]]:
-    """Canonical name of a parameter -> where the body uses it."""
-    owners: dict[str, list[Place]] = {}
-    for path, module in model.body.named_modules():
-        for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False):
-            canonical = model.canonical(f"{path}.{attribute}" if path else attribute)
-            canonical = model.architecture.aliases.get(canonical, canonical)
-            owners.setdefault(canonical, []).append(Place(path, module, attribute))
-    return owners
-
-
-def _tensors(expert: Exclusive, name: str) -> list[Tensor]:
-    if name in expert.low:
-        return [expert.low[name].b, expert.low[name].a]
-    if name in expert.masked:
-        return [expert.masked[name].vector]
-    return [expert.dense[name]] if name in expert.dense else []
-
-
-def _gather(name: str, experts: Sequence[Exclusive], place: Place) -> Part:
-    """The experts' parts of one parameter, in its dtype."""
-    parameter: Tensor = getattr(place.module, place.attribute)
-    if any(name in e.masked for e in experts):
-        return _gather_masks(name, [e.masked.get(name) for e in experts], place, parameter)
-    factors = {i: (e.low[name].b, e.low[name].a) for i, e in enumerate(experts) if name in e.low}
-    if not factors and place.attribute == "weight" and takes_factors(place.module):
-        factors = {i: _own_factors(e.dense[name]) for i, e in enumerate(experts) if name in e.dense}
-    if factors:
-        low = {i: (b.to(parameter), a.to(parameter)) for i, (b, a) in factors.items()}
-        return Low(name, low, len(experts), turned=isinstance(place.module, Conv1D))
-    dense = [e.dense.get(name) for e in experts]
-    return Dense(name, torch.stack([torch.zeros_like(parameter) if d is None else d.to(parameter) for d in dense]))
-
-
-def _gather_masks(name: str, masks: Sequence[Masked | None], place: Place, parameter: Tensor) -> Masks | Dense:
-    """Masks as they are, τ once; a parameter that is a vector, or has an axis of rows to spare, is small and made dense."""
-    multiplied = place.attribute == "weight" and takes_factors(place.module)
-    if (parameter.dim() == 1 or parameter.shape[0] == 1) and not multiplied:
-        dense = [torch.zeros_like(parameter) if m is None else m.dense().to(parameter) for m in masks]
-        return Dense(name, torch.stack(dense))
-    vector = next(m.vector for m in masks if m is not None)
-    bits = [m.bits if m is not None and bool(m.bits.any()) else None for m in masks]
-    return Masks(name, vector.to(parameter), bits, [0.0 if m is None else m.scale for m in masks])
-
-
-def _own_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A single row or column is its own factor."""
-    flat = matrix.flatten(1)
-    one = flat.new_ones(1, 1)
-    return (one, flat) if len(flat) == 1 else (flat, one)
