@@ -55,6 +55,7 @@ MOVED = {
     "twin.routers.linear": "twin.routers.kit.linear",
     "twin.routers.router": "twin.routers.kit.base",
     "twin.runtime": "twin.mixing.runtime",
+    "twin.rebuilt": "twin.mixing.rebuilt",
     "twin.sample": "twin.mixing.sample",
     "twin.statistics": "twin.routers.kit.aggregates",
 }

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.architecture import position_limit
 from twinmerge.models.headed import HeadedModel, architecture_of, load_heads, rows_of_batch
 from twinmerge.models.opened import open_model
 from twinmerge.store.artefact import folder_fingerprint
@@ -22,10 +23,10 @@ from twinmerge.study.scores import Evaluation, Reading, Setting
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.tasks.metrics import Scored
 from twinmerge.tasks.suite import Row, Task, open_suite
+from twinmerge.twin.call import TwinOutput
 from twinmerge.twin.package import is_twin
-from twinmerge.twin.reading import position_limit
 from twinmerge.twin.routing import routed
-from twinmerge.twin.twin import Twin, TwinOutput
+from twinmerge.twin.twin import Twin
 
 BATCH_ROWS = 32
 WINDOW = 16  # batches whose rows are sorted by length together, so that little is padded

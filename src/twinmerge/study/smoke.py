@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.architecture import position_limit
 from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, rows_of_batch
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store.foreign import ROW, lines_of, parse_json
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.texts import read_texts
-from twinmerge.twin.reading import position_limit
 
 MOST_TEXTS = 64
 

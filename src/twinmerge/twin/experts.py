@@ -18,13 +18,33 @@ from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
+from twinmerge.twin.core import Core
 from twinmerge.twin.masked import told_without
 from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import Package
+from twinmerge.twin.reading import Given, read_features
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.novelty import Novelty, limits_of
 from twinmerge.twin.split import Exclusive, is_buffer, refuse_masks, split
+
+
+def added(
+    core: Core, name: str, model: ModelLike, inputs: Given | None, rank: int | None, batch_rows: int, progress: bool
+) -> Package:
+    """A twin's package with one more expert, which its router knows (see `Twin.add`)."""
+    from_experts = core.router is not None and not core.router.needs_inputs
+    if core.router is not None and inputs is None and not from_experts:
+        raise TwinmergeError(f"The router must learn what inputs {name!r} is for. Give inputs of its kind.")
+    own = core.package.provenance.get("twin", {}).get("rank")
+    ranks = [f.rank for part in core.package.exclusive.values() for f in part.low.values()]
+    package = with_expert(core.package_now(), name, model, rank or own or max([1, *ranks]), progress)
+    if inputs is not None and core.router is not None and not from_experts:
+        found = read_features(core, inputs, core.layers, name, batch_rows, progress)
+        if not found:
+            raise TwinmergeError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
+        package = routed_to(package, name, torch.cat(found))
+    return package
 
 
 def with_expert(package: Package, name: str, model: ModelLike, rank: int, progress: bool = True) -> Package:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from twinmerge.engine.card import model_card
 from twinmerge.engine.side_files import NO_SIDE_FILES, PROVENANCE, copy_side_files, write_config
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
@@ -28,7 +29,7 @@ from twinmerge.store.artefact import (
 )
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
-from twinmerge.store.foreign import AGAIN, find, read_json
+from twinmerge.store.foreign import AGAIN, find, read_json, read_text
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.masked import MASKS_VERSION, TWIN_VERSION, pack_masks, told_of, unpack_masks
@@ -86,6 +87,34 @@ def card_of_now(card: str, provenance: Mapping[str, Any]) -> str:
     ]
     lines += [f"- `{name}` went; the shared part was built with it." for name in told.get("removed", ())]
     return card.partition(SINCE)[0] + (SINCE + "\n".join(lines) + "\n" if lines else "")
+
+
+def write(
+    output: OutputFolder,
+    package: Package,
+    side_files: Path | None,
+    sources: Mapping[str, OpenedModel],
+    about: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    """Write a twin folder with its model card.
+
+    Args:
+        side_files: where the tokenizer and its like lie, the card and heads.json of a twin that was read.
+        sources: "base" and the experts' names -> what the twin was built from; empty for one that was read.
+        about: expert -> more keys of its entry in heads.json.
+    """
+    provenance = package.provenance
+    if sources:
+        others = {name: model for name, model in sources.items() if name != "base"}
+        heads = sorted({n for head in package.heads.values() for n in head.tensors})
+        card = model_card(provenance, sources["base"], others, heads, "twin")
+    else:
+        readme = find(side_files, "README.md") if side_files else None
+        card = read_text(readme, advice="Mend it, or take it away.") if readme else "# Twin\n"
+    known = {name: told for name, told in about_of(side_files).items() if name in package.exclusive}
+    for name, more in about.items():
+        known[name] = {**known.get(name, {}), **more}
+    return save(output, package, side_files, card_of_now(card, provenance), known)
 
 
 def is_twin(folder: Path) -> bool:

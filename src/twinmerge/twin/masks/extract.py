@@ -30,7 +30,7 @@ from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin.masked import SCALES, TWIN_VERSION
+from twinmerge.twin.masked import SCALES, TWIN_VERSION, unmasked
 from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import TWIN, is_twin
 
@@ -74,18 +74,6 @@ def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
             if shared.specs[name].numel != length or any(checkpoint.specs[n] != spec for n, spec in wanted.items()):
                 raise ValueError(name)
     return MaskFile(experts, scales, lengths, checkpoint)
-
-
-def unmasked(base: Tensor, vector: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """θ0 + s · m ⊙ τ, rounded once to the base's dtype; the base's own bits where the mask is 0.
-
-    Example:
-        >>> base, vector = torch.tensor([1.0, -0.0, 2.0]), torch.tensor([0.5, 0.5, -4.0])
-        >>> unmasked(base, vector, torch.tensor([True, False, True]), 0.5).tolist()
-        [1.25, -0.0, 0.0]
-    """
-    moved = torch.add(base.double(), vector.double(), alpha=scale).to(base.dtype)
-    return torch.where(mask, moved, base)
 
 
 @strict

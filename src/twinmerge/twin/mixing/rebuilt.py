@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import PLACES, batch_size, check_alike, joined, rows_of, rows_of_batch
+from twinmerge.models.headed import PLACES, HeadedModel, batch_size, check_alike, joined, rows_of, rows_of_batch
 from twinmerge.models.layers import Early, resumed
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
+from twinmerge.twin.mixing.runtime import Runtime
 
 CACHES = ("past_key_values", "cache_params", "mems", "state", "past_buckets_states")
 """What a pass goes on from, of all rows."""
@@ -32,21 +30,26 @@ class Answered(NamedTuple):
 
 
 def passed(
-    twin: Twin, batch: Mapping[str, Any], heads: Sequence[str] | None, early: Early | None, rows: Tensor | None
+    model: HeadedModel, batch: Mapping[str, Any], heads: Sequence[str] | None, early: Early | None, rows: Tensor | None
 ) -> Answered:
     """One pass over some rows, in an order; None for all as they are."""
     if rows is not None:
         batch = rows_of_batch(batch, rows, batch_size(batch))
         heads = None if heads is None else [heads[i] for i in rows.tolist()]
-    with nullcontext() if early is None else resumed(twin.model, early, rows):
-        found = twin.model(batch, heads)
+    with nullcontext() if early is None else resumed(model, early, rows):
+        found = model(batch, heads)
     if heads:
         return Answered(found["output"], found["logits"])
     return Answered(found, getattr(found, "logits", None))
 
 
 def rebuilt(
-    twin: Twin, batch: Mapping[str, Any], heads: Sequence[str] | None, groups: Groups, early: Early | None = None
+    model: HeadedModel,
+    runtime: Runtime,
+    batch: Mapping[str, Any],
+    heads: Sequence[str] | None,
+    groups: Groups,
+    early: Early | None = None,
 ) -> Answered:
     """Answer each group of rows by the model that its mixture makes.
 
@@ -58,17 +61,17 @@ def rebuilt(
         TwinmergeError: labels or a cache beside several mixtures.
     """
     if len(groups) == 1:
-        with twin.runtime.folded(groups[0][0]):
-            return passed(twin, batch, heads, early, None)
+        with runtime.folded(groups[0][0]):
+            return passed(model, batch, heads, early, None)
     refuse_whole(batch)
     size = batch_size(batch)
-    if twin.runtime.coupled:
-        return _towers(twin, batch, groups, size)
+    if runtime.coupled:
+        return _towers(model, runtime, batch, groups, size)
     found = []
-    apart = heads is not None or separable(twin, batch)
+    apart = heads is not None or separable(model, batch)
     for mixture, rows in groups:
-        with twin.runtime.folded(mixture):
-            found.append(passed(twin, batch, heads, early, rows if apart else None))
+        with runtime.folded(mixture):
+            found.append(passed(model, batch, heads, early, rows if apart else None))
     if not apart:
         output = _chosen([f.output for f in found], groups, size)
         return Answered(output, getattr(output, "logits", None))
@@ -79,11 +82,11 @@ def rebuilt(
     return Answered(output, None if logits is None else logits.index_select(0, back))
 
 
-def separable(twin: Twin, batch: Mapping[str, Any]) -> bool:
+def separable(model: HeadedModel, batch: Mapping[str, Any]) -> bool:
     """Whether a row's inputs are that row of every tensor, or one for all."""
     size = batch_size(batch)
     tensors = [v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and k not in PLACES]
-    config = twin.model.architecture.config
+    config = model.architecture.config
     several = hasattr(config, "vision_config") or hasattr(config, "audio_config")
     words = all(
         k in ("input_ids", "attention_mask", "token_type_ids") for k, v in batch.items() if isinstance(v, Tensor)
@@ -123,8 +126,8 @@ def _chosen(outputs: Sequence[Any], groups: Groups, size: int) -> Any:
     return None if hasattr(first, "update") else first
 
 
-def _towers(twin: Twin, batch: Mapping[str, Any], groups: Groups, size: int) -> Answered:
-    body = twin.model.body
+def _towers(model: HeadedModel, runtime: Runtime, batch: Mapping[str, Any], groups: Groups, size: int) -> Answered:
+    body = model.body
     children = list(body.named_children())
     found: list[dict[str, list[Any]]] = []
     for mixture, _ in groups:
@@ -134,8 +137,8 @@ def _towers(twin: Twin, batch: Mapping[str, Any], groups: Groups, size: int) -> 
             for name, child in children
         ]
         try:
-            with twin.runtime.folded(mixture):
-                passed(twin, batch, None, None, None)
+            with runtime.folded(mixture):
+                passed(model, batch, None, None, None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -148,8 +151,8 @@ def _towers(twin: Twin, batch: Mapping[str, Any], groups: Groups, size: int) -> 
         )
     outputs = []
     for mixture, _ in groups:
-        with twin.runtime.folded(mixture), _giving({child: given[name] for name, child in children if name in given}):
-            outputs.append(passed(twin, batch, None, None, None).output)
+        with runtime.folded(mixture), _giving({child: given[name] for name, child in children if name in given}):
+            outputs.append(passed(model, batch, None, None, None).output)
     output = _chosen(outputs, groups, size)
     return Answered(output, getattr(output, "logits", None))
 
