@@ -242,7 +242,7 @@ def routing(name: str, model: PreTrainedModel, twin: Twin, rows: int, tokens: in
         for one, layers in ((single, (layer,)), (twin, (int(model.config.num_hidden_layers),))):
             z = features(one.model, batch, layers)
             weight = torch.randn(len(twin.experts), z.shape[1], generator=torch.Generator().manual_seed(3)).to(DEVICE)
-            one.router, one.layers = GaussianRouter(weight, -(z @ weight.T).mean(0)).to(DEVICE), layers
+            one.router, one.layers = GaussianRouter().of(weight, -(z @ weight.T).mean(0)).to(DEVICE), layers
         given = {id(t): t.route(batch) for t in (single, twin)}
         ways: dict[str, Callable[[], Any]] = {
             "static": lambda: model(**batch),

@@ -184,9 +184,9 @@ def test_heads_of_different_kinds_cannot_share_a_batch(lab: Any) -> None:
 def routers() -> dict[str, Router]:
     """Of three experts and eight features each."""
     return {
-        "gaussian": GaussianRouter(torch.ones(3, 8), torch.zeros(3)),
-        "mlp": MlpRouter(8, 3),
-        "projection": ProjectionRouter.from_bases(list(torch.eye(8)[:, :6].split(2, 1))),
+        "gaussian": GaussianRouter().of(torch.ones(3, 8), torch.zeros(3)),
+        "mlp": MlpRouter().sized(8, 3),
+        "projection": ProjectionRouter().from_bases(list(torch.eye(8)[:, :6].split(2, 1))),
     }
 
 

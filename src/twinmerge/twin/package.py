@@ -33,7 +33,6 @@ from twinmerge.store.foreign import AGAIN, find, read_json, read_text
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.masked import MASKS_VERSION, TWIN_VERSION, pack_masks, told_of, unpack_masks
-from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.fit import router_from
@@ -141,8 +140,7 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
             save_heads(partial, package.heads, base, about, package.codec)
         if package.router is not None:
             save_artefact(partial / ROUTER, _pack_router(package, base))
-            statistics = getattr(package.router, "statistics", None)
-            if statistics is not None:
+            if (statistics := package.router.statistics) is not None:
                 save_artefact(
                     partial / STATISTICS,
                     Artefact("router statistics", STATISTICS_VERSION, base, *statistics.packed()),
@@ -192,7 +190,7 @@ def load(folder: Path) -> Package:
             raise TwinmergeError(
                 f"{folder / ROUTER} chooses between {router.shape[0]} experts, the twin has {len(exclusive)}. Fit it again."
             )
-    if isinstance(router, GaussianRouter) and find(folder, STATISTICS):
+    if router is not None and router.keeps_statistics and find(folder, STATISTICS):
         kept = load_artefact(folder / STATISTICS, "router statistics", STATISTICS_VERSION, base)
         with undamaged(folder / STATISTICS):
             router.statistics = Statistics.unpacked(kept.header, kept.tensors)
@@ -296,7 +294,7 @@ def _pack_router(package: Package, base: str) -> Artefact:
     router = package.router
     assert router is not None
     header: dict[str, Any] = {"router": router.kind, "layers": list(package.layers), "report": package.report}
-    header |= router.header()
+    header |= router.header() | ({"options": options} if (options := router.options()) else {})
     return Artefact("router", ROUTER_VERSION, base, header, dict(router.state_dict()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,12 +19,10 @@ from twinmerge.twin.mixing.converted import Converted
 from twinmerge.twin.mixing.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
 from twinmerge.twin.package import Package
 from twinmerge.twin.reading import Given, check_batch, input_directions, probe, read_batches
-from twinmerge.twin.routers.entropy import EntropyRouter, unsureness
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.calibration import RouterReport
-from twinmerge.twin.routers.kit.features import default_layers, read_states
-from twinmerge.twin.routers.kit.fit import calibrated, fit_router, router_kind
-from twinmerge.twin.routers.projection import ProjectionRouter
+from twinmerge.twin.routers.kit.features import read_states
+from twinmerge.twin.routers.kit.fit import calibrated, fit_router
 from twinmerge.twin.split import without_parameters
 
 CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "free")
@@ -127,12 +126,10 @@ def routed(core: Core, batch: Mapping[str, Any], experts_per_row: int | None) ->
         return Routed(weights, nearest, early if early is not None and _goes_on(core, batch) else None)
 
 
-def _read(
-    core: Core, router: Router | type[Router], layers: Sequence[int], batch: Mapping[str, Any]
-) -> tuple[Tensor, Early | None]:
-    """What a kind of router reads of a batch, and what the first layers gave where it reads no more."""
+def _read(core: Core, router: Router, layers: Sequence[int], batch: Mapping[str, Any]) -> tuple[Tensor, Early | None]:
+    """What a router reads of a batch, and what the first layers gave where it reads no more."""
     if router.reads == "answers":
-        return answers(core, batch), None
+        return answers(core, batch, router), None
     return read_states(core.model, batch, layers, router.spreads)
 
 
@@ -182,23 +179,22 @@ def changed_before(core: Core, layer: int) -> set[str]:
 def fitted(
     core: Core,
     inputs: Mapping[str, Given],
-    kind: str,
+    router: Router,
     layers: Sequence[int] | None,
     null: bool,
     seed: int,
     batch_rows: int,
     progress: bool,
-) -> tuple[Router, tuple[int, ...], RouterReport | None]:
-    """A router, the layers that it reads, and how held-out rows were routed (see `Twin.fit_router`)."""
+) -> tuple[tuple[int, ...], RouterReport | None]:
+    """Fit a router; the layers that it reads, and how held-out rows were routed (see `Twin.fit_router`)."""
     for name in inputs:
         index_of(name, core.experts)
-    made = router_kind(kind)
-    if made.reads == "answers":
+    if router.reads == "answers":
         if layers is not None:
-            raise TwinmergeError(f"The {kind} router reads the experts' answers, no layers. Leave layers out.")
+            raise TwinmergeError(f"The {router.kind} router reads the experts' answers, no layers. Leave layers out.")
         layers = ()
     elif layers is None:
-        layers = default_layers(layer_count(core.model.architecture.config), kind, core.first_layer)
+        layers = router.default_layers(layer_count(core.model.architecture.config), core.first_layer)
     layers = tuple(int(layer) for layer in layers)
     rows: list[Tensor] = []
     owners: list[int] = []
@@ -206,14 +202,13 @@ def fitted(
         if (given := inputs.get(name)) is not None:
             given_batches = read_batches(core, given, name, batch_rows, progress)
             with torch.no_grad():
-                read = [_read(core, made, layers, batch)[0] for batch in given_batches]
+                read = [_read(core, router, layers, batch)[0] for batch in given_batches]
             rows += read
             owners += [k] * sum(len(f) for f in read)
     whose = torch.tensor(owners)
-    if not made.needs_inputs:
-        from_experts = _of_experts(core, made, layers)
-        report = calibrated(from_experts, torch.cat(rows), whose, core.experts) if rows else None
-        return from_experts, tuple(layers), report
+    if not router.needs_inputs:
+        router.of_experts(core.experts, layers, partial(input_directions, core))
+        return layers, calibrated(router, torch.cat(rows), whose, core.experts) if rows else None
     if not rows:
         raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
     found = torch.cat(rows)
@@ -221,23 +216,13 @@ def fitted(
         raise TwinmergeError(
             "To the model the inputs are all alike, so no router can tell them apart. Give different ones."
         )
-    novel = found.shape[1] // (len(layers) * (2 if made.spreads else 1)) if null else 0
+    novel = found.shape[1] // (len(layers) * (2 if router.spreads else 1)) if null and layers else 0
     with torch.random.fork_rng(devices=[]):
-        router, report = fit_router(kind, found, whose, core.experts, seed, novel)
-    return router, tuple(layers), report
+        return layers, fit_router(router, found, whose, core.experts, seed, novel)
 
 
-def _of_experts(core: Core, kind: type[Router], layers: Sequence[int]) -> Router:
-    """A router that is made of the experts alone."""
-    if kind is EntropyRouter:
-        return EntropyRouter(len(core.experts))
-    if len(layers) != 1:
-        raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
-    return ProjectionRouter.from_bases(input_directions(core, layers[0]))
-
-
-def answers(core: Core, batch: Mapping[str, Any]) -> Tensor:
-    """(rows, experts): how unsure each expert's own answer is (see `routers/entropy.py`)."""
+def answers(core: Core, batch: Mapping[str, Any], router: Router) -> Tensor:
+    """(rows, experts): what a router reads of each expert's own answer."""
     left_out = (*WANTS_ALL_LAYERS, "past_key_values", "return_dict")
     given = {k: v for k, v in batch.items() if k not in left_out}
     check_names(core, given)
@@ -249,8 +234,10 @@ def answers(core: Core, batch: Mapping[str, Any]) -> Tensor:
         own = planned(core, given, heads_of_rows(core, None, [name] * size), weights)[0]
         logits = own.logits if own.logits is not None else getattr(own.output, "logits", None)
         if logits is None:
-            raise TwinmergeError("The entropy router reads answers, and this twin gives none. Choose another router.")
-        found.append(unsureness(logits, given.get("input_ids"), given.get("attention_mask")))
+            raise TwinmergeError(
+                f"The {router.kind} router reads answers, and this twin gives none. Choose another router."
+            )
+        found.append(router.read_answer(logits, given.get("input_ids"), given.get("attention_mask")))
     return torch.stack(found, 1)
 
 

@@ -26,6 +26,7 @@ from twinmerge.twin.package import Package
 from twinmerge.twin.reading import Given, read_moments
 from twinmerge.twin.refine import refined
 from twinmerge.twin.routers.kit.calibration import RouterReport
+from twinmerge.twin.routers.kit.registry import make_router
 from twinmerge.twin.routing import fitted, single_pass
 from twinmerge.twin.served import Served
 from twinmerge.twin.split import cut, is_buffer, linear_coefficients, refuse_masks, split
@@ -299,7 +300,7 @@ class Twin(Served):
             return self.with_package(package)
         twin = self.with_package(package._replace(router=None, layers=(), report=None))
         if len(twin.experts) > 1:
-            twin.fit_router(kind=self.router.kind, layers=self.layers or None)
+            twin.fit_router(kind=self.router.kind, options=self.router.options(), layers=self.layers or None)
         return twin
 
     @strict
@@ -329,7 +330,8 @@ class Twin(Served):
         options = {"shared": recipe.method, "heads": recipe.heads, "progress": progress, **recipe.parameters}
         twin = Twin.build(recipe.base, recipe.experts, rank, **options)._acting_from(self.first_layer)
         if inputs is not None:
-            twin.fit_router(inputs, self.router.kind if self.router else "gaussian", progress=progress)
+            kind, own = (self.router.kind, self.router.options()) if self.router else ("gaussian", None)
+            twin.fit_router(inputs, kind, options=own, progress=progress)
         return twin.compress(**limits) if limits else twin
 
     def _acting_from(self, layer: int | None) -> Twin:
@@ -350,6 +352,7 @@ class Twin(Served):
         inputs: Mapping[str, Given] | None = None,
         kind: str = "gaussian",
         *,
+        options: Mapping[str, Any] | None = None,
         layers: Sequence[int] | None = None,
         null: bool = True,
         seed: int = 0,
@@ -363,6 +366,7 @@ class Twin(Served):
             kind: "gaussian" (closed form, early layers beside the last; experts can come and go); "logistic" (the same layers, often
                 a little better, most of all on early layers); "mlp" (the paper's, last layer); "knn" (keeps examples);
                 "projection" and "entropy", made of the experts alone: with no inputs they are not calibrated.
+            options: of that kind: option -> value (`twinmerge twin routers` lists them).
             layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one, "entropy" none but every
                 expert's answer).
             null: let the shared model answer what is far from every expert's inputs (`twin/routers/kit/novelty.py`); takes 250 inputs or
@@ -374,8 +378,9 @@ class Twin(Served):
         Errors:
             TwinmergeError: an expert without inputs, unknown names, too few of them.
         """
-        found = fitted(self, inputs or {}, kind, layers, null, seed, batch_rows, progress)
-        self.router, self.layers, report = found
+        router = make_router(kind, options)
+        layers, report = fitted(self, inputs or {}, router, layers, null, seed, batch_rows, progress)
+        self.router, self.layers = router, layers
         self.warn_truncated()
         told = report._asdict() if report else None
         self.package = self.package._replace(router=self.router, layers=self.layers, report=told)

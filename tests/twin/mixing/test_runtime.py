@@ -261,7 +261,7 @@ def routed(lab: Any) -> Twin:
     case = lab.case("bert")
     twin = case.twin(3)
     generator = torch.Generator().manual_seed(4)
-    twin.router = GaussianRouter(torch.randn(3, 64, generator=generator), torch.zeros(3))
+    twin.router = GaussianRouter().of(torch.randn(3, 64, generator=generator), torch.zeros(3))
     twin.layers = (1, 2)
     return twin
 

@@ -11,9 +11,18 @@ import torch
 
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.calibration import RouterReport
 from twinmerge.twin.routers.kit.fit import fit_router
 from twinmerge.twin.routers.kit.novelty import Novelty
+from twinmerge.twin.routers.kit.registry import make_router
 from twinmerge.twin.twin import Twin
+
+
+def fitted(kind: str, z: Tensor, owners: Tensor, experts: list[str], **how: int) -> tuple[Router, RouterReport]:
+    """A router of that name and its report."""
+    router = make_router(kind)
+    return router, fit_router(router, z, owners, experts, **how)
 
 
 def blobs(rows: int, seed: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +48,7 @@ def test_distances_are_mahalanobis_by_hand() -> None:
 def test_check32_far_rows_are_nobodys_and_near_rows_are_not(kind: str) -> None:
     """Check 32: far from all experts Σw ≤ 0.2 (0 here); in-domain at most 2 % are refused, all others have Σw = 1."""
     z, owners = blobs(600, 1)
-    router, report = fit_router(kind, z, owners, ["a", "b", "c"], novel=16)
+    router, report = fitted(kind, z, owners, ["a", "b", "c"], novel=16)
     fresh, _ = blobs(2000, 2)
     assert report.refused <= 0.02
     assert router.far(fresh).float().mean() <= 0.02
@@ -51,7 +60,7 @@ def test_check32_far_rows_are_nobodys_and_near_rows_are_not(kind: str) -> None:
 
 def test_few_rows_set_no_limit() -> None:
     z, owners = blobs(100, 1)
-    router, report = fit_router("gaussian", z, owners, ["a", "b", "c"], novel=16)
+    router, report = fitted("gaussian", z, owners, ["a", "b", "c"], novel=16)
     assert not router.far(1e6 + z).any() and report.refused == 0
 
 
@@ -84,9 +93,9 @@ def test_limits_keep_their_unit_when_an_expert_of_another_spread_comes() -> None
     the unit of one fit."""
     z, owners = blobs(400, 5)
     two = owners < 2
-    router, _ = fit_router("gaussian", z[two], owners[two], ["a", "b"], novel=16)
+    router, _ = fitted("gaussian", z[two], owners[two], ["a", "b"], novel=16)
     narrow = z[~two] * torch.linspace(1e-3, 1, 16)  # its smallest directions are what the root is largest in
-    changed = GaussianRouter.changed(router.statistics.with_expert("c", narrow))
+    changed = GaussianRouter().changed(router.statistics.with_expert("c", narrow))
     fresh, kind = blobs(1000, 6)
     assert changed.far(fresh[kind < 2]).float().mean() <= 0.02
 
@@ -95,7 +104,7 @@ def test_limits_come_and_go_with_experts() -> None:
     """Check 31: an added expert has the limit of its own rows; taken out again, everything is as it was to the bit."""
     z, owners = blobs(400, 5)
     two = owners < 2
-    router, _ = fit_router("gaussian", z[two], owners[two], ["a", "b"], novel=16)
+    router, _ = fitted("gaussian", z[two], owners[two], ["a", "b"], novel=16)
     kept: Statistics = router.statistics
     assert set(kept.limits) == {"a", "b"} and all(math.isfinite(v) for v in kept.limits.values())
     more = kept.with_expert("c", z[~two])

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.routers.entropy import unsureness
 from twinmerge.twin.routers.gaussian import GaussianRouter
-from twinmerge.twin.routers.kit.calibration import calibration_error, fit_temperature, held_out_split
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.calibration import RouterReport, calibration_error, fit_temperature, held_out_split
 from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.routers.kit.fit import fit_router, router_from
+from twinmerge.twin.routers.kit.registry import make_router
 from twinmerge.twin.routers.knn import KnnRouter
 from twinmerge.twin.routers.logistic import LogisticRouter
 from twinmerge.twin.routers.mlp import MlpRouter
@@ -24,6 +26,12 @@ from twinmerge.twin.routers.projection import ProjectionRouter
 from twinmerge.twin.twin import Twin
 
 EXPERTS = [f"e{i}" for i in range(8)]
+
+
+def fitted(kind: str, z: Tensor, owners: Tensor, experts: list[str], **how: int) -> tuple[Router, RouterReport]:
+    """A router of that name and its report."""
+    router = make_router(kind)
+    return router, fit_router(router, z, owners, experts, **how)
 
 
 def blobs(seed: int, rows: int, separation: float = 6.0, classes: int = 8, width: int = 64) -> tuple[Tensor, Tensor]:
@@ -41,7 +49,7 @@ def blobs(seed: int, rows: int, separation: float = 6.0, classes: int = 8, width
 def test_check18_size_of_the_papers_router(width: int, experts: int, count: int) -> None:
     """Check 18: the MLP has the authors' number of parameters."""
     with torch.device("meta"):
-        router = MlpRouter(width, experts)
+        router = MlpRouter().sized(width, experts)
     assert sum(p.numel() for p in router.parameters()) == count
     kinds = [type(m).__name__ for m in router.net]
     assert kinds == ["Linear", "BatchNorm1d", "LeakyReLU", "Dropout"] * 2 + ["Linear"]
@@ -51,7 +59,7 @@ def test_check18_size_of_the_papers_router(width: int, experts: int, count: int)
 def test_check18_weights(kind: str) -> None:
     """Check 18: w ≥ 0 with sum 1; a row's weights do not depend on the batch, nor on the calls before."""
     z, owners = blobs(1, 20)
-    router, _ = fit_router(kind, z, owners, EXPERTS)
+    router, _ = fitted(kind, z, owners, EXPERTS)
     for k in (None, 1, 3):
         w = router.weights(z, k)
         assert (w >= 0).all() and (w.sum(1) - 1).abs().max() <= 1e-6
@@ -74,15 +82,15 @@ def test_check19_learns_blobs(kind: str) -> None:
     bayes = (torch.cdist(fresh, 6.0 * means).argmin(1) == truth).double().mean()
     assert bayes >= 0.995
     assert MlpRouter.epochs == 10
-    router, report = fit_router(kind, z, owners, EXPERTS, seed=3)
+    router, report = fitted(kind, z, owners, EXPERTS, seed=3)
     assert (router.weights(fresh).argmax(1) == truth).double().mean() >= 0.98
     assert report.rows == 320 and report.right >= 0.98
     assert set(report.right_by_expert) == set(EXPERTS)
     assert sum(map(sum, report.confusion)) == 320 and [sum(r) for r in report.confusion] == [40] * 8
-    again, _ = fit_router(kind, z, owners, EXPERTS, seed=3)
+    again, _ = fitted(kind, z, owners, EXPERTS, seed=3)
     state, same = router.state_dict(), again.state_dict()
     assert all(torch.equal(t, same[n]) for n, t in state.items())
-    other, _ = fit_router(kind, z, owners, EXPERTS, seed=4)
+    other, _ = fitted(kind, z, owners, EXPERTS, seed=4)
     assert any(not torch.equal(t, other.state_dict()[n]) for n, t in state.items())
 
 
@@ -93,7 +101,7 @@ def test_check19_permuted_labels_teach_nothing(kind: str) -> None:
     shuffled = owners[torch.randperm(len(owners), generator=torch.Generator().manual_seed(5))]
     fresh, truth = blobs(2, 200)
     shuffled_truth = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(6))]
-    router, _ = fit_router(kind, z, shuffled, EXPERTS)
+    router, _ = fitted(kind, z, shuffled, EXPERTS)
     right = (router.weights(fresh).argmax(1) == shuffled_truth).double().mean()
     assert right == pytest.approx(0.125, abs=0.04)
 
@@ -115,7 +123,7 @@ def test_check19_held_out_rows_are_not_trained_on() -> None:
     spoiled = z.clone()
     spoiled[held] = 1e3 * torch.randn(len(held), 64, generator=torch.Generator().manual_seed(0))
     for kind in ("gaussian", "logistic", "mlp", "knn"):
-        a, b = fit_router(kind, z, owners, EXPERTS)[0], fit_router(kind, spoiled, owners, EXPERTS)[0]
+        a, b = fitted(kind, z, owners, EXPERTS)[0], fitted(kind, spoiled, owners, EXPERTS)[0]
         assert all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items() if n != "temperature")
 
 
@@ -124,7 +132,7 @@ def test_check19_remainder_of_one_row(rows: int) -> None:
     """Check 19: BatchNorm has no spread of a single row; the authors' code crashes on such a remainder."""
     assert rows % MlpRouter.batch == 1
     z, owners = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0)), torch.arange(rows) % 2
-    router = MlpRouter.fit(z, owners, ["a", "b"])
+    router = MlpRouter().fit(z, owners, ["a", "b"])
     assert all(t.isfinite().all() for t in router.state_dict().values())
 
 
@@ -157,7 +165,7 @@ def test_check21_temperature() -> None:
 def test_check21_report_of_a_fit() -> None:
     """Check 21: the report says what the temperature did on the held-out rows."""
     z, owners = blobs(1, 30, separation=2.0)
-    router, report = fit_router("gaussian", z, owners, EXPERTS)
+    router, report = fitted("gaussian", z, owners, EXPERTS)
     assert report.nll_calibrated < report.nll and report.ece_calibrated <= report.ece
     assert report.temperature == pytest.approx(float(router.temperature)) and report.temperature != 1
     soft = router.weights(z, None)
@@ -167,7 +175,7 @@ def test_check21_report_of_a_fit() -> None:
 def test_check21_limits_of_the_temperature() -> None:
     """Check 21: T → 0 is the top-1 path, T → ∞ is 1/T for every expert."""
     z, owners = blobs(1, 20, separation=2.0)
-    router, _ = fit_router("gaussian", z, owners, EXPERTS)
+    router, _ = fitted("gaussian", z, owners, EXPERTS)
     top = router.weights(z, 1)
     router.temperature.fill_(1e-6)
     assert (router.weights(z, None) - top).abs().max() <= 1e-6
@@ -192,11 +200,11 @@ def test_check20_projection_and_centroid_routers_find_the_subspace() -> None:
     owners = torch.arange(8).repeat_interleave(60)
     z = torch.stack([bases[k] @ (1 + 0.3 * torch.randn(6, generator=generator)) for k in owners.tolist()])
     z = z + 0.1 * z.norm(dim=1, keepdim=True) / 8 * torch.randn(z.shape, generator=generator)
-    router = ProjectionRouter.from_bases([3 * v @ torch.randn(6, 60, generator=generator) for v in bases])
+    router = ProjectionRouter().from_bases([3 * v @ torch.randn(6, 60, generator=generator) for v in bases])
     assert (router.weights(z).argmax(1) == owners).double().mean() >= 0.95
-    turned = ProjectionRouter.from_bases([v * torch.tensor([1.0, -1, 1, -1, -1, 1]) for v in bases])
+    turned = ProjectionRouter().from_bases([v * torch.tensor([1.0, -1, 1, -1, -1, 1]) for v in bases])
     torch.testing.assert_close(turned.logits(z), router.logits(z), rtol=1e-4, atol=1e-4)
-    centroid = GaussianRouter.fit(z[::2], owners[::2], [str(k) for k in range(8)])
+    centroid = GaussianRouter().fit(z[::2], owners[::2], [str(k) for k in range(8)])
     assert (centroid.weights(z[1::2]).argmax(1) == owners[1::2]).double().mean() >= 0.95
 
 
@@ -320,7 +328,7 @@ def test_fit_router_refuses_one_expert_and_unknown_kinds(lab: Any) -> None:
 def test_router_of_a_later_release_is_refused() -> None:
     with pytest.raises(TwinmergeError, match="kind 'forest'"):
         router_from("forest", {}, {})
-    router = GaussianRouter(torch.ones(2, 3), torch.zeros(2))
+    router = GaussianRouter().of(torch.ones(2, 3), torch.zeros(2))
     with pytest.raises(TwinmergeError, match="do not fit its kind 'gaussian'"):
         router_from("gaussian", {}, {k: v for k, v in router.state_dict().items() if k != "temperature"})
 
@@ -331,10 +339,10 @@ def test_router_of_a_later_release_is_refused() -> None:
 def test_knn_of_eight_blobs_and_what_it_keeps() -> None:
     z, owners = blobs(1, 400, classes=8)
     fresh, truth = blobs(2, 50)
-    router = KnnRouter.fit(z, owners, EXPERTS)
+    router = KnnRouter().fit(z, owners, EXPERTS)
     assert (router.weights(fresh).argmax(1) == truth).double().mean() >= 0.98
     assert router.bank.shape == (8 * 256, 64) and torch.bincount(router.owners).tolist() == [256] * 8
-    few = KnnRouter.fit(z[:24], owners[:24], EXPERTS)
+    few = KnnRouter().fit(z[:24], owners[:24], EXPERTS)
     assert few.bank.shape == (24, 64) and bool(few.logits(fresh).isfinite().all())
 
 
@@ -422,7 +430,7 @@ def test_logistic_router_reads_means_and_spreads(lab: Any, tmp_path: Path) -> No
 
 def test_logistic_regression_is_the_minimum_of_its_loss() -> None:
     z, owners = blobs(1, 30, separation=2.0, classes=3, width=8)
-    router = LogisticRouter.fit(5 + 3 * z, owners, EXPERTS[:3])
+    router = LogisticRouter().fit(5 + 3 * z, owners, EXPERTS[:3])
     spread = (5 + 3 * z).std(0)
 
     def loss(weight: Tensor, bias: Tensor) -> float:

@@ -1,1 +1,1 @@
-"""Routers: from what a twin reads of an input to one logit for each expert. One file for each kind."""
+"""Routers: from what a twin reads of an input to one logit for each expert. One file for each, found by its name."""

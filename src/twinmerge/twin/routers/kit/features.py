@@ -13,30 +13,6 @@ from twinmerge.models.headed import HeadedModel, batch_size
 from twinmerge.models.layers import Early, depth, read_early
 
 
-def default_layers(layers: int, kind: str, deepest: int | None = None) -> tuple[int, ...]:
-    """Which hidden states (0 is the embedding): three early ones beside the last; for the paper's MLP the last alone;
-    for the projection router the input of a layer at three quarters.
-
-    Early layers tell kinds of input apart; the last is bent towards answers by fine-tuning.
-
-    Args:
-        deepest: read none beyond it, but all up to it (the projection router: it alone).
-
-    Example:
-        >>> default_layers(6, "gaussian"), default_layers(6, "mlp"), default_layers(12, "projection")
-        ((1, 2, 3, 6), (6,), (9,))
-        >>> default_layers(6, "gaussian", 1)
-        (0, 1)
-    """
-    if deepest is not None:
-        return (deepest,) if kind == "projection" else tuple(range(deepest + 1))
-    if kind == "projection":
-        return (min(layers - 1, round(0.75 * layers)),)
-    if kind == "mlp":
-        return (layers,)
-    return tuple(sorted({1, max(1, round(layers / 3)), max(1, layers // 2), layers}))
-
-
 def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int], spreads: bool = False) -> Tensor:
     """(rows, Σ widths) float32: for each layer the mean over the positions that are not padding; with `spreads` twice as many, the
     standard deviations over the same positions first."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,16 +13,14 @@ from twinmerge.twin.routers.kit.base import Router
 class LinearRouter(Router):
     """logits = W z + b, weight (experts, width) and bias (experts,)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight: Tensor
-        self.bias: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def of(self, weight: Tensor, bias: Tensor) -> Self:
+        """With these coefficients."""
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-
-    @classmethod
-    def blank(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(torch.zeros_like(tensors["weight"]), torch.zeros_like(tensors["bias"]))
+        return self
 
     @property
     def shape(self) -> tuple[int, int]:
