@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from importlib import import_module, metadata
+from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from twinmerge.errors import TwinmergeError, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -44,7 +47,7 @@ class Plugins(Generic[T]):
     def names(self) -> list[str]:
         """The package's own by their files, then those of installed packages."""
         own = files_of(self.package)
-        return own + sorted({entry.name for entry in metadata.entry_points(group=self.group)} - set(own))
+        return own + sorted({entry.name for entry in self._entries()} - set(own))
 
     def __contains__(self, name: object) -> bool:
         return name in files_of(self.package) or name in self.names()
@@ -60,7 +63,7 @@ class Plugins(Generic[T]):
             own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
             found: Any = next((c for c in own if issubclass(c, self.base)), None)
             return self._whole(name, found, f"the file {module.__file__}")
-        entry = next((e for e in metadata.entry_points(group=self.group) if e.name == name), None)
+        entry = next((e for e in self._entries() if e.name == name), None)
         if entry is None:
             names = self.names()
             raise TwinmergeError(
@@ -73,6 +76,12 @@ class Plugins(Generic[T]):
                 f"The {self.what} {name!r} ({entry.value}) cannot be imported: {error}. Mend or remove its package."
             ) from error
         return self._whole(name, found, entry.value)
+
+    def _entries(self) -> Iterable[EntryPoint]:
+        """What installed packages offer."""
+        from importlib import metadata  # its import takes longer than that of all commands
+
+        return metadata.entry_points(group=self.group)
 
     def _whole(self, name: str, found: Any, where: str) -> type[T]:
         """The class, where it is one of the kind and lacks nothing."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.kit.aggregates import Statistics
