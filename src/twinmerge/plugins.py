@@ -61,7 +61,8 @@ class Plugins(Generic[T]):
         if name in files_of(self.package):  # looking through what is installed takes longer than importing one
             module = import_module(f"{self.package}.{name}")
             own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
-            found: Any = next((c for c in own if issubclass(c, self.base)), None)
+            fitting = sorted((c for c in own if issubclass(c, self.base)), key=inspect.isabstract)
+            found: Any = fitting[0] if fitting else None
             return self._whole(name, found, f"the file {module.__file__}")
         entry = next((e for e in self._entries() if e.name == name), None)
         if entry is None:

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers import Router
 
 
 class CentroidRouter(Router):
