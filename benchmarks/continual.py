@@ -142,9 +142,9 @@ class Study:
 def runner_of(state: Continual) -> StaticRunner:
     """The merged model of now, with the heads of all experts, in memory."""
     from twinmerge.engine.merge import headed
+    from twinmerge.models.architecture import position_limit
     from twinmerge.models.opened import open_model
     from twinmerge.tasks.encode import TextEncoder
-    from twinmerge.twin.reading import position_limit
 
     experts = {e.name: open_model(e.model) for e in state.about.experts}
     model = headed(state.base, experts, state.canonical_state(), state.heads())

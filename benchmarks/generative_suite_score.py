@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import twinmerge as tm
-from twinmerge.twin.routers.calibration import calibration_error
+from twinmerge.twin.routers.kit.calibration import calibration_error
 from twinmerge.twin.routing import routed
 
 Losses: TypeAlias = dict[str, NDArray[np.float64]]

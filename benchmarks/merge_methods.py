@@ -31,8 +31,8 @@ from twinmerge.study.scores import Evaluation
 from twinmerge.study.search import grid, search, weightings
 from twinmerge.study.thresholds import choose_thresholds
 from twinmerge.tasks.suite import Task, open_suite
-from twinmerge.twin.extract import extract
-from twinmerge.twin.masks import compress
+from twinmerge.twin.masks.build import compress
+from twinmerge.twin.masks.extract import extract
 
 EVALUATIONS = 12  # of each method that has parameters to choose
 VALIDATION_ROWS = 200  # per task, of the largest merge; half as many of the smaller ones

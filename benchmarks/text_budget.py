@@ -32,9 +32,9 @@ from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.tasks.suite import open_suite
 from twinmerge.twin.compress import compressed
-from twinmerge.twin.features import masked_mean
 from twinmerge.twin.package import extra_bytes
 from twinmerge.twin.reading import read_moments
+from twinmerge.twin.routers.kit.features import masked_mean
 from twinmerge.twin.twin import Twin
 
 VALIDATION_ROWS = 200

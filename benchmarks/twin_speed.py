@@ -31,9 +31,9 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedModel, RobertaConfig
 
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.opened import open_model
-from twinmerge.twin.features import features
 from twinmerge.twin.package import Package
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import Exclusive
 from twinmerge.twin.twin import Twin
 
@@ -242,7 +242,7 @@ def routing(name: str, model: PreTrainedModel, twin: Twin, rows: int, tokens: in
         for one, layers in ((single, (layer,)), (twin, (int(model.config.num_hidden_layers),))):
             z = features(one.model, batch, layers)
             weight = torch.randn(len(twin.experts), z.shape[1], generator=torch.Generator().manual_seed(3)).to(DEVICE)
-            one.router, one.layers = GaussianRouter(weight, -(z @ weight.T).mean(0)).to(DEVICE), layers
+            one.router, one.layers = GaussianRouter().of(weight, -(z @ weight.T).mean(0)).to(DEVICE), layers
         given = {id(t): t.route(batch) for t in (single, twin)}
         ways: dict[str, Callable[[], Any]] = {
             "static": lambda: model(**batch),

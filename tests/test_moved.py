@@ -43,3 +43,12 @@ def test_what_is_imported_by_both_names_is_one_thing() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "True True\n", done.stderr
+
+
+def test_a_file_that_became_a_folder_gives_its_old_names() -> None:
+    code = "import warnings; warnings.simplefilter('error')\n\nfrom twinmerge.twin.masks import compress"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "twin.masks.compress is twinmerge.twin.masks.build.compress now" in done.stderr
+    code = "from twinmerge.twin.masks import compress; import twinmerge; print(compress is twinmerge.compress)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr

@@ -18,12 +18,12 @@ _WHERE = {
     "Prediction": "twin.predict",
     "Recipe": "recipes.recipe",
     "Twin": "twin.twin",
-    "TwinOutput": "twin.twin",
+    "TwinOutput": "twin.call",
     "TwinmergeError": "errors",
-    "compress": "twin.masks",
+    "compress": "twin.masks.build",
     "diff": "engine.diff",
     "evaluate": "study.evaluate",
-    "extract": "twin.extract",
+    "extract": "twin.masks.extract",
     "extract_lora": "engine.adapters.extract",
     "merge": "engine.merge",
     "merge_lora": "engine.adapters.merge",
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from twinmerge.study.evaluate import evaluate as evaluate
     from twinmerge.study.search import search as search
     from twinmerge.tasks.suite import open_suite as open_suite
-    from twinmerge.twin.extract import extract as extract
-    from twinmerge.twin.masks import compress as compress
+    from twinmerge.twin.call import TwinOutput as TwinOutput
+    from twinmerge.twin.masks.build import compress as compress
+    from twinmerge.twin.masks.extract import extract as extract
     from twinmerge.twin.predict import Prediction as Prediction
     from twinmerge.twin.twin import Twin as Twin
-    from twinmerge.twin.twin import TwinOutput as TwinOutput
 
 
 def __getattr__(name: str) -> Any:

@@ -45,7 +45,6 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
         twinmerge.errors.TwinmergeError: mix has no argument 'rnk'. Did you mean 'rank'?
     """
     signature = inspect.signature(function)
-    name = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
     kinds: dict[str, Any] = {}
 
     @functools.wraps(function)
@@ -53,7 +52,7 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise _no_call(name, signature, kwargs, error) from None
+            raise _no_call(_name(function, args), signature, kwargs, error) from None
         for argument, value in given.items():
             parameter = signature.parameters[argument]
             if value is parameter.default or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -62,11 +61,21 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
                 kinds[argument] = _kind(parameter.annotation, function)
             if not fits(value, kinds[argument]):
                 raise TwinmergeError(
-                    f"{name} takes {argument} as {described(kinds[argument])}, not {shown(value)}.{_meant(value, kinds[argument])}"
+                    f"{_name(function, args)} takes {argument} as {described(kinds[argument])}, not {shown(value)}.{_meant(value, kinds[argument])}"
                 )
         return function(*args, **kwargs)
 
     return call
+
+
+def _name(function: Callable[..., Any], args: Sequence[Any]) -> str:
+    """What the caller knows the function as: a method by the class of its object, not by the one that it is written in."""
+    name = function.__qualname__.rpartition("<locals>.")[2]
+    first = next(iter(inspect.signature(function).parameters), "")
+    if args and first in ("self", "cls") and "." in name:
+        kind = args[0] if first == "cls" else type(args[0])
+        name = f"{kind.__name__}.{function.__name__}"
+    return name.removesuffix(".__init__")
 
 
 def strict_class(kind: type[T]) -> type[T]:

@@ -118,6 +118,43 @@ def test_build_with_other_routers(command: Any, zoo: Any, tmp_path: Path, kind: 
     assert command("twin", "run", tmp_path / "twin", "w3 w4").code == 0
 
 
+def test_options_of_a_router(command: Any, zoo: Any, tmp_path: Path) -> None:
+    given = [
+        "twin",
+        "build",
+        "--base",
+        zoo.base,
+        *zoo.given,
+        "--rank",
+        2,
+        "--router",
+        "projection",
+        "-o",
+        tmp_path / "t",
+    ]
+    assert command(*given, "--router-option", "energy=0.5").code == 0
+    router = tm.Twin.from_pretrained(tmp_path / "t").router
+    assert router is not None and router.options() == {"energy": 0.5}
+    for words, says in (
+        (["energi=0.5"], "The router projection has no option 'energi'. Did you mean 'energy'?"),
+        (["energy=2"], "projection: energy=2 is not allowed"),
+        (["energy"], "--router-option 'energy' is not name=value"),
+    ):
+        found = command(*given[:-1], tmp_path / "none", "--router-option", *words)
+        assert found.code == 2 and says in found.err and not (tmp_path / "none").exists()
+
+
+def test_routers_are_listed_and_shown(command: Any) -> None:
+    found = command("twin", "routers")
+    assert found.code == 0 and "gaussian" in found.out and "neighbours" in found.out
+    one = command("twin", "routers", "knn")
+    assert "k nearest neighbours" in one.out and "How many rows vote." in one.out and ">>>" not in one.out
+    table = command("twin", "routers", "--json").json()
+    assert table["entropy"] == {"needs_inputs": False, "reads": "answers", "keeps_statistics": False, "options": {}}
+    assert table["knn"]["options"]["neighbours"] == {"default": 10, "about": "How many rows vote."}
+    assert "Did you mean 'knn'?" in command("twin", "routers", "knm").err
+
+
 def test_limits_and_pictures_that_cannot_be(command: Any, zoo: Any, tmp_path: Path) -> None:
     for words, says in (
         (["--bytes", "4 potatoes"], "'4 potatoes' is no number of bytes"),

@@ -22,7 +22,8 @@ from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
-from twinmerge.recipes.lines import Automatic, Lines, block_of, coefficient, stacks
+from twinmerge.models.blocks import block_of, stacks
+from twinmerge.recipes.lines import Automatic, Lines, coefficient
 from twinmerge.recipes.recipe import Recipe, recipe_from
 
 LAYERS = 4

@@ -10,7 +10,7 @@ from twinmerge.maths.bits import pack, planes
 from twinmerge.methods.kit.masks import GRID, important
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.study.thresholds import choose_thresholds, put_on
-from twinmerge.twin.levels import MaskLevels
+from twinmerge.twin.masks.levels import MaskLevels
 
 
 @pytest.mark.parametrize("split", ["test", "Test-2"])

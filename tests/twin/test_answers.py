@@ -14,9 +14,9 @@ from torch.func import functional_call
 from transformers import PreTrainedTokenizerFast
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.features import features
 from twinmerge.twin.predict import Prediction
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.twin import Twin
 
 LABELS = {"e0": ["no", "yes"], "e1": ["bad", "fair", "good"], "e2": ["a", "b", "c", "d"]}
@@ -263,7 +263,7 @@ def test_check26_the_prompt_names_the_mixture(lab: Any) -> None:
     weight = 30 * torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         middle = (features(twin.model, {"input_ids": PROMPTS}, (1,)) @ weight.T).mean(0)
-    twin.router, twin.layers = GaussianRouter(weight, -middle), (1,)
+    twin.router, twin.layers = GaussianRouter().of(weight, -middle), (1,)
     inputs = {"input_ids": PROMPTS, "attention_mask": torch.ones_like(PROMPTS), "do_sample": False}
     for experts_per_row in (1, None):
         mixture = twin.route({"input_ids": PROMPTS}, experts_per_row)

@@ -17,9 +17,9 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.twin.export import export_dense, export_lora
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.mlp import MlpRouter
 from twinmerge.twin.routers.projection import ProjectionRouter
-from twinmerge.twin.routers.router import Router
 from twinmerge.twin.twin import Twin
 
 NOBODY = {
@@ -184,9 +184,9 @@ def test_heads_of_different_kinds_cannot_share_a_batch(lab: Any) -> None:
 def routers() -> dict[str, Router]:
     """Of three experts and eight features each."""
     return {
-        "gaussian": GaussianRouter(torch.ones(3, 8), torch.zeros(3)),
-        "mlp": MlpRouter(8, 3),
-        "projection": ProjectionRouter.from_bases(list(torch.eye(8)[:, :6].split(2, 1))),
+        "gaussian": GaussianRouter().of(torch.ones(3, 8), torch.zeros(3)),
+        "mlp": MlpRouter().sized(8, 3),
+        "projection": ProjectionRouter().from_bases(list(torch.eye(8)[:, :6].split(2, 1))),
     }
 
 

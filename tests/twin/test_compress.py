@@ -14,10 +14,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import CODECS
 from twinmerge.maths.lowrank import Factors
+from twinmerge.statistics.moments import Moments, input_moments
 from twinmerge.statistics.watch import PROBED
 from twinmerge.twin.compress import components, ranks_for_bytes, ranks_for_energy, retained
-from twinmerge.twin.mixture import Mixture, one_hot
-from twinmerge.twin.moments import Moments, input_moments
+from twinmerge.twin.mixing.mixture import Mixture, one_hot
 from twinmerge.twin.twin import Twin
 
 SIZES = {

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
 
 from twinmerge.maths.lowrank import rank_of_rate
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.modules import State, attach
-from twinmerge.twin.parts import Low
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.modules import State, attach
+from twinmerge.twin.mixing.parts import Low
 from twinmerge.twin.split import split
 from twinmerge.twin.twin import Twin
 

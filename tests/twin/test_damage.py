@@ -21,7 +21,7 @@ from twinmerge.engine.merge import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import load_heads
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.twin.masks import compress
+from twinmerge.twin.masks.build import compress
 from twinmerge.twin.twin import Twin
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin.routers.gaussian import GaussianRouter
-from twinmerge.twin.statistics import FIRST, Statistics
+from twinmerge.twin.routers.kit.aggregates import FIRST, Statistics
 from twinmerge.twin.twin import Twin
 
 RANK = 3
@@ -112,16 +112,16 @@ def test_serving14_statistics_of_parts_make_the_router_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(90, 5, generator=generator) + torch.arange(3).repeat_interleave(30)[:, None] * 4.0
     owners = torch.arange(3).repeat_interleave(30)
-    whole = GaussianRouter.fit(z, owners, ["b", "c", "a"])
+    whole = GaussianRouter().fit(z, owners, ["b", "c", "a"])
     added = Statistics.of(z[:60], owners[:60], ["b", "c"]).with_expert("a", z[60:])
     one_by_one = Statistics.of(z[:30], owners[:30], ["b"]).with_expert("c", z[30:60]).with_expert("a", z[60:])
     for found in (added, one_by_one):
-        router = GaussianRouter.changed(found)
+        router = GaussianRouter().changed(found)
         assert relative(router.weight, whole.weight) <= 1e-6 and relative(router.bias, whole.bias) <= 1e-6
         assert relative(found.covariance(), whole.statistics.covariance()) <= 1e-6
     header, tensors = added.packed()
     back = Statistics.unpacked(json.loads(json.dumps(header, sort_keys=True)), dict(sorted(tensors.items())))
-    assert torch.equal(GaussianRouter.changed(back).weight, GaussianRouter.changed(added).weight)
+    assert torch.equal(GaussianRouter().changed(back).weight, GaussianRouter().changed(added).weight)
     assert list(back.scatters) == [FIRST, "a"] and list(back.counts.items()) == [("b", 30), ("c", 30), ("a", 30)]
 
 
@@ -138,7 +138,7 @@ def test_the_temperature_of_drawn_rows_is_that_of_rows(lab: Any) -> None:
     means = 1.5 * torch.randn(4, 8, generator=generator)
     owners = torch.arange(4).repeat_interleave(400)
     z = means[owners] + torch.randn(1600, 8, generator=generator)
-    router = GaussianRouter.changed(Statistics.of(z[:1200], owners[:1200], list("abc")).with_expert("d", z[1200:]))
+    router = GaussianRouter().changed(Statistics.of(z[:1200], owners[:1200], list("abc")).with_expert("d", z[1200:]))
     assert 0.8 < float(router.temperature) < 1.25
 
 

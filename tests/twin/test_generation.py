@@ -17,7 +17,7 @@ MASK = torch.ones_like(PROMPTS)
 
 def routed(twin: Twin) -> Twin:
     generator = torch.Generator().manual_seed(4)
-    twin.router, twin.layers = GaussianRouter(40 * torch.randn(3, 32, generator=generator), torch.zeros(3)), (1,)
+    twin.router, twin.layers = GaussianRouter().of(40 * torch.randn(3, 32, generator=generator), torch.zeros(3)), (1,)
     return twin
 
 

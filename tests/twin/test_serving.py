@@ -12,9 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from twinmerge.twin.features import features
-from twinmerge.twin.routers.fit import fit_router
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.calibration import RouterReport
+from twinmerge.twin.routers.kit.features import features
+from twinmerge.twin.routers.kit.fit import fit_router
+from twinmerge.twin.routers.kit.registry import make_router
 from twinmerge.twin.routers.mlp import MlpRouter
 from twinmerge.twin.routers.projection import ProjectionRouter
 from twinmerge.twin.twin import Twin
@@ -23,6 +26,12 @@ SAMPLES = 64
 
 
 # ---------------------------------------------------------------------------------------- serving 2
+
+
+def fitted(kind: str, z: Tensor, owners: Tensor, experts: list[str], **how: int) -> tuple[Router, RouterReport]:
+    """A router of that name and its report."""
+    router = make_router(kind)
+    return router, fit_router(router, z, owners, experts, **how)
 
 
 class BatchReduced(GaussianRouter):
@@ -107,7 +116,7 @@ def test_serving02_routers_that_average_over_the_batch_fail_it(
     twin = routed.at_rank(3)
     found = routed.router
     assert isinstance(found, GaussianRouter)
-    twin.router = kind(found.weight, found.bias)
+    twin.router = kind().of(found.weight, found.bias)
     twin.router.temperature.copy_(found.temperature)
     for batches in ways(samples[1]).values():
         difference, same = worst(twin, samples, batches, None)
@@ -192,7 +201,7 @@ def test_serving09_work_grows_with_the_experts_of_a_row(eight: Twin) -> None:
     weight = torch.randn(EXPERTS, WIDTH, generator=generator)
     with torch.no_grad():
         middle = (features(eight.model, company(), (0,)) @ weight.T).mean(0)
-    eight.router, eight.layers = GaussianRouter(weight, -middle), (0,)
+    eight.router, eight.layers = GaussianRouter().of(weight, -middle), (0,)
     try:
         out = eight(**company())
         assert eight.experts_per_row == 1 and ((out.mixture != 0).sum(1) == 1).all() and len(set(out.expert)) > 3
@@ -231,10 +240,10 @@ def test_serving10_gaussian_and_mlp_on_32_examples_a_task() -> None:
     names = [str(k) for k in range(8)]
     right = {}
     for kind in ("gaussian", "logistic", "mlp", "knn"):
-        router, _ = fit_router(kind, z, owners, names)
+        router, _ = fitted(kind, z, owners, names)
         right[kind] = (router.weights(fresh).argmax(1) == truth).double().mean().item()
     assert right["gaussian"] >= 0.97 and right["gaussian"] >= right["mlp"] - 0.01
-    assert MlpRouter.kind == "mlp" and right["mlp"] > 0.3 and right["knn"] >= 0.9
+    assert MlpRouter().kind == "mlp" and right["mlp"] > 0.3 and right["knn"] >= 0.9
 
 
 def test_serving10_without_data_on_planted_subspaces() -> None:
@@ -242,7 +251,7 @@ def test_serving10_without_data_on_planted_subspaces() -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.linalg.qr(torch.randn(768, 768, generator=generator)).Q
     own = [q[:, 12 * k : 12 * k + 16] for k in range(8)]  # a third of each is shared with the next
-    router = ProjectionRouter.from_bases([v @ torch.randn(16, 48, generator=generator) for v in own])
+    router = ProjectionRouter().from_bases([v @ torch.randn(16, 48, generator=generator) for v in own])
     owners = torch.arange(8).repeat_interleave(100)
     z = torch.stack([own[k] @ torch.randn(16, generator=generator) for k in owners.tolist()])
     z = z + 0.1 * torch.randn(800, 768, generator=generator)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.early import layers_of, read_early
-from twinmerge.twin.features import features
+from twinmerge.models.layers import layers_of, read_early
 from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.twin import Twin
 
 
@@ -22,7 +22,7 @@ def routed(twin: Twin, layers: tuple[int, ...], batch: dict[str, torch.Tensor]) 
     weight = 5 * torch.randn(3, 32 * len(layers), generator=generator)
     with torch.no_grad():
         middle = (features(twin.model, batch, layers) @ weight.T).mean(0)
-    twin.router, twin.layers = GaussianRouter(weight, -middle), layers
+    twin.router, twin.layers = GaussianRouter().of(weight, -middle), layers
     return twin
 
 

@@ -360,8 +360,8 @@ def test_check23_order_of_experts_changes_nothing(lab: Any) -> None:
     first = Twin.build(case.base, case.experts, 3, progress=False)
     weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     first.router, again.router = (
-        GaussianRouter(weight, torch.zeros(3)),
-        GaussianRouter(weight[order], torch.zeros(3)),
+        GaussianRouter().of(weight, torch.zeros(3)),
+        GaussianRouter().of(weight[order], torch.zeros(3)),
     )
     first.layers = again.layers = (1, 2)
     for k in (1, 2, None):

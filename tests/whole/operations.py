@@ -40,8 +40,8 @@ from twinmerge.statistics.measure import measure
 from twinmerge.store import disk
 from twinmerge.store.output import replace_text
 from twinmerge.twin.export import export_dense, export_lora
-from twinmerge.twin.extract import extract
-from twinmerge.twin.masks import compress
+from twinmerge.twin.masks.build import compress
+from twinmerge.twin.masks.extract import extract
 from twinmerge.twin.twin import Twin
 
 BERT = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -30,7 +30,7 @@ from twinmerge.statistics.file import Statistics
 from twinmerge.store.artefact import load_artefact, save_artefact
 from twinmerge.store.checksum import of_file
 from twinmerge.store.manifest import CHECKSUMS, write_manifest
-from twinmerge.twin.extract import extract
+from twinmerge.twin.masks.extract import extract
 from twinmerge.twin.twin import Twin
 
 Use = Callable[[Any, Path], Any]

@@ -1,4 +1,4 @@
-"""The command `twinmerge`: a file per command and two for those of `twin`, no maths, no tensors; heavy imports happen inside the commands."""
+"""The command `twinmerge`: a file per command and three for those of `twin`, no maths, no tensors; heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from twinmerge.cli.measure import activations, fisher, gram
 from twinmerge.cli.measure import add as add_statistics
 from twinmerge.cli.merge import check, merge
 from twinmerge.cli.methods import methods
+from twinmerge.cli.routers import routers
 from twinmerge.cli.search import search
 from twinmerge.cli.twin import build, explain, export, run
 from twinmerge.cli.twin_change import add, compress, rebuild, refine, remove
@@ -39,7 +40,7 @@ app = typer.Typer(
     help="Turn many fine-tuned models of one base into one: merged once, or mixed anew for every input.",
 )
 twin = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
-for command in (build, compress, refine, explain, add, remove, rebuild, export, run):
+for command in (build, compress, refine, explain, add, remove, rebuild, export, run, routers):
     twin.command()(command)
 measure = typer.Typer(
     no_args_is_help=True, help="What Fisher and RegMean merging must know of each expert, from its data."

@@ -28,7 +28,7 @@ from twinmerge.maths.threads import use_threads
 if TYPE_CHECKING:
     from twinmerge.recipes.recipe import Recipe
     from twinmerge.study.thresholds import Chosen
-    from twinmerge.twin.masks import Compressed
+    from twinmerge.twin.masks.build import Compressed
 
 
 def compress(
@@ -64,7 +64,7 @@ def compress(
     """
     from twinmerge.recipes.recipe import Recipe
     from twinmerge.store.output import OutputFolder
-    from twinmerge.twin.masks import compress as run
+    from twinmerge.twin.masks.build import compress as run
 
     use_threads(threads)
     OutputFolder(output).check()
@@ -106,7 +106,7 @@ def extract(
 
     twinmerge extract OUT a -o A2
     """
-    from twinmerge.twin.extract import extract as run
+    from twinmerge.twin.masks.extract import extract as run
 
     use_threads(threads)
     run(folder, task, output)

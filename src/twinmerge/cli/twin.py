@@ -37,6 +37,7 @@ from twinmerge.cli.twin_common import (
 )
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import use_threads
+from twinmerge.plugins import files_of
 
 Weigh = Annotated[bool, typer.Option("--weigh", help="Keep what matters for inputs like --data, not for the weights.")]
 
@@ -66,9 +67,12 @@ def build(
         str,
         typer.Option(
             "--router",
-            help="gaussian, logistic, mlp (the paper's), knn, or projection and entropy, which need no data.",
+            help=f"What routes inputs: {', '.join(files_of('twinmerge.twin.routers'))}; `twinmerge twin routers` tells of each.",
         ),
     ] = "gaussian",
+    router_option: Annotated[
+        list[str] | None, typer.Option("--router-option", metavar="NAME=VALUE", help="An option of the router. Repeat.")
+    ] = None,
     single_pass: Annotated[
         int | None,
         typer.Option(
@@ -90,7 +94,7 @@ def build(
     """
     from twinmerge.store.output import OutputFolder
     from twinmerge.tasks.suite import open_suite
-    from twinmerge.twin.routers.fit import router_kind
+    from twinmerge.twin.routers.kit.registry import make_router
     from twinmerge.twin.twin import CHOSEN_FROM, DEFAULT_RANK, Twin
 
     use_threads(threads)
@@ -98,6 +102,8 @@ def build(
     if base is None:
         raise TwinmergeError("No base is named. Add --base MODEL, the model that the experts were tuned from.")
     experts = pairs(expert, "--expert")
+    options = values(router_option, "--router-option")
+    needs_inputs = make_router(router, options).needs_inputs
     about: dict[str, dict[str, Any]] = {}
     inputs: dict[str, Sequence[Any]] = {}
     if suite is not None:
@@ -119,9 +125,7 @@ def build(
     if single_pass is not None:
         twin = twin.single_pass(single_pass)
     report = (
-        twin.fit_router(inputs, router, null=null, seed=seed)
-        if inputs or not router_kind(router).needs_inputs
-        else None
+        twin.fit_router(inputs, router, options=options, null=null, seed=seed) if inputs or not needs_inputs else None
     )
     if chosen or codec != "none" or weigh:
         twin = compressed(twin, None if chosen else rank, energy, bytes_, codec, inputs if weigh else None)

@@ -16,16 +16,17 @@ from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, architecture_of, load_heads, rows_of_batch
 from twinmerge.models.opened import open_model
+from twinmerge.models.transformers_class import position_limit
 from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.manifest import Manifest
 from twinmerge.study.scores import Evaluation, Reading, Setting
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.tasks.metrics import Scored
 from twinmerge.tasks.suite import Row, Task, open_suite
+from twinmerge.twin.call import TwinOutput
 from twinmerge.twin.package import is_twin
-from twinmerge.twin.reading import position_limit
 from twinmerge.twin.routing import routed
-from twinmerge.twin.twin import Twin, TwinOutput
+from twinmerge.twin.twin import Twin
 
 BATCH_ROWS = 32
 WINDOW = 16  # batches whose rows are sorted by length together, so that little is padded

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from twinmerge.arguments import fits, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.transformers_class import position_limit
 from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.suite import Task
-from twinmerge.twin.reading import position_limit
 
 WEIGHTS = 51
 """Candidates of the Fisher paper's search: 1.00, 0.98, ... 0.00 for the first of two experts, or so many random draws."""

@@ -13,10 +13,10 @@ from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, rows_of_batch
 from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.models.transformers_class import position_limit
 from twinmerge.store.foreign import ROW, lines_of, parse_json
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.rows import read_inputs
-from twinmerge.twin.reading import position_limit
 
 MOST_TEXTS = 64
 

@@ -12,14 +12,14 @@ from tqdm.auto import tqdm
 from twinmerge.maths.bits import plane_at, unpack
 from twinmerge.methods.kit.masks import GRID
 from twinmerge.models.heads import headed
+from twinmerge.models.transformers_class import position_limit
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
 from twinmerge.study.search import check_split
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.suite import Task
-from twinmerge.twin.extract import unmasked
-from twinmerge.twin.levels import MaskLevels, choose, levels
-from twinmerge.twin.reading import position_limit
+from twinmerge.twin.masked import unmasked
+from twinmerge.twin.masks.levels import MaskLevels, choose, levels
 
 
 class Chosen(NamedTuple):

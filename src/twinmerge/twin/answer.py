@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import rows_of
-from twinmerge.twin.early import Early
-from twinmerge.twin.forward import CacheError, UnseenError
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.planner import distinct_mixtures
-from twinmerge.twin.rebuilt import CACHES, Answered, passed, rebuilt
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
+from twinmerge.models.layers import Early
+from twinmerge.twin.core import Core
+from twinmerge.twin.mixing.arguments import CacheError
+from twinmerge.twin.mixing.forward import UnseenError
+from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.planner import distinct_mixtures
+from twinmerge.twin.mixing.rebuilt import CACHES, Answered, passed, rebuilt
 
 T = TypeVar("T")
 PROMPT = (
@@ -32,31 +31,70 @@ PROMPT = (
 )
 
 
-def positions_of(twin: Twin, batch: Mapping[str, Any]) -> int:
+def positions_of(core: Core, batch: Mapping[str, Any]) -> int:
     """How many positions a row has in a pass; for the planner only."""
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(found := batch.get(name), Tensor) and found.dim() > 1:
             return max(1, int(found.shape[1]))
-    pixels, config = batch.get("pixel_values"), twin.model.architecture.config
+    pixels, config = batch.get("pixel_values"), core.model.architecture.config
     if isinstance(pixels, Tensor) and isinstance(patch := getattr(config, "patch_size", None), int):
         return 1 + (pixels.shape[-1] // patch) * (pixels.shape[-2] // patch)
     return 1
 
 
-def couples_rows(twin: Twin) -> bool:
+def couples_rows(core: Core) -> bool:
     """Models with pictures or sounds beside words: what belongs to a row may stand anywhere in their inputs, and models of two
     towers score every row of one against every row of the other, so rows must keep their order."""
-    config = twin.model.architecture.config
+    config = core.model.architecture.config
     return hasattr(config, "vision_config") or hasattr(config, "audio_config")
 
 
-def keeps_order(twin: Twin, batch: Mapping[str, Any]) -> bool:
+def keeps_order(core: Core, batch: Mapping[str, Any]) -> bool:
     """Whether rows must stay where they are: also those that go on from a cache do, whose rows are not looked into."""
-    return couples_rows(twin) or any(batch.get(name) is not None for name in CACHES)
+    return couples_rows(core) or any(batch.get(name) is not None for name in CACHES)
+
+
+def planned(
+    core: Core,
+    batch: Mapping[str, Any],
+    heads: Sequence[str] | None,
+    weights: Tensor,
+    strategy: str | None = None,
+    biases: Tensor | None = None,
+    early: Early | None = None,
+) -> tuple[Answered, str]:
+    """Answer a batch whose mixtures are known, and say which way was taken.
+
+    Args:
+        strategy: the way, or "auto" for the planner's; the twin's own where None. With biases it is "stacked".
+        heads, weights, biases, early: as in `answer`.
+    """
+    way = "stacked" if biases is not None else under_autocast(core, core.strategy if strategy is None else strategy)
+    with core.lock:
+        blind = core.runtime.look_at(batch) if bool(weights.any()) else None
+        way = core.planner.choose(weights, positions_of(core, batch), 0, not keeps_order(core, batch), way, blind)
+        return answer(core, batch, heads, weights, way, biases, early), way
+
+
+def under_autocast(core: Core, strategy: str) -> str:
+    """The strategy that may be used: within torch.autocast only whole weights are exact, since the parts of experts would be added to
+    answers of another dtype.
+
+    Errors:
+        TwinmergeError: a way that adds parts to answers is asked for.
+    """
+    if not torch.is_autocast_enabled(core.planner.device.type) or strategy in ("folded", "rebuild"):
+        return strategy
+    if strategy != "auto":
+        raise TwinmergeError(
+            f"Within torch.autocast strategy={strategy!r} would add parts in one dtype to answers in another. Leave it out, say "
+            'strategy="rebuild", or convert the twin: twin.to(torch.bfloat16).'
+        )
+    return "rebuild"
 
 
 def answer(
-    twin: Twin,
+    core: Core,
     batch: Mapping[str, Any],
     heads: Sequence[str] | None,
     weights: Tensor,
@@ -74,24 +112,24 @@ def answer(
         early: what the first layers gave already, where it may be used.
     """
     if strategy in ("folded", "rebuild"):
-        return rebuilt(twin, batch, heads, distinct_mixtures(weights), early)
-    plan = Mixture.of(weights, strategy == "grouped" and biases is None, not keeps_order(twin, batch))
+        return rebuilt(core.model, core.runtime, batch, heads, distinct_mixtures(weights), early)
+    plan = Mixture.of(weights, strategy == "grouped" and biases is None, not keeps_order(core, batch))
     others = None if biases is None else Mixture.of(biases, grouped=False)
 
     def mixed(batch: Mapping[str, Any] = batch) -> Answered:
-        with twin.runtime.mixing(plan, others):
-            return passed(twin, batch, heads, early, plan.order)
+        with core.runtime.mixing(plan, others):
+            return passed(core.model, batch, heads, early, plan.order)
 
     try:
-        answered = seeing(twin, batch, mixed)
+        answered = seeing(core, batch, mixed)
     except CacheError:
         if batch.get("use_cache") is not None:
             raise
-        answered = seeing(twin, batch, partial(mixed, {**batch, "use_cache": False}))
+        answered = seeing(core, batch, partial(mixed, {**batch, "use_cache": False}))
     return answered if plan.order is None else _back(answered, plan.order)
 
 
-def seeing(twin: Twin, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
+def seeing(core: Core, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
     """A pass under mixtures; where it calls what no look has seen, the model is looked at with this batch first.
 
     Errors:
@@ -100,7 +138,7 @@ def seeing(twin: Twin, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
     try:
         return run()
     except UnseenError:
-        why = twin.runtime.look_at(batch, again=True)
+        why = core.runtime.look_at(batch, again=True)
     try:
         return run()
     except UnseenError as unseen:

@@ -8,18 +8,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.core import Core
 from twinmerge.twin.export import Server, export_lora
-from twinmerge.twin.mixture import MixtureLike, mixture_weights
+from twinmerge.twin.mixing.mixture import MixtureLike, mixture_weights
 from twinmerge.twin.split import Exclusive, refuse_masks
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
 
 ROUNDS = 20
 DIGITS = 6  # of a weight, in an adapter's name
@@ -43,7 +41,7 @@ class CodeBook(NamedTuple):
     gram: Tensor
 
     @classmethod
-    def fit(cls, twin: Twin, mixtures: Tensor, size: int = 64) -> CodeBook:
+    def fit(cls, twin: Core, mixtures: Tensor, size: int = 64) -> CodeBook:
         """A code-book for mixtures (rows, experts) like these.
 
         The experts themselves are the first codes. The others start as mixtures that are farthest from all codes so far, and
@@ -140,7 +138,7 @@ class AdapterFolder:
 
     def __init__(
         self,
-        twin: Twin,
+        twin: Core,
         folder: str | Path,
         cap: int,
         book: CodeBook | None = None,

@@ -2,7 +2,7 @@
 
 All components compete in one order, by what they add for each byte, so that a matrix that hardly changed gets no rank
 and one that changed a lot gets much. What a component adds is the squared error of the module's output that leaving it
-out makes, as a share of that output: on inputs of the experts' kinds, where their moments are given (`twin/moments.py`),
+out makes, as a share of that output: on inputs of the experts' kinds, where their moments are given (`statistics/moments.py`),
 else on white noise, which is σ² / ‖θs‖².
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import projected, slice_bytes
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate_product
-from twinmerge.twin.moments import Moments
+from twinmerge.statistics.moments import Moments
 from twinmerge.twin.package import Package, extra_bytes
 from twinmerge.twin.split import Exclusive, is_ordered, refuse_masks
 

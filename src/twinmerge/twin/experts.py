@@ -18,13 +18,33 @@ from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
+from twinmerge.twin.core import Core
 from twinmerge.twin.masked import told_without
-from twinmerge.twin.mixture import index_of
-from twinmerge.twin.novelty import Novelty, limits_of
+from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import Package
-from twinmerge.twin.routers.gaussian import GaussianRouter
+from twinmerge.twin.reading import Given, read_features
+from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.novelty import Novelty, limits_of
 from twinmerge.twin.split import Exclusive, is_buffer, refuse_masks, split
-from twinmerge.twin.statistics import Statistics
+
+
+def added(
+    core: Core, name: str, model: ModelLike, inputs: Given | None, rank: int | None, batch_rows: int, progress: bool
+) -> Package:
+    """A twin's package with one more expert, which its router knows (see `Twin.add`)."""
+    from_experts = core.router is not None and not core.router.needs_inputs
+    if core.router is not None and inputs is None and not from_experts:
+        raise TwinmergeError(f"The router must learn what inputs {name!r} is for. Give inputs of its kind.")
+    own = core.package.provenance.get("twin", {}).get("rank")
+    ranks = [f.rank for part in core.package.exclusive.values() for f in part.low.values()]
+    package = with_expert(core.package_now(), name, model, rank or own or max([1, *ranks]), progress)
+    if inputs is not None and core.router is not None and not from_experts:
+        found = read_features(core, inputs, core.layers, name, batch_rows, progress)
+        if not found:
+            raise TwinmergeError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
+        package = routed_to(package, name, torch.cat(found))
+    return package
 
 
 def with_expert(package: Package, name: str, model: ModelLike, rank: int, progress: bool = True) -> Package:
@@ -93,7 +113,8 @@ def without_expert(package: Package, name: str) -> Package:
         if len(package.exclusive) == 2:
             router, layers, report = None, (), None  # nothing to choose between
         else:
-            router, report = _routed(_statistics(package).without(name))
+            before, statistics = _with_statistics(package)
+            router, report = _routed(before, statistics.without(name))
     twin: dict[str, Any] = dict(package.provenance.get("twin", {}))
     added = [entry for entry in twin.pop("added", ()) if entry["name"] != name]
     if len(added) == len(package.provenance.get("twin", {}).get("added", ())):
@@ -113,13 +134,14 @@ def without_expert(package: Package, name: str) -> Package:
 
 def routed_to(package: Package, name: str, features: Tensor) -> Package:
     """The package whose router knows one more expert by the features of its inputs (rows, width)."""
-    statistics = _statistics(package).with_expert(name, features)
+    before, statistics = _with_statistics(package)
+    statistics = statistics.with_expert(name, features)
     if statistics.novel:  # its limit is that of its own rows
         novelty = Novelty.of(statistics, statistics.novel)
         own = len(statistics.experts) - 1
         novelty.set_limits(features, torch.full((len(features),), own))
         statistics = statistics._replace(limits=limits_of(novelty, statistics.experts))
-    router, report = _routed(statistics)
+    router, report = _routed(before, statistics)
     return package._replace(router=router, report=report)
 
 
@@ -163,21 +185,22 @@ def models_of(provenance: Mapping[str, Any]) -> dict[str, ModelLike]:
     return {name: model for name, model in models.items() if name not in told.get("removed", ())}
 
 
-def _statistics(package: Package) -> Statistics:
-    statistics: Statistics | None = getattr(package.router, "statistics", None)
-    if statistics is None:
+def _with_statistics(package: Package) -> tuple[Router, Statistics]:
+    """The router, and the aggregates that it was made of."""
+    router = package.router
+    if router is None or router.statistics is None:
         raise TwinmergeError(
             "The twin's router keeps no statistics, so it cannot take experts in or out. Fit it again with the inputs of every "
             "expert (kind gaussian), or put router.statistics.safetensors back into the folder."
         )
-    return statistics
+    return router, router.statistics
 
 
-def _routed(statistics: Statistics) -> tuple[GaussianRouter, dict[str, Any] | None]:
-    """The router of the statistics, and the report of the first fit where its experts are the first ones again."""
+def _routed(router: Router, statistics: Statistics) -> tuple[Router, dict[str, Any] | None]:
+    """A router of other statistics, and the report of the first fit where its experts are the first ones again."""
     same = tuple(statistics.experts) == statistics.first
     report = dict(statistics.report) if same and statistics.report else None
-    return GaussianRouter.changed(statistics), report
+    return router.changed(statistics), report
 
 
 def _coded(part: Exclusive, codec: str) -> Exclusive:

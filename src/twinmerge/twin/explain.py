@@ -6,16 +6,16 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from twinmerge.arguments import at_least_one
 from twinmerge.models.headed import batch_size
 from twinmerge.twin.answer import answer, keeps_order, positions_of
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
+from twinmerge.twin.core import Core
+from twinmerge.twin.routing import mixtures_for
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,38 @@ class Explanation:
 
 
 @torch.no_grad()
-def explain(twin: Twin, batch: Mapping[str, Any], weights: Tensor, measure: bool, repeats: int) -> Explanation:
+def explain(core: Core, batch: Any, measure: bool, repeats: int, choice: Mapping[str, Any]) -> Explanation:
     """See `Twin.explain`."""
-    reorder = not keeps_order(twin, batch)
-    positions = positions_of(twin, batch)
-    blind = twin.runtime.look_at(batch) if bool(weights.any()) else None
-    chosen = twin.planner.choose(weights, positions, reorder=reorder, blind=blind)
-    heads = [next(iter(twin.model.head_specs))] * batch_size(batch) if twin.model.head_specs else None
-    predicted = twin.planner.predict(weights, positions, reorder=reorder, blind=blind) if weights.any() else {}
+    at_least_one("repeats", repeats)
+    weights = mixtures_for(core, batch, choice)
+    with core.lock:
+        return _explained(core, batch, weights, measure, repeats)
+
+
+def _explained(core: Core, batch: Mapping[str, Any], weights: Tensor, measure: bool, repeats: int) -> Explanation:
+    reorder = not keeps_order(core, batch)
+    positions = positions_of(core, batch)
+    blind = core.runtime.look_at(batch) if bool(weights.any()) else None
+    chosen = core.planner.choose(weights, positions, reorder=reorder, blind=blind)
+    heads = [next(iter(core.model.head_specs))] * batch_size(batch) if core.model.head_specs else None
+    predicted = core.planner.predict(weights, positions, reorder=reorder, blind=blind) if weights.any() else {}
     ways: dict[str, Tensor] = {"shared": torch.zeros_like(weights)}
     if measure:
         ways |= dict.fromkeys(predicted, weights)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):  # the first of each warms up
         for name, own in ways.items():
-            twin.runtime.forget()
+            core.runtime.forget()
             start = time.perf_counter()
-            answer(twin, batch, heads, own, "stacked" if name == "shared" else name)
-            if twin.planner.device.type == "cuda":
-                torch.cuda.synchronize(twin.planner.device)
+            answer(core, batch, heads, own, "stacked" if name == "shared" else name)
+            if core.planner.device.type == "cuda":
+                torch.cuda.synchronize(core.planner.device)
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(t[1:]) for name, t in times.items()}
     shared = medians.pop("shared")
     distinct = len(weights.unique(dim=0))
-    made = {id(part): place for place, part in twin.runtime.places}
-    size = sum(getattr(p.module, p.attribute).numel() * twin.planner.size for p in made.values())
+    made = {id(part): place for place, part in core.runtime.places}
+    size = sum(getattr(p.module, p.attribute).numel() * core.planner.size for p in made.values())
     return Explanation(
-        len(weights), positions, distinct, chosen, predicted, medians, shared, twin.planner.break_even(), size
+        len(weights), positions, distinct, chosen, predicted, medians, shared, core.planner.break_even(), size
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -34,10 +33,10 @@ from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin.mixture import index_of, mixture_weights
+from twinmerge.twin.mixing.mixture import index_of, mixture_weights
 
 if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
+    from twinmerge.twin.core import Core
 
 Server = Literal["peft", "vllm"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -54,7 +53,7 @@ class Exported(NamedTuple):
 
 
 @strict
-def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head: str | None = None) -> Path:
+def export_dense(twin: Core, mixture: Mapping[str, float], out: str | Path, head: str | None = None) -> Path:
     """Write θs + Σ wt vt for one fixed mixture; stock transformers loads it.
 
     Args:
@@ -91,7 +90,7 @@ def export_dense(twin: Twin, mixture: Mapping[str, float], out: str | Path, head
 
 @strict
 def export_lora(
-    twin: Twin,
+    twin: Core,
     mixture: str | Mapping[str, float],
     out: str | Path,
     *,
@@ -163,21 +162,6 @@ def export_lora(
     return Exported(Path(out), rank, left)
 
 
-def push_to_hub(twin: Twin, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload the twin's folder to the Hugging Face hub; the repository is made if it is not there.
-
-    Returns:
-        its address.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = twin.save_pretrained(Path(scratch) / "twin")
-        api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a twin"))
-
-
 # ------------------------------------------------------------------------------------------------ inside
 
 
@@ -186,7 +170,7 @@ def _require_twin(twin: Any) -> None:
         raise TwinmergeError(f"A twin is exported, not {shown(twin)}. Open a folder with Twin.from_pretrained.")
 
 
-def _class_with_head(twin: Twin, head: str | None) -> tuple[Architecture, HeadSpec | None]:
+def _class_with_head(twin: Core, head: str | None) -> tuple[Architecture, HeadSpec | None]:
     """The class that runs a head and its tensors; without one that of the shared model."""
     if head is None:
         found = twin.package.shared.architecture
@@ -198,7 +182,7 @@ def _class_with_head(twin: Twin, head: str | None) -> tuple[Architecture, HeadSp
     return TransformersArchitecture(spec.config, class_of(spec.config)), spec
 
 
-def _refuse_experts(twin: Twin, used: Mapping[str, float]) -> None:
+def _refuse_experts(twin: Core, used: Mapping[str, float]) -> None:
     found = twin.package.shared.architecture
     stored = twin.package.shared.stored
     for name in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].names):
@@ -210,7 +194,7 @@ def _refuse_experts(twin: Twin, used: Mapping[str, float]) -> None:
             )
 
 
-def _joined(twin: Twin, used: Mapping[str, float], name: str) -> Factors:
+def _joined(twin: Core, used: Mapping[str, float], name: str) -> Factors:
     parts = [(w, twin.package.exclusive[e].low[name]) for e, w in used.items() if name in twin.package.exclusive[e].low]
     return Factors(torch.cat([w * f.b for w, f in parts], 1), torch.cat([f.a for _, f in parts]))
 
@@ -220,7 +204,7 @@ def _padded(f: Factors, rank: int) -> Factors:
     return Factors(nn.functional.pad(f.b, (0, more)), nn.functional.pad(f.a, (0, 0, 0, more)))
 
 
-def _left_out(twin: Twin, used: Mapping[str, float], low: Mapping[str, Factors], carried: set[str]) -> dict[str, float]:
+def _left_out(twin: Core, used: Mapping[str, float], low: Mapping[str, Factors], carried: set[str]) -> dict[str, float]:
     dense: dict[str, Tensor] = {}
     for expert, weight in used.items():
         for name, tensor in twin.package.exclusive[expert].dense.items():
@@ -240,7 +224,7 @@ def _card(used: Mapping[str, float], base: str | None, left: Mapping[str, float]
     return f"{front}# LoRA adapter of a twin's shared model: {mixed}\n{lost if left else ''}"
 
 
-def _write_about(folder: Path, twin: Twin, what: Mapping[str, Any], card: str) -> None:
+def _write_about(folder: Path, twin: Core, what: Mapping[str, Any], card: str) -> None:
     told = {"export": what, "from": twin.package.provenance}
     disk.write_json(folder / PROVENANCE, told)
     disk.write_text(folder / "README.md", card)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
-from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, seeing
-from twinmerge.twin.forward import CacheError
-from twinmerge.twin.mixture import Mixture
-from twinmerge.twin.planner import distinct_mixtures
-from twinmerge.twin.rebuilt import CACHES, refuse_whole, separable
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
+from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, seeing, under_autocast
+from twinmerge.twin.call import TwinOutput, call
+from twinmerge.twin.core import Core
+from twinmerge.twin.mixing.arguments import CacheError
+from twinmerge.twin.mixing.mixture import Mixture, MixtureLike
+from twinmerge.twin.mixing.planner import distinct_mixtures
+from twinmerge.twin.mixing.rebuilt import CACHES, refuse_whole, separable
+from twinmerge.twin.routing import PerRow, mixtures, mixtures_for
 
 SEE_ALL_ROWS = ("streamer", "logits_processor", "stopping_criteria")
 """Arguments that are told of all rows at once, in their order."""
@@ -38,7 +38,28 @@ def prompt_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in inputs.items() if k in PROMPT}
 
 
-def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, Any]) -> Any:
+def generate(
+    core: Core,
+    inputs: Tensor | None = None,
+    generation_config: Any = None,
+    *,
+    mixture: MixtureLike | None = None,
+    expert: str | Sequence[str] | None = None,
+    experts_per_row: PerRow = "own",
+    normalize: bool = False,
+    free: bool = False,
+    strategy: str | None = None,
+    **options: Any,
+) -> Any:
+    """The model's own `generate`; each row's mixture is taken from its prompt (see `Twin.generate`)."""
+    given = options if generation_config is None else {**options, "generation_config": generation_config}
+    given = named(core, inputs, given)
+    weights = mixtures(core, prompt_of(given), mixture, expert, experts_per_row, normalize, free).weights
+    with core.lock:
+        return generated(core, weights, under_autocast(core, core.strategy if strategy is None else strategy), given)
+
+
+def generated(core: Core, weights: Tensor, strategy: str, inputs: Mapping[str, Any]) -> Any:
     """The model's own `generate` under the mixtures (rows, experts) of the prompts.
 
     Sampled tokens are drawn in the caller's order of rows, so that a seed gives what rebuilt models of the whole batch would;
@@ -49,42 +70,42 @@ def generate(twin: Twin, weights: Tensor, strategy: str, inputs: Mapping[str, An
     """
     prompt = prompt_of(inputs)
     size = batch_size(prompt)
-    as_dict, sampled = _setting(twin, inputs, "return_dict_in_generate"), _setting(twin, inputs, "do_sample")
+    as_dict, sampled = _setting(core, inputs, "return_dict_in_generate"), _setting(core, inputs, "do_sample")
     seers = [n for n in SEE_ALL_ROWS if inputs.get(n) is not None and inputs[n] != []]
     seers += [n for n in FOR_EACH_ROW if isinstance(given := inputs.get(n), (list, tuple, Tensor)) and len(given) > 1]
     whole = seers[0] if seers else "return_dict_in_generate" if as_dict else None
-    reorder = not (whole or sampled or keeps_order(twin, inputs))
+    reorder = not (whole or sampled or keeps_order(core, inputs))
     blind = None
     if bool(weights.any()):
-        blind = twin.runtime.look_at({**prompt, "encoder_outputs": inputs.get("encoder_outputs")})
-    strategy = twin.planner.choose(weights, positions_of(twin, prompt), _steps(twin, inputs), reorder, strategy, blind)
+        blind = core.runtime.look_at({**prompt, "encoder_outputs": inputs.get("encoder_outputs")})
+    strategy = core.planner.choose(weights, positions_of(core, prompt), _steps(core, inputs), reorder, strategy, blind)
     if strategy in ("folded", "rebuild"):
-        return _rebuilt(twin, weights, inputs, whole, bool(sampled))
+        return _rebuilt(core, weights, inputs, whole, bool(sampled))
     mixture = Mixture.of(weights, strategy == "grouped", reorder)
-    given = inputs if mixture.order is None else _rows(twin, inputs, mixture.order, size)
+    given = inputs if mixture.order is None else _rows(core, inputs, mixture.order, size)
 
     def mixed(**more: Any) -> Any:
-        with twin.runtime.mixing(mixture, copies=frozenset({1, _copies(twin, inputs)})):
-            return _run(twin, {**given, **more})
+        with core.runtime.mixing(mixture, copies=frozenset({1, _copies(core, inputs)})):
+            return _run(core, {**given, **more})
 
     try:
-        tokens = seeing(twin, prompt, mixed)
+        tokens = seeing(core, prompt, mixed)
     except CacheError as error:  # a layer that is answered row group by row group would write into the cache of all
         if inputs.get("use_cache") is not None or any(inputs.get(name) is not None for name in CACHES):
             raise
         try:
-            tokens = seeing(twin, prompt, partial(mixed, use_cache=False))
+            tokens = seeing(core, prompt, partial(mixed, use_cache=False))
         except RuntimeError:  # nor does it go without one
             raise error from None
     return tokens if mixture.order is None else _in_order(tokens, mixture.order, size)
 
 
-def _copies(twin: Twin, inputs: Mapping[str, Any]) -> int:
+def _copies(core: Core, inputs: Mapping[str, Any]) -> int:
     """How often `generate` repeats each row: for beams, and for each of several sequences that are drawn."""
-    return max(int(_setting(twin, inputs, name) or 1) for name in ("num_beams", "num_return_sequences"))
+    return max(int(_setting(core, inputs, name) or 1) for name in ("num_beams", "num_return_sequences"))
 
 
-def _rebuilt(twin: Twin, weights: Tensor, inputs: Mapping[str, Any], whole: str | None, sampled: bool) -> Any:
+def _rebuilt(core: Core, weights: Tensor, inputs: Mapping[str, Any], whole: str | None, sampled: bool) -> Any:
     """By dense weights of one mixture after the other. Where tokens are drawn, and where a row's inputs cannot be told apart, the
     whole batch runs for each mixture, from the same state of the random numbers.
 
@@ -94,28 +115,28 @@ def _rebuilt(twin: Twin, weights: Tensor, inputs: Mapping[str, Any], whole: str 
     size = batch_size(prompt_of(inputs))
     groups = distinct_mixtures(weights)
     if len(groups) == 1:
-        with twin.runtime.folded(groups[0][0]):
-            return _run(twin, inputs)
+        with core.runtime.folded(groups[0][0]):
+            return _run(core, inputs)
     if whole is not None:
         raise TwinmergeError(
             f"Rows of different mixtures are generated apart here, so {whole} cannot be told of all of them. Give one mixture for all rows, "
             "or leave it out."
         )
     refuse_whole(inputs)
-    apart = separable(twin, prompt_of(inputs)) and not sampled
+    apart = separable(core.model, prompt_of(inputs)) and not sampled
     found = []
     state = random_state()
     for weight, rows in groups:
         set_random_state(state)
-        with twin.runtime.folded(weight):
+        with core.runtime.folded(weight):
             if apart:
-                found.append(_run(twin, _rows(twin, inputs, rows, size)))
+                found.append(_run(core, _rows(core, inputs, rows, size)))
             else:
-                answers = _run(twin, inputs)
+                answers = _run(core, inputs)
                 times = len(answers) // size
                 found.append(answers[(rows[:, None] * times + torch.arange(times, device=rows.device)).flatten()])
     longest = max(f.shape[1] for f in found)
-    tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=_padding(twin, inputs)) for f in found])
+    tokens = torch.cat([F.pad(f, (0, longest - f.shape[1]), value=_padding(core, inputs)) for f in found])
     return _in_order(tokens, torch.cat([rows for _, rows in groups]), size)
 
 
@@ -130,7 +151,7 @@ def set_random_state(state: Any) -> None:
         torch.cuda.set_rng_state_all(state[1])
 
 
-def named(twin: Twin, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def named(core: Core, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of transformers' `generate` by name, checked as far as a twin needs.
 
     Args:
@@ -139,15 +160,15 @@ def named(twin: Twin, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]
     Errors:
         TwinmergeError: a model that does not generate; arguments that a twin cannot serve; prompts given twice.
     """
-    if not hasattr(twin.model.body, "generate") or twin.model.head_specs:
-        raise TwinmergeError(f"{type(twin.model.body).__name__} does not generate. Build the twin on a language model.")
+    if not hasattr(core.model.body, "generate") or core.model.head_specs:
+        raise TwinmergeError(f"{type(core.model.body).__name__} does not generate. Build the twin on a language model.")
     found = dict(options)
     if isinstance(inputs, Mapping):
         raise TwinmergeError(
             "generate takes the prompts' tensor first. Write generate(**batch) for what a tokenizer returns."
         )
     if inputs is not None:
-        main = str(twin.model.body.main_input_name)
+        main = str(core.model.body.main_input_name)
         if main in found:
             raise TwinmergeError(f"The prompts are given twice, as the first argument and as {main}. Give them once.")
         found[main] = inputs
@@ -162,8 +183,8 @@ def named(twin: Twin, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def _run(twin: Twin, inputs: Mapping[str, Any]) -> Any:
-    body: Any = twin.model.body
+def _run(core: Core, inputs: Mapping[str, Any]) -> Any:
+    body: Any = core.model.body
     own = {k: type(v)(**v) if isinstance(v, ModelOutput) else v for k, v in inputs.items()}  # generate writes into it
     try:
         return body.generate(**own)
@@ -175,34 +196,34 @@ def _run(twin: Twin, inputs: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _setting(twin: Twin, inputs: Mapping[str, Any], name: str) -> Any:
+def _setting(core: Core, inputs: Mapping[str, Any], name: str) -> Any:
     """What holds for a generation: the argument, else the config that is given, else the model's own."""
     if inputs.get(name) is not None:
         return inputs[name]
-    configs = (inputs.get("generation_config"), twin.model.body.generation_config)
+    configs = (inputs.get("generation_config"), core.model.body.generation_config)
     return next((v for c in configs if (v := getattr(c, name, None)) is not None), None)
 
 
-def _steps(twin: Twin, inputs: Mapping[str, Any]) -> int:
+def _steps(core: Core, inputs: Mapping[str, Any]) -> int:
     """New tokens that the planner reckons with."""
-    new, whole = (_setting(twin, inputs, name) for name in ("max_new_tokens", "max_length"))
-    if new is None and isinstance(whole, int) and not twin.model.architecture.config.is_encoder_decoder:
-        new = whole - positions_of(twin, inputs)
+    new, whole = (_setting(core, inputs, name) for name in ("max_new_tokens", "max_length"))
+    if new is None and isinstance(whole, int) and not core.model.architecture.config.is_encoder_decoder:
+        new = whole - positions_of(core, inputs)
     return max(1, new) if isinstance(new, int) else STEPS
 
 
-def _padding(twin: Twin, inputs: Mapping[str, Any]) -> int:
+def _padding(core: Core, inputs: Mapping[str, Any]) -> int:
     """What ends rows that are shorter than others; as in transformers the end token where nothing pads."""
-    found = _setting(twin, inputs, "pad_token_id")
+    found = _setting(core, inputs, "pad_token_id")
     if found is None:
-        found = _setting(twin, inputs, "eos_token_id")
+        found = _setting(core, inputs, "eos_token_id")
     found = found.tolist() if isinstance(found, Tensor) else found
     return int((found[0] if isinstance(found, (list, tuple)) else found) or 0)
 
 
-def _rows(twin: Twin, inputs: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
+def _rows(core: Core, inputs: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
     """The inputs of some rows; what belongs to the generation as a whole stays as it is."""
-    config: Any = twin.model.body.generation_config
+    config: Any = core.model.body.generation_config
     by_rows = {k for k, v in inputs.items() if k in PROMPT or isinstance(v, (Tensor, ModelOutput))}
     whole = {k: v for k, v in inputs.items() if hasattr(config, k) or k not in by_rows}
     found = whole | rows_of_batch({k: v for k, v in inputs.items() if k not in whole}, rows, size)
@@ -225,21 +246,30 @@ class Pinned:
     in 16 bits the parts are added in activation form instead, since weights of 16 bits would round small changes away.
     """
 
-    def __init__(self, twin: Twin, weights: Tensor) -> None:
-        self.twin, self.weights = twin, weights
-        self.strategy = "folded" if twin.planner.folds_exactly else "auto"
+    def __init__(self, core: Core, weights: Tensor) -> None:
+        self.core, self.weights = core, weights
+        self.strategy = "folded" if core.planner.folds_exactly else "auto"
+
+    @classmethod
+    def of(cls, core: Core, choice: Mapping[str, Any]) -> Pinned:
+        """Of a prompt of one row, or of a named mixture (see `Twin.pin`)."""
+        prompt = prompt_of(choice)
+        weights = mixtures_for(core, prompt, {k: v for k, v in choice.items() if k not in prompt})
+        if len(weights) != 1:
+            raise TwinmergeError(f"A conversation has one mixture, got {len(weights)} rows. Give one prompt.")
+        return cls(core, weights[0])
 
     @property
     def mixture(self) -> dict[str, float]:
-        return dict(zip(self.twin.experts, self.weights.tolist(), strict=True))
+        return dict(zip(self.core.experts, self.weights.tolist(), strict=True))
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
         """`Twin.generate` under the pinned mixture."""
-        return self.twin.generate(**self._choice(named(self.twin, inputs, options)))
+        return generate(self.core, **self._choice(named(self.core, inputs, options)))
 
-    def __call__(self, **batch: Any) -> Any:
+    def __call__(self, **batch: Any) -> TwinOutput:
         """The answer of the twin under the pinned mixture."""
-        return self.twin(**self._choice(batch))
+        return call(self.core, **self._choice(batch))
 
     def _choice(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         rows = batch_size(prompt_of(inputs))

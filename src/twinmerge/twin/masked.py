@@ -59,6 +59,18 @@ def masked(
     return found
 
 
+def unmasked(base: Tensor, vector: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """θ0 + s · m ⊙ τ, rounded once to the base's dtype; the base's own bits where the mask is 0.
+
+    Example:
+        >>> base, vector = torch.tensor([1.0, -0.0, 2.0]), torch.tensor([0.5, 0.5, -4.0])
+        >>> unmasked(base, vector, torch.tensor([True, False, True]), 0.5).tolist()
+        [1.25, -0.0, 0.0]
+    """
+    moved = torch.add(base.double(), vector.double(), alpha=scale).to(base.dtype)
+    return torch.where(mask, moved, base)
+
+
 def _none(vector: Tensor) -> Tensor:
     return torch.zeros(byte_count(vector.numel()), dtype=torch.uint8)
 

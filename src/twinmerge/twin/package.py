@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from twinmerge.engine.card import model_card
 from twinmerge.engine.side_files import NO_SIDE_FILES, PROVENANCE, copy_side_files, write_config
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
@@ -28,15 +29,14 @@ from twinmerge.store.artefact import (
 )
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
-from twinmerge.store.foreign import AGAIN, find, read_json
+from twinmerge.store.foreign import AGAIN, find, read_json, read_text
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.masked import MASKS_VERSION, TWIN_VERSION, pack_masks, told_of, unpack_masks
-from twinmerge.twin.routers.fit import router_from
-from twinmerge.twin.routers.gaussian import GaussianRouter
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.fit import router_from
 from twinmerge.twin.split import Exclusive, shared_vectors
-from twinmerge.twin.statistics import Statistics
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
 ROUTER_VERSION, STATISTICS_VERSION = 2, 3  # the first that are sealed
@@ -88,6 +88,34 @@ def card_of_now(card: str, provenance: Mapping[str, Any]) -> str:
     return card.partition(SINCE)[0] + (SINCE + "\n".join(lines) + "\n" if lines else "")
 
 
+def write(
+    output: OutputFolder,
+    package: Package,
+    side_files: Path | None,
+    sources: Mapping[str, OpenedModel],
+    about: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    """Write a twin folder with its model card.
+
+    Args:
+        side_files: where the tokenizer and its like lie, the card and heads.json of a twin that was read.
+        sources: "base" and the experts' names -> what the twin was built from; empty for one that was read.
+        about: expert -> more keys of its entry in heads.json.
+    """
+    provenance = package.provenance
+    if sources:
+        others = {name: model for name, model in sources.items() if name != "base"}
+        heads = sorted({n for head in package.heads.values() for n in head.tensors})
+        card = model_card(provenance, sources["base"], others, heads, "twin")
+    else:
+        readme = find(side_files, "README.md") if side_files else None
+        card = read_text(readme, advice="Mend it, or take it away.") if readme else "# Twin\n"
+    known = {name: told for name, told in about_of(side_files).items() if name in package.exclusive}
+    for name, more in about.items():
+        known[name] = {**known.get(name, {}), **more}
+    return save(output, package, side_files, card_of_now(card, provenance), known)
+
+
 def is_twin(folder: Path) -> bool:
     return find(folder, TWIN) is not None
 
@@ -112,8 +140,7 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
             save_heads(partial, package.heads, base, about, package.codec)
         if package.router is not None:
             save_artefact(partial / ROUTER, _pack_router(package, base))
-            statistics = getattr(package.router, "statistics", None)
-            if statistics is not None:
+            if (statistics := package.router.statistics) is not None:
                 save_artefact(
                     partial / STATISTICS,
                     Artefact("router statistics", STATISTICS_VERSION, base, *statistics.packed()),
@@ -163,7 +190,7 @@ def load(folder: Path) -> Package:
             raise TwinmergeError(
                 f"{folder / ROUTER} chooses between {router.shape[0]} experts, the twin has {len(exclusive)}. Fit it again."
             )
-    if isinstance(router, GaussianRouter) and find(folder, STATISTICS):
+    if router is not None and router.keeps_statistics and find(folder, STATISTICS):
         kept = load_artefact(folder / STATISTICS, "router statistics", STATISTICS_VERSION, base)
         with undamaged(folder / STATISTICS):
             router.statistics = Statistics.unpacked(kept.header, kept.tensors)
@@ -267,7 +294,7 @@ def _pack_router(package: Package, base: str) -> Artefact:
     router = package.router
     assert router is not None
     header: dict[str, Any] = {"router": router.kind, "layers": list(package.layers), "report": package.report}
-    header |= router.header()
+    header |= router.header() | ({"options": options} if (options := router.options()) else {})
     return Artefact("router", ROUTER_VERSION, base, header, dict(router.state_dict()))
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.call import call
+from twinmerge.twin.core import Core
 from twinmerge.twin.routing import CHOICE, check_choice
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
 
 
 @dataclass(frozen=True)
@@ -27,30 +26,30 @@ class Prediction:
     mixture: dict[str, float]
 
 
-def predict(twin: Twin, texts: Sequence[Any], batch_rows: int, choice: Mapping[str, Any]) -> list[Prediction]:
+def predict(core: Core, texts: Sequence[Any], batch_rows: int, choice: Mapping[str, Any]) -> list[Prediction]:
     """The answer to each text (see `Twin.predict`); what `choice` holds for each row is cut along with the texts."""
     at_least_one("batch_rows", batch_rows)
     check_choice(choice, (*CHOICE, "head", "strategy", "oracle_biases"))
     if not len(texts):
         return []
-    encoder = twin.encoder
+    encoder = core.encoder
     found: list[Prediction] = []
     for start in range(0, len(texts), batch_rows):
         chunk = list(texts[start : start + batch_rows])
-        rows = {
+        rows: dict[str, Any] = {
             k: v[start : start + batch_rows]
             if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() > 1)
             else v
             for k, v in choice.items()
         }
-        out = twin(**encoder.encode(chunk), **rows)
+        out = call(core, **{**encoder.encode(chunk), **rows})
         if out.logits is None or out.logits.dim() != 2:
             raise TwinmergeError("This twin has no classifier head. Call the twin itself, or generate().")
         probabilities = out.logits.float().softmax(-1)
         for i, p in enumerate(probabilities):
             head = out.head[i] if out.head else None
-            mixture = dict(zip(twin.experts, out.mixture[i].tolist(), strict=True))
-            label = twin.model.labels(head)[int(p.argmax())]
+            mixture = dict(zip(core.experts, out.mixture[i].tolist(), strict=True))
+            label = core.model.labels(head)[int(p.argmax())]
             found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture))
     encoder.warn_truncated()
     return found

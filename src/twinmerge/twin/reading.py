@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +12,21 @@ from transformers.pytorch_utils import Conv1D
 
 from twinmerge.arguments import at_least_one, shown
 from twinmerge.errors import TwinmergeError
+from twinmerge.models.blocks import block_of
 from twinmerge.models.headed import batch_size, rows_of_batch
-from twinmerge.models.transformers_class import position_limit as position_limit
+from twinmerge.statistics.moments import Moments, input_moments
 from twinmerge.tasks.encode import batches
 from twinmerge.twin.answer import PROMPT
-from twinmerge.twin.features import features
-from twinmerge.twin.mixture import Mixture, index_of, one_hot
-from twinmerge.twin.moments import Moments, input_moments
+from twinmerge.twin.core import Core
+from twinmerge.twin.mixing.mixture import Mixture, index_of, one_hot
+from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import refuse_masks
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
 
 Given = Sequence[Any] | Mapping[str, Tensor]
 """Texts, (text, text_pair) tuples or rows of a suite; or a batch of tensors such as {"pixel_values": ...}."""
 
 
-def read_batches(twin: Twin, given: Given, name: str, batch_rows: int, progress: bool) -> Iterator[Mapping[str, Any]]:
+def read_batches(core: Core, given: Given, name: str, batch_rows: int, progress: bool) -> Iterator[Mapping[str, Any]]:
     """What a caller gives, as batches of tensors.
 
     Args:
@@ -43,7 +41,7 @@ def read_batches(twin: Twin, given: Given, name: str, batch_rows: int, progress:
         return
     chunks = list(batches(list(given), batch_rows, "length"))
     for _, texts in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
-        yield twin.encoder.encode(texts)
+        yield core.encoder.encode(texts)
 
 
 def check_batch(batch: Any) -> None:
@@ -70,39 +68,41 @@ def check_batch(batch: Any) -> None:
 
 @torch.no_grad()
 def read_features(
-    twin: Twin, given: Given, layers: Sequence[int], name: str, batch_rows: int, progress: bool
+    core: Core, given: Given, layers: Sequence[int], name: str, batch_rows: int, progress: bool
 ) -> list[Tensor]:
     """The means of these layers' states, batch by batch."""
-    return [features(twin.model, batch, layers) for batch in read_batches(twin, given, name, batch_rows, progress)]
+    return [features(core.model, batch, layers) for batch in read_batches(core, given, name, batch_rows, progress)]
 
 
 @torch.no_grad()
-def read_moments(twin: Twin, given: Given, name: str, batch_rows: int, progress: bool) -> dict[str, Moments]:
+def read_moments(core: Core, given: Given, name: str, batch_rows: int, progress: bool) -> dict[str, Moments]:
     """What the modules see of inputs of an expert's kind while that expert answers."""
-    index_of(name, twin.experts)
+    index_of(name, core.experts)
 
     def answered() -> Iterator[Mapping[str, Any]]:
-        for batch in read_batches(twin, given, name, batch_rows, progress):
-            weights = one_hot([name] * batch_size(batch), twin.experts)
-            one = twin.runtime.folded(weights[0]) if twin.runtime.refused else twin.runtime.mixing(Mixture.of(weights))
+        for batch in read_batches(core, given, name, batch_rows, progress):
+            weights = one_hot([name] * batch_size(batch), core.experts)
+            one = core.runtime.folded(weights[0]) if core.runtime.refused else core.runtime.mixing(Mixture.of(weights))
             with one:  # until the next batch is asked for
                 yield batch
 
-    with twin.lock:
-        return input_moments(twin.model, twin.package.exclusive[name].low, answered())
+    with core.lock:
+        return input_moments(core.model, core.package.exclusive[name].low, answered())
 
 
 @torch.no_grad()
-def input_directions(twin: Twin, layer: int) -> list[Tensor]:
+def input_directions(core: Core, layer: int) -> list[Tensor]:
     """Of each expert, the directions (width, any number) that its exclusive part reads the layer's input along: the right
     factors of the matrices that the layer's input goes to first (queries, keys and values).
 
     Errors:
         TwinmergeError: a layer that is not there, or whose first matrices no expert changes, or experts that are masks.
     """
-    refuse_masks(twin.package.exclusive.values(), "told apart by their low-rank factors")
+    refuse_masks(core.package.exclusive.values(), "told apart by their low-rank factors")
     modules = {
-        path: m for path, m in twin.model.body.named_modules() if _layer_of(path) == layer and not any(m.children())
+        path: m
+        for path, m in core.model.body.named_modules()
+        if (block := block_of(path)) is not None and block[1] == layer and not any(m.children())
     }
     seen: list[tuple[str, Tensor]] = []
     handles = []
@@ -110,14 +110,14 @@ def input_directions(twin: Twin, layer: int) -> list[Tensor]:
         if isinstance(module, (nn.Linear, Conv1D)):
             handles.append(module.register_forward_pre_hook(lambda _, args, path=path: seen.append((path, args[0]))))
     try:
-        twin.model.hidden_states(nothing_much(twin))
+        core.model.hidden_states(probe(core))
     finally:
         for handle in handles:
             handle.remove()
     first = [path for path, x in seen if x is seen[0][1]]
-    names = [twin.model.canonical(f"{path}.weight") for path in first]
+    names = [core.model.canonical(f"{path}.weight") for path in first]
     found = []
-    for part in twin.package.exclusive.values():
+    for part in core.package.exclusive.values():
         own = [(part.low[n], modules[path]) for n, path in zip(names, first, strict=True) if n in part.low]
         # Conv1D stores (in, out); what stands on the other side says how much a direction matters
         sides = [(f.b, f.a.T) if isinstance(module, Conv1D) else (f.a.T, f.b) for f, module in own]
@@ -131,29 +131,12 @@ def input_directions(twin: Twin, layer: int) -> list[Tensor]:
     return found
 
 
-def _layer_of(path: str) -> int | None:
-    """The first integer component of a module's path."""
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
-
-
-def nothing_much(twin: Twin) -> dict[str, Tensor]:
+def probe(core: Core) -> dict[str, Tensor]:
     """A batch that runs through the model."""
-    config = twin.model.architecture.config
+    config = core.model.architecture.config
     if (size := getattr(config, "image_size", None)) is not None:
-        dtype = next(twin.model.body.parameters()).dtype
+        dtype = next(core.model.body.parameters()).dtype
         return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), size, size, dtype=dtype)}
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in twin.takes and config.is_encoder_decoder else {}
+    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in core.takes and config.is_encoder_decoder else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **decoder}
-
-
-def layer_count(config: Any) -> int:
-    """How many layers a model has.
-
-    Errors:
-        TwinmergeError: its config does not say.
-    """
-    count = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
-    if count is None:
-        raise TwinmergeError(f"{type(config).__name__} does not say how many layers it has. Name the router's layers.")
-    return int(count)

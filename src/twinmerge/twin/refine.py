@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,13 @@ from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
 from twinmerge.twin.compress import balanced, projected_factors
-from twinmerge.twin.converted import Converted
+from twinmerge.twin.core import Core
 from twinmerge.twin.experts import models_of
-from twinmerge.twin.mixture import index_of
+from twinmerge.twin.mixing.converted import Converted
+from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import Package
 from twinmerge.twin.reading import Given, read_batches
 from twinmerge.twin.split import Exclusive, refuse_masks
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
 
 WARM = 0.1  # share of the steps in which the rate grows
 CLIP = 1.0  # of the gradient's norm
@@ -39,7 +37,7 @@ KEPT = 1 << 28  # bytes of an expert's states that are kept for the next time
 
 
 def refined(
-    twin: Twin,
+    core: Core,
     inputs: Mapping[str, Given],
     experts: Mapping[str, ModelLike],
     steps: int,
@@ -54,13 +52,13 @@ def refined(
     if not 0 < rate < float("inf"):
         raise TwinmergeError(f"rate={rate} is out of range. Give a number above 0, such as 0.001.")
     for name in inputs:
-        index_of(name, twin.experts)
-    package = twin.package_now()
+        index_of(name, core.experts)
+    package = core.package_now()
     refuse_masks(package.exclusive.values(), "refined")
-    models = {**models_of(package.provenance), **twin.sources, **experts}
+    models = {**models_of(package.provenance), **core.sources, **experts}
     parts = dict(package.exclusive)
     for name, given in inputs.items():
-        batches = list(read_batches(twin, given, name, batch_rows, progress))
+        batches = list(read_batches(core, given, name, batch_rows, progress))
         if not batches:
             raise TwinmergeError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
         if (model := models.get(name)) is None:
@@ -68,15 +66,15 @@ def refined(
         opened = (
             model if isinstance(model, OpenedModel) else open_model(model, None if isinstance(model, str) else name)
         )
-        with twin.lock:
-            parts[name] = fitted_part(twin, name, opened, batches, steps, rate, seed, progress)
+        with core.lock:
+            parts[name] = fitted_part(core, name, opened, batches, steps, rate, seed, progress)
     told = {"experts": list(inputs), "steps": steps, "rate": rate}
     provenance = {**package.provenance, "twin": {**package.provenance.get("twin", {}), "refined": told}}
     return package._replace(exclusive=parts, provenance=provenance)
 
 
 def fitted_part(
-    twin: Twin,
+    core: Core,
     name: str,
     expert: OpenedModel,
     batches: Sequence[Mapping[str, Any]],
@@ -98,7 +96,7 @@ def fitted_part(
     Errors:
         TwinmergeError: states that turn to NaN.
     """
-    part, codec = twin.package.exclusive[name], twin.package.codec
+    part, codec = core.package.exclusive[name], core.package.codec
     teacher = HeadedModel(_class_of(expert), {n: expert.read(n) for n in expert.specs})
     low = {n: [x.float().clone().requires_grad_() for x in balanced(f)] for n, f in part.low.items()}
     dense = {n: v.float().clone().requires_grad_() for n, v in part.dense.items()}
@@ -112,8 +110,8 @@ def fitted_part(
         goal = goals[k] if k in goals else teacher.hidden_states(batch)[-1]
         if sum(g.nbytes for g in goals.values()) + goal.nbytes <= KEPT:
             goals[k] = goal
-        with torch.enable_grad(), _attached(twin, low, dense, codec):
-            loss = gap(twin.model.hidden_states(batch)[-1], goal, batch.get("attention_mask"))
+        with torch.enable_grad(), _attached(core, low, dense, codec):
+            loss = gap(core.model.hidden_states(batch)[-1], goal, batch.get("attention_mask"))
         if not bool(loss.isfinite()):
             raise TwinmergeError(f"The states of {name!r} turned to NaN. Refine at a lower rate.")
         optimizer.zero_grad()
@@ -151,7 +149,7 @@ def gap(states: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
 
 @contextmanager
 def _attached(
-    twin: Twin, low: Mapping[str, Sequence[Tensor]], dense: Mapping[str, Tensor], codec: str
+    core: Core, low: Mapping[str, Sequence[Tensor]], dense: Mapping[str, Tensor], codec: str
 ) -> Iterator[None]:
     """Within the context the body is θs + b a and θs + v, and gradients reach b, a and v.
 
@@ -161,7 +159,7 @@ def _attached(
     factors = {n: _stored(Factors(*f), codec) for n, f in low.items()}
     handles: list[Any] = []
     before = []
-    for place, part in twin.runtime.places:
+    for place, part in core.runtime.places:
         parameter, module = place.module._parameters[place.attribute], place.module
         assert parameter is not None
         if isinstance(part, Converted):

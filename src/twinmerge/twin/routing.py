@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.models.headed import batch_size
-from twinmerge.twin.converted import Converted
-from twinmerge.twin.early import Early, called_before
-from twinmerge.twin.features import default_layers, read_states
-from twinmerge.twin.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
-from twinmerge.twin.reading import Given, input_directions, layer_count, nothing_much, read_batches
-from twinmerge.twin.routers.calibration import RouterReport
-from twinmerge.twin.routers.entropy import EntropyRouter, unsureness
-from twinmerge.twin.routers.fit import calibrated, fit_router, router_kind
-from twinmerge.twin.routers.projection import ProjectionRouter
-from twinmerge.twin.routers.router import Router
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
+from twinmerge.models.headed import batch_size, for_each_row
+from twinmerge.models.layers import Early, called_before, depth, layer_count
+from twinmerge.twin.answer import planned
+from twinmerge.twin.core import Core
+from twinmerge.twin.mixing.converted import Converted
+from twinmerge.twin.mixing.mixture import MixtureLike, index_of, mixture_weights, on_simplex, one_hot
+from twinmerge.twin.package import Package
+from twinmerge.twin.reading import Given, check_batch, input_directions, probe, read_batches
+from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.routers.kit.calibration import RouterReport
+from twinmerge.twin.routers.kit.features import read_states
+from twinmerge.twin.routers.kit.fit import calibrated, fit_router
+from twinmerge.twin.split import without_parameters
 
 CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "free")
 """What a caller may say of mixtures."""
@@ -45,7 +45,7 @@ class Routed(NamedTuple):
 
 
 def mixtures(
-    twin: Twin,
+    core: Core,
     batch: Mapping[str, Any],
     mixture: MixtureLike | None = None,
     expert: str | Sequence[str] | None = None,
@@ -54,19 +54,26 @@ def mixtures(
     free: bool = False,
 ) -> Routed:
     """What a call with these choices uses (see `Twin.forward`); one row where the batch is empty."""
-    per_row_most = twin.experts_per_row if experts_per_row == "own" else experts_per_row
+    per_row_most = core.experts_per_row if experts_per_row == "own" else experts_per_row
     if per_row_most is not None:
         at_least_one("experts_per_row", per_row_most)
     if mixture is None and expert is None:
-        return routed(twin, batch, per_row_most)
+        return routed(core, batch, per_row_most)
     if mixture is not None and expert is not None:
         raise TwinmergeError("Both mixture and expert are given. Give one of them.")
     size = batch_size(batch) if batch else 1
     if expert is not None:
-        return Routed(one_hot(per_row(expert, size, "expert"), twin.experts).to(twin.planner.device))
+        return Routed(one_hot(per_row(expert, size, "expert"), core.experts).to(core.planner.device))
     assert mixture is not None
-    weights = mixture_weights(mixture, twin.experts, size).to(twin.planner.device)
+    weights = mixture_weights(mixture, core.experts, size).to(core.planner.device)
     return Routed(weights if free else on_simplex(weights, normalize))
+
+
+def mixtures_for(core: Core, batch: Any, choice: Mapping[str, Any]) -> Tensor:
+    """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
+    check_batch(batch)
+    check_choice(choice)
+    return mixtures(core, batch, **choice).weights
 
 
 def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> None:
@@ -84,125 +91,124 @@ def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> No
             )
 
 
-def check_names(twin: Twin, batch: Mapping[str, Any]) -> None:
+def check_names(core: Core, batch: Mapping[str, Any]) -> None:
     """Refuse what is neither a choice nor an input of the model: its class may take any name, and a typing error would pass.
 
     Errors:
         TwinmergeError: such a name (with the nearest that is known).
     """
-    taken = twin.takes
+    taken = core.takes
     for name, value in batch.items():
         if name not in taken and not isinstance(value, Tensor):
             raise TwinmergeError(
-                f"There is no argument {name!r} of {type(twin.model.body).__name__}.{nearest(name, {*CHOICE, 'head', 'strategy', *taken})} "
+                f"There is no argument {name!r} of {type(core.model.body).__name__}.{nearest(name, {*CHOICE, 'head', 'strategy', *taken})} "
                 "Leave it out."
             )
 
 
-def routed(twin: Twin, batch: Mapping[str, Any], experts_per_row: int | None) -> Routed:
+def routed(core: Core, batch: Mapping[str, Any], experts_per_row: int | None) -> Routed:
     """The router's mixtures.
 
     Errors:
         TwinmergeError: no router is fitted, or a batch that continues a cache.
     """
-    if twin.router is None:
+    if core.router is None:
         raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
     if batch.get("past_key_values") is not None:
         raise TwinmergeError(
             "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was made under."
         )
-    with torch.no_grad(), twin.lock:
-        found, early = _read(twin, twin.router, twin.layers, batch)
-        weights = twin.router.weights(found, experts_per_row)
+    with torch.no_grad(), core.lock:
+        found, early = _read(core, core.router, core.layers, batch)
+        weights = core.router.weights(found, experts_per_row)
         nearest = weights.argmax(1)
-        weights = torch.where(twin.router.far(found)[:, None], 0, weights)
-        return Routed(weights, nearest, early if early is not None and _goes_on(twin, batch) else None)
+        weights = torch.where(core.router.far(found)[:, None], 0, weights)
+        return Routed(weights, nearest, early if early is not None and _goes_on(core, batch) else None)
 
 
-def under_autocast(twin: Twin, strategy: str) -> str:
-    """The strategy that may be used: within torch.autocast only whole weights are exact, since the parts of experts would be added to
-    answers of another dtype.
-
-    Errors:
-        TwinmergeError: a way that adds parts to answers is asked for.
-    """
-    if not torch.is_autocast_enabled(twin.planner.device.type) or strategy in ("folded", "rebuild"):
-        return strategy
-    if strategy != "auto":
-        raise TwinmergeError(
-            f"Within torch.autocast strategy={strategy!r} would add parts in one dtype to answers in another. Leave it out, say "
-            'strategy="rebuild", or convert the twin: twin.to(torch.bfloat16).'
-        )
-    return "rebuild"
-
-
-def _read(
-    twin: Twin, router: Router | type[Router], layers: Sequence[int], batch: Mapping[str, Any]
-) -> tuple[Tensor, Early | None]:
-    """What a kind of router reads of a batch, and what the first layers gave where it reads no more."""
+def _read(core: Core, router: Router, layers: Sequence[int], batch: Mapping[str, Any]) -> tuple[Tensor, Early | None]:
+    """What a router reads of a batch, and what the first layers gave where it reads no more."""
     if router.reads == "answers":
-        return answers(twin, batch), None
-    return read_states(twin.model, batch, layers, router.spreads)
+        return answers(core, batch, router), None
+    return read_states(core.model, batch, layers, router.spreads)
 
 
-def _goes_on(twin: Twin, batch: Mapping[str, Any]) -> bool:
+def _goes_on(core: Core, batch: Mapping[str, Any]) -> bool:
     """True where a pass may go on from the states that the router read: no expert changes what made them, and the caller wants
     nothing of the layers below (a cache holds every layer)."""
     if any(batch.get(name) is not None and batch.get(name) is not False for name in WANTS_ALL_LAYERS):
         return False
-    caches = hasattr(twin.model.body, "generate") and not twin.model.head_specs
-    return not (caches and batch.get("use_cache") is not False) and acts_above(twin, max(twin.layers))
+    caches = hasattr(core.model.body, "generate") and not core.model.head_specs
+    return not (caches and batch.get("use_cache") is not False) and acts_above(core, max(core.layers))
 
 
-def acts_above(twin: Twin, layer: int) -> bool:
+def single_pass(core: Core, layer: int | None) -> Package:
+    """A package whose experts act from a layer on (see `Twin.single_pass`)."""
+    count = depth(core.model)
+    if not count:
+        raise TwinmergeError(
+            f"{type(core.model.body).__name__} is not one stack of layers, so it cannot be routed on the way. "
+            "Route in a pass of its own."
+        )
+    layer = max(1, round(count / 6)) if layer is None else layer
+    if not 0 <= layer < count:
+        raise TwinmergeError(f"Layer {layer} is out of range: the model has {count}. Give 0 to {count - 1}.")
+    below = changed_before(core, layer)
+    package = core.package_now()
+    exclusive = {e: without_parameters(part, below) for e, part in package.exclusive.items()}
+    if core.layers and max(core.layers) > layer:
+        package = package._replace(router=None, layers=(), report=None)
+    told = {**package.provenance.get("twin", {}), "single_pass": layer}
+    return package._replace(exclusive=exclusive, provenance={**package.provenance, "twin": told})
+
+
+def acts_above(core: Core, layer: int) -> bool:
     """True where no expert changes anything that a pass does before it reaches a layer."""
-    if layer not in twin.acting_above:
-        twin.acting_above[layer] = not changed_before(twin, layer)
-    return twin.acting_above[layer]
+    if layer not in core.acting_above:
+        core.acting_above[layer] = not changed_before(core, layer)
+    return core.acting_above[layer]
 
 
-def changed_before(twin: Twin, layer: int) -> set[str]:
+def changed_before(core: Core, layer: int) -> set[str]:
     """Names of the parameters that experts change and that a pass uses before it reaches a layer."""
-    before = called_before(twin.model, nothing_much(twin), layer)
-    parts = [part for place, part in twin.runtime.places if place.path in before]
+    before = called_before(core.model, probe(core), layer)
+    parts = [part for place, part in core.runtime.places if place.path in before]
     return {name for part in parts for name in (part.names if isinstance(part, Converted) else [part.name])}
 
 
 def fitted(
-    twin: Twin,
+    core: Core,
     inputs: Mapping[str, Given],
-    kind: str,
+    router: Router,
     layers: Sequence[int] | None,
     null: bool,
     seed: int,
     batch_rows: int,
     progress: bool,
-) -> tuple[Router, tuple[int, ...], RouterReport | None]:
-    """A router, the layers that it reads, and how held-out rows were routed (see `Twin.fit_router`)."""
+) -> tuple[tuple[int, ...], RouterReport | None]:
+    """Fit a router; the layers that it reads, and how held-out rows were routed (see `Twin.fit_router`)."""
     for name in inputs:
-        index_of(name, twin.experts)
-    made = router_kind(kind)
-    if made.reads == "answers":
+        index_of(name, core.experts)
+    if router.reads == "answers":
         if layers is not None:
-            raise TwinmergeError(f"The {kind} router reads the experts' answers, no layers. Leave layers out.")
+            raise TwinmergeError(f"The {router.kind} router reads the experts' answers, no layers. Leave layers out.")
         layers = ()
     elif layers is None:
-        layers = default_layers(layer_count(twin.model.architecture.config), kind, twin.first_layer)
+        layers = router.default_layers(layer_count(core.model.architecture.config), core.first_layer)
     layers = tuple(int(layer) for layer in layers)
     rows: list[Tensor] = []
     owners: list[int] = []
-    for k, name in enumerate(twin.experts):
+    for k, name in enumerate(core.experts):
         if (given := inputs.get(name)) is not None:
-            given_batches = read_batches(twin, given, name, batch_rows, progress)
+            given_batches = read_batches(core, given, name, batch_rows, progress)
             with torch.no_grad():
-                read = [_read(twin, made, layers, batch)[0] for batch in given_batches]
+                read = [_read(core, router, layers, batch)[0] for batch in given_batches]
             rows += read
             owners += [k] * sum(len(f) for f in read)
     whose = torch.tensor(owners)
-    if not made.needs_inputs:
-        from_experts = _of_experts(twin, made, layers)
-        report = calibrated(from_experts, torch.cat(rows), whose, twin.experts) if rows else None
-        return from_experts, tuple(layers), report
+    if not router.needs_inputs:
+        router.of_experts(core.experts, layers, partial(input_directions, core))
+        return layers, calibrated(router, torch.cat(rows), whose, core.experts) if rows else None
     if not rows:
         raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
     found = torch.cat(rows)
@@ -210,37 +216,34 @@ def fitted(
         raise TwinmergeError(
             "To the model the inputs are all alike, so no router can tell them apart. Give different ones."
         )
-    novel = found.shape[1] // (len(layers) * (2 if made.spreads else 1)) if null else 0
+    novel = found.shape[1] // (len(layers) * (2 if router.spreads else 1)) if null and layers else 0
     with torch.random.fork_rng(devices=[]):
-        router, report = fit_router(kind, found, whose, twin.experts, seed, novel)
-    return router, tuple(layers), report
+        return layers, fit_router(router, found, whose, core.experts, seed, novel)
 
 
-def _of_experts(twin: Twin, kind: type[Router], layers: Sequence[int]) -> Router:
-    """A router that is made of the experts alone."""
-    if kind is EntropyRouter:
-        return EntropyRouter(len(twin.experts))
-    if len(layers) != 1:
-        raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
-    return ProjectionRouter.from_bases(input_directions(twin, layers[0]))
-
-
-def answers(twin: Twin, batch: Mapping[str, Any]) -> Tensor:
-    """(rows, experts): how unsure each expert's own answer is (see `routers/entropy.py`)."""
-    given = {k: v for k, v in batch.items() if k not in WANTS_ALL_LAYERS and k != "past_key_values"}
+def answers(core: Core, batch: Mapping[str, Any], router: Router) -> Tensor:
+    """(rows, experts): what a router reads of each expert's own answer."""
+    left_out = (*WANTS_ALL_LAYERS, "past_key_values", "return_dict")
+    given = {k: v for k, v in batch.items() if k not in left_out}
+    check_names(core, given)
+    size = batch_size(given)
+    given = for_each_row(given, size)
     found = []
-    for name in twin.experts:
-        out = twin(**given, expert=name)
-        logits = out.logits if out.logits is not None else getattr(out.output, "logits", None)
+    for name in core.experts:
+        weights = one_hot([name] * size, core.experts).to(core.planner.device)
+        own = planned(core, given, heads_of_rows(core, None, [name] * size), weights)[0]
+        logits = own.logits if own.logits is not None else getattr(own.output, "logits", None)
         if logits is None:
-            raise TwinmergeError("The entropy router reads answers, and this twin gives none. Choose another router.")
-        found.append(unsureness(logits, given.get("input_ids"), given.get("attention_mask")))
+            raise TwinmergeError(
+                f"The {router.kind} router reads answers, and this twin gives none. Choose another router."
+            )
+        found.append(router.read_answer(logits, given.get("input_ids"), given.get("attention_mask")))
     return torch.stack(found, 1)
 
 
-def heads_of_rows(twin: Twin, head: str | Sequence[str] | None, likely: Sequence[str | None]) -> list[str] | None:
+def heads_of_rows(core: Core, head: str | Sequence[str] | None, likely: Sequence[str | None]) -> list[str] | None:
     """The head of each row: the one that is named, or the likeliest expert's; None where the model has none."""
-    if not twin.model.head_specs:
+    if not core.model.head_specs:
         return None
     if head is not None:
         names = per_row(head, len(likely), "head")
@@ -249,7 +252,7 @@ def heads_of_rows(twin: Twin, head: str | Sequence[str] | None, likely: Sequence
     else:
         names = [str(name) for name in likely]
     for name in set(names):
-        index_of(name, list(twin.model.head_specs))
+        index_of(name, list(core.model.head_specs))
     return names
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.routing import check_choice
-
-if TYPE_CHECKING:
-    from twinmerge.twin.twin import Twin
+from twinmerge.twin.call import call
+from twinmerge.twin.core import Core
+from twinmerge.twin.routing import check_choice, mixtures_for
 
 Tokens = str | Sequence[int]
 
@@ -30,21 +29,21 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(
-    twin: Twin, contexts: Sequence[Tokens], continuations: Sequence[Tokens], batch_rows: int, choice: dict[str, Any]
+    core: Core, contexts: Sequence[Tokens], continuations: Sequence[Tokens], batch_rows: int, choice: dict[str, Any]
 ) -> list[Score]:
     """See `Twin.score`."""
     at_least_one("batch_rows", batch_rows)
     check_choice(choice)
     if len(contexts) != len(continuations):
         raise TwinmergeError(f"{len(contexts)} contexts have {len(continuations)} continuations. Give one for each.")
-    if not hasattr(twin.model.body, "generate") or twin.model.head_specs:
-        raise TwinmergeError(f"{type(twin.model.body).__name__} gives no likelihood of tokens. Use a language model.")
-    rows = [_ids(twin, a, b) for a, b in zip(contexts, continuations, strict=True)]
+    if not hasattr(core.model.body, "generate") or core.model.head_specs:
+        raise TwinmergeError(f"{type(core.model.body).__name__} gives no likelihood of tokens. Use a language model.")
+    rows = [_ids(core, a, b) for a, b in zip(contexts, continuations, strict=True)]
     distinct = list(dict.fromkeys(tuple(a) for a, _ in rows))
     mixtures: dict[tuple[int, ...], Tensor] = {}
     for start in range(0, len(distinct), batch_rows):
         some = distinct[start : start + batch_rows]
-        found = twin.mixtures(_batch([list(ids) for ids in some]), **choice)
+        found = mixtures_for(core, _batch([list(ids) for ids in some]), choice)
         mixtures |= dict(zip(some, found, strict=True))
     scores: list[Score | None] = [None] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
@@ -52,7 +51,7 @@ def score(
         at = by_length[start : start + batch_rows]
         weights = torch.stack([mixtures[tuple(rows[i][0])] for i in at])
         batch = _batch([rows[i][0] + rows[i][1] for i in at])
-        logits = twin(**batch, mixture=weights, free=True, use_cache=False).logits
+        logits = call(core, mixture=weights, free=True, use_cache=False, **batch).logits
         assert logits is not None
         for i, row, w in zip(at, logits, weights, strict=True):
             context, tokens = rows[i]
@@ -60,16 +59,16 @@ def score(
             wanted = torch.tensor(tokens, device=told.device)
             total = told.gather(1, wanted[:, None]).sum().item()
             greedy = bool((told.argmax(-1) == wanted).all())
-            scores[i] = Score(total, greedy, len(tokens), dict(zip(twin.experts, w.tolist(), strict=True)))
+            scores[i] = Score(total, greedy, len(tokens), dict(zip(core.experts, w.tolist(), strict=True)))
     return [s for s in scores if s is not None]
 
 
-def _ids(twin: Twin, context: Tokens, continuation: Tokens) -> tuple[list[int], list[int]]:
+def _ids(core: Core, context: Tokens, continuation: Tokens) -> tuple[list[int], list[int]]:
     """Tokens of a context and of what follows; texts are cut into tokens together, as they would be read."""
     if isinstance(context, str) != isinstance(continuation, str):
         raise TwinmergeError("A context and its continuation must both be texts, or both lists of tokens.")
     if isinstance(context, str) and isinstance(continuation, str):
-        tokenizer = twin.encoder.tokenizer
+        tokenizer = core.encoder.tokenizer
         before = list(tokenizer(context)["input_ids"])
         after = list(tokenizer(context + continuation)["input_ids"])[len(before) :]
     else:
@@ -79,7 +78,7 @@ def _ids(twin: Twin, context: Tokens, continuation: Tokens) -> tuple[list[int], 
     return before, after
 
 
-def _batch(rows: Sequence[list[int]]) -> dict[str, Tensor]:
+def _batch(rows: Sequence[list[int]]) -> dict[str, Any]:
     longest = max(len(ids) for ids in rows)
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])

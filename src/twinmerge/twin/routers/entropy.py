@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.base import Router
 
 UNFITTED = 0.05  # temperature, as entropies are shares of the highest one
 
@@ -23,33 +23,36 @@ class EntropyRouter(Router):
     Source: Oh et al. 2025 (DaWin, ICLR), which mixes by the entropy of each expert's prediction.
 
     Example:
-        >>> EntropyRouter(2).weights(torch.tensor([[0.9, 0.2]]))
+        >>> router = EntropyRouter().of_experts(["a", "b"], (), lambda layer: [])
+        >>> router.weights(torch.tensor([[0.9, 0.2]]))
         tensor([[0., 1.]])
     """
 
-    kind = "entropy"
     needs_inputs = False
     reads = "answers"
 
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self.experts = experts
+    _experts: int = 0
+
+    def of_experts(
+        self, experts: Sequence[str], layers: Sequence[int], directions: Callable[[int], list[Tensor]]
+    ) -> Self:
+        self._experts = len(experts)
         self.temperature.fill_(UNFITTED)
+        return self
 
-    @classmethod
-    def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> EntropyRouter:
-        return cls(len(experts))
+    def restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        self._experts = int(header["experts"])
+        return self
 
-    @classmethod
-    def blank(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> EntropyRouter:
-        return cls(int(header["experts"]))
+    def read_answer(self, logits: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        return unsureness(logits, ids, mask)
 
     def header(self) -> dict[str, Any]:
-        return {"experts": self.experts}
+        return {"experts": self._experts}
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.experts, self.experts
+        return self._experts, self._experts
 
     def _logits(self, features: Tensor) -> Tensor:
         return -features

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from twinmerge.twin.novelty import Novelty
-from twinmerge.twin.routers.calibration import fit_temperature
-from twinmerge.twin.routers.linear import LinearRouter
-from twinmerge.twin.statistics import Statistics
+from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.twin.routers.kit.calibration import fit_temperature
+from twinmerge.twin.routers.kit.linear import LinearRouter
+from twinmerge.twin.routers.kit.novelty import Novelty
 
 DRAWN = 2000  # rows of each expert, where a temperature is fitted on drawn ones
 
@@ -25,7 +26,7 @@ class GaussianRouter(LinearRouter):
 
     Example:
         >>> z = torch.tensor([[-1.0, 0.0], [-1.2, 0.4], [1.0, 0.1], [1.1, -0.3]])
-        >>> router = GaussianRouter.fit(z, torch.tensor([0, 0, 1, 1]), ["a", "b"])
+        >>> router = GaussianRouter().fit(z, torch.tensor([0, 0, 1, 1]), ["a", "b"])
         >>> router.weights(z)
         tensor([[1., 0.],
                 [1., 0.],
@@ -33,32 +34,23 @@ class GaussianRouter(LinearRouter):
                 [0., 1.]])
     """
 
-    kind = "gaussian"
+    keeps_statistics = True
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__(weight, bias)
-        self.statistics: Statistics | None = None
+    def fit(self, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> Self:
+        return self._of_statistics(Statistics.of(features, owners, experts))
 
-    @classmethod
-    def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> GaussianRouter:
-        return cls.from_statistics(Statistics.of(features, owners, experts))
-
-    @classmethod
-    def from_statistics(cls, statistics: Statistics) -> GaussianRouter:
+    def _of_statistics(self, statistics: Statistics) -> Self:
         """The router of the aggregates alone."""
         means = torch.stack([mean.double() for mean in statistics.means.values()])
         shrunk = statistics.shrunk_covariance()
         center = means.mean(0)  # logits do not depend on it; small numbers keep their digits
         weight = torch.linalg.solve(shrunk, (means - center).T).T
         bias = -0.5 * ((means - center) * weight).sum(1) - weight @ center
-        router = cls(weight.float(), bias.float())
-        router.statistics = statistics
-        if statistics.novel:
-            router.novelty = Novelty.of(statistics, statistics.novel)
-        return router
+        self.statistics = statistics
+        self.novelty = Novelty.of(statistics, statistics.novel) if statistics.novel else None
+        return self.of(weight.float(), bias.float())
 
-    @classmethod
-    def changed(cls, statistics: Statistics) -> GaussianRouter:
+    def changed(self, statistics: Statistics) -> Self:
         """The router after experts came or went; its temperature is that of rows drawn from the aggregates, or the fitted one
         where the experts are the first ones again.
 
@@ -66,10 +58,10 @@ class GaussianRouter(LinearRouter):
             >>> z = torch.tensor([[-1.0, 0.0], [-1.2, 0.4], [1.0, 0.1], [1.1, -0.3]])
             >>> two = Statistics.of(z, torch.tensor([0, 0, 1, 1]), ["a", "b"])
             >>> three = two.with_expert("c", torch.tensor([[0.0, 5.0], [0.1, 5.2]]))
-            >>> GaussianRouter.changed(three).logits(torch.tensor([[0.0, 5.1]])).argmax().item()
+            >>> GaussianRouter().changed(three).logits(torch.tensor([[0.0, 5.1]])).argmax().item()
             2
         """
-        router = cls.from_statistics(statistics)
+        router = type(self)(self.kind, **self.options())._of_statistics(statistics)
         if tuple(statistics.experts) == statistics.first:
             temperature = statistics.temperature
         else:

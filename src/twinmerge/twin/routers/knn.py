@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.base import Router
 
-NEIGHBOURS = 10
-BANK = 256  # rows that are kept of each expert
-SHARPNESS = 10.0  # of a neighbour's vote, e to the power of so many times its cosine
 FLOOR = 1e-6  # votes of an expert that no neighbour is of
 
 
@@ -28,53 +26,52 @@ class KnnRouter(Router):
 
     Example:
         >>> z = torch.tensor([[-1.0, 0.0], [-1.2, 0.4], [1.0, 0.1], [1.1, -0.3]])
-        >>> KnnRouter.fit(z, torch.tensor([0, 0, 1, 1]), ["a", "b"]).weights(torch.tensor([[0.9, 0.0]]))
+        >>> KnnRouter().fit(z, torch.tensor([0, 0, 1, 1]), ["a", "b"]).weights(torch.tensor([[0.9, 0.0]]))
         tensor([[0., 1.]])
     """
 
-    kind = "knn"
+    neighbours: Annotated[int, Field(ge=1, description="How many rows vote.")] = 10
+    bank_rows: Annotated[int, Field(ge=1, description="Rows that are kept of each expert, at most.")] = 256
+    sharpness: Annotated[
+        float, Field(gt=0, description="Of a neighbour's vote, e to the power of so many times its cosine.")
+    ] = 10.0
+    center: Tensor
+    spread: Tensor
+    bank: Tensor
+    owners: Tensor
+    _experts: int = 0
 
-    def __init__(self, center: Tensor, spread: Tensor, bank: Tensor, owners: Tensor, experts: int) -> None:
-        super().__init__()
-        self.experts = experts
-        self.center: Tensor
-        self.spread: Tensor
-        self.bank: Tensor
-        self.owners: Tensor
-        self.register_buffer("center", center)
-        self.register_buffer("spread", spread)
-        self.register_buffer("bank", bank)
-        self.register_buffer("owners", owners)
-
-    @classmethod
-    def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> KnnRouter:
+    def fit(self, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> Self:
         z = features.float()
         means = torch.stack([z[owners == k].mean(0) for k in range(len(experts))])
         center, spread = means.mean(0), z.std(0).clamp(min=1e-6)
         generator = torch.Generator().manual_seed(seed)
         shuffled = torch.randperm(len(z), generator=generator)
-        kept = torch.cat([shuffled[owners[shuffled] == k][:BANK] for k in range(len(experts))])
+        kept = torch.cat([shuffled[owners[shuffled] == k][: self.bank_rows] for k in range(len(experts))])
         bank = F.normalize((z[kept] - center) / spread, dim=1)
-        return cls(center, spread, bank.half(), owners[kept], len(experts))
+        self._experts = len(experts)
+        self.register_buffer("center", center)
+        self.register_buffer("spread", spread)
+        self.register_buffer("bank", bank.half())
+        self.register_buffer("owners", owners[kept])
+        return self
 
-    @classmethod
-    def blank(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> KnnRouter:
-        experts = int(header["experts"])
-        if not bool(((tensors["owners"] >= 0) & (tensors["owners"] < experts)).all()):
+    def restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        self._experts = int(header["experts"])
+        if not bool(((tensors["owners"] >= 0) & (tensors["owners"] < self._experts)).all()):
             raise ValueError("owners")
-        center, spread, bank, owners = (torch.zeros_like(tensors[n]) for n in ("center", "spread", "bank", "owners"))
-        return cls(center, spread, bank, owners, experts)
+        return super().restore(header, tensors)
 
     def header(self) -> dict[str, Any]:
-        return {"experts": self.experts}
+        return {"experts": self._experts}
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.experts, self.bank.shape[1]
+        return self._experts, self.bank.shape[1]
 
     def _logits(self, features: Tensor) -> Tensor:
         like = F.normalize((features - self.center) / self.spread, dim=1) @ self.bank.float().T
-        nearest, at = like.topk(min(NEIGHBOURS, like.shape[1]), dim=1)
-        votes = torch.softmax(SHARPNESS * nearest, 1)
-        found = votes.new_zeros(len(votes), self.experts).scatter_add(1, self.owners[at], votes)
+        nearest, at = like.topk(min(self.neighbours, like.shape[1]), dim=1)
+        votes = torch.softmax(self.sharpness * nearest, 1)
+        found = votes.new_zeros(len(votes), self._experts).scatter_add(1, self.owners[at], votes)
         return (found + FLOOR).log()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.twin.routers.router import Router
+from twinmerge.twin.routers.kit.base import Router
 
-ENERGY = 0.95  # of an expert's directions, kept
 UNFITTED = 0.05  # temperature of residuals where no inputs are there to fit it
 
 
@@ -25,41 +25,38 @@ class ProjectionRouter(Router):
     Source: the projection residual of MASS (ICLR 2026).
 
     Example:
-        >>> router = ProjectionRouter.from_bases([torch.eye(4)[:, :2], torch.eye(4)[:, 2:]])
+        >>> router = ProjectionRouter().from_bases([torch.eye(4)[:, :2], torch.eye(4)[:, 2:]])
         >>> router.logits(torch.tensor([[1.0, 1.0, 0.0, 0.1]])).argmax().item()
         0
     """
 
-    kind = "projection"
     needs_inputs = False
 
-    def __init__(self, bases: Tensor) -> None:
-        super().__init__()
-        self.bases: Tensor
-        self.register_buffer("bases", bases)
+    energy: Annotated[float, Field(gt=0, le=1, description="Share of each expert's directions that is kept.")] = 0.95
+    bases: Tensor
 
-    @classmethod
-    def from_bases(cls, vectors: Sequence[Tensor]) -> ProjectionRouter:
-        """Of each expert's directions (width, any number), as long as they matter: those that hold 95 % of the energy."""
+    def from_bases(self, vectors: Sequence[Tensor]) -> Self:
+        """Of each expert's directions (width, any number), as long as they matter: those that hold most of the energy."""
         found = []
         for v in vectors:
             u, s, _ = torch.linalg.svd(v.double(), full_matrices=False)
-            kept = s.square().cumsum(0) - s.square() < ENERGY * s.square().sum()
+            kept = s.square().cumsum(0) - s.square() < self.energy * s.square().sum()
             found.append(u[:, kept].float())
         most = max(v.shape[1] for v in found)
-        router = cls(torch.stack([F.pad(v, (0, most - v.shape[1])) for v in found]))
-        router.temperature.fill_(UNFITTED)
-        return router
+        self.register_buffer("bases", torch.stack([F.pad(v, (0, most - v.shape[1])) for v in found]))
+        self.temperature.fill_(UNFITTED)
+        return self
 
-    @classmethod
-    def fit(cls, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> ProjectionRouter:
-        raise TwinmergeError(
-            "The projection router is made from the experts, not from inputs: call fit_router of a twin."
-        )
+    def of_experts(
+        self, experts: Sequence[str], layers: Sequence[int], directions: Callable[[int], list[Tensor]]
+    ) -> Self:
+        if len(layers) != 1:
+            raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
+        return self.from_bases(directions(layers[0]))
 
-    @classmethod
-    def blank(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ProjectionRouter:
-        return cls(torch.zeros_like(tensors["bases"]))
+    def default_layers(self, count: int, deepest: int | None = None) -> tuple[int, ...]:
+        """The input of a layer at three quarters; none beyond the deepest."""
+        return (min(count - 1, round(0.75 * count)) if deepest is None else deepest,)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,68 @@
+"""`twinmerge twin routers`: what there is, and what each router is."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from twinmerge.cli.common import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from twinmerge.twin.routers.kit.base import Router
+
+
+def routers(
+    name: Annotated[str | None, typer.Argument(help="One router, in full.")] = None, json: Json = False
+) -> None:
+    """List the routers of a twin, or show one: formula, options, defaults.
+
+    twinmerge twin routers knn
+    """
+    from twinmerge.twin.routers.kit.registry import router_class, router_names
+
+    classes = {n: router_class(n) for n in ([name] if name else router_names())}
+    if json:
+        print_json(
+            {
+                n: {
+                    "needs_inputs": c.needs_inputs,
+                    "reads": c.reads,
+                    "keeps_statistics": c.keeps_statistics,
+                    "options": _options(c),
+                }
+                for n, c in classes.items()
+            }
+        )
+        return
+    if name is None:
+        rows = [(n, _needs(c), ", ".join(_options(c)) or "-", _first_line(c)) for n, c in classes.items()]
+        print_table("Routers", ["router", "needs", "options", "what it is"], rows)
+        typer.echo("Formula and options of one: twinmerge twin routers NAME")
+        return
+    found = classes[name]
+    typer.echo(f"{name}\n\n{(inspect.getdoc(found) or '').split('Example:')[0].strip()}\n")
+    typer.echo(f"Needs: {_needs(found)}. Experts come and go without a new fit: {'yes' if _stays(found) else 'no'}.\n")
+    lines = [(o, str(told["default"]), str(told["about"] or "")) for o, told in _options(found).items()]
+    print_table("Options (--router-option NAME=VALUE)", ["name", "default", "meaning"], lines)
+
+
+def _options(router: type[Router]) -> dict[str, dict[str, Any]]:
+    from twinmerge.twin.routers.kit.base import fields_of
+
+    fields = fields_of(router).options.model_fields
+    return {name: {"default": field.default, "about": field.description} for name, field in fields.items()}
+
+
+def _needs(router: type[Router]) -> str:
+    return "inputs" if router.needs_inputs else "nothing"
+
+
+def _stays(router: type[Router]) -> bool:
+    """A router of aggregates is made anew of them, one of the experts of those that are there."""
+    return router.keeps_statistics or not router.needs_inputs
+
+
+def _first_line(router: type[Router]) -> str:
+    return (inspect.getdoc(router) or "").partition("\n")[0]

@@ -1,0 +1,96 @@
+"""One call of a twin: mixtures, then the way of mixing them, then the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.headed import batch_size, for_each_row
+from twinmerge.twin.answer import planned
+from twinmerge.twin.core import Core
+from twinmerge.twin.mixing.mixture import MixtureLike, one_hot
+from twinmerge.twin.reading import check_batch
+from twinmerge.twin.routing import TOP_K, PerRow, check_names, heads_of_rows, mixtures, per_row
+
+
+@dataclass(frozen=True)
+class TwinOutput:
+    """The answer to a batch.
+
+    Attributes:
+        logits: (rows, most labels of any head used), −inf beyond a row's own labels; None for models without logits.
+        mixture: (rows, experts).
+        expert: of each row, the one of largest weight, or None where all weights are zero (routed: the row is far from
+            every expert's inputs, and the nearest one's head answers).
+        head: the head of each row, or None.
+        output: what the model's own class returned (of the first head's class).
+        strategy: how the parts were added.
+    """
+
+    logits: Tensor | None
+    mixture: Tensor
+    expert: list[str | None]
+    head: list[str] | None
+    output: Any
+    strategy: str = "stacked"
+
+
+def call(
+    core: Core,
+    /,
+    *unnamed: Any,
+    mixture: MixtureLike | None = None,
+    expert: str | Sequence[str] | None = None,
+    head: str | Sequence[str] | None = None,
+    experts_per_row: PerRow = "own",
+    normalize: bool = False,
+    free: bool = False,
+    oracle_biases: Sequence[str] | None = None,
+    strategy: str | None = None,
+    **batch: Any,
+) -> TwinOutput:
+    """Answer a batch whose rows may have different mixtures.
+
+    Args:
+        mixture: weights by name for all rows, one mapping per row, or (rows, experts), at least 0 with a sum of at most 1;
+            routed where neither this nor `expert` is given.
+        normalize: divide a mixture's weights by their sum first.
+        free: take any finite weights, negative ones and larger sums too.
+        expert: a name for all rows or one per row: weight 1 for it, and its head.
+        head: a name for all rows or one per row; by default that of the expert of largest weight.
+        experts_per_row: of the router; the twin's own `experts_per_row` (1) where not given, None for soft mixtures.
+        oracle_biases: one expert per row whose biases are used in full whatever the mixture. Only to reproduce the
+            paper's evaluation, which hands the labelled task's biases in.
+        strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/mixing/planner.py`); the fastest
+            by the planner's reckoning where not given. The answers are the same.
+        batch: what the tokenizer or image processor returns.
+
+    Errors:
+        TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
+    """
+    if unnamed:
+        check_batch(unnamed[0])
+        raise TwinmergeError("A batch is given by name: twin(**batch).")
+    if "top_k" in batch:
+        raise TwinmergeError(TOP_K)
+    check_batch(batch)
+    check_names(core, {k: v for k, v in batch.items() if k != "return_dict"})
+    if batch.pop("return_dict", None) is False:
+        raise TwinmergeError(
+            "A twin gives its answer by name. Leave return_dict out, and take twin(**batch).output.to_tuple()."
+        )
+    size = batch_size(batch)
+    batch = for_each_row(batch, size)
+    weights, nearest, early = mixtures(core, batch, mixture, expert, experts_per_row, normalize, free)
+    chosen = [core.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
+    likely = chosen if nearest is None else [core.experts[k] for k in nearest.tolist()]
+    heads = heads_of_rows(core, head, likely)
+    biases = None
+    if oracle_biases is not None:
+        biases = one_hot(per_row(oracle_biases, size, "oracle bias"), core.experts).to(weights)
+    found, way = planned(core, batch, heads, weights, strategy, biases, early)
+    return TwinOutput(found.logits, weights, chosen, heads, found.output, way)

@@ -1,0 +1,192 @@
+"""The state of a twin: a shared model, exclusive parts, heads, a router and a planner. What a twin does takes it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from torch import Tensor, nn
+from transformers.utils.generic import TransformersKwargs
+
+from twinmerge.arguments import strict
+from twinmerge.errors import TwinmergeError
+from twinmerge.models.headed import HeadedModel, architecture_of
+from twinmerge.models.opened import OpenedModel
+from twinmerge.models.transformers_class import position_limit
+from twinmerge.tasks.encode import TextEncoder
+from twinmerge.twin.masked import unmasked
+from twinmerge.twin.mixing.mixture import mixture_weights
+from twinmerge.twin.mixing.planner import Planner
+from twinmerge.twin.mixing.runtime import Runtime
+from twinmerge.twin.package import Package
+from twinmerge.twin.routers.kit.base import Router
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
+
+class Core(nn.Module):
+    """What a twin is made of.
+
+    Args:
+        package: all that a twin folder holds.
+        side_files: where the tokenizer and its like lie.
+        sources: "base" and the experts' names -> what the twin was built from, as far as it is at hand.
+
+    Attributes:
+        experts: their names, in the order of a mixture's columns.
+        model: the shared model with the experts' heads.
+        runtime: the experts' parts, attached to the model's body.
+        planner: what picks the way for each batch.
+        strategy: the way that is taken where a call names none.
+        router: None where none is fitted.
+        layers: the hidden states that the router reads.
+        experts_per_row: of the router, where a call does not say; None for soft mixtures.
+        acting_above: layer -> no expert changes what a pass does before it; filled as it is asked.
+        lock: held while the model's parameters or mixture are changed.
+
+    Raises:
+        TwinmergeError: a shared model without config.json.
+    """
+
+    def __init__(
+        self, package: Package, side_files: Path | None, sources: Mapping[str, OpenedModel] | None = None
+    ) -> None:
+        super().__init__()
+        self.package = package
+        self.side_files = side_files
+        self.experts = list(package.exclusive)
+        shared = package.shared
+        architecture = shared.architecture
+        if package.heads:
+            architecture = architecture_of(package.heads, len(shared.specs))
+        if architecture is None:
+            raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
+        self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
+        self.runtime = Runtime(self.model, list(package.exclusive.values()))
+        if self.runtime.refused:
+            first, more = next(iter(self.runtime.refused.values())), len(self.runtime.refused) - 1
+            also = f" So it is with {more} more." if more else ""
+            warnings.warn(f'{first}{also} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
+        self.planner = Planner(self.runtime, self.model.body)
+        self.strategy = "auto"
+        self.acting_above: dict[int, bool] = {}
+        self.router: Router | None = package.router
+        self.layers = package.layers
+        self.experts_per_row: int | None = 1
+        self.sources = dict(sources or {})
+        self._encoder: TextEncoder | None = None
+        self.lock = threading.RLock()
+        self.eval()
+
+    # ------------------------------------------------------------------ copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Put together anew: the runtime hangs on the modules of one model. What it was built from is shared."""
+        package = copy.deepcopy(self.package_now(), memo)
+        memo[id(self)] = made = _again(type(self), package, self.side_files, self.sources, self._settings())
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds all tensors; models in memory that it was built from, too."""
+        return _again, (type(self), self.package_now(), self.side_files, self.sources, self._settings())
+
+    def with_package(self, package: Package) -> Self:
+        """One of another package that answers as this one is set to, where this one is."""
+        made = type(self)(package, self.side_files, self.sources)
+        made._set(self._settings())
+        made._encoder = self._encoder
+        return made
+
+    def _settings(self) -> dict[str, Any]:
+        some = next(self.model.body.parameters())
+        return {
+            "strategy": self.strategy,
+            "experts_per_row": self.experts_per_row,
+            "device": some.device,
+            "dtype": some.dtype,
+        }
+
+    def _set(self, settings: Mapping[str, Any]) -> None:
+        """Take over the settings of another."""
+        some = next(self.model.body.parameters())
+        if (some.device, some.dtype) != (settings["device"], settings["dtype"]):
+            self.to(device=settings["device"], dtype=settings["dtype"])
+        self.strategy, self.experts_per_row = settings["strategy"], settings["experts_per_row"]
+
+    # ------------------------------------------------------------------ what follows from the state
+
+    def package_now(self) -> Package:
+        """All that a twin folder holds, with the router of now."""
+        return self.package._replace(router=self.router, layers=self.layers)
+
+    @property
+    def first_layer(self) -> int | None:
+        """The layer from which on the experts act in a single-pass twin; None where they act in all."""
+        found = self.package.provenance.get("twin", {}).get("single_pass")
+        return None if found is None else int(found)
+
+    @strict
+    def weights_for(self, mixture: Mapping[str, float]) -> dict[str, Tensor]:
+        """The dense weights of one fixed mixture: canonical name -> θs + Σ wt vt. The reference for the runtime."""
+        row = mixture_weights(mixture, self.experts, 1)[0].tolist()
+        state = {n: self.package.shared.read(n) for n in self.package.shared.specs}
+        for weight, part in zip(row, self.package.exclusive.values(), strict=True):
+            if weight:
+                for name, f in part.low.items():
+                    state[name] = state[name] + weight * f.dense().reshape(state[name].shape).to(state[name].dtype)
+                for name, tensor in part.dense.items():
+                    state[name] = state[name] + weight * tensor.to(state[name].dtype)
+                for name, m in part.masked.items():
+                    state[name] = unmasked(state[name], m.vector, m.mask(), weight * m.scale)
+        return state
+
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """What a batch may hold by name."""
+        modules = [self.model.body, *self.model.outer.values()]
+        named = {name for module in modules for name in signature(module.forward).parameters}
+        return frozenset(named | set(TransformersKwargs.__annotations__))
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The tokenizer beside the model; only for models of text."""
+        if self._encoder is None:
+            if self.side_files is None:
+                raise TwinmergeError(
+                    "This twin was built in memory and has no tokenizer. Pass encoded batches, or build from folders."
+                )
+            self._encoder = TextEncoder(self.side_files, positions=position_limit(self.model.architecture.config))
+        return self._encoder
+
+    def warn_truncated(self) -> None:
+        """Say how many texts the tokenizer cut, where it read any."""
+        if self._encoder is not None:
+            self._encoder.warn_truncated()
+
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies among the side files."""
+        return self.side_files is not None and any((self.side_files / n).is_file() for n in TOKENIZERS)
+
+
+C = TypeVar("C", bound=Core)
+
+
+def _again(
+    kind: type[C],
+    package: Package,
+    side_files: Path | None,
+    sources: Mapping[str, OpenedModel],
+    settings: Mapping[str, Any],
+) -> C:
+    """What was copied or pickled."""
+    with warnings.catch_warnings():  # what it refuses was said when it was built
+        warnings.simplefilter("ignore")
+        made = kind(package, side_files, sources)
+    made._set(settings)
+    return made

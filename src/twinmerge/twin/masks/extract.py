@@ -1,0 +1,170 @@
+"""One expert out of a folder of masks, as a plain model in its own class, written range by range."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twinmerge.arguments import strict
+from twinmerge.engine.ranges import Range, ranges
+from twinmerge.engine.side_files import PROVENANCE, copy_side_files
+from twinmerge.engine.written import check_written
+from twinmerge.errors import TwinmergeError
+from twinmerge.maths.bits import byte_count, check, unpack
+from twinmerge.maths.sums import BLOCK
+from twinmerge.maths.threads import parallel
+from twinmerge.models.architecture import Architecture
+from twinmerge.models.conversion import stored_names
+from twinmerge.models.headed import HeadSpec, architecture_of, load_heads
+from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.store import disk
+from twinmerge.store.artefact import ArtefactFile, folder_fingerprint, open_artefact, undamaged
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
+from twinmerge.store.foreign import AGAIN, find, read_json
+from twinmerge.store.manifest import OUTPUT, Manifest
+from twinmerge.store.output import OutputFolder
+from twinmerge.twin.masked import SCALES, TWIN_VERSION, unmasked
+from twinmerge.twin.mixing.mixture import index_of
+from twinmerge.twin.package import TWIN, is_twin
+
+RANGE = 16 * BLOCK  # elements that a thread works on at once
+
+
+class MaskFile(NamedTuple):
+    """The opened masks of a folder: experts and their scales, how many weights of which tensor are masked, the file."""
+
+    experts: list[str]
+    scales: list[float]
+    lengths: dict[str, int]
+    file: ArtefactFile
+
+
+def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
+    """Open the masks beside the weights; only the scales are read.
+
+    Errors:
+        TwinmergeError: no twin folder, none with masks, masks of another model, or that do not fit its tensors.
+    """
+    if not is_twin(folder):
+        raise TwinmergeError(f"{folder} holds no masks: it has no {TWIN}. Make them with `twinmerge compress`.")
+    if (manifest := Manifest.of(folder)) is not None:
+        manifest.check_all("README.md")
+    checkpoint = open_artefact(folder / TWIN, "twin", TWIN_VERSION, folder_fingerprint(folder))
+    artefact = checkpoint.artefact
+    if "masks" not in artefact.header:
+        raise TwinmergeError(f"{folder} is a twin without masks. Write one expert of it with `twinmerge twin export`.")
+    with undamaged(folder / TWIN):
+        experts: list[str] = artefact.header["experts"]
+        lengths: dict[str, int] = artefact.header["masks"]["lengths"]
+        if checkpoint.specs[SCALES] != Spec("F64", (len(experts),)):
+            raise ValueError(SCALES)
+        scales = checkpoint.read(SCALES).tolist()
+        if not all(map(math.isfinite, scales)):
+            raise ValueError(SCALES)
+        for name, length in lengths.items():
+            wanted = {f"{i}/m/{name}": Spec("U8", (byte_count(length),)) for i in range(len(experts))}
+            wanted[f"vector/{name}"] = shared.specs[name]
+            if shared.specs[name].numel != length or any(checkpoint.specs[n] != spec for n, spec in wanted.items()):
+                raise ValueError(name)
+    return MaskFile(experts, scales, lengths, checkpoint)
+
+
+@strict
+def extract(folder: str | Path, task: str, out: str | Path) -> Path:
+    """Write the model of one task: θ0 + st · mt ⊙ τ in the class of its head, which stock transformers loads.
+
+    Args:
+        folder: that `compress` wrote.
+        task: the name of an expert.
+        out: a folder that does not exist or is empty; it is whole or not there.
+
+    Errors:
+        TwinmergeError: as `open_masks` says, an unknown task, an output that is there.
+    """
+    folder = Path(folder)
+    shared = open_model(str(folder))
+    masks = open_masks(folder, shared)
+    expert = index_of(task, masks.experts)
+    head = load_heads(folder).get(task)
+    architecture = shared.architecture if head is None else architecture_of({task: head}, len(shared.specs))
+    check_written([shared])
+    for name in masks.lengths:
+        masks.file.check(f"vector/{name}")
+        masks.file.check(f"{expert}/m/{name}")
+    body, own = _places(shared, architecture, head)
+    specs = {key: shared.specs[name] for key, name in body.items()}
+    specs |= {key: Spec(t.dtype, tuple(t.shape)) for key, t in own.items()}
+    output = OutputFolder(out, sum(spec.bytes for spec in specs.values()))
+    with output as partial:
+        writer = CheckpointWriter(partial, layout(specs))
+        try:
+            for key, tensor in own.items():
+                writer.write(key, 0, tensor.contiguous().reshape(-1))
+            work = ranges(body, {key: specs[key].shape for key in body}, RANGE)
+            for _ in parallel(lambda each: _copy(each, body[each.name], shared, masks, expert, writer), work):
+                pass
+            output.sums[OUTPUT] = writer.finish()
+        finally:
+            writer.close()
+        copy_side_files(folder, partial)
+        if architecture is not None:
+            config = copy.deepcopy(architecture.config)
+            config.architectures = [architecture.model_class.__name__]
+            disk.write_text(partial / "config.json", config.to_json_string())
+        _write_about(folder, partial, task)
+    return Path(out)
+
+
+def _places(
+    shared: OpenedModel, architecture: Architecture | None, head: HeadSpec | None
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Name in the output -> canonical name of a tensor of the body, and -> tensor of the head."""
+    tensors = {} if head is None else head.tensors
+    if architecture is None:
+        return {shared.stored[name]: name for name in shared.specs}, {}
+    body: dict[str, str] = {}
+    own: dict[str, Tensor] = {}
+    for key, name in stored_names(architecture).items():
+        if name in tensors:
+            own[key] = tensors[name]
+        elif name in shared.specs:
+            body[key] = name
+        elif architecture.aliases.get(name) not in {*tensors, *shared.specs}:
+            raise TwinmergeError(
+                f"The folder has no tensor {name!r} of {architecture.model_class.__name__}. Copy it again."
+            )
+    return body, own
+
+
+def _copy(each: Range, name: str, shared: OpenedModel, masks: MaskFile, expert: int, writer: CheckpointWriter) -> None:
+    """One range of the body, from θ0, τ and the bits."""
+    spec = shared.specs[name]
+    base = torch.empty(each.size, dtype=spec.dtype)
+    shared.source.read_into(shared.stored[name], each.start, base)
+    if name in masks.lengths:
+        vector = torch.empty_like(base)
+        bits = torch.empty(byte_count(each.size), dtype=torch.uint8)
+        masks.file.read_into(f"vector/{name}", each.start, vector)
+        masks.file.read_into(f"{expert}/m/{name}", each.start // 8, bits)
+        with undamaged(masks.file.files[0]):
+            check(bits, each.size)
+        base = unmasked(base, vector, unpack(bits, each.size), masks.scales[expert])
+    writer.write(each.name, each.start, base)
+
+
+def _write_about(folder: Path, partial: Path, task: str) -> None:
+    told: Mapping[str, Any] = {}
+    if file := find(folder, PROVENANCE):
+        told = read_json(file, advice=AGAIN)
+    described = {"extract": {"task": task}, "from": told}
+    disk.write_json(partial / PROVENANCE, described)
+    method = told.get("recipe", {}).get("merge_method", "masks")
+    text = f"# {task}\n\nOne of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
+    disk.write_text(partial / "README.md", text)

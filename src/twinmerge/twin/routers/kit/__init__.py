@@ -1,0 +1,1 @@
+"""What routers are written with: the base class, what they read, aggregates, calibration."""

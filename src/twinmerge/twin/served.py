@@ -1,0 +1,127 @@
+"""What can be asked of a twin; nothing here changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinmerge.arguments import at_least_one, strict
+from twinmerge.twin.call import call
+from twinmerge.twin.core import Core
+from twinmerge.twin.explain import Explanation, explain
+from twinmerge.twin.generate import Pinned, generate
+from twinmerge.twin.mixing.mixture import MixtureLike
+from twinmerge.twin.predict import predict
+from twinmerge.twin.reading import check_batch
+from twinmerge.twin.routing import PerRow, mixtures_for, routed
+from twinmerge.twin.score import Score, score
+
+
+class Served(Core):
+    """A twin that answers. `Twin` adds how one is made, changed and written."""
+
+    forward = call
+
+    @strict
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        mixture: MixtureLike | None = None,
+        expert: str | Sequence[str] | None = None,
+        experts_per_row: PerRow = "own",
+        normalize: bool = False,
+        free: bool = False,
+        strategy: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout.
+
+        Args:
+            inputs: the prompts' tokens, as transformers' first argument; or give `input_ids`, `attention_mask`, ... by name.
+            mixture, expert, experts_per_row, normalize, free, strategy: as in the call of the twin.
+            options: every other argument of transformers' `generate` (`max_new_tokens`, `num_beams`, `top_k`, `streamer`, ...), but
+                for `assistant_model` and `custom_generate`.
+
+        Errors:
+            TwinmergeError: as in the call of the twin; a model that does not generate; arguments that it does not take.
+        """
+        return generate(
+            self,
+            inputs,
+            generation_config,
+            mixture=mixture,
+            expert=expert,
+            experts_per_row=experts_per_row,
+            normalize=normalize,
+            free=free,
+            strategy=strategy,
+            **options,
+        )
+
+    def pin(self, **choice: Any) -> Pinned:
+        """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see `Pinned`).
+
+        Errors:
+            TwinmergeError: a prompt of several rows, or neither prompt nor mixture.
+        """
+        return Pinned.of(self, choice)
+
+    @strict
+    def mixtures(self, batch: Any, **choice: Any) -> Tensor:
+        """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
+        return mixtures_for(self, batch, choice)
+
+    @strict
+    def score(
+        self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_rows: int = 32, **choice: Any
+    ) -> list[Score]:
+        """The likelihood of each continuation after its context, under the mixture of the context alone.
+
+        Args:
+            contexts, continuations: texts, or lists of tokens; one continuation for each context.
+            choice: mixture, normalize, free, expert or experts_per_row, as in the call of the twin.
+
+        Errors:
+            TwinmergeError: no language model, empty texts, numbers that differ.
+        """
+        return score(self, contexts, continuations, batch_rows, choice)
+
+    @strict
+    def explain(self, batch: Any, *, measure: bool = True, repeats: int = 5, **choice: Any) -> Explanation:
+        """What each way of mixing this batch is expected to take and takes, and which one is chosen. Print it.
+
+        Args:
+            measure: run each way; `repeats` times.
+            choice: mixture, expert, experts_per_row, normalize or free, as in the call of the twin.
+        """
+        return explain(self, batch, measure, repeats, choice)
+
+    @torch.no_grad()
+    @strict
+    def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
+        """The label name of each text, or `Prediction`s with `detail`.
+
+        Args:
+            texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
+            choice: mixture, normalize, free, expert, head or experts_per_row, as in the call of the twin.
+        """
+        found = predict(self, texts, batch_rows, choice)
+        return found if detail else [p.label for p in found]
+
+    @strict
+    def route(self, batch: Any, experts_per_row: int | None = 1) -> Tensor:
+        """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones; zeros for rows that are far
+        from every expert's inputs, which the shared model answers alone.
+
+        Errors:
+            TwinmergeError: no router is fitted.
+        """
+        check_batch(batch)
+        if experts_per_row is not None:
+            at_least_one("experts_per_row", experts_per_row)
+        return routed(self, batch, experts_per_row).weights
