@@ -165,7 +165,7 @@ def combine_tiled(
     """The same in tiles of `step`; tiles are read, and their partial results added, in a shuffled order."""
     method, load = prepare(name, experts, parameters)
     tiles = {tensor: split(method, load(base, tensor), step) for tensor in base}
-    known: dict[str, dict[str, Any]] = {tensor: {} for tensor in base}
+    known = {tensor: Known() for tensor in base}
     rng = random.Random(shuffle)
     for each in method.passes():
         for group in [list(base)] if each.scope == "model" else [[tensor] for tensor in base]:

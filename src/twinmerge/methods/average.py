@@ -26,7 +26,7 @@ class Average(Method, SumFold):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> x = torch.tensor([[2.0, 3.0], [4.0, 7.0]])
-        >>> Average(weights=(0.25, 0.75)).apply(Tile(x, None, Place("w", (2,))), {})
+        >>> Average(weights=(0.25, 0.75)).apply(Tile(x, None, Place("w", (2,))), Known())
         tensor([3.5000, 6.0000])
     """
 

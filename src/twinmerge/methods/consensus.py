@@ -27,7 +27,7 @@ class Consensus(Marking):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas = torch.tensor([[1.0, 0.25, -0.5, 0.0], [1.0, -1.0, 0.125, 0.0]])
-        >>> Consensus(scale=1.0).apply(Tile(deltas, torch.zeros(4), Place("w", (4,))), {})
+        >>> Consensus(scale=1.0).apply(Tile(deltas, torch.zeros(4), Place("w", (4,))), Known())
         tensor([2., 0., 0., 0.])
     """
 

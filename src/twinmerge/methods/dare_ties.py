@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -28,7 +28,7 @@ class DareTies(Ties):
         >>> from twinmerge.methods.kit.base import Place
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.zeros(1)
         >>> at = Place("w", (1,), 0, ("a", "b", "c"))
-        >>> DareTies(density=1.0).apply(Tile(deltas, base, at), {})
+        >>> DareTies(density=1.0).apply(Tile(deltas, base, at), Known())
         tensor([0.4500])
     """
 
@@ -49,7 +49,7 @@ class DareTies(Ties):
     def share_kept(self) -> PerExpert:
         return self.trim_density
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[Pass[Any]]:
         first = [L1Norms(self.density, self.seed)] if self.rescale == "l1" else []
         return [*first, *super().passes()]
 

@@ -33,7 +33,7 @@ class Magmax(Method, Fold):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place
         >>> deltas = torch.tensor([[1.0, -2.0, 0.0], [-1.0, 1.0, 0.0]])
-        >>> Magmax(scale=1.0).apply(Tile(deltas, torch.zeros(3), Place("w", (3,))), {})
+        >>> Magmax(scale=1.0).apply(Tile(deltas, torch.zeros(3), Place("w", (3,))), Known())
         tensor([-1., -2.,  0.])
     """
 

@@ -31,7 +31,7 @@ class Regmean(Method):
         >>> w = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
         >>> grams = [Gram(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), Gram(torch.diag(torch.tensor([1.0, 3.0])))]
         >>> tile = Tile(w, None, Place("w", (2, 2), 0, ("a", "b")), grams=[lambda g=g: g for g in grams])
-        >>> Regmean(alpha=1.0).apply(tile, {})
+        >>> Regmean(alpha=1.0).apply(tile, Known())
         tensor([[1.5714, 4.2857],
                 [3.5714, 6.2857]])
     """

@@ -39,7 +39,7 @@ class TaskArithmetic(Method, SumFold):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.tensor([1.0])
-        >>> TaskArithmetic(scale=0.4).apply(Tile(deltas, base, Place("w", (1,))), {})
+        >>> TaskArithmetic(scale=0.4).apply(Tile(deltas, base, Place("w", (1,))), Known())
         tensor([1.1200])
     """
 

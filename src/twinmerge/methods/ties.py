@@ -34,7 +34,7 @@ DECIDED = {"mergekit": {"scope": "tensor", "tie": "positive"}, "official": {"tie
 """What somebody's semantics leave no choice in."""
 
 
-class Majority(Pass):
+class Majority(Pass[int]):
     """The sign that most of the trimmed mass of the whole model has; used where an entry's votes cancel."""
 
     name = "ties_majority"
@@ -46,7 +46,7 @@ class Majority(Pass):
     def observe(self, tile: Tile, known: Known) -> Partial:
         return {"votes": self.method.votes(self.method.trim(tile, known), tile).long().sum()}
 
-    def finish(self, total: Partial, known: Known) -> object:
+    def finish(self, total: Partial, known: Known) -> int:
         return int(total["votes"].sign())
 
 
@@ -72,7 +72,7 @@ class Ties(Method):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.zeros(1)
-        >>> Ties(density=1.0, scope="tensor").apply(Tile(deltas, base, Place("w", (1,))), {})
+        >>> Ties(density=1.0, scope="tensor").apply(Tile(deltas, base, Place("w", (1,))), Known())
         tensor([0.4500])
     """
 
@@ -101,8 +101,8 @@ class Ties(Method):
                 )
         return {**values, **decided}
 
-    def passes(self) -> Sequence[Pass]:
-        passes: list[Pass] = []
+    def passes(self) -> Sequence[Pass[Any]]:
+        passes: list[Pass[Any]] = []
         if self.trims:
             from twinmerge.methods.kit.trim import (
                 trim_passes,  # with torch, which is not needed where nothing is trimmed
@@ -165,7 +165,7 @@ class Ties(Method):
             negative = (
                 self.compat == "official" and self.merge != "max"
             )  # whose maximum is multiplied with the sign itself
-            return known[Majority.name] or -int(negative)
+            return known.of(Majority) or -int(negative)
         return int(self.tie == "positive")
 
     def flips(self, weight: float) -> bool:

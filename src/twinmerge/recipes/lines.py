@@ -132,7 +132,7 @@ def coefficient(name: str, depths: Mapping[str, int], a: float, b: float) -> flo
 # ---------------------------------------------------------------------------------------- one merge
 
 
-class Automatic(Pass):
+class Automatic(Pass[float]):
     """a = ‖Σt τt‖₁ / (T ‖θ − θ0‖₁) with θ as the method alone merges: 1/T for task arithmetic at scale 1.
 
     In float64 over fixed blocks; it finds a. Where the method changes nothing there is nothing to scale, and a = 0.
@@ -153,7 +153,7 @@ class Automatic(Pass):
         key = f"{tile.at.name}\0{tile.at.offset}"
         return {key: [len(x), *(block_sums(part.abs().flatten()).tolist() for part in (together, merged))]}
 
-    def finish(self, total_: Partial, known: Known) -> object:
+    def finish(self, total_: Partial, known: Known) -> float:
         experts = next((part[0] for part in total_.values()), 1)
         together, merged = (total(*(part[i] for part in total_.values())) for i in (1, 2))
         if not (math.isfinite(together) and math.isfinite(merged)):
@@ -181,7 +181,7 @@ class Scaled(Method):
     def grain(self) -> Grain:  # type: ignore[override]
         return self.method.grain
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[Pass[Any]]:
         return self.method.passes()
 
     def grain_of(self, at: Place) -> Grain:

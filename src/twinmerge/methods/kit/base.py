@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # the compiled library does without torch, whose import takes
 
     from twinmerge.maths.lowrank import Factors
 
-Known = Mapping[str, Any]
-"""What the earlier passes found, by the name of the pass."""
+T_co = TypeVar("T_co", covariant=True)  # what a pass finds
+Found = TypeVar("Found")
 
 Partial = dict[str, Any]
 """A pass's result for one tile. Unless the pass says otherwise, integer values of equal keys add, and floating values
@@ -191,9 +191,10 @@ class Tile:
         return self.base
 
 
-class Pass(ABC):
-    """One exact reduction over tiles before the last read.
+class Pass(ABC, Generic[T_co]):
+    """One exact reduction over tiles before the last read; `Pass[T]` finds a T, which `Known.of` gives to what comes later.
 
+    name: by which `Known` has it, one of its own in each method.
     scope: "tensor" starts afresh for each tensor, "model" runs over all merged tensors first.
     sampled: the tiles are a thin sample of the model (at most a million entries), for passes that only guess.
     rare: it is left out most of the time (see `wanted`).
@@ -220,8 +221,36 @@ class Pass(ABC):
             total[key] = total[key] + value if key in total else value
 
     @abstractmethod
-    def finish(self, total: Partial, known: Known) -> object:
-        """What later passes and `apply` find under the pass's name in `known`."""
+    def finish(self, total: Partial, known: Known) -> T_co:
+        """What later passes and `apply` find in `known`."""
+
+
+class Known(dict[str, Any]):
+    """What the earlier passes found, by the name of the pass; `of` gives it with its type.
+
+    Example:
+        >>> class Entries(Pass[int]):
+        ...     name, scope = "entries", "tensor"
+        ...     def observe(self, tile, known):
+        ...         return {"entries": tile.x[0].numel()}
+        ...     def finish(self, total, known):
+        ...         return total["entries"]
+        >>> Known(entries=3).of(Entries), Known().maybe(Entries), Known(entries=3)["entries"]
+        (3, None, 3)
+    """
+
+    def of(self, step: type[Pass[Found]] | Pass[Found]) -> Found:
+        """What a pass found, or what the pass of that name did, whose class is derived from this one.
+
+        Raises:
+            KeyError: it has not run.
+        """
+        found: Found = self[step.name]
+        return found
+
+    def maybe(self, step: type[Pass[Found]] | Pass[Found]) -> Found | None:
+        """The same; None where it has not run."""
+        return self.get(step.name)
 
 
 class Method(BaseModel, ABC):
@@ -250,7 +279,7 @@ class Method(BaseModel, ABC):
     outputs: ClassVar[Literal["model", "masks"]] = "model"
     paper: ClassVar[str] = ""
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[Pass[Any]]:
         """The reductions to run first, in order; each sees in `known` what the earlier ones found."""
         return ()
 

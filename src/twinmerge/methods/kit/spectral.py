@@ -32,7 +32,7 @@ from twinmerge.methods.kit.base import (
     weighted_sum,
     weights_field,
 )
-from twinmerge.methods.kit.tall import COEFFICIENTS, is_tall
+from twinmerge.methods.kit.tall import Coefficients, is_tall
 
 Rest = Literal["mean", "sum", "base"]
 Weights = tuple[float, ...]
@@ -67,7 +67,7 @@ class Spectral(Method):
     a decomposition of a matrix of the model's size. Numerical ranks there are float32's too, to which factors are
     rounded as deltas are: experts that share a direction but for rounding must not be given one each.
 
-    Tables of words and other tall matrices come in blocks of rows where the subclass has passes that find their `COEFFICIENTS`.
+    Tables of words and other tall matrices come in blocks of rows where the subclass has passes that find their `Coefficients`.
     """
 
     grain = "matrix"
@@ -105,8 +105,8 @@ class Spectral(Method):
             change = self.merge_factors(tile.factors, tile.at, known).dense()
             return moved(tile, change.reshape(tile.require_base().shape), 1.0)
         weights = per_expert(self.weights, len(tile.x))
-        if COEFFICIENTS in known:
-            change = product(tile.x.flatten(2), weights, known[COEFFICIENTS], tile.work)
+        if (coefficients := known.maybe(Coefficients)) is not None:
+            change = product(tile.x.flatten(2), weights, coefficients, tile.work)
             return moved(tile, change.reshape(tile.x[0].shape), self.scale)
         deltas = self.matrices(tile)
         merged = self.calibrated(self.combine(deltas, weights, tile.at), deltas, weights, tile.at)
