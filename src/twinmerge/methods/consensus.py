@@ -33,6 +33,7 @@ class Consensus(Marking):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Wang et al. 2024, arXiv 2405.07813"
+    scales_last = True
 
     scale: float = scale_field(0.3)
     k: int = Field(default=2, ge=0, description="how many tasks must mark a weight that is kept")

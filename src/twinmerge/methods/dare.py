@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,11 +27,13 @@ from twinmerge.methods.kit.base import (
     weighted_sum,
     weights_field,
 )
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Rescale = Literal["inverse_keep", "l1", "none"]
+L1_OR_NONE = Switch("rescale", "l1", "none", default=True)  # as mergekit has it
 LEAST_NORM = 1e-7  # of a tensor whose L1 norm is restored; smaller ones stay as they are, as in mergekit
 
 
@@ -123,6 +125,15 @@ class Dare(Method):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Yu et al. 2024, arXiv 2311.03099"
+    scales_last = True
+    aliases = ("dare_linear",)
+    spellings: ClassVar[Mapping[str, Number | Switch]] = {"rescale": Switch("rescale", "inverse_keep", "none")}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "dare_linear": Dialect(
+            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {"normalize": Switch("normalize"), "rescale": L1_OR_NONE, "lambda": Number("scale", 1.0)},
+        )
+    }
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(0.3)

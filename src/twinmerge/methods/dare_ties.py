@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Rule
-from twinmerge.methods.dare import L1Norms, Rescale, check_rescale, drop, drop_rule, factors
+from twinmerge.methods.dare import L1_OR_NONE, Dare, L1Norms, Rescale, check_rescale, drop, drop_rule, factors
 from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Tile, column, seed_field
-from twinmerge.methods.ties import Ties
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.ties import MEAN_OR_SUM, Ties
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,13 @@ class DareTies(Ties):
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Yu et al. 2024, arXiv 2311.03099"
+    spellings: ClassVar[Mapping[str, Number | Switch]] = {**Ties.spellings, **Dare.spellings}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "dare_ties": Dialect(
+            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {"normalize": MEAN_OR_SUM, "rescale": L1_OR_NONE, "lambda": Number("scale", 1.0)},
+        )
+    }
 
     density: PerExpert = Field(default=0.5, description="share of the entries that the random drop keeps, 0 to 1")
     trim_density: PerExpert = Field(default=1.0, description="share that TIES then trims to, 0 to 1")

@@ -10,7 +10,18 @@ from pydantic import Field
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import sums
 from twinmerge.maths.fused import Importance, Rule
-from twinmerge.methods.kit.base import Known, Method, Partial, Pass, PerExpert, Place, Tile, per_expert, weights_field
+from twinmerge.methods.kit.base import (
+    Known,
+    Method,
+    Partial,
+    Pass,
+    PerExpert,
+    Place,
+    Tile,
+    per_expert,
+    require_divisor,
+    weights_field,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,6 +127,10 @@ class Fisher(Method):
 
     def passes(self) -> Sequence[FisherSquares]:
         return (FisherSquares(),)
+
+    def check(self, experts: Sequence[str]) -> None:
+        if self.normalize:
+            require_divisor(per_expert(self.weights, len(experts)))
 
     def importance(self, experts: Sequence[str], known: Known) -> Importance:
         """ct and the floor of each expert, for Fisher information as it is stored: summed over examples and not divided by them.

@@ -88,6 +88,8 @@ class Knots(Spectral):
         return moved(tile, self.as_stored(merged, tile.at), self.scale)
 
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
+        if not self.decomposes(at):
+            return super().merge_factors(parts, at, known)
         basis, reduced = in_basis(self.sides(parts, at), per_expert(self.weights, len(parts)))
         merged = self.tied(*aligned(reduced, at), known)
         merged = self.calibrated(merged, reduced, (1.0,) * len(parts), at)

@@ -39,6 +39,7 @@ class Magmax(Method, Fold):
 
     laws = frozenset({"odd", "homogeneous"})
     paper = "Marczak et al. 2024, ECCV, arXiv 2407.06322"
+    scales_last = True
     unremovable: ClassVar[str] = "what it covered of the others is gone"
 
     weights: PerExpert = weights_field()

@@ -13,7 +13,7 @@ from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.methods.kit.base import TABLES, Known, Method, Partial, Pass, Place, Tile, moved
 from twinmerge.methods.kit.fold import Fold, Seen, State, absorbed_by_matrix, folded
-from twinmerge.methods.kit.spectral import elementwise_field, is_listed
+from twinmerge.methods.kit.spectral import elementwise_field, is_listed, names_tables
 
 Form = Literal["fixed", "released", "paper"]
 
@@ -56,6 +56,10 @@ class Opcm(Method, Fold):
     )
     form: Form = Field(default="fixed", description="which of the three operators in circulation")
     elementwise: str = elementwise_field(TABLES)
+
+    @property
+    def asks_for_tables(self) -> bool:
+        return names_tables(self.elementwise)
 
     def projects(self, at: Place) -> bool:
         """Whether the tensor is the weight of a linear layer; kernels and tables are none."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from twinmerge.maths import fused
 from twinmerge.maths.fused import Rule
 from twinmerge.maths.sums import blocked_gram, total
 from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile, weighted_sum
+from twinmerge.methods.kit.dialect import Dialect, Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,16 @@ class InnerProducts(Pass[list[float]]):
         ]
 
 
+def unless_two(count: int, based: bool) -> str | None:
+    """mergekit's slerp starts from its base_model."""
+    if count == 2 and based:
+        return None
+    return (
+        f"slerp is between base_model (t = 0) and one other model, got {count} models and {'a' if based else 'no'} base_model. "
+        "Name the first of two models as base_model."
+    )
+
+
 class Slerp(Method):
     """θ = sin((1−t)φ)/sin φ · θa + sin(tφ)/sin φ · θb for each tensor, φ the angle between θa and θb.
 
@@ -63,6 +74,7 @@ class Slerp(Method):
     experts_min = experts_max = 2
     laws = frozenset({"idempotent", "odd", "homogeneous"})
     paper = "Shoemake 1985"
+    mergekit: ClassVar[Mapping[str, Dialect]] = {"slerp": Dialect(shared={"t": Number("t")}, refuse=unless_two)}
 
     t: float = Field(default=0.5, ge=0.0, le=1.0, description="where on the way from the first expert to the second")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")

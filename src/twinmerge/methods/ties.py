@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +24,7 @@ from twinmerge.methods.kit.base import (
     weighted_sum,
     weights_field,
 )
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ Tie = Literal["zero", "majority", "positive"]
 Compat = Literal["paper", "official", "mergekit"]
 DECIDED = {"mergekit": {"scope": "tensor", "tie": "positive"}, "official": {"tie": "majority"}}
 """What somebody's semantics leave no choice in."""
+MEAN_OR_SUM = Switch("merge", "mean", "sum")
 
 
 class Majority(Pass[int]):
@@ -78,6 +81,21 @@ class Ties(Method):
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Yadav et al. 2023, arXiv 2306.01708"
+    scales_last = True
+    spellings: ClassVar[Mapping[str, Number | Switch]] = {"normalize": MEAN_OR_SUM}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "ties": Dialect(
+            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {
+                "normalize": replace(MEAN_OR_SUM, default=True),
+                "rescale": Switch(
+                    None,
+                    refused="ties with rescale: true is not read yet. Leave it out, or raise lambda, which is the nearest.",
+                ),
+                "lambda": Number("scale", 1.0),
+            },
+        )
+    }
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(1.0)

@@ -19,7 +19,6 @@ from pydantic import SerializeAsAny
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.kit.base import Grain, Known, Method, Need, Partial, Pass, Place, Tile, moved, weighted_sum
-from twinmerge.methods.kit.fold import Fold
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,19 +195,11 @@ class Scaled(Method):
 
 def at_depth(method: Method, by: float) -> Method:
     """The method with its merged change scaled: by its own last step where that is a scale, else after it."""
-    if (scale := _last_scale(method)) is not None:
-        return method.model_copy(update={"scale": scale * by})
-    return Scaled(method=method, by=by)
+    return method.times(by) if method.scales_last else Scaled(method=method, by=by)
 
 
 def unscaled(method: Method) -> Method:
     """What methods that only differ by their depths have in common."""
     if isinstance(method, Scaled):
         return method.method
-    return method if _last_scale(method) is None else method.model_copy(update={"scale": 1.0})
-
-
-def _last_scale(method: Method) -> float | None:
-    scale = getattr(method, "scale", None)
-    last = not isinstance(method, Fold) or method.scales_last
-    return scale if method.space == "deltas" and isinstance(scale, float) and last else None
+    return method.model_copy(update={"scale": 1.0}) if method.scales_last else method

@@ -29,6 +29,7 @@ from twinmerge.methods.kit.base import (
     moved,
     per_expert,
     scale_field,
+    summed_factors,
     weighted_sum,
     weights_field,
 )
@@ -58,6 +59,11 @@ def is_listed(at: Place, patterns: str) -> bool:
     return any(at.table if pattern == TABLES else fnmatchcase(at.name, pattern) for pattern in patterns.split())
 
 
+def names_tables(patterns: str) -> bool:
+    """Whether the patterns ask which tensors are tables of embeddings."""
+    return TABLES in patterns.split()
+
+
 class Spectral(Method):
     """Matrices: θ = θ0 + λ f(w1 τ1, …, wT τT), f being the subclass's `combine`; all other tensors by `rest`.
 
@@ -71,6 +77,8 @@ class Spectral(Method):
     """
 
     grain = "matrix"
+    core_space = True
+    scales_last = True
     sided: ClassVar[bool] = False
     """Whether the formula does another thing to the outputs, m, than to the inputs, n."""
 
@@ -83,6 +91,10 @@ class Spectral(Method):
     calibration: float = Field(
         default=0.0, ge=0, description="least projection α of singular value calibration; 0: none"
     )
+
+    @property
+    def asks_for_tables(self) -> bool:
+        return names_tables(self.elementwise)
 
     def grain_of(self, at: Place) -> Grain:
         if not self.decomposes(at):
@@ -130,11 +142,10 @@ class Spectral(Method):
         return [Factors(part.a.mT, part.b.mT) for part in parts] if self.turns(at) else parts
 
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
-        """λ f(w1 B1 A1, …) of low-rank experts, as a low-rank product again.
-
-        Args:
-            parts: of every expert, rank 0 where it has none; at: of the matrix that they change; known: what the passes found.
-        """
+        """λ f(w1 B1 A1, …); of what is treated like vectors, the sum."""
+        if not self.decomposes(at):
+            share = self.scale * share_of(self.rest, len(parts))
+            return summed_factors([w * share for w in per_expert(self.weights, len(parts))], parts)
         space, weights = CoreSpace.of(self.sides(parts, at)), per_expert(self.weights, len(parts))
         merged = self.calibrated(self.combine(space.cores, weights, at), space.cores, weights, at)
         return self.sides([space.factors(merged.double() * self.scale)], at)[0]

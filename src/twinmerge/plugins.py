@@ -1,0 +1,127 @@
+"""Kinds of which every file of a folder is one: methods, codecs, and what other packages offer under the same entry point."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from twinmerge.errors import TwinmergeError, nearest
+
+T = TypeVar("T")
+
+
+class Plugins(Generic[T]):
+    """The classes of one kind by name: a file of the folder, or an entry point of the group of the folder's name.
+
+    Nothing is imported before it is asked for, and then its own file alone. Other packages cannot take the name of a file.
+
+    Args:
+        base: what every class of the kind derives from.
+        kind: in messages, such as "method".
+        package: the folder, by its dotted name, which is the entry points' group as well.
+        check: refuses a class that lacks what the kind needs, with a `TwinmergeError` that names what. It sees each class once.
+        see: the end of the message for an unknown name.
+
+    Example:
+        >>> from twinmerge.methods.kit.base import Method
+        >>> methods = Plugins[Method](Method, "method", "twinmerge.methods")
+        >>> "ties" in methods.names(), methods.find("ties").__name__
+        (True, 'Ties')
+        >>> methods.find("tie")
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'?
+    """
+
+    def __init__(
+        self,
+        base: type[Any],
+        kind: str,
+        package: str,
+        check: Callable[[type[T], str], None] = lambda cls, name: None,
+        see: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.base, self.kind, self.package, self.check, self.see = base, kind, package, check, see
+        self._files: dict[str, type[T]] = {}
+        self._sound: weakref.WeakSet[type[T]] = weakref.WeakSet()
+
+    def files(self) -> dict[str, Path]:
+        """Name -> file of all that are in the folder."""
+        folder = Path(str(import_module(self.package).__file__)).parent
+        return {p.stem: p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"}
+
+    def names(self) -> list[str]:
+        """All names: those of files, then those of other packages."""
+        own = self.files()
+        return [*own, *sorted({e.name for e in self.offered()} - own.keys())]
+
+    def offered(self) -> list[metadata.EntryPoint]:
+        """What other packages have; looking through what is installed takes longer than importing a file."""
+        return list(metadata.entry_points(group=self.package))
+
+    def find(self, name: str) -> type[T]:
+        """The class of that name.
+
+        Raises:
+            TwinmergeError: an unknown name (with the nearest right one); a class that cannot be loaded or lacks something.
+        """
+        if name in self.files():
+            return self._of_file(name)
+        entry = next((e for e in self.offered() if e.name == name), None)
+        if entry is None:
+            raise TwinmergeError(f"Unknown {self.kind} {name!r:.80}.{nearest(name, self.names())}{self.see()}")
+        try:
+            found = entry.load()
+        except Exception as error:  # whatever the import of a stranger's file raises
+            raise TwinmergeError(
+                f"The {self.kind} {name!r} of another package cannot be loaded: {type(error).__name__}: {error}. Mend or "
+                "uninstall that package."
+            ) from error
+        return self.require(found, name)
+
+    def mentioned(self, word: str) -> list[str]:
+        """Names of the files that have the word in double quotes, then of what other packages offer: where an alias may stand.
+
+        Reading the files takes a millisecond; importing them all would take PyTorch's import.
+        """
+        quoted = f'"{word}"'
+        own = [name for name, file in self.files().items() if quoted in file.read_text(encoding="utf-8")]
+        return [*own, *(name for name in self.names()[len(self.files()) :])]
+
+    def require(self, found: Any, name: str) -> type[T]:
+        """The class, if it is all that its kind needs.
+
+        Raises:
+            TwinmergeError: it is not; the message says what to add.
+        """
+        title = self.base.__name__
+        if not (isinstance(found, type) and issubclass(found, self.base)):
+            raise TwinmergeError(
+                f"{name} is no {self.kind}: {found!r:.80} does not derive from {title}. Derive it from {title}."
+            )
+        if missing := sorted(getattr(found, "__abstractmethods__", ())):
+            raise TwinmergeError(
+                f"{name} is no {self.kind} yet: {found.__name__} does not define {', '.join(missing)}. Define it."
+            )
+        if found not in self._sound:
+            self.check(found, name)
+            self._sound.add(found)
+        return found
+
+    def _of_file(self, name: str) -> type[T]:
+        if name not in self._files:
+            module = import_module(f"{self.package}.{name}")
+            classes = (
+                found for _, found in inspect.getmembers(module, inspect.isclass) if found.__module__ == module.__name__
+            )
+            own = sorted((c for c in classes if issubclass(c, self.base)), key=inspect.isabstract)
+            if not own:
+                raise TwinmergeError(
+                    f"The file {self.files()[name]} has no {self.base.__name__} class. Add one, or take the file out of its folder."
+                )
+            self._files[name] = self.require(own[0], name)
+        return self._files[name]
