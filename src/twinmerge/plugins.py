@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -83,14 +83,15 @@ class Plugins(Generic[T]):
             ) from error
         return self.require(found, name)
 
-    def mentioned(self, word: str) -> list[str]:
+    def mentioned(self, word: str) -> Iterator[str]:
         """Names of the files that have the word in double quotes, then of what other packages offer: where an alias may stand.
 
         Reading the files takes a millisecond; importing them all would take PyTorch's import.
         """
         quoted = f'"{word}"'
-        own = [name for name, file in self.files().items() if quoted in file.read_text(encoding="utf-8")]
-        return [*own, *(name for name in self.names()[len(self.files()) :])]
+        own = self.files()
+        yield from (name for name, file in own.items() if quoted in file.read_text(encoding="utf-8"))
+        yield from (name for name in self.names() if name not in own)
 
     def require(self, found: Any, name: str) -> type[T]:
         """The class, if it is all that its kind needs.

@@ -290,4 +290,4 @@ def _text(recipe: Recipe, experts: Mapping[str, OpenedModel], dropped: Mapping[s
     )
     lost = "".join(f"\nLeft out of {e}, trained in full: {', '.join(n)}.\n" for e, n in dropped.items() if n)
     values = json.dumps(dict(recipe.parameters), ensure_ascii=False)
-    return f"Made with twinmerge by `{recipe.method}`, parameters `{values}`.\n\n| part | adapter | licence |\n| --- | --- | --- |\n{lines}\n{lost}"
+    return f"Made with twinmerge by `{recipe.method_name}`, parameters `{values}`.\n\n| part | adapter | licence |\n| --- | --- | --- |\n{lines}\n{lost}"

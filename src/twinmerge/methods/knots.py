@@ -107,8 +107,9 @@ class Knots(Spectral):
         return aligned(weighted(self.matrices(tile), per_expert(self.weights, len(tile.x))), tile.at)[1]
 
 
-class InAlignedSpace(Pass[T_co]):
-    """A pass of TIES over the aligned parts of all matrices."""
+class InAlignedSpace(Pass[T_co | None]):
+    """A pass of TIES over the aligned parts of all matrices; where factors are merged, what is treated like vectors comes in one piece
+    too, and is left out. It finds None where nothing else comes."""
 
     grain = "matrix"
 
@@ -117,10 +118,12 @@ class InAlignedSpace(Pass[T_co]):
         self.name, self.scope, self.rare = step.name, step.scope, step.rare
 
     def wanted(self, known: Known) -> Collection[str] | None:
-        return self.step.wanted(known)
+        return () if None in known.values() else self.step.wanted(known)
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         found: Partial = {}
+        if not self.method.decomposes(tile.at):
+            return found
         for part in tile.parts if tile.at.stack else [tile]:
             self.step.add(found, self.step.observe(self.method.entries(part), known))
         return found
@@ -128,8 +131,8 @@ class InAlignedSpace(Pass[T_co]):
     def add(self, total: Partial, part: Partial) -> None:
         self.step.add(total, part)
 
-    def finish(self, total: Partial, known: Known) -> T_co:
-        return self.step.finish(total, known)
+    def finish(self, total: Partial, known: Known) -> T_co | None:
+        return self.step.finish(total, known) if total else None
 
 
 def aligned(deltas: Tensor, at: Place) -> tuple[Tensor, Tile]:

@@ -65,7 +65,7 @@ class Method(BaseModel, ABC):
         paper: the source, as printed by `twinmerge methods`.
         aliases: other names of the method in recipes of ours.
         spellings: other names, or values, of its parameters there, beside `dialect.SPELLINGS`.
-        mergekit: name of a method of mergekit that this is -> how mergekit says it.
+        mergekit: name of a method of mergekit that this is -> how mergekit says it; recipes of mergekit set the field compat to "mergekit".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

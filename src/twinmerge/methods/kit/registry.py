@@ -7,6 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from pydantic import ValidationError
@@ -46,7 +47,7 @@ def method_class(given: MethodLike) -> type[Method]:
         twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
     """
     if isinstance(given, str):
-        return _named(given) if _is_place(given) else METHODS.find(given)
+        return _named(given) if is_own(given) else METHODS.find(given)
     return METHODS.require(type(given) if isinstance(given, Method) else given, short_name(given))
 
 
@@ -114,7 +115,7 @@ def said_otherwise(word: str, says: Callable[[type[Method]], bool]) -> str | Non
         'average'
     """
     first = [word] if word in METHODS.files() else []
-    for name in dict.fromkeys([*first, *METHODS.mentioned(word)]):
+    for name in chain(first, METHODS.mentioned(word)):
         try:
             if says(METHODS.find(name)):
                 return name
@@ -123,7 +124,13 @@ def said_otherwise(word: str, says: Callable[[type[Method]], bool]) -> str | Non
     return None
 
 
-def _is_place(name: str) -> bool:
+def is_own(name: str) -> bool:
+    """Whether a name, as `method_name` gives it, is that of a class which no folder and no entry point has.
+
+    Example:
+        >>> is_own("ties"), is_own("package.module:Halfway")
+        (False, True)
+    """
     return ":" in name or name.startswith("<")
 
 

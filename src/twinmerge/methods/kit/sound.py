@@ -53,6 +53,10 @@ def check_class(cls: type[Method], name: str) -> None:
         raise TwinmergeError(
             f"{name} says that it scales last, and has no field scale. Add one, or leave scales_last out."
         )
+    if cls.mergekit and "compat" not in cls.model_fields:
+        raise TwinmergeError(
+            f"{name} says how mergekit has it, and has no field compat. Add one that allows 'mergekit'."
+        )
     if cls.outputs == "masks" and not hasattr(cls, "vector_and_masks"):
         raise TwinmergeError(f"{name} makes masks. Derive it from MaskMethod, which is in twinmerge.methods.kit.masks.")
     try:
@@ -112,6 +116,4 @@ def _check_counts(cls: type[Method], name: str) -> None:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
     return value is None or isinstance(value, (str, bool, int, float))
