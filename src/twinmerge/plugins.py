@@ -15,20 +15,21 @@ T = TypeVar("T")
 
 
 class Plugins(Generic[T]):
-    """The classes of one kind by name: a file of the folder, or an entry point of the group of the folder's name.
+    """The classes of one kind by name: a file of the folder, or an entry point of the group.
 
     Nothing is imported before it is asked for, and then its own file alone. Other packages cannot take the name of a file.
 
     Args:
         base: what every class of the kind derives from.
         kind: in messages, such as "method".
-        package: the folder, by its dotted name, which is the entry points' group as well.
+        package: the folder, by its dotted name.
+        group: of the entry points.
         check: refuses a class that lacks what the kind needs, with a `TwinmergeError` that names what. It sees each class once.
         see: the end of the message for an unknown name.
 
     Example:
         >>> from twinmerge.methods.kit.base import Method
-        >>> methods = Plugins[Method](Method, "method", "twinmerge.methods")
+        >>> methods = Plugins[Method](Method, "method", "twinmerge.methods", "twinmerge.methods")
         >>> "ties" in methods.names(), methods.find("ties").__name__
         (True, 'Ties')
         >>> methods.find("tie")
@@ -42,10 +43,11 @@ class Plugins(Generic[T]):
         base: type[Any],
         kind: str,
         package: str,
+        group: str,
         check: Callable[[type[T], str], None] = lambda cls, name: None,
         see: Callable[[], str] = lambda: "",
     ) -> None:
-        self.base, self.kind, self.package, self.check, self.see = base, kind, package, check, see
+        self.base, self.kind, self.package, self.group, self.check, self.see = base, kind, package, group, check, see
         self._files: dict[str, type[T]] = {}
         self._sound: weakref.WeakSet[type[T]] = weakref.WeakSet()
 
@@ -61,7 +63,7 @@ class Plugins(Generic[T]):
 
     def offered(self) -> list[metadata.EntryPoint]:
         """What other packages have; looking through what is installed takes longer than importing a file."""
-        return list(metadata.entry_points(group=self.package))
+        return list(metadata.entry_points(group=self.group))
 
     def find(self, name: str) -> type[T]:
         """The class of that name.
@@ -69,7 +71,7 @@ class Plugins(Generic[T]):
         Raises:
             TwinmergeError: an unknown name (with the nearest right one); a class that cannot be loaded or lacks something.
         """
-        if name in self.files():
+        if name in self._files or name in self.files():
             return self._of_file(name)
         entry = next((e for e in self.offered() if e.name == name), None)
         if entry is None:

@@ -9,7 +9,7 @@ import torch
 from twinmerge.engine.run import Run
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.knots import Knots
 from twinmerge.methods.knots import aligned as aligned_tile
 
@@ -36,7 +36,7 @@ def run(method, tile):
 
 def known(method, *tiles):
     """What the passes find of some matrices."""
-    found = {}
+    found = Known()
     for each in method.passes():
         total = {}
         wanted = each.wanted(found)

@@ -18,7 +18,9 @@ from twinmerge.methods.kit.sound import check_class, check_object
 from twinmerge.plugins import Plugins
 
 LARGEST = 1e30  # of a number that is multiplied with
-METHODS = Plugins[Method](Method, "method", "twinmerge.methods", check_class, lambda: " See `twinmerge methods`.")
+METHODS = Plugins[Method](
+    Method, "method", "twinmerge.methods", "twinmerge.methods", check_class, lambda: " See `twinmerge methods`."
+)
 
 MethodLike = str | type[Method] | Method
 """A name from `twinmerge methods`, a class, or an object with its parameters."""
