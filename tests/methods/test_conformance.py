@@ -366,7 +366,7 @@ def test_core_space_merges_factors_as_it_merges_what_they_make(methods, name, pa
         method,
         list(shapes),
         shapes,
-        lambda each: low[each.name],
+        lambda each, digests: low[each.name],
         grains=dict.fromkeys(shapes, "matrix"),
         progress=False,
     )

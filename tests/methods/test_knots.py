@@ -208,7 +208,7 @@ def test_factors_of_rows_alone_are_averaged_and_count_for_nothing(tie):
     parts = [Factors(torch.ones(1, 1), torch.full((1, 5), float(i + 1))) for i in range(2)]
     tile = Tile(torch.stack([part.dense() for part in parts]), None, Place("row", shape, 0, names), factors=parts)
     method = Knots(tie=tie, scale=1.0)
-    run = Run(method, ["row"], {"row": shape}, lambda each: tile, grains={"row": "matrix"}, progress=False)
+    run = Run(method, ["row"], {"row": shape}, lambda each, digests: tile, grains={"row": "matrix"}, progress=False)
     run.survey()
     work = run.merge(run.groups(), lambda each, known: method.merge_factors(parts, tile.at, known).dense())
     assert torch.allclose(next(work)[0], torch.full(shape, 1.5, dtype=torch.float64))

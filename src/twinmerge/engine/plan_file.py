@@ -243,7 +243,7 @@ def _method(rule: Any, plan: Plan, at: str) -> Method:
     for key, value in parameters.items():
         flat |= {f"{e}.{key}": number for e, number in value.items()} if isinstance(value, dict) else {key: value}
     method = make_method(plan.recipe.method, tuple(plan.experts), flat)
-    if getattr(method, "compat", None) != getattr(plan.method, "compat", None):
+    if method.semantics != plan.method.semantics:
         raise TwinmergeError(
             f"{at}: compat is another one than the recipe's. Change the recipe, and write the plan again."
         )

@@ -107,6 +107,11 @@ class Method(BaseModel, ABC):
         return cls.rule is not Method.rule
 
     @property
+    def semantics(self) -> str:
+        """Whose formula it is: its field `compat` where it has one, "paper" else."""
+        return str(dict(self).get("compat", "paper"))
+
+    @property
     def asks_for_tables(self) -> bool:
         """Whether what it does to a tensor depends on which are tables of embeddings, as `Place.table` says."""
         return False
