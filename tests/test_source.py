@@ -18,6 +18,7 @@ OWN_READERS = {
     "store/output.py",  # the journal of a folder that is being written
     "engine/verify.py",
     "recipes/recipe.py",
+    "plugins.py",  # our own files
 }
 OPENERS = {"from_pretrained", "from_config", "get_config_dict", "pipeline", "cached_file"}
 

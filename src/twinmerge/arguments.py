@@ -149,6 +149,8 @@ def described(kind: Any) -> str:
         return f"({', '.join(map(described, inside))})"
     if origin in (Sequence, list, tuple, Collection, Iterable):
         return "a list" + (f" of {described(inside[0])}" if inside and inside[0] is not Any else "")
+    if origin is type and inside:
+        return f"a class of {inside[0].__name__}"
     if isinstance(origin, type) and issubclass(origin, os.PathLike):
         return "a path"
     return WORDS.get(origin) or (f"a {origin.__name__}" if isinstance(origin, type) else "anything")

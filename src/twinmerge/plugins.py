@@ -1,11 +1,12 @@
-"""Classes by name: a file of a folder where every file has one, or an entry point of an installed package."""
+"""Kinds of which every file of a folder is one: methods, codecs, and what other packages offer under the same entry point."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from pkgutil import iter_modules
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from twinmerge.errors import TwinmergeError, nearest
@@ -16,83 +17,129 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def files_of(package: str) -> list[str]:
-    """The files of a package by name; none of them is imported, and folders are left out.
+def files_of(package: str) -> dict[str, Path]:
+    """Name -> file of all that are in the folder of a package; none of them is imported.
 
     Example:
-        >>> files_of("twinmerge.twin.routers")
+        >>> list(files_of("twinmerge.twin.routers"))
         ['entropy', 'gaussian', 'knn', 'logistic', 'mlp', 'projection']
     """
-    return sorted(each.name for each in iter_modules(import_module(package).__path__) if not each.ispkg)
+    folder = Path(str(import_module(package).__file__)).parent
+    return {p.stem: p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"}
 
 
 class Plugins(Generic[T]):
-    """All classes of one kind, each imported when it is first asked for.
+    """The classes of one kind by name: a file of the folder, or an entry point of the group.
+
+    Nothing is imported before it is asked for, and then its own file alone. Other packages cannot take the name of a file.
 
     Args:
-        what: the kind, for a sentence.
-        base: the class that each derives from.
-        package: each of its files has one.
-        group: of the entry points of installed packages.
-        see: what lists them, for a sentence.
-        lacks: what a class does not have that its kind needs, by name.
+        base: what every class of the kind derives from.
+        kind: in messages, such as "method".
+        package: the folder, by its dotted name.
+        group: of the entry points.
+        check: refuses a class that lacks what the kind needs, with a `TwinmergeError` that names what. It sees each class once.
+        see: the end of the message for an unknown name.
+
+    Example:
+        >>> from twinmerge.methods.kit.base import Method
+        >>> methods = Plugins[Method](Method, "method", "twinmerge.methods", "twinmerge.methods")
+        >>> "ties" in methods.names(), methods.find("ties").__name__
+        (True, 'Ties')
+        >>> methods.find("tie")
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'?
     """
 
     def __init__(
-        self, what: str, base: type[T], package: str, group: str, see: str, lacks: Callable[[type[T]], Iterable[str]]
+        self,
+        base: type[Any],
+        kind: str,
+        package: str,
+        group: str,
+        check: Callable[[type[T], str], None] = lambda cls, name: None,
+        see: Callable[[], str] = lambda: "",
     ) -> None:
-        self.what, self.base, self.package, self.group = what, base, package, group
-        self.see, self.lacks = see, lacks
+        self.base, self.kind, self.package, self.group, self.check, self.see = base, kind, package, group, check, see
+        self._files: dict[str, type[T]] = {}
+        self._sound: weakref.WeakSet[type[T]] = weakref.WeakSet()
+
+    def files(self) -> dict[str, Path]:
+        """Name -> file of all that are in the folder."""
+        return files_of(self.package)
 
     def names(self) -> list[str]:
-        """The package's own by their files, then those of installed packages."""
-        own = files_of(self.package)
-        return own + sorted({entry.name for entry in self._entries()} - set(own))
+        """All names: those of files, then those of other packages."""
+        own = self.files()
+        return [*own, *sorted({e.name for e in self.offered()} - own.keys())]
 
-    def __contains__(self, name: object) -> bool:
-        return name in files_of(self.package) or name in self.names()
+    def offered(self) -> list[EntryPoint]:
+        """What other packages have; looking through what is installed takes longer than importing a file."""
+        from importlib import metadata  # 15 ms
+
+        return list(metadata.entry_points(group=self.group))
 
     def find(self, name: str) -> type[T]:
-        """The class of that name; the package's own before those of others.
+        """The class of that name.
 
         Raises:
-            TwinmergeError: no such name (with the nearest one), or a class that lacks what its kind needs.
+            TwinmergeError: an unknown name (with the nearest right one); a class that cannot be loaded or lacks something.
         """
-        if name in files_of(self.package):  # looking through what is installed takes longer than importing one
-            module = import_module(f"{self.package}.{name}")
-            own = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
-            fitting = sorted((c for c in own if issubclass(c, self.base)), key=inspect.isabstract)
-            found: Any = fitting[0] if fitting else None
-            return self._whole(name, found, f"the file {module.__file__}")
-        entry = next((e for e in self._entries() if e.name == name), None)
+        if name in self._files or name in self.files():
+            return self._of_file(name)
+        entry = next((e for e in self.offered() if e.name == name), None)
         if entry is None:
-            names = self.names()
-            raise TwinmergeError(
-                f"Unknown {self.what} {name!r}.{nearest(name, names)} Choose from {', '.join(names)}; see {self.see}."
-            )
+            raise TwinmergeError(f"Unknown {self.kind} {name!r:.80}.{nearest(name, self.names())}{self.see()}")
         try:
             found = entry.load()
-        except Exception as error:  # whatever another's package does when it is imported
+        except Exception as error:  # whatever the import of a stranger's file raises
             raise TwinmergeError(
-                f"The {self.what} {name!r} ({entry.value}) cannot be imported: {error}. Mend or remove its package."
+                f"The {self.kind} {name!r} of another package cannot be loaded: {type(error).__name__}: {error}. Mend or "
+                "uninstall that package."
             ) from error
-        return self._whole(name, found, entry.value)
+        return self.require(found, name)
 
-    def _entries(self) -> Iterable[EntryPoint]:
-        """What installed packages offer."""
-        from importlib import metadata  # its import takes longer than that of all commands
+    def mentioned(self, word: str) -> Iterator[str]:
+        """Names of the files that have the word in double quotes, then of what other packages offer: where an alias may stand.
 
-        return metadata.entry_points(group=self.group)
+        Reading the files takes a millisecond; importing them all would take PyTorch's import.
+        """
+        quoted = f'"{word}"'
+        own = self.files()
+        yield from (name for name, file in own.items() if quoted in file.read_text(encoding="utf-8"))
+        yield from (name for name in self.names() if name not in own)
 
-    def _whole(self, name: str, found: Any, where: str) -> type[T]:
-        """The class, where it is one of the kind and lacks nothing."""
-        kind = f"{self.base.__module__}.{self.base.__qualname__}"
-        if not (inspect.isclass(found) and issubclass(found, self.base)):
+    def require(self, found: Any, name: str) -> type[T]:
+        """The class, if it is all that its kind needs.
+
+        Raises:
+            TwinmergeError: it is not; the message says what to add.
+        """
+        title = self.base.__name__
+        if not (isinstance(found, type) and issubclass(found, self.base)):
             raise TwinmergeError(
-                f"The {self.what} {name!r} ({where}) is no class that derives from {kind}. Make it one."
+                f"{name} is no {self.kind}: {found!r:.80} does not derive from {title}. Derive it from {title}."
             )
-        if lacking := [*sorted(getattr(found, "__abstractmethods__", ())), *self.lacks(found)]:
+        if missing := sorted(getattr(found, "__abstractmethods__", ())):
             raise TwinmergeError(
-                f"The {self.what} {name!r} ({where}) lacks {', '.join(lacking)}. Add what {kind} asks for."
+                f"{name} is no {self.kind} yet: {found.__name__} does not define {', '.join(missing)}. Define it."
             )
+        if found not in self._sound:
+            self.check(found, name)
+            self._sound.add(found)
         return found
+
+    def _of_file(self, name: str) -> type[T]:
+        if name not in self._files:
+            module = import_module(f"{self.package}.{name}")
+            classes = (
+                found for _, found in inspect.getmembers(module, inspect.isclass) if found.__module__ == module.__name__
+            )
+            own = sorted((c for c in classes if issubclass(c, self.base)), key=inspect.isabstract)
+            if not own:
+                raise TwinmergeError(
+                    f"The file {self.files()[name]} has no {self.base.__name__} class. Add one, or take the file out of its folder."
+                )
+            self._files[name] = self.require(own[0], name)
+        return self._files[name]

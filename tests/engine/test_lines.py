@@ -20,7 +20,7 @@ from twinmerge.engine.merge import Merge, merge
 from twinmerge.engine.provenance import plan_key
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
 from twinmerge.models.blocks import block_of, stacks
 from twinmerge.recipes.lines import Automatic, Lines, coefficient
@@ -253,7 +253,7 @@ def test_sums_that_are_not_finite_are_refused():
     tile = Tile(torch.full((1, 2), 1e30), torch.zeros(2), Place("w", (2,)))
     step = Automatic({"w": method})
     with pytest.raises(TwinmergeError, match="merged change is NaN or infinite"):
-        step.finish(step.observe(tile, {}), {})
+        step.finish(step.observe(tile, Known()), Known())
 
 
 @pytest.mark.parametrize("lines", [{"a": A, "b": B}, {"b": B}])

@@ -14,7 +14,7 @@ from twinmerge.engine.merge import Merge, merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.methods.fisher import Fisher, FisherSquares
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.models.opened import open_model
 from twinmerge.recipes.recipe import Recipe, read_recipe
 from twinmerge.statistics.file import Statistics, save_statistics
@@ -58,8 +58,8 @@ def in_memory(family: dict[str, Any], **parameters: Any) -> dict[str, torch.Tens
         tiles[n] = Tile(
             torch.stack([theta[e][n] for e in names]), None, Place(n, shape, 0, names), None, f, examples=counts
         )
-        step.add(total, step.observe(tiles[n], {}))
-    known = {step.name: step.finish(total, {})}
+        step.add(total, step.observe(tiles[n], Known()))
+    known = Known({step.name: step.finish(total, Known())})
     return {n: method.apply(tile, known) for n, tile in tiles.items()}
 
 

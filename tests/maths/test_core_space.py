@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import make_method
 
 METHODS = ["tsv", "svc", "iso_c", "iso_cts", "wudi", "knots", "opcm"]
@@ -59,7 +59,7 @@ def test_c1_nothing_is_lost(ranks, m, n, seed):
 
 def run(method, tile):
     """The passes over matrices in one piece, then the merge."""
-    known = {}
+    known = Known()
     for each in method.passes():
         wanted = each.wanted(known)
         if each.grain == "rows" or (wanted is not None and tile.at.name not in wanted):

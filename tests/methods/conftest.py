@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +166,7 @@ def combine_tiled(
     """The same in tiles of `step`; tiles are read, and their partial results added, in a shuffled order."""
     method, load = prepare(name, experts, parameters)
     tiles = {tensor: split(method, load(base, tensor), step) for tensor in base}
-    known: dict[str, dict[str, Any]] = {tensor: {} for tensor in base}
+    known = {tensor: Known() for tensor in base}
     rng = random.Random(shuffle)
     for each in method.passes():
         for group in [list(base)] if each.scope == "model" else [[tensor] for tensor in base]:
@@ -547,19 +548,35 @@ def regmean(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
 TRANSCRIPTIONS = {
     f.__name__: f
     for f in (average, fisher, regmean, task_arithmetic, ties, dare, dare_ties, slerp, tall_masks, consensus, emr)
-} | {
-    f.__name__: f for f in (magmax, tsv, svc, iso_c, iso_cts, wudi, knots, opcm, null_space, continual_ties)
-}  # one for every method of the library
+} | {f.__name__: f for f in (magmax, tsv, svc, iso_c, iso_cts, wudi, knots, opcm, null_space, continual_ties)}
+"""Of a method that is not here `test_<method>.py` has it as `transcription`."""
+
+
+def of_its_tests(name: str, what: str) -> Any:
+    """What the file of tests of a method has by that name, or None."""
+    file = Path(__file__).parent / f"test_{name}.py"
+    spec = spec_from_file_location(f"tests_of_{name}", file)
+    if (
+        not file.is_file()
+        or spec is None
+        or spec.loader is None
+        or f"\n{what}" not in file.read_text().replace("def ", "")
+    ):
+        return None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, what, None)
 
 
 def transcribe(name: str, base: State, experts: Mapping[str, State], **parameters: Any) -> Arrays:
     """The merged tensors in float64, by an independent few lines of NumPy."""
-    if name not in TRANSCRIPTIONS:
-        pytest.fail(f"write the NumPy transcription of {name} in tests/methods/conftest.py")
+    transcription = TRANSCRIPTIONS.get(name) or of_its_tests(name, "transcription")
+    if transcription is None:
+        pytest.fail(f"write the NumPy transcription of {name} as `transcription` in tests/methods/test_{name}.py")
     method, load = prepare(name, experts, parameters)
     tiles = {n: load(base, n) for n in base}
     x = {n: tile.x.double().numpy() for n, tile in tiles.items()}
-    merged = TRANSCRIPTIONS[name](x, order(name, experts), SimpleNamespace(**method.model_dump()))
+    merged = transcription(x, order(name, experts), SimpleNamespace(**method.model_dump()))
     return {n: v if tiles[n].base is None else tiles[n].base.double().numpy() + v for n, v in merged.items()}
 
 

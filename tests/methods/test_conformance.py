@@ -20,14 +20,15 @@ from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
 from twinmerge.engine.planning import entry_of
 from twinmerge.engine.ranges import Range
+from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.maths.lowrank import Factors
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_names
+from twinmerge.methods.kit.sound import check_class, check_object
 from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint import Spec
-
-LAWS = {"idempotent", "symmetric", "odd", "homogeneous"}
 
 # Beside the defaults: settings that a transcription covers ...
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -252,7 +253,9 @@ def test_checkpoints_keep_dtype_and_integers_and_odd_shapes(methods, tmp_path, n
 @pytest.mark.parametrize("name", method_names())
 def test_class_says_what_it_is(name):
     cls = method_class(name)
-    assert cls.laws <= LAWS and cls.space in ("deltas", "parameters") and cls.grain in ("element", "matrix")
+    check_class(cls, name)
+    check_object(make_method(name, tuple("abcde"[: count(name)]), {}), name)
+    assert cls.grain in ("element", "matrix")
     assert cls.paper and cls.__doc__ and "Source:" in cls.__doc__ and "Example:" in cls.__doc__
     assert all(field.description for field in cls.model_fields.values())
 
@@ -323,6 +326,109 @@ def test_homogeneous(methods, name, parameters):
         torch.testing.assert_close(
             other[tensor], 2 * one[tensor], rtol=1e-6, atol=1e-6 * (method_class(name).grain == "matrix")
         )
+
+
+# ---------------------------------------------------------------------------------------- abilities
+
+
+def able(ability: str, table: list[Any] = ALL) -> list[Any]:
+    return [case for case in table if getattr(method_class(case.values[0]), ability)]
+
+
+@pytest.mark.parametrize("name, parameters", able("linear"))
+def test_linear_is_the_sum_that_its_coefficients_say(methods, name, parameters):
+    base, experts = methods.problem(count(name), seed=9)
+    by = {e: (i + 2) / 8 for i, e in enumerate(sorted(experts))}
+    for chosen in (parameters, {**parameters, "weights": by}):
+        method, load = methods.prepare(name, experts, chosen)
+        coefficients = np.array(method.coefficients(len(experts)))
+        got = methods.combine(name, base, experts, **chosen)
+        for tensor in base:
+            tile = load(base, tensor)
+            want = np.tensordot(coefficients, tile.x.double().numpy(), 1)
+            want = want if tile.base is None else tile.base.double().numpy() + want
+            assert_within_ulp(name, got[tensor], want)
+
+
+@pytest.mark.parametrize("name, parameters", able("core_space"))
+def test_core_space_merges_factors_as_it_merges_what_they_make(methods, name, parameters):
+    rng, names = torch.Generator().manual_seed(11), tuple("abc")
+    shapes = {"q.weight": (12, 9), "k.weight": (8, 20), "row": (1, 9)}
+    method, dense, low = make_method(name, names, parameters), {}, {}
+    for tensor, shape in shapes.items():
+        parts = [
+            Factors(torch.randn(shape[0], r, generator=rng), torch.randn(r, shape[1], generator=rng)) for r in (2, 0, 3)
+        ]
+        at, x = Place(tensor, shape, 0, names), torch.stack([part.dense() for part in parts])
+        dense[tensor] = Tile(x, torch.zeros(shape), at)
+        low[tensor] = Tile(x, torch.zeros(shape), at, factors=parts)
+    run = Run(
+        method,
+        list(shapes),
+        shapes,
+        lambda each, digests: low[each.name],
+        grains=dict.fromkeys(shapes, "matrix"),
+        progress=False,
+    )
+    run.survey()
+    got: dict[str, Tensor] = {}
+
+    def keep(each: Range, known: Known) -> None:
+        tile = low[each.name]
+        assert tile.factors is not None
+        got[each.name] = method.merge_factors(tile.factors, tile.at, known).dense().double()
+
+    assert len(list(run.merge(run.groups(), keep))) == len(shapes)
+    for tensor, want in methods.through(method, dense).items():
+        assert (got[tensor] - want).norm() <= 1e-5 * want.norm(), tensor
+
+
+@pytest.mark.parametrize("name, parameters", able("scales_last"))
+def test_scale_only_multiplies_the_change(methods, name, parameters):
+    base, experts = methods.problem(count(name), seed=12, zero_base=True)
+    chosen = {"scale": 0.5, **parameters}
+    one = methods.combine(name, base, experts, **chosen)
+    method, load = methods.prepare(name, experts, chosen)
+    doubled = methods.through(method.times(2.0), {tensor: load(base, tensor) for tensor in base})
+    assert type(method.times(2.0)) is type(method)
+    for tensor, value in one.items():
+        torch.testing.assert_close(doubled[tensor], 2 * value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_only_who_asks_for_tables_treats_them_otherwise(methods, name):
+    base, experts = methods.problem(count(name), seed=13)
+    method, load = methods.prepare(name, experts, {})
+    tile = load(base, "a.weight")
+    got = []
+    for table in (False, True):
+        place = tile.at._replace(table=table)
+        fisher = tile.fisher if "fisher" in method.needs else None
+        same = Tile(tile.x, tile.base, place, tile.work, fisher, tile.grams)
+        got.append(methods.through(method, {"a.weight": same})["a.weight"])
+    assert torch.equal(*got) is not method.asks_for_tables
+
+
+@pytest.mark.parametrize("name, parameters", [c for c in ALL if method_class(c.values[0]).has_rule()])
+def test_rule_is_what_apply_is_to_the_bit(methods, tmp_path, monkeypatch, name, parameters, same_bits):
+    files = on_disk(tmp_path, *methods.problem(count(name), seed=14, dtype=torch.bfloat16))
+    got = merge(methods, name, **files, **parameters).state_dict()
+    monkeypatch.setattr("twinmerge.maths.fused.available", lambda: False)
+    want = merge(methods, name, **files, **parameters).state_dict()
+    assert all(torch.equal(got[tensor].view(torch.int16), want[tensor].view(torch.int16)) for tensor in want)
+
+
+def test_names_of_mergekit_and_other_names_stand_for_one_method_each():
+    classes = {name: method_class(name) for name in method_names()}
+    aliases = [alias for cls in classes.values() for alias in cls.aliases]
+    theirs = [said for cls in classes.values() for said in cls.mergekit]
+    assert len(set(aliases)) == len(aliases) and not set(aliases) & classes.keys()
+    assert len(set(theirs)) == len(theirs) >= 7
+    for cls in classes.values():
+        for said in cls.mergekit.values():
+            spoken = [*said.own.values(), *said.shared.values(), *cls.spellings.values()]
+            fields = {each.field for each in spoken if each.field is not None} | said.fixed.keys() | {"compat"}
+            assert fields <= cls.model_fields.keys()
 
 
 # -------------------------------------------------------------------------------- tiles and threads

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from twinmerge.maths.bits import pack, unpack
 from twinmerge.methods.emr import Emr
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import make_method
 
 
@@ -23,8 +23,8 @@ def merged(method, model):
     vectors, masks, masses, sizes = {}, {}, {}, {}
     for name, rows in model.items():
         tile = tile_of(rows, name)
-        vector = method.one_vector(tile, {})
-        vectors[name], masks[name] = method.vector_and_masks(tile, {})
+        vector = method.one_vector(tile, Known())
+        vectors[name], masks[name] = method.vector_and_masks(tile, Known())
         masses[name] = method.masses(tile, vector, masks[name]).sum(2).tolist()
         sizes[name] = vector.numel()
     count = len(next(iter(model.values())))
@@ -68,7 +68,7 @@ def test_4_an_expert_that_is_outvoted_everywhere_has_scale_zero():
 
 def test_5_masks_are_one_bit_and_come_back():
     x = torch.randn(3, 1001, generator=torch.Generator().manual_seed(0))
-    masks = Emr().vector_and_masks(tile_of(x.tolist()), {})[1]
+    masks = Emr().vector_and_masks(tile_of(x.tolist()), Known())[1]
     packed = [pack(mask) for mask in masks]
     assert {len(row) for row in packed} == {126}
     assert all(torch.equal(unpack(row, 1001), mask) for row, mask in zip(packed, masks, strict=True))

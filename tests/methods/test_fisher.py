@@ -12,7 +12,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.methods.fisher import Fisher, FisherSquares, squares_of
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 
 THETA, F = [[1.0, 2.0], [3.0, 6.0]], [[1.0, 4.0], [3.0, 1.0]]
 
@@ -23,8 +23,8 @@ def merged(theta, fisher, experts=("a", "b"), **parameters):
     tile = Tile(theta, None, Place("w", tuple(theta.shape[1:]), 0, tuple(experts)), fisher=fisher)
     method, step = Fisher(**parameters), FisherSquares()
     total = {}
-    step.add(total, step.observe(tile, {}))
-    return method.apply(tile, {step.name: step.finish(total, {})})
+    step.add(total, step.observe(tile, Known()))
+    return method.apply(tile, Known({step.name: step.finish(total, Known())}))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,9 @@ def test_compiled_code_gives_the_same_bits(level, seed, size, code, out, normali
         if size
         else torch.empty(3, 0)
     )
-    known = {FisherSquares.name: [squares_of([(float(r.sum()) + 1e-9, float((r**2).sum()) + 1e-9, size)]) for r in f]}
+    known = Known(
+        {FisherSquares.name: [squares_of([(float(r.sum()) + 1e-9, float((r**2).sum()) + 1e-9, size)]) for r in f]}
+    )
     want = method.apply(Tile(x, None, at, fisher=torch.from_numpy(f)), known).to(dtypes[out])
     got = torch.empty(size, dtype=dtypes[out])
     library = fused._required()
@@ -158,7 +160,7 @@ def test_compiled_code_gives_the_same_bits(level, seed, size, code, out, normali
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), float("-inf"), -1e-45])
 def test_compiled_code_sees_what_is_no_fisher(bad):
     method, at = Fisher(normalize=False), Place("w", (2,), 0, ("a", "b"))
-    known = {FisherSquares.name: [squares_of([(1.0, 1.0, 2)])] * 2}
+    known = Known({FisherSquares.name: [squares_of([(1.0, 1.0, 2)])] * 2})
     out = Values(np.zeros(8, np.uint8), "F32")
     fisher = [values([1.0, 1.0], "F32"), values([1.0, bad], "F32")]
     assert not fused.merge(method.rule(at, known), None, [values(t, "F32") for t in THETA], out, 0, fisher).sound

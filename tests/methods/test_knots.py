@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from twinmerge.engine.run import Run
 from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.knots import Knots
 from twinmerge.methods.knots import aligned as aligned_tile
 
@@ -35,7 +36,7 @@ def run(method, tile):
 
 def known(method, *tiles):
     """What the passes find of some matrices."""
-    found = {}
+    found = Known()
     for each in method.passes():
         total = {}
         wanted = each.wanted(found)
@@ -199,3 +200,15 @@ def test_nothing_changed_stays_the_base(merge_rows):
 def test_parameters_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match="density"):
         Knots(**bad)
+
+
+@pytest.mark.parametrize("tie", ["majority", "zero"])
+def test_factors_of_rows_alone_are_averaged_and_count_for_nothing(tie):
+    names, shape = ("a", "b"), (1, 5)
+    parts = [Factors(torch.ones(1, 1), torch.full((1, 5), float(i + 1))) for i in range(2)]
+    tile = Tile(torch.stack([part.dense() for part in parts]), None, Place("row", shape, 0, names), factors=parts)
+    method = Knots(tie=tie, scale=1.0)
+    run = Run(method, ["row"], {"row": shape}, lambda each, digests: tile, grains={"row": "matrix"}, progress=False)
+    run.survey()
+    work = run.merge(run.groups(), lambda each, known: method.merge_factors(parts, tile.at, known).dense())
+    assert torch.allclose(next(work)[0], torch.full(shape, 1.5, dtype=torch.float64))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.kit.base import Gram, Place, Tile
+from twinmerge.methods.kit.base import Gram, Known, Place, Tile
 from twinmerge.methods.regmean import Regmean
 
 W = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
@@ -16,7 +16,7 @@ G = [torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.diag(torch.tensor([1.0, 3.0])
 def merged(w, grams, turned=False, **parameters):
     names = tuple("abcdefgh"[: len(w)])
     given = [lambda g=g: None if g is None else Gram(g.double(), turned) for g in grams]
-    return Regmean(**parameters).apply(Tile(w, None, Place("w", tuple(w.shape[1:]), 0, names), grams=given), {})
+    return Regmean(**parameters).apply(Tile(w, None, Place("w", tuple(w.shape[1:]), 0, names), grams=given), Known())
 
 
 @pytest.mark.parametrize(

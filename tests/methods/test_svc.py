@@ -8,7 +8,7 @@ import torch
 
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import make_method
 from twinmerge.methods.kit.spectral import calibrate
 from twinmerge.methods.svc import Svc
@@ -92,7 +92,9 @@ def test_calibration_of_factors_equals_that_of_dense_experts(name):
         {"density": 1.0, "tie": "zero"} if name == "knots" else {}
     )  # which then has no passes
     method, at, base = make_method(name, ("a", "b"), settings), Place("w", (20, 15)), torch.zeros(20, 15)
-    close(method.apply(Tile(x, base, at, factors=parts), {}), method.apply(Tile(x, base, at), {}).numpy(), 2e-6)
+    close(
+        method.apply(Tile(x, base, at, factors=parts), Known()), method.apply(Tile(x, base, at), Known()).numpy(), 2e-6
+    )
 
 
 def test_calibrate_of_nothing_is_nothing():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twinmerge.methods import tsv
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 
 E1, E2 = np.outer([1, 0], [1, 0]), np.outer([0, 1], [0, 1])
 VV = np.outer([0.6, 0.8], [0.6, 0.8])
@@ -92,8 +92,8 @@ def test_equal_experts_are_one_whatever_their_weights(shape, kind, work, weights
     """U, V of equal experts are the same columns: the merge is their own k leading triplets times Σ ±|w| over the number of them."""
     at, x = Place("w", shape, 0, tuple("abc")), alike(kind, *shape, torch.Generator().manual_seed(1)).expand(3, *shape)
     base, used = torch.zeros(shape), [w for w in weights if w]
-    one = tsv.Tsv().apply(Tile(x, base, at, work), {}).double().numpy()
-    got = tsv.Tsv(weights=weights).apply(Tile(x, base, at, work), {}).double().numpy()
+    one = tsv.Tsv().apply(Tile(x, base, at, work), Known()).double().numpy()
+    got = tsv.Tsv(weights=weights).apply(Tile(x, base, at, work), Known()).double().numpy()
     close(got, sum(used) / len(used) * one)
 
 
@@ -167,4 +167,4 @@ def test_weights_scale_each_experts_delta(merge_rows):
 def test_base_and_scale_are_applied_to_matrices(merge_rows):
     x, base = deltas(2, 4, 4), deltas(1, 4, 4, seed=9)[0]
     tile = Tile(x, base, Place("w", (4, 4)))
-    close(tsv.Tsv(scale=0.25).apply(tile, {}) - base, 0.25 * merge_rows("tsv", x).numpy())
+    close(tsv.Tsv(scale=0.25).apply(tile, Known()) - base, 0.25 * merge_rows("tsv", x).numpy())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from twinmerge.engine.merge import Merge, merge
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import kept_bits
+from twinmerge.methods.kit.base import Method, PerExpert
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.recipes.recipe import Recipe, read_recipe, recipe_from
 
 SHAPES = {"a.weight": (9, 11), "b.bias": (7,), "c.one": (1,), "d.zero": (3, 4), "e.kernel": (4, 3, 2)}
@@ -373,3 +377,86 @@ def test_output_of_before_the_mark_still_verifies(models, tmp_path):
     again = Recipe.from_description(told["recipe"])
     assert again.parameters == {"density": 0.5, "scale": 1.0, "x.weights": 1.0} and again.semantics == "paper"
     assert load_file(out / "model.safetensors").keys() == SHAPES.keys()
+
+
+# ------------------------------------------------------------------------------ methods that bring their own words
+
+
+class Louder(Method):
+    """A method of another package that mergekit has under two names."""
+
+    laws = frozenset({"symmetric"})
+    aliases = ("loud",)
+    spellings: ClassVar[dict[str, Number | Switch]] = {"shout": Switch("how", "high", "low")}
+    mergekit: ClassVar[dict[str, Dialect]] = {
+        "breadcrumbs": Dialect({"weight": Number("weights"), "gamma": Number("cut", 0.01)}),
+        "louder_still": Dialect(
+            {"weight": Number("weights")}, {"shout": Switch("how", "high", "low"), "volume": Number("scale")}
+        ),
+    }
+
+    weights: PerExpert = 1.0
+    cut: PerExpert = 0.0
+    scale: float = 1.0
+    how: Literal["high", "low"] = "low"
+    compat: Literal["paper", "mergekit"] = "paper"
+
+    def apply(self, tile, known):
+        return tile.require_base()
+
+
+@pytest.fixture
+def louder(monkeypatch):
+    entry = SimpleNamespace(name="louder", value="package:Louder", load=lambda: Louder)
+    broken = SimpleNamespace(name="broken", value="package:Broken", load=lambda: 1 / 0)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [broken, entry])
+
+
+def listed(method: str, **parameters: Any) -> dict[str, Any]:
+    return {
+        "merge_method": method,
+        "base_model": "x/base",
+        "models": [{"model": "x/a", "parameters": {"weight": 0.5}}, {"model": "x/b", "parameters": {"weight": 2}}],
+        "parameters": parameters,
+    }
+
+
+@pytest.mark.usefixtures("louder")
+def test_a_method_brings_mergekits_names_and_defaults_of_it_along():
+    recipe = recipe_from(listed("breadcrumbs", gamma=0.1))
+    made = recipe.make_method()
+    assert recipe.method == "louder" and (made.weights, made.cut, made.compat) == ((0.5, 2.0), (0.1, 0.1), "mergekit")
+    made = recipe_from(listed("louder_still", shout="yes", volume=3)).make_method()
+    assert (made.how, made.scale) == ("high", 3.0)
+    with pytest.raises(TwinmergeError, match="louder_still needs volume, for all models together"):
+        recipe_from(listed("louder_still"))
+    with pytest.raises(TwinmergeError, match="shout is 'maybe', which is neither true nor false"):
+        recipe_from(listed("louder_still", shout="maybe", volume=3))
+    with pytest.raises(TwinmergeError, match="mergekit has no parameter 'volume'"):
+        recipe_from(listed("breadcrumbs", volume=3))
+    with pytest.raises(TwinmergeError, match="where this is called breadcrumbs. Add `twinmerge: 1`"):
+        recipe_from(listed("louder"))
+    with pytest.raises(TwinmergeError, match="Unknown method 'louder_stil'. Did you mean 'louder_still'"):
+        recipe_from(listed("louder_stil"))
+
+
+@pytest.mark.usefixtures("louder")
+def test_a_method_brings_other_names_in_our_recipes_along():
+    recipe = recipe_from({"twinmerge": 1, **listed("loud", shout=True)})
+    made = recipe.make_method()
+    assert recipe.method == "louder" and (made.weights, made.how, made.compat) == ((0.5, 2.0), "high", "paper")
+
+
+def test_mergekits_names_that_need_no_torch_import_none():
+    code = """
+import sys
+from twinmerge.recipes.recipe import recipe_from
+for name in ("linear", "passthrough", "slerp", "task_arithmetic", "dare_linear"):
+    count = 1 if name == "passthrough" else 2
+    models = [{"model": f"x/{i}", "parameters": {"weight": 0.5}} for i in range(count)]
+    base = {} if name in ("linear", "passthrough") else {"base_model": "x/0" if name == "slerp" else "x/base"}
+    recipe_from({"merge_method": name, "models": models, **base, "parameters": {"t": 0.5}}).make_method()
+    assert "torch" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr

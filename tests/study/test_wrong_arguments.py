@@ -68,7 +68,7 @@ IDS = torch.tensor([[2, 3]])
     [
         (lambda m: tm.merge("average", experts=list(m.experts.values())), "merge takes experts as a mapping"),
         (lambda m: tm.merge("average", m.base), "There is no expert"),
-        (lambda m: tm.merge(None, m.base, m.experts), "merge takes method as a text, not None"),
+        (lambda m: tm.merge(None, m.base, m.experts), "merge takes method as a text or a class of Method or a Method, not None"),
         (lambda m: tm.Recipe("ties", m.base, ["x"]), "Recipe takes experts as a mapping"),
         (lambda m: tm.Twin.build(m.base, ["x"]), "Twin.build takes experts as a mapping"),
         (lambda m: tm.Twin.build(m.base, m.experts, rank="8"), "takes rank as a whole number or None"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.maths.codec import CODECS
+from twinmerge.maths.codec import codec_names, projected, slice_bytes
 from twinmerge.maths.lowrank import Factors
 from twinmerge.statistics.moments import Moments, input_moments
 from twinmerge.statistics.watch import PROBED
@@ -181,12 +181,25 @@ def test_moments_leave_padding_out_and_are_those_of_the_inputs(whole: Twin) -> N
 # ----------------------------------------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("codec", CODECS)
+def bytes_of(codec: str) -> float:
+    """The bytes of many numbers as a share of those without a codec."""
+    return slice_bytes(1000, codec) / slice_bytes(1000, "none")
+
+
+def error_of(codec: str) -> float:
+    """Of numbers of a normal distribution, as a share of their size."""
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    return float((projected(x, codec, 0) - x).norm() / x.norm())
+
+
+@pytest.mark.parametrize("codec", codec_names())
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_serving15_bytes_are_met_within_one_per_cent(whole: Twin, tmp_path: Path, codec: str, share: float) -> None:
     """Serving 15: of the files themselves."""
     everything = files(whole.save_pretrained(tmp_path / "whole"))
-    limit = int(share * everything * {"none": 1, "float16": 0.5, "int8": 0.25, "int4": 0.15}[codec])
+    limit = int(
+        share * everything * {"none": 1, "float16": 0.5, "int8": 0.25, "int4": 0.15}.get(codec, bytes_of(codec))
+    )
     small = whole.compress(bytes=limit, codec=codec)
     there = files(small.save_pretrained(tmp_path / "small"))
     assert 0.99 * limit <= there <= limit
@@ -261,19 +274,21 @@ def test_all_of_it_changes_nothing(whole: Twin) -> None:
         torch.testing.assert_close(small(**batch, expert="a").logits, want, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("codec", CODECS[1:])
+@pytest.mark.parametrize("codec", codec_names()[1:])
 def test_a_codec_changes_answers_little_and_the_folder_keeps_every_bit(whole: Twin, tmp_path: Path, codec: str) -> None:
     small, plain = whole.compress(rank=8, codec=codec), whole.compress(rank=8)
     batch = inputs()["b"]
     got, want = small(**batch, expert="b").logits, plain(**batch, expert="b").logits
-    assert (got - want).norm() / want.norm() < {"float16": 1e-3, "int8": 2e-2, "int4": 0.2}[codec]
+    assert (got - want).norm() / want.norm() < {"float16": 1e-3, "int8": 2e-2, "int4": 0.2}.get(
+        codec, 5 * error_of(codec)
+    )
     one = small.save_pretrained(tmp_path / "one")
     again = Twin.from_pretrained(one)
     assert again.package.codec == codec and torch.equal(again(**batch, expert="b").logits, got)
     two = again.save_pretrained(tmp_path / "two")
     for file in ("twin.safetensors", "router.safetensors", "heads/a/head.safetensors"):
         assert (one / file).read_bytes() == (two / file).read_bytes()
-    assert files(one) < {"float16": 0.6, "int8": 0.4, "int4": 0.32}[codec] * files(
+    assert files(one) < {"float16": 0.6, "int8": 0.4, "int4": 0.32}.get(codec, bytes_of(codec) + 0.2) * files(
         plain.save_pretrained(tmp_path / "plain")
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twinmerge.cli.common import byte_count, folder_bytes, pairs, size
+from twinmerge.maths.codec import CODECS, NONE
 
 if TYPE_CHECKING:
     from twinmerge.twin.twin import Twin
@@ -22,7 +23,9 @@ Bytes = Annotated[
     str | None,
     typer.Option("--bytes", metavar="SIZE", help="Of the files beside the shared model, at most: 3.5MB, or 4% of it."),
 ]
-Codec = Annotated[str, typer.Option("--codec", help="Of the numbers on the disk: none, float16, int8, int4.")]
+Codec = Annotated[
+    str, typer.Option("--codec", help=f"Of the numbers on the disk: {', '.join([NONE, *CODECS.files()])}.")
+]
 Data = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind (.jsonl or .txt). Repeat."),

@@ -25,7 +25,7 @@ from twinmerge.engine.card import licence_of
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.methods.kit.fold import Seen, SumFold
+from twinmerge.methods.kit.fold import Seen
 from twinmerge.models.headed import HeadSpec
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
@@ -157,7 +157,7 @@ class Continual:
         """
         with alone_in(self.folder), StateFile(self.folder) as state:
             about = state.about
-            if not isinstance(self.method, SumFold):
+            if not self.method.keeps_sums:
                 raise TwinmergeError(
                     f"{about.method} cannot take {name!r} out again: {self.method.unremovable}. Start a new state from the experts that are to "
                     "stay, or use a method whose state is a sum (iso_c, wudi, task_arithmetic, average)."

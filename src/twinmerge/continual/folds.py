@@ -8,8 +8,6 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.fold import Fold
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
 
-AS_A_WHOLE = ("weights", "calibration", "normalize")  # what only a merge of all experts at once can do otherwise
-
 
 def fold_of(method: str, parameters: dict[str, Any]) -> Any:
     """A method that takes experts one by one.
@@ -26,9 +24,9 @@ null_space, opcm, task_arithmetic, wudi.
     """
     if not issubclass(method_class(method), Fold):
         raise TwinmergeError(f"{method} needs all experts at once. Choose from {', '.join(fold_names())}.")
-    made = make_method(method, ("expert",), parameters)
+    made: Any = make_method(method, ("expert",), parameters)
     for name, field in type(made).model_fields.items():
-        if name in AS_A_WHOLE and getattr(made, name) != field.default:
+        if name in made.all_at_once and getattr(made, name) != field.default:
             raise TwinmergeError(f"A state knows its experts as a whole, so {name} has no place in it. Leave it out.")
     return made
 

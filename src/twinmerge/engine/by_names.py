@@ -7,18 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import Plan
-from twinmerge.methods.kit.base import TABLES, Method
+from twinmerge.methods.kit.base import Method
 from twinmerge.models.opened import OpenedModel
-
-
-def asks_for_tables(method: object) -> bool:
-    """Whether a method treats tables of embeddings as the class tells them."""
-    return TABLES in str(getattr(method, "elementwise", "")).split()
 
 
 def tables_of(plan: Plan, models: Models) -> dict[str, object] | None:
     """What the method takes for tables of embeddings, by names in the output, and who says so; None where it is all the same to it."""
-    if not asks_for_tables(plan.method):
+    if not plan.method.asks_for_tables:
         return None
     names = [name for name, entry in plan.merged.items() if entry.place.table]
     return {"told_by": "class" if models.told.knows_class else "names", "names": names}
@@ -34,7 +29,7 @@ def warn_of_names(method: Method, model: OpenedModel, names: Iterable[str], stac
         stacklevel: of the warnings.
     """
     names = list(names)
-    if asks_for_tables(method):
+    if method.asks_for_tables:
         _warn_of_tables(model, names, stacklevel + 1)
     three = [n for n in names if len(model.spec(n).shape) == 3 and min(model.spec(n).shape) > 1]
     if three and method.grain == "matrix":

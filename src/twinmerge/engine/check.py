@@ -43,7 +43,7 @@ def checked(
     input_bytes += sum(spec.bytes for found in statistics.values() for spec in found.specs.values())
     tables = tables_of(plan, models)
     return {
-        "method": plan.recipe.method,
+        "method": plan.recipe.method_name,
         "semantics": plan.recipe.semantics,
         "parameters": plan.recipe.resolved(plan.method),
         "merged_tensors": len(plan.merged),

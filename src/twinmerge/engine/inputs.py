@@ -21,7 +21,7 @@ from twinmerge.engine.written import check_tensors, require_read
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
-from twinmerge.methods.kit.base import Gram, Method, Place, Stored, Tile
+from twinmerge.methods.kit.base import Gram, Place, Stored, Tile
 from twinmerge.models.opened import as_tensor
 from twinmerge.statistics.file import Statistics
 from twinmerge.store.checksum import block_digests, joined
@@ -380,7 +380,7 @@ def gram(statistics: Statistics, name: str) -> Gram | None:
 def _needs_torch(entry: Entry) -> bool:
     """Whether the compiled library does not know the rule, or not what is done with its result."""
     method = entry.rule
-    return type(method).rule is Method.rule or (method.space == "parameters" and entry.base is not None)
+    return not method.has_rule() or (method.space == "parameters" and entry.base is not None)
 
 
 def _not_finite(tensor: str, expert: str) -> str:

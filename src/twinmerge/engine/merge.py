@@ -30,7 +30,7 @@ from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_confi
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Known, Method
-from twinmerge.methods.kit.registry import require_model
+from twinmerge.methods.kit.registry import MethodLike, require_model
 from twinmerge.models.heads import headed, heads_of
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor
@@ -369,7 +369,7 @@ class Merge:
 
 @strict
 def merge(
-    method: str,
+    method: MethodLike,
     base: ModelLike | None = None,
     experts: Mapping[str, ModelLike] | None = None,
     *,
@@ -385,7 +385,7 @@ def merge(
     """Describe a merge; nothing is read until you ask: `.check()`, `.diff()`, `.save(out)`, `.load()`, `.state_dict()`.
 
     Args:
-        method: a name from `twinmerge methods`.
+        method: a name from `twinmerge methods`, or a class or object of your own (see `twinmerge.methods`).
         base: the model that the experts were tuned from; needed by methods that work on changes to it.
         experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
         dtype: of the output, "float32", "bfloat16", ...; the base's where None.

@@ -175,7 +175,7 @@ def _rule(plan: Plan, method: Method) -> dict[str, Any]:
     for key, value in fields.items():
         if is_per_expert(type(own), key) and isinstance(value, tuple):
             fields[key] = dict(zip(experts, value, strict=True))
-    return {"method": plan.recipe.method, "parameters": fields, **by}
+    return {"method": plan.recipe.method_name, "parameters": fields, **by}
 
 
 def _tensors(plan: Plan, entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -232,8 +232,10 @@ def _method(rule: Any, plan: Plan, at: str) -> Method:
     if not isinstance(rule, dict):
         raise TwinmergeError(f"{at} is {rule!r:.80}, which is no rule. Write the plan again.")
     _known_keys(rule, ("method", "parameters", "by", "tensors"), at)
-    if rule.get("method") != plan.recipe.method:
-        raise TwinmergeError(f"{at}: method is {rule.get('method')!r:.80}, and the recipe's is {plan.recipe.method!r}.")
+    if rule.get("method") != plan.recipe.method_name:
+        raise TwinmergeError(
+            f"{at}: method is {rule.get('method')!r:.80}, and the recipe's is {plan.recipe.method_name!r}."
+        )
     parameters = rule.get("parameters")
     if not isinstance(parameters, dict):
         raise TwinmergeError(f"{at} has no parameters. Write parameters: {{}} for the defaults.")
@@ -241,7 +243,7 @@ def _method(rule: Any, plan: Plan, at: str) -> Method:
     for key, value in parameters.items():
         flat |= {f"{e}.{key}": number for e, number in value.items()} if isinstance(value, dict) else {key: value}
     method = make_method(plan.recipe.method, tuple(plan.experts), flat)
-    if getattr(method, "compat", None) != getattr(plan.method, "compat", None):
+    if method.semantics != plan.method.semantics:
         raise TwinmergeError(
             f"{at}: compat is another one than the recipe's. Change the recipe, and write the plan again."
         )

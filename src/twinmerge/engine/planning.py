@@ -11,9 +11,9 @@ from twinmerge.engine.ranges import tile_of
 from twinmerge.engine.view import WHOLE, View
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Method, Place
+from twinmerge.models.blocks import stacks
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
-from twinmerge.recipes.lines import stacks
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.header import CODES

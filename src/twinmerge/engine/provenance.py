@@ -11,6 +11,7 @@ from typing import Any
 from twinmerge.engine.plan import Plan
 from twinmerge.engine.plan_file import rules_of
 from twinmerge.errors import TwinmergeError
+from twinmerge.methods.kit.registry import is_own
 
 PACKAGES = ("twinmerge", "torch", "safetensors", "transformers")
 
@@ -38,9 +39,9 @@ def provenance(plan: Plan) -> dict[str, Any]:
 def plan_key(plan: Plan) -> str | None:
     """What identifies a merge that may be resumed: the same recipe, versions and input files (by size and times of change).
 
-    None for models in memory, which cannot be told apart from one process to the next.
+    None for models in memory, which cannot be told apart from one process to the next, and for methods of one's own, whose code may change.
     """
-    if not all(model.files for model in plan.inputs.values()):
+    if is_own(plan.recipe.method_name) or not all(model.files for model in plan.inputs.values()):
         return None
     key = {**provenance(plan), "rounding": plan.recipe.stochastic, "files": states_of(plan), "tile": plan.tile}
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()

@@ -80,7 +80,7 @@ class Run:
         self.rules = _shared(self.methods)
         self.matrices = any(rule.method.grain == "matrix" for rule in self.rules)
         self.processes = processes and CAN_FORK and not self.matrices
-        self.leading: list[Pass] = []
+        self.leading: list[Pass[Any]] = []
         for rule in self.rules:
             last_model = max((i for i, step in enumerate(rule.trailing) if step.scope == "model"), default=-1)
             leading, rule.trailing = rule.trailing[: last_model + 1], rule.trailing[last_model + 1 :]
@@ -90,15 +90,15 @@ class Run:
                     "between tensors. Give one value for all, or compat: mergekit where the method has it."
                 )
             self.leading = leading
-        self.known: dict[str, Any] = {}
-        self.known_of: dict[str, dict[str, Any]] = {name: {} for name in names}
+        self.known = Known()
+        self.known_of = {name: Known() for name in names}
 
     @property
     def has_trailing(self) -> bool:
         """Whether some tensor has passes of its own that run just before it is merged."""
         return any(rule.trailing for rule in self.rules)
 
-    def survey_last(self, step: Pass) -> None:
+    def survey_last(self, step: Pass[Any]) -> None:
         """Run one more pass over the whole model when all others have run, so that it knows all.
 
         Raises:
@@ -182,7 +182,7 @@ class Run:
             for step in rule.trailing if own else ():
                 self._sweep(step, own, step.name if step.grain else None)  # what decomposes takes its time
 
-    def _sweep(self, step: Pass, names: Sequence[str], title: str | None) -> None:
+    def _sweep(self, step: Pass[Any], names: Sequence[str], title: str | None) -> None:
         """One pass over tensors: one total for the model, or one for each tensor."""
         names = [n for n in names if step.grain in (None, self.grains[n])]
         if not names:  # then earlier passes found nothing either, which `wanted` might ask for
@@ -251,24 +251,24 @@ class _Rule:
 
     method: Method
     names: set[str]
-    trailing: list[Pass]
+    trailing: list[Pass[Any]]
 
 
 class _Item(NamedTuple, Generic[Each]):
     """A worker's share: what it works on, and what is known of its tensors alone."""
 
     work: Sequence[Each]
-    own: Mapping[str, Mapping[str, Any]]
+    own: Mapping[str, Known]
 
 
 @dataclass(frozen=True)
 class _Look:
     """A pass over a share of its tiles."""
 
-    step: Pass
+    step: Pass[Any]
     load: Load
     sizes: Mapping[str, int]
-    known: Mapping[str, Any]
+    known: Known
 
     def __call__(self, item: _Item[list[Range]]) -> tuple[dict[str, Partial], Folds]:
         found: dict[str, Partial] = {}
@@ -287,14 +287,14 @@ class _Merge(Generic[Answer]):
     """What is done with a group of ranges."""
 
     combine: Callable[[Range, Known], Answer]
-    known: Mapping[str, Any]
+    known: Known
 
     def __call__(self, item: _Item[Range]) -> list[Answer]:
         return [self.combine(each, _joined(self.known, item.own[each.name])) for each in item.work]
 
 
-def _joined(known: Mapping[str, Any], own: Mapping[str, Any]) -> Known:
-    return {**known, **own} if own else known
+def _joined(known: Known, own: Known) -> Known:
+    return Known(known | own) if own else known
 
 
 def _shared(methods: Mapping[str, Method]) -> list[_Rule]:

@@ -10,6 +10,8 @@ Example:
     ...         return tile.require_base() + self.scale * tile.x.mean(0)
     >>> Halfway().scale
     0.5
+
+`twinmerge.merge(Halfway(scale=0.25), base, experts)` merges by it.
 """
 
 from twinmerge.methods.kit.base import Known as Known
@@ -23,3 +25,6 @@ from twinmerge.methods.kit.base import Tile as Tile
 from twinmerge.methods.kit.base import moved as moved
 from twinmerge.methods.kit.base import per_expert as per_expert
 from twinmerge.methods.kit.base import weighted_sum as weighted_sum
+from twinmerge.methods.kit.dialect import Dialect as Dialect
+from twinmerge.methods.kit.dialect import Number as Number
+from twinmerge.methods.kit.dialect import Switch as Switch

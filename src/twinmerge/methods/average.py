@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from twinmerge.maths.fused import Rule
-from twinmerge.methods.kit.base import Known, Method, PerExpert, Place, Tile, per_expert, weighted_sum, weights_field
+from twinmerge.methods.kit.base import (
+    Known,
+    Method,
+    PerExpert,
+    Place,
+    Tile,
+    per_expert,
+    require_divisor,
+    weighted_sum,
+    weights_field,
+)
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.methods.kit.fold import Seen, State, SumFold
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def unless_one(count: int, based: bool) -> str | None:
+    """mergekit's passthrough takes one model."""
+    return None if count == 1 else f"passthrough takes one model as it is, got {count}, base_model counted. List one."
 
 
 class Average(Method, SumFold):
@@ -26,17 +43,31 @@ class Average(Method, SumFold):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> x = torch.tensor([[2.0, 3.0], [4.0, 7.0]])
-        >>> Average(weights=(0.25, 0.75)).apply(Tile(x, None, Place("w", (2,))), {})
+        >>> Average(weights=(0.25, 0.75)).apply(Tile(x, None, Place("w", (2,))), Known())
         tensor([3.5000, 6.0000])
     """
 
     space = "parameters"
     laws = frozenset({"idempotent", "symmetric", "odd", "homogeneous"})
     paper = "Wortsman et al. 2022, arXiv 2203.05482"
+    linear = True
+    aliases = ("linear",)
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "linear": Dialect({"weight": Number("weights")}, {"normalize": Switch("normalize", default=True)}),
+        "passthrough": Dialect({"scale": Number("weights", 1.0)}, fixed={"normalize": False}, refuse=unless_one),
+    }
 
     weights: PerExpert = weights_field()
     normalize: bool = Field(default=True, description="divide by the sum of the weights")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
+
+    def check(self, experts: Sequence[str]) -> None:
+        if self.normalize:
+            require_divisor(per_expert(self.weights, len(experts)), negative=self.compat == "mergekit")
+
+    def coefficients(self, experts: int) -> tuple[float, ...]:
+        by = 1 / self.divisor(experts)
+        return tuple(w * by for w in per_expert(self.weights, experts))
 
     def divisor(self, experts: int) -> float:
         """What the weighted sum is divided by."""

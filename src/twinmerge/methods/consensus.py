@@ -27,12 +27,13 @@ class Consensus(Marking):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas = torch.tensor([[1.0, 0.25, -0.5, 0.0], [1.0, -1.0, 0.125, 0.0]])
-        >>> Consensus(scale=1.0).apply(Tile(deltas, torch.zeros(4), Place("w", (4,))), {})
+        >>> Consensus(scale=1.0).apply(Tile(deltas, torch.zeros(4), Place("w", (4,))), Known())
         tensor([2., 0., 0., 0.])
     """
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Wang et al. 2024, arXiv 2405.07813"
+    scales_last = True
 
     scale: float = scale_field(0.3)
     k: int = Field(default=2, ge=0, description="how many tasks must mark a weight that is kept")

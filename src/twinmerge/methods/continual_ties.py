@@ -33,7 +33,6 @@ class ContinualTies(Method, Fold):
     grain = "matrix"
     paper = "Tang et al. 2025, arXiv 2501.09522 (baseline)"
     unremovable: ClassVar[str] = "later experts were trimmed together with it"
-    scales_last: ClassVar[bool] = False
 
     scale: float = scale_field(0.5)
     density: float = Field(default=0.2, ge=0, le=1, description="share of each tensor's entries that is kept")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,11 +27,13 @@ from twinmerge.methods.kit.base import (
     weighted_sum,
     weights_field,
 )
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Rescale = Literal["inverse_keep", "l1", "none"]
+L1_OR_NONE = Switch("rescale", "l1", "none", default=True)  # as mergekit has it
 LEAST_NORM = 1e-7  # of a tensor whose L1 norm is restored; smaller ones stay as they are, as in mergekit
 
 
@@ -64,7 +66,7 @@ def drop_rule(density: PerExpert, seed: int, at: Place, factors: tuple[float, ..
     return Drop(keys, per_expert(density, len(keys)), factors)
 
 
-class L1Norms(Pass):
+class L1Norms(Pass[list[tuple[float, float]]]):
     """Σ|τ| and Σ|kept τ| of every expert over the whole tensor."""
 
     name = "l1_norms"
@@ -86,10 +88,11 @@ class L1Norms(Pass):
         sums = [(block_sums(x.abs()).tolist(), block_sums(y.abs()).tolist()) for x, y in zip(tile.x, rest, strict=True)]
         return {f"{tile.at.offset}": sums}
 
-    def finish(self, total_: Partial, known: Known) -> object:
+    def finish(self, total_: Partial, known: Known) -> list[tuple[float, float]]:
         """(Σ|τ|, Σ|kept τ|) of each expert."""
         tiles = list(total_.values())
-        return [tuple(total(*(tile[e][i] for tile in tiles)) for i in (0, 1)) for e in range(len(tiles[0]))]
+        experts = range(len(tiles[0]))
+        return [(total(*(tile[e][0] for tile in tiles)), total(*(tile[e][1] for tile in tiles))) for e in experts]
 
 
 def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> tuple[float, ...]:
@@ -97,7 +100,7 @@ def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> t
     if rescale == "inverse_keep":
         return tuple(1 / max(p, 2.0**-24) for p in per_expert(density, count))  # below 2^-24 only a draw of 0 is kept
     if rescale == "l1":
-        return tuple(whole / rest if min(whole, rest) >= LEAST_NORM else 1.0 for whole, rest in known[L1Norms.name])
+        return tuple(whole / rest if min(whole, rest) >= LEAST_NORM else 1.0 for whole, rest in known.of(L1Norms))
     return (1.0,) * count
 
 
@@ -115,13 +118,22 @@ class Dare(Method):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas, base = torch.ones(1, 10_000), torch.zeros(10_000)
-        >>> out = Dare(density=0.5, scale=1.0).apply(Tile(deltas, base, Place("w", (10_000,), 0, ("a",))), {})
+        >>> out = Dare(density=0.5, scale=1.0).apply(Tile(deltas, base, Place("w", (10_000,), 0, ("a",))), Known())
         >>> sorted(set(out.tolist())), abs(out.mean().item() - 1) < 0.05
         ([0.0, 2.0], True)
     """
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Yu et al. 2024, arXiv 2311.03099"
+    scales_last = True
+    aliases = ("dare_linear",)
+    spellings: ClassVar[Mapping[str, Number | Switch]] = {"rescale": Switch("rescale", "inverse_keep", "none")}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "dare_linear": Dialect(
+            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {"normalize": Switch("normalize"), "rescale": L1_OR_NONE, "lambda": Number("scale", 1.0)},
+        )
+    }
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(0.3)
@@ -140,7 +152,7 @@ class Dare(Method):
         """What the weighted sum is multiplied with."""
         return over_weights(self.scale, per_expert(self.weights, experts), self.normalize)
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[L1Norms]:
         return (L1Norms(self.density, self.seed),) if self.rescale == "l1" else ()
 
     def apply(self, tile: Tile, known: Known) -> Tensor:

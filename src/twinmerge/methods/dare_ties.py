@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Rule
-from twinmerge.methods.dare import L1Norms, Rescale, check_rescale, drop, drop_rule, factors
+from twinmerge.methods.dare import L1_OR_NONE, Dare, L1Norms, Rescale, check_rescale, drop, drop_rule, factors
 from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Tile, column, seed_field
-from twinmerge.methods.ties import Ties
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.ties import MEAN_OR_SUM, Ties
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,12 +29,19 @@ class DareTies(Ties):
         >>> from twinmerge.methods.kit.base import Place
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.zeros(1)
         >>> at = Place("w", (1,), 0, ("a", "b", "c"))
-        >>> DareTies(density=1.0).apply(Tile(deltas, base, at), {})
+        >>> DareTies(density=1.0).apply(Tile(deltas, base, at), Known())
         tensor([0.4500])
     """
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Yu et al. 2024, arXiv 2311.03099"
+    spellings: ClassVar[Mapping[str, Number | Switch]] = {**Ties.spellings, **Dare.spellings}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "dare_ties": Dialect(
+            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {"normalize": MEAN_OR_SUM, "rescale": L1_OR_NONE, "lambda": Number("scale", 1.0)},
+        )
+    }
 
     density: PerExpert = Field(default=0.5, description="share of the entries that the random drop keeps, 0 to 1")
     trim_density: PerExpert = Field(default=1.0, description="share that TIES then trims to, 0 to 1")
@@ -49,7 +57,7 @@ class DareTies(Ties):
     def share_kept(self) -> PerExpert:
         return self.trim_density
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[Pass[Any]]:
         first = [L1Norms(self.density, self.seed)] if self.rescale == "l1" else []
         return [*first, *super().passes()]
 

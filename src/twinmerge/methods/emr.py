@@ -32,7 +32,7 @@ class Emr(MaskMethod):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas = torch.tensor([[2.0, -1.0, 0.0], [-1.0, -3.0, 4.0]])
-        >>> vector, masks = Emr().vector_and_masks(Tile(deltas, torch.zeros(3), Place("w", (3,))), {})
+        >>> vector, masks = Emr().vector_and_masks(Tile(deltas, torch.zeros(3), Place("w", (3,))), Known())
         >>> vector.tolist(), masks.int().tolist()
         ([2.0, -3.0, 4.0], [[1, 1, 0], [0, 1, 1]])
     """

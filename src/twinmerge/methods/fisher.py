@@ -10,7 +10,18 @@ from pydantic import Field
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import sums
 from twinmerge.maths.fused import Importance, Rule
-from twinmerge.methods.kit.base import Known, Method, Partial, Pass, PerExpert, Place, Tile, per_expert, weights_field
+from twinmerge.methods.kit.base import (
+    Known,
+    Method,
+    Partial,
+    Pass,
+    PerExpert,
+    Place,
+    Tile,
+    per_expert,
+    require_divisor,
+    weights_field,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +37,7 @@ class Squares(NamedTuple):
     examples: int = 1
 
 
-class FisherSquares(Pass):
+class FisherSquares(Pass[list[Squares]]):
     """The size of each expert's Fisher information over the whole model; statistics files tell it tensor by tensor, so
     that the engine need not read them twice."""
 
@@ -46,7 +57,7 @@ class FisherSquares(Pass):
             )
         return found
 
-    def finish(self, total: Partial, known: Known) -> object:
+    def finish(self, total: Partial, known: Known) -> list[Squares]:
         experts = 1 + max((int(key.rpartition("\0")[2]) for key in total), default=-1)
         by_tensor: list[dict[str, list[tuple[list[float], list[float], int, int]]]] = [{} for _ in range(experts)]
         for key, part in total.items():
@@ -96,7 +107,7 @@ class Fisher(Method):
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> theta, f = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([[1.0, 4.0], [3.0, 1.0]])
         >>> tile = Tile(theta, None, Place("w", (2,), 0, ("a", "b")), fisher=f)
-        >>> Fisher(weights=(0.5, 0.5), normalize=False).apply(tile, {"fisher_squares": [Squares(5, 17, 2), Squares(4, 10, 2)]})
+        >>> Fisher(weights=(0.5, 0.5), normalize=False).apply(tile, Known(fisher_squares=[Squares(5, 17, 2), Squares(4, 10, 2)]))
         tensor([2.5000, 2.8000])
     """
 
@@ -114,8 +125,12 @@ class Fisher(Method):
     )
     compat: Literal["paper", "official"] = Field(default="paper", description="whose floor: relative, or absolute")
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[FisherSquares]:
         return (FisherSquares(),)
+
+    def check(self, experts: Sequence[str]) -> None:
+        if self.normalize:
+            require_divisor(per_expert(self.weights, len(experts)))
 
     def importance(self, experts: Sequence[str], known: Known) -> Importance:
         """ct and the floor of each expert, for Fisher information as it is stored: summed over examples and not divided by them.
@@ -130,7 +145,7 @@ class Fisher(Method):
             )
         factors, floors = [], []
         for name, weight, size in zip(
-            experts, per_expert(self.weights, len(experts)), known[FisherSquares.name], strict=True
+            experts, per_expert(self.weights, len(experts)), known.of(FisherSquares), strict=True
         ):
             if weight < 0:
                 raise TwinmergeError(f"fisher: the weight of {name!r} is {weight:g}. Give 0 or more.")

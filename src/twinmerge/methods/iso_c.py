@@ -11,10 +11,10 @@ from torch import Tensor
 
 from twinmerge.maths.gram_svd import coefficients, gram_svd, with_values
 from twinmerge.maths.svd import SVD
-from twinmerge.methods.kit.base import Known, Partial, Pass, Place
+from twinmerge.methods.kit.base import Known, Partial, Place
 from twinmerge.methods.kit.fold import Seen, State, SumFold
 from twinmerge.methods.kit.spectral import Spectral, Weights, share_of, short_side, total_of
-from twinmerge.methods.kit.tall import COEFFICIENTS, RowPass, gram_of
+from twinmerge.methods.kit.tall import Coefficients, gram_of
 
 Over = Literal["size", "rank"]
 
@@ -33,7 +33,7 @@ class IsoC(Spectral, SumFold):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Tile
         >>> deltas = torch.diag(torch.tensor([3.0, 1.0]))[None]
-        >>> IsoC().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        >>> IsoC().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), Known())
         tensor([[2., 0.],
                 [0., 2.]])
     """
@@ -43,7 +43,7 @@ class IsoC(Spectral, SumFold):
 
     mean_over: Over = Field(default="size", description="what the singular values are averaged over")
 
-    def passes(self) -> tuple[Pass, ...]:
+    def passes(self) -> tuple[Flat, ...]:
         return () if self.calibration else (Flat(self, self.mean_over),)
 
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
@@ -66,10 +66,8 @@ class IsoC(Spectral, SumFold):
         return isotropic(total.flatten(1).float(), self.mean_over, at).double().reshape(total.shape) * self.scale
 
 
-class Flat(RowPass):
+class Flat(Coefficients):
     """s̄ U Vᵀ = (Σt wt τt) V diag(s̄/s) Vᵀ, and V diag(s²) Vᵀ is the sum's Gram matrix: the same coefficients for every expert."""
-
-    name = COEFFICIENTS
 
     def __init__(self, method: Spectral, mean_over: Over) -> None:
         super().__init__(method)

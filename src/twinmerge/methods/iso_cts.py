@@ -31,9 +31,9 @@ class IsoCts(Spectral):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.kit.base import Tile
+        >>> from twinmerge.methods.kit.base import Known, Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
-        >>> IsoCts(common=0.0).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        >>> IsoCts(common=0.0).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), Known())
         tensor([[2., 0.],
                 [0., 2.]])
     """

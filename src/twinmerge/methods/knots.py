@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -10,7 +11,19 @@ from torch import Tensor
 
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.kit.base import Grain, Known, Partial, Pass, Place, Scope, Tile, moved, per_expert, scale_field
+from twinmerge.methods.kit.base import (
+    Grain,
+    Known,
+    Partial,
+    Pass,
+    Place,
+    Scope,
+    T_co,
+    Tile,
+    moved,
+    per_expert,
+    scale_field,
+)
 from twinmerge.methods.kit.spectral import Spectral, Weights, weighted
 from twinmerge.methods.kit.trim import trim_passes
 from twinmerge.methods.ties import Majority, Tie, Ties
@@ -33,7 +46,7 @@ class Knots(Spectral):
     Example:
         >>> from twinmerge.methods.kit.base import Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
-        >>> Knots(density=1.0, tie="zero", scale=1.0).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        >>> Knots(density=1.0, tie="zero", scale=1.0).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), Known())
         tensor([[2., 0.],
                 [0., 1.]])
     """
@@ -51,10 +64,10 @@ class Knots(Spectral):
     def ties(self) -> Ties:
         return Ties(density=self.density, scope=self.scope, tie=self.tie)
 
-    def passes(self) -> list[Pass]:
+    def passes(self) -> list[InAlignedSpace[Any]]:
         """Those of TIES, in the aligned space; none of them can look at a sample of it."""
         ties = self.ties
-        steps: list[Pass] = trim_passes(ties, self.scope, sampled=False) if ties.trims else []
+        steps: list[Pass[Any]] = trim_passes(ties, self.scope, sampled=False) if ties.trims else []
         if self.tie == "majority":
             steps.append(Majority(ties))
         return [InAlignedSpace(self, step) for step in steps]
@@ -75,6 +88,8 @@ class Knots(Spectral):
         return moved(tile, self.as_stored(merged, tile.at), self.scale)
 
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
+        if not self.decomposes(at):
+            return super().merge_factors(parts, at, known)
         basis, reduced = in_basis(self.sides(parts, at), per_expert(self.weights, len(parts)))
         merged = self.tied(*aligned(reduced, at), known)
         merged = self.calibrated(merged, reduced, (1.0,) * len(parts), at)
@@ -92,20 +107,23 @@ class Knots(Spectral):
         return aligned(weighted(self.matrices(tile), per_expert(self.weights, len(tile.x))), tile.at)[1]
 
 
-class InAlignedSpace(Pass):
-    """A pass of TIES over the aligned parts of all matrices."""
+class InAlignedSpace(Pass[T_co | None]):
+    """A pass of TIES over the aligned parts of all matrices; where factors are merged, what is treated like vectors comes in one piece
+    too, and is left out. It finds None where nothing else comes."""
 
     grain = "matrix"
 
-    def __init__(self, method: Knots, step: Pass) -> None:
+    def __init__(self, method: Knots, step: Pass[T_co]) -> None:
         self.method, self.step = method, step
         self.name, self.scope, self.rare = step.name, step.scope, step.rare
 
     def wanted(self, known: Known) -> Collection[str] | None:
-        return self.step.wanted(known)
+        return () if None in known.values() else self.step.wanted(known)
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         found: Partial = {}
+        if not self.method.decomposes(tile.at):
+            return found
         for part in tile.parts if tile.at.stack else [tile]:
             self.step.add(found, self.step.observe(self.method.entries(part), known))
         return found
@@ -113,8 +131,8 @@ class InAlignedSpace(Pass):
     def add(self, total: Partial, part: Partial) -> None:
         self.step.add(total, part)
 
-    def finish(self, total: Partial, known: Known) -> object:
-        return self.step.finish(total, known)
+    def finish(self, total: Partial, known: Known) -> T_co | None:
+        return self.step.finish(total, known) if total else None
 
 
 def aligned(deltas: Tensor, at: Place) -> tuple[Tensor, Tile]:

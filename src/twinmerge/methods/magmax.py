@@ -33,12 +33,13 @@ class Magmax(Method, Fold):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place
         >>> deltas = torch.tensor([[1.0, -2.0, 0.0], [-1.0, 1.0, 0.0]])
-        >>> Magmax(scale=1.0).apply(Tile(deltas, torch.zeros(3), Place("w", (3,))), {})
+        >>> Magmax(scale=1.0).apply(Tile(deltas, torch.zeros(3), Place("w", (3,))), Known())
         tensor([-1., -2.,  0.])
     """
 
     laws = frozenset({"odd", "homogeneous"})
     paper = "Marczak et al. 2024, ECCV, arXiv 2407.06322"
+    scales_last = True
     unremovable: ClassVar[str] = "what it covered of the others is gone"
 
     weights: PerExpert = weights_field()

@@ -11,7 +11,7 @@ from torch import Tensor
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.methods.kit.base import TABLES, Grain, Known, Method, Place, Tile, moved, scale_field
 from twinmerge.methods.kit.fold import Fold, Seen, State, absorbed_by_matrix, folded
-from twinmerge.methods.kit.spectral import elementwise_field, is_listed
+from twinmerge.methods.kit.spectral import elementwise_field, is_listed, names_tables
 
 
 class NullSpace(Method, Fold):
@@ -31,11 +31,16 @@ class NullSpace(Method, Fold):
 
     grain = "matrix"
     paper = "NUFILT, ICLR 2026, ablation"
+    scales_last = True
     unremovable: ClassVar[str] = "every later expert was filtered by what it had changed"
 
     rank: int = Field(default=128, ge=1, description="leading input directions of the merged change that are protected")
     scale: float = scale_field(1.0)
     elementwise: str = elementwise_field(TABLES)
+
+    @property
+    def asks_for_tables(self) -> bool:
+        return names_tables(self.elementwise)
 
     def filters(self, at: Place) -> bool:
         """Whether the tensor is the weight of a linear layer; kernels and tables are none."""

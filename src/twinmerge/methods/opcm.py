@@ -13,7 +13,7 @@ from twinmerge.maths.core_space import CoreSpace
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.methods.kit.base import TABLES, Known, Method, Partial, Pass, Place, Tile, moved
 from twinmerge.methods.kit.fold import Fold, Seen, State, absorbed_by_matrix, folded
-from twinmerge.methods.kit.spectral import elementwise_field, is_listed
+from twinmerge.methods.kit.spectral import elementwise_field, is_listed, names_tables
 
 Form = Literal["fixed", "released", "paper"]
 
@@ -57,6 +57,10 @@ class Opcm(Method, Fold):
     form: Form = Field(default="fixed", description="which of the three operators in circulation")
     elementwise: str = elementwise_field(TABLES)
 
+    @property
+    def asks_for_tables(self) -> bool:
+        return names_tables(self.elementwise)
+
     def projects(self, at: Place) -> bool:
         """Whether the tensor is the weight of a linear layer; kernels and tables are none."""
         return (len(at.shape) == 2 or at.stack) and at.is_matrix and not is_listed(at, self.elementwise)
@@ -78,11 +82,11 @@ class Opcm(Method, Fold):
         factor = seen.mean_norm / seen.state_norm if seen.state_norm > 0 else 1.0
         return state["accumulated"] * factor
 
-    def passes(self) -> tuple[Pass, ...]:
+    def passes(self) -> tuple[Norms, ...]:
         return (Norms(self),)
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        return moved(tile, self.settle(self.fold(tile), tile.at, known[Norms.name]), 1.0).to(tile.x.dtype)
+        return moved(tile, self.settle(self.fold(tile), tile.at, known.of(Norms)), 1.0).to(tile.x.dtype)
 
     def fold(self, tile: Tile) -> State:
         """The state after all experts; low-rank ones are folded in their core space."""
@@ -96,7 +100,7 @@ class Opcm(Method, Fold):
         return {"accumulated": whole.reshape(tile.require_base().shape)}
 
 
-class Norms(Pass):
+class Norms(Pass[Seen]):
     """‖A‖ and the mean ‖τt‖ of the whole model. Every matrix is folded here and once more when it is merged; `twinmerge
     continual` keeps A and folds once."""
 
@@ -111,7 +115,7 @@ class Norms(Pass):
         state = float(self.method.fold(tile)["accumulated"].square().sum())
         return {tile.at.name: (squares, state)}
 
-    def finish(self, total: Partial, known: Known) -> object:
+    def finish(self, total: Partial, known: Known) -> Seen:
         parts = [total[name] for name in sorted(total)]
         experts = [math.sqrt(math.fsum(squares)) for squares in zip(*(squares for squares, _ in parts), strict=True)]
         return Seen(len(experts), math.fsum(experts) / len(experts), math.sqrt(math.fsum(state for _, state in parts)))

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.kit.base import Gram, Known, Method, PerExpert, Tile, per_expert, weighted_sum, weights_field
+from twinmerge.methods.kit.base import (
+    Gram,
+    Known,
+    Method,
+    PerExpert,
+    Tile,
+    per_expert,
+    require_divisor,
+    weighted_sum,
+    weights_field,
+)
 
 LARGEST_RIDGE = 1e-2
 
@@ -31,7 +43,7 @@ class Regmean(Method):
         >>> w = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
         >>> grams = [Gram(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), Gram(torch.diag(torch.tensor([1.0, 3.0])))]
         >>> tile = Tile(w, None, Place("w", (2, 2), 0, ("a", "b")), grams=[lambda g=g: g for g in grams])
-        >>> Regmean(alpha=1.0).apply(tile, {})
+        >>> Regmean(alpha=1.0).apply(tile, Known())
         tensor([[1.5714, 4.2857],
                 [3.5714, 6.2857]])
     """
@@ -45,6 +57,9 @@ class Regmean(Method):
     weights: PerExpert = weights_field()
     alpha: float = Field(default=0.9, ge=0, le=1, description="multiplies the off-diagonals of the Grams")
     ridge: float = Field(default=1e-8, gt=0, description="pull to the mean, as a share of the mean eigenvalue")
+
+    def check(self, experts: Sequence[str]) -> None:
+        require_divisor(per_expert(self.weights, len(experts)))
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         weights = per_expert(self.weights, len(tile.x))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from twinmerge.maths import fused
 from twinmerge.maths.fused import Rule
 from twinmerge.maths.sums import blocked_gram, total
 from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile, weighted_sum
+from twinmerge.methods.kit.dialect import Dialect, Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 LERP_ABOVE = 0.9995  # beyond this |cosine| the sphere is flat to float32 and sin(angle) loses its digits
 
 
-class InnerProducts(Pass):
+class InnerProducts(Pass[list[float]]):
     """⟨a,a⟩, ⟨a,b⟩ and ⟨b,b⟩ of the two experts' whole tensor, in float64 over fixed blocks."""
 
     name = "inner_products"
@@ -33,11 +34,21 @@ class InnerProducts(Pass):
             blocks = [gram[0, 0].tolist(), gram[0, 1].tolist(), gram[1, 1].tolist()]
         return {f"{product} {tile.at.offset}": of for product, of in zip(("aa", "ab", "bb"), blocks, strict=True)}
 
-    def finish(self, total_: Partial, known: Known) -> object:
+    def finish(self, total_: Partial, known: Known) -> list[float]:
         return [
             total(*(blocks for key, blocks in total_.items() if key.startswith(product)))
             for product in ("aa", "ab", "bb")
         ]
+
+
+def unless_two(count: int, based: bool) -> str | None:
+    """mergekit's slerp starts from its base_model."""
+    if count == 2 and based:
+        return None
+    return (
+        f"slerp is between base_model (t = 0) and one other model, got {count} models and {'a' if based else 'no'} base_model. "
+        "Name the first of two models as base_model."
+    )
 
 
 class Slerp(Method):
@@ -53,8 +64,9 @@ class Slerp(Method):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> slerp, tile = Slerp(t=0.5), Tile(torch.eye(2), None, Place("w", (2,)))
-        >>> found = slerp.passes()[0]
-        >>> slerp.apply(tile, {found.name: found.finish(found.observe(tile, {}), {})})
+        >>> products, known = InnerProducts(), Known()
+        >>> known[products.name] = products.finish(products.observe(tile, known), known)
+        >>> slerp.apply(tile, known)
         tensor([0.7071, 0.7071])
     """
 
@@ -62,16 +74,17 @@ class Slerp(Method):
     experts_min = experts_max = 2
     laws = frozenset({"idempotent", "odd", "homogeneous"})
     paper = "Shoemake 1985"
+    mergekit: ClassVar[Mapping[str, Dialect]] = {"slerp": Dialect(shared={"t": Number("t")}, refuse=unless_two)}
 
     t: float = Field(default=0.5, ge=0.0, le=1.0, description="where on the way from the first expert to the second")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[InnerProducts]:
         return (InnerProducts(),)
 
     def shares(self, known: Known) -> tuple[float, float]:
         """What θa and θb are multiplied with."""
-        aa, ab, bb = known["inner_products"]
+        aa, ab, bb = known.of(InnerProducts)
         flat = 0.0 if self.compat == "mergekit" else 1.0
         cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else flat
         if abs(cosine) > LERP_ABOVE or self.t in (0.0, 1.0):

@@ -20,9 +20,9 @@ class Svc(Spectral):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.kit.base import Tile
+        >>> from twinmerge.methods.kit.base import Known, Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 1.0]))] * 2)
-        >>> Svc().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        >>> Svc().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), Known())
         tensor([[2., 0.],
                 [0., 1.]])
     """

@@ -20,9 +20,9 @@ class TallMasks(Marking, MaskMethod):
 
     Example:
         >>> import torch
-        >>> from twinmerge.methods.kit.base import Place, Tile
+        >>> from twinmerge.methods.kit.base import Known, Place, Tile
         >>> deltas = torch.tensor([[1.0, 0.25, -0.5, 0.0], [1.0, -1.0, 0.125, 0.0]])
-        >>> vector, masks = TallMasks().vector_and_masks(Tile(deltas, torch.zeros(4), Place("w", (4,))), {})
+        >>> vector, masks = TallMasks().vector_and_masks(Tile(deltas, torch.zeros(4), Place("w", (4,))), Known())
         >>> vector.tolist(), masks.int().tolist()
         ([2.0, -0.75, -0.375, 0.0], [[1, 0, 1, 0], [1, 1, 0, 0]])
     """

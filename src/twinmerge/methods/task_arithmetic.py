@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,13 +18,17 @@ from twinmerge.methods.kit.base import (
     over_weights,
     per_expert,
     scale_field,
+    summed_factors,
     weighted_sum,
     weights_field,
 )
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.methods.kit.fold import Seen, State, SumFold
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from twinmerge.maths.lowrank import Factors
 
 
 class TaskArithmetic(Method, SumFold):
@@ -39,17 +44,30 @@ class TaskArithmetic(Method, SumFold):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.tensor([1.0])
-        >>> TaskArithmetic(scale=0.4).apply(Tile(deltas, base, Place("w", (1,))), {})
+        >>> TaskArithmetic(scale=0.4).apply(Tile(deltas, base, Place("w", (1,))), Known())
         tensor([1.1200])
     """
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Ilharco et al. 2023, arXiv 2212.04089"
+    linear = core_space = scales_last = True
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "task_arithmetic": Dialect(
+            {"weight": Number("weights")}, {"normalize": Switch("normalize"), "lambda": Number("scale", 1.0)}
+        )
+    }
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(0.3)
     normalize: bool = Field(default=False, description="divide by the sum of the weights")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
+
+    def coefficients(self, experts: int) -> tuple[float, ...]:
+        by = self.by(experts)
+        return tuple(w * by for w in per_expert(self.weights, experts))
+
+    def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
+        return summed_factors(self.coefficients(len(parts)), parts)
 
     def by(self, experts: int) -> float:
         """What the weighted sum is multiplied with."""

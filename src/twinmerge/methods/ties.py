@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +24,7 @@ from twinmerge.methods.kit.base import (
     weighted_sum,
     weights_field,
 )
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +34,10 @@ Tie = Literal["zero", "majority", "positive"]
 Compat = Literal["paper", "official", "mergekit"]
 DECIDED = {"mergekit": {"scope": "tensor", "tie": "positive"}, "official": {"tie": "majority"}}
 """What somebody's semantics leave no choice in."""
+MEAN_OR_SUM = Switch("merge", "mean", "sum")
 
 
-class Majority(Pass):
+class Majority(Pass[int]):
     """The sign that most of the trimmed mass of the whole model has; used where an entry's votes cancel."""
 
     name = "ties_majority"
@@ -46,7 +49,7 @@ class Majority(Pass):
     def observe(self, tile: Tile, known: Known) -> Partial:
         return {"votes": self.method.votes(self.method.trim(tile, known), tile).long().sum()}
 
-    def finish(self, total: Partial, known: Known) -> object:
+    def finish(self, total: Partial, known: Known) -> int:
         return int(total["votes"].sign())
 
 
@@ -72,12 +75,27 @@ class Ties(Method):
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place
         >>> deltas, base = torch.tensor([[0.5], [0.4], [-0.6]]), torch.zeros(1)
-        >>> Ties(density=1.0, scope="tensor").apply(Tile(deltas, base, Place("w", (1,))), {})
+        >>> Ties(density=1.0, scope="tensor").apply(Tile(deltas, base, Place("w", (1,))), Known())
         tensor([0.4500])
     """
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Yadav et al. 2023, arXiv 2306.01708"
+    scales_last = True
+    spellings: ClassVar[Mapping[str, Number | Switch]] = {"normalize": MEAN_OR_SUM}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "ties": Dialect(
+            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {
+                "normalize": replace(MEAN_OR_SUM, default=True),
+                "rescale": Switch(
+                    None,
+                    refused="ties with rescale: true is not read yet. Leave it out, or raise lambda, which is the nearest.",
+                ),
+                "lambda": Number("scale", 1.0),
+            },
+        )
+    }
 
     weights: PerExpert = weights_field()
     scale: float = scale_field(1.0)
@@ -101,8 +119,8 @@ class Ties(Method):
                 )
         return {**values, **decided}
 
-    def passes(self) -> Sequence[Pass]:
-        passes: list[Pass] = []
+    def passes(self) -> Sequence[Pass[Any]]:
+        passes: list[Pass[Any]] = []
         if self.trims:
             from twinmerge.methods.kit.trim import (
                 trim_passes,  # with torch, which is not needed where nothing is trimmed
@@ -165,7 +183,7 @@ class Ties(Method):
             negative = (
                 self.compat == "official" and self.merge != "max"
             )  # whose maximum is multiplied with the sign itself
-            return known[Majority.name] or -int(negative)
+            return known.of(Majority) or -int(negative)
         return int(self.tie == "positive")
 
     def flips(self, weight: float) -> bool:

@@ -1,7 +1,7 @@
 """TSV-Merge: the experts' leading singular vectors, made orthogonal to each other."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from twinmerge.maths.gram_svd import gram_polar, gram_svd, right_side
 from twinmerge.methods.kit.base import Known, Partial, Pass, Place
 from twinmerge.methods.kit.spectral import Spectral, Weights, short_side, weighted
-from twinmerge.methods.kit.tall import COEFFICIENTS, RowPass, gram_of
+from twinmerge.methods.kit.tall import Coefficients, RowPass, gram_of
 
 
 class Tsv(Spectral):
@@ -27,7 +27,7 @@ class Tsv(Spectral):
         >>> from twinmerge.methods.kit.base import Place, Tile
         >>> v = torch.tensor([0.6, 0.8])
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), 3 * torch.outer(v, v)])
-        >>> Tsv().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        >>> Tsv().apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), Known())
         tensor([[2.1000, 0.3000],
                 [0.3000, 2.9000]])
     """
@@ -35,7 +35,7 @@ class Tsv(Spectral):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Gargiulo et al. 2025, CVPR, arXiv 2412.00081"
 
-    def passes(self) -> tuple[Pass, ...]:
+    def passes(self) -> tuple[Pass[Any], ...]:
         return () if self.calibration else (Triplets(self), Orthogonal(self))
 
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
@@ -50,7 +50,7 @@ class Leading(NamedTuple):
     w: Tensor
 
 
-class Triplets(RowPass):
+class Triplets(RowPass[list[Leading]]):
     """The leading singular triplets of each expert, out of its Gram matrix."""
 
     name = "triplets"
@@ -70,17 +70,15 @@ class Triplets(RowPass):
         return leading
 
 
-class Orthogonal(RowPass):
+class Orthogonal(Coefficients):
     """U⊥ S V⊥ᵀ = Σt τt Ct: U⊥ is [U1 … UT] times a small matrix, which the Gram matrix of [U1 … UT] gives."""
 
-    name = COEFFICIENTS
-
     def sums(self, deltas: Tensor, known: Known) -> Partial:
-        sides = [delta.double() @ one.w for delta, one in zip(deltas, known[Triplets.name], strict=True)]
+        sides = [delta.double() @ one.w for delta, one in zip(deltas, known.of(Triplets), strict=True)]
         return gram_of(torch.cat(sides, 1))
 
     def finish(self, total: Partial, known: Known) -> Tensor:
-        leading: list[Leading] = known[Triplets.name]
+        leading = known.of(Triplets)
         if len(leading) == 1:
             return (
                 self.weights(1)[0] * torch.eye(len(leading[0].v), dtype=torch.float64, device=leading[0].v.device)[None]

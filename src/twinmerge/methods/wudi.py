@@ -10,10 +10,10 @@ from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.kit.base import TABLES, Grain, Known, Partial, Pass, PerExpert, Place, column, per_expert
+from twinmerge.methods.kit.base import TABLES, Grain, Known, Partial, PerExpert, Place, column, per_expert
 from twinmerge.methods.kit.fold import Seen, State, SumFold, stacked
 from twinmerge.methods.kit.spectral import Spectral, Weights, elementwise_field, share_of
-from twinmerge.methods.kit.tall import COEFFICIENTS, RowPass
+from twinmerge.methods.kit.tall import Coefficients
 
 LARGEST_RIDGE = 1.0
 
@@ -37,7 +37,7 @@ class Wudi(Spectral, SumFold):
     Example:
         >>> from twinmerge.methods.kit.base import Tile
         >>> deltas = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.tensor([[0.0, 0.0], [0.0, 3.0]])])
-        >>> Wudi(ridge=1e-12).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), {})
+        >>> Wudi(ridge=1e-12).apply(Tile(deltas, torch.zeros(2, 2), Place("w", (2, 2))), Known())
         tensor([[2., 0.],
                 [0., 3.]])
     """
@@ -50,7 +50,7 @@ class Wudi(Spectral, SumFold):
     elementwise: str = elementwise_field(TABLES)
     inputs: Literal["auto", "columns", "rows"] = Field(default="auto", description="the axis that the layer reads")
 
-    def passes(self) -> tuple[Pass, ...]:
+    def passes(self) -> tuple[Interference, ...]:
         return () if self.calibration else (Interference(self, self.ridge),)
 
     def grain_of(self, at: Place) -> Grain:
@@ -104,10 +104,8 @@ class Wudi(Spectral, SumFold):
         return m if self.turns(at) else int(torch.Size(at.shape).numel() // max(m, 1))
 
 
-class Interference(RowPass):
+class Interference(Coefficients):
     """M* = Σt τt Ct with Ct = wt Gt (Σt Gt + ridge · tr(Σt Gt)/n · I)⁻¹."""
-
-    name = COEFFICIENTS
 
     def __init__(self, method: Spectral, ridge: float) -> None:
         super().__init__(method)

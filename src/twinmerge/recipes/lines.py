@@ -19,9 +19,7 @@ from pydantic import SerializeAsAny
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.kit.base import Grain, Known, Method, Need, Partial, Pass, Place, Tile, moved, weighted_sum
-from twinmerge.methods.kit.fold import Fold
 from twinmerge.models.blocks import block_of
-from twinmerge.models.blocks import stacks as stacks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +96,7 @@ def coefficient(name: str, depths: Mapping[str, int], a: float, b: float) -> flo
 # ---------------------------------------------------------------------------------------- one merge
 
 
-class Automatic(Pass):
+class Automatic(Pass[float]):
     """a = ‖Σt τt‖₁ / (T ‖θ − θ0‖₁) with θ as the method alone merges: 1/T for task arithmetic at scale 1.
 
     In float64 over fixed blocks; it finds a. Where the method changes nothing there is nothing to scale, and a = 0.
@@ -119,7 +117,7 @@ class Automatic(Pass):
         key = f"{tile.at.name}\0{tile.at.offset}"
         return {key: [len(x), *(block_sums(part.abs().flatten()).tolist() for part in (together, merged))]}
 
-    def finish(self, total_: Partial, known: Known) -> object:
+    def finish(self, total_: Partial, known: Known) -> float:
         experts = next((part[0] for part in total_.values()), 1)
         together, merged = (total(*(part[i] for part in total_.values())) for i in (1, 2))
         if not (math.isfinite(together) and math.isfinite(merged)):
@@ -147,7 +145,7 @@ class Scaled(Method):
     def grain(self) -> Grain:  # type: ignore[override]
         return self.method.grain
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[Pass[Any]]:
         return self.method.passes()
 
     def grain_of(self, at: Place) -> Grain:
@@ -162,19 +160,11 @@ class Scaled(Method):
 
 def at_depth(method: Method, by: float) -> Method:
     """The method with its merged change scaled: by its own last step where that is a scale, else after it."""
-    if (scale := _last_scale(method)) is not None:
-        return method.model_copy(update={"scale": scale * by})
-    return Scaled(method=method, by=by)
+    return method.times(by) if method.scales_last else Scaled(method=method, by=by)
 
 
 def unscaled(method: Method) -> Method:
     """What methods that only differ by their depths have in common."""
     if isinstance(method, Scaled):
         return method.method
-    return method if _last_scale(method) is None else method.model_copy(update={"scale": 1.0})
-
-
-def _last_scale(method: Method) -> float | None:
-    scale = getattr(method, "scale", None)
-    last = not isinstance(method, Fold) or method.scales_last
-    return scale if method.space == "deltas" and isinstance(scale, float) and last else None
+    return method.model_copy(update={"scale": 1.0}) if method.scales_last else method

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
 from twinmerge.recipes.names import expert_names
 from twinmerge.recipes.plain_data import same_number
@@ -33,38 +36,7 @@ NOT_YET = {
 OF_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """How a method of mergekit is said here.
-
-    method: ours; base: whether the formula is on changes to a base; own: parameters that each model may have -> default
-    (None: it must be given); shared: the same of those that all models share; idle: parameters that it has and that change
-    nothing.
-    """
-
-    method: str
-    base: bool
-    own: Mapping[str, float | None]
-    shared: Mapping[str, Any]
-    idle: frozenset[str] = field(default=frozenset({"int8_mask"}))
-
-
-METHODS = {
-    "linear": Dialect("average", False, {"weight": None}, {"normalize": True}),
-    "passthrough": Dialect("average", False, {"scale": 1.0}, {}),
-    "slerp": Dialect("slerp", False, {}, {"t": None}),
-    "task_arithmetic": Dialect("task_arithmetic", True, {"weight": None}, {"normalize": False, "lambda": 1.0}),
-    "ties": Dialect(
-        "ties", True, {"weight": None, "density": 1.0}, {"normalize": True, "rescale": False, "lambda": 1.0}
-    ),
-    "dare_linear": Dialect(
-        "dare", True, {"weight": None, "density": 1.0}, {"normalize": False, "rescale": True, "lambda": 1.0}
-    ),
-    "dare_ties": Dialect(
-        "dare_ties", True, {"weight": None, "density": 1.0}, {"normalize": False, "rescale": True, "lambda": 1.0}
-    ),
-}
-NEAREST_OF_OTHERS = {
+NEAREST = {
     "model_stock": "linear",
     "nuslerp": "slerp",
     "multislerp": "slerp",
@@ -79,7 +51,7 @@ NEAREST_OF_OTHERS = {
     "ram": "task_arithmetic",
     "ramplus_tl": "task_arithmetic",
 }
-OUR_NAMES = {dialect.method: name for name, dialect in METHODS.items() if name != "passthrough"}
+"""A method of mergekit -> the nearest that there is, as long as no class here says that it is that method."""
 SWITCHES = (
     "normalize",
     "rescale",
@@ -135,10 +107,11 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
     if not isinstance(raw.get("merge_method"), str):
         raise TwinmergeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
     method = raw["merge_method"]
-    dialect = _dialect(method, where)
+    ours = _ours(method, where)
+    dialect = method_class(ours).mergekit[method]
     base = None if raw.get("base_model") is None else _reference(raw["base_model"], f"{where}, base_model")
-    models, ignored = _models(raw, dialect, base, where)
-    general = _settings(raw.get("parameters"), where)
+    models, ignored = _models(raw, dialect, method_class(ours).space == "deltas", base, where)
+    general = _settings(raw.get("parameters"), dialect, where)
     if "name" in raw:
         ignored.append("name, which only mergekit-multi reads")
     shared = _shared(general, method, dialect, where)
@@ -151,18 +124,18 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
             for key in entry.settings
             if key in dialect.shared or _is_idle(key, dialect)
         ]
-        for key, default in dialect.own.items():
-            value = entry.settings.get(key, general.get(key, default))
+        for key, number in dialect.own.items():
+            value = entry.settings.get(key, general.get(key, number.default))
             if value is None:
                 raise TwinmergeError(
                     f"{at}: {method} needs a {key} for every model. Add parameters: {{{key}: 1.0}} to it, or to the whole recipe."
                 )
-            parameters[f"{name}.{'density' if key == 'density' else 'weights'}"] = _number(key, value, at)
+            parameters[f"{name}.{number.field}"] = _number(key, value, at)
     if ignored:
         warnings.warn(f"{where}: ignored, as by mergekit: {'; '.join(ignored)}.", stacklevel=2)
     listed = [{"name": name, "model": entry.model} for name, entry in models.items()]
     found: dict[str, Any] = {
-        "merge_method": dialect.method,
+        "merge_method": ours,
         "base_model": base,
         "models": listed,
         "parameters": parameters,
@@ -199,27 +172,31 @@ def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool) -> None:
         raise TwinmergeError(f"{where}: unknown key {key!r:.80}.{nearest(key, known)} Known: {', '.join(known)}.")
 
 
-def _dialect(method: str, where: str) -> Dialect:
-    if method in METHODS:
-        return METHODS[method]
-    if method in NEAREST_OF_OTHERS:
+def _ours(method: str, where: str) -> str:
+    """Our name of a method of mergekit."""
+    if (ours := said_otherwise(method, lambda cls: method in cls.mergekit)) is not None:
+        return ours
+    if method in NEAREST:
         raise TwinmergeError(
-            f"{where}: {method} is a method of mergekit that twinmerge does not have yet. The nearest is {NEAREST_OF_OTHERS[method]}."
+            f"{where}: {method} is a method of mergekit that twinmerge does not have yet. The nearest is {NEAREST[method]}."
         )
-    from twinmerge.methods.kit.registry import method_names
-
-    if method in method_names():
-        instead = f", where this is called {OUR_NAMES[method]}" if method in OUR_NAMES else ""
+    names = method_names()
+    if method in names:
+        others = [*method_class(method).mergekit]
+        instead = f", where this is called {others[0]}" if others else ""
         raise TwinmergeError(
             f"{where}: {method} is a method of twinmerge, and this file is in mergekit's schema{instead}. Add `twinmerge: 1` to the file to "
             "merge by the paper's semantics."
         )
-    known = [*METHODS, *NEAREST_OF_OTHERS, *method_names()]
+    known = [*names, *NEAREST]
+    for name in names:
+        with suppress(TwinmergeError):  # of another package that cannot be loaded
+            known += method_class(name).mergekit
     raise TwinmergeError(f"{where}: Unknown method {method!r:.80}.{nearest(method, known)} See `twinmerge methods`.")
 
 
 def _models(
-    raw: Mapping[str, Any], dialect: Dialect, base: str | None, where: str
+    raw: Mapping[str, Any], dialect: Dialect, on_deltas: bool, base: str | None, where: str
 ) -> tuple[dict[str, _Entry], list[str]]:
     """The models that are merged, by their names, the base first where it is one of them; and what is ignored."""
     listed = raw.get("models")
@@ -243,15 +220,15 @@ def _models(
         if model in seen:
             raise TwinmergeError(f"{where} lists the model {model!r} twice. List it once.")
         seen.add(model)
-        settings = _settings(each.get("parameters"), at)
-        if dialect.base and model == base:
+        settings = _settings(each.get("parameters"), dialect, at)
+        if on_deltas and model == base:
             ignored += [f"{key} of the base" for key in settings]
             continue
         entries.append(_Entry(model, settings))
         names.append(each.get("name"))
-    if dialect.base and base is None:
+    if on_deltas and base is None:
         raise TwinmergeError(f"{where}: {method} works on changes to a base. Add base_model: its path.")
-    if not dialect.base and base is not None:
+    if not on_deltas and base is not None:
         first = next((i for i, entry in enumerate(entries) if entry.model == base), None)
         if first is None:  # mergekit adds it to the inputs
             entries, names = [_Entry(base, {}), *entries], [None, *names]
@@ -262,20 +239,9 @@ def _models(
         raise TwinmergeError(
             f"{where}: There is no expert to merge. Add one '- model: path' per expert besides the base."
         )
-    _check_count(method, base, len(entries), where)
+    if (why := dialect.refuse(len(entries), base is not None)) is not None:
+        raise TwinmergeError(f"{where}: {why}")
     return dict(zip(expert_names([entry.model for entry in entries], names, where), entries, strict=True)), ignored
-
-
-def _check_count(method: str, base: str | None, count: int, where: str) -> None:
-    if method == "slerp" and (count != 2 or base is None):
-        raise TwinmergeError(
-            f"{where}: slerp is between base_model (t = 0) and one other model, got {count} models and {'no' if base is None else 'a'} base_model. "
-            "Name the first of two models as base_model."
-        )
-    if method == "passthrough" and count != 1:
-        raise TwinmergeError(
-            f"{where}: passthrough takes one model as it is, got {count}, base_model counted. List one."
-        )
 
 
 def _instead(key: str, model: str) -> str:
@@ -303,22 +269,23 @@ def _reference(raw: Any, where: str) -> str:
     )
 
 
-def _settings(raw: Any, where: str) -> dict[str, Any]:
+def _settings(raw: Any, dialect: Dialect, where: str) -> dict[str, Any]:
     """Parameters as they are written; all are known to mergekit."""
     if raw is None:
         return {}
     if not isinstance(raw, dict):
         raise TwinmergeError(f"{where}: parameters must be a mapping, got {raw!r:.80}.")
+    known = {*PARAMETERS, *dialect.own, *dialect.shared}
     for key, value in raw.items():
-        if key not in PARAMETERS:
+        if key not in known:
             raise TwinmergeError(
-                f"{where}: mergekit has no parameter {key!r:.80}.{nearest(key, PARAMETERS)} It has: {', '.join(sorted(PARAMETERS))}."
+                f"{where}: mergekit has no parameter {key!r:.80}.{nearest(key, known)} It has: {', '.join(sorted(known))}."
             )
         if isinstance(value, (list, dict)):
             raise TwinmergeError(
                 f"{where}: {key} is a list (a gradient or filters), which is not read yet. Give one number."
             )
-        if key in SWITCHES:
+        if key in SWITCHES or isinstance(dialect.shared.get(key), Switch):
             _switch(key, value, where)
         else:
             _number(key, value, where)
@@ -332,26 +299,21 @@ def _is_idle(key: str, dialect: Dialect) -> bool:
 
 def _shared(general: Mapping[str, Any], method: str, dialect: Dialect, where: str) -> dict[str, Any]:
     """The parameters that all models share, under our names."""
-    found: dict[str, Any] = {"normalize": False} if method == "passthrough" else {}
-    for key, default in dialect.shared.items():
-        value = general.get(key, default)
+    found = dict(dialect.fixed)
+    for key, said in dialect.shared.items():
+        value = general.get(key, said.default)
         if value is None:
             raise TwinmergeError(
                 f"{where}: {method} needs {key}, for all models together. Add parameters: {{{key}: 0.5}}."
             )
-        if key == "normalize":
-            on = _switch(key, value, where)
-            found |= {"merge": "mean" if on else "sum"} if "ties" in method else {"normalize": on}
-        elif key == "rescale":
-            on = _switch(key, value, where)
-            if method != "ties":
-                found["rescale"] = "l1" if on else "none"
-            elif on:
-                raise TwinmergeError(
-                    f"{where}: ties with rescale: true is not read yet. Leave it out, or raise lambda, which is the nearest."
-                )
-        else:
-            found["scale" if key == "lambda" else key] = _number(key, value, where)
+        if isinstance(said, Number):
+            found[said.field] = _number(key, value, where)
+            continue
+        on = _switch(key, value, where)
+        if on and said.refused:
+            raise TwinmergeError(f"{where}: {said.refused}")
+        if said.field is not None:
+            found[said.field] = said.of(on)
     return found
 
 

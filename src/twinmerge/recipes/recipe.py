@@ -19,7 +19,19 @@ from typing import Any
 from twinmerge.arguments import strict, strict_class
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.kit.base import Method
-from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class
+from twinmerge.methods.kit.dialect import SPELLINGS, Number, Switch
+from twinmerge.methods.kit.registry import (
+    METHODS,
+    MethodLike,
+    given_to,
+    is_own,
+    is_per_expert,
+    make_method,
+    method_class,
+    method_name,
+    said_otherwise,
+    short_name,
+)
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.lines import KEY, KEYS, Lines
 from twinmerge.recipes.mergekit import NOT_YET, translated
@@ -33,8 +45,7 @@ SEMANTICS = {
     "official": "the semantics of the authors' code",
     "mergekit": "mergekit's semantics",
 }
-METHOD_ALIASES = {"linear": "average", "dare_linear": "dare"}
-PARAMETER_ALIASES = {"weight": "weights", "lambda": "scale"}
+IDLE = ("int8_mask",)  # what saves memory in mergekit: our masks never stay there
 RECIPE_KEYS = (
     *(
         "merge_method",
@@ -57,12 +68,12 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 @strict_class
 @dataclass(frozen=True)
 class Recipe:
-    """method: name; base: model or None; experts: name -> model; parameters: field (or expert.field) -> value;
+    """method: a name, or a class or object of one's own (an object's parameters go to `parameters`, so that what is kept is a name or a class); base: model or None; experts: name -> model; parameters: field (or expert.field) -> value;
     dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the seed of
     stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods that need one;
     lines: how the merged change is scaled by depth, None for not at all."""
 
-    method: str
+    method: MethodLike
     base: ModelLike | None
     experts: Mapping[str, ModelLike]
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -73,6 +84,7 @@ class Recipe:
     lines: Lines | None = None
 
     def __post_init__(self) -> None:
+        self._take_method()
         if not self.experts:
             raise TwinmergeError("There is no expert to merge. Name at least one with --expert name=path.")
         for name in self.experts:
@@ -99,12 +111,29 @@ class Recipe:
                 f"Cannot write dtype {self.dtype!r:.80}.{nearest(str(self.dtype), DTYPES)} Choose from {', '.join(DTYPES)}."
             )
         if self.base is None and method_class(self.method).space == "deltas":
-            raise TwinmergeError(f"{self.method} works on changes to a base. Name the base with --base.")
+            raise TwinmergeError(f"{short_name(self.method)} works on changes to a base. Name the base with --base.")
         if self.base is None and self.lines is not None:
             raise TwinmergeError("LiNeS scales changes to a base. Name the base with --base, or leave lines out.")
         if self.lines is not None and method_class(self.method).outputs != "model":
-            raise TwinmergeError(f"{self.method} makes masks, whose vector LiNeS cannot scale. Leave lines out.")
+            raise TwinmergeError(
+                f"{short_name(self.method)} makes masks, whose vector LiNeS cannot scale. Leave lines out."
+            )
         self._check_statistics()
+
+    def _take_method(self) -> None:
+        """Keep a method by its name where it has one, else its class, and an object's parameters among the others."""
+        own = given_to(self.method)
+        if twice := own.keys() & self.parameters.keys():
+            raise TwinmergeError(f"{min(twice)!r} is given twice, in the method and beside it. Give it once.")
+        if not isinstance(self.method, str):
+            name, cls = method_name(self.method), method_class(self.method)
+            object.__setattr__(self, "parameters", {**own, **self.parameters})  # as frozen dataclasses do themselves
+            object.__setattr__(self, "method", cls if is_own(name) else name)
+
+    @property
+    def method_name(self) -> str:
+        """The method as provenance names it (see `registry.method_name`)."""
+        return method_name(self.method)
 
     def _check_statistics(self) -> None:
         needs = method_class(self.method).needs
@@ -114,12 +143,12 @@ class Recipe:
                     f"--statistics names {name!r}, which is no expert of this merge.{nearest(name, self.experts)}"
                 )
             if not needs:
-                raise TwinmergeError(f"{self.method} reads no statistics. Leave those of {name!r} out.")
+                raise TwinmergeError(f"{short_name(self.method)} reads no statistics. Leave those of {name!r} out.")
         for need in needs:
             for name in self.experts:
                 if name not in self.statistics:
                     raise TwinmergeError(
-                        f"{self.method} needs the {need} statistics of every expert, and {name!r} has none. Take them with `twinmerge "
+                        f"{short_name(self.method)} needs the {need} statistics of every expert, and {name!r} has none. Take them with `twinmerge "
                         f"measure {need} MODEL --data FILE -o {name}.{need}.safetensors`, and add --statistics {name}=that file."
                     )
 
@@ -193,7 +222,7 @@ class Recipe:
         refs = {n: m if isinstance(m, str) else _ref(m) for n, m in self.experts.items()}
         return {
             MARK: VERSION,
-            "merge_method": self.method,
+            "merge_method": self.method_name,
             "base_model": None if self.base is None else _ref(self.base),
             "models": [
                 {"name": n, "model": ref} | ({"statistics": str(self.statistics[n])} if n in self.statistics else {})
@@ -295,7 +324,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
             )
     if not isinstance(raw.get("merge_method"), str):
         raise TwinmergeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
-    method = METHOD_ALIASES.get(raw["merge_method"], raw["merge_method"])
+    method = _by_our_name(raw["merge_method"])
     deltas = method_class(method).space == "deltas"
     base, models = _model(raw.get("base_model"), f"{where}, base_model"), raw.get("models")
     if not isinstance(models, list):
@@ -351,6 +380,13 @@ def _instead(key: str, ours: bool) -> str:
     return nearest(key, RECIPE_KEYS)
 
 
+def _by_our_name(method: str) -> str:
+    """The method that a name, or another name of it, stands for."""
+    if method in METHODS.files():
+        return method
+    return said_otherwise(method, lambda cls: method in cls.aliases) or method
+
+
 def _model(raw: Any, where: str) -> Any:
     if raw is None or isinstance(raw, os.PathLike) or (isinstance(raw, str) and raw):
         return raw
@@ -371,17 +407,17 @@ def _parameters(raw: Any, method: str, where: str, ours: bool) -> dict[str, Any]
     said: dict[str, str] = {}
     for key, value in raw.items():
         expert, dot, name = str(key).rpartition(".")
-        name = name if name in fields else PARAMETER_ALIASES.get(name, name)
+        spelling = cls.spellings.get(name, SPELLINGS.get(name))
+        if name not in fields and isinstance(spelling, Number):
+            name = spelling.field
         if isinstance(value, (list, tuple)) and not (ours and name in fields and is_per_expert(cls, name)):
             raise TwinmergeError(
                 f"{where}: {key} is a list (a gradient or filters), which is not read yet. Give one number."
             )
-        if name == "int8_mask":  # mergekit's memory switch; our masks never stay in memory
+        if name in IDLE:
             continue
-        if isinstance(value, bool) and name == "normalize" and "merge" in fields:
-            name, value = "merge", "mean" if value else "sum"
-        elif isinstance(value, bool) and name == "rescale" and "rescale" in fields:
-            value = "inverse_keep" if value else "none"
+        if isinstance(value, bool) and isinstance(spelling, Switch) and spelling.field is not None:
+            name, value = spelling.field, spelling.of(value)
         if name not in fields:
             raise TwinmergeError(
                 f"{where}: {method} has no parameter {key!r:.80}.{nearest(str(key), fields)} It has: {', '.join(fields) or 'none'}."

@@ -153,4 +153,4 @@ def search(
         score = 100 * sum(found.scores.values()) / len(found.scores) if experts is None else found.normalised(experts)
         trials.append(Trial(dict(candidate), score, found.scores))
         rows = found.rows
-    return Search(merge.recipe.method, split, rows, tuple(trials))
+    return Search(merge.recipe.method_name, split, rows, tuple(trials))

@@ -155,7 +155,7 @@ def compressed(
         rank: of every matrix.
         energy: the least share of all worth that is kept, 0 to 1.
         bytes: of the files of exclusive parts, heads and router together, at most.
-        codec: of their numbers on the disk, "none", "float16", "int8" or "int4".
+        codec: of their numbers on the disk, "none" or one of `maths/codecs/`, such as "int8".
         moments: expert -> matrix -> moments of its inputs; without any they are taken for white noise.
 
     Errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -15,9 +16,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import unpack
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_product
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.average import Average
-from twinmerge.methods.kit.base import Method, Place, per_expert
-from twinmerge.methods.task_arithmetic import TaskArithmetic
+from twinmerge.methods.kit.base import Method, Place
 from twinmerge.models.opened import OpenedModel
 
 
@@ -238,14 +237,10 @@ def is_buffer(model: OpenedModel, name: str) -> bool:
 
 def linear_coefficients(method: Method, order: Sequence[str], experts: Sequence[str]) -> list[float] | None:
     """c with θs = θ0 + Σ ci τi in the order of `experts`, for methods that are such a sum."""
-    if isinstance(method, Average) and method.normalize:
-        by = 1 / method.divisor(len(order))
-    elif isinstance(method, TaskArithmetic):
-        by = method.by(len(order))
-    else:
+    found = method.coefficients(len(order)) if method.linear else None
+    if found is None or (method.space == "parameters" and not math.isclose(math.fsum(found), 1)):
         return None
-    weights = per_expert(method.weights, len(order))
-    by_name = {name: w * by for name, w in zip(order, weights, strict=True)}
+    by_name = dict(zip(order, found, strict=True))
     return [by_name[name] for name in experts]
 
 

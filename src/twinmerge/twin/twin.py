@@ -206,7 +206,7 @@ class Twin(Served):
             rank: of every matrix.
             energy: the least share kept, 0 to 1; each matrix gets the rank that is worth its bytes.
             bytes: of the files beside the shared model (exclusive parts, heads, router), at most; ranks as with `energy`.
-            codec: of the numbers on the disk: "none", "float16", "int8" or "int4".
+            codec: of the numbers on the disk: "none" or one of `maths/codecs/`, such as "int8".
             inputs: expert -> texts (or a batch of tensors) of its kind, as in `fit_router`. With them, what is kept is what
                 matters for the outputs on such inputs, not for the weights alone.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import pack, plane_at, planes
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.masks import GRID, Marks, described, important, sizes, storage_bits
 from twinmerge.methods.kit.registry import make_method
 
@@ -77,7 +77,7 @@ def test_three_tasks():
 def test_each_task_has_its_own_threshold():
     tile = tile_of([ONE, TWO])
     method = make_method("tall_masks", ("e0", "e1"), {"threshold": 0.4, "e1.threshold": 1.0})
-    assert bits(method.vector_and_masks(tile, {})[1]) == ["1010", "0100"]
+    assert bits(method.vector_and_masks(tile, Known())[1]) == ["1010", "0100"]
     assert described(method, ("e0", "e1"))["threshold"] == [0.4, 1.0]
 
 
@@ -231,7 +231,7 @@ def test_masks_do_not_depend_on_the_base(vector):
     method = make_method("tall_masks", ("a", "b", "c"), {"vector": vector, "density": 1.0})
     tile = tile_of(x)
     moved = Tile(tile.x, torch.full((500,), 7.0), tile.at)
-    (one, masks), (other, same) = (method.vector_and_masks(t, {}) for t in (tile, moved))
+    (one, masks), (other, same) = (method.vector_and_masks(t, Known()) for t in (tile, moved))
     assert torch.equal(one, other) and torch.equal(masks, same)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods.kit.base import Method
-from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_names
+from twinmerge.methods.kit.base import Known, Method, Place, Tile
+from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_name, method_names
 
 AB = ("a", "b")
 
@@ -239,3 +241,15 @@ def test_what_mergekit_does_not_do_is_not_called_its_semantics(name):
         make_method(name, AB, {"compat": "mergekit"})
     for rescale in ("l1", "none"):
         assert make_method(name, AB, {"compat": "mergekit", "rescale": rescale}).rescale == rescale
+
+
+def test_the_example_of_contributing_does_what_it_says(monkeypatch):
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    code = text.partition("# src/twinmerge/methods/halfway.py\n")[2].partition("```")[0]
+    module = ModuleType("halfway_of_contributing")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(code, module.__dict__)
+    made = make_method(module.Halfway(scale=0.5), AB, {})
+    tile = Tile(torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.ones(2), Place("w", (2,), 0, AB))
+    assert made.apply(tile, Known()).tolist() == [2.0, 0.5] and "gives [2, 0.5]" in " ".join(text.split())
+    assert method_name(module.Halfway) == "halfway_of_contributing:Halfway"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import make_method
 
 SETTINGS = {
@@ -33,7 +33,7 @@ def close(got, want, rtol=1e-5):
 
 def merged(name, x, at, factors=None):
     method = make_method(name.split()[0], ("a", "b"), SETTINGS[name] | {"weights": (0.5, 2.0)})
-    return method.apply(Tile(x, torch.zeros(at.shape), at, factors=factors), {})
+    return method.apply(Tile(x, torch.zeros(at.shape), at, factors=factors), Known())
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6)])
@@ -65,5 +65,5 @@ def test_a_stack_is_merged_matrix_by_matrix(name, turned):
 def test_what_is_listed_of_a_stack_is_not_decomposed():
     x, at = drawn(2, 3, 5, 4), Place("mlp.experts.down_proj", (3, 5, 4), stack=True)
     method = make_method("tsv", ("a", "b"), {"elementwise": "*experts*"})
-    close(method.apply(Tile(x, torch.zeros(at.shape), at), {}), x.mean(0), 1e-6)
+    close(method.apply(Tile(x, torch.zeros(at.shape), at), Known()), x.mean(0), 1e-6)
     assert not Place("w", (3, 1, 4), stack=True).is_matrix and Place("w", (1, 3, 4), stack=True).is_matrix

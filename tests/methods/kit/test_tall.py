@@ -13,7 +13,7 @@ from twinmerge.engine.run import Run
 from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.threads import use_threads
 from twinmerge.methods.kit import tall
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import make_method
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint_writer import CheckpointWriter
@@ -50,7 +50,7 @@ def stack(ranks=(None, None, None), seed=0):
 def whole(name, deltas, base, **parameters):
     """In one piece."""
     method = make_method(name, [f"e{i}" for i in range(len(deltas))], parameters)
-    return method.apply(Tile(deltas, base, Place("w", tuple(base.shape))), {})
+    return method.apply(Tile(deltas, base, Place("w", tuple(base.shape))), Known())
 
 
 def by_rows(name, deltas, base, work=None, **parameters):
@@ -169,7 +169,7 @@ def test_kernels_are_tall_too():
     method = make_method("iso_c", ["a", "b"], {})
     at = Place("k", (M, 12, 2, 2))
     assert method.grain_of(at) == "rows"
-    want = method.apply(Tile(deltas, torch.zeros(at.shape), at), {})
+    want = method.apply(Tile(deltas, torch.zeros(at.shape), at), Known())
 
     def load(each, digests=None):
         first, last = each.start // N, each.stop // N

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 
 from twinmerge.maths import select
 from twinmerge.methods.kit import trim
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Method, Pass, Place, Scope, Tile, moved, weighted_sum
 from twinmerge.methods.ties import Ties
 
 SIZES = {"a": 5000, "b": 3, "c": 40_000, "d": 1}
@@ -39,7 +42,13 @@ def kept(
     x: dict[str, torch.Tensor], density: float, step: int, scope: str = "model"
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """What the passes keep, and the names of those that ran."""
-    method, known, ran = Ties(density=density), {}, []
+    known, ran = passed(Ties(density=density), x, step, scope)
+    return whole(x, step, lambda tile: trim.trimmed(tile.x, tile, known)), ran
+
+
+def passed(method: trim.Trims, x: dict[str, torch.Tensor], step: int, scope: Scope) -> tuple[Known, list[str]]:
+    """What the passes find, and the names of those that ran."""
+    known, ran = Known(), []
     for each in trim.trim_passes(method, scope):
         wanted = each.wanted(known)
         total: dict = {}
@@ -49,16 +58,24 @@ def kept(
         if some:
             known[each.name] = each.finish(total, known)
             ran.append(each.name)
-    out: dict[str, list] = {}
+    return known, ran
+
+
+def whole(x: dict[str, torch.Tensor], step: int, kept_of: Callable[[Tile], torch.Tensor]) -> dict[str, np.ndarray]:
+    """The tiles put together again."""
+    out: dict[str, list[np.ndarray]] = {}
     for tile in tiles(x, step):
-        out.setdefault(tile.at.name, []).append(trim.trimmed(tile.x, tile, known).numpy())
-    return {n: np.concatenate(parts, 1) for n, parts in out.items()}, ran
+        out.setdefault(tile.at.name, []).append(kept_of(tile).numpy())
+    return {n: np.concatenate(parts, 1) for n, parts in out.items()}
 
 
-def by_sorting(x: dict[str, torch.Tensor], density: float) -> dict[str, np.ndarray]:
+def by_sorting(x: dict[str, torch.Tensor], density: float, cut: float = 0.0) -> dict[str, np.ndarray]:
+    """The `density` largest entries of each expert but for the `cut` largest."""
     flat = np.concatenate([x[n].numpy() for n in sorted(x)], 1).copy()
     for row in flat:
-        row[np.argsort(-np.abs(row), kind="stable")[int(density * row.size + 1e-9) :]] = 0
+        order = np.argsort(-np.abs(row), kind="stable")
+        row[order[int(density * row.size + 1e-9) :]] = 0
+        row[order[: int(cut * row.size + 1e-9)]] = 0
     cuts = np.cumsum([x[n].shape[1] for n in sorted(x)])[:-1]
     return dict(zip(sorted(x), np.split(flat, cuts, 1), strict=True))
 
@@ -102,3 +119,57 @@ def test_a_good_sample_saves_them_by_tensor_too():
     for kind in ("ties", "plain"):
         _, ran = kept({"c": model(kind, 1)["c"]}, 0.2, 65_536, "tensor")
         assert ran == ["trim_sketch", "trim_bracket"]
+
+
+class Band(Method):
+    """θ0 + λ Σ of the entries between two ranks of each task vector: a method with two thresholds for each expert."""
+
+    cut: float = 0.01
+    keep: float = 0.2
+    scope: Scope = "model"
+    scale: float = 1.0
+
+    trims_stored: ClassVar[bool] = True
+
+    def trimmed_quantity(self, tile: Tile, known: Known) -> torch.Tensor:
+        return tile.x
+
+    def keep_counts(self, totals: torch.Tensor) -> torch.Tensor:
+        counts = [[select.keep_count(share, size) for share in (self.cut, self.keep)] for size in totals.tolist()]
+        return torch.tensor(counts, device=totals.device)
+
+    def passes(self) -> Sequence[Pass]:
+        return trim.trim_passes(self, self.scope)
+
+    def between(self, tile: Tile, known: Known) -> torch.Tensor:
+        return trim.trimmed(tile.x, tile, known, threshold=1) - trim.trimmed(tile.x, tile, known, threshold=0)
+
+    def apply(self, tile: Tile, known: Known) -> torch.Tensor:
+        return moved(tile, weighted_sum(1.0, self.between(tile, known), tile.work), self.scale)
+
+
+BANDS = [(0.01, 0.2), (0.2, 0.2), (0.05, 0.95), (0.0, 0.3), (0.3, 1.0), (0.0001, 0.5)]
+
+
+@pytest.mark.parametrize("step", [701, 65_536])
+@pytest.mark.parametrize("cut, keep", BANDS)
+@pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "equal"])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_two_thresholds_of_each_expert_keep_what_a_stable_sort_keeps(monkeypatch, kind, cut, keep, step, sampled):
+    if not sampled:
+        monkeypatch.setattr(select, "bracket", lambda *_: None)
+    x, method = model(kind, 4), Band(cut=cut, keep=keep)
+    known, _ = passed(method, x, step, "model")
+    got = whole(x, step, lambda tile: method.between(tile, known))
+    for name, want in by_sorting(x, keep, cut).items():
+        np.testing.assert_array_equal(got[name], want)
+    for name in ("b", "c"):
+        alone = {name: x[name]}
+        known, _ = passed(method, alone, step, "tensor")
+        got = whole(alone, step, lambda tile, known=known: method.between(tile, known))
+        np.testing.assert_array_equal(got[name], by_sorting(alone, keep, cut)[name])
+
+
+def test_two_thresholds_take_no_more_passes_than_one():
+    for kind in ("plain", "ties"):
+        assert passed(Band(), model(kind, 1), 65_536, "model")[1] == kept(model(kind, 1), 0.2, 65_536)[1]

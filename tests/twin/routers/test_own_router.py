@@ -133,11 +133,11 @@ class Halves(Router):
 @pytest.mark.parametrize(
     "what, says",
     [
-        (Nothing, r"The router 'own' \(own:own\) lacks _logits, shape, fit\. Add what .*kit.base.Router asks for"),
+        (Nothing, "own is no router yet: Nothing does not define _logits, shape. Define it"),
         (Halves, "lacks of_experts, read_answer, changed, a default of share"),
-        (dict, "is no class that derives from twinmerge.twin.routers.kit.base.Router"),
-        (3, "is no class that derives from"),
-        (ImportError("no module named thing"), "cannot be imported: no module named thing. Mend or remove its package"),
+        (dict, "does not derive from Router. Derive it"),
+        (3, "does not derive from Router"),
+        (ImportError("no module named thing"), "cannot be loaded: ImportError: no module named thing. Mend or uninstall that package"),
     ],
     ids=["nothing", "halves", "dict", "number", "broken"],
 )

@@ -19,11 +19,9 @@ from twinmerge.engine.ranges import Grains, Range, Shapes
 from twinmerge.engine.run import Load, Run
 from twinmerge.engine.seen import Digests
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.maths.lowrank import Factors, truncate_product
-from twinmerge.methods.kit.base import Known, Method, Place, Tile, per_expert
+from twinmerge.maths.lowrank import Factors
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import method_class, method_names
-from twinmerge.methods.kit.spectral import Spectral, share_of
-from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
 from twinmerge.models.matching import check_ancestry
@@ -106,7 +104,7 @@ def merge_lora(
     limit = Limit.of(rank, energy)
     recipe = _recipe(method, base, experts, weights, scale, parameters or {}, dtype)
     rule = recipe.make_method()
-    if not isinstance(rule, (TaskArithmetic, Spectral)):
+    if not rule.core_space:
         raise _unable(method)
     if out is not None:
         OutputFolder(out).check()
@@ -125,7 +123,7 @@ def merge_lora(
 
     def work(each: Range, known: Known) -> tuple[str, Factors, float]:
         name = names[each.name]
-        return name, *compress(_merged(rule, parts[name], places[each.name], known), limit, name)
+        return name, *compress(rule.merge_factors(parts[name], places[each.name], known), limit, name)
 
     run = Run(
         rule, list(names), *_matrices({out: parts[name] for out, name in names.items()}, places), progress=progress
@@ -176,7 +174,7 @@ def _recipe(
 
 
 def _unable(method: str) -> TwinmergeError:
-    able = ["task_arithmetic", *(n for n in method_names() if issubclass(method_class(n), Spectral))]
+    able = [name for name in method_names() if method_class(name).core_space]
     return TwinmergeError(
         f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge full models "
         "with `twinmerge merge`, which takes base+adapter too."
@@ -285,20 +283,6 @@ def _matrices(parts: Mapping[str, Sequence[Factors]], places: Mapping[str, Place
     return {name: at.shape for name, at in places.items()}, load, dict.fromkeys(places, "matrix")
 
 
-def _merged(method: Method, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
-    wide = [Factors(part.b.double(), part.a.double()) for part in parts]
-    if isinstance(method, Spectral):
-        if method.decomposes(at):
-            return method.merge_factors(parts, at, known)
-        share = method.scale * share_of(method.rest, len(parts))
-        weights = [w * share for w in per_expert(method.weights, len(parts))]
-    else:
-        assert isinstance(method, TaskArithmetic)
-        by = method.by(len(parts))
-        weights = [w * by for w in per_expert(method.weights, len(parts))]
-    return truncate_product(wide, weights)
-
-
 def _text(recipe: Recipe, experts: Mapping[str, OpenedModel], dropped: Mapping[str, Sequence[str]]) -> str:
     licences = {name: licence_of(model.files[-1].parent) for name, model in experts.items() if model.files}
     lines = "\n".join(
@@ -306,4 +290,4 @@ def _text(recipe: Recipe, experts: Mapping[str, OpenedModel], dropped: Mapping[s
     )
     lost = "".join(f"\nLeft out of {e}, trained in full: {', '.join(n)}.\n" for e, n in dropped.items() if n)
     values = json.dumps(dict(recipe.parameters), ensure_ascii=False)
-    return f"Made with twinmerge by `{recipe.method}`, parameters `{values}`.\n\n| part | adapter | licence |\n| --- | --- | --- |\n{lines}\n{lost}"
+    return f"Made with twinmerge by `{recipe.method_name}`, parameters `{values}`.\n\n| part | adapter | licence |\n| --- | --- | --- |\n{lines}\n{lost}"

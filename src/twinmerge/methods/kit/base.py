@@ -9,33 +9,34 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from twinmerge.maths.fused import Rule, Values
+from twinmerge.maths.fused import Rule
+from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.passes import Known as Known
+from twinmerge.methods.kit.passes import Partial as Partial
+from twinmerge.methods.kit.passes import Pass as Pass
+from twinmerge.methods.kit.passes import Scope as Scope
+from twinmerge.methods.kit.passes import T_co as T_co
+from twinmerge.methods.kit.tile import TABLES as TABLES
+from twinmerge.methods.kit.tile import Grain as Grain
+from twinmerge.methods.kit.tile import Gram as Gram
+from twinmerge.methods.kit.tile import Place as Place
+from twinmerge.methods.kit.tile import Stored as Stored
+from twinmerge.methods.kit.tile import Tile as Tile
 
-if TYPE_CHECKING:  # the compiled library does without torch, whose import takes longer than many a merge
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from twinmerge.maths.lowrank import Factors
 
-Known = Mapping[str, Any]
-"""What the earlier passes found, by the name of the pass."""
-
-Partial = dict[str, Any]
-"""A pass's result for one tile. Unless the pass says otherwise, integer values of equal keys add, and floating values
-have a key of their own."""
-
-Scope = Literal["model", "tensor"]
-"""What a count or a reduction is over."""
-
-Grain = Literal["element", "rows", "matrix"]
-"""Which tiles of a tensor a method can work on: any, whole rows, the tensor in one piece."""
-
+Space = Literal["deltas", "parameters"]
+Outputs = Literal["model", "masks"]
+Law = Literal["idempotent", "symmetric", "odd", "homogeneous"]
 Need = Literal["fisher", "gram"]
 """Statistics that `twinmerge measure` takes of every expert."""
 
@@ -43,189 +44,11 @@ PerExpert = float | tuple[float, ...]
 """One number for all experts, or one for each, in the experts' order."""
 
 
-TABLES = "tables"
-"""Among the patterns of `elementwise`: all that is looked up and multiplies nothing, as the model's class says."""
-
-
-class Place(NamedTuple):
-    """Where a tile lies.
-
-    name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
-    element; experts: names in the order of the stack; turned: the matrix is stored (in, out), as GPT-2's Conv1D does, and not as
-    Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as `OpenedModel.table` says;
-    stack: it holds matrices along its first axis, as `OpenedModel.stacked` says.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int = 0
-    experts: tuple[str, ...] = ()
-    turned: bool = False
-    table: bool = False
-    stack: bool = False
-
-    @property
-    def parts(self) -> list[Place]:
-        """Where each of a stack's matrices lies; the tensor itself where it is no stack."""
-        if not self.stack:
-            return [self]
-        shape = self.shape[1:]
-        return [self._replace(shape=shape, offset=i * math.prod(shape), stack=False) for i in range(self.shape[0])]
-
-    @property
-    def is_matrix(self) -> bool:
-        """True for tensors that act as a matrix (convolution kernels as (out, rest)) with both sides above 1, or are a stack of such."""
-        shape = self.shape[1:] if self.stack else self.shape
-        return len(shape) >= 2 and shape[0] > 1 and math.prod(shape[1:]) > 1
-
-
-_Made = tuple["Tensor", "Tensor | None", "torch.dtype"]
-
-
-class Stored(NamedTuple):
-    """A tile as it lies in the files, for the compiled library. base: None where the method needs none; fisher: of each
-    expert, empty where the method needs none."""
-
-    base: Values | None
-    experts: tuple[Values, ...]
-    fisher: tuple[Values, ...] = ()
-
-
-class Gram(NamedTuple):
-    """What was measured of the inputs x of one matrix: second: E[x xᵀ] over tokens, (in, in) or, block-diagonal,
-    (blocks, size, size), the last one padded with zeros, float64; turned: the matrix is stored (in, out)."""
-
-    second: Tensor
-    turned: bool = False
-
-
-class Tile:
-    """One tile of one output tensor; methods read it and leave it as it is.
-
-    Args:
-        x: (experts, *tile) float32: deltas or parameters, as the method's `space` says.
-        base: (*tile) float32 or None.
-        at: where it lies.
-        work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least: float32 for
-            checkpoints of 16 bits, else float64 (None).
-        fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over `examples`.
-        grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was measured.
-        factors: of every expert's delta where all are low-rank adapters of this base, rank 0 where one does not change the
-            tensor; else None.
-        examples: how many each expert's `fisher` is summed over, which is not the same for all; 1 each where none are given.
-
-    Attributes:
-        stored: the tile as it lies in the files, where the compiled library may work on it.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        base: Tensor | None,
-        at: Place,
-        work: torch.dtype | None = None,
-        fisher: Tensor | None = None,
-        grams: Sequence[Callable[[], Gram | None]] = (),
-        factors: Sequence[Factors] | None = None,
-        examples: Sequence[int] = (),
-    ) -> None:
-        self.at, self.grams, self.factors = at, grams, factors
-        self.examples = tuple(examples) or (1,) * len(x)
-        self.stored: Stored | None = None
-        self._make: Callable[[], _Made] = lambda: (x, base, work or x.double().dtype)
-        self._make_fisher: Callable[[], Tensor | None] = lambda: fisher
-
-    @classmethod
-    def of(
-        cls,
-        make: Callable[[], _Made],
-        at: Place,
-        stored: Stored | None,
-        fisher: Callable[[], Tensor | None] = lambda: None,
-        grams: Sequence[Callable[[], Gram | None]] = (),
-        factors: Sequence[Factors] | None = None,
-        examples: Sequence[int] = (),
-    ) -> Tile:
-        """A tile whose x, base, work and Fisher are made when they are first asked for."""
-        tile = cls.__new__(cls)
-        tile.at, tile.stored, tile._make, tile._make_fisher = at, stored, make, fisher
-        tile.grams, tile.factors = grams, factors
-        tile.examples = tuple(examples) or (1,) * len(at.experts)
-        return tile
-
-    @cached_property
-    def _made(self) -> _Made:
-        return self._make()
-
-    @property
-    def x(self) -> Tensor:
-        return self._made[0]
-
-    @property
-    def base(self) -> Tensor | None:
-        return self._made[1]
-
-    @property
-    def work(self) -> torch.dtype:
-        return self._made[2]
-
-    @cached_property
-    def fisher(self) -> Tensor:
-        """(experts, *tile) float32, for methods that need it: sums over `examples`."""
-        made = self._make_fisher()
-        if made is None:
-            raise AssertionError("the engine gives every method the statistics that it needs")
-        return made
-
-    @property
-    def parts(self) -> list[Tile]:
-        """The matrices of a stack, which is in one piece."""
-        base = self.base
-        places = enumerate(self.at.parts)
-        return [Tile(self.x[:, i], None if base is None else base[i], at, self.work) for i, at in places]
-
-    def require_base(self) -> Tensor:
-        """The base's tile, for methods whose formula needs it."""
-        if self.base is None:
-            raise AssertionError("the engine gives every method that works on deltas its base")
-        return self.base
-
-
-class Pass(ABC):
-    """One exact reduction over tiles before the last read.
-
-    scope: "tensor" starts afresh for each tensor, "model" runs over all merged tensors first.
-    sampled: the tiles are a thin sample of the model (at most a million entries), for passes that only guess.
-    rare: it is left out most of the time (see `wanted`).
-    grain: only tensors of which the method says that (see `Method.grain_of`); None for all.
-    """
-
-    name: str
-    scope: Scope
-    sampled: ClassVar[bool] = False
-    rare: bool = False
-    grain: ClassVar[Grain | None] = None
-
-    def wanted(self, known: Known) -> Collection[str] | None:
-        """The tensors that the pass must see; None for all. With none at all the pass is left out."""
-        return None
-
-    @abstractmethod
-    def observe(self, tile: Tile, known: Known) -> Partial:
-        """What one tile adds."""
-
-    def add(self, total: Partial, part: Partial) -> None:
-        """Put a tile's result into the total; the order of the tiles does not matter."""
-        for key, value in part.items():
-            total[key] = total[key] + value if key in total else value
-
-    @abstractmethod
-    def finish(self, total: Partial, known: Known) -> object:
-        """What later passes and `apply` find under the pass's name in `known`."""
-
-
 class Method(BaseModel, ABC):
     """Base of all methods; the fields of a subclass are its parameters, everywhere (command, recipe, docs).
+
+    What a method is and can do is asked of its class; `methods/kit/registry.py` refuses what does not go together, and the conformance
+    test holds a class to what it says.
 
     Class attributes
         space: "deltas" (τt = θt − θ0) or "parameters" (θt).
@@ -236,21 +59,33 @@ class Method(BaseModel, ABC):
             negated change) and "homogeneous" (deltas times c give the change times c).
         needs: statistics of every expert that the formula reads besides the weights.
         outputs: "model", or "masks": one vector and a mask for each expert, which `twinmerge compress` writes.
+        linear: what comes out is a sum of the experts, by numbers that their values do not change (`coefficients`).
+        core_space: it merges low-rank factors into low-rank factors (`merge_factors`), as adapters are merged.
+        scales_last: its field `scale` multiplies the merged change and does nothing else, so that a tensor may have another one.
         paper: the source, as printed by `twinmerge methods`.
+        aliases: other names of the method in recipes of ours.
+        spellings: other names, or values, of its parameters there, beside `dialect.SPELLINGS`.
+        mergekit: name of a method of mergekit that this is -> how mergekit says it; recipes of mergekit set the field compat to "mergekit".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    space: ClassVar[Literal["deltas", "parameters"]] = "deltas"
+    space: ClassVar[Space] = "deltas"
     grain: ClassVar[Grain] = "element"
     experts_min: ClassVar[int] = 1
     experts_max: ClassVar[int | None] = None
     laws: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[tuple[Need, ...]] = ()
-    outputs: ClassVar[Literal["model", "masks"]] = "model"
+    outputs: ClassVar[Outputs] = "model"
+    linear: ClassVar[bool] = False
+    core_space: ClassVar[bool] = False
+    scales_last: ClassVar[bool] = False
     paper: ClassVar[str] = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    spellings: ClassVar[Mapping[str, Number | Switch]] = {}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {}
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[Pass[Any]]:
         """The reductions to run first, in order; each sees in `known` what the earlier ones found."""
         return ()
 
@@ -265,6 +100,63 @@ class Method(BaseModel, ABC):
     def rule(self, at: Place, known: Known) -> Rule | None:
         """The same as data, which the compiled library runs in one pass to the same bits; None where it has no such rule."""
         return None
+
+    @classmethod
+    def has_rule(cls) -> bool:
+        """Whether `rule` may give one, so that a merge can do without PyTorch."""
+        return cls.rule is not Method.rule
+
+    @property
+    def semantics(self) -> str:
+        """Whose formula it is: its field `compat` where it has one, "paper" else."""
+        return str(dict(self).get("compat", "paper"))
+
+    @property
+    def asks_for_tables(self) -> bool:
+        """Whether what it does to a tensor depends on which are tables of embeddings, as `Place.table` says."""
+        return False
+
+    def check(self, experts: Sequence[str]) -> None:
+        """Refuse parameters that do not go with these experts, before anything is read.
+
+        Raises:
+            ValueError: they do not; one sentence without the method's name.
+        """
+
+    def coefficients(self, experts: int) -> tuple[float, ...]:
+        """ct of a `linear` method: the merged change is Σt ct τt, or of space "parameters" the merged model Σt ct θt."""
+        raise AssertionError(f"{type(self).__name__} is not linear")
+
+    def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
+        """The merged change of low-rank experts as a low-rank product again, of a method with `core_space`.
+
+        Args:
+            parts: of every expert, rank 0 where it has none; at: of the matrix that they change; known: what the passes found.
+        """
+        raise AssertionError(f"{type(self).__name__} merges no factors")
+
+    def times(self, by: float) -> Method:
+        """The same method with its merged change times `by`, where `scales_last`."""
+        fields = dict(self)
+        return self.model_copy(update={"scale": fields["scale"] * by})
+
+
+def require_divisor(weights: Sequence[float], negative: bool = False) -> None:
+    """Refuse weights whose sum a mean cannot be divided by: none, but for what rounding left of 0, or (unless allowed) a negative one.
+
+    Raises:
+        ValueError: such weights.
+
+    Example:
+        >>> require_divisor((1.0, -1.0))
+        Traceback (most recent call last):
+        ...
+        ValueError: the weights add up to 0, and the average divides by that. Make it positive.
+    """
+    total = math.fsum(weights)
+    some = abs(total) > 1e-9 * math.fsum(map(abs, weights))
+    if not some or (total < 0 and not negative):
+        raise ValueError(f"the weights add up to {total:g}, and the average divides by that. Make it positive.")
 
 
 def column(value: PerExpert, x: Tensor) -> Tensor:
@@ -295,6 +187,13 @@ def weighted_sum(weights: PerExpert, x: Tensor, work: torch.dtype) -> Tensor:
     for weight, row in zip(by[done:], x[done:], strict=True):
         out.add_(row.to(work), alpha=weight)
     return out
+
+
+def summed_factors(weights: Sequence[float], parts: Sequence[Factors]) -> Factors:
+    """Σt wt Bt At as one product, exactly, in float64."""
+    from twinmerge.maths.lowrank import Factors, truncate_product
+
+    return truncate_product([Factors(part.b.double(), part.a.double()) for part in parts], weights)
 
 
 NEGATIVE_ZERO = -(1 << 31)  # the bits of -0.0: the least integer

@@ -27,13 +27,13 @@ class Seen(NamedTuple):
 class Fold(ABC):
     """A method that takes in one expert after the other. Deltas are float64 here, and so is the state.
 
-    keeps_sums: the state is a sum over the experts, so that the order has no meaning and an expert can be taken out again;
-    unremovable: else, why it cannot; scales_last: its `scale`, if it has one, multiplies the result and not each step.
+    keeps_sums: the state is a sum over the experts, so that the order has no meaning and an expert can be taken out again (`release`);
+    unremovable: else, why it cannot; all_at_once: parameters that only a merge of all experts at once can have otherwise than by default.
     """
 
     keeps_sums: ClassVar[bool] = False
-    scales_last: ClassVar[bool] = True
     unremovable: ClassVar[str] = ""
+    all_at_once: ClassVar[frozenset[str]] = frozenset({"weights", "calibration", "normalize"})
 
     def parts(self, at: Place) -> dict[str, tuple[int, ...]]:
         """The names and shapes of what is kept of a tensor."""
@@ -54,6 +54,10 @@ class Fold(ABC):
         Args:
             state: of this tensor, empty for the first expert; delta: τ, of the tensor's shape; at: which tensor.
         """
+
+    def release(self, state: State, delta: Tensor, at: Place) -> State:
+        """The state without an expert that was absorbed before, where it `keeps_sums`."""
+        raise AssertionError(f"{type(self).__name__} keeps no sums")
 
     @abstractmethod
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
@@ -80,7 +84,6 @@ class SumFold(Fold):
         return {key: state[key] + term for key, term in terms.items()} if state else terms
 
     def release(self, state: State, delta: Tensor, at: Place) -> State:
-        """The state without an expert that was absorbed before."""
         return {key: state[key] - term for key, term in self.terms(delta, at).items()}
 
 

@@ -183,7 +183,7 @@ class Marking(Method):
 
         return Ties(density=self.density, scope=self.scope, merge="sum", scale=1.0)
 
-    def passes(self) -> Sequence[Pass]:
+    def passes(self) -> Sequence[Pass[Any]]:
         return self.ties.passes() if self.vector == "ties" else ()
 
     def one_vector(self, tile: Tile, known: Known) -> Tensor:

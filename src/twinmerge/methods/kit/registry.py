@@ -1,25 +1,29 @@
-"""Methods by name: a file of `methods/`, or an entry point of the group `twinmerge.methods`."""
+"""Methods by name, as a class or as an object: a file of `methods/`, an entry point of `twinmerge.methods`, or a class of one's own."""
 
 from __future__ import annotations
 
-import inspect
 import math
+import sys
 import types
 import typing
-from collections.abc import Mapping
-from importlib import import_module, metadata
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from pydantic import ValidationError
 
-from twinmerge import methods
 from twinmerge.errors import TwinmergeError, nearest
-from twinmerge.methods.kit.base import Method, PerExpert, per_expert
+from twinmerge.methods.kit.base import Method, PerExpert
+from twinmerge.methods.kit.sound import check_class, check_object
+from twinmerge.plugins import Plugins
 
-GROUP = "twinmerge.methods"
 LARGEST = 1e30  # of a number that is multiplied with
-FILES = Path(methods.__file__).parent
+METHODS = Plugins[Method](
+    Method, "method", "twinmerge.methods", "twinmerge.methods", check_class, lambda: " See `twinmerge methods`."
+)
+
+MethodLike = str | type[Method] | Method
+"""A name from `twinmerge methods`, a class, or an object with its parameters."""
 
 
 def method_names() -> list[str]:
@@ -29,15 +33,14 @@ def method_names() -> list[str]:
         >>> "ties" in method_names()
         True
     """
-    own = _own()
-    return sorted(own) + sorted({e.name for e in metadata.entry_points(group=GROUP)} - own)
+    return METHODS.names()
 
 
-def method_class(name: str) -> type[Method]:
-    """The class of a method; only its own file is imported.
+def method_class(given: MethodLike) -> type[Method]:
+    """The class of a method; of a name only its own file is imported.
 
     Errors:
-        TwinmergeError: unknown name (with the nearest right one).
+        TwinmergeError: unknown name (with the nearest right one), or a class that lacks something.
 
     Example:
         >>> method_class("tie")
@@ -45,21 +48,122 @@ def method_class(name: str) -> type[Method]:
         ...
         twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
     """
-    if name not in _own():  # looking through what is installed takes longer than importing a method
-        entry = next((e for e in metadata.entry_points(group=GROUP) if e.name == name), None)
-        if entry is None:
-            raise TwinmergeError(f"Unknown method {name!r}.{nearest(name, method_names())} See `twinmerge methods`.")
-        loaded: type[Method] = entry.load()
-        return loaded
-    module = import_module(f"twinmerge.methods.{name}")
-    for _, found in inspect.getmembers(module, inspect.isclass):
-        if issubclass(found, Method) and found.__module__ == module.__name__ and not inspect.isabstract(found):
-            return found
-    raise TwinmergeError(f"The file of method {name!r} has no Method class. Reinstall twinmerge.")
+    if isinstance(given, str):
+        return _named(given) if is_own(given) else METHODS.find(given)
+    return METHODS.require(type(given) if isinstance(given, Method) else given, short_name(given))
 
 
-def _own() -> set[str]:
-    return {p.stem for p in FILES.glob("*.py")} - {"__init__"}
+def method_name(given: MethodLike) -> str:
+    """The name of a method in recipes and provenance: that of `twinmerge methods` where it has one, else "module:Class", or "<Class of
+    module>" where that leads to no class in another process, as for one that was defined in a notebook or a function.
+
+    Example:
+        >>> method_name("ties"), method_name(method_class("ties")(density=0.5))
+        ('ties', 'ties')
+        >>> class Mine(Method):
+        ...     def apply(self, tile, known):
+        ...         return tile.x[0]
+        >>> Mine.__module__ = "__main__"
+        >>> method_name(Mine)
+        '<Mine of __main__>'
+    """
+    if isinstance(given, str):
+        return given
+    cls = method_class(given)
+    folder, _, name = cls.__module__.rpartition(".")
+    own = METHODS.files()
+    if folder == METHODS.package and name in own and METHODS.find(name) is cls:
+        return name
+    place = f"{cls.__module__}:{cls.__qualname__}"
+    if (entry := next((e for e in METHODS.offered() if e.value == place and e.name not in own), None)) is not None:
+        return entry.name
+    found = None if cls.__module__ == "__main__" else _at(place)
+    return place if found is cls else f"<{cls.__qualname__} of {cls.__module__}>"
+
+
+def short_name(given: object) -> str:
+    """What messages call a method.
+
+    Example:
+        >>> short_name("ties"), short_name("package.module:Halfway")
+        ('ties', 'Halfway')
+    """
+    if isinstance(given, str):
+        return given.rpartition(":")[2]
+    cls = type(given) if isinstance(given, Method) else given
+    return getattr(cls, "__name__", repr(cls))
+
+
+def given_to(given: MethodLike) -> dict[str, Any]:
+    """The parameters that an object was made with.
+
+    Example:
+        >>> given_to(method_class("ties")(density=0.5)), given_to("ties")
+        ({'density': 0.5}, {})
+    """
+    if not isinstance(given, Method):
+        return {}
+    return {name: value for name, value in given if name in given.model_fields_set}
+
+
+def said_otherwise(word: str, says: Callable[[type[Method]], bool]) -> str | None:
+    """The name of the method whose class says that a word stands for it, or None.
+
+    The file of that name is asked first, then those that have the word in quotes, then other packages, so that PyTorch is not imported
+    for a name that needs none.
+
+    Example:
+        >>> said_otherwise("linear", lambda method: "linear" in method.aliases)
+        'average'
+    """
+    first = [word] if word in METHODS.files() else []
+    for name in chain(first, METHODS.mentioned(word)):
+        try:
+            if says(METHODS.find(name)):
+                return name
+        except TwinmergeError:  # of another package: whoever names it is told
+            continue
+    return None
+
+
+def is_own(name: str) -> bool:
+    """Whether a name, as `method_name` gives it, is that of a class which no folder and no entry point has.
+
+    Example:
+        >>> is_own("ties"), is_own("package.module:Halfway")
+        (False, True)
+    """
+    return ":" in name or name.startswith("<")
+
+
+def _named(name: str) -> type[Method]:
+    """The class of "module:Class". Nothing is imported for a name, which may stand in a stranger's recipe."""
+    if name.startswith("<"):
+        raise TwinmergeError(
+            f"The method {name} was a class that no name leads to, since it was defined in a notebook, a script or a function. Put it in a "
+            "module of its own, and give the class instead: merge(Class, …)."
+        )
+    module, _, cls = name.partition(":")
+    if module not in sys.modules:
+        raise TwinmergeError(
+            f"The method {name!r:.80} is a class of the module {module!r:.80}, and no module is imported because a recipe names it. Import it "
+            "first, or let its package offer the class as an entry point of twinmerge.methods."
+        )
+    found = _at(name)
+    if found is None:
+        raise TwinmergeError(
+            f"The module {module!r} has no class {cls!r:.80}. Take the release that the recipe was made with."
+        )
+    return METHODS.require(found, short_name(name))
+
+
+def _at(place: str) -> object | None:
+    """What is at "module:name.name" of the modules that are imported."""
+    module, _, path = place.partition(":")
+    found: object | None = sys.modules.get(module)
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def is_per_expert(cls: type[Method], parameter: str) -> bool:
@@ -70,11 +174,11 @@ def is_per_expert(cls: type[Method], parameter: str) -> bool:
     )
 
 
-def make_method(name: str, experts: tuple[str, ...], parameters: Mapping[str, Any]) -> Method:
+def make_method(given: MethodLike, experts: tuple[str, ...], parameters: Mapping[str, Any]) -> Method:
     """A method with its parameters checked.
 
     Args:
-        name: of the method.
+        given: a name, a class, or an object, whose own parameters are those that it was made with.
         experts: names, in the order of the stack.
         parameters: field -> value; `expert.field` sets the field for one expert.
 
@@ -86,7 +190,8 @@ def make_method(name: str, experts: tuple[str, ...], parameters: Mapping[str, An
         >>> make_method("ties", ("a", "b"), {"density": 0.2, "b.density": 0.5}).density
         (0.2, 0.5)
     """
-    cls = method_class(name)
+    cls, name = method_class(given), short_name(given)
+    parameters = {**given_to(given), **parameters}
     fields = cls.model_fields
     values: dict[str, Any] = {}
     single: dict[str, dict[str, Any]] = {}
@@ -125,11 +230,15 @@ def make_method(name: str, experts: tuple[str, ...], parameters: Mapping[str, An
         if not first["loc"]:  # of several fields together
             raise TwinmergeError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error
         field = str(first["loc"][0])
+        if first["type"] == "missing":
+            raise TwinmergeError(f"{name} needs a {field}, which has no default. Give one.") from error
         raise TwinmergeError(
             f"{name}: {field}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge methods {name}`."
         ) from error
     _check_sizes(name, method)
-    _check_count(name, cls, method, len(experts))
+    _check_count(name, cls, method, experts)
+    if cls.__module__.rpartition(".")[0] != METHODS.package:  # the tests look at our own
+        check_object(method, name)
     return method
 
 
@@ -160,7 +269,8 @@ def _check_sizes(name: str, method: Method) -> None:
                 )
 
 
-def _check_count(name: str, cls: type[Method], method: Method, count: int) -> None:
+def _check_count(name: str, cls: type[Method], method: Method, experts: tuple[str, ...]) -> None:
+    count = len(experts)
     if count < cls.experts_min or (cls.experts_max is not None and count > cls.experts_max):
         wanted = f"exactly {cls.experts_min}" if cls.experts_min == cls.experts_max else f"at least {cls.experts_min}"
         raise TwinmergeError(f"{name} merges {wanted} experts, got {count}. Name them with --expert name=path.")
@@ -170,17 +280,15 @@ def _check_count(name: str, cls: type[Method], method: Method, count: int) -> No
             raise TwinmergeError(
                 f"{name}: {len(value)} values of {field} for {count} experts. Give one per expert, or one for all."
             )
-    weights = per_expert(getattr(method, "weights", 1.0), count)
-    if cls.space == "parameters" and getattr(method, "normalize", True):
-        total = math.fsum(weights)
-        some = abs(total) > 1e-9 * math.fsum(map(abs, weights))  # less is what rounding left of 0
-        if not some or (total < 0 and getattr(method, "compat", "paper") == "paper"):
-            raise TwinmergeError(
-                f"{name}: the weights add up to {total:g}, and the average divides by that. Make it positive."
-            )
+    try:
+        method.check(experts)
+    except TwinmergeError:
+        raise
+    except ValueError as error:
+        raise TwinmergeError(f"{name}: {error}") from error
 
 
-def require_model(method: str) -> None:
+def require_model(method: MethodLike) -> None:
     """Refuse a method that gives masks where one model is wanted.
 
     Errors:
@@ -190,6 +298,7 @@ def require_model(method: str) -> None:
         >>> require_model("ties")
     """
     if method_class(method).outputs != "model":
+        name = short_name(method)
         raise TwinmergeError(
-            f"{method} makes a mask for each expert, and no one model of them. Use `twinmerge compress --method {method}`."
+            f"{name} makes a mask for each expert, and no one model of them. Use `twinmerge compress --method {name}`."
         )

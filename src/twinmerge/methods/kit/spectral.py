@@ -29,10 +29,11 @@ from twinmerge.methods.kit.base import (
     moved,
     per_expert,
     scale_field,
+    summed_factors,
     weighted_sum,
     weights_field,
 )
-from twinmerge.methods.kit.tall import COEFFICIENTS, is_tall
+from twinmerge.methods.kit.tall import Coefficients, is_tall
 
 Rest = Literal["mean", "sum", "base"]
 Weights = tuple[float, ...]
@@ -58,6 +59,11 @@ def is_listed(at: Place, patterns: str) -> bool:
     return any(at.table if pattern == TABLES else fnmatchcase(at.name, pattern) for pattern in patterns.split())
 
 
+def names_tables(patterns: str) -> bool:
+    """Whether the patterns ask which tensors are tables of embeddings."""
+    return TABLES in patterns.split()
+
+
 class Spectral(Method):
     """Matrices: θ = θ0 + λ f(w1 τ1, …, wT τT), f being the subclass's `combine`; all other tensors by `rest`.
 
@@ -67,10 +73,12 @@ class Spectral(Method):
     a decomposition of a matrix of the model's size. Numerical ranks there are float32's too, to which factors are
     rounded as deltas are: experts that share a direction but for rounding must not be given one each.
 
-    Tables of words and other tall matrices come in blocks of rows where the subclass has passes that find their `COEFFICIENTS`.
+    Tables of words and other tall matrices come in blocks of rows where the subclass has passes that find their `Coefficients`.
     """
 
     grain = "matrix"
+    core_space = True
+    scales_last = True
     sided: ClassVar[bool] = False
     """Whether the formula does another thing to the outputs, m, than to the inputs, n."""
 
@@ -83,6 +91,10 @@ class Spectral(Method):
     calibration: float = Field(
         default=0.0, ge=0, description="least projection α of singular value calibration; 0: none"
     )
+
+    @property
+    def asks_for_tables(self) -> bool:
+        return names_tables(self.elementwise)
 
     def grain_of(self, at: Place) -> Grain:
         if not self.decomposes(at):
@@ -105,8 +117,8 @@ class Spectral(Method):
             change = self.merge_factors(tile.factors, tile.at, known).dense()
             return moved(tile, change.reshape(tile.require_base().shape), 1.0)
         weights = per_expert(self.weights, len(tile.x))
-        if COEFFICIENTS in known:
-            change = product(tile.x.flatten(2), weights, known[COEFFICIENTS], tile.work)
+        if (coefficients := known.maybe(Coefficients)) is not None:
+            change = product(tile.x.flatten(2), weights, coefficients, tile.work)
             return moved(tile, change.reshape(tile.x[0].shape), self.scale)
         deltas = self.matrices(tile)
         merged = self.calibrated(self.combine(deltas, weights, tile.at), deltas, weights, tile.at)
@@ -130,11 +142,10 @@ class Spectral(Method):
         return [Factors(part.a.mT, part.b.mT) for part in parts] if self.turns(at) else parts
 
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
-        """λ f(w1 B1 A1, …) of low-rank experts, as a low-rank product again.
-
-        Args:
-            parts: of every expert, rank 0 where it has none; at: of the matrix that they change; known: what the passes found.
-        """
+        """λ f(w1 B1 A1, …); of what is treated like vectors, the sum."""
+        if not self.decomposes(at):
+            share = self.scale * share_of(self.rest, len(parts))
+            return summed_factors([w * share for w in per_expert(self.weights, len(parts))], parts)
         space, weights = CoreSpace.of(self.sides(parts, at)), per_expert(self.weights, len(parts))
         merged = self.calibrated(self.combine(space.cores, weights, at), space.cores, weights, at)
         return self.sides([space.factors(merged.double() * self.scale)], at)[0]

@@ -11,14 +11,13 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.kit.base import Known, Partial, Pass, PerExpert, Place, Tile, per_expert
+from twinmerge.methods.kit.base import Known, Partial, Pass, PerExpert, Place, T_co, Tile, per_expert
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RATIO = 4  # rows for each column from which on the Gram matrices under way are smaller than the matrix itself
 LEAST = 1 << 23  # elements: smaller ones are quick in one piece
-COEFFICIENTS = "coefficients"
 
 
 def is_tall(at: Place) -> bool:
@@ -40,7 +39,7 @@ class Weighted(Protocol):
         """One number for all, or one for each expert."""
 
 
-class RowPass(Pass):
+class RowPass(Pass[T_co]):
     """Sums of float64 matrices over the blocks of rows of one tensor, which are added up in the blocks' order."""
 
     scope = "tensor"
@@ -59,6 +58,12 @@ class RowPass(Pass):
     @abstractmethod
     def sums(self, deltas: Tensor, known: Known) -> Partial:
         """What the rows (experts, rows, n) of the deltas add, which are not weighted."""
+
+
+class Coefficients(RowPass["Tensor"]):
+    """Ct of every expert with its weight, (experts, n, n), or one C for all, (n, n), in float64: the last pass of its method."""
+
+    name = "coefficients"
 
 
 def gram_of(x: Tensor) -> Partial:

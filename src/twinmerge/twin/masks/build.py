@@ -262,7 +262,7 @@ def _header(merge: Merge, changed: Sequence[str]) -> dict[str, Any]:
     if "threshold" in fields:
         fields["thresholds"] = fields.pop("threshold")
     lengths = {canonical[name]: math.prod(shapes[name]) for name in changed}
-    return {"method": merge.recipe.method, "lengths": lengths, **fields}
+    return {"method": merge.recipe.method_name, "lengths": lengths, **fields}
 
 
 def _mask_specs(merge: Merge, changed: Sequence[str]) -> dict[str, Spec]:

@@ -5,27 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from twinmerge.errors import TwinmergeError
 from twinmerge.plugins import Plugins
 from twinmerge.twin.routers.kit.base import Router, lacks
 
-_ROUTERS = Plugins(
+
+def _check(cls: type[Router], name: str) -> None:
+    """Refuse a class that lacks what its kind of router needs."""
+    if missing := list(lacks(cls)):
+        raise TwinmergeError(f"{name} is no router yet: {cls.__name__} lacks {', '.join(missing)}. Add it.")
+
+
+ROUTERS = Plugins[Router](
+    Router,
     "router",
-    Router,  # type: ignore[type-abstract]
     "twinmerge.twin.routers",
     "twinmerge.routers",
-    "`twinmerge twin routers`",
-    lacks,
+    _check,
+    lambda: f" Choose from {', '.join(router_names())}; see `twinmerge twin routers`.",
 )
 
 
 def router_names() -> list[str]:
     """All routers, the built-in ones by their files, then those of installed packages."""
-    return _ROUTERS.names()
+    return ROUTERS.names()
 
 
 def is_router(name: object) -> bool:
     """Whether there is a router of that name."""
-    return name in _ROUTERS
+    return name in ROUTERS.names()
 
 
 def router_class(name: str) -> type[Router]:
@@ -40,7 +48,7 @@ def router_class(name: str) -> type[Router]:
         ...
         twinmerge.errors.TwinmergeError: Unknown router 'gausian'. Did you mean 'gaussian'? ...
     """
-    return _ROUTERS.find(name)
+    return ROUTERS.find(name)
 
 
 def make_router(name: str, options: Mapping[str, Any] | None = None) -> Router:

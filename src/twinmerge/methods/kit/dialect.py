@@ -1,0 +1,55 @@
+"""How recipes of mergekit, and other names in our own, say a method: data that stands beside the method it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Number:
+    """A parameter that is a number. field: its name here; default: mergekit's, None where it must be given."""
+
+    field: str
+    default: float | None = None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A parameter that is true or false. field: its name here, None where false changes nothing; on, off: its values here;
+    default: mergekit's; refused: what is said where it is true and no method here does that."""
+
+    field: str | None
+    on: Any = True
+    off: Any = False
+    default: bool = False
+    refused: str = ""
+
+    def of(self, on: bool) -> Any:
+        """The value here."""
+        return self.on if on else self.off
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How mergekit says a method.
+
+    own: parameters that each model may have, by mergekit's names; shared: those that all models share; fixed: parameters here that the
+    method of mergekit has always so; idle: parameters that it has and that change nothing; refuse: number of models, and whether there is
+    a base_model -> why mergekit takes no such recipe, or None.
+
+    Example:
+        >>> Dialect(own={"weight": Number("weights")}, shared={"lambda": Number("scale", 1.0)}).shared["lambda"].field
+        'scale'
+    """
+
+    own: Mapping[str, Number] = field(default_factory=dict)
+    shared: Mapping[str, Number | Switch] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset({"int8_mask"})
+    refuse: Callable[[int, bool], str | None] = lambda count, based: None
+
+
+SPELLINGS: Mapping[str, Number | Switch] = {"weight": Number("weights"), "lambda": Number("scale")}
+"""Other names that recipes of ours may have for parameters of any method."""

@@ -1,0 +1,119 @@
+"""What a class of a method must have: what is missing, or unknown, is named when the method is first used."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.methods.kit.base import Grain, Law, Method, Need, Outputs, Pass, Scope, Space
+
+ONE_OF = {"space": get_args(Space), "grain": get_args(Grain), "outputs": get_args(Outputs)}
+SOME_OF = {"laws": get_args(Law), "needs": get_args(Need)}
+ABLE = {"linear": "coefficients", "core_space": "merge_factors"}
+"""What a class says it can -> the function that does it."""
+
+
+def check_class(cls: type[Method], name: str) -> None:
+    """Refuse a class that lacks what a method needs.
+
+    Raises:
+        TwinmergeError: it does; the message says what to change.
+
+    Example:
+        >>> class Odd(Method):
+        ...     space = "delta"
+        ...     def apply(self, tile, known):
+        ...         return tile.x[0]
+        >>> check_class(Odd, "Odd")
+        Traceback (most recent call last):
+        ...
+        twinmerge.errors.TwinmergeError: Odd: space is 'delta'. Did you mean 'deltas'? Choose from deltas, parameters.
+    """
+    for attribute, known in ONE_OF.items():
+        _known(getattr(cls, attribute), attribute, known, name)
+    for attribute, known in SOME_OF.items():
+        values = getattr(cls, attribute)
+        if isinstance(values, str) or not isinstance(values, (frozenset, set, tuple, list)):
+            raise TwinmergeError(
+                f"{name}: {attribute} is {values!r:.80}, which is no list of names. Write {attribute} = ({known[0]!r},)."
+            )
+        for value in values:
+            _known(value, attribute, known, name)
+    if len(cls.needs) > 1:
+        raise TwinmergeError(f"{name}: needs is {cls.needs!r}. A method reads one kind of statistics; name one.")
+    _check_counts(cls, name)
+    for attribute, function in ABLE.items():
+        if getattr(cls, attribute) and getattr(cls, function) is getattr(Method, function):
+            raise TwinmergeError(
+                f"{name} says that it is {attribute}, and has no {function}. Define it, or leave {attribute} out."
+            )
+    if cls.scales_last and "scale" not in cls.model_fields:
+        raise TwinmergeError(
+            f"{name} says that it scales last, and has no field scale. Add one, or leave scales_last out."
+        )
+    if cls.mergekit and "compat" not in cls.model_fields:
+        raise TwinmergeError(
+            f"{name} says how mergekit has it, and has no field compat. Add one that allows 'mergekit'."
+        )
+    if cls.outputs == "masks" and not hasattr(cls, "vector_and_masks"):
+        raise TwinmergeError(f"{name} makes masks. Derive it from MaskMethod, which is in twinmerge.methods.kit.masks.")
+    try:
+        inspect.signature(cls.apply).bind(None, None, None)
+    except TypeError as error:
+        raise TwinmergeError(f"{name}: apply takes other arguments. Write def apply(self, tile, known).") from error
+
+
+def check_object(method: Method, name: str) -> None:
+    """The same of what a method is with its parameters: its passes, and values that a recipe can hold.
+
+    Raises:
+        TwinmergeError: passes that are none or have one name, or a parameter that is no plain value.
+    """
+    for field, value in method.model_dump().items():
+        if not _is_plain(value):
+            raise TwinmergeError(
+                f"{name}: {field} is {value!r:.80}, which a recipe cannot hold. Let it be a number, a text, or a list of them."
+            )
+    passes = method.passes()
+    if isinstance(passes, Pass) or not isinstance(passes, Sequence):
+        raise TwinmergeError(
+            f"{name}: passes gives {passes!r:.80}, which is no list of them. Return a list, empty for none."
+        )
+    seen: set[str] = set()
+    for step in passes:
+        kind = type(step).__name__
+        if not isinstance(step, Pass):
+            raise TwinmergeError(
+                f"{name}: {step!r:.80} among its passes is none. Derive it from twinmerge.methods.Pass."
+            )
+        own = getattr(step, "name", None)
+        if not isinstance(own, str) or not own:
+            raise TwinmergeError(f'{name}: its pass {kind} has no name. Write name = "…" in the class.')
+        if own in seen:
+            raise TwinmergeError(f"{name}: two of its passes are named {own!r}. Give each a name of its own.")
+        seen.add(own)
+        _known(getattr(step, "scope", None), "scope", get_args(Scope), f"{name}: its pass {kind}")
+
+
+def _known(value: object, attribute: str, known: Sequence[str], name: str) -> None:
+    if value not in known:
+        raise TwinmergeError(
+            f"{name}: {attribute} is {value!r:.80}.{nearest(str(value), known)} Choose from {', '.join(known)}."
+        )
+
+
+def _check_counts(cls: type[Method], name: str) -> None:
+    least, most = cls.experts_min, cls.experts_max
+    if type(least) is not int or least < 1 or not (most is None or (type(most) is int and most >= least)):
+        raise TwinmergeError(
+            f"{name}: it merges at least {least!r:.40} and at most {most!r:.40} experts. Give experts_min from 1 on, and experts_max from there "
+            "on or None."
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, bool, int, float))

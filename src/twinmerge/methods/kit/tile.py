@@ -1,0 +1,166 @@
+"""What a method sees of one output tensor: where a tile lies, and the tile itself, a stack over the experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from twinmerge.maths.fused import Values
+
+if TYPE_CHECKING:  # the compiled library does without torch, whose import takes longer than many a merge
+    import torch
+    from torch import Tensor
+
+    from twinmerge.maths.lowrank import Factors
+
+Grain = Literal["element", "rows", "matrix"]
+"""Which tiles of a tensor a method can work on: any, whole rows, the tensor in one piece."""
+
+TABLES = "tables"
+"""Among the patterns of `elementwise`: all that is looked up and multiplies nothing, as the model's class says."""
+
+
+class Place(NamedTuple):
+    """Where a tile lies.
+
+    name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
+    element; experts: names in the order of the stack; turned: the matrix is stored (in, out), as GPT-2's Conv1D does, and not as
+    Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as `OpenedModel.table` says;
+    stack: it holds matrices along its first axis, as `OpenedModel.stacked` says.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    experts: tuple[str, ...] = ()
+    turned: bool = False
+    table: bool = False
+    stack: bool = False
+
+    @property
+    def parts(self) -> list[Place]:
+        """Where each of a stack's matrices lies; the tensor itself where it is no stack."""
+        if not self.stack:
+            return [self]
+        shape = self.shape[1:]
+        return [self._replace(shape=shape, offset=i * math.prod(shape), stack=False) for i in range(self.shape[0])]
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for tensors that act as a matrix (convolution kernels as (out, rest)) with both sides above 1, or are a stack of such."""
+        shape = self.shape[1:] if self.stack else self.shape
+        return len(shape) >= 2 and shape[0] > 1 and math.prod(shape[1:]) > 1
+
+
+_Made = tuple["Tensor", "Tensor | None", "torch.dtype"]
+
+
+class Stored(NamedTuple):
+    """A tile as it lies in the files, for the compiled library. base: None where the method needs none; fisher: of each
+    expert, empty where the method needs none."""
+
+    base: Values | None
+    experts: tuple[Values, ...]
+    fisher: tuple[Values, ...] = ()
+
+
+class Gram(NamedTuple):
+    """What was measured of the inputs x of one matrix: second: E[x xᵀ] over tokens, (in, in) or, block-diagonal,
+    (blocks, size, size), the last one padded with zeros, float64; turned: the matrix is stored (in, out)."""
+
+    second: Tensor
+    turned: bool = False
+
+
+class Tile:
+    """One tile of one output tensor; methods read it and leave it as it is.
+
+    Args:
+        x: (experts, *tile) float32: deltas or parameters, as the method's `space` says.
+        base: (*tile) float32 or None.
+        at: where it lies.
+        work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least: float32 for
+            checkpoints of 16 bits, else float64 (None).
+        fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over `examples`.
+        grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was measured.
+        factors: of every expert's delta where all are low-rank adapters of this base, rank 0 where one does not change the
+            tensor; else None.
+        examples: how many each expert's `fisher` is summed over, which is not the same for all; 1 each where none are given.
+
+    Attributes:
+        stored: the tile as it lies in the files, where the compiled library may work on it.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        base: Tensor | None,
+        at: Place,
+        work: torch.dtype | None = None,
+        fisher: Tensor | None = None,
+        grams: Sequence[Callable[[], Gram | None]] = (),
+        factors: Sequence[Factors] | None = None,
+        examples: Sequence[int] = (),
+    ) -> None:
+        self.at, self.grams, self.factors = at, grams, factors
+        self.examples = tuple(examples) or (1,) * len(x)
+        self.stored: Stored | None = None
+        self._make: Callable[[], _Made] = lambda: (x, base, work or x.double().dtype)
+        self._make_fisher: Callable[[], Tensor | None] = lambda: fisher
+
+    @classmethod
+    def of(
+        cls,
+        make: Callable[[], _Made],
+        at: Place,
+        stored: Stored | None,
+        fisher: Callable[[], Tensor | None] = lambda: None,
+        grams: Sequence[Callable[[], Gram | None]] = (),
+        factors: Sequence[Factors] | None = None,
+        examples: Sequence[int] = (),
+    ) -> Tile:
+        """A tile whose x, base, work and Fisher are made when they are first asked for."""
+        tile = cls.__new__(cls)
+        tile.at, tile.stored, tile._make, tile._make_fisher = at, stored, make, fisher
+        tile.grams, tile.factors = grams, factors
+        tile.examples = tuple(examples) or (1,) * len(at.experts)
+        return tile
+
+    @cached_property
+    def _made(self) -> _Made:
+        return self._make()
+
+    @property
+    def x(self) -> Tensor:
+        return self._made[0]
+
+    @property
+    def base(self) -> Tensor | None:
+        return self._made[1]
+
+    @property
+    def work(self) -> torch.dtype:
+        return self._made[2]
+
+    @cached_property
+    def fisher(self) -> Tensor:
+        """(experts, *tile) float32, for methods that need it: sums over `examples`."""
+        made = self._make_fisher()
+        if made is None:
+            raise AssertionError("the engine gives every method the statistics that it needs")
+        return made
+
+    @property
+    def parts(self) -> list[Tile]:
+        """The matrices of a stack, which is in one piece."""
+        base = self.base
+        places = enumerate(self.at.parts)
+        return [Tile(self.x[:, i], None if base is None else base[i], at, self.work) for i, at in places]
+
+    def require_base(self) -> Tensor:
+        """The base's tile, for methods whose formula needs it."""
+        if self.base is None:
+            raise AssertionError("the engine gives every method that works on deltas its base")
+        return self.base
