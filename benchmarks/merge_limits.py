@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,10 +20,9 @@ from typing import NamedTuple
 
 import torch
 
+from kit.process import TWINMERGE, measured
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import Spec
-
-TWINMERGE = [sys.executable, "-c", "from twinmerge.cli import main; main()"]
 
 
 class Ran(NamedTuple):
@@ -35,28 +32,14 @@ class Ran(NamedTuple):
     peak: int
 
 
-def run(command: list[str]) -> Ran:
-    """One process from start to end."""
-    log = Path(tempfile.gettempdir()) / f"merge_limits-{os.getpid()}.log"
-    peer = str(Path(__file__).with_name("merge_speed_peer.py"))
-    # a bare interpreter in between: a process inherits the peak memory of the one that starts it
-    measured = subprocess.run([sys.executable, "-I", "-S", peer, "measure", str(log), *command], capture_output=True)
-    found = json.loads(measured.stdout.strip().split("\n")[-1])
-    said = log.read_text()
-    log.unlink()
-    if found["code"]:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
-    return Ran(found["wall_s"], found["peak_bytes"])
-
-
 def median(command: list[str], repeats: int, out: Path | None = None) -> Ran:
     """Medians over repeats; `out` is removed before each."""
     found = []
     for _ in range(repeats):
         if out is not None:
             shutil.rmtree(out, ignore_errors=True)
-        found.append(run(command))
-    return Ran(statistics.median(r.seconds for r in found), int(statistics.median(r.peak for r in found)))
+        found.append(measured(command))
+    return Ran(statistics.median(r["wall_s"] for r in found), int(statistics.median(r["peak_bytes"] for r in found)))
 
 
 def make(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int, shard_bytes: int = 5 * 10**9) -> None:

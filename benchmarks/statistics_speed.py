@@ -15,9 +15,7 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -25,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge_limits import TWINMERGE
-from merge_speed import Family, make_family, touch_free_memory, warm
 
+from kit.cache import touch_free_memory, warm
+from kit.family import Family, make_family
+from kit.process import TWINMERGE, measured
 from twinmerge.models.opened import open_model
 from twinmerge.statistics.file import save_statistics
 
 CHUNK = 1 << 20
-PEER = str(Path(__file__).with_name("merge_speed_peer.py"))
 
 
 def fishers(family: Family) -> list[Path]:
@@ -73,18 +71,6 @@ def copy(threads: int, out: Path, size: int, files: Sequence[str]) -> dict[str, 
     copied = time.perf_counter() - start
     os.fsync(target)
     return {"copy_s": copied, "synced_s": time.perf_counter() - start}
-
-
-def measured(command: Sequence[str]) -> dict[str, Any]:
-    """One process from start to end (see merge_speed_peer.py)."""
-    with tempfile.NamedTemporaryFile() as log:
-        line = [sys.executable, "-I", "-S", PEER, "measure", log.name, *command]
-        found: dict[str, Any] = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
-        said = Path(log.name).read_text(errors="replace")
-    if found["code"]:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
-    lines = [text for text in said.split("\n") if text.startswith("{")]
-    return found | (json.loads(lines[-1]) if lines else {})
 
 
 def cases(family: Family, out: Path) -> dict[str, tuple[list[str], list[Path], int]]:
@@ -129,7 +115,7 @@ def main() -> None:
                 for line in (floor, command):
                     shutil.rmtree(out, ignore_errors=True)
                     copied.unlink(missing_ok=True)
-                    warm(iter(files))
+                    warm(files)
                     os.sync()
                     touch_free_memory()
                     pair.append(measured(line))

@@ -1,4 +1,4 @@
-"""The `report` step of merge_methods.py: a table and a picture of what `score` found."""
+"""The `report` step: a table and two pictures of what `score` found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `score` half of text_suite.py: base, experts, static methods and Twin-Merging on one suite, through `evaluate`."""
+"""The `score` step: base, experts, static methods and Twin-Merging on one suite, through `evaluate`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 import twinmerge as tm
+from kit.texts import experts_on_their_own
+from text_suite_parts.report import pictures, table
 from twinmerge.study.evaluate import evaluate, open_runner
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.suite import open_suite
@@ -45,7 +47,7 @@ def score(
     experts = {name: str(experts_dir / name) for name in names}
     print("experts", flush=True)
     reference = {
-        split: _experts(experts, suite, split, limit)
+        split: experts_on_their_own(experts, suite, split, limit)
         for split, limit in (("validation", VALIDATION_ROWS), ("test", None))
     }
     rows: list[dict[str, Any]] = []
@@ -105,16 +107,6 @@ class Tally:
                 f"  {method:28s} {setting:24s} {interval.value:6.2f} [{interval.low:.2f}, {interval.high:.2f}]",
                 flush=True,
             )
-
-
-def _experts(experts: dict[str, str], suite: Any, split: str, limit: int | None) -> Evaluation:
-    """Every expert on its own task, as one evaluation."""
-    predictions, seconds = {}, 0.0
-    for name, folder in experts.items():
-        found = evaluate(folder, {name: suite[name]}, split, limit)[0]
-        predictions |= found.predictions
-        seconds += found.seconds
-    return Evaluation.of(predictions, "task given", seconds=seconds)
 
 
 def _merged(
@@ -246,75 +238,3 @@ def _write(
     pictures(data, out)
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"{seconds:.0f} s; scores.json, table.md and pictures are in {out}")
-
-
-def table(data: dict[str, Any]) -> str:
-    """Markdown: a line per method, the settings side by side, each with its 95 % interval."""
-    settings = ["task given", "head given", "nothing given, strict", "nothing given, lenient"]
-    by_method: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in data["rows"]:
-        by_method.setdefault(row["method"], {})[row["setting"]] = row
-    lines = [
-        "| method | " + " | ".join(settings) + " | bytes extra | build s | s per 1,000 |",
-        "| --- |" + " ---: |" * (len(settings) + 3),
-    ]
-    for method, found in by_method.items():
-        cells = []
-        for setting in settings:
-            r = found.get(setting)
-            cells.append(f"{r['normalised']:.1f} [{r['interval'][0]:.1f}, {r['interval'][1]:.1f}]" if r else "–")
-        last = list(found.values())[-1]
-        parameters = ", ".join(f"{k} {v}" for k, v in (last.get("parameters") or {}).items())
-        label = method + (f" ({parameters})" if parameters else "")
-        lines.append(
-            f"| {label} | {' | '.join(cells)} | {last['bytes_extra'] / 1e6:.1f} MB | {last['seconds_build']:.0f} | {last['seconds_per_1000']:.1f} |"
-        )
-    experts = ", ".join(f"{task} {100 * value:.1f}" for task, value in data["experts"].items())
-    return "\n".join(lines) + f"\n\nExperts, accuracy on the full test splits: {experts}.\n"
-
-
-def pictures(data: dict[str, Any], out: Path) -> None:
-    """ladder.png: score over rank for both shared parts; methods.png: bars of every method, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"task given": "#1b6ca8", "head given": "#2a9d8f", "nothing given, strict": "#e76f51"}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, shared in zip(axes, ("task_arithmetic", "tsv"), strict=True):
-        for setting, colour in colours.items():
-            rows = [r for r in data["rows"] if r.get("shared") == shared and r["setting"] == setting]
-            x, y = [r["rank"] for r in rows], [r["normalised"] for r in rows]
-            axis.plot(x, y, marker="o", color=colour, label=setting)
-            axis.fill_between(
-                x, [r["interval"][0] for r in rows], [r["interval"][1] for r in rows], color=colour, alpha=0.15, lw=0
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(list(RANKS), [str(r) for r in RANKS])
-        axis.set_title(f"shared part: {shared}")
-        axis.set_xlabel("rank of the exclusive parts")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("per cent of the experts")
-    axes[1].legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(out / "ladder.png", dpi=130)
-    plt.close(figure)
-
-    rows = [r for r in data["rows"] if r["setting"] == "head given"]
-    figure, axis = plt.subplots(figsize=(8, 0.38 * len(rows) + 1))
-    for i, row in enumerate(reversed(rows)):
-        value, (low, high) = row["normalised"], row["interval"]
-        axis.barh(
-            i, value, color="#2a9d8f" if "twin" in row["method"] else "#5f6c7b", xerr=[[value - low], [high - value]]
-        )
-        axis.text(value / 2, i, f"{value:.1f}", va="center", ha="center", color="white", fontsize=8)
-    axis.set_yticks(range(len(rows)), [r["method"] for r in reversed(rows)], fontsize=8)
-    axis.axvline(100, color="black", lw=0.8)
-    axis.text(100.5, len(rows) - 0.5, "the experts", fontsize=8, va="bottom")
-    axis.set_xlim(0, 118)
-    axis.set_xlabel("per cent of the experts, head given")
-    axis.set_title("One model for all tasks, with 95 % intervals")
-    figure.tight_layout()
-    figure.savefig(out / "methods.png", dpi=130)
-    plt.close(figure)
