@@ -11,16 +11,16 @@ and the picture.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from continual_parts.report import report
 from continual_parts.study import Study
+from kit.command import command_line
 from kit.texts import default_base
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("step", choices=["score", "report"])
     parser.add_argument("--suite", type=Path)
     parser.add_argument("--experts", type=Path)

@@ -11,17 +11,17 @@ and RECIPE in `generative_suite_parts/train.py`, nothing tuned for a kind) and s
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from generative_suite_parts.train import train_all
+from kit.command import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("step", choices=["train", "score"])
     parser.add_argument("--corpus", type=Path, required=True, help="folder with tinyshakespeare.txt")
     parser.add_argument("--text", type=Path, required=True, help="folder with agnews, emotion and sst2")

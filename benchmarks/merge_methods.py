@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kit.command import command_line
 from kit.texts import default_base
 from merge_methods_parts.comparison import COUNTS, VALIDATION_ROWS, Comparison
 
@@ -55,7 +56,7 @@ def rows_of(out: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("step", choices=["measure", "score", "report"])
     parser.add_argument("--suite", type=Path)
     parser.add_argument("--experts", type=Path)

@@ -15,7 +15,6 @@ Writes merge_speed.json (every run), merge_speed.md and merge_speed.png to `--ou
 
 from __future__ import annotations
 
-import argparse
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from kit.command import command_line
 from kit.family import SEED, make_family
 from kit.machine import machine
 from merge_speed_parts.mergekit import mergekit_yaml, peer_versions
@@ -36,7 +36,7 @@ CURVE_PAIRS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="families and mergekit's environment, kept")
     parser.add_argument("--out", type=Path, required=True, help="where the results go")
     parser.add_argument("--parameters", type=float, default=0.85e9, help="of the family of the table")

@@ -17,7 +17,6 @@ Prints tables; medians of the repeats. Needs 1.7 GB (factorise) and 9 GB (state)
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kit.command import command_line
 from kit.family import Family
 from kit.machine import libraries, machine
 from spectral_speed_parts.alone import alone
@@ -63,7 +63,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in ("alone", "phases", "shape", "add"):
         print("\n" + json.dumps(child(sys.argv[1], sys.argv[2:])))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="models and states, up to 9 GB")
     parser.add_argument("--only", default=",".join(SECTIONS), help="which parts")
     parser.add_argument("--size", type=float, default=0.2e9, help="parameters of a model")

@@ -10,7 +10,6 @@ process that only imports torch. Prints a table; medians of the repeats, ratios 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -25,8 +24,11 @@ from typing import Any
 import torch
 
 from kit.cache import touch_free_memory, warm
+from kit.command import command_line
 from kit.family import Family, make_family
 from kit.process import TWINMERGE, measured
+from kit.table import shown, table
+from kit.tally import spread
 from twinmerge.models.opened import open_model
 from twinmerge.statistics.file import save_statistics
 
@@ -95,7 +97,7 @@ def main() -> None:
     if sys.argv[1:2] == ["copy"]:
         print(json.dumps(copy(int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", default="0.2e9,0.85e9")
     parser.add_argument("--experts", type=int, default=4)
@@ -120,7 +122,6 @@ def main() -> None:
                     touch_free_memory()
                     pair.append(measured(line))
                 runs.append((pair[0], pair[1]))
-            ratios = sorted(run["wall_s"] / floor["synced_s"] for floor, run in runs)
             read = sum(file.stat().st_size for file in files)
             rows.append(
                 {
@@ -130,7 +131,7 @@ def main() -> None:
                     "written_GB": size / 1e9,
                     "seconds": statistics.median(run["wall_s"] for _, run in runs),
                     "copy_s": statistics.median(floor["synced_s"] for floor, _ in runs),
-                    "over_copy": [statistics.median(ratios), ratios[0], ratios[-1]],
+                    "over_copy": spread([run["wall_s"] / floor["synced_s"] for floor, run in runs]),
                     "memory_MB": statistics.median(run["peak_bytes"] - plain for _, run in runs) / 1e6,
                     "from_disk_GB": max(run["disk_read_bytes"] for pair in runs for run in pair) / 1e9,
                 }
@@ -138,16 +139,23 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
         shutil.rmtree(out, ignore_errors=True)
         copied.unlink(missing_ok=True)
-    print(
-        "| parameters | what | GB read | GB written | the whole command s | copying and fsync s | ratio | memory over `import torch` MB | from disk GB |"
-    )
-    print("| ---: | --- |" + " ---: |" * 7)
-    for row in rows:
-        middle, low, high = row["over_copy"]
-        print(
-            f"| {row['parameters'] / 1e9:.2f} B | {row['what']} | {row['read_GB']:.1f} | {row['written_GB']:.1f} | {row['seconds']:.1f} | "
-            f"{row['copy_s']:.1f} | {middle:.2f} ({low:.2f}–{high:.2f}) | {row['memory_MB']:.0f} | {row['from_disk_GB']:.1f} |"
-        )
+    heads = ["parameters", "what", "GB read", "GB written", "the whole command s", "copying and fsync s", "ratio"]
+    heads += ["memory over `import torch` MB", "from disk GB"]
+    print("\n".join(table(heads, "rlr", map(cells, rows))))
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['parameters'] / 1e9:.2f} B",
+        row["what"],
+        f"{row['read_GB']:.1f}",
+        f"{row['written_GB']:.1f}",
+        f"{row['seconds']:.1f}",
+        f"{row['copy_s']:.1f}",
+        shown(row["over_copy"], 2),
+        f"{row['memory_MB']:.0f}",
+        f"{row['from_disk_GB']:.1f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Parts:
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -22,11 +21,12 @@ from typing import Any
 
 import torch
 
+from kit.command import command_line
 from kit.texts import default_base
 from text_budget_parts.budgets import budgets
+from text_budget_parts.plan import FIRST
 from text_budget_parts.ranks import exact_states, ranks
 from text_budget_parts.report import table
-from text_budget_parts.setting import FIRST
 from text_budget_parts.unknown import unknown
 from twinmerge.tasks.suite import open_suite
 from twinmerge.twin.twin import Twin
@@ -52,7 +52,7 @@ def adding(
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     for option in ("--suite", "--experts", "--out"):
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--tasks", required=True, help="comma-separated")

@@ -9,17 +9,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 
+from kit.command import command_line
 from kit.texts import default_base
 from text_suite_parts.train import RECIPE, train_expert
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("step", choices=["train", "score"])
     parser.add_argument("--suite", type=Path, required=True, help="folder with tasks.json and one folder per task")
     parser.add_argument("--experts", type=Path, required=True, help="folder of the experts, one folder per task")

@@ -14,7 +14,6 @@ planner chose beside the best) and 11 (single pass).
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kit.command import command_line
 from twin_speed_parts.models import DEVICE, SIZES, random_twin
 from twin_speed_parts.peers import with_adapters, with_arrow
 from twin_speed_parts.report import table
@@ -32,7 +32,7 @@ ALWAYS = ("static", "stacked", "top-1", "planned")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     for option, default in (("models", "roberta,vit,llama"), ("experts", "2,8,20"), ("ranks", "8,16,64")):
         parser.add_argument(f"--{option}", default=default)

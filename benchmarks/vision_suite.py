@@ -14,17 +14,17 @@ knows what they show.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 
+from kit.command import command_line
 from vision_suite_parts.tasks import TASKS
 from vision_suite_parts.train import train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("step", choices=["train", "score"])
     parser.add_argument("--data", type=Path, required=True, help="the zip of CIFAR-10's images, a folder per class")
     parser.add_argument("--models", type=Path, required=True, help="folder of the base and of the experts")

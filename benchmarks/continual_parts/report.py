@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kit.table import settings, table
 from twinmerge.study.over_time import Course, mean_and_sd
 
 
@@ -17,9 +18,7 @@ def report(out: Path) -> None:
         for label, kept in found.items()
         if kept["courses"]
     }
-    print(
-        "| method | parameters | ACC | BWT | forgetting | state, MB | s an expert |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |"
-    )
+    rows = []
     for label, runs in sorted(courses.items(), key=lambda item: -mean_and_sd(c.accuracy for c in item[1])[0]):
         kept = found[label]
         told = [
@@ -28,14 +27,16 @@ def report(out: Path) -> None:
         ]
         size = max(b for c in kept["courses"].values() for b in c["bytes"]) / 1e6
         seconds = sorted(s for c in kept["courses"].values() for s in c["seconds"])
-        parameters = ", ".join(f"{k} {v}" for k, v in kept["parameters"].items()) or "–"
-        print(f"| {label} | {parameters} | {' | '.join(told)} | {size:.0f} | {seconds[len(seconds) // 2]:.2f} |")
+        parameters = settings(kept["parameters"]) or "–"
+        rows.append([label, parameters, *told, f"{size:.0f}", f"{seconds[len(seconds) // 2]:.2f}"])
+    heads = ["method", "parameters", "ACC", "BWT", "forgetting", "state, MB", "s an expert"]
+    print("\n".join(table(heads, "llr", rows)))
     base = {c.tasks: c.accuracy for c in courses.get("OPCM fixed", [])}
     for other in ("running mean", "continual TA, λ 0.3", "task arithmetic", "Iso-C", "WUDI"):
         if other in courses and base:
             above = sum(base[c.tasks] > c.accuracy for c in courses[other])
             print(f"OPCM fixed is above {other} in {above} of {len(courses[other])} orders.")
-    rows = sum(len(kept["courses"]) for kept in found.values())
+    count = sum(len(kept["courses"]) for kept in found.values())
     print(
-        f"{rows} courses -> {draw_courses(courses, 'Experts that arrive one by one: mean of the orders, band of one sd', out / 'continual.png', 80.0)}"
+        f"{count} courses -> {draw_courses(courses, 'Experts that arrive one by one: mean of the orders, band of one sd', out / 'continual.png', 80.0)}"
     )

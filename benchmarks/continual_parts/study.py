@@ -127,7 +127,7 @@ class Study:
 
 def runner_of(state: Continual) -> StaticRunner:
     """The merged model of now, with the heads of all experts, in memory."""
-    from twinmerge.engine.merge import headed
+    from twinmerge.models.heads import headed
     from twinmerge.models.opened import open_model
     from twinmerge.tasks.encode import TextEncoder
     from twinmerge.twin.reading import position_limit

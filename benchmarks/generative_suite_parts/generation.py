@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import twinmerge as tm
 from generative_suite_parts.data import CONTEXT, KINDS
@@ -19,7 +19,10 @@ GENERATED = {"rank": 8, "batches": 8, "tokens": 64}  # of each batch one prompt 
 def rebuilt(twin: tm.Twin, mixture: dict[str, float]) -> LlamaForCausalLM:
     """A plain model with the dense weights of one mixture."""
     state, place = twin.weights_for(mixture), twin.model.architecture.of_module
-    model = LlamaForCausalLM(twin.model.architecture.config).eval()
+    config = twin.model.architecture.config
+    assert isinstance(config, LlamaConfig)
+    model = LlamaForCausalLM(config)
+    model.eval()
     own = {key: state[place(key)] for key in model.state_dict() if place(key) in state}
     lacking = model.load_state_dict(own, strict=False).missing_keys
     if set(lacking) - {"lm_head.weight"}:  # the head is the embedding
@@ -30,7 +33,11 @@ def rebuilt(twin: tm.Twin, mixture: dict[str, float]) -> LlamaForCausalLM:
 @torch.inference_mode()
 def check_generation(twin: tm.Twin, shared: str, setting: str, test: Mapping[str, Tensor]) -> dict[str, Any]:
     """Greedy tokens of mixed batches by the twin against each row alone by the rebuilt dense model of its mixture."""
-    longest = {"do_sample": False, "max_new_tokens": GENERATED["tokens"], "min_new_tokens": GENERATED["tokens"]}
+    longest: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": GENERATED["tokens"],
+        "min_new_tokens": GENERATED["tokens"],
+    }
     rows = equal = tokens = distinct = 0
     for number in range(GENERATED["batches"]):
         prompts = torch.stack([test[kind][number, :CONTEXT] for kind in KINDS])
@@ -38,7 +45,7 @@ def check_generation(twin: tm.Twin, shared: str, setting: str, test: Mapping[str
         found = twin.generate(**batch_of(prompts), mixture=mixture, **longest)
         shared_alone = twin.generate(**batch_of(prompts), mixture={}, **longest)
         for row, weights in enumerate(mixture.tolist()):
-            dense = rebuilt(twin, dict(zip(twin.experts, weights, strict=True)))
+            dense: Any = rebuilt(twin, dict(zip(twin.experts, weights, strict=True)))
             alone = dense.generate(**batch_of(prompts[row : row + 1]), **longest)[0]
             same = found[row] == alone
             rows, equal, tokens = rows + 1, equal + bool(same.all()), tokens + int(same[CONTEXT:].sum())

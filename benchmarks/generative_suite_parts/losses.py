@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def model_losses(folder: Path, rows: Mapping[str, Tensor]) -> Losses:
     return {kind: continuation_losses(lambda part: model(input_ids=part).logits, r) for kind, r in rows.items()}
 
 
-def batch_of(rows: Tensor) -> dict[str, Tensor]:
+def batch_of(rows: Tensor) -> dict[str, Any]:
     return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
 
 
@@ -52,8 +53,8 @@ def mixture_of(twin: tm.Twin, setting: str, kind: str, contexts: Tensor) -> Tens
 def twin_losses(twin: tm.Twin, setting: str, rows: Mapping[str, Tensor]) -> Losses:
     def answer(kind: str, part: Tensor) -> Tensor:
         mixture = mixture_of(twin, setting, kind, part[:, :CONTEXT])
-        logits = twin(**batch_of(part), mixture=mixture).logits
+        logits: Tensor | None = twin(**batch_of(part), mixture=mixture).logits
         assert logits is not None
         return logits
 
-    return {kind: continuation_losses(lambda part, kind=kind: answer(kind, part), r) for kind, r in rows.items()}
+    return {kind: continuation_losses(partial(answer, kind), r) for kind, r in rows.items()}

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from generative_suite_parts.data import KINDS
-from generative_suite_parts.score import GRIDS, HIGHEST, RANKS, SETTINGS
+from generative_suite_parts.plan import GRIDS, HIGHEST, RANKS, SETTINGS
+from kit.picture import panels, save
 
 
 def table(data: dict[str, Any]) -> str:
@@ -68,14 +69,9 @@ def table(data: dict[str, Any]) -> str:
 
 def picture(data: dict[str, Any], file: Path) -> None:
     """Left: the share of the gain kept by each method, mean and kinds; right: the same over the rank of the twins."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     colours = dict(zip(KINDS, ("#8e5ea2", "#1b6ca8", "#e9a03b", "#c0392b"), strict=True))
     of_setting = dict(zip(SETTINGS, ("#1b6ca8", "#e76f51", "#2a9d8f"), strict=True))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), width_ratios=(1.5, 1))
+    figure, (left, right) = panels(1, 2, (13, 5.6), width_ratios=(1.5, 1))
     middle = f"rank {RANKS[-1]}"
     rows = [r for r in data["rows"] if r["method"] in GRIDS or r["method"].endswith(middle)]
     for y, row in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
@@ -111,6 +107,4 @@ def picture(data: dict[str, Any], file: Path) -> None:
     right.set_title("twins, by shared part and setting")
     right.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2, frameon=False)
     right.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    save(figure, file)

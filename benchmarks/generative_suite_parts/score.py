@@ -7,11 +7,9 @@ of the continuation given all that stands before each token. A window's mixture 
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +22,22 @@ import twinmerge as tm
 from generative_suite_parts.data import CONTEXT, CONTINUATION, KINDS, SPLITS, documents, streams, windows
 from generative_suite_parts.generation import GENERATED, check_generation
 from generative_suite_parts.losses import Losses, batch_of, model_losses, twin_losses
+from generative_suite_parts.plan import (
+    BY_INPUTS,
+    GRIDS,
+    HIGHEST,
+    RANKS,
+    ROUTER_WINDOWS,
+    SETTINGS,
+    TEST_WINDOWS,
+    VALIDATION_WINDOWS,
+)
 from generative_suite_parts.report import picture, table
 from generative_suite_parts.tally import Tally
+from kit.machine import torch_here
+from twinmerge.study.search import grid
 from twinmerge.twin.routers.calibration import calibration_error
 from twinmerge.twin.routing import routed
-
-VALIDATION_WINDOWS, TEST_WINDOWS, ROUTER_WINDOWS = 100, 300, 500  # per kind; the router's are of the train split
-RANKS = (4, 8, 16)
-HIGHEST = 64  # the twins are built at this rank and cut; it is scored as well, to see what rank costs
-BY_INPUTS = (8,)  # ranks at which the directions kept are chosen by inputs as well
-SETTINGS = ("task given", "routed top-1", "routed soft")
-GRIDS: dict[str, dict[str, list[Any]]] = {
-    "average": {},
-    "task_arithmetic": {"scale": [0.05, 0.1, 0.15, 0.2, 0.3, 0.4]},
-    "ties": {"density": [0.1, 0.3, 0.6], "scale": [0.1, 0.2, 0.3, 0.4, 0.7, 1.0]},
-    "tsv": {"scale": [0.1, 0.2, 0.3, 0.4, 0.7, 1.0]},
-}
 
 
 def score(corpus: Path, text: Path, models: Path, out: Path) -> None:
@@ -61,10 +59,9 @@ def score(corpus: Path, text: Path, models: Path, out: Path) -> None:
         tally.add(f"expert {kind}", "–", losses)
     chosen: dict[str, dict[str, Any]] = {}
     tried: dict[str, list[dict[str, Any]]] = {}
-    for method, grid in GRIDS.items():
+    for method, tested in GRIDS.items():
         tried[method] = []
-        for point in product(*grid.values()):
-            parameters = dict(zip(grid, point, strict=True))
+        for parameters in grid(**tested):
             folder = merged(method, base, experts, parameters, work / "candidate")
             loss = float(np.mean([x.mean() for x in model_losses(folder, validation).values()]))
             tried[method].append({"parameters": parameters, "loss": loss})
@@ -90,7 +87,7 @@ def score(corpus: Path, text: Path, models: Path, out: Path) -> None:
         "routers": routers,
         "generation": checks,
         "rows": tally.rows,
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": torch_here(),
         "seconds": time.perf_counter() - start,
     }
     (out / "scores.json").write_text(json.dumps(data, indent=1), encoding="utf-8")

@@ -13,13 +13,20 @@ import torch
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from generative_suite_parts.data import END, KINDS, SEED, WINDOW, documents, streams, windows
 
 VOCABULARY = 2048
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
     "intermediate_size": 688,
@@ -69,7 +76,7 @@ def learning_rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(model: LlamaForCausalLM, tokens: list[Tensor], recipe: dict[str, Any], said: str) -> None:
+def train(model: PreTrainedModel, tokens: list[Tensor], recipe: dict[str, Any], said: str) -> None:
     """Train on windows that start anywhere in the streams, as many of each stream in every batch."""
     generator = torch.Generator().manual_seed(BOTH["seed"])
     optimizer = torch.optim.AdamW(
@@ -95,7 +102,7 @@ def train(model: LlamaForCausalLM, tokens: list[Tensor], recipe: dict[str, Any],
 
 
 @torch.inference_mode()
-def mean_loss(model: LlamaForCausalLM, rows: Tensor) -> float:
+def mean_loss(model: PreTrainedModel, rows: Tensor) -> float:
     """Nats per token over whole windows."""
     return sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(32)) / len(rows)
 
@@ -131,9 +138,9 @@ def train_all(corpus: Path, text: Path, models_dir: Path) -> None:
             continue
         torch.manual_seed(BOTH["seed"])
         if name == "base":
-            end = tokenizer.convert_tokens_to_ids(END)
+            end: Any = tokenizer.convert_tokens_to_ids(END)
             config = LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=end, pad_token_id=end)
-            model = LlamaForCausalLM(config)
+            model: PreTrainedModel = LlamaForCausalLM(config)
         else:
             model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
         kinds = KINDS if name == "base" else (name,)

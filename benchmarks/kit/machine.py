@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
 
 def libraries() -> dict[str, str]:
     """BLAS and LAPACK as torch was built with them."""
-    text = torch.__config__.show()  # type: ignore[no-untyped-call]
+    text = torch.__config__.show()
     found = {key: match[1] for key in ("BLAS_INFO", "LAPACK_INFO") if (match := re.search(rf"{key}=(\w+)", text))}
     mkl = re.search(r"Math Kernel Library Version ([\d.]+)", text)
     return found | ({"MKL": mkl[1]} if mkl else {}) | {"CPU capability": torch.backends.cpu.get_cpu_capability()}

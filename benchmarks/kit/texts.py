@@ -9,6 +9,7 @@ import torch
 
 from twinmerge.study.evaluate import evaluate
 from twinmerge.study.scores import Evaluation
+from twinmerge.tasks.metrics import Scored
 
 
 def default_base() -> str:
@@ -25,7 +26,8 @@ def default_base() -> str:
 
 def experts_on_their_own(experts: dict[str, str], suite: Any, split: str, limit: int | None) -> Evaluation:
     """Every expert on its own task, as one evaluation."""
-    predictions, seconds = {}, 0.0
+    predictions: dict[str, Scored] = {}
+    seconds = 0.0
     for name, folder in experts.items():
         found = evaluate(folder, {name: suite[name]}, split, limit)[0]
         predictions |= found.predictions

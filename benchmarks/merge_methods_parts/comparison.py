@@ -19,6 +19,7 @@ from twinmerge.study.evaluate import evaluate
 from twinmerge.study.scores import Evaluation
 from twinmerge.study.search import search
 from twinmerge.study.thresholds import choose_thresholds
+from twinmerge.tasks.metrics import Scored
 from twinmerge.tasks.suite import Task, open_suite
 from twinmerge.twin.extract import extract
 from twinmerge.twin.masks import compress
@@ -44,13 +45,14 @@ class Comparison:
         self.rows: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
         self.work = options.out / f"work-{count}"
         whole = count == max(COUNTS) and not options.fewer_rows
-        self.rows_chosen_on, self.rows_tested = (VALIDATION_ROWS, None) if whole else (VALIDATION_ROWS // 2, TEST_ROWS)
+        self.rows_chosen_on = VALIDATION_ROWS if whole else VALIDATION_ROWS // 2
+        self.rows_tested = None if whole else TEST_ROWS
         limits = (("validation", self.rows_chosen_on), ("test", self.rows_tested))
         self.reference = {split: self.own(split, limit) for split, limit in limits}
 
     def own(self, split: str, limit: int | None) -> Evaluation:
         """Every expert on its own task; told once for all counts."""
-        found = {}
+        found: dict[str, Scored] = {}
         for name, folder in self.experts.items():
             file = self.options.out / "experts" / f"{name}-{split}{'' if limit is None else f'-{limit}'}.json"
             if not file.is_file():
@@ -140,7 +142,8 @@ class Comparison:
         shutil.rmtree(self.work, ignore_errors=True)
         start = time.perf_counter()
         found = compress(recipe, self.work / "masks", progress=False)
-        seconds, predictions = time.perf_counter() - start, {}
+        seconds = time.perf_counter() - start
+        predictions: dict[str, Scored] = {}
         for name in self.names:
             extract(self.work / "masks", name, self.work / name)
             one = {name: self.suite[name]}

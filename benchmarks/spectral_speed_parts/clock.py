@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.family import Family
+from twinmerge.engine.rounding import Rounding
 from twinmerge.maths.threads import use_threads
 from twinmerge.methods.kit.registry import make_method
 
@@ -69,7 +70,7 @@ def phases(method: str, family: Family, out: Path, threads: int) -> dict[str, fl
     clock.watch(inputs.Inputs, "_read", "reading")
     clock.watch(inputs, "block_digests", "checksums of inputs")
     clock.watch(inputs.Inputs, "_widened", "deltas in float32")
-    clock.watch(combine.Rounding, "of", "rounding")
+    clock.watch(Rounding, "of", "rounding")
     clock.watch(combine, "erased", "counting what rounding erased")
     clock.watch(writing, "block_digests", "checksums of the output")
     clock.watch(CheckpointWriter, "write", "writing")

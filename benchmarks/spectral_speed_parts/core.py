@@ -62,7 +62,7 @@ def core(args: argparse.Namespace, report: dict[str, Any]) -> None:
     narrow = wide.float()
     rows = []
     for name in args.core_methods.split(","):
-        method = make_method(name, [f"e{i}" for i in range(len(parts))], {})
+        method = make_method(name, tuple(f"e{i}" for i in range(len(parts))), {})
         in_core(method, parts, at)  # loads the libraries
         exact, wide_s = timed(partial(dense, method, wide, at), 1)
         _, narrow_s = timed(partial(dense, method, narrow, at), args.repeats)

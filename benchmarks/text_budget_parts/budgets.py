@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from typing import Any
 
+from kit.scores import row_of
 from kit.texts import experts_on_their_own
-from text_budget_parts.setting import FIRST, VALIDATION_ROWS, WEIGHED_BY, fit
+from text_budget_parts.plan import FIRST, VALIDATION_ROWS, WEIGHED_BY, fit
 from twinmerge.study.evaluate import TwinRunner, evaluate
-from twinmerge.study.scores import Evaluation
 from twinmerge.twin.compress import compressed
 from twinmerge.twin.package import extra_bytes
 from twinmerge.twin.reading import read_moments
@@ -26,17 +27,6 @@ CODECS = ("int8", "int4")  # chosen on validation rows
 SHARED: dict[str, dict[str, float]] = {"task_arithmetic": {"scale": 0.3}, "tsv": {"scale": 1.0}}
 
 LAYERS = (1, 2)  # of single passes; chosen on validation rows
-
-
-def told(e: Evaluation, reference: Evaluation) -> dict[str, Any]:
-    interval = e.interval(reference)
-    return {
-        "setting": e.setting + (f", {e.reading}" if e.reading else ""),
-        "normalised": interval.value,
-        "interval": [interval.low, interval.high],
-        "routed_right": e.routed_right,
-        "per_task": e.scores,
-    }
 
 
 class Cut:
@@ -74,13 +64,13 @@ def budgets(base: str, experts: dict[str, str], suite: Any, names: list[str], he
         twin = Twin.build(base, experts, FIRST, shared=shared, heads=heads, progress=False, **parameters)
         whole[shared] = Cut(twin, suite, names)
     best = max(SHARED, key=lambda s: on_validation(whole[s].to(0.10, "int8"), f"{s}, 10 %, int8"))
-    codecs = {
-        share: max(CODECS, key=lambda c, share=share: on_validation(whole[best].to(share, c), f"{share:.0%}, {c}"))
-        for share in BUDGETS
-    }
+
+    def coded(share: float, codec: str) -> float:
+        return on_validation(whole[best].to(share, codec), f"{share:.0%}, {codec}")
+
+    codecs = {share: max(CODECS, key=partial(coded, share)) for share in BUDGETS}
     passes: dict[int | None, Cut] = {None: whole[best]}
-    for layer in LAYERS:
-        passes[layer] = Cut(whole[best].whole.single_pass(layer), suite, names)
+    passes |= {layer: Cut(whole[best].whole.single_pass(layer), suite, names) for layer in LAYERS}
     for layer, cut in passes.items():
         fit(cut.whole, suite, tuple(range(7 if layer is None else layer + 1)), names)
     single = max(
@@ -105,7 +95,7 @@ def budgets(base: str, experts: dict[str, str], suite: Any, names: list[str], he
                 "bytes": passes[layer].share(twin),
                 "refused": twin.package.report["refused"] if twin.package.report else None,
             }
-            found_test = [told(e, reference["test"]) for e in evaluate(TwinRunner(twin), suite, progress=False)]
+            found_test = [row_of(e, reference["test"]) for e in evaluate(TwinRunner(twin), suite, progress=False)]
             rows.append(one | {"settings": found_test})
             print(json.dumps(rows[-1], default=str)[:900], flush=True)
     return {"validation": tried, "rows": rows, "experts": reference["test"].scores}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from text_budget_parts.setting import VALIDATION_ROWS, WEIGHED_BY
+from text_budget_parts.plan import VALIDATION_ROWS, WEIGHED_BY
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.twin.package import extra_bytes
 from twinmerge.twin.twin import Twin

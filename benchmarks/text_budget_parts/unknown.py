@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from text_budget_parts.setting import fit
+from text_budget_parts.plan import fit
 from twinmerge.tasks.encode import batches
 from twinmerge.twin.features import masked_mean
 from twinmerge.twin.twin import Twin

@@ -5,43 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from text_suite_parts.score import RANKS
+from kit.picture import panels, save
+from kit.scores import SETTINGS, by_method, score
+from kit.table import settings
+from kit.table import table as table_of
+from text_suite_parts.plan import RANKS
 
 
 def table(data: dict[str, Any]) -> str:
     """Markdown: a line per method, the settings side by side, each with its 95 % interval."""
-    settings = ["task given", "head given", "nothing given, strict", "nothing given, lenient"]
-    by_method: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in data["rows"]:
-        by_method.setdefault(row["method"], {})[row["setting"]] = row
-    lines = [
-        "| method | " + " | ".join(settings) + " | bytes extra | build s | s per 1,000 |",
-        "| --- |" + " ---: |" * (len(settings) + 3),
-    ]
-    for method, found in by_method.items():
-        cells = []
-        for setting in settings:
-            r = found.get(setting)
-            cells.append(f"{r['normalised']:.1f} [{r['interval'][0]:.1f}, {r['interval'][1]:.1f}]" if r else "–")
+    rows = []
+    for method, found in by_method(data["rows"]).items():
         last = list(found.values())[-1]
-        parameters = ", ".join(f"{k} {v}" for k, v in (last.get("parameters") or {}).items())
-        label = method + (f" ({parameters})" if parameters else "")
-        lines.append(
-            f"| {label} | {' | '.join(cells)} | {last['bytes_extra'] / 1e6:.1f} MB | {last['seconds_build']:.0f} | {last['seconds_per_1000']:.1f} |"
-        )
+        chosen = settings(last.get("parameters"))
+        cost = f"{last['bytes_extra'] / 1e6:.1f} MB", f"{last['seconds_build']:.0f}", f"{last['seconds_per_1000']:.1f}"
+        rows.append([method + (f" ({chosen})" if chosen else ""), *(score(found.get(s)) for s in SETTINGS), *cost])
+    lines = table_of(["method", *SETTINGS, "bytes extra", "build s", "s per 1,000"], "lr", rows)
     experts = ", ".join(f"{task} {100 * value:.1f}" for task, value in data["experts"].items())
     return "\n".join(lines) + f"\n\nExperts, accuracy on the full test splits: {experts}.\n"
 
 
 def pictures(data: dict[str, Any], out: Path) -> None:
     """ladder.png: score over rank for both shared parts; methods.png: bars of every method, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     colours = {"task given": "#1b6ca8", "head given": "#2a9d8f", "nothing given, strict": "#e76f51"}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = panels(1, 2, (10, 4), sharey=True)
     for axis, shared in zip(axes, ("task_arithmetic", "tsv"), strict=True):
         for setting, colour in colours.items():
             rows = [r for r in data["rows"] if r.get("shared") == shared and r["setting"] == setting]
@@ -57,12 +44,10 @@ def pictures(data: dict[str, Any], out: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("per cent of the experts")
     axes[1].legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(out / "ladder.png", dpi=130)
-    plt.close(figure)
+    save(figure, out / "ladder.png")
 
     rows = [r for r in data["rows"] if r["setting"] == "head given"]
-    figure, axis = plt.subplots(figsize=(8, 0.38 * len(rows) + 1))
+    figure, axis = panels(1, 1, (8, 0.38 * len(rows) + 1))
     for i, row in enumerate(reversed(rows)):
         value, (low, high) = row["normalised"], row["interval"]
         axis.barh(
@@ -75,6 +60,4 @@ def pictures(data: dict[str, Any], out: Path) -> None:
     axis.set_xlim(0, 118)
     axis.set_xlabel("per cent of the experts, head given")
     axis.set_title("One model for all tasks, with 95 % intervals")
-    figure.tight_layout()
-    figure.savefig(out / "methods.png", dpi=130)
-    plt.close(figure)
+    save(figure, out / "methods.png")

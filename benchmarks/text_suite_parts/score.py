@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import twinmerge as tm
+from kit.machine import torch_here
+from kit.scores import Tally, setting_of
 from kit.texts import experts_on_their_own
+from text_suite_parts.plan import GOOD_ENOUGH, GRIDS, RANKS, ROUTER_ROWS, TIMED_ROWS, VALIDATION_ROWS
 from text_suite_parts.report import pictures, table
 from twinmerge.study.evaluate import evaluate, open_runner
 from twinmerge.study.scores import Evaluation
+from twinmerge.study.search import grid
 from twinmerge.tasks.suite import open_suite
-
-VALIDATION_ROWS = 200  # per task; hyper-parameters are chosen on these and on nothing else
-ROUTER_ROWS = 500  # per task, of the train split
-RANKS = (1, 2, 4, 8, 16)
-GOOD_ENOUGH = 99.0  # the rank chosen is the smallest whose validation score, task given, reaches this
-TIMED_ROWS = 400
-GRIDS: dict[str, dict[str, list[Any]]] = {
-    "average": {},
-    "task_arithmetic": {"scale": [0.1, 0.2, 0.3, 0.4]},
-    "ties": {"density": [0.1, 0.2], "scale": [1.0, 1.5]},
-    "dare": {"density": [0.5, 0.9], "scale": [0.15, 0.25]},
-    "dare_ties": {"density": [0.5, 0.9], "scale": [0.7, 1.0]},
-    "tsv": {"scale": [0.7, 1.0, 1.3]},
-}
 
 
 def score(
@@ -50,63 +38,38 @@ def score(
         split: experts_on_their_own(experts, suite, split, limit)
         for split, limit in (("validation", VALIDATION_ROWS), ("test", None))
     }
-    rows: list[dict[str, Any]] = []
-    test = Tally(reference["test"], rows)
-    test.add(
+    test = Tally(reference["test"])
+    _add(
+        test,
         "base",
         evaluate(_merged("task_arithmetic", base, experts, work / "base", {"scale": 0.0}, heads)[0], suite),
         _heads_bytes(work / "base"),
         0.0,
     )
     chosen, tried = {}, {}
-    for method, grid in GRIDS.items():
+    for method, tested in GRIDS.items():
         chosen[method], tried[method] = _choose(
-            method, grid, base, experts, suite, reference["validation"], work, heads
+            method, tested, base, experts, suite, reference["validation"], work, heads
         )
         print(f"{method}: {chosen[method]}", flush=True)
         folder, seconds = _merged(method, base, experts, work / method, chosen[method], heads)
-        test.add(method, evaluate(folder, suite), _heads_bytes(folder), seconds, parameters=chosen[method])
+        _add(test, method, evaluate(folder, suite), _heads_bytes(folder), seconds, parameters=chosen[method])
     routers = {}
     for shared in ("task_arithmetic", "tsv"):
         routers[shared] = _twins(
             shared, chosen[shared], base, experts, suite, reference["validation"], work, test, heads
         )
         print(f"twin over {shared}: rank {routers[shared]['rank_chosen']}", flush=True)
-    _write(out, suite_dir, names, reference["test"], rows, chosen, tried, routers, time.perf_counter() - start)
+    _write(out, suite_dir, names, test, chosen, tried, routers, time.perf_counter() - start)
     shutil.rmtree(work)
 
 
-class Tally:
-    """Rows of scores.json; keeps every evaluation for paired intervals."""
-
-    def __init__(self, experts: Evaluation, rows: list[dict[str, Any]]) -> None:
-        self.experts, self.rows = experts, rows
-        self.evaluations: dict[tuple[str, str], Evaluation] = {}
-
-    def add(self, method: str, found: list[Evaluation], extra: int, seconds: float, **more: Any) -> None:
-        for e in found:
-            setting = e.setting + (f", {e.reading}" if e.reading else "")
-            interval = e.interval(self.experts)
-            self.evaluations[method, setting] = e
-            speed = 1000 * e.seconds / e.rows if more.get("speed") is None else more["speed"][setting]
-            self.rows.append(
-                {
-                    "method": method,
-                    "setting": setting,
-                    "normalised": interval.value,
-                    "interval": [interval.low, interval.high],
-                    "per_task": e.scores,
-                    "bytes_extra": extra,
-                    "seconds_build": seconds,
-                    "seconds_per_1000": speed,
-                    "routed_right": e.routed_right,
-                    **{k: v for k, v in more.items() if k != "speed"},
-                }
-            )
-            print(
-                f"  {method:28s} {setting:24s} {interval.value:6.2f} [{interval.low:.2f}, {interval.high:.2f}]",
-                flush=True,
-            )
+def _add(test: Tally, method: str, found: list[Evaluation], extra: int, seconds: float, **more: Any) -> None:
+    """A row for each setting, with what its bytes and its time are."""
+    speed = more.pop("speed", None)
+    for e in found:
+        each = 1000 * e.seconds / e.rows if speed is None else speed[setting_of(e)]
+        test.add(method, e, bytes_extra=extra, seconds_build=seconds, seconds_per_1000=each, **more)
 
 
 def _merged(
@@ -119,7 +82,7 @@ def _merged(
 
 def _choose(
     method: str,
-    grid: dict[str, list[Any]],
+    tested: dict[str, list[Any]],
     base: str,
     experts: dict[str, str],
     suite: Any,
@@ -128,16 +91,16 @@ def _choose(
     heads: tuple[str, ...],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The point of the grid with the best normalised score on validation rows (the first among equals)."""
-    tried = []
-    for point in product(*grid.values()):
-        parameters = dict(zip(grid, point, strict=True))
-        if len(list(product(*grid.values()))) == 1:
-            return parameters, []
+    points = list(grid(**tested))
+    if len(points) == 1:
+        return points[0], []
+    tried: list[dict[str, Any]] = []
+    for parameters in points:
         folder, _ = _merged(method, base, experts, work / "candidate", parameters, heads)
         found = evaluate(folder, suite, "validation", VALIDATION_ROWS)[0]
         tried.append({"parameters": parameters, "normalised": found.normalised(reference)})
         shutil.rmtree(folder)
-    best = max(tried, key=lambda t: t["normalised"])
+    best = max(tried, key=lambda t: float(t["normalised"]))
     return best["parameters"], tried
 
 
@@ -157,6 +120,7 @@ def _twins(
     highest = tm.Twin.build(base, experts, max(RANKS), shared=shared, heads=heads, **parameters)
     inputs = {name: task.rows("train", ROUTER_ROWS) for name, task in suite.items()}
     report = highest.fit_router(inputs)
+    assert report is not None
     built = time.perf_counter() - start
     validation = {}
     for rank in RANKS:
@@ -168,7 +132,8 @@ def _twins(
         extra = sum((folder / f).stat().st_size for f in ("twin.safetensors", "router.safetensors")) + _heads_bytes(
             folder
         )
-        test.add(
+        _add(
+            test,
             f"twin over {shared}, rank {rank}",
             evaluate(runner, suite),
             extra,
@@ -211,13 +176,13 @@ def _write(
     out: Path,
     suite_dir: Path,
     names: list[str],
-    experts: Evaluation,
-    rows: list[dict[str, Any]],
+    test: Tally,
     chosen: Any,
     tried: Any,
     routers: Any,
     seconds: float,
 ) -> None:
+    experts = test.experts
     data = {
         "suite": suite_dir.name,
         "tasks": names,
@@ -228,8 +193,8 @@ def _write(
         "validation_rows": VALIDATION_ROWS,
         "router_rows": ROUTER_ROWS,
         "twins": routers,
-        "rows": rows,
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "rows": test.rows,
+        "machine": torch_here(),
         "seconds": seconds,
     }
     (out / "scores.json").write_text(json.dumps(data, indent=1), encoding="utf-8")

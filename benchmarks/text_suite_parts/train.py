@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "optimizer": "AdamW, no weight decay",
     "learning_rate": 1e-4,
     "head_learning_rate": 1e-3,  # pooler and classifier: this base has trained neither
@@ -25,7 +26,7 @@ RECIPE = {
 }
 
 
-def read_rows(path: Path) -> list[dict[str, object]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 

@@ -45,7 +45,7 @@ def with_arrow(model: PreTrainedModel, adapters: Any) -> Any:
         adapters.save_pretrained(folder)
         paths = [str(Path(folder) / name) for name in adapters.peft_config]
         config = ArrowConfig(top_k=1, router_temperature=1.0, use_gks=False)
-        base = shared_copy(model)
+        base: Any = shared_copy(model)
         base.pooler = None  # PEFT shortens the names of its targets and would take the pooler for one
         found = create_arrow_model(base, task_specific_adapter_paths=paths, arrow_config=config)
     return found.eval().requires_grad_(False)

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 from kit.table import shown
+from kit.table import table as table_of
+from kit.tally import spread
 
 told = partial(shown, digits=2)
 
@@ -16,12 +18,7 @@ def by_size(cells: list[dict[str, Any]]) -> list[str]:
     won of it: no mixture is faster than the static model."""
     if not cells:
         return []
-    lines = [
-        "",
-        "| model | K | r | at the largest batch: stacked / static | top-1 / static | all batches: planned / PEFT mixed batch | "
-        "4 tokens or fewer: PEFT / planned | PEFT / static | Arrow / top-1 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for size in dict.fromkeys((c["model"], c["experts"], c["rank"]) for c in cells):
         own = [c for c in cells if (c["model"], c["experts"], c["rank"]) == size]
         few, largest = [c for c in own if c["rows"] * c["tokens"] <= 4], own[-1]
@@ -32,17 +29,22 @@ def by_size(cells: list[dict[str, Any]]) -> list[str]:
             [c["arrow_over_top1"][0] for c in own if c.get("arrow_over_top1")],
         ]
         over = largest["over_static"]
-        ends = [[statistics.median(x), min(x), max(x)] if x else None for x in columns]
-        lines.append(
-            f"| {' | '.join(map(str, size))} | {over['stacked'][0]:.2f} | {over['top-1'][0]:.2f} | "
-            f"{' | '.join(map(told, ends))} |"
-        )
+        ends = [spread(x) if x else None for x in columns]
+        rows.append([*size, f"{over['stacked'][0]:.2f}", f"{over['top-1'][0]:.2f}", *map(told, ends)])
+    heads = ["model", "K", "r", "at the largest batch: stacked / static", "top-1 / static"]
+    heads += [
+        "all batches: planned / PEFT mixed batch",
+        "4 tokens or fewer: PEFT / planned",
+        "PEFT / static",
+        "Arrow / top-1",
+    ]
+    lines = ["", *table_of(heads, "lr", rows)]
     against = [c["planned_over_peft"][0] for c in cells]
-    few = [1 / c["planned_over_peft"][0] for c in cells if c["rows"] * c["tokens"] <= 4]
+    at_few = [1 / c["planned_over_peft"][0] for c in cells if c["rows"] * c["tokens"] <= 4]
     lines += ["", f"Planned / PEFT's mixed batch: median {statistics.median(against):.2f}, highest {max(against):.2f}"]
-    if few:
+    if at_few:
         lines[-1] += (
-            f"; at 4 tokens or fewer PEFT / planned: median {statistics.median(few):.2f}, lowest {min(few):.2f}"
+            f"; at 4 tokens or fewer PEFT / planned: median {statistics.median(at_few):.2f}, lowest {min(at_few):.2f}"
         )
     lines[-1] += "."
     return lines
@@ -50,17 +52,9 @@ def by_size(cells: list[dict[str, Any]]) -> list[str]:
 
 def table(cells: list[dict[str, Any]], routed: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| model | K | r | rows × tokens | static ms | stacked / static | top-1 / static | planned / static | way chosen | planned / PEFT mixed batch | Arrow / top-1 | rebuild / stacked |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
-    for c in cells:
-        over = c["over_static"]
-        lines.append(
-            f"| {c['model']} | {c['experts']} | {c['rank']} | {c['rows']} × {c['tokens']} | {c['median_ms']['static']:.1f} | "
-            f"{told(over['stacked'])} | {told(over['top-1'])} | {told(over['planned'])} | {c['chosen']} | "
-            f"{told(c.get('planned_over_peft'))} | {told(c.get('arrow_over_top1'))} | {told(c.get('rebuild_over_stacked'))} |"
-        )
+    heads = ["model", "K", "r", "rows × tokens", "static ms", "stacked / static", "top-1 / static", "planned / static"]
+    heads += ["way chosen", "planned / PEFT mixed batch", "Arrow / top-1", "rebuild / stacked"]
+    lines = table_of(heads, "lrrrrrrrlr", map(_cell, cells))
     lines += by_size([c for c in cells if "planned_over_peft" in c])
     for c in [c for c in cells if "extra_memory_mb" in c]:
         extra = c["extra_memory_mb"]
@@ -69,14 +63,21 @@ def table(cells: list[dict[str, Any]], routed: list[dict[str, Any]]) -> str:
             f"{extra['PEFT Arrow']:.0f} MB, top-1 {extra['top-1']:.1f} MB."
         )
     if routed:
-        lines += [
-            "",
-            "| routing, K = 8, r = 16 | rows × tokens | single pass adds | two passes add | single pass / static | two passes / static |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for r in routed:
-            lines.append(
-                f"| {r['model']}, from layer {r['layer']} | {r['rows']} × {r['tokens']} | {told(r['single_pass_adds'])} | "
-                f"{told(r['two_passes_add'])} | {told(r['single_pass_over_static'])} | {told(r['two_passes_over_static'])} |"
-            )
+        heads = ["routing, K = 8, r = 16", "rows × tokens", "single pass adds", "two passes add"]
+        lines += ["", *table_of([*heads, "single pass / static", "two passes / static"], "lr", map(_routed, routed))]
     return "\n".join(lines) + "\n"
+
+
+def _cell(c: dict[str, Any]) -> list[Any]:
+    over = c["over_static"]
+    return [
+        *(c["model"], c["experts"], c["rank"], f"{c['rows']} × {c['tokens']}", f"{c['median_ms']['static']:.1f}"),
+        *(told(over[way]) for way in ("stacked", "top-1", "planned")),
+        c["chosen"],
+        *(told(c.get(key)) for key in ("planned_over_peft", "arrow_over_top1", "rebuild_over_stacked")),
+    ]
+
+
+def _routed(r: dict[str, Any]) -> list[str]:
+    keys = ("single_pass_adds", "two_passes_add", "single_pass_over_static", "two_passes_over_static")
+    return [f"{r['model']}, from layer {r['layer']}", f"{r['rows']} × {r['tokens']}", *(told(r[key]) for key in keys)]

@@ -109,7 +109,7 @@ def cell(
             found["extra_memory_mb"] = {way: b / 1e6 for way, b in extra.items()}
     if "rebuild" in ways:
         found["rebuild_over_stacked"] = ratios(times["rebuild"], times["stacked"])
-    best = min(times[w] and statistics.median(times[w]) for w in ("top-1", "planned"))
+    best = min(statistics.median(times[way]) for way in ("top-1", "planned"))
     found["planned_over_best"] = statistics.median(times["planned"]) / best
     return found
 

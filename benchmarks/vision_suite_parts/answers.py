@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import ViTForImageClassification
 
 import twinmerge as tm
+from kit.scores import SETTINGS
 from twinmerge.study.scores import Evaluation
 from twinmerge.tasks.metrics import Scored
 from twinmerge.twin.routing import routed
-from vision_suite_parts.score import SETTINGS
 from vision_suite_parts.tasks import TASKS, Labels
 
 BATCH_ROWS = 250
@@ -50,7 +50,7 @@ def base_score(base: str, rows: tuple[Tensor, Labels]) -> float:
     return classify(ViTForImageClassification.from_pretrained(base).eval(), Rows(*rows)).score
 
 
-def static(method: str, base: str, experts: dict[str, str], parameters: dict[str, float], split: Split) -> Evaluation:
+def static(method: str, base: str, experts: dict[str, str], parameters: dict[str, Any], split: Split) -> Evaluation:
     """A static merge with the experts' own heads, told which head answers."""
     model = tm.merge(method, base=base, experts=experts, progress=False, **parameters).load()
     answers = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def read_images(data: Path, models: Path) -> dict[str, tuple[Images, Labels]]:
             for file in sorted(archive.namelist()):
                 if file.endswith(".jpg"):
                     files.setdefault("/".join(file.split("/")[-3:-1]), []).append(file)
-            arrays = {
+            arrays: dict[str, Any] = {
                 kind: np.stack(
                     [np.asarray(Image.open(io.BytesIO(archive.read(f))).convert("RGB")) for f in files[kind]]
                 )

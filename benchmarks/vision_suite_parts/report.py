@@ -7,53 +7,40 @@ from typing import Any
 
 import numpy as np
 
-from vision_suite_parts.score import SETTINGS
+from kit.picture import panels, save
+from kit.scores import SETTINGS, by_method, score
+from kit.table import settings
+from kit.table import table as table_of
 
 
 def table(data: dict[str, Any]) -> str:
     """Markdown: a line per method, the settings side by side with their 95 % intervals; then experts and routers."""
-    by_method: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in data["scores"]:
-        by_method.setdefault(row["method"], {})[row["setting"]] = row
-    lines = ["| method | " + " | ".join(SETTINGS) + " |", "| --- |" + " ---: |" * len(SETTINGS)]
-    for method, found in by_method.items():
-        cells = []
-        for setting in SETTINGS:
-            r = found.get(setting)
-            cells.append(f"{r['normalised']:.1f} [{r['interval'][0]:.1f}, {r['interval'][1]:.1f}]" if r else "–")
-        parameters = ", ".join(f"{k} {v}" for k, v in next(iter(found.values())).get("parameters", {}).items())
-        lines.append(f"| {method}{f' ({parameters})' if parameters else ''} | {' | '.join(cells)} |")
+    methods = by_method(data["scores"])
+    rows = []
+    for method, found in methods.items():
+        chosen = settings(next(iter(found.values())).get("parameters"))
+        rows.append([method + (f" ({chosen})" if chosen else ""), *(score(found.get(s)) for s in SETTINGS)])
+    lines = table_of(["method", *SETTINGS], "lr", rows)
     lines += ["", f"The base on its ten classes: {100 * data['base_on_ten_classes']:.1f} % right."]
     lines += ["", "Head given, accuracy in per cent by task:", ""]
-    lines += ["| method | " + " | ".join(data["tasks"]) + " |", "| --- |" + " ---: |" * len(data["tasks"])]
-    for method, scores in [("experts", data["experts"])] + [
-        (method, found["head given"]["per_task"]) for method, found in by_method.items()
-    ]:
-        lines.append(f"| {method} | " + " | ".join(f"{100 * scores[task]:.1f}" for task in data["tasks"]) + " |")
+    of_tasks = [("experts", data["experts"]), *((m, found["head given"]["per_task"]) for m, found in methods.items())]
+    accuracies = [[method, *(f"{100 * scores[t]:.1f}" for t in data["tasks"])] for method, scores in of_tasks]
+    lines += table_of(["method", *data["tasks"]], "lr", accuracies)
     for shared, router in data["routers"].items():
         own = ", ".join(f"{task} {100 * value:.1f}" for task, value in router["right_by_task"].items())
         lines += [
             "",
             f"Router over {shared}: {100 * router['right']:.1f} % of the test rows right ({own}); {100 * router['refused']:.1f} % left to the shared model.",
         ]
-        lines += [
-            "",
-            "| rows of / go to | " + " | ".join(data["tasks"]) + " |",
-            "| --- |" + " ---: |" * len(data["tasks"]),
-        ]
-        for name, counts in zip(data["tasks"], router["confusion"], strict=True):
-            lines.append(f"| {name} | " + " | ".join(f"{100 * n / sum(counts):.1f}" for n in counts) + " |")
+        went = zip(data["tasks"], router["confusion"], strict=True)
+        shares = [[name, *(f"{100 * n / sum(counts):.1f}" for n in counts)] for name, counts in went]
+        lines += ["", *table_of(["rows of / go to", *data["tasks"]], "lr", shares)]
     return "\n".join(lines) + "\n"
 
 
 def picture(data: dict[str, Any], file: Path) -> None:
     """Bars of every method with its head given, the twins' other settings beside; and where the router sent the rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), width_ratios=[1.35, 1])
+    figure, (left, right) = panels(1, 2, (13, 5.2), width_ratios=[1.35, 1])
     rows = [r for r in data["scores"] if r["setting"] == "head given"][::-1]
     for i, row in enumerate(rows):
         value, (low, high) = row["normalised"], row["interval"]
@@ -89,6 +76,4 @@ def picture(data: dict[str, Any], file: Path) -> None:
     right.set_ylabel("rows of")
     right.set_xlabel("go to the expert")
     right.set_title(f"Router over {shared}: per cent of a task's test rows", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    save(figure, file)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import twinmerge as tm
-from twinmerge.study.scores import Evaluation
+from kit.machine import torch_here
+from kit.scores import Tally
+from twinmerge.study.search import grid
+from twinmerge.twin.split import Exclusive
 from vision_suite_parts.answers import (
     Routes,
     Rows,
@@ -25,21 +25,10 @@ from vision_suite_parts.answers import (
     twin_answers,
 )
 from vision_suite_parts.data import fixed_rows, read_images
+from vision_suite_parts.plan import GRIDS, RANKS, ROUTER_ROWS, SEEDS, VALIDATION_ROWS
 from vision_suite_parts.report import picture, table
 from vision_suite_parts.tasks import BASE, TASKS
 from vision_suite_parts.train import BASE_RECIPE, MODEL, RECIPE
-
-VALIDATION_ROWS = 500  # per task; scales and densities are chosen on these and on nothing else
-ROUTER_ROWS = 500  # per task, of the images that the experts were trained on
-RANKS = (4, 8, 16)
-SEEDS = {"train": 1, "validation": 2, "test": 3}  # of the turns, the corruptions and the choice of rows
-GRIDS: dict[str, dict[str, list[float]]] = {
-    "average": {},
-    "task_arithmetic": {"scale": [0.1, 0.2, 0.3, 0.4, 0.5]},
-    "ties": {"density": [0.1, 0.2, 0.4], "scale": [0.5, 1.0, 1.5]},
-    "tsv": {"scale": [0.4, 0.7, 1.0, 1.3]},
-}
-SETTINGS = ["task given", "head given", "nothing given, strict", "nothing given, lenient"]
 
 
 def score(data: Path, models: Path, out: Path, names: list[str], limit: int | None = None) -> None:
@@ -52,28 +41,18 @@ def score(data: Path, models: Path, out: Path, names: list[str], limit: int | No
     base, experts = str(models / "base"), {name: str(models / name) for name in names}
     reference = {split: experts_on_their_own(experts, splits[split]) for split in ("validation", "test")}
     print("experts", reference["test"].scores, flush=True)
-    rows: list[dict[str, Any]] = []
-
-    def add(method: str, found: Evaluation, **more: Any) -> None:
-        interval = found.interval(reference["test"])
-        setting = found.setting + (f", {found.reading}" if found.reading else "")
-        ends = {"normalised": interval.value, "interval": [interval.low, interval.high]}
-        rows.append({"method": method, "setting": setting, **ends, "per_task": found.scores, **more})
-        print(
-            f"  {method:28s} {setting:24s} {interval.value:6.2f} [{interval.low:.2f}, {interval.high:.2f}]", flush=True
-        )
-
-    add("base", static("task_arithmetic", base, experts, {"scale": 0.0}, splits["test"]))
-    chosen: dict[str, dict[str, float]] = {}
+    test = Tally(reference["test"])
+    test.add("base", static("task_arithmetic", base, experts, {"scale": 0.0}, splits["test"]))
+    chosen: dict[str, dict[str, Any]] = {}
     tried: dict[str, list[dict[str, Any]]] = {}
-    for method, grid in GRIDS.items():
-        points = [dict(zip(grid, point, strict=True)) for point in product(*grid.values())]
-        found = [static(method, base, experts, p, splits["validation"]) for p in points] if grid else []
+    for method, tested in GRIDS.items():
+        points = list(grid(**tested))
+        found = [static(method, base, experts, p, splits["validation"]) for p in points] if tested else []
         scores = [f.normalised(reference["validation"]) for f in found] or [0.0]
-        tried[method] = [{**p, "normalised": s} for p, s in zip(points, scores, strict=True)] if grid else []
+        tried[method] = [{**p, "normalised": s} for p, s in zip(points, scores, strict=True)] if tested else []
         chosen[method] = points[int(np.argmax(scores))]
         print(f"{method}: {chosen[method]}", flush=True)
-        add(method, static(method, base, experts, chosen[method], splits["test"]), parameters=chosen[method])
+        test.add(method, static(method, base, experts, chosen[method], splits["test"]), parameters=chosen[method])
     routers: dict[str, dict[str, Any]] = {}
     for shared in ("task_arithmetic", "tsv"):
         highest = tm.Twin.build(base, experts, max(RANKS), shared=shared, progress=False, **chosen[shared])
@@ -86,7 +65,7 @@ def score(data: Path, models: Path, out: Path, names: list[str], limit: int | No
             twin = highest if rank == max(RANKS) else highest.at_rank(rank)
             numbers = sum(map(_numbers, twin.package.exclusive.values()))
             for answer in twin_answers(twin, splits["test"], routes):
-                add(f"twin over {shared}, rank {rank}", answer, rank=rank, shared=shared, numbers=numbers)
+                test.add(f"twin over {shared}, rank {rank}", answer, rank=rank, shared=shared, numbers=numbers)
     result = {
         "tasks": names,
         "experts": reference["test"].scores,
@@ -95,10 +74,10 @@ def score(data: Path, models: Path, out: Path, names: list[str], limit: int | No
         "chosen_on_validation": chosen,
         "tried_on_validation": tried,
         "routers": routers,
-        "scores": rows,
+        "scores": test.rows,
         "recipe": {"model": MODEL, "base": BASE_RECIPE, "experts": RECIPE},
         "train_seconds": {n: json.loads((models / f"{n}.seconds.json").read_text()) for n in ["base", *names]},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": torch_here(),
         "seconds": time.perf_counter() - start,
     }
     (out / "scores.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -127,6 +106,6 @@ def _told(routes: dict[str, Routes], split: Split) -> dict[str, Any]:
     }
 
 
-def _numbers(part: Any) -> int:
+def _numbers(part: Exclusive) -> int:
     """How many numbers an exclusive part holds."""
     return sum(f.a.numel() + f.b.numel() for f in part.low.values()) + sum(t.numel() for t in part.dense.values())

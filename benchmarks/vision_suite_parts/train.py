@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from vision_suite_parts.data import MEAN, SPREAD, augmented, pixel_values, read_images, rows_of
 from vision_suite_parts.tasks import BASE, TASKS, Images, Labels, Task
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -24,7 +25,7 @@ MODEL = {
     "attention_probs_dropout_prob": 0.0,
 }
 
-BASE_RECIPE = {
+BASE_RECIPE: dict[str, Any] = {
     "optimizer": "AdamW",
     "learning_rate": 1e-3,
     "head_learning_rate": 1e-3,
@@ -42,7 +43,7 @@ RECIPE = {**BASE_RECIPE, "learning_rate": 3e-4, "weight_decay": 0.0, "steps": 40
 
 
 def train_model(
-    task: Task, images: Images, numbers: Labels, recipe: dict[str, object], start: Path | None, out: Path, name: str
+    task: Task, images: Images, numbers: Labels, recipe: dict[str, Any], start: Path | None, out: Path, name: str
 ) -> None:
     """Train all weights by a recipe, from the folder `start` or from nothing, and save the folder `out`.
 
@@ -50,7 +51,10 @@ def train_model(
     """
     torch.manual_seed(int(recipe["seed"]))
     rng = np.random.default_rng(int(recipe["seed"]))
-    names = {"id2label": dict(enumerate(task.labels)), "label2id": {n: i for i, n in enumerate(task.labels)}}
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {n: i for i, n in enumerate(task.labels)},
+    }
     model = ViTForImageClassification(ViTConfig(**MODEL, **names))
     if start is not None:
         body = ViTForImageClassification.from_pretrained(start).vit
