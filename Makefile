@@ -48,8 +48,8 @@ clean: ## Remove caches and build outputs; never an environment, a model or a re
 	done
 
 $(PY):
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-	    { echo 'twinmerge needs Python 3.11, 3.12 or 3.13: try make PYTHON=python3.12' >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	    { echo 'twinmerge needs Python 3.11 to 3.14: try make PYTHON=python3.12' >&2; exit 2; }
 	"$(PYTHON)" -m venv "$(VENV)"
 
 $(DEV): $(PINS) | $(PY)
