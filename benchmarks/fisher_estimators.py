@@ -1,5 +1,7 @@
 """Four estimators of the diagonal Fisher information of a classifier against the exact one, on the same texts.
 
+Table: docs/quality.md, "Estimators of the Fisher information".
+
     python benchmarks/fisher_estimators.py --model FOLDER --data FILE.jsonl [--rows 128]
 
 The exact one squares every example's gradient by itself, expected over the model's own predictions (`twinmerge measure fisher`).

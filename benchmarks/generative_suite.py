@@ -1,5 +1,7 @@
 """Train a small language model and one expert per kind of text, then score every way of merging them.
 
+Table: docs/quality.md, "A small language model: Shakespeare, Python, news, short messages".
+
     python benchmarks/generative_suite.py train --corpus DIR --text DIR --models DIR
     python benchmarks/generative_suite.py score --corpus DIR --text DIR --models DIR --out DIR
 

@@ -1,5 +1,7 @@
 """What a merge takes at the edges: many tiny tensors, many shards, one huge tensor, the command's own start.
 
+Table: docs/performance.md, "At the edges".
+
     python benchmarks/merge_limits.py --work DIR [--repeats 3]
 
 Makes its own checkpoints in DIR (3 GB) and runs every merge in a process of its own; peak memory is the kernel's for that

@@ -1,5 +1,8 @@
 """Compare every static method and every mask method on one suite: the same rows, the same number of evaluations for each.
 
+Tables: docs/quality.md, "Every static method and every mask on eight text experts";
+    docs/quality.md, "The strongest merges without data".
+
     python benchmarks/merge_methods.py measure --suite DIR --experts DIR --out DIR
     python benchmarks/merge_methods.py score --suite DIR --experts DIR --out DIR [--counts 8,6,4,2]
     python benchmarks/merge_methods.py report --out DIR

@@ -1,5 +1,7 @@
 """Time and memory of merging on files: twinmerge against mergekit, and against a program that only copies.
 
+Table: docs/performance.md, "Against mergekit, and against copying alone".
+
     python benchmarks/merge_speed.py --work DIR --out DIR [--parameters 0.85e9] [--sizes 0.2e9,0.85e9,2e9] [--pairs 7]
 
 Synthetic Llama families (a base and experts close to it, bfloat16; the same for the same seed) are made in `--work` and kept

@@ -1,5 +1,7 @@
 """Spectral merges: the command against its decompositions alone, LoRA core space against dense, and a state of 20 experts.
 
+Table: docs/performance.md, "Spectra, low rank, and a state".
+
     python benchmarks/spectral_speed.py --work DIR [--only factorise,core,state] [--size 0.2e9] [--out FILE.json]
 
 - factorise: RoBERTas in bfloat16 (hidden size 768, 12 layers, as many tokens as the size asks for), a base and `--experts`.

@@ -1,5 +1,7 @@
 """Merges with Fisher files, and masks: time against copying what they read and write, and memory, as the model grows.
 
+Table: docs/performance.md, "With statistics, and masks".
+
     python benchmarks/statistics_speed.py --work DIR [--sizes 0.2e9,0.85e9] [--experts 4] [--repeats 3]
 
 Makes families of Llamas in bfloat16 (as merge_speed.py does) and a float32 Fisher file for each expert in DIR (19 GB for 0.85

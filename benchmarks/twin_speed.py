@@ -1,5 +1,7 @@
 """Mixed batches of a twin against one static model, a rebuild for every row, PEFT's mixed batch and PEFT's Arrow.
 
+Table: docs/performance.md, "Where the time goes".
+
     python benchmarks/twin_speed.py --out OUT [--models roberta,vit,llama] [--experts 2,8,20] [--ranks 8,16,64]
         [--batches 1,8,32] [--tokens 1,4,32] [--repeats 5] [--threads 2]
 
@@ -7,9 +9,6 @@ Random models of RoBERTa-base, ViT-B and 0.5 B Llama size; every linear layer of
 All ways run in one process on the same weights, dtype, threads and back-end, one after the other in each repeat; mixtures are
 given, except in the rows on routing. Ratios are taken repeat by repeat; the table has their median (lowest to highest). Answers
 are compared first. A GPU is used where there is one.
-
-The rows answer the serving specification's checks 3 (rebuild), 4 (static model), 5 (PEFT's mixed batch), 6 (Arrow), 7 (what the
-planner chose beside the best) and 11 (single pass).
 """
 
 from __future__ import annotations
@@ -34,8 +33,9 @@ ALWAYS = ("static", "stacked", "top-1", "planned")
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    for option, default in (("models", "roberta,vit,llama"), ("experts", "2,8,20"), ("ranks", "8,16,64")):
-        parser.add_argument(f"--{option}", default=default)
+    parser.add_argument("--models", default="roberta,vit,llama")
+    parser.add_argument("--experts", default="2,8,20")
+    parser.add_argument("--ranks", default="8,16,64")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--tokens", default="1,4,32")
     parser.add_argument("--repeats", type=int, default=5)

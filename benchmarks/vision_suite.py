@@ -1,10 +1,13 @@
 """Train one small vision base and six experts on CIFAR-10, then score every way of merging them.
 
+Table: docs/quality.md, "Six vision experts of one small ViT on CIFAR-10".
+
     python benchmarks/vision_suite.py train --data cifar10.zip --models DIR
     python benchmarks/vision_suite.py score --data cifar10.zip --models DIR --out DIR
 
 The base learns the ten classes from half of the training images. Each expert is the base, fine-tuned as a whole by one
-fixed recipe (RECIPE in `vision_suite_parts/train.py`, nothing tuned for a task) on other images, as its task shows them (TASKS). The zip holds `train/<class>/*.jpg` and `test/<class>/*.jpg`.
+fixed recipe (RECIPE in `vision_suite_parts/train.py`, nothing tuned for a task) on other images, as its task shows them
+(TASKS). The zip holds `train/<class>/*.jpg` and `test/<class>/*.jpg`.
 
 Not every input tells which task it belongs to, and no router can do better than that. Rows of `rotation` that are
 turned by 0 degrees (a quarter) and rows of `corruption` with nothing done to them (a fifth) are plain photographs, as all
