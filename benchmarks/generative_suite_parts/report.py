@@ -10,42 +10,22 @@ import numpy as np
 from generative_suite_parts.data import KINDS
 from generative_suite_parts.plan import GRIDS, HIGHEST, RANKS, SETTINGS
 from kit.picture import panels, save
+from kit.table import bounded, settings
+from kit.table import table as table_of
 
 
 def table(data: dict[str, Any]) -> str:
     """Markdown: the losses, the share of each expert's gain that is kept, the routers, and the check of generation."""
-
-    def per_cent(interval: list[float]) -> str:
-        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in interval))
-
-    head = ["method", "setting", *KINDS, "mean gap to the expert", "share of the gain kept, %"]
-    head += [f"points above {data['best_static_on_validation']}", "energy", "MB extra"]
     lines = [
         "Nats per token (perplexity); gap and share are means over the kinds, with 95 % intervals. Energy: what the "
         "factors hold of the squared norm of the exclusive parts, mean over matrices.",
         "",
     ]
-    lines += ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
-    second = ["Share of the expert's gain over the base that is kept, %, by kind, with 95 % intervals.", ""]
-    second += ["| method | setting | " + " | ".join(KINDS) + " |", "| --- | --- |" + " ---: |" * len(KINDS)]
-    for row in data["rows"]:
-        label = row["method"]
-        if row.get("parameters"):
-            label += " (" + ", ".join(f"{k} {v}" for k, v in row["parameters"].items()) + ")"
-        elif row["method"] == "the expert itself":
-            label += f" (router over {row['shared']})"
-        losses = [f"{row['per_kind'][k]['loss'][0]:.3f} ({row['per_kind'][k]['perplexity']:.1f})" for k in KINDS]
-        gap = "{:.3f} [{:.3f}, {:.3f}]".format(*row["gap"])
-        size = (
-            [f"{100 * row['energy_retained']:.0f} %", f"{row['bytes_extra'] / 1e6:.2f}"]
-            if "rank" in row
-            else ["–", "–"]
-        )
-        above = per_cent(row["above_best_static"]) if "above_best_static" in row else "–"
-        lines.append(f"| {' | '.join([label, row['setting'], *losses, gap, per_cent(row['kept']), above, *size])} |")
-        shares = [per_cent(row["per_kind"][k]["kept"]) for k in KINDS]
-        second.append(f"| {' | '.join([label, row['setting'], *shares])} |")
-    lines += ["", *second, ""]
+    heads = ["method", "setting", *KINDS, "mean gap to the expert", "share of the gain kept, %"]
+    heads += [f"points above {data['best_static_on_validation']}", "energy", "MB extra"]
+    lines += table_of(heads, "llr", map(_losses, data["rows"]))
+    lines += ["", "Share of the expert's gain over the base that is kept, %, by kind, with 95 % intervals.", ""]
+    lines += [*table_of(["method", "setting", *KINDS], "llr", map(_shares, data["rows"])), ""]
     for shared, router in data["routers"].items():
         found = router["test"]
         lines += [
@@ -54,17 +34,39 @@ def table(data: dict[str, Any]) -> str:
             f"{found['calibration_error']:.3f}, temperature {router['held_out']['temperature']:.2f}; "
             f"{100 * found['refused']:.1f} % were left to the shared model.",
             "",
-            "| kind, and the expert chosen | " + " | ".join(found["experts"]) + " |",
-            "| --- |" + " ---: |" * len(KINDS),
         ]
-        rows = zip(found["experts"], found["confusion"], strict=True)
-        lines += [f"| {kind} | {' | '.join(map(str, counts))} |" for kind, counts in rows] + [""]
-    lines += ["| greedy continuation, mixed batches of 4 prompts | setting | rows equal | tokens equal |"]
-    lines += ["| --- | --- | ---: | ---: |"]
-    for c in data["generation"]:
-        equal = f"{c['rows_equal']} of {c['rows']} | {c['tokens_equal']} of {c['tokens']}"
-        lines.append(f"| {c['twin']}, against its rebuilt dense models | {c['setting']} | {equal} |")
-    return "\n".join(lines) + "\n"
+        went = [[kind, *counts] for kind, counts in zip(found["experts"], found["confusion"], strict=True)]
+        lines += [*table_of(["kind, and the expert chosen", *found["experts"]], "lr", went), ""]
+    heads = ["greedy continuation, mixed batches of 4 prompts", "setting", "rows equal", "tokens equal"]
+    return "\n".join(lines + table_of(heads, "llr", map(_equal, data["generation"]))) + "\n"
+
+
+def _label(row: dict[str, Any]) -> str:
+    if row.get("parameters"):
+        return f"{row['method']} ({settings(row['parameters'])})"
+    return f"{row['method']}" + (f" (router over {row['shared']})" if row["method"] == "the expert itself" else "")
+
+
+def _per_cent(interval: list[float]) -> str:
+    return bounded([100 * value for value in interval])
+
+
+def _losses(row: dict[str, Any]) -> list[str]:
+    losses = [f"{row['per_kind'][k]['loss'][0]:.3f} ({row['per_kind'][k]['perplexity']:.1f})" for k in KINDS]
+    above = _per_cent(row["above_best_static"]) if "above_best_static" in row else "–"
+    size = ["–", "–"]
+    if "rank" in row:
+        size = [f"{100 * row['energy_retained']:.0f} %", f"{row['bytes_extra'] / 1e6:.2f}"]
+    return [_label(row), row["setting"], *losses, bounded(row["gap"], 3), _per_cent(row["kept"]), above, *size]
+
+
+def _shares(row: dict[str, Any]) -> list[str]:
+    return [_label(row), row["setting"], *(_per_cent(row["per_kind"][k]["kept"]) for k in KINDS)]
+
+
+def _equal(check: dict[str, Any]) -> list[str]:
+    counts = f"{check['rows_equal']} of {check['rows']}", f"{check['tokens_equal']} of {check['tokens']}"
+    return [f"{check['twin']}, against its rebuilt dense models", check["setting"], *counts]
 
 
 def picture(data: dict[str, Any], file: Path) -> None:
@@ -95,7 +97,6 @@ def picture(data: dict[str, Any], file: Path) -> None:
             found = [r for r in data["rows"] if r["setting"] == setting and r.get("cut") == "weights"]
             found = [r for r in found if r["shared"] == shared]
             values = 100 * np.array([r["kept"] for r in found])
-            label = f"{shared.replace('_', ' ')}, {setting}"
             error = np.abs(values[:, 1:] - values[:, :1]).T
             label = f"{shared.replace('_', ' ')}, {setting}"
             ranks = [r["rank"] for r in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kit.table import shown
+from kit.table import shown, table
 from merge_speed_parts.mergekit import MERGEKIT
 from merge_speed_parts.runs import LABELS
 
@@ -22,114 +22,115 @@ TARGETS = {  # mergekit / twinmerge at least, merge / copying at most
 TARGET_MEMORY = 200e6  # bytes over `import torch`, at most
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The tables of a report."""
-    about, settings = report["machine"], report["settings"]
-    first = next(iter(report["methods"].values()))
-    lines = [
-        "```",
-        report["command"],
-        "```",
-        "",
-        f"A Llama of {first['parameters'] / 1e9:.3f} billion parameters and {settings['experts']} experts, bfloat16, in the page "
-        f"cache; threads: {settings['threads']}; {about['processor']}, {about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GiB; "
-        f"Python {about['python']}, torch {about['versions']['torch']}, twinmerge {about['versions']['twinmerge']}, mergekit "
-        f"{MERGEKIT}. Medians of {settings['pairs']} interleaved runs (lowest to highest); ratios pair by pair.",
-        "",
-        "| the whole command | twinmerge s | mergekit s | mergekit / twinmerge | twinmerge CPU s | mergekit CPU s | twinmerge peak MB | mergekit peak MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for method, row in report["methods"].items():
-        ours, peer = row["summary"]["ours"], row["summary"].get("peer", {})
-        cells = [
-            method,
-            shown(ours.get("wall_s")),
-            shown(peer.get("wall_s")),
-            shown(row["ratios"]["peer_over_ours"], 2),
-            shown(ours.get("cpu_s")),
-            shown(peer.get("cpu_s")),
-            memory(ours),
-            memory(peer),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+Report = dict[str, Any]
+
+
+def markdown(report: Report) -> str:
+    """All tables of a report, with what stands around them."""
+    lines = ["```", report["command"], "```", "", setting(report), "", *whole_commands(report)]
     lines += [
         "",
-        "Peak MB: resident as the kernel counts it; in brackets without the pages of mapped files (libraries, and inputs that are "
-        "read by mapping), sampled.",
-        "",
-        "| after imports | GB read | GB written | twinmerge's merge s | copying s | copying and fsync s | its process s | merge / copying | "
-        "merge / copying and fsync | from disk MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "Peak MB: resident as the kernel counts it; in brackets without the pages of mapped files (libraries, and ",
     ]
-    for method, row in report["methods"].items():
-        alone, copied = row["summary"]["merge"], row["summary"]["copy"]
-        cells = [
-            method,
-            f"{row['input_bytes'] / 1e9:.2f}",
-            f"{row['output_bytes'] / 1e9:.2f}",
-            shown(alone.get("merge_s"), 2),
-            shown(copied.get("copy_s"), 2),
-            shown(copied.get("synced_s"), 2),
-            shown(copied.get("wall_s"), 2),
-            shown(row["ratios"]["merge_over_copy"], 2),
-            shown(row["ratios"]["merge_over_synced_copy"], 2),
-            from_disk(row),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines[-1] += "inputs that are read by mapping), sampled."
+    lines += ["", *after_imports(report)]
     lines += [
         "",
         "twinmerge's merge ends when all that it wrote is on the disk (fsync); mergekit does not wait for that.",
     ]
     lines += ["", "From disk MB: the most that any of the runs read from the disk and not from the page cache."]
-    lines += ["", "| start | s | peak MB |", "| --- | ---: | ---: |"]
-    for label, row in report["baselines"].items():
-        lines.append(f"| `{label}` | {shown(row['summary'].get('wall_s'), 2)} | {memory(row['summary'])} |")
-    if any(row["compared"] for row in report["methods"].values()):
-        lines += [
-            "",
-            "| outputs | largest difference | elements that differ | twinmerge, not the exact result | mergekit, not the exact result |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
-        for method, row in report["methods"].items():
-            if (found := row["compared"]) and "error" not in found:
-                shares = ("share_different", "share_ours_not_exact", "share_peer_not_exact")
-                cells = [method, f"{found['largest_difference']:.2g}", *(f"{found[key]:.4%}" for key in shares)]
-                lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", "The exact result: the definition in float64, rounded once to bfloat16."]
-    if report["sizes"]:
-        ways = [way for way in ("ours", "peer", "copy") if way in report["sizes"][0]["summary"]]
-        heads = [f"{LABELS[way]} {unit}" for unit in ("s", "peak MB") for way in ways if way != "copy" or unit == "s"]
-        heads.append("from disk MB")
-        lines += ["", f"| parameters | method | {' | '.join(heads)} |", "| ---: | --- |" + " ---: |" * len(heads)]
-        for row in report["sizes"]:
-            found = row["summary"]
-            cells = [f"{row['parameters'] / 1e9:.3f} billion", row["method"]]
-            cells += [shown(found[way].get("copy_s" if way == "copy" else "wall_s"), 2) for way in ways]
-            cells += [*(memory(found[way]) for way in ways if way != "copy"), from_disk(row)]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += targets(report)
-    failed = [
-        (method, LABELS[way], run["error"])
-        for method, row in [*report["methods"].items(), *((row["method"], row) for row in report["sizes"])]
-        for way, runs in row["runs"].items()
-        for run in runs
-        if "error" in run
+    starts = [
+        [f"`{n}`", shown(row["summary"].get("wall_s"), 2), memory(row["summary"])] for n, row in baselines(report)
     ]
-    if failed:
-        lines += ["", "Failed runs:", ""]
-        for method, label, error in dict.fromkeys(failed):
-            last = error.strip().rpartition("\n")[2]
-            lines.append(f"- {method}, {label}: {last}")
+    lines += ["", *table(["start", "s", "peak MB"], "lr", starts)]
+    if any(row["compared"] for _, row in methods(report)):
+        lines += ["", *outputs(report), "", "The exact result: the definition in float64, rounded once to bfloat16."]
+    if report["sizes"]:
+        lines += ["", *sizes(report)]
+    lines += ["", *targets(report)]
+    if failed := failures(report):
+        lines += ["", "Failed runs:", "", *failed]
     return "\n".join(lines) + "\n"
 
 
-def targets(report: dict[str, Any]) -> list[str]:
-    """What was aimed for beside the medians of the ratios; bold where it was reached."""
-    lines = [
-        "",
-        "| aimed for, and reached | mergekit / twinmerge | merge / copying | merge / copying and fsync | peak MB over `import torch` |",
-        "| --- | ---: | ---: | ---: | ---: |",
+def methods(report: Report) -> list[tuple[str, dict[str, Any]]]:
+    return list(report["methods"].items())
+
+
+def baselines(report: Report) -> list[tuple[str, dict[str, Any]]]:
+    return list(report["baselines"].items())
+
+
+def setting(report: Report) -> str:
+    """What was merged, where, how often."""
+    about, settings, versions = report["machine"], report["settings"], report["machine"]["versions"]
+    ((_, first), *_) = methods(report)
+    return (
+        f"A Llama of {first['parameters'] / 1e9:.3f} billion parameters and {settings['experts']} experts, bfloat16, in the "
+        f"page cache; threads: {settings['threads']}; {about['processor']}, {about['cores']} cores, "
+        f"{about['memory_bytes'] / 2**30:.0f} GiB; Python {about['python']}, torch {versions['torch']}, twinmerge "
+        f"{versions['twinmerge']}, mergekit {MERGEKIT}. Medians of {settings['pairs']} interleaved runs (lowest to highest); "
+        "ratios pair by pair."
+    )
+
+
+def whole_commands(report: Report) -> list[str]:
+    heads = [
+        "the whole command",
+        "twinmerge s",
+        "mergekit s",
+        "mergekit / twinmerge",
+        "twinmerge CPU s",
+        "mergekit CPU s",
     ]
+    rows = []
+    for method, row in methods(report):
+        ours, peer = row["summary"]["ours"], row["summary"].get("peer", {})
+        times = shown(ours.get("wall_s")), shown(peer.get("wall_s")), shown(row["ratios"]["peer_over_ours"], 2)
+        rows.append([method, *times, shown(ours.get("cpu_s")), shown(peer.get("cpu_s")), memory(ours), memory(peer)])
+    return table([*heads, "twinmerge peak MB", "mergekit peak MB"], "lr", rows)
+
+
+def after_imports(report: Report) -> list[str]:
+    heads = ["after imports", "GB read", "GB written", "twinmerge's merge s", "copying s", "copying and fsync s"]
+    heads += ["its process s", "merge / copying", "merge / copying and fsync", "from disk MB"]
+    rows = []
+    for method, row in methods(report):
+        found = row["summary"] | row["ratios"]
+        size = f"{row['input_bytes'] / 1e9:.2f}", f"{row['output_bytes'] / 1e9:.2f}"
+        times = found["merge"].get("merge_s"), *(found["copy"].get(key) for key in ("copy_s", "synced_s", "wall_s"))
+        ratios = found["merge_over_copy"], found["merge_over_synced_copy"]
+        rows.append([method, *size, *(shown(value, 2) for value in (*times, *ratios)), from_disk(row)])
+    return table(heads, "lr", rows)
+
+
+def outputs(report: Report) -> list[str]:
+    """How the outputs of both tools differ, where both define a method alike."""
+    heads = ["outputs", "largest difference", "elements that differ", "twinmerge, not the exact result"]
+    shares = ("share_different", "share_ours_not_exact", "share_peer_not_exact")
+    rows = [
+        [method, f"{found['largest_difference']:.2g}", *(f"{found[key]:.4%}" for key in shares)]
+        for method, row in methods(report)
+        if (found := row["compared"]) and "error" not in found
+    ]
+    return table([*heads, "mergekit, not the exact result"], "lr", rows)
+
+
+def sizes(report: Report) -> list[str]:
+    """Time and memory over the size of the model."""
+    ways = [way for way in ("ours", "peer", "copy") if way in report["sizes"][0]["summary"]]
+    heads = [f"{LABELS[way]} {unit}" for unit in ("s", "peak MB") for way in ways if way != "copy" or unit == "s"]
+    rows = []
+    for row in report["sizes"]:
+        found = row["summary"]
+        times = [shown(found[way].get("copy_s" if way == "copy" else "wall_s"), 2) for way in ways]
+        peaks = [memory(found[way]) for way in ways if way != "copy"]
+        rows.append([f"{row['parameters'] / 1e9:.3f} billion", row["method"], *times, *peaks, from_disk(row)])
+    return table(["parameters", "method", *heads, "from disk MB"], "rlr", rows)
+
+
+def targets(report: Report) -> list[str]:
+    """What was aimed for beside the medians of the ratios; bold where it was reached."""
 
     def cell(aim: float | None, found: float | None, reached: bool, digits: int = 1) -> str:
         text = "–" if found is None else f"{found:.{digits}f}"
@@ -138,20 +139,36 @@ def targets(report: dict[str, Any]) -> list[str]:
         )
 
     torch_alone = report["baselines"]["python -c 'import torch'"]["summary"]["peak_bytes"][0]
-    for method, row in report["methods"].items():
+    rows = []
+    for method, row in methods(report):
         faster, over = TARGETS.get(method, (None, None))
         peer, copied, synced = (
             (row["ratios"][key] or [None])[0] for key in ("peer_over_ours", "merge_over_copy", "merge_over_synced_copy")
         )
         peak = row["summary"]["ours"]["peak_bytes"][0] - torch_alone
-        cells = [
-            cell(faster, peer, bool(peer and faster and peer >= faster)),
-            cell(over, copied, bool(copied and over and copied <= over), 2),
-            cell(over, synced, bool(synced and over and synced <= over), 2),
-            cell(TARGET_MEMORY / 1e6, peak / 1e6, peak <= TARGET_MEMORY, 0),
-        ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return lines
+        rows.append(
+            [
+                method,
+                cell(faster, peer, bool(peer and faster and peer >= faster)),
+                cell(over, copied, bool(copied and over and copied <= over), 2),
+                cell(over, synced, bool(synced and over and synced <= over), 2),
+                cell(TARGET_MEMORY / 1e6, peak / 1e6, peak <= TARGET_MEMORY, 0),
+            ]
+        )
+    heads = ["aimed for, and reached", "mergekit / twinmerge", "merge / copying", "merge / copying and fsync"]
+    return table([*heads, "peak MB over `import torch`"], "lr", rows)
+
+
+def failures(report: Report) -> list[str]:
+    """A line for each way of a method that failed, with its last words."""
+    failed = [
+        (method, LABELS[way], run["error"])
+        for method, row in [*methods(report), *((row["method"], row) for row in report["sizes"])]
+        for way, runs in row["runs"].items()
+        for run in runs
+        if "error" in run
+    ]
+    return [f"- {m}, {label}: {error.strip().rpartition(chr(10))[2]}" for m, label, error in dict.fromkeys(failed)]
 
 
 def memory(found: dict[str, list[float]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kit.table import table
 from twinmerge.maths.lowrank import Factors
 from twinmerge.methods.kit.base import Method, Place, Tile
 from twinmerge.methods.kit.registry import make_method
@@ -83,17 +84,22 @@ def core(args: argparse.Namespace, report: dict[str, Any]) -> None:
         )
         print(json.dumps(rows[-1]), flush=True)
     report["core"] = {"side": args.side, "rank": RANK, "experts": len(parts), "rows": rows}
-    print(
-        f"\n{len(parts)} experts of rank {RANK} on {args.side} × {args.side}, one thread, CPU seconds.\n\n"
-        "| method | relative error | core s | core and product s | dense float64 s | dense float32 s | float64 / core | float32 / core | "
-        "float32 / core and product |\n| --- |" + " ---: |" * 8
-    )
-    for row in rows:
-        print(
-            f"| {row['method']} | {row['error']:.1e} | {row['core_s']:.3f} | {row['core_and_product_s']:.3f} | {row['dense_float64_s']:.2f} | "
-            f"{row['dense_float32_s']:.2f} | {row['dense_float64_s'] / row['core_s']:.0f} | {row['dense_float32_s'] / row['core_s']:.0f} | "
-            f"{row['dense_float32_s'] / row['core_and_product_s']:.0f} |"
-        )
+    print(core_table(report["core"]))
+
+
+def core_table(found: dict[str, Any]) -> str:
+    rows = []
+    for row in found["rows"]:
+        core_s, both_s = row["core_s"], row["core_and_product_s"]
+        wide_s, narrow_s = row["dense_float64_s"], row["dense_float32_s"]
+        times = f"{core_s:.3f}", f"{both_s:.3f}", f"{wide_s:.2f}", f"{narrow_s:.2f}"
+        ratios = wide_s / core_s, narrow_s / core_s, narrow_s / both_s
+        rows.append([row["method"], f"{row['error']:.1e}", *times, *(f"{ratio:.0f}" for ratio in ratios)])
+    heads = ["method", "relative error", "core s", "core and product s", "dense float64 s", "dense float32 s"]
+    heads += ["float64 / core", "float32 / core", "float32 / core and product"]
+    side = f"{found['side']} × {found['side']}"
+    about = f"{found['experts']} experts of rank {found['rank']} on {side}, one thread, CPU seconds."
+    return "\n".join(["", about, "", *table(heads, "lr", rows)])
 
 
 def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from kit.cache import touch_free_memory, warm
 from kit.process import TWINMERGE, benchmark, measured
-from kit.table import shown
-from kit.tally import spread
+from kit.table import shown, table
+from kit.tally import ratios, spread
 from spectral_speed_parts.family import make_family, roberta
 from spectral_speed_parts.shapes import decomposed_shapes
 from twinmerge.methods.kit.base import Place
@@ -67,7 +67,6 @@ def factorise(args: argparse.Namespace, report: dict[str, Any]) -> None:
                 touch_free_memory(args.touch)
                 runs[way].append(measured(line))
         shutil.rmtree(out, ignore_errors=True)
-        ratios = sorted(c["wall_s"] / a["alone_s"] for c, a in zip(runs["command"], runs["alone"], strict=True))
         row = {
             "method": method,
             "driver": DRIVERS[method],
@@ -75,7 +74,7 @@ def factorise(args: argparse.Namespace, report: dict[str, Any]) -> None:
             "alone_s": spread([run["alone_s"] for run in runs["alone"]]),
             "command_cpu_s": spread([run["cpu_s"] for run in runs["command"]]),
             "alone_cpu_s": spread([run["alone_cpu_s"] for run in runs["alone"]]),
-            "ratio": [statistics.median(ratios), ratios[0], ratios[-1]],
+            "ratio": ratios([run["wall_s"] for run in runs["command"]], [run["alone_s"] for run in runs["alone"]]),
             "embeddings_share": statistics.median(run["embeddings_s"] / run["alone_cpu_s"] for run in runs["alone"]),
             "peak_MB": statistics.median(run["peak_bytes"] for run in runs["command"]) / 1e6,
             "phases": runs["phases"][0]["phases"] | {"imports": started},
@@ -104,27 +103,35 @@ def factorise(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 def factorise_table(found: dict[str, Any], args: argparse.Namespace) -> str:
     shapes = ", ".join(f"{count} × {shape}" for shape, count in found["shapes"].items())
-    lines = [
-        f"\n{args.experts} experts of {found['parameters'] / 1e9:.3f} billion parameters, {found['embeddings']:.0%} of them word "
-        f"embeddings, bfloat16, threads: {args.threads}. Matrices: {shapes}.\n",
-        "| method | LAPACK | the whole command s | decompositions alone s | ratio | CPU s | alone CPU s | ratio | embeddings' share of them | "
-        "gesdd float32 CPU s | peak MB |",
-        "| --- | --- |" + " ---: |" * 9,
-    ]
+    rows = []
     for row in found["rows"]:
         gesdd = f"{row['gesdd_s']:.0f}" if "gesdd_s" in row else "–"
-        lines.append(
-            f"| {row['method']} | {row['driver']} | {shown(row['command_s'])} | {shown(row['alone_s'])} | {shown(row['ratio'], 2)} | "
-            f"{row['command_cpu_s'][0]:.1f} | {row['alone_cpu_s'][0]:.1f} | {row['command_cpu_s'][0] / row['alone_cpu_s'][0]:.2f} | "
-            f"{row['embeddings_share']:.0%} | {gesdd} | {row['peak_MB']:.0f} |"
-        )
-    labels = list(dict.fromkeys(label for row in found["rows"] for label in row["phases"]))
-    lines += ["\n| CPU seconds of the command | " + " | ".join(row["method"] for row in found["rows"]) + " |"]
-    lines += ["| --- |" + " ---: |" * len(found["rows"])]
-    for label in labels:
-        lines.append(f"| {label} | " + " | ".join(f"{row['phases'].get(label, 0):.2f}" for row in found["rows"]) + " |")
-    heads = list(next(iter(found["one_thread_s"].values())))
-    lines += ["\n| one matrix, one thread, CPU s | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
-    for shape, took in found["one_thread_s"].items():
-        lines.append(f"| {shape} | " + " | ".join(f"{took[head]:.2f}" for head in heads) + " |")
+        cpu, alone = row["command_cpu_s"][0], row["alone_cpu_s"][0]
+        wall = shown(row["command_s"]), shown(row["alone_s"]), shown(row["ratio"], 2)
+        share = f"{row['embeddings_share']:.0%}"
+        busy = f"{cpu:.1f}", f"{alone:.1f}", f"{cpu / alone:.2f}"
+        rows.append([row["method"], row["driver"], *wall, *busy, share, gesdd, f"{row['peak_MB']:.0f}"])
+    heads = [
+        "method",
+        "LAPACK",
+        "the whole command s",
+        "decompositions alone s",
+        "ratio",
+        "CPU s",
+        "alone CPU s",
+        "ratio",
+    ]
+    heads += ["embeddings' share of them", "gesdd float32 CPU s", "peak MB"]
+    about = (
+        f"{args.experts} experts of {found['parameters'] / 1e9:.3f} billion parameters, {found['embeddings']:.0%} of them word "
+        f"embeddings, bfloat16, threads: {args.threads}. Matrices: {shapes}."
+    )
+    phases = dict.fromkeys(label for row in found["rows"] for label in row["phases"])
+    spent = [[label, *(f"{row['phases'].get(label, 0):.2f}" for row in found["rows"])] for label in phases]
+    steps = list(next(iter(found["one_thread_s"].values())))
+    took = [[shape, *(f"{each[step]:.2f}" for step in steps)] for shape, each in found["one_thread_s"].items()]
+    methods = [row["method"] for row in found["rows"]]
+    lines = ["", about, "", *table(heads, "llr", rows)]
+    lines += ["", *table(["CPU seconds of the command", *methods], "lr", spent)]
+    lines += ["", *table(["one matrix, one thread, CPU s", *steps], "lr", took)]
     return "\n".join(lines)

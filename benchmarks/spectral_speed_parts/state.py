@@ -13,7 +13,7 @@ from typing import Any
 
 from kit.cache import touch_free_memory, warm
 from kit.process import benchmark, measured
-from kit.table import shown
+from kit.table import shown, table
 from kit.tally import spread
 from spectral_speed_parts.family import make_family, roberta, write
 from twinmerge.continual.continual import Continual
@@ -65,20 +65,21 @@ def state_table(found: dict[str, Any]) -> str:
     """Numbers from the fourth expert on: the first add reads no state, so it is no measure of the others."""
     last = max(len(steps) for steps in found["adds"].values())
     first = min(4, last)
-    lines = [
-        f"\n{found['parameters'] / 1e9:.3f} billion parameters; peak memory over that of torch and transformers ({found['plain_MB']:.0f} MB).\n",
-        f"| method | state GB after {first} | after {last} | peak MB of add {first} | of add {last} | lowest to highest from {first} on | s an add | CPU s |",
-        "| --- |" + " ---: |" * 7,
-    ]
+    rows = []
     for method, steps in found["adds"].items():
         late = [step for step in steps if step["experts"] >= first]
         peaks = [step["peak_MB"] for step in late]
-        lines.append(
-            f"| {method} | {late[0]['state_bytes'] / 1e9:.4f} | {late[-1]['state_bytes'] / 1e9:.4f} | {peaks[0]:.0f} | {peaks[-1]:.0f} | "
-            f"{min(peaks):.0f}–{max(peaks):.0f} ({max(peaks) / min(peaks) - 1:.1%}) | {shown(spread([step['command_s'] for step in late]))} | "
-            f"{statistics.median(step['cpu_s'] for step in late):.1f} |"
-        )
-    return "\n".join(lines)
+        sizes = f"{late[0]['state_bytes'] / 1e9:.4f}", f"{late[-1]['state_bytes'] / 1e9:.4f}"
+        ends = f"{min(peaks):.0f}–{max(peaks):.0f} ({max(peaks) / min(peaks) - 1:.1%})"
+        times = shown(spread([step["command_s"] for step in late])), statistics.median(step["cpu_s"] for step in late)
+        rows.append([method, *sizes, f"{peaks[0]:.0f}", f"{peaks[-1]:.0f}", ends, times[0], f"{times[1]:.1f}"])
+    heads = ["method", f"state GB after {first}", f"after {last}", f"peak MB of add {first}", f"of add {last}"]
+    heads += [f"lowest to highest from {first} on", "s an add", "CPU s"]
+    about = (
+        f"{found['parameters'] / 1e9:.3f} billion parameters; peak memory over that of torch and transformers "
+        f"({found['plain_MB']:.0f} MB)."
+    )
+    return "\n".join(["", about, "", *table(heads, "lr", rows)])
 
 
 def keep(args: argparse.Namespace, report: dict[str, Any]) -> None:
