@@ -15,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$(PY)" -m pytest -n $(J
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format bench-deps clean
+.PHONY: help demo test test-all dist lint format bench-deps clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,11 @@ test: lint ## Lint, types, layers, then all tests and doctests but the slow ones
 
 test-all: lint ## The same with the slow tests
 	$(PYTEST) -m "" tests src
+
+dist: $(DEV) ## Build sdist and wheel into dist/, try both in an empty environment
+	rm -rf dist
+	PIP_CONSTRAINT=constraints.txt "$(PY)" -m build
+	DIST=dist $(PYTEST) -m slow tests/whole/test_dist.py
 
 lint: $(DEV) ## ruff, mypy, import-linter
 	"$(PY)" -m ruff check .
@@ -48,8 +53,8 @@ clean: ## Remove caches and build outputs; never an environment, a model or a re
 	done
 
 $(PY):
-	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-	    { echo 'twinmerge needs Python 3.11, 3.12 or 3.13: try make PYTHON=python3.12' >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	    { echo 'twinmerge needs Python 3.11 to 3.14: try make PYTHON=python3.12' >&2; exit 2; }
 	"$(PYTHON)" -m venv "$(VENV)"
 
 $(DEV): $(PINS) | $(PY)

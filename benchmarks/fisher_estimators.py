@@ -1,5 +1,7 @@
 """Four estimators of the diagonal Fisher information of a classifier against the exact one, on the same texts.
 
+Table: docs/quality.md, "Estimators of the Fisher information".
+
     python benchmarks/fisher_estimators.py --model FOLDER --data FILE.jsonl [--rows 128]
 
 The exact one squares every example's gradient by itself, expected over the model's own predictions (`twinmerge measure fisher`).
@@ -11,7 +13,6 @@ the total as a share of the exact one. The last line is the exact estimator on o
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
+from kit.command import command_line
+from kit.table import table
 from twinmerge.statistics.data import Batch
 from twinmerge.statistics.fisher import Fisher
 from twinmerge.statistics.model import Measured
@@ -64,7 +67,7 @@ def squares(model: Measured, data: list[Batch], score: Callable[[Tensor, int], T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=128)
@@ -104,11 +107,12 @@ def main() -> None:
     )
     found["the exact one, on other rows"] = taken(other)
     at = torch.randperm(len(exact), generator=torch.Generator().manual_seed(0))[:200_000]
-    print("| estimator | Pearson | Spearman | total over the exact one |\n| --- | ---: | ---: | ---: |")
+    lines = []
     for label, f in found.items():
         pearson = torch.corrcoef(torch.stack([f, exact]))[0, 1]
         rank = spearmanr(f[at].numpy(), exact[at].numpy()).statistic
-        print(f"| {label} | {pearson:.3f} | {rank:.3f} | {f.sum() / exact.sum():.2f} |")
+        lines.append([label, f"{pearson:.3f}", f"{rank:.3f}", f"{f.sum() / exact.sum():.2f}"])
+    print("\n".join(table(["estimator", "Pearson", "Spearman", "total over the exact one"], "lr", lines)))
 
 
 if __name__ == "__main__":

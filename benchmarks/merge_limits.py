@@ -1,5 +1,7 @@
 """What a merge takes at the edges: many tiny tensors, many shards, one huge tensor, the command's own start.
 
+Table: docs/performance.md, "At the edges".
+
     python benchmarks/merge_limits.py --work DIR [--repeats 3]
 
 Makes its own checkpoints in DIR (3 GB) and runs every merge in a process of its own; peak memory is the kernel's for that
@@ -8,13 +10,10 @@ process, less that of one which only imports torch. Prints a table; medians of t
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,10 +21,13 @@ from typing import NamedTuple
 
 import torch
 
+from kit.command import command_line
+from kit.process import TWINMERGE, measured
+from kit.table import table
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import Spec
 
-TWINMERGE = [sys.executable, "-c", "from twinmerge.cli import main; main()"]
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Ran(NamedTuple):
@@ -35,31 +37,17 @@ class Ran(NamedTuple):
     peak: int
 
 
-def run(command: list[str]) -> Ran:
-    """One process from start to end."""
-    log = Path(tempfile.gettempdir()) / f"merge_limits-{os.getpid()}.log"
-    peer = str(Path(__file__).with_name("merge_speed_peer.py"))
-    # a bare interpreter in between: a process inherits the peak memory of the one that starts it
-    measured = subprocess.run([sys.executable, "-I", "-S", peer, "measure", str(log), *command], capture_output=True)
-    found = json.loads(measured.stdout.strip().split("\n")[-1])
-    said = log.read_text()
-    log.unlink()
-    if found["code"]:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
-    return Ran(found["wall_s"], found["peak_bytes"])
-
-
 def median(command: list[str], repeats: int, out: Path | None = None) -> Ran:
     """Medians over repeats; `out` is removed before each."""
     found = []
     for _ in range(repeats):
         if out is not None:
             shutil.rmtree(out, ignore_errors=True)
-        found.append(run(command))
-    return Ran(statistics.median(r.seconds for r in found), int(statistics.median(r.peak for r in found)))
+        found.append(measured(command))
+    return Ran(statistics.median(r["wall_s"] for r in found), int(statistics.median(r["peak_bytes"] for r in found)))
 
 
-def make(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int, shard_bytes: int = 5 * 10**9) -> None:
+def make(folder: Path, shapes: Shapes, seed: int, shard_bytes: int = 5 * 10**9) -> None:
     """A checkpoint of random bfloat16 numbers near a base that all seeds share."""
     if (folder / "done").exists():
         return
@@ -84,16 +72,17 @@ def merge(work: Path, kind: str, method: str, out: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    tiny = {n: {f"layers.{i}.w": (8, 8) for i in range(n)} for n in (2_000, 20_000)}
-    kinds = {**{f"tiny{n}": shapes for n, shapes in tiny.items()}, "huge": {"w": (16_384, 32_768)}}
+    tiny: dict[int, Shapes] = {n: {f"layers.{i}.w": (8, 8) for i in range(n)} for n in (2_000, 20_000)}
+    kinds: dict[str, Shapes] = {f"tiny{n}": shapes for n, shapes in tiny.items()}
+    kinds["huge"] = {"w": (16_384, 32_768)}
     for kind, shapes in kinds.items():
         for seed in range(3):
             make(args.work / kind / str(seed), shapes, seed)
-    many = {f"layers.{i}.w": (64, 64) for i in range(4_000)}
+    many: Shapes = {f"layers.{i}.w": (64, 64) for i in range(4_000)}
     for seed in range(3):
         make(args.work / "shards" / str(seed), many, seed, shard_bytes=4 * 64 * 64 * 2)
     plain = median([sys.executable, "-c", "import torch"], args.repeats)
@@ -110,9 +99,8 @@ def main() -> None:
         for method in ("task_arithmetic", "ties"):
             command = merge(args.work, "huge", method, out)
             rows.append((f"{method}, 3 models of one tensor of 1.07 GB", median(command, args.repeats, out)))
-    print("| what | seconds | peak memory over import torch |\n| --- | ---: | ---: |")
-    for what, ran in rows:
-        print(f"| {what} | {ran.seconds:.2f} | {(ran.peak - plain.peak) / 1e6:.0f} MB |")
+    cells = [[what, f"{ran.seconds:.2f}", f"{(ran.peak - plain.peak) / 1e6:.0f} MB"] for what, ran in rows]
+    print("\n".join(table(["what", "seconds", "peak memory over import torch"], "lr", cells)))
     print(json.dumps({what: ran._asdict() for what, ran in rows}))
 
 

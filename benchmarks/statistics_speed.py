@@ -1,5 +1,7 @@
 """Merges with Fisher files, and masks: time against copying what they read and write, and memory, as the model grows.
 
+Table: docs/performance.md, "With statistics, and masks".
+
     python benchmarks/statistics_speed.py --work DIR [--sizes 0.2e9,0.85e9] [--experts 4] [--repeats 3]
 
 Makes families of Llamas in bfloat16 (as merge_speed.py does) and a float32 Fisher file for each expert in DIR (19 GB for 0.85
@@ -10,14 +12,11 @@ process that only imports torch. Prints a table; medians of the repeats, ratios 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -25,14 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge_limits import TWINMERGE
-from merge_speed import Family, make_family, touch_free_memory, warm
 
+from kit.cache import touch_free_memory, warm
+from kit.command import command_line
+from kit.family import Family, make_family
+from kit.process import TWINMERGE, measured
+from kit.table import shown, table
+from kit.tally import spread
 from twinmerge.models.opened import open_model
 from twinmerge.statistics.file import save_statistics
 
 CHUNK = 1 << 20
-PEER = str(Path(__file__).with_name("merge_speed_peer.py"))
 
 
 def fishers(family: Family) -> list[Path]:
@@ -75,18 +77,6 @@ def copy(threads: int, out: Path, size: int, files: Sequence[str]) -> dict[str, 
     return {"copy_s": copied, "synced_s": time.perf_counter() - start}
 
 
-def measured(command: Sequence[str]) -> dict[str, Any]:
-    """One process from start to end (see merge_speed_peer.py)."""
-    with tempfile.NamedTemporaryFile() as log:
-        line = [sys.executable, "-I", "-S", PEER, "measure", log.name, *command]
-        found: dict[str, Any] = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
-        said = Path(log.name).read_text(errors="replace")
-    if found["code"]:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
-    lines = [text for text in said.split("\n") if text.startswith("{")]
-    return found | (json.loads(lines[-1]) if lines else {})
-
-
 def cases(family: Family, out: Path) -> dict[str, tuple[list[str], list[Path], int]]:
     """What runs: label -> the command, the files that it reads, the bytes that it writes."""
     base = ["--base", str(family.folder / "base")]
@@ -109,7 +99,7 @@ def main() -> None:
     if sys.argv[1:2] == ["copy"]:
         print(json.dumps(copy(int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", default="0.2e9,0.85e9")
     parser.add_argument("--experts", type=int, default=4)
@@ -129,12 +119,11 @@ def main() -> None:
                 for line in (floor, command):
                     shutil.rmtree(out, ignore_errors=True)
                     copied.unlink(missing_ok=True)
-                    warm(iter(files))
+                    warm(files)
                     os.sync()
                     touch_free_memory()
                     pair.append(measured(line))
                 runs.append((pair[0], pair[1]))
-            ratios = sorted(run["wall_s"] / floor["synced_s"] for floor, run in runs)
             read = sum(file.stat().st_size for file in files)
             rows.append(
                 {
@@ -144,7 +133,7 @@ def main() -> None:
                     "written_GB": size / 1e9,
                     "seconds": statistics.median(run["wall_s"] for _, run in runs),
                     "copy_s": statistics.median(floor["synced_s"] for floor, _ in runs),
-                    "over_copy": [statistics.median(ratios), ratios[0], ratios[-1]],
+                    "over_copy": spread([run["wall_s"] / floor["synced_s"] for floor, run in runs]),
                     "memory_MB": statistics.median(run["peak_bytes"] - plain for _, run in runs) / 1e6,
                     "from_disk_GB": max(run["disk_read_bytes"] for pair in runs for run in pair) / 1e9,
                 }
@@ -152,16 +141,23 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
         shutil.rmtree(out, ignore_errors=True)
         copied.unlink(missing_ok=True)
-    print(
-        "| parameters | what | GB read | GB written | the whole command s | copying and fsync s | ratio | memory over `import torch` MB | from disk GB |"
-    )
-    print("| ---: | --- |" + " ---: |" * 7)
-    for row in rows:
-        middle, low, high = row["over_copy"]
-        print(
-            f"| {row['parameters'] / 1e9:.2f} B | {row['what']} | {row['read_GB']:.1f} | {row['written_GB']:.1f} | {row['seconds']:.1f} | "
-            f"{row['copy_s']:.1f} | {middle:.2f} ({low:.2f}–{high:.2f}) | {row['memory_MB']:.0f} | {row['from_disk_GB']:.1f} |"
-        )
+    heads = ["parameters", "what", "GB read", "GB written", "the whole command s", "copying and fsync s", "ratio"]
+    heads += ["memory over `import torch` MB", "from disk GB"]
+    print("\n".join(table(heads, "rlr", map(cells, rows))))
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['parameters'] / 1e9:.2f} B",
+        row["what"],
+        f"{row['read_GB']:.1f}",
+        f"{row['written_GB']:.1f}",
+        f"{row['seconds']:.1f}",
+        f"{row['copy_s']:.1f}",
+        shown(row["over_copy"], 2),
+        f"{row['memory_MB']:.0f}",
+        f"{row['from_disk_GB']:.1f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """One mixed batch in activation form against a rebuild of the weights for every row (and equality of the two).
 
+Table: docs/measurements.md, "Runtime: a mixed batch against a rebuild for every row".
+
     python benchmarks/twin_runtime.py [--threads 2] [--repeats 7]
 
-Check 15, the toy of the specification: a BERT of 4 layers, width 256, 8 experts at rank 16, 32 rows of 32 tokens, float32. Two
+A toy: a BERT of 4 layers, width 256, 8 experts at rank 16, 32 rows of 32 tokens, float32. Two
 rebuilds, both with the experts' parts dense and ready and one row answered at a time: tensor by tensor (θs + Σ wt vt, as
 the paper's code does), and fused (all tensors in one buffer, one matrix-vector product; the best that a rebuild can do).
 Times are medians of interleaved repeats in one process.
@@ -10,17 +12,21 @@ Times are medians of interleaved repeats in one process.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 from transformers import BertConfig, BertModel
 
+from kit.command import command_line
+from kit.tally import ratios
 from twinmerge import Twin
-from twinmerge.models.headed import build_module
 
 ROWS, TOKENS, EXPERTS, RANK = 32, 32, 8, 16
 
@@ -48,14 +54,14 @@ def family() -> tuple[BertModel, dict[str, BertModel]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     base, experts = family()
     twin = Twin.build(base, experts, rank=RANK, shared="task_arithmetic", scale=0.125)
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": torch.randint(0, 1000, (ROWS, TOKENS)),
         "attention_mask": torch.ones(ROWS, TOKENS, dtype=torch.long),
     }
@@ -65,13 +71,18 @@ def main() -> None:
     parts = torch.stack(
         [torch.cat([twin.weights_for({e: 1.0})[n].flatten() for n in names]) - shared for e in experts], 1
     )
-    plain = build_module(twin.model.architecture).eval()
+    plain = twin.model.architecture.build().eval()
 
-    def answer(state: dict[str, torch.Tensor], row: int) -> torch.Tensor:
+    def answer(state: dict[str, Tensor], row: int) -> Tensor:
         one = {k: v[row : row + 1] for k, v in batch.items()}
-        return functional_call(plain, state, (), one).last_hidden_state
+        found: Tensor = functional_call(plain, state, (), one).last_hidden_state
+        return found
 
-    def fused(weights: torch.Tensor) -> torch.Tensor:
+    def by_twin(mixture: Tensor | dict[str, float]) -> Tensor:
+        found: Tensor = twin(**batch, mixture=mixture).output.last_hidden_state
+        return found
+
+    def fused(weights: Tensor) -> Tensor:
         found = []
         for row in range(ROWS):
             pieces = torch.addmv(shared, parts, weights[row]).split([zero[n].numel() for n in names])
@@ -82,7 +93,7 @@ def main() -> None:
         dict(zip(names, column.split([zero[n].numel() for n in names]), strict=True)) for column in parts.T.contiguous()
     ]
 
-    def by_tensor(weights: torch.Tensor) -> torch.Tensor:
+    def by_tensor(weights: Tensor) -> Tensor:
         found = []
         for row in range(ROWS):
             scaled = [(w, part) for w, part in zip(weights[row].tolist(), dense, strict=True) if w]
@@ -94,7 +105,7 @@ def main() -> None:
         "one expert per row": torch.eye(EXPERTS)[torch.randint(0, EXPERTS, (ROWS,))],
         "soft over all experts": torch.softmax(torch.randn(ROWS, EXPERTS), -1),
     }
-    report = {
+    report: dict[str, Any] = {
         "rows": ROWS,
         "tokens": TOKENS,
         "experts": EXPERTS,
@@ -104,11 +115,11 @@ def main() -> None:
     }
     with torch.inference_mode():
         for label, weights in mixtures.items():
-            ways = {
-                "mixed batch": lambda w=weights: twin(**batch, mixture=w).output.last_hidden_state,
-                "rebuild per row": lambda w=weights: by_tensor(w),
-                "fused rebuild per row": lambda w=weights: fused(w),
-                "shared model alone": lambda: twin(**batch, mixture={}).output.last_hidden_state,
+            ways: dict[str, Callable[[], Tensor]] = {
+                "mixed batch": partial(by_twin, weights),
+                "rebuild per row": partial(by_tensor, weights),
+                "fused rebuild per row": partial(fused, weights),
+                "shared model alone": partial(by_twin, {}),
             }
             a, b = ways["mixed batch"](), ways["rebuild per row"]()
             times: dict[str, list[float]] = {way: [] for way in ways}
@@ -124,8 +135,7 @@ def main() -> None:
                 "mixed_over_shared": medians["mixed batch"] / medians["shared model alone"],
             }
             for way in ("rebuild per row", "fused rebuild per row"):
-                ratios = [r / m for r, m in zip(times[way], times["mixed batch"], strict=True)]
-                report[label][f"{way} over mixed"] = [statistics.median(ratios), min(ratios), max(ratios)]
+                report[label][f"{way} over mixed"] = ratios(times[way], times["mixed batch"])
     print(json.dumps(report, indent=1))
 
 

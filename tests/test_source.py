@@ -11,7 +11,7 @@ import pytest
 from twinmerge.store.header import CONVERT
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+FILES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 OURS = {"Twin", "tm.Twin"}
 OWN_READERS = {
     "store/foreign.py",  # the door itself

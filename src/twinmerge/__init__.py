@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.moved import serve_old_names
 
 serve_old_names()
-__version__ = "0.1.0"
+__version__: str
 
 _WHERE = {
     "Continual": "continual.continual",
@@ -54,6 +54,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # of what is installed: pyproject.toml alone names it
+        from importlib.metadata import version
+
+        return version("twinmerge")
     if name not in _WHERE:
         raise AttributeError(f"module 'twinmerge' has no attribute {name!r}")
     from importlib import import_module

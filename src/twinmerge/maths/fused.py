@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -365,11 +365,8 @@ def _required() -> ctypes.CDLL:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_fused{suffix}")
-        if path.exists() and (library := _opened(path)) is not None:
-            return library
-    return None
+    path = Path(__file__).with_name("_fused.dll" if os.name == "nt" else "_fused.so")  # as setup.py names it
+    return _opened(path) if path.exists() else None
 
 
 def _opened(path: Path) -> ctypes.CDLL | None:

@@ -137,7 +137,10 @@ class Halves(Router):
         (Halves, "lacks of_experts, read_answer, changed, a default of share"),
         (dict, "does not derive from Router. Derive it"),
         (3, "does not derive from Router"),
-        (ImportError("no module named thing"), "cannot be loaded: ImportError: no module named thing. Mend or uninstall that package"),
+        (
+            ImportError("no module named thing"),
+            "cannot be loaded: ImportError: no module named thing. Mend or uninstall that package",
+        ),
     ],
     ids=["nothing", "halves", "dict", "number", "broken"],
 )

@@ -1,4 +1,4 @@
-"""The `report` step of merge_methods.py: a table and a picture of what `score` found."""
+"""The `report` step: a table and two pictures of what `score` found."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kit.picture import panels, save
+from kit.scores import score
+from kit.table import bounded
+from kit.table import table as table_of
 from twinmerge.methods.kit.masks import Marks
 from twinmerge.study.mask_shares import draw_shares
 from twinmerge.study.scores import Evaluation
@@ -60,7 +64,7 @@ def report(out: Path, rows: Rows, data: dict[str, str]) -> None:
 
 
 def _experts(out: Path) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for file in sorted((out / "experts").glob("*-test*.json")):
         found |= Evaluation.from_json(file.read_text()).predictions
     return found
@@ -88,39 +92,28 @@ def table(rows: Rows, experts: dict[str, Any], data: dict[str, str]) -> str:
     """Markdown: a line per method; the largest merge in full, the smaller ones by their scores."""
     most = max(rows)
     counts = sorted(rows)
-    lines = [
-        "| method | chosen | "
-        + " | ".join(f"{count} experts" for count in counts)
-        + " | above average | above task arithmetic | MB | seconds | evaluations | data |",
-        "| --- | --- |" + " ---: |" * (len(counts) + 5) + " --- |",
-    ]
+    lines = []
     for label, row in rows[most].items():
         cells = []
         for count in counts:
             found = rows[count].get(label)
-            cells.append(
-                f"{found['normalised']:.1f} [{found['interval'][0]:.1f}, {found['interval'][1]:.1f}]" if found else "–"
-            )
+            cells.append(score(found))
         for other in ("average", "task_arithmetic"):
             gap = _paired(rows[most], label, other, experts) if label != other else None
-            cells.append("–" if gap is None else f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]")
+            cells.append("–" if gap is None else bounded([gap.value, gap.low, gap.high], sign="+"))
         method = label.partition(" ")[0]
         needs = data.get(method, "labelled validation rows")
         chosen = _shown(row["parameters"], any(k.endswith(".threshold") for k in row["parameters"]))
-        lines.append(
-            f"| {label} | {chosen} | {' | '.join(cells)} | {row['bytes'] / 1e6:.0f} | {row['seconds']:.1f} | {row['evaluations']} | {needs} |"
-        )
-    return "\n".join(lines) + "\n"
+        cost = f"{row['bytes'] / 1e6:.0f}", f"{row['seconds']:.1f}", row["evaluations"]
+        lines.append([label, chosen, *cells, *cost, needs])
+    heads = ["method", "chosen", *(f"{count} experts" for count in counts), "above average", "above task arithmetic"]
+    heads += ["MB", "seconds", "evaluations", "data"]
+    return "\n".join(table_of(heads, "ll" + "r" * (len(heads) - 3) + "l", lines)) + "\n"
 
 
 def pictures(rows: Rows, out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     most, counts = max(rows), sorted(rows)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.1, 1))
+    figure, (left, right) = panels(1, 2, (11, 4.6), width_ratios=(1.1, 1))
     for label in rows[most]:
         at = [count for count in counts if label in rows[count]]
         if len(at) < 2 < len(counts):  # a lone point is in the other picture
@@ -146,6 +139,4 @@ def pictures(rows: Rows, out: Path) -> None:
     right.margins(x=0.12)
     right.grid(axis="x", alpha=0.3)
     right.set_xlabel(f"per cent of the experts, {most} experts, 95 % intervals")
-    figure.tight_layout()
-    figure.savefig(out / "merge-methods.png", dpi=130)
-    plt.close(figure)
+    save(figure, out / "merge-methods.png")

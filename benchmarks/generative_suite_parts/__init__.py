@@ -1,0 +1,1 @@
+"""The parts of generative_suite.py."""

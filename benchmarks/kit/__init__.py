@@ -1,0 +1,1 @@
+"""What the benchmarks are written with. Nothing here knows a benchmark."""

@@ -1,0 +1,94 @@
+"""The recipe that both tools read, and how their outputs are compared with its exact result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kit.family import Family
+
+COMPARE_BLOCK = 1 << 22
+
+
+def recipe(method: str, experts: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe that both tools read, and the models that it reads."""
+
+    def models(names: Sequence[str], **parameters: float) -> str:
+        own = "".join(f"      {key}: {value}\n" for key, value in parameters.items())
+        return "models:\n" + "".join(
+            f"  - model: ./{name}\n" + (f"    parameters:\n{own}" if own else "") for name in names
+        )
+
+    everything = ["base", *experts]
+    if method == "linear":
+        names, body = everything, models(everything, weight=1.0)
+    elif method == "task_arithmetic":
+        names = everything
+        body = "base_model: ./base\n" + models(experts, weight=0.3) + "parameters:\n  normalize: false\n"
+    elif method == "slerp":
+        names = list(experts[:2])
+        body = f"base_model: ./{names[0]}\n" + models(names) + "parameters:\n  t: 0.5\n"
+    elif method in ("ties", "dare_ties"):
+        names = everything
+        density = 0.2 if method == "ties" else 0.5
+        body = "base_model: ./base\n" + models(experts, density=density, weight=1.0)
+        body += "parameters:\n  normalize: true\n"
+    else:
+        raise SystemExit(f"There is no recipe for {method!r} here.")
+    return f"merge_method: {method}\n{body}dtype: bfloat16\n", names
+
+
+EXACT: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "linear": lambda models: torch.stack(models).mean(0),
+    "task_arithmetic": lambda models: models[0] + 0.3 * sum(expert - models[0] for expert in models[1:]),
+    "slerp": lambda models: (models[0] + models[1]) / 2,
+}
+"""The methods that both tools define alike, in float64: the models read -> the result.
+
+SLERP is a straight line in both tools where the cosine is above 0.9995, as it is between these experts.
+"""
+
+
+def compare(method: str, family: Family, models: list[str], ours: Path, peer: Path) -> dict[str, Any]:
+    """How far the two outputs are from each other, and from the definition rounded once to bfloat16."""
+    inputs = [Tensors(family.folder / model) for model in models]
+    outputs = Tensors(ours), Tensors(peer)
+    if any(output.file.keys() != inputs[0].file.keys() for output in outputs):
+        return {"error": "the outputs have other tensors than the inputs"}
+    elements = different = ours_off = peer_off = 0
+    largest = 0.0
+    for name in inputs[0].file:
+        flat = [tensors.read(name).flatten().split(COMPARE_BLOCK) for tensors in (*outputs, *inputs)]
+        for a, b, *x in zip(*flat, strict=True):
+            exact = EXACT[method]([part.double() for part in x]).bfloat16()
+            elements += a.numel()
+            different += int((a != b).sum())
+            ours_off += int((a != exact).sum())
+            peer_off += int((b != exact).sum())
+            largest = max(largest, (a.double() - b.double()).abs().max().item())
+    return {
+        "elements": elements,
+        "largest_difference": largest,
+        "share_different": different / elements,
+        "share_ours_not_exact": ours_off / elements,
+        "share_peer_not_exact": peer_off / elements,
+    }
+
+
+class Tensors:
+    """The tensors of a model folder, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            opened = safe_open(path, "pt")
+            self.file.update(dict.fromkeys(opened.keys(), opened))
+
+    def read(self, name: str) -> Tensor:
+        value: Tensor = self.file[name].get_tensor(name)
+        return value

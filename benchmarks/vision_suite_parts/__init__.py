@@ -1,0 +1,1 @@
+"""The parts of vision_suite.py."""
