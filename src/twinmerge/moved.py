@@ -19,6 +19,7 @@ MOVED = {
     "engine.names": "recipes.names",
     "engine.plain_data": "recipes.plain_data",
     "engine.recipe": "recipes.recipe",
+    "engine.side_files": "engine.folder",
     "measure": "statistics",
     "measure.activations": "statistics.activations",
     "measure.data": "statistics.data",

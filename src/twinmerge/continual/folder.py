@@ -13,7 +13,7 @@ from twinmerge.continual.pieces import rounded
 from twinmerge.continual.state import Description, StateFile
 from twinmerge.engine.provenance import PACKAGES
 from twinmerge.engine.ranges import Range
-from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.folder import PROVENANCE, copy_side_files, write_config
 from twinmerge.models.headed import save_heads
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store import disk

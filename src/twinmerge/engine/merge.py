@@ -26,7 +26,7 @@ from twinmerge.engine.provenance import plan_key, provenance, require_same, stat
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
-from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.folder import PROVENANCE, copy_side_files, write_config
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Known, Method

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.arguments import shown, strict
-from twinmerge.engine.side_files import PROVENANCE, copy_side_files
+from twinmerge.engine.folder import PROVENANCE, copy_side_files
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter import PREFIX

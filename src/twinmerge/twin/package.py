@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from twinmerge.engine.card import model_card
-from twinmerge.engine.side_files import NO_SIDE_FILES, PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, copy_side_files, write_config
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.provenance import PACKAGES
-from twinmerge.engine.side_files import PROVENANCE
+from twinmerge.engine.folder import PROVENANCE
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import thin_svd

@@ -21,7 +21,7 @@ from twinmerge.engine.card import model_card
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.engine.side_files import PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.folder import PROVENANCE, copy_side_files, write_config
 from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, pack

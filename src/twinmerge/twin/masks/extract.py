@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twinmerge.arguments import strict
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.engine.side_files import PROVENANCE, copy_side_files
+from twinmerge.engine.folder import PROVENANCE, copy_side_files
 from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, check, unpack
