@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.continual.heads import with_heads
 from twinmerge.continual.pieces import rounded
 from twinmerge.continual.state import Description, StateFile
+from twinmerge.engine.folder import Beside
 from twinmerge.engine.provenance import PACKAGES
 from twinmerge.engine.ranges import Range
-from twinmerge.engine.folder import PROVENANCE, copy_side_files, write_config
-from twinmerge.models.headed import save_heads
 from twinmerge.models.opened import OpenedModel
-from twinmerge.store import disk
-from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import CODES
@@ -64,13 +61,8 @@ def write_folder(
             output.sums[OUTPUT] = writer.finish()
         finally:
             writer.close()
-        copy_side_files(base.folder, folder)
-        write_config(base, folder, dtype)
-        if heads:
-            save_heads(folder, heads, folder_fingerprint(folder), {})
         told = {"continual": _told(status()), "versions": {package: version(package) for package in PACKAGES}}
-        disk.write_json(folder / PROVENANCE, told)
-        disk.write_text(folder / "README.md", _card(state.about))
+        Beside(base, base.folder, told, _card(state.about), dtype, heads=heads).write(folder)
     return out
 
 

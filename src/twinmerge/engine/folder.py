@@ -1,18 +1,26 @@
-"""What travels beside the weights: config, tokenizer, processor, templates, licence; no code."""
+"""What every model folder that we write has beside its weights: config, tokenizer, processor, templates, licence; heads,
+provenance and card; no code."""
 
 from __future__ import annotations
 
 import copy
 import os
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store import disk
+from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.foreign import UNREAD, find, is_text, matches, open_regular, read_any_json, read_json, shown_path
 from twinmerge.store.manifest import CHECKSUMS, Manifest
+
+if TYPE_CHECKING:
+    from twinmerge.models.architecture import Architecture
+    from twinmerge.models.headed import HeadSpec
 
 PROVENANCE = "twinmerge.json"
 NO_SIDE_FILES = {"README.md", "adapter_config.json", "heads.json", PROVENANCE, CHECKSUMS}
@@ -20,6 +28,52 @@ SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".voca
 MAX_SIDE_FILE = 1_000_000_000
 CODE = ("auto_map", "custom_pipelines")
 """Keys of configs that name Python files, of this folder or of a repository, for transformers to run."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is written beside the weights of a model folder.
+
+    Attributes:
+        model: the model whose config is written where the side files have none.
+        side_files: the folder whose small files travel along, if any.
+        provenance: what the folder was made of, for twinmerge.json.
+        card: the text of README.md.
+        dtype: of the weights, where it is another than the config says.
+        architecture: the class that the config is to name instead, with its own config.
+        heads: expert -> its output layers.
+        about: expert -> more keys of its entry in heads.json.
+        codec: that the heads' numbers are stored with.
+    """
+
+    model: OpenedModel
+    side_files: Path | None
+    provenance: Mapping[str, Any]
+    card: str
+    dtype: str | None = None
+    architecture: Architecture | None = None
+    heads: Mapping[str, HeadSpec] = field(default_factory=dict)
+    about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    codec: str = "none"
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder whose weights are there."""
+        copy_side_files(self.side_files, folder)
+        if self.architecture is None:
+            write_config(self.model, folder, self.dtype)
+        elif self.architecture.config is not None:
+            _write_class(self.architecture, folder)
+        if self.heads:
+            from twinmerge.models.headed import save_heads
+
+            save_heads(folder, self.heads, folder_fingerprint(folder), self.about, self.codec)
+        write_about(folder, self.provenance, self.card)
+
+
+def write_about(folder: Path, provenance: Mapping[str, Any], card: str) -> None:
+    """Write provenance and card, which adapters have too."""
+    disk.write_json(folder / PROVENANCE, provenance)
+    disk.write_text(folder / "README.md", card)
 
 
 def copy_side_files(source: Path | None, folder: Path) -> None:
@@ -73,6 +127,13 @@ def write_config(model: OpenedModel, folder: Path, dtype: str | None) -> None:
         raw.pop("torch_dtype", None)
         raw["dtype"] = dtype
         disk.write_json(file, raw)
+
+
+def _write_class(architecture: Architecture, folder: Path) -> None:
+    """A config that names its class, which that of a model in memory does not."""
+    config = copy.deepcopy(architecture.config)
+    config.architectures = [architecture.model_class.__name__]
+    disk.write_text(folder / "config.json", config.to_json_string())
 
 
 def _copy(file: Path, to: Path) -> None:

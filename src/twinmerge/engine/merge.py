@@ -17,6 +17,7 @@ from twinmerge.engine.by_names import warn_of_names
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import checked
 from twinmerge.engine.combine import combine
+from twinmerge.engine.folder import Beside
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import Plan, grains_of
@@ -26,7 +27,6 @@ from twinmerge.engine.provenance import plan_key, provenance, require_same, stat
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
-from twinmerge.engine.folder import PROVENANCE, copy_side_files, write_config
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Known, Method
@@ -37,8 +37,6 @@ from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor
 from twinmerge.models.vocabulary import other_tokens
 from twinmerge.recipes.lines import KEY, Automatic, Lines
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.store import disk
-from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.output import OutputFolder
 
@@ -314,18 +312,12 @@ class Merge:
             finally:
                 writer.close()
             output.sums |= report.checksums
-            copy_side_files(self.base.folder, folder)
-            write_config(self.base, folder, self.recipe.dtype)
-            if heads := self.heads():
-                from twinmerge.models.headed import save_heads
-
-                save_heads(folder, heads, folder_fingerprint(folder), about or {})
             described = {**provenance(plan), "rounding": report.rounding(self.recipe.stochastic)}
             if self.lines is not None:  # with the a that was found
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
-            disk.write_json(folder / PROVENANCE, described)
             card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
-            disk.write_text(folder / "README.md", card)
+            dtype, heads = self.recipe.dtype, self.heads()
+            Beside(self.base, self.base.folder, described, card, dtype, heads=heads, about=about or {}).write(folder)
             require_same(read, states_of(plan))
         self.report = report
         return Path(out)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from twinmerge.engine.merge import Merge
 from twinmerge.engine.folder import PROVENANCE
+from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.recipes.recipe import Recipe

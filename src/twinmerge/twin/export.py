@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.arguments import shown, strict
-from twinmerge.engine.folder import PROVENANCE, copy_side_files
+from twinmerge.engine.folder import Beside, write_about
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter import PREFIX
@@ -28,7 +27,6 @@ from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import stored_names
 from twinmerge.models.headed import HeadSpec
 from twinmerge.models.transformers_class import TransformersArchitecture, class_of
-from twinmerge.store import disk
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.manifest import OUTPUT
@@ -77,14 +75,12 @@ def export_dense(twin: Core, mixture: Mapping[str, float], out: str | Path, head
     files = layout({key: Spec(t.dtype, tuple(t.shape)) for key, t in tensors.items()})
     output = OutputFolder(out, sum(spec.bytes for specs in files.values() for spec in specs.values()))
     with output as folder:
-        copy_side_files(twin.side_files, folder)
         output.sums[OUTPUT] = write_checkpoint(
             folder, files, ((key, tensors[key]) for specs in files.values() for key in specs)
         )
-        config = copy.deepcopy(architecture.config)
-        config.architectures = [architecture.model_class.__name__]
-        disk.write_text(folder / "config.json", config.to_json_string())
-        _write_about(folder, twin, {"mixture": dict(mixture), "head": head}, f"# One mixture of {', '.join(mixture)}\n")
+        described = {"export": {"mixture": dict(mixture), "head": head}, "from": twin.package.provenance}
+        card = f"# One mixture of {', '.join(mixture)}\n"
+        Beside(twin.package.shared, twin.side_files, described, card, architecture=architecture).write(folder)
     return Path(out)
 
 
@@ -158,7 +154,8 @@ def export_lora(
     with output as folder:
         output.sums[OUTPUT] = write_adapter(folder, tensors, config)
         left = _left_out(twin, used, low, {one.name for one in modules.values()})
-        _write_about(folder, twin, {"mixture": used, "left_out": left}, _card(used, base, left))
+        described = {"export": {"mixture": used, "left_out": left}, "from": twin.package.provenance}
+        write_about(folder, described, _card(used, base, left))
     return Exported(Path(out), rank, left)
 
 
@@ -222,9 +219,3 @@ def _card(used: Mapping[str, float], base: str | None, left: Mapping[str, float]
     mixed = ", ".join(f"{weight:g} {name}" for name, weight in used.items())
     front = f"---\nlibrary_name: peft\nbase_model: {base}\n---\n\n" if base else ""
     return f"{front}# LoRA adapter of a twin's shared model: {mixed}\n{lost if left else ''}"
-
-
-def _write_about(folder: Path, twin: Core, what: Mapping[str, Any], card: str) -> None:
-    told = {"export": what, "from": twin.package.provenance}
-    disk.write_json(folder / PROVENANCE, told)
-    disk.write_text(folder / "README.md", card)

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from twinmerge.engine.card import model_card
-from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, copy_side_files, write_config
+from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, Beside
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors
-from twinmerge.models.headed import HeadSpec, head_artefact, load_heads, save_heads
+from twinmerge.models.headed import HeadSpec, head_artefact, load_heads
 from twinmerge.models.opened import InMemory, OpenedModel, open_model
-from twinmerge.store import disk
 from twinmerge.store.artefact import (
     Artefact,
     artefact_bytes,
@@ -132,12 +131,8 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
     with output as partial:
         names = [name for shard in files.values() for name in shard]
         output.sums[OUTPUT] = write_checkpoint(partial, files, ((name, shared.read(canonical[name])) for name in names))
-        copy_side_files(side_files, partial)
-        write_config(shared, partial, None)
         base = folder_fingerprint(partial)
         save_artefact(partial / TWIN, _pack(package, base))
-        if package.heads:
-            save_heads(partial, package.heads, base, about, package.codec)
         if package.router is not None:
             save_artefact(partial / ROUTER, _pack_router(package, base))
             if (statistics := package.router.statistics) is not None:
@@ -145,8 +140,10 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
                     partial / STATISTICS,
                     Artefact("router statistics", STATISTICS_VERSION, base, *statistics.packed()),
                 )
-        disk.write_json(partial / PROVENANCE, package.provenance)
-        disk.write_text(partial / "README.md", card)
+        beside = Beside(
+            shared, side_files, package.provenance, card, heads=package.heads, about=about, codec=package.codec
+        )
+        beside.write(partial)
     return output.folder
 
 

@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor
 
 from twinmerge.engine.card import licence_of
+from twinmerge.engine.folder import write_about
 from twinmerge.engine.provenance import PACKAGES
-from twinmerge.engine.folder import PROVENANCE
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import thin_svd
@@ -22,7 +22,6 @@ from twinmerge.models.adapter_files import Carried, adapter_config, lora_tensors
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.opened import OpenedModel
 from twinmerge.recipes.recipe import DTYPES
-from twinmerge.store import disk
 from twinmerge.store.header import CODES, torch_dtype
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
@@ -151,8 +150,7 @@ def write_lora(
     output = OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values()))
     with output as folder:
         output.sums[OUTPUT] = write_adapter(folder, tensors, config)
-        disk.write_json(folder / PROVENANCE, told)
-        disk.write_text(folder / "README.md", _card(base, name, about))
+        write_about(folder, told, _card(base, name, about))
     return Path(out)
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from twinmerge.arguments import strict
 from twinmerge.engine.card import model_card
+from twinmerge.engine.folder import Beside
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.engine.folder import PROVENANCE, copy_side_files, write_config
 from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, pack
@@ -30,10 +30,8 @@ from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import Known
 from twinmerge.methods.kit.masks import Form, Marks, MaskMethod, described, storage_bits
 from twinmerge.methods.kit.registry import method_class
-from twinmerge.models.headed import save_heads
 from twinmerge.models.opened import as_tensor
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, ArtefactWriter, fingerprint
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
@@ -128,14 +126,10 @@ def compress(
         finally:
             model.close()
             twin.close()
-        copy_side_files(merge.base.folder, folder)
-        write_config(merge.base, folder, None)
-        if heads := merge.heads():
-            save_heads(folder, heads, base, about or {})
         described = {**provenance(merge.plan), "masks": found.told()}
-        disk.write_json(folder / PROVENANCE, described)
         card = model_card(described, merge.base, merge.experts, sorted(merge.matched.head_names), "twin")
-        disk.write_text(folder / "README.md", card)
+        heads = merge.heads()
+        Beside(merge.base, merge.base.folder, described, card, heads=heads, about=about or {}).write(folder)
     return found
 
 

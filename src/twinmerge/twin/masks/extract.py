@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from twinmerge.arguments import strict
+from twinmerge.engine.folder import PROVENANCE, Beside
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.engine.folder import PROVENANCE, copy_side_files
 from twinmerge.engine.written import check_written
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.bits import byte_count, check, unpack
@@ -23,7 +22,6 @@ from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import stored_names
 from twinmerge.models.headed import HeadSpec, architecture_of, load_heads
 from twinmerge.models.opened import OpenedModel, open_model
-from twinmerge.store import disk
 from twinmerge.store.artefact import ArtefactFile, folder_fingerprint, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
@@ -113,12 +111,7 @@ def extract(folder: str | Path, task: str, out: str | Path) -> Path:
             output.sums[OUTPUT] = writer.finish()
         finally:
             writer.close()
-        copy_side_files(folder, partial)
-        if architecture is not None:
-            config = copy.deepcopy(architecture.config)
-            config.architectures = [architecture.model_class.__name__]
-            disk.write_text(partial / "config.json", config.to_json_string())
-        _write_about(folder, partial, task)
+        Beside(shared, folder, *_described(folder, task), architecture=architecture).write(partial)
     return Path(out)
 
 
@@ -159,12 +152,11 @@ def _copy(each: Range, name: str, shared: OpenedModel, masks: MaskFile, expert: 
     writer.write(each.name, each.start, base)
 
 
-def _write_about(folder: Path, partial: Path, task: str) -> None:
+def _described(folder: Path, task: str) -> tuple[dict[str, Any], str]:
+    """Provenance and card."""
     told: Mapping[str, Any] = {}
     if file := find(folder, PROVENANCE):
         told = read_json(file, advice=AGAIN)
-    described = {"extract": {"task": task}, "from": told}
-    disk.write_json(partial / PROVENANCE, described)
     method = told.get("recipe", {}).get("merge_method", "masks")
     text = f"# {task}\n\nOne of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
-    disk.write_text(partial / "README.md", text)
+    return {"extract": {"task": task}, "from": told}, text
