@@ -15,11 +15,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
 import twinmerge as tm
 from twinmerge.engine.provenance import plan_key
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods import Known, Method, Partial, Pass, PerExpert, Tile, weighted_sum
+from twinmerge.maths.lowrank import Factors, truncate_product
+from twinmerge.methods import Known, Method, Partial, Pass, PerExpert, Place, Tile, weighted_sum
+from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.methods.ties import Ties
 
 
@@ -343,3 +346,36 @@ class Calm(Halfway):
 
 def test_a_method_that_scales_last_is_scaled_for_each_tensor(models):
     assert same(tm.merge(Calm, lines={"a": 0.5, "b": 0.0}, **models).state_dict(), halfway(0.25))
+
+
+class Doubled(Halfway):
+    """Twice the sum, of factors too."""
+
+    core_space: ClassVar[bool] = True
+
+    def apply(self, tile: Tile, known: Known) -> torch.Tensor:
+        return tile.require_base() + 2 * tile.x.sum(0)
+
+    def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
+        return truncate_product(parts, [2.0] * len(parts))
+
+
+def test_adapters_are_merged_by_a_class_or_an_object_with_a_core_space(tmp_path):
+    config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+    base, tuned = BertModel(config), BertModel(config)
+    tuned.load_state_dict({n: x + (n == "pooler.dense.weight") for n, x in base.state_dict().items()})
+    adapter = tm.extract_lora(tuned, base, tmp_path / "one", rank=1, progress=False).folder
+    for number, given in enumerate([Doubled, Doubled(), TaskArithmetic(scale=2.0)]):
+        found = tm.merge_lora(base, {"a": adapter}, tmp_path / str(number), method=given, progress=False)
+        got = tm.merge(
+            "average", experts={"a": f"{_saved(base, tmp_path)}+{found.folder}"}, progress=False
+        ).state_dict()
+        change = got["pooler.dense.weight"] - base.state_dict()["pooler.dense.weight"]
+        torch.testing.assert_close(change, torch.full((4, 4), 2.0), rtol=1e-5, atol=1e-5)
+    with pytest.raises(TwinmergeError, match="^Halfway does not merge low-rank factors"):
+        tm.merge_lora(base, {"a": adapter}, None, method=Halfway, progress=False)
+
+
+def _saved(model: BertModel, folder: Path) -> Path:
+    model.save_pretrained(folder / "bert")
+    return folder / "bert"

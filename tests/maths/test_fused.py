@@ -263,7 +263,7 @@ def test_ties(case: tuple[Values, list[Values], str], data: st.DataObject) -> No
         compat="mergekit" if mergekit else "paper",
     )
     rule = Rule(weights, deltas=True, scale=scale, trim=trim, elect=Elect(how, votes, tie, flip))
-    agree(method, rule, {"trim": trim, Majority.name: majority}, base, experts, code)
+    agree(method, rule, Known({"trim": trim, Majority.name: majority}), base, experts, code)
 
 
 @compiled
@@ -279,7 +279,7 @@ def test_dare_ties(case: tuple[Values, list[Values], str], data: st.DataObject) 
     trim = thresholds_of(data, deltas(base, experts)[0]) if data.draw(st.booleans()) else None
     elect = Elect("mean", (1.0,) * count, 0, (False,) * count)
     rule = Rule(weights, deltas=True, scale=scale, drop=drop, trim=trim, elect=elect)
-    agree(method, rule, {"trim": trim}, base, experts, code, offset)
+    agree(method, rule, Known(trim=trim), base, experts, code, offset)
 
 
 @compiled
@@ -290,7 +290,7 @@ def test_many_experts(count: int, code: str) -> None:
     weights = tuple(np.random.default_rng(0).normal(size=count).tolist())
     agree(TaskArithmetic(weights=weights), Rule(weights, deltas=True, scale=0.3), {}, base, experts, code)
     rule = Rule(weights, deltas=True, elect=Elect("mean", (1.0,) * count, 0, (False,) * count))
-    agree(TrimmedTies(weights=weights), rule, {"trim": None}, base, experts, code)
+    agree(TrimmedTies(weights=weights), rule, Known(trim=None), base, experts, code)
 
 
 # ------------------------------------------------------------------------------------------------------- dtypes and ends

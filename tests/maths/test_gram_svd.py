@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from twinmerge.maths.gram_svd import gram_polar, gram_svd
 from twinmerge.maths.svd import numerical_rank, thin_svd
-from twinmerge.methods.kit.base import Place, Tile
+from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import make_method
 from twinmerge.methods.opcm import project
 
@@ -145,7 +145,7 @@ def test_only_matrices(shape):
 
 def merged(name, stack):
     method = make_method(name, tuple("abcdef"[: len(stack)]), {})
-    return method.apply(Tile(stack, torch.zeros_like(stack[0]), Place("w", tuple(stack[0].shape))), {})
+    return method.apply(Tile(stack, torch.zeros_like(stack[0]), Place("w", tuple(stack[0].shape))), Known())
 
 
 @settings(max_examples=30, deadline=None)

@@ -19,9 +19,7 @@ from typing import Any
 from twinmerge.arguments import strict, strict_class
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.methods.kit.base import Method
-from twinmerge.methods.kit.dialect import SPELLINGS, Number, Switch
 from twinmerge.methods.kit.registry import (
-    METHODS,
     MethodLike,
     given_to,
     is_own,
@@ -29,7 +27,6 @@ from twinmerge.methods.kit.registry import (
     make_method,
     method_class,
     method_name,
-    said_otherwise,
     short_name,
 )
 from twinmerge.models.opened import ModelLike
@@ -37,6 +34,7 @@ from twinmerge.recipes.lines import KEY, KEYS, Lines
 from twinmerge.recipes.mergekit import NOT_YET, translated
 from twinmerge.recipes.names import EXPERT_NAME, expert_names
 from twinmerge.recipes.plain_data import read_plain
+from twinmerge.recipes.spelling import by_our_name, parameters_of
 
 MARK = "twinmerge"
 VERSION = 1
@@ -45,7 +43,6 @@ SEMANTICS = {
     "official": "the semantics of the authors' code",
     "mergekit": "mergekit's semantics",
 }
-IDLE = ("int8_mask",)  # what saves memory in mergekit: our masks never stay there
 RECIPE_KEYS = (
     *(
         "merge_method",
@@ -324,7 +321,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
             )
     if not isinstance(raw.get("merge_method"), str):
         raise TwinmergeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
-    method = _by_our_name(raw["merge_method"])
+    method = by_our_name(raw["merge_method"])
     deltas = method_class(method).space == "deltas"
     base, models = _model(raw.get("base_model"), f"{where}, base_model"), raw.get("models")
     if not isinstance(models, list):
@@ -342,13 +339,15 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
         _model(entry["model"], at)
         if ours or not deltas or entry["model"] != base:
             entries.append((entry, at))
-        elif own := _parameters(entry.get("parameters"), method, at, ours):
+        elif own := parameters_of(entry.get("parameters"), method, at, ours):
             warnings.warn(f"{where}: ignored, as by mergekit: {', '.join(own)} of the base.", stacklevel=2)
     names = expert_names([str(e["model"]) for e, _ in entries], [e.get("name") for e, _ in entries], where)
-    parameters = _parameters(raw.get("parameters"), method, where, ours)
+    parameters = parameters_of(raw.get("parameters"), method, where, ours)
     statistics: dict[str, str] = {}
     for name, (entry, at) in zip(names, entries, strict=True):
-        own = {f"{name}.{key}": value for key, value in _parameters(entry.get("parameters"), method, at, ours).items()}
+        own = {
+            f"{name}.{key}": value for key, value in parameters_of(entry.get("parameters"), method, at, ours).items()
+        }
         if twice := own.keys() & parameters.keys():
             raise TwinmergeError(f"{at}: {min(twice)!r} is set for the whole recipe too. Keep one of them.")
         parameters |= own
@@ -380,50 +379,9 @@ def _instead(key: str, ours: bool) -> str:
     return nearest(key, RECIPE_KEYS)
 
 
-def _by_our_name(method: str) -> str:
-    """The method that a name, or another name of it, stands for."""
-    if method in METHODS.files():
-        return method
-    return said_otherwise(method, lambda cls: method in cls.aliases) or method
-
-
 def _model(raw: Any, where: str) -> Any:
     if raw is None or isinstance(raw, os.PathLike) or (isinstance(raw, str) and raw):
         return raw
     raise TwinmergeError(
         f"{where}: {raw!r:.80} is no model. Write a path or hub id, in quotes if it looks like a number."
     )
-
-
-def _parameters(raw: Any, method: str, where: str, ours: bool) -> dict[str, Any]:
-    """Parameters under our names; switches of mergekit that our methods spell otherwise are translated."""
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise TwinmergeError(f"{where}: parameters must be a mapping, got {raw!r:.80}.")
-    cls = method_class(method)
-    fields = cls.model_fields
-    found: dict[str, Any] = {}
-    said: dict[str, str] = {}
-    for key, value in raw.items():
-        expert, dot, name = str(key).rpartition(".")
-        spelling = cls.spellings.get(name, SPELLINGS.get(name))
-        if name not in fields and isinstance(spelling, Number):
-            name = spelling.field
-        if isinstance(value, (list, tuple)) and not (ours and name in fields and is_per_expert(cls, name)):
-            raise TwinmergeError(
-                f"{where}: {key} is a list (a gradient or filters), which is not read yet. Give one number."
-            )
-        if name in IDLE:
-            continue
-        if isinstance(value, bool) and isinstance(spelling, Switch) and spelling.field is not None:
-            name, value = spelling.field, spelling.of(value)
-        if name not in fields:
-            raise TwinmergeError(
-                f"{where}: {method} has no parameter {key!r:.80}.{nearest(str(key), fields)} It has: {', '.join(fields) or 'none'}."
-            )
-        to = f"{expert}{dot}{name}"
-        if to in found:
-            raise TwinmergeError(f"{where}: {said[to]} and {key} are one parameter, {to}. Keep one of them.")
-        found[to], said[to] = value, str(key)
-    return found

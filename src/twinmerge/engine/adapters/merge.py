@@ -21,7 +21,7 @@ from twinmerge.engine.seen import Digests
 from twinmerge.errors import TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.methods.kit.base import Known, Place, Tile
-from twinmerge.methods.kit.registry import method_class, method_names
+from twinmerge.methods.kit.registry import MethodLike, given_to, method_class, method_name, method_names, short_name
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
 from twinmerge.models.matching import check_ancestry
@@ -56,7 +56,7 @@ def merge_lora(
     scale: float | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    method: str = "task_arithmetic",
+    method: MethodLike = "task_arithmetic",
     parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     drop_heads: bool = False,
@@ -78,7 +78,8 @@ def merge_lora(
         scale: λ; where None, 1 for task_arithmetic and another method's own default.
         rank: at most so many directions per module, the best ones.
         energy: or the fewest whose share of the squared norm is at least this.
-        method: task_arithmetic, or one on singular values, which merges the factors in their core space.
+        method: task_arithmetic, one on singular values, which merges the factors in their core space, or a class or object of one's own with
+            `core_space`.
         parameters: of the method, as in a recipe (`expert.field` sets a field for one expert).
         dtype: of the output; float32 where None.
         drop_heads: leave out what adapters trained in full (heads, biases) instead of refusing it.
@@ -105,7 +106,7 @@ def merge_lora(
     recipe = _recipe(method, base, experts, weights, scale, parameters or {}, dtype)
     rule = recipe.make_method()
     if not rule.core_space:
-        raise _unable(method)
+        raise _unable(short_name(method))
     if out is not None:
         OutputFolder(out).check()
     origin = open_model(base)
@@ -150,7 +151,7 @@ def merge_lora(
 
 
 def _recipe(
-    method: str,
+    method: MethodLike,
     base: ModelLike,
     experts: Mapping[str, ModelLike],
     weights: float | Mapping[str, float],
@@ -168,7 +169,7 @@ def _recipe(
     if twice := named.keys() & given.keys():
         raise TwinmergeError(f"{min(twice)!r} is given twice, among the parameters too. Give it once.")
     given |= named
-    if method == "task_arithmetic":
+    if method_name(method) == "task_arithmetic" and "scale" not in given_to(method):
         given.setdefault("scale", 1.0)
     return Recipe(method, base, dict(experts), given, dtype)
 
