@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
@@ -128,15 +128,24 @@ class Twin(Served):
 
     @classmethod
     @strict
-    def from_pretrained(cls, folder: str | Path, *, subfolder: str = "", local_files_only: bool = False) -> Twin:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        subfolder: str = "",
+        local_files_only: bool = False,
+        factory: Callable[[], nn.Module] | None = None,
+    ) -> Twin:
         """Read a twin folder, or a hub id of one.
 
         Args:
+            folder: a path or a hub id.
             subfolder: where in the folder or repository the twin lies.
             local_files_only: download nothing; a hub id is read from the local cache.
+            factory: makes the module, with any weights, where the twin is of a module of your own.
         """
         path = locate(folder, cached=local_files_only).folder / subfolder
-        return cls(package_file.load(path), path)
+        return cls(package_file.load(path, factory), path)
 
     @strict
     def save_pretrained(self, folder: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
