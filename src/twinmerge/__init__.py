@@ -17,6 +17,7 @@ _WHERE = {
     "Merge": "engine.merge",
     "Prediction": "twin.predict",
     "Recipe": "recipes.recipe",
+    "TorchModel": "models.torch_module",
     "Twin": "twin.twin",
     "TwinOutput": "twin.call",
     "TwinmergeError": "errors",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from twinmerge.engine.merge import Merge as Merge
     from twinmerge.engine.merge import merge as merge
     from twinmerge.errors import TwinmergeError as TwinmergeError
+    from twinmerge.models.torch_module import TorchModel as TorchModel
     from twinmerge.recipes.recipe import Recipe as Recipe
     from twinmerge.recipes.recipe import read_recipe as read_recipe
     from twinmerge.study.evaluate import evaluate as evaluate
