@@ -41,6 +41,7 @@ class Twin(Served):
     Make one with `Twin.build` or `Twin.from_pretrained`.
 
     Example:
+        >>> import torch
         >>> from transformers import BertConfig, BertForSequenceClassification, BertModel
         >>> sizes = dict(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
         >>> base = BertModel(BertConfig(**sizes))
