@@ -29,6 +29,7 @@ from twinmerge.twin.mixing.runtime import Runtime
 from twinmerge.twin.package import Package
 from twinmerge.twin.routers.kit.base import Router
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
@@ -215,7 +216,14 @@ class Core(nn.Module):
 
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies among the side files."""
-        return self.side_files is not None and any((self.side_files / n).is_file() for n in TOKENIZERS)
+        return self._has(TOKENIZERS)
+
+    def has_processor(self) -> bool:
+        """Whether an image processor lies among them."""
+        return self._has(PROCESSORS)
+
+    def _has(self, names: Sequence[str]) -> bool:
+        return self.side_files is not None and any((self.side_files / name).is_file() for name in names)
 
 
 C = TypeVar("C", bound=Core)

@@ -123,7 +123,7 @@ class Twin(Served):
         shared_model = package_file.shared_in_memory(base, state, f"twin of {', '.join(experts)}")
         package = Package(shared_model, exclusive, head_specs, None, (), None, dict(provenance))
         twin = cls(package, base.folder, {"base": base, **experts})
-        if base.folder is not None and not twin.has_tokenizer():
+        if base.folder is not None and not (twin.has_tokenizer() or twin.has_processor()):
             twin.side_files = next((m.folder for m in experts.values() if m.folder), base.folder)
         return twin
 
