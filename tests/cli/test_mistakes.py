@@ -151,9 +151,9 @@ def test_names_and_values(command: Any, zoo: Any, tmp_path: Path, making: Any) -
         (["twin", "build", "--shared", "tsvv"], "Unknown method 'tsvv'. Did you mean 'tsv'?"),
         (["twin", "build", "--data", "mood=DATA"], "The router has 0 inputs for the expert 'kind'"),
         (["twin", "build", "--data", "mod=DATA"], "There is no expert 'mod'. Did you mean 'mood'?"),
-        (["twin", "build", "--data", "mood=EMPTY", "--data", "kind=DATA"], "empty.jsonl holds no texts"),
+        (["twin", "build", "--data", "mood=EMPTY", "--data", "kind=DATA"], "empty.jsonl has no rows"),
         (["twin", "build", "--data", "mood=FEW", "--data", "kind=DATA"], "3 inputs for the expert 'mood'"),
-        (["twin", "build", "--data", "mood=no.jsonl"], "no.jsonl cannot be read"),
+        (["twin", "build", "--data", "mood=no.jsonl"], "There is no file no.jsonl"),
         (["twin", "build", "--suite", "no/suite"], "no/suite/tasks.json is missing"),
         (["twin", "build", "--suite", "SUITE", "--router", "gausian"], "'gausian'. Did you mean 'gaussian'?"),
     ],
@@ -234,7 +234,7 @@ def test_recipes(command: Any, zoo: Any, tmp_path: Path, change: tuple[str, str]
         (["--mixture", "mood=all"], "--mixture mood=all is no number"),
         (["--mixture", "mood=nan"], "NaN or infinity"),
         (["--mixture", "mood=1", "--expert", "mood"], "Both mixture and expert are given"),
-        (["--file", "no/texts.txt"], "no/texts.txt cannot be read"),
+        (["--file", "no/texts.txt"], "There is no file no/texts.txt"),
     ],
 )
 def test_run(command: Any, zoo: Any, tmp_path: Path, words: list[str], says: str) -> None:
@@ -248,7 +248,7 @@ def test_run_on_what_is_no_twin_with_a_router(command: Any, zoo: Any, tmp_path: 
     for line in ('{"text": 3}', '{"text": null}', '{"text": "a", "text_pair": 1}', '{"txt": "a"}', "[1]", "{"):
         (tmp_path / "rows.jsonl").write_text(f'{{"text": "w3"}}\n{line}\n')
         said = refused(command, tmp_path, "twin", "run", zoo.twin, "--file", tmp_path / "rows.jsonl")
-        assert 'rows.jsonl, line 2: expected {"text": "..."}' in said
+        assert 'rows.jsonl, line 2: field 'text' is 3. Give a string' in said
 
 
 def test_missing_tokenizer(command: Any, zoo: Any, tmp_path: Path, copied: Any) -> None:
