@@ -76,6 +76,7 @@ def conversions(architecture: Architecture, names: Iterable[str]) -> list[Conver
         >>> import transformers
         >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1)
         >>> config = transformers.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2)
+        >>> from twinmerge.models.transformers_class import TransformersArchitecture
         >>> mixtral = TransformersArchitecture(config, transformers.MixtralForCausalLM)
         >>> names = [f"layers.0.block_sparse_moe.experts.{e}.w2.weight" for e in range(2)]
         >>> [found] = conversions(mixtral, ["norm.weight", *names])
@@ -121,6 +122,7 @@ def as_stored(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict
         >>> import transformers
         >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1)
         >>> config = transformers.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2)
+        >>> from twinmerge.models.transformers_class import TransformersArchitecture
         >>> mixtral = TransformersArchitecture(config, transformers.MixtralForCausalLM)
         >>> found = as_stored(mixtral, {"model.layers.0.mlp.experts.down_proj": torch.ones(2, 4, 6)})
         >>> {name: stored for name, (stored, _) in found.items()}  # doctest: +NORMALIZE_WHITESPACE
