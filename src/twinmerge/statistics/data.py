@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ModelError, ResourceError, UsageError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.statistics.model import Measured
 from twinmerge.store.foreign import check_settings, reason
@@ -82,18 +82,18 @@ class Data:
     ) -> None:
         for name, value in (("limit", limit), ("max_tokens", max_tokens), ("batch", batch)):
             if value is not None and value < 1:
-                raise TwinmergeError(f"{name} is {value}. Give 1 or more.")
+                raise UsageError(f"{name} is {value}. Give 1 or more.")
         self.model, self.batch, self._needs_targets = model, batch, targets
         self.rows = Rows(Path(file), model.vocabulary)
         self.field = self.rows.field
         if (model.vocabulary is None) != (self.field == "image"):
-            raise TwinmergeError(
+            raise DataError(
                 f"{file} has rows of {self.field!r}, which {type(model.module).__name__} does not read. Give it "
                 f"{'images' if model.vocabulary is None else 'texts'}."
             )
         start, stop = (0, self.rows.count) if rows is None else (rows[0], min(rows[1], self.rows.count))
         if not 0 <= start < stop:
-            raise TwinmergeError(
+            raise UsageError(
                 f"There are no rows {start}:{rows[1] if rows else stop} in {file}: it has {self.rows.count}, counted from 0. Choose others."
             )
         self._range = start, stop
@@ -163,7 +163,7 @@ class Data:
             return None
         if len(some) < len(given):
             without = window[given.index(None)]
-            raise TwinmergeError(f"{without.where} has no field 'target', which {self._class} is to predict. Add it.")
+            raise DataError(f"{without.where} has no field 'target', which {self._class} is to predict. Add it.")
         encoder = self._encoder or self._open_encoder(self.max_tokens)
         options: dict[str, Any] = {"padding": False, "verbose": False}
         found: list[list[int]] = encoder.tokenizer(text_target=some, **options)["input_ids"]
@@ -174,7 +174,7 @@ class Data:
                 cut = encoder.tokenizer(text_target=some[i], truncation=True, max_length=encoder.max_tokens, **options)
                 found[i] = cut["input_ids"]
             if not ids:
-                raise TwinmergeError(f"{window[i].where}: field 'target' has no token. Give some text.")
+                raise DataError(f"{window[i].where}: field 'target' has no token. Give some text.")
         return found
 
     @property
@@ -190,7 +190,7 @@ class Data:
 
     def _open_encoder(self, max_tokens: int | None) -> TextEncoder:
         if self.model.folder is None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{self.model.name} is in memory and has no tokenizer. Save it with its tokenizer and name the folder, or give rows of "
                 "input_ids."
             )
@@ -224,14 +224,14 @@ def _open_processor(model: Measured) -> Any:
     from transformers import AutoImageProcessor
 
     if model.folder is None:
-        raise TwinmergeError(
+        raise ModelError(
             f"{model.name} is in memory and has no image processor. Save it with its image processor and name the folder."
         )
     check_settings(model.folder)
     try:
         return AutoImageProcessor.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here; the user needs one sentence
-        raise TwinmergeError(
+        raise ModelError(
             f"{model.folder} has no image processor that can be read ({reason(error)}). Copy preprocessor_config.json into it."
         ) from error
 
@@ -240,7 +240,7 @@ def _image(file: Path, where: str) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise TwinmergeError("Reading images takes Pillow. Install it: pip install pillow.") from error
+        raise ResourceError("Reading images takes Pillow. Install it: pip install pillow.") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -249,6 +249,6 @@ def _image(file: Path, where: str) -> Any:
                     raise ValueError(f"{image.width} × {image.height} pixels are more than {MAX_PIXELS}")
                 return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise many kinds for files that are not right
-        raise TwinmergeError(
+        raise DataError(
             f"{where}: {file} is no image that can be read ({error}). Mend it, or leave its row out."
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.headed import batch_size, for_each_row
 from twinmerge.twin.answer import planned
 from twinmerge.twin.core import Core
@@ -74,13 +74,13 @@ def call(
     """
     if unnamed:
         check_batch(unnamed[0])
-        raise TwinmergeError("A batch is given by name: twin(**batch).")
+        raise UsageError("A batch is given by name: twin(**batch).")
     if "top_k" in batch:
-        raise TwinmergeError(TOP_K)
+        raise UsageError(TOP_K)
     check_batch(batch)
     check_names(core, {k: v for k, v in batch.items() if k != "return_dict"})
     if batch.pop("return_dict", None) is False:
-        raise TwinmergeError(
+        raise UsageError(
             "A twin gives its answer by name. Leave return_dict out, and take twin(**batch).output.to_tuple()."
         )
     size = batch_size(batch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import TransformersKwargs
 
 from twinmerge.arguments import strict
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.headed import HeadedModel, architecture_of
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.transformers_class import position_limit
@@ -66,7 +66,7 @@ class Core(nn.Module):
         if package.heads:
             architecture = architecture_of(package.heads, len(shared.specs))
         if architecture is None:
-            raise TwinmergeError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
+            raise ModelError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
         self.runtime = Runtime(self.model, list(package.exclusive.values()))
         if self.runtime.refused:
@@ -158,7 +158,7 @@ class Core(nn.Module):
         """The tokenizer beside the model; only for models of text."""
         if self._encoder is None:
             if self.side_files is None:
-                raise TwinmergeError(
+                raise UsageError(
                     "This twin was built in memory and has no tokenizer. Pass encoded batches, or build from folders."
                 )
             self._encoder = TextEncoder(self.side_files, positions=position_limit(self.model.architecture.config))

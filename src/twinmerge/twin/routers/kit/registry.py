@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.plugins import Plugins
 from twinmerge.twin.routers.kit.base import Router, lacks
 
@@ -13,7 +13,7 @@ from twinmerge.twin.routers.kit.base import Router, lacks
 def _check(cls: type[Router], name: str) -> None:
     """Refuse a class that lacks what its kind of router needs."""
     if missing := list(lacks(cls)):
-        raise TwinmergeError(f"{name} is no router yet: {cls.__name__} lacks {', '.join(missing)}. Add it.")
+        raise UsageError(f"{name} is no router yet: {cls.__name__} lacks {', '.join(missing)}. Add it.")
 
 
 ROUTERS = Plugins[Router](
