@@ -38,11 +38,11 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
         >>> mix(["a"])
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: mix takes parts as a mapping from a text to a number, not ['a'] (a list).
+        twinmerge.errors.UsageError: mix takes parts as a mapping from a text to a number, not ['a'] (a list).
         >>> mix({}, rnk=2)
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: mix has no argument 'rnk'. Did you mean 'rank'?
+        twinmerge.errors.UsageError: mix has no argument 'rnk'. Did you mean 'rank'?
     """
     signature = inspect.signature(function)
     kinds: dict[str, Any] = {}
@@ -182,7 +182,7 @@ def at_least_one(name: str, value: Any) -> int:
         >>> at_least_one("batch_rows", 0)
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: batch_rows is 0. Give a whole number from 1 on.
+        twinmerge.errors.UsageError: batch_rows is 0. Give a whole number from 1 on.
     """
     if not fits(value, int) or value < 1:
         told = value if fits(value, int) else shown(value)

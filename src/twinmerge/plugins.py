@@ -49,7 +49,7 @@ class Plugins(Generic[T]):
         >>> methods.find("tie")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'?
+        twinmerge.errors.RecipeError: Unknown method 'tie'. Did you mean 'ties'?
     """
 
     def __init__(

@@ -79,7 +79,7 @@ def check_words(words: list[str]) -> None:
         >>> check_words(["merge", "\\udcff.yaml"])
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: The argument '\\udcff.yaml' is not UTF-8. Rename that file or folder.
+        twinmerge.errors.UsageError: The argument '\\udcff.yaml' is not UTF-8. Rename that file or folder.
     """
     for word in words:
         if any("\ud800" <= mark <= "\udfff" for mark in word):

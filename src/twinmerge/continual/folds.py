@@ -19,7 +19,7 @@ def fold_of(method: str, parameters: dict[str, Any]) -> Any:
         >>> fold_of("tsv", {})
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
+        twinmerge.errors.RecipeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
 null_space, opcm, task_arithmetic, wudi.
     """
     if not issubclass(method_class(method), Fold):

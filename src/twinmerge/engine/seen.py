@@ -33,7 +33,7 @@ class Seen:
         >>> seen.compare("base", "w", ["0b"])
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Tensor 'w' of the input 'base' changed while it was read. Run again when nobody writes it.
+        twinmerge.errors.ModelError: Tensor 'w' of the input 'base' changed while it was read. Run again when nobody writes it.
     """
 
     def __init__(self, shapes: Shapes) -> None:

@@ -93,7 +93,7 @@ def from_yaml(text: str, where: str) -> Any:
         >>> from_yaml("{density: 0.1, density: 0.2}", "it")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: it cannot be read: line 1 has the key 'density' a second time. Keep one of them.
+        twinmerge.errors.RecipeError: it cannot be read: line 1 has the key 'density' a second time. Keep one of them.
     """
     loader = None
     try:
@@ -127,7 +127,7 @@ def from_json(text: str, where: str) -> Any:
         >>> from_json('{"a": 1, "a": 2}', "it")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: it cannot be read: the key 'a' stands twice. Write plain YAML or JSON.
+        twinmerge.errors.RecipeError: it cannot be read: the key 'a' stands twice. Write plain YAML or JSON.
     """
     try:
         return parse_json(text, Most(BYTES["json"], VALUES))

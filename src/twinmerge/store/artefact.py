@@ -245,7 +245,7 @@ def undamaged(file: Path) -> Iterator[None]:
         ...     {}["experts"]
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: twin.safetensors is damaged or was changed by hand. Copy the whole folder again, \
+        twinmerge.errors.DamagedFile: twin.safetensors is damaged or was changed by hand. Copy the whole folder again, \
 or build it again.
     """
     try:

@@ -62,7 +62,7 @@ def find(folder: Path, name: str | Path) -> Path | None:
         >>> find(folder, "b.txt")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: .../b.txt is a link to /etc/hostname, outside its folder. Put the file itself in its place.
+        twinmerge.errors.DataError: .../b.txt is a link to /etc/hostname, outside its folder. Put the file itself in its place.
     """
     file = folder / name
     try:

@@ -44,7 +44,7 @@ def locate(ref: str | os.PathLike[str], cached: bool = False) -> Located:
         >>> locate("no/such/folder/here")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: No model at 'no/such/folder/here': it is neither a folder nor a hub id \
+        twinmerge.errors.ModelError: No model at 'no/such/folder/here': it is neither a folder nor a hub id \
 (org/name or org/name@revision). Check the path.
     """
     text = os.fspath(ref)

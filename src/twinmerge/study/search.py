@@ -96,7 +96,7 @@ def check_split(split: str) -> None:
         >>> check_split("test")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Nothing is chosen on the split 'test': its scores would no longer say anything. \
+        twinmerge.errors.UsageError: Nothing is chosen on the split 'test': its scores would no longer say anything. \
 Choose on validation rows, with --split validation.
     """
     if "test" in split.lower():

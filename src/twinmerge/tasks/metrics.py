@@ -133,7 +133,7 @@ def metric(name: str) -> Metric:
         >>> metric("acuracy")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: No metric 'acuracy'. Did you mean 'accuracy'? Known are: accuracy, f1, \
+        twinmerge.errors.UsageError: No metric 'acuracy'. Did you mean 'accuracy'? Known are: accuracy, f1, \
 macro_f1, matthews, pearson, spearman, pearson_spearman, acc_f1.
     """
     if not isinstance(name, str) or name not in METRICS:

@@ -84,7 +84,7 @@ class Task:
         if not is_file_name(split) or find(self.folder.parent, Path(self.folder.name) / file.name) is None:
             here = sorted(f.stem for f in self.folder.glob("*.jsonl")) if os.path.isdir(self.folder) else []
             have = f"it has {', '.join(here)}" if here else "it has no .jsonl file"
-            raise DataError(
+            raise UsageError(
                 f"{file} is missing: task {self.name!r} has no split {split!r}, {have}.{nearest(split, here)} "
                 "Name a split that is there, or add the file."
             )
@@ -145,7 +145,7 @@ def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = Non
         >>> open_suite(folder, ["tyo"])
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: .../tasks.json has no task 'tyo'. Did you mean 'toy'? It has: toy.
+        twinmerge.errors.UsageError: .../tasks.json has no task 'tyo'. Did you mean 'toy'? It has: toy.
     """
     file = Path(os.path.expanduser(folder)) / "tasks.json"
     if find(file.parent, file.name) is None:

@@ -212,7 +212,7 @@ def refuse_masks(parts: Iterable[Exclusive], what: str) -> None:
         >>> refuse_masks([Exclusive({}, {}, {}, {"w": Masked(torch.ones(1), torch.ones(1, dtype=torch.uint8), 1.0)})], "refined")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: The experts are masks of one vector, which cannot be refined. Make them anew \
+        twinmerge.errors.UsageError: The experts are masks of one vector, which cannot be refined. Make them anew \
 with all experts by `twinmerge compress`, or build a twin of low-rank parts.
     """
     if any(part.masked for part in parts):

@@ -46,7 +46,7 @@ def method_class(given: MethodLike) -> type[Method]:
         >>> method_class("tie")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
+        twinmerge.errors.RecipeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
     """
     if isinstance(given, str):
         return _named(given) if is_own(given) else METHODS.find(given)
