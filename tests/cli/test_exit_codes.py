@@ -1,4 +1,4 @@
-"""Exit codes through the real command, one mistake of each class at least; docs/reference.md has the table."""
+"""Exit codes through the real command, one mistake of each class at least; README.md has the table."""
 
 from __future__ import annotations
 
