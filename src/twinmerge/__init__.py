@@ -23,6 +23,7 @@ _WHERE = {
     "Recipe": "recipes.recipe",
     "RecipeError": "errors",
     "ResourceError": "errors",
+    "TorchModel": "models.torch_module",
     "Twin": "twin.twin",
     "TwinOutput": "twin.call",
     "TwinmergeError": "errors",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from twinmerge.errors import ResourceError as ResourceError
     from twinmerge.errors import TwinmergeError as TwinmergeError
     from twinmerge.errors import UsageError as UsageError
+    from twinmerge.models.torch_module import TorchModel as TorchModel
     from twinmerge.recipes.recipe import Recipe as Recipe
     from twinmerge.recipes.recipe import read_recipe as read_recipe
     from twinmerge.study.evaluate import evaluate as evaluate

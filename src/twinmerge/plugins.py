@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 def files_of(package: str) -> dict[str, Path]:
-    """Name -> file of all that are in the folder of a package; none of them is imported.
+    """Name -> file of all that are in the folders of a package; none of them is imported.
 
     Example:
         >>> list(files_of("twinmerge.twin.routers"))
         ['entropy', 'gaussian', 'knn', 'logistic', 'mlp', 'projection']
     """
-    folder = Path(str(import_module(package).__file__)).parent
-    return {p.stem: p for p in sorted(folder.glob("*.py")) if p.stem != "__init__"}
+    files = (p for folder in import_module(package).__path__ for p in Path(folder).glob("*.py"))
+    return {p.stem: p for p in sorted(files, key=lambda p: p.stem) if p.stem != "__init__"}
 
 
 class Plugins(Generic[T]):

@@ -17,7 +17,7 @@ import typer
 import twinmerge.cli
 from twinmerge.errors import TwinmergeError
 
-TWIN = ["build", "compress", "refine", "explain", "add", "remove", "rebuild", "export", "run"]
+TWIN = ["build", "compress", "refine", "explain", "add", "remove", "rebuild", "export", "run", "routers"]
 MEASURE = ["fisher", "gram", "activations", "add"]
 COMMANDS = ["", "merge", "check", "verify", "twin", *(f"twin {word}" for word in TWIN)]
 COMMANDS += ["search", "compress", "extract", "evaluate", "diff", "methods", "demo"]

@@ -260,10 +260,17 @@ def test_run_on_what_is_no_twin_with_a_router(command: Any, zoo: Any, tmp_path: 
     assert "There is no text to answer" in refused(command, tmp_path, "twin", "run", zoo.twin)
     assert "This twin has no router" in refused(command, tmp_path, "twin", "run", zoo.plain, "w3")
     assert "is no twin" in refused(command, tmp_path, "twin", "run", zoo.merged, "w3", code=3)
-    for line in ('{"text": 3}', '{"text": null}', '{"text": "a", "text_pair": 1}', '{"txt": "a"}', "[1]", "{"):
+    for line, tells in {
+        '{"text": 3}': ": field 'text' is 3",
+        '{"text": null}': " has none of the fields",
+        '{"text": "a", "text_pair": 1}': ": field 'text_pair' is 1",
+        '{"txt": "a"}': " has none of the fields text, input_ids, image. Did you mean 'text'?",
+        "[1]": " is no JSON object",
+        "{": " is no JSON",
+    }.items():
         (tmp_path / "rows.jsonl").write_text(f'{{"text": "w3"}}\n{line}\n')
         said = refused(command, tmp_path, "twin", "run", zoo.twin, "--file", tmp_path / "rows.jsonl", code=3)
-        assert "rows.jsonl, line 2" in said
+        assert f"rows.jsonl, line 2{tells}" in said
 
 
 def test_missing_tokenizer(command: Any, zoo: Any, tmp_path: Path, copied: Any) -> None:

@@ -108,7 +108,7 @@ def test_fingerprint_is_that_of_the_tensors(build, save, tuned):
     assert open_model(model).fingerprint() != open_model(other).fingerprint()
 
 
-@pytest.mark.parametrize("thing", [3, {"a": torch.ones(1)}, nn.Linear(1, 1)])
+@pytest.mark.parametrize("thing", [3, {"a": torch.ones(1)}, nn.Linear])
 def test_what_is_no_model(thing):
     with pytest.raises(TwinmergeError, match=f"Cannot open a {type(thing).__name__} as a model"):
         open_model(thing)

@@ -150,9 +150,9 @@ def test_the_first_texts_only_and_cuts_are_counted(lab: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("kind", "lines", "says"),
     [
-        ("lm", "", "holds no texts"),
+        ("lm", "", "has no rows"),
         ("lm", "w3\nw4", "no text of two tokens or more"),
-        ("lm", None, "cannot be read"),
+        ("lm", None, "There is no file"),
         ("bert", None, "cannot be read"),
         ("bert", "\n", "holds no rows"),
         ("bert", '{"text": "w3", "expert": "a", "label": 0}\n{"text": "w3", "label": 0}', "line 2: a classifier needs"),

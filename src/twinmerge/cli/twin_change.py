@@ -95,7 +95,7 @@ def add(
     expert: Annotated[str, typer.Option("--expert", metavar="NAME=MODEL", help="The new expert.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Texts of its kind, for the router (.jsonl or .txt).")
+        Path | None, typer.Option("--data", help="Inputs of its kind, for the router, as for build.")
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its matrices; the twin's by default.")] = None,
     threads: Threads = None,

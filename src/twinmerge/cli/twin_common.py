@@ -28,7 +28,11 @@ Codec = Annotated[
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="NAME=FILE", help="Texts of an expert's kind (.jsonl or .txt). Repeat."),
+    typer.Option(
+        "--data",
+        metavar="NAME=FILE",
+        help="Inputs of an expert's kind: .jsonl of text, input_ids or image, or a text a line. Repeat.",
+    ),
 ]
 Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE", help="Draw what is kept, layer by layer (.png, .svg, .pdf).")

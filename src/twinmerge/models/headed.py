@@ -81,9 +81,16 @@ def rows_of(output: Any, rows: Tensor) -> Any:
     if isinstance(output, ModelOutput):
         kept = {k: rows_of(v, rows) for k, v in output.items() if k != "past_key_values"}
         return type(output)(**{k: v for k, v in kept.items() if v is not None})
-    if isinstance(output, tuple):
-        return tuple(rows_of(v, rows) for v in output)
+    if isinstance(output, (tuple, list)):
+        return _like(output, [rows_of(v, rows) for v in output])
+    if type(output) is dict:
+        return {k: rows_of(v, rows) for k, v in output.items()}
     return None
+
+
+def _like(first: Any, parts: list[Any]) -> Any:
+    """A tuple, a named tuple or a list of parts."""
+    return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
 
 
 def joined(outputs: Sequence[Any]) -> Any:
@@ -97,8 +104,10 @@ def joined(outputs: Sequence[Any]) -> Any:
     if isinstance(first, ModelOutput):
         names = [k for k in first if k != "past_key_values"]
         return type(first)(**{k: v for k in names if (v := joined([o[k] for o in outputs])) is not None})
-    if isinstance(first, tuple):
-        return tuple(joined(parts) for parts in zip(*outputs, strict=True))
+    if isinstance(first, (tuple, list)):
+        return _like(first, [joined(parts) for parts in zip(*outputs, strict=True)])
+    if type(first) is dict:
+        return {k: joined([o[k] for o in outputs]) for k in first}
     return None
 
 
@@ -392,6 +401,10 @@ class HeadedModel(nn.Module):
     def hidden_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The hidden states of all layers, the embedding's first, each (rows, positions, width)."""
         module = next(iter(self._outer.values())) if self._outer else self.body
+        if self.architecture.config is None:
+            raise ModelError(
+                f"{type(module).__name__} is none of transformers' models, and gives no hidden states to route on. Name the mixture yourself."
+            )
         try:
             with known_tokens(self.body, batch):
                 output = module(**batch, output_hidden_states=True)

@@ -158,7 +158,10 @@ def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
             f"{expert.name} stores {name!r} as it is loaded into {part[0]!r}, which the base {base.name} holds as it runs. Save the base with "
             "save_pretrained and name its folder, or give both in memory."
         )
-    if any(known.is_body(n) for n in part) and (base.architecture is None or {*part} & {*base.architecture.parameters}):
+    own = known.config is None  # a module that somebody brings along is all body
+    if any(known.is_body(n) for n in part) and (
+        own or base.architecture is None or {*part} & {*base.architecture.parameters}
+    ):
         raise ModelError(
             f"The base {base.name} lacks the tensor {name!r} that {expert.name} has. Check that the base's folder is complete and that "
             "the expert was tuned from it."

@@ -13,16 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.errors import DataError, ModelError, ResourceError, UsageError
+from twinmerge.errors import DataError, ModelError, UsageError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.statistics.model import Measured
-from twinmerge.store.foreign import check_settings, reason
 from twinmerge.tasks.encode import TextEncoder, padded_tokens
+from twinmerge.tasks.images import ImageEncoder, ImageFile
 from twinmerge.tasks.rows import DataRow, Rows, Tokens
 
 WINDOW = 16  # batches whose rows are sorted by length together, so that little is padded
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that runs another program, as EPS does
-MAX_PIXELS = 50_000_000
 IGNORED = -100  # a padded place of targets, as transformers has it
 
 
@@ -103,7 +101,7 @@ class Data:
         if self.examples < stop - start:
             self.about |= {"limit": limit, "seed": seed}
         self._encoder = self._open_encoder(max_tokens) if self.field == "text" else None
-        self._processor = _open_processor(model) if self.field == "image" else None
+        self._processor = _open_images(model) if self.field == "image" else None
         self.max_tokens = self._encoder.max_tokens if self._encoder else None
         if self.field == "input_ids":
             self.max_tokens = min((n for n in (max_tokens, model.positions) if n), default=None)
@@ -183,8 +181,8 @@ class Data:
 
     def _images(self, window: Sequence[DataRow]) -> Batch:
         assert self._processor is not None
-        images = [_image(row.image, row.where) for row in window if row.image is not None]
-        found = self._processor(images=images, return_tensors="pt")
+        rows = [row.input for row in window if isinstance(row.input, ImageFile)]
+        found = self._processor.encode(rows)
         inputs = {n: t for n, t in found.items() if n in self.model.takes}
         return Batch(inputs, [row.number for row in window], None, None)
 
@@ -220,35 +218,9 @@ def _padded(lists: Sequence[Sequence[int]], other: int) -> Tensor:
     return out
 
 
-def _open_processor(model: Measured) -> Any:
-    from transformers import AutoImageProcessor
-
+def _open_images(model: Measured) -> ImageEncoder:
     if model.folder is None:
         raise ModelError(
             f"{model.name} is in memory and has no image processor. Save it with its image processor and name the folder."
         )
-    check_settings(model.folder)
-    try:
-        return AutoImageProcessor.from_pretrained(model.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here; the user needs one sentence
-        raise ModelError(
-            f"{model.folder} has no image processor that can be read ({reason(error)}). Copy preprocessor_config.json into it."
-        ) from error
-
-
-def _image(file: Path, where: str) -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ResourceError("Reading images takes Pillow. Install it: pip install pillow.") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} × {image.height} pixels are more than {MAX_PIXELS}")
-                return image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise many kinds for files that are not right
-        raise DataError(
-            f"{where}: {file} is no image that can be read ({error}). Mend it, or leave its row out."
-        ) from error
+    return ImageEncoder(model.folder)

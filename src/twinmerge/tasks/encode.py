@@ -16,11 +16,12 @@ from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.store.foreign import check_settings, reason
+from twinmerge.tasks.images import ImageFile
 from twinmerge.tasks.rows import Tokens
 from twinmerge.tasks.suite import Row
 
-Input: TypeAlias = str | tuple[str, str] | Row | Tokens
-"""A text, a pair of texts, a row of a task, or token ids."""
+Input: TypeAlias = str | tuple[str, str] | Row | Tokens | ImageFile
+"""A text, a pair of texts, a row of a task, token ids, or an image."""
 
 AnyInput = TypeVar("AnyInput", bound=Input)
 
@@ -228,10 +229,20 @@ def padded_tokens(
     Returns:
         `input_ids` and `attention_mask`, (rows, longest) int64.
 
+    Raises:
+        TwinmergeError: a row without ids, numbers that are none.
+
     Example:
         >>> padded_tokens([Tokens([5, 6, 7]), Tokens([8])], most=2)["input_ids"].tolist()
         [[5, 6], [8, 0]]
     """
+    for row in rows:
+        if not len(row.ids) or any(type(i) is not int or i < 0 for i in row.ids):
+            raise UsageError(f"{list(row.ids)!r:.80} are no token ids. Give at least one whole number from 0 on.")
+        if row.attended is not None and len(row.attended) != len(row.ids):
+            raise UsageError(
+                f"{len(row.ids)} token ids have {len(row.attended)} marks of attention. Give one for each."
+            )
     longest = max(len(row.ids[:most]) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -244,6 +255,8 @@ def padded_tokens(
 
 
 def _length(row: Input) -> int:
+    if isinstance(row, ImageFile):
+        return 1
     return len(row.ids) if isinstance(row, Tokens) else sum(len(text or "") for text in _texts(row))
 
 

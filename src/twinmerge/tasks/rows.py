@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from twinmerge.errors import DataError, TwinmergeError, nearest
 from twinmerge.store.foreign import ROW, find, lines_of, parse_json, read_bytes, shown
+from twinmerge.tasks.images import ImageFile
 
 FIELDS = ("text", "input_ids", "image")
 MAX_IMAGE = 100_000_000  # bytes of a file
@@ -42,8 +43,10 @@ class DataRow(NamedTuple):
     target: str | None = None
 
     @property
-    def input(self) -> str | tuple[str, str] | Tokens:
-        """The text, the pair of texts, or the token ids."""
+    def input(self) -> str | tuple[str, str] | Tokens | ImageFile:
+        """The text, the pair of texts, the token ids, or the image."""
+        if self.image is not None:
+            return ImageFile(self.image, self.where)
         if self.ids is not None:
             return Tokens(self.ids, self.attended)
         return (self.text or "", self.pair) if self.pair else self.text or ""
@@ -179,14 +182,14 @@ class Rows:
         return image
 
 
-def read_inputs(file: str | os.PathLike[str]) -> list[str | tuple[str, str] | Tokens]:
-    """What a model is to read, out of a file of rows: texts, pairs of texts or token ids.
+def read_inputs(file: str | os.PathLike[str]) -> list[str | tuple[str, str] | Tokens | ImageFile]:
+    """What a model is to read, out of a file of rows: texts, pairs of texts, token ids or images.
 
     Args:
         file: a `.jsonl` file as `Rows` reads it, or a text on each line.
 
     Raises:
-        TwinmergeError: as `Rows` says; rows of images, which are no input of this kind.
+        TwinmergeError: as `Rows` says.
 
     Example:
         >>> import tempfile
@@ -196,8 +199,6 @@ def read_inputs(file: str | os.PathLike[str]) -> list[str | tuple[str, str] | To
         ['a', ('b', 'c')]
     """
     rows = Rows(Path(file))
-    if rows.field == "image":
-        raise DataError(f"{file} has rows of images, and texts or token ids are read here. Give rows of those.")
     return [row.input for row in rows.between(0, rows.count)]
 
 

@@ -18,6 +18,7 @@ from twinmerge.twin.mixing.forward import UnseenError
 from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.mixing.planner import distinct_mixtures
 from twinmerge.twin.mixing.rebuilt import CACHES, Answered, passed, rebuilt
+from twinmerge.twin.mixing.rows import require_rows, signature_of
 
 T = TypeVar("T")
 PROMPT = (
@@ -69,6 +70,9 @@ def planned(
         strategy: the way, or "auto" for the planner's; the twin's own where None. With biases it is "stacked".
         heads, weights, biases, early: as in `answer`.
     """
+    if core.brought and len(distinct_mixtures(weights)) > 1 and (signature := signature_of(batch)) not in core.apart:
+        require_rows(core.model, batch)
+        core.apart.add(signature)
     way = "stacked" if biases is not None else under_autocast(core, core.strategy if strategy is None else strategy)
     with core.lock:
         blind = core.runtime.look_at(batch) if bool(weights.any()) else None

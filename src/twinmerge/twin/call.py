@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -72,7 +73,9 @@ def call(
     Errors:
         TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
     """
-    if unnamed:
+    if unnamed and core.brought:
+        batch = _named(core, unnamed, batch)
+    elif unnamed:
         check_batch(unnamed[0])
         raise UsageError("A batch is given by name: twin(**batch).")
     if "top_k" in batch:
@@ -94,3 +97,18 @@ def call(
         biases = one_hot(per_row(oracle_biases, size, "oracle bias"), core.experts).to(weights)
     found, way = planned(core, batch, heads, weights, strategy, biases, early)
     return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
+
+
+def _named(core: Core, unnamed: Sequence[Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of somebody's own module by their names."""
+    try:
+        bound = signature(core.model.body.forward).bind_partial(*unnamed, **batch)
+    except TypeError as error:
+        raise UsageError(
+            f"{type(core.model.body).__name__} does not take this: {error}. Call it as its forward says."
+        ) from error
+    if odd := [
+        p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_POSITIONAL and p.name in bound.arguments
+    ]:
+        raise UsageError(f"{type(core.model.body).__name__} takes any number of {odd[0]}. Give its inputs by name.")
+    return {name: value for name, value in bound.arguments.items() if value is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -19,14 +19,17 @@ from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.headed import HeadedModel, architecture_of
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.transformers_class import position_limit
-from twinmerge.tasks.encode import TextEncoder
+from twinmerge.tasks.encode import Input, TextEncoder, all_tokens, padded_tokens
+from twinmerge.tasks.images import ImageEncoder, ImageFile
 from twinmerge.twin.masked import unmasked
 from twinmerge.twin.mixing.mixture import mixture_weights
 from twinmerge.twin.mixing.planner import Planner
+from twinmerge.twin.mixing.rows import Signature
 from twinmerge.twin.mixing.runtime import Runtime
 from twinmerge.twin.package import Package
 from twinmerge.twin.routers.kit.base import Router
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
@@ -48,6 +51,7 @@ class Core(nn.Module):
         layers: the hidden states that the router reads.
         experts_per_row: of the router, where a call does not say; None for soft mixtures.
         acting_above: layer -> no expert changes what a pass does before it; filled as it is asked.
+        apart: batches of which it was tried that their rows are answered apart (see `mixing/rows.py`).
         lock: held while the model's parameters or mixture are changed.
 
     Raises:
@@ -66,7 +70,10 @@ class Core(nn.Module):
         if package.heads:
             architecture = architecture_of(package.heads, len(shared.specs))
         if architecture is None:
-            raise ModelError(f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json.")
+            raise ModelError(
+                f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json, or give the function that makes "
+                "the module as factory."
+            )
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
         self.runtime = Runtime(self.model, list(package.exclusive.values()))
         if self.runtime.refused:
@@ -76,6 +83,7 @@ class Core(nn.Module):
         self.planner = Planner(self.runtime, self.model.body)
         self.strategy = "auto"
         self.acting_above: dict[int, bool] = {}
+        self.apart: set[Signature] = set()
         self.router: Router | None = package.router
         self.layers = package.layers
         self.experts_per_row: int | None = 1
@@ -146,6 +154,11 @@ class Core(nn.Module):
                     state[name] = unmasked(state[name], m.vector, m.mask(), weight * m.scale)
         return state
 
+    @property
+    def brought(self) -> bool:
+        """Whether the model is somebody's own module, and none of transformers'."""
+        return self.model.architecture.config is None
+
     @cached_property
     def takes(self) -> frozenset[str]:
         """What a batch may hold by name."""
@@ -164,6 +177,38 @@ class Core(nn.Module):
             self._encoder = TextEncoder(self.side_files, positions=position_limit(self.model.architecture.config))
         return self._encoder
 
+    def encode(self, rows: Sequence[Input]) -> dict[str, Tensor]:
+        """Texts, token ids or images as a batch; token ids need no tokenizer.
+
+        Args:
+            rows: texts, pairs of texts, rows of a suite; `Tokens` for all; or `ImageFile` for all.
+
+        Raises:
+            TwinmergeError: texts, and no tokenizer; as `TextEncoder.encode` says.
+        """
+        if images := [row for row in rows if isinstance(row, ImageFile)]:
+            if len(images) < len(rows):
+                raise UsageError("Some inputs are images, and some are none. Give all as images, or none.")
+            return {name: t for name, t in self._images.encode(images).items() if name in self.takes}
+        tokens = all_tokens(rows) if isinstance(rows, (list, tuple)) and rows else None
+        if tokens is None or self.has_tokenizer():
+            return self.encoder.encode(rows)
+        most = position_limit(self.model.architecture.config)
+        if most is not None and (long := sum(len(row.ids) > most for row in tokens)):
+            warnings.warn(
+                f"{long} of {len(tokens)} rows of token ids were longer than the {most} that the model takes and were cut.",
+                stacklevel=3,
+            )
+        return padded_tokens(tokens, most)
+
+    @cached_property
+    def _images(self) -> ImageEncoder:
+        if self.side_files is None:
+            raise UsageError(
+                "This twin was built in memory and has no image processor. Pass encoded batches, or build from folders."
+            )
+        return ImageEncoder(self.side_files)
+
     def warn_truncated(self) -> None:
         """Say how many texts the tokenizer cut, where it read any."""
         if self._encoder is not None:
@@ -171,7 +216,14 @@ class Core(nn.Module):
 
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies among the side files."""
-        return self.side_files is not None and any((self.side_files / n).is_file() for n in TOKENIZERS)
+        return self._has(TOKENIZERS)
+
+    def has_processor(self) -> bool:
+        """Whether an image processor lies among them."""
+        return self._has(PROCESSORS)
+
+    def _has(self, names: Sequence[str]) -> bool:
+        return self.side_files is not None and any((self.side_files / name).is_file() for name in names)
 
 
 C = TypeVar("C", bound=Core)

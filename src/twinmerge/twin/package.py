@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinmerge.engine.card import model_card
 from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, Beside
@@ -18,6 +18,7 @@ from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadSpec, head_artefact, load_heads
 from twinmerge.models.opened import InMemory, OpenedModel, open_model
+from twinmerge.models.torch_module import TorchModel
 from twinmerge.store.artefact import (
     Artefact,
     artefact_bytes,
@@ -147,8 +148,12 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
     return output.folder
 
 
-def load(folder: Path) -> Package:
+def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Package:
     """Read a twin folder; every part is checked to belong to the shared model beside it.
+
+    Args:
+        folder: the twin's.
+        factory: makes the module, where it is none of transformers'.
 
     Errors:
         TwinmergeError: not a twin folder, parts missing, damaged, of another model or version.
@@ -157,7 +162,7 @@ def load(folder: Path) -> Package:
         raise DataError(f"{folder} is no twin: it has no {TWIN}. Build one with `twinmerge twin build`.")
     if (manifest := Manifest.of(folder)) is not None:
         manifest.check_all("README.md")
-    shared = open_model(str(folder))
+    shared = open_model(str(folder) if factory is None else TorchModel(factory, folder))
     base = folder_fingerprint(folder)
     artefact = load_artefact(folder / TWIN, "twin", TWIN_VERSION, base)
     with undamaged(folder / TWIN):

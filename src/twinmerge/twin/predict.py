@@ -32,7 +32,6 @@ def predict(core: Core, texts: Sequence[Any], batch_rows: int, choice: Mapping[s
     check_choice(choice, (*CHOICE, "head", "strategy", "oracle_biases"))
     if not len(texts):
         return []
-    encoder = core.encoder
     found: list[Prediction] = []
     for start in range(0, len(texts), batch_rows):
         chunk = list(texts[start : start + batch_rows])
@@ -42,7 +41,7 @@ def predict(core: Core, texts: Sequence[Any], batch_rows: int, choice: Mapping[s
             else v
             for k, v in choice.items()
         }
-        out = call(core, **{**encoder.encode(chunk), **rows})
+        out = call(core, **{**core.encode(chunk), **rows})
         if out.logits is None or out.logits.dim() != 2:
             raise UsageError("This twin has no classifier head. Call the twin itself, or generate().")
         probabilities = out.logits.float().softmax(-1)
@@ -51,5 +50,5 @@ def predict(core: Core, texts: Sequence[Any], batch_rows: int, choice: Mapping[s
             mixture = dict(zip(core.experts, out.mixture[i].tolist(), strict=True))
             label = core.model.labels(head)[int(p.argmax())]
             found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture))
-    encoder.warn_truncated()
+    core.warn_truncated()
     return found

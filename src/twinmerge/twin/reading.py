@@ -23,7 +23,7 @@ from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import refuse_masks
 
 Given = Sequence[Any] | Mapping[str, Tensor]
-"""Texts, (text, text_pair) tuples or rows of a suite; or a batch of tensors such as {"pixel_values": ...}."""
+"""Texts, (text, text_pair) tuples, rows of a suite or token ids; or a batch of tensors such as {"pixel_values": ...}."""
 
 
 def read_batches(core: Core, given: Given, name: str, batch_rows: int, progress: bool) -> Iterator[Mapping[str, Any]]:
@@ -41,7 +41,7 @@ def read_batches(core: Core, given: Given, name: str, batch_rows: int, progress:
         return
     chunks = list(batches(list(given), batch_rows, "length"))
     for _, texts in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
-        yield core.encoder.encode(texts)
+        yield core.encode(texts)
 
 
 def check_batch(batch: Any) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
@@ -41,6 +41,7 @@ class Twin(Served):
     Make one with `Twin.build` or `Twin.from_pretrained`.
 
     Example:
+        >>> import torch
         >>> from transformers import BertConfig, BertForSequenceClassification, BertModel
         >>> sizes = dict(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
         >>> base = BertModel(BertConfig(**sizes))
@@ -122,21 +123,30 @@ class Twin(Served):
         shared_model = package_file.shared_in_memory(base, state, f"twin of {', '.join(experts)}")
         package = Package(shared_model, exclusive, head_specs, None, (), None, dict(provenance))
         twin = cls(package, base.folder, {"base": base, **experts})
-        if base.folder is not None and not twin.has_tokenizer():
+        if base.folder is not None and not (twin.has_tokenizer() or twin.has_processor()):
             twin.side_files = next((m.folder for m in experts.values() if m.folder), base.folder)
         return twin
 
     @classmethod
     @strict
-    def from_pretrained(cls, folder: str | Path, *, subfolder: str = "", local_files_only: bool = False) -> Twin:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        subfolder: str = "",
+        local_files_only: bool = False,
+        factory: Callable[[], nn.Module] | None = None,
+    ) -> Twin:
         """Read a twin folder, or a hub id of one.
 
         Args:
+            folder: a path or a hub id.
             subfolder: where in the folder or repository the twin lies.
             local_files_only: download nothing; a hub id is read from the local cache.
+            factory: makes the module, with any weights, where the twin is of a module of your own.
         """
         path = locate(folder, cached=local_files_only).folder / subfolder
-        return cls(package_file.load(path), path)
+        return cls(package_file.load(path, factory), path)
 
     @strict
     def save_pretrained(self, folder: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:

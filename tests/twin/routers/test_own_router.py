@@ -13,7 +13,7 @@ import torch
 from twinmerge.errors import TwinmergeError
 from twinmerge.twin import routers
 from twinmerge.twin.routers.kit.base import Router
-from twinmerge.twin.routers.kit.registry import make_router, router_class, router_names
+from twinmerge.twin.routers.kit.registry import ROUTERS, make_router, router_class, router_names
 from twinmerge.twin.twin import Twin
 
 CENTROID = '''
@@ -74,6 +74,7 @@ def test_a_file_beside_the_others(lab: Any, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "centroid.py").write_text(CENTROID)
     monkeypatch.setattr(routers, "__path__", [*routers.__path__, str(tmp_path / "more")])
+    monkeypatch.setattr(ROUTERS, "_files", {})  # what was imported is remembered
     try:
         assert router_names() == ["centroid", "entropy", "gaussian", "knn", "logistic", "mlp", "projection"]
         used(lab.new_case("bert", torch.float32).twin(2), tmp_path)
