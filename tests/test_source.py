@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from twinmerge import errors
 from twinmerge.store.header import CONVERT
 
 ROOT = Path(__file__).parent.parent
@@ -92,3 +94,20 @@ def test_files_are_read_through_the_one_door():
         if (name in ("loads", "load") and on == "json") or (name in ("read_text", "read_bytes") and on)
     ]
     assert not found
+
+
+BARE: set[str] = set()
+"""Files whose errors may be of no class but the one above all; each needs a reason."""
+
+
+def test_every_error_has_a_class_of_its_own():
+    """A program tells a typo from a full disk by the class, and the command by its exit code."""
+    classes = {
+        kind.__name__ for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ValueError)
+    }
+    classes -= {"TwinmergeError"}
+    raised = {file: [name for _, _, name in calls(file.read_text(), {*classes, "TwinmergeError"})] for file in FILES}
+    bare = {file for file, names in raised.items() if "TwinmergeError" in names}
+    assert {str(file.relative_to(ROOT)) for file in bare} == BARE
+    found = Counter(name for names in raised.values() for name in names if name in classes)
+    assert found.keys() == classes and found.total() > 600, found

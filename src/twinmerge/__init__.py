@@ -14,13 +14,20 @@ __version__: str
 
 _WHERE = {
     "Continual": "continual.continual",
+    "DamagedFile": "errors",
+    "DataError": "errors",
     "Merge": "engine.merge",
+    "ModelError": "errors",
+    "OutputError": "errors",
     "Prediction": "twin.predict",
     "Recipe": "recipes.recipe",
+    "RecipeError": "errors",
+    "ResourceError": "errors",
     "TorchModel": "models.torch_module",
     "Twin": "twin.twin",
     "TwinOutput": "twin.call",
     "TwinmergeError": "errors",
+    "UsageError": "errors",
     "compress": "twin.masks.build",
     "diff": "engine.diff",
     "evaluate": "study.evaluate",
@@ -41,7 +48,14 @@ if TYPE_CHECKING:
     from twinmerge.engine.diff import diff as diff
     from twinmerge.engine.merge import Merge as Merge
     from twinmerge.engine.merge import merge as merge
+    from twinmerge.errors import DamagedFile as DamagedFile
+    from twinmerge.errors import DataError as DataError
+    from twinmerge.errors import ModelError as ModelError
+    from twinmerge.errors import OutputError as OutputError
+    from twinmerge.errors import RecipeError as RecipeError
+    from twinmerge.errors import ResourceError as ResourceError
     from twinmerge.errors import TwinmergeError as TwinmergeError
+    from twinmerge.errors import UsageError as UsageError
     from twinmerge.models.torch_module import TorchModel as TorchModel
     from twinmerge.recipes.recipe import Recipe as Recipe
     from twinmerge.recipes.recipe import read_recipe as read_recipe

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from typing import Any, ParamSpec, TypeVar
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import UsageError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,11 +38,11 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
         >>> mix(["a"])
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: mix takes parts as a mapping from a text to a number, not ['a'] (a list).
+        twinmerge.errors.UsageError: mix takes parts as a mapping from a text to a number, not ['a'] (a list).
         >>> mix({}, rnk=2)
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: mix has no argument 'rnk'. Did you mean 'rank'?
+        twinmerge.errors.UsageError: mix has no argument 'rnk'. Did you mean 'rank'?
     """
     signature = inspect.signature(function)
     kinds: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
             if argument not in kinds:
                 kinds[argument] = _kind(parameter.annotation, function)
             if not fits(value, kinds[argument]):
-                raise TwinmergeError(
+                raise UsageError(
                     f"{_name(function, args)} takes {argument} as {described(kinds[argument])}, not {shown(value)}.{_meant(value, kinds[argument])}"
                 )
         return function(*args, **kwargs)
@@ -182,11 +182,11 @@ def at_least_one(name: str, value: Any) -> int:
         >>> at_least_one("batch_rows", 0)
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: batch_rows is 0. Give a whole number from 1 on.
+        twinmerge.errors.UsageError: batch_rows is 0. Give a whole number from 1 on.
     """
     if not fits(value, int) or value < 1:
         told = value if fits(value, int) else shown(value)
-        raise TwinmergeError(f"{name} is {told}. Give a whole number from 1 on.")
+        raise UsageError(f"{name} is {told}. Give a whole number from 1 on.")
     return int(value)
 
 
@@ -210,7 +210,7 @@ def device_known(device: Any) -> None:
     try:
         torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise TwinmergeError(f"There is no device {shown(device)}. Name cpu, cuda or mps.") from error
+        raise UsageError(f"There is no device {shown(device)}. Name cpu, cuda or mps.") from error
 
 
 def _kind(annotation: Any, function: Callable[..., Any]) -> Any:
@@ -225,7 +225,7 @@ def _kind(annotation: Any, function: Callable[..., Any]) -> Any:
         return Any
 
 
-def _no_call(name: str, signature: inspect.Signature, kwargs: Mapping[str, Any], error: TypeError) -> TwinmergeError:
+def _no_call(name: str, signature: inspect.Signature, kwargs: Mapping[str, Any], error: TypeError) -> UsageError:
     """Arguments that no call has."""
     known = [
         n
@@ -235,7 +235,7 @@ def _no_call(name: str, signature: inspect.Signature, kwargs: Mapping[str, Any],
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     strange = [n for n in kwargs if n not in known]
     if strange and not takes_all:
-        return TwinmergeError(
+        return UsageError(
             f"{name} has no argument {strange[0]!r}.{nearest(strange[0], known) or ' It has: ' + ', '.join(known) + '.'}"
         )
-    return TwinmergeError(f"{name} cannot be called like this: {error}. Its arguments are {', '.join(known)}.")
+    return UsageError(f"{name} cannot be called like this: {error}. Its arguments are {', '.join(known)}.")

@@ -1,20 +1,65 @@
-"""The one error of the library that a user is meant to read."""
+"""The errors of the library that a user is meant to read, as a small tree of classes that a program can tell apart."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class TwinmergeError(ValueError):
-    """A mistake that the user can mend: one sentence that says what is wrong, where, and what to do next.
+    """What the user can mend: one sentence that says what is wrong, where, and what to do next.
 
-    The command prints the sentence and exits with 2; a program may catch it as a `ValueError`.
+    Every error of the library is of a class below; a program may catch it as a `ValueError`. The command prints the sentence. Its
+    exit code is that of the class: 2 for `UsageError`, 3 for `DataError`, 4 for `ResourceError`.
 
     Example:
         >>> str(TwinmergeError("density is 1.5: give a number between 0 and 1"))
         'density is 1.5: give a number between 0 and 1'
+        >>> issubclass(RecipeError, UsageError), issubclass(DamagedFile, DataError), issubclass(OutputError, ResourceError)
+        (True, True, True)
     """
+
+
+class UsageError(TwinmergeError):
+    """A wrong call, option, name or value; an output that is there already among them, since another name mends it."""
+
+
+class RecipeError(UsageError):
+    """A recipe or plan that cannot be followed, or a method, router or codec by a name or parameter that it does not have."""
+
+
+class DataError(TwinmergeError):
+    """What was read is missing, does not fit or cannot be used: statistics, rows, suites, artefacts, and the two kinds below."""
+
+
+class ModelError(DataError):
+    """A model, adapter, checkpoint or config that is not there, does not fit the others, or cannot be merged or run."""
+
+
+class DamagedFile(DataError):  # noqa: N818
+    """A file that is truncated, corrupt, missing from its folder, or not what was written."""
+
+
+class ResourceError(TwinmergeError):
+    """What the machine does not give: a file that it refuses to read, the network, an optional package, and outputs (below)."""
+
+
+class OutputError(ResourceError):
+    """An output that cannot be written: no space, no right to, or another process writes it."""
+
+
+def unreadable(error: Exception) -> type[TwinmergeError]:
+    """Of which class it is that a file cannot be read: it is not there, or the machine refuses it.
+
+    Example:
+        >>> unreadable(FileNotFoundError(errno.ENOENT, "No such file")), unreadable(OSError(errno.EIO, "Input/output error"))
+        (<class 'twinmerge.errors.DataError'>, <class 'twinmerge.errors.ResourceError'>)
+    """
+    refused = isinstance(error, OSError) and error.errno not in (None, *_GONE)
+    return ResourceError if refused else DataError
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

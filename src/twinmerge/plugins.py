@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import RecipeError, ResourceError, UsageError, nearest
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -49,7 +49,7 @@ class Plugins(Generic[T]):
         >>> methods.find("tie")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'?
+        twinmerge.errors.RecipeError: Unknown method 'tie'. Did you mean 'ties'?
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Plugins(Generic[T]):
             return self._of_file(name)
         entry = next((e for e in self.offered() if e.name == name), None)
         if entry is None:
-            raise TwinmergeError(f"Unknown {self.kind} {name!r:.80}.{nearest(name, self.names())}{self.see()}")
+            raise RecipeError(f"Unknown {self.kind} {name!r:.80}.{nearest(name, self.names())}{self.see()}")
         try:
             found = entry.load()
         except Exception as error:  # whatever the import of a stranger's file raises
-            raise TwinmergeError(
+            raise ResourceError(
                 f"The {self.kind} {name!r} of another package cannot be loaded: {type(error).__name__}: {error}. Mend or "
                 "uninstall that package."
             ) from error
@@ -118,11 +118,11 @@ class Plugins(Generic[T]):
         """
         title = self.base.__name__
         if not (isinstance(found, type) and issubclass(found, self.base)):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{name} is no {self.kind}: {found!r:.80} does not derive from {title}. Derive it from {title}."
             )
         if missing := sorted(getattr(found, "__abstractmethods__", ())):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{name} is no {self.kind} yet: {found.__name__} does not define {', '.join(missing)}. Define it."
             )
         if found not in self._sound:
@@ -138,7 +138,7 @@ class Plugins(Generic[T]):
             )
             own = sorted((c for c in classes if issubclass(c, self.base)), key=inspect.isabstract)
             if not own:
-                raise TwinmergeError(
+                raise UsageError(
                     f"The file {self.files()[name]} has no {self.base.__name__} class. Add one, or take the file out of its folder."
                 )
             self._files[name] = self.require(own[0], name)

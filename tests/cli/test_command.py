@@ -108,7 +108,7 @@ def test_the_installed_script(zoo: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(zoo.twin)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "COLUMNS": "200"}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
-    assert ran.returncode == 2 and '"label": "' in ran.stdout
+    assert ran.returncode == 3 and '"label": "' in ran.stdout
     assert ran.stderr.splitlines() == [
         "Warning: 1 of 1 texts were longer than the 16 tokens that the model takes and were cut.",
         "Error: 'no-one/nothing' is no folder here, and as a hub id it is not in the local cache and the hub cannot be "

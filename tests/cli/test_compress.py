@@ -149,7 +149,6 @@ def test_a_suite_chooses_the_threshold_of_each_task(command: Any, zoo: SimpleNam
         (["-p", "k=2"], "tall_masks has no parameter 'k'"),
         (["--picture", "x.bmp"], "is of no known kind"),
         (["--suite", "nowhere", "-p", "mood.threshold=0.4"], "Both --suite and -p threshold are given"),
-        (["--suite", "nowhere"], "Name the folder of a suite"),
     ],
 )
 def test_mistakes(command: Any, zoo: SimpleNamespace, tmp_path: Path, words: list[str], said: str) -> None:
@@ -169,10 +168,12 @@ def test_more_mistakes(command: Any, zoo: SimpleNamespace, tmp_path: Path) -> No
     assert ran.code == 2 and "There is no expert" in ran.err
     ran = compressed(command, zoo, zoo.base)
     assert ran.code == 2 and "is there already" in ran.err
+    ran = compressed(command, zoo, tmp_path / "out", "--suite", "nowhere")
+    assert ran.code == 3 and "Name the folder of a suite" in ran.err
     ran = command("extract", zoo.twin, "mood", "-o", tmp_path / "out")
-    assert ran.code == 2 and "is a twin without masks" in ran.err
+    assert ran.code == 3 and "is a twin without masks" in ran.err
     ran = command("extract", tmp_path / "nowhere", "mood", "-o", tmp_path / "out")
-    assert ran.code == 2 and "Error: " in ran.err and not (tmp_path / "out").exists()
+    assert ran.code == 3 and "Error: " in ran.err and not (tmp_path / "out").exists()
 
 
 def test_merge_makes_no_masks(command: Any, zoo: SimpleNamespace, tmp_path: Path) -> None:

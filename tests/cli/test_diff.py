@@ -19,7 +19,7 @@ def table(out: str) -> list[list[str]]:
 
 def test_json_with_a_base_against_numpy(command: Any, zoo: Any, tmp_path: Path) -> None:
     given = ["diff", zoo.alice, zoo.bob, "--base", zoo.lm, "--json", "--picture", tmp_path / "diff.png"]
-    found = command(*given).json()
+    found = command(*given).json(1)
     a, b, base = (load_file(m / "model.safetensors") for m in (zoo.alice, zoo.bob, zoo.lm))
     assert found["base"] == str(zoo.lm) and found["not_in_base"] == []
     for d in found["tensors"]:
@@ -50,7 +50,7 @@ def test_table_with_a_base(command: Any, zoo: Any, tmp_path: Path) -> None:
 
 
 def test_totals_stand_above_the_table(command: Any, zoo: Any) -> None:
-    total = command("diff", zoo.base, zoo.mood, "--json").json()["total"]
+    total = command("diff", zoo.base, zoo.mood, "--json").json(1)["total"]
     ran = command("diff", zoo.base, zoo.mood)
     first = ran.out.replace("\n", " ")
     assert f"‖b − a‖ = {total['change']:.4g}, relative {total['relative']:.4g}" in first
@@ -65,7 +65,7 @@ def test_totals_stand_above_the_table(command: Any, zoo: Any) -> None:
 def test_no_rank(command: Any, zoo: Any) -> None:
     titles, *_ = table(command("diff", zoo.base, zoo.mood, "--no-rank").out)
     assert titles == ["tensor", "‖a‖", "‖b − a‖", "relative", "cosine", "conflicts", "equal", "max"]
-    found = command("diff", zoo.base, zoo.mood, "--no-rank", "--json").json()
+    found = command("diff", zoo.base, zoo.mood, "--no-rank", "--json").json(1)
     assert {d["rank"] for d in found["tensors"]} == {None}
 
 
@@ -87,15 +87,21 @@ def test_many_names_are_counted(command: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("code", "words", "says"),
     [
-        (["no/a", "no/b", "--picture", "diff.gif"], "diff.gif is of no known kind. End its name in .png, .svg, .pdf"),
-        (["no/a", "no/b", "--picture", "no/diff.png"], "no/diff.png cannot be written. Name a file in a folder"),
-        (["ALICE", "no/such/model/here"], "No model at 'no/such/model/here'"),
-        (["ALICE", "ALICE", "--base", "BASE"], "have no tensor in common. Name models of one architecture."),
+        (
+            2,
+            ["no/a", "no/b", "--picture", "diff.gif"],
+            "diff.gif is of no known kind. End its name in .png, .svg, .pdf",
+        ),
+        (2, ["no/a", "no/b", "--picture", "no/diff.png"], "no/diff.png cannot be written. Name a file in a folder"),
+        (3, ["ALICE", "no/such/model/here"], "No model at 'no/such/model/here'"),
+        (3, ["ALICE", "ALICE", "--base", "BASE"], "have no tensor in common. Name models of one architecture."),
     ],
 )
-def test_mistakes(command: Any, zoo: Any, words: list[str], says: str) -> None:
+def test_mistakes(command: Any, zoo: Any, code: int, words: list[str], says: str) -> None:
     known = {"ALICE": zoo.alice, "BASE": zoo.base}
     ran = command("diff", *(known.get(word, word) for word in words))
-    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1) and ran.err.startswith("Error: ") and says in ran.err
+    assert (
+        (ran.code, ran.out, ran.err.count("\n")) == (code, "", 1) and ran.err.startswith("Error: ") and says in ran.err
+    )

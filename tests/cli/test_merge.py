@@ -59,7 +59,7 @@ def test_a_plan_is_written_and_run(command: Any, zoo: Any, tmp_path: Path) -> No
     text = (tmp_path / "plan.json").read_text()
     (tmp_path / "plan.json").write_text(text.replace('"fingerprint": "', '"fingerprint": "0', 1))
     other = command("merge", "--plan", tmp_path / "plan.json", "-o", tmp_path / "third")
-    assert other.code == 2 and "The plan was made for another model" in other.err
+    assert other.code == 3 and "The plan was made for another model" in other.err
     assert not (tmp_path / "third").exists()
 
 
@@ -209,7 +209,7 @@ def test_search_of_lines(command: Any, zoo: Any, tmp_path: Path) -> None:
 
 
 def test_diff_against_numpy(command: Any, zoo: Any) -> None:
-    found = command("diff", zoo.base, zoo.mood, "--json").json()
+    found = command("diff", zoo.base, zoo.mood, "--json").json(1)
     assert found["only_a"] == found["other_shape"] == []
     assert found["only_b"] == ["classifier.bias", "classifier.weight"]
     base = {n: t.double().numpy() for n, t in weights(zoo.base).items()}
@@ -230,7 +230,7 @@ def test_diff_against_numpy(command: Any, zoo: Any) -> None:
 
 
 def test_diff_table(command: Any, zoo: Any) -> None:
-    tensors = command("diff", zoo.base, zoo.mood, "--json").json()["tensors"]
+    tensors = command("diff", zoo.base, zoo.mood, "--json").json(1)["tensors"]
     most = sorted(tensors, key=lambda d: -d["relative"])[:3]
     ran = command("diff", zoo.base, zoo.mood, "--top", 3)
     rows = [line.replace("│", " ").split() for line in ran.out.splitlines() if line.startswith("│")]

@@ -120,6 +120,6 @@ def test_one_file_that_is_no_file(
         assert ran.code == 0, ran.err
     elif not ignored:
         named = place.name in ran.err or (f"{folder} has no tokenizer" in ran.err and "tokenizer" in file)
-        assert ran.code == 2 and ran.err.count("Error: ") == 1 and named, ran.err
+        assert ran.code == 3 and ran.err.count("Error: ") == 1 and named, ran.err
     if kind == "link out" and not followed:
-        assert ran.code == 2 and not out.exists()
+        assert ran.code == 3 and not out.exists()

@@ -51,11 +51,11 @@ def test_verify_names_what_changed(command: Any, merged: Any) -> None:
     out, mood = merged
     spoil(out, "embeddings.LayerNorm.weight")
     ran = command("verify", out, "--no-inputs")
-    assert ran.code == 2 and f"'embeddings.LayerNorm.weight' of the output {out} changed" in ran.err
+    assert ran.code == 1 and f"'embeddings.LayerNorm.weight' of the output {out} changed" in ran.err
     assert "Copy or write it again." in ran.err and "--no-inputs" not in ran.err
     spoil(mood, "bert.pooler.dense.weight")
     ran = command("verify", out)
-    assert ran.code == 2 and "'pooler.dense.weight' of the input 'mood' changed since the merge" in ran.err
+    assert ran.code == 1 and "'pooler.dense.weight' of the input 'mood' changed since the merge" in ran.err
     assert "--no-inputs" in ran.err
 
 
@@ -63,15 +63,15 @@ def test_verify_says_what_is_gone(command: Any, merged: Any) -> None:
     out, mood = merged
     (mood / "model.safetensors").unlink()
     ran = command("verify", out)
-    assert ran.code == 2 and "the inputs cannot be opened" in ran.err and "--no-inputs" in ran.err
+    assert ran.code == 1 and "the inputs cannot be opened" in ran.err and "--no-inputs" in ran.err
     (out / "twinmerge.checksums.json").write_text("{")
     ran = command("verify", out)
-    assert ran.code == 2 and "twinmerge.checksums.json cannot be used" in ran.err
+    assert ran.code == 1 and "twinmerge.checksums.json cannot be used" in ran.err
 
 
 def test_verify_wants_a_merged_folder(command: Any, zoo: Any) -> None:
     ran = command("verify", zoo.base)
-    assert ran.code == 2 and "Name a folder that twinmerge wrote" in ran.err
+    assert ran.code == 3 and "Name a folder that twinmerge wrote" in ran.err
 
 
 def test_check_says_what_a_merge_takes(command: Any, zoo: Any, tmp_path: Path) -> None:
@@ -119,4 +119,4 @@ def test_the_output_is_refused_while_another_merge_writes_it(command: Any, zoo: 
 
     with OutputFolder(tmp_path / "out", key="other"):
         ran = command("merge", "--method", "average", *zoo.given, "-o", tmp_path / "out")
-    assert ran.code == 2 and "out" in ran.err
+    assert ran.code == 4 and "out" in ran.err

@@ -200,7 +200,7 @@ def test_rebuild_needs_every_model(command: Any, zoo: Any, tmp_path: Path, copie
     assert command("twin", "build", *words, "-o", tmp_path / "twin").code == 0
     gone.rename(tmp_path / "elsewhere")
     ran = command("twin", "rebuild", tmp_path / "twin", "-o", tmp_path / "out")
-    assert ran.code == 2 and "the expert 'mood' is not at" in ran.err and not (tmp_path / "out").exists()
+    assert ran.code == 3 and "the expert 'mood' is not at" in ran.err and not (tmp_path / "out").exists()
     found = ["--expert", f"mood={tmp_path / 'elsewhere'}"]
     assert command("twin", "rebuild", tmp_path / "twin", *found, "-o", tmp_path / "out").code == 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from typing import Annotated, Any
@@ -18,7 +17,7 @@ from twinmerge.cli.continual import twin as twin_of_state
 from twinmerge.cli.demo import demo
 from twinmerge.cli.diff import diff
 from twinmerge.cli.evaluate import evaluate
-from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, told
+from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, say, told
 from twinmerge.cli.lora import extract as extract_lora
 from twinmerge.cli.lora import merge as merge_lora
 from twinmerge.cli.measure import activations, fisher, gram
@@ -96,7 +95,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command. A warning is one line on stderr; so is every error, with exit code 2 for a user's mistake and 4 for the rest."""
+    """Run the command. A warning is one line on stderr; so is every error, with the exit code of its class."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code: int | str | None = 0
@@ -113,14 +112,9 @@ def main() -> None:
         failed = flushed() or failed
         if failed is not None:
             said, code = told(failed)
-            _say(said)
+            say(said)
         sys.exit(code)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"Warning: {message}")
-
-
-def _say(text: str) -> None:
-    """One line on stderr, whatever line ends a file's own error brought along."""
-    print(re.sub(r"\s*\n\s*", " ", text.strip()), file=sys.stderr)  # noqa: T201
+    say(f"Warning: {message}")

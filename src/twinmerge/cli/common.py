@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[
@@ -51,9 +51,9 @@ def pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
     for item in items or ():
         name, equals, value = item.partition("=")
         if not equals or not name or not value:
-            raise TwinmergeError(f"{option} {item!r} is not name=value. Write it as {option} name=value.")
+            raise UsageError(f"{option} {item!r} is not name=value. Write it as {option} name=value.")
         if name in found:
-            raise TwinmergeError(f"{option} names {name!r} twice. Give each name once.")
+            raise UsageError(f"{option} names {name!r} twice. Give each name once.")
         found[name] = value
     return found
 
@@ -91,7 +91,7 @@ def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
         if number is None or not math.isfinite(number):
             wild = text.lower().lstrip("+-.") in ("nan", "inf", "infinity") or number is not None
             what = "NaN or infinity" if wild else "no number"
-            raise TwinmergeError(f"{option} {name}={text:.60} is {what}. Write it as {option} {name}=0.5.")
+            raise UsageError(f"{option} {name}={text:.60} is {what}. Write it as {option} {name}=0.5.")
         found[name] = number
     return found
 
@@ -145,7 +145,7 @@ def byte_count(text: str, whole: int) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|B|kB|KB|MB|GB|TB)?", text.strip())
     if found is None:
-        raise TwinmergeError(f"{text!r} is no number of bytes. Write 3500000, 3.5MB or 4% (of the shared model).")
+        raise UsageError(f"{text!r} is no number of bytes. Write 3500000, 3.5MB or 4% (of the shared model).")
     units = {None: 1.0, "B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "%": whole / 100}
     return float(found[1]) * units[found[2]]
 
@@ -173,5 +173,5 @@ def device_of(name: str) -> str:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(kind, False):
         usable = ", ".join(k for k, v in there.items() if v)
-        raise TwinmergeError(f"There is no device {name!r} here. Leave --device out, or choose from: {usable}.")
+        raise UsageError(f"There is no device {name!r} here. Leave --device out, or choose from: {usable}.")
     return name

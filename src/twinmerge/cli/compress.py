@@ -22,7 +22,7 @@ from twinmerge.cli.common import (
     size,
     values,
 )
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def compress(
     use_threads(threads)
     OutputFolder(output).check()
     if base is None:
-        raise TwinmergeError("No base is named. Add --base MODEL, the model that the experts were tuned from.")
+        raise UsageError("No base is named. Add --base MODEL, the model that the experts were tuned from.")
     if picture is not None:
         from twinmerge.study.heatmap import check_picture
 
@@ -126,7 +126,7 @@ def _chosen(
     from twinmerge.tasks.suite import open_suite
 
     if any(name.rpartition(".")[2] == "threshold" for name in recipe.parameters):
-        raise TwinmergeError("Both --suite and -p threshold are given. Leave out one of them.")
+        raise UsageError("Both --suite and -p threshold are given. Leave out one of them.")
     tasks = open_suite(suite, list(recipe.experts))
     chosen = choose_thresholds(recipe, tasks, split=split, limit=rows, seed=seed)
     own = {f"{task}.threshold": threshold for task, threshold in chosen.thresholds.items()}

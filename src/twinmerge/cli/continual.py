@@ -22,7 +22,7 @@ from twinmerge.cli.common import (
     values,
 )
 from twinmerge.cli.twin_common import Data, texts_of
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def init(
     from twinmerge.continual.continual import Continual
 
     if base is None:
-        raise TwinmergeError("No base is named. Add --base MODEL, the model that all experts are tuned from.")
+        raise UsageError("No base is named. Add --base MODEL, the model that all experts are tuned from.")
     chosen = values(parameter, "-p")
     made = Continual.init(state, base, method, heads=tuple(head or ()), dtype=dtype, **chosen)
     if json:
@@ -86,19 +86,19 @@ def add(
     opened = Continual(state, base)
     if twin is None:
         if output is not None or data:
-            raise TwinmergeError("-o and --data are of a twin. Add --twin, or leave them out.")
+            raise UsageError("-o and --data are of a twin. Add --twin, or leave them out.")
         for name, model in named.items():
             opened.add(name, model)
     else:
         from twinmerge.continual.twins import add_to_both
 
         if output is None or len(named) != 1:
-            raise TwinmergeError(
+            raise UsageError(
                 "A twin takes one expert at a time into a new folder. Name one expert, and the folder with -o."
             )
         (name, model), inputs = next(iter(named.items())), texts_of(data)
         if unknown := set(inputs) - {name}:
-            raise TwinmergeError(f"--data names {unknown.pop()!r}, and {name!r} is added. Give the texts of {name!r}.")
+            raise UsageError(f"--data names {unknown.pop()!r}, and {name!r} is added. Give the texts of {name!r}.")
         add_to_both(opened, twin, output, name, model, inputs.get(name), rank)
     if json:
         print_json(opened.status())

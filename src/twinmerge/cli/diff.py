@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from twinmerge.cli.common import Json, Threads, print_json, print_table, said
+from twinmerge.cli.failure import FOUND
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def diff(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Compare two models tensor by tensor: change, cosine, sign conflicts, effective rank, equal entries.
+    """Compare two models tensor by tensor: change, cosine, sign conflicts, effective rank, equal entries; exit code 1 where they differ.
 
     twinmerge diff A B --base BASE --picture diff.png
     """
@@ -52,7 +53,13 @@ def diff(
         draw_heatmap(found, picture)
     if json:
         print_json({**found._asdict(), "total": found.total._asdict(), "tensors": [d._asdict() for d in found.tensors]})
-        return
+    else:
+        _show(found, top, picture)
+    if found.differs:
+        raise typer.Exit(FOUND)
+
+
+def _show(found: Diff, top: int, picture: Path | None) -> None:
     most = sorted(found.tensors, key=lambda d: -d.relative)[: top or None]
     columns = _columns(found)
     print_table(_heading(found, len(most)), *_fitting(list(columns), [[c(d) for c in columns.values()] for d in most]))

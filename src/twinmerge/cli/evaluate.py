@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from twinmerge.cli.common import Json, Threads, print_json, print_table
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 
@@ -46,17 +46,17 @@ def evaluate(
     advice = "Name a file that --out wrote."
     reference = Evaluation.from_json(read_bytes(experts, EVALUATION.bytes, advice)) if experts else None
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise TwinmergeError(f"{out} cannot be written. Name a file in a folder that is there.")
+        raise UsageError(f"{out} cannot be written. Name a file in a folder that is there.")
     if out is not None:
         OutputFile(out, replace=True).check()
     found_at = locate(model)
     if found_at.adapter is not None:
-        raise TwinmergeError(f"{model} is a base and an adapter. Merge it into one folder first, and evaluate that.")
+        raise UsageError(f"{model} is a base and an adapter. Merge it into one folder first, and evaluate that.")
     runner = open_runner(found_at.folder, oracle_biases)
     chosen = tasks.split(",") if tasks else (runner.heads or None)
     data = open_suite(suite, chosen)
     if reference is not None and set(reference.scores) != set(data):
-        raise TwinmergeError(
+        raise UsageError(
             f"{experts} is of the tasks {', '.join(reference.scores)}, this evaluation of {', '.join(data)}. "
             "Choose the same with --tasks."
         )

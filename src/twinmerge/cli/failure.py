@@ -1,4 +1,8 @@
-"""What becomes of an error that reaches the command: a sentence and an exit code, never a traceback."""
+"""What becomes of an error that reaches the command: a sentence and an exit code, never a traceback.
+
+Exit codes: 0 done; 1 `verify` or `diff` found what they look for; 2 a wrong call; 3 what was read is wrong; 4 the machine, or an
+internal error, which leaves a report; 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import os
 import re
 import sys
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ResourceError, TwinmergeError, UsageError
 
-WRONG, SYSTEM, INTERRUPTED = 2, 4, 130
+FOUND, USAGE, DATA, SYSTEM, INTERRUPTED = 1, 2, 3, 4, 130
+CODES = {DataError: DATA, ResourceError: SYSTEM}  # every other TwinmergeError is of usage
 PACKAGES = ("twinmerge", "torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy", "typer")
 LONGEST = 500  # characters of an error's own message in a report: files speak there
 
@@ -17,17 +22,17 @@ LONGEST = 500  # characters of an error's own message in a report: files speak t
 def told(error: BaseException) -> tuple[str, int]:
     """What the user is told of an error, and the exit code.
 
-    A TwinmergeError speaks for itself (2). What the system refuses, memory among it, is a sentence (4); so is anything else, with a file
-    to report it with (4).
+    A TwinmergeError speaks for itself, and its class has the code. What the system refuses, memory among it, is a sentence (4); so is
+    anything else, with a file to report it with (4).
 
     Example:
-        >>> told(TwinmergeError("density is 1.5. Give 0 to 1."))
+        >>> told(UsageError("density is 1.5. Give 0 to 1."))
         ('Error: density is 1.5. Give 0 to 1.', 2)
         >>> told(OSError(errno.EFBIG, "File too large", "out/model.safetensors"))
         ('Error: The system says of out/model.safetensors: File too large. Name a place on another disk, or raise the limit (ulimit -f).', 4)
     """
     if isinstance(error, TwinmergeError):
-        return f"Error: {error}", WRONG
+        return f"Error: {error}", next((code for kind, code in CODES.items() if isinstance(error, kind)), USAGE)
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted. Run the same command again: it goes on where it can, or begins anew.", INTERRUPTED
     if isinstance(error, MemoryError) or _out_of_memory(error):
@@ -40,6 +45,11 @@ def told(error: BaseException) -> tuple[str, int]:
         what = error.strerror or os.strerror(error.errno)
         return f"Error: The system says{f' of {files}' if files else ''}: {what}. {_advice(error.errno)}", SYSTEM
     return _internal(error), SYSTEM
+
+
+def say(text: str) -> None:
+    """One line on stderr, whatever line ends a file's own error brought along."""
+    print(re.sub(r"\s*\n\s*", " ", text.strip()), file=sys.stderr)  # noqa: T201
 
 
 def all_streams() -> None:
@@ -69,11 +79,11 @@ def check_words(words: list[str]) -> None:
         >>> check_words(["merge", "\\udcff.yaml"])
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: The argument '\\udcff.yaml' is not UTF-8. Rename that file or folder.
+        twinmerge.errors.UsageError: The argument '\\udcff.yaml' is not UTF-8. Rename that file or folder.
     """
     for word in words:
         if any("\ud800" <= mark <= "\udfff" for mark in word):
-            raise TwinmergeError(f"The argument {word!r} is not UTF-8. Rename that file or folder.")
+            raise UsageError(f"The argument {word!r} is not UTF-8. Rename that file or folder.")
 
 
 def flushed() -> BaseException | None:

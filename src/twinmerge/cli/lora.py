@@ -22,7 +22,7 @@ from twinmerge.cli.common import (
     size,
     values,
 )
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="The adapter's folder to write.")]
@@ -65,7 +65,7 @@ def merge(
     """
     use_threads(threads)
     if base is None:
-        raise TwinmergeError("No base is named. Add --base MODEL, the model that the adapters belong to.")
+        raise UsageError("No base is named. Add --base MODEL, the model that the adapters belong to.")
     from twinmerge.engine.adapters.merge import merge_lora
     from twinmerge.store.output import OutputFolder
 
@@ -117,7 +117,7 @@ def extract(
     """
     use_threads(threads)
     if base is None:
-        raise TwinmergeError("No base is named. Add --base MODEL, the model that was tuned.")
+        raise UsageError("No base is named. Add --base MODEL, the model that was tuned.")
     from twinmerge.engine.adapters.extract import extract_lora
 
     found = extract_lora(model, base, output, rank=rank, energy=energy, max_rank=max_rank, dtype=dtype, exact=exact)

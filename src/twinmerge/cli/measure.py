@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twinmerge.cli.common import Device, Json, Threads, device_of, print_json, print_table, size
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def fisher(
     twinmerge measure fisher MODEL --data FILE -o a.fisher.safetensors
     """
     if labels not in ("auto", "exact", "sampled"):
-        raise TwinmergeError(f"--labels {labels!r} is none of auto, exact and sampled. Choose one of them.")
+        raise UsageError(f"--labels {labels!r} is none of auto, exact and sampled. Choose one of them.")
     own = {"labels": labels, "samples": samples}
     _measure("fisher", model, data, output, rows, limit, max_tokens, batch, seed, device, threads, json, own)
 
@@ -189,5 +189,5 @@ def row_range(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d*):(\d*)", text.strip())
     start, stop = (int(found[1] or 0), int(found[2] or 1 << 62)) if found else (0, 0)
     if start >= stop:
-        raise TwinmergeError(f"--rows {text!r} is no range of rows. Write START:STOP, such as 0:500, counted from 0.")
+        raise UsageError(f"--rows {text!r} is no range of rows. Write START:STOP, such as 0:500, counted from 0.")
     return start, stop

@@ -24,7 +24,7 @@ from twinmerge.cli.common import (
     size,
     values,
 )
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, UsageError
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
@@ -91,16 +91,14 @@ def merge(
 
     use_threads(threads)
     if smoke is not None and not smoke.is_file():
-        raise TwinmergeError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
+        raise DataError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
     how: dict[str, Any] = {"architecture": smoke is not None, "device": device_of(device), "processes": True}
     if plan is not None:
         given = (method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out)
         if any(each is not None for each in given):
-            raise TwinmergeError(
-                "A plan says all of a merge. Name its file and the output alone: --plan FILE -o FOLDER."
-            )
+            raise UsageError("A plan says all of a merge. Name its file and the output alone: --plan FILE -o FOLDER.")
         if recipe is not None and output is not None:
-            raise TwinmergeError(f"Two outputs are named, {recipe} and {output}. Name one.")
+            raise UsageError(f"Two outputs are named, {recipe} and {output}. Name one.")
         merged, target = Merge.from_plan(plan, **how), output or recipe
     else:
         described, target = recipe_of(
@@ -109,7 +107,7 @@ def merge(
         merged = Merge(described, **how)
     described = merged.recipe
     if target is None and not dry_run:
-        raise TwinmergeError("No output is named. Add -o FOLDER.")
+        raise UsageError("No output is named. Add -o FOLDER.")
     if dry_run:
         _checked(merged, target, json, "Nothing is written (--dry-run)")
         return
@@ -211,17 +209,17 @@ def recipe_of(
     if method is not None and recipe is not None and out is None:
         recipe, out = None, recipe  # `twinmerge merge --method … OUT`
     if out is not None and output is not None:
-        raise TwinmergeError(f"Two outputs are named, {out} and {output}. Name one.")
+        raise UsageError(f"Two outputs are named, {out} and {output}. Name one.")
     if method is not None:
         if recipe is not None:
-            raise TwinmergeError(
+            raise UsageError(
                 "A recipe file and --method are both given. Put everything into the recipe, or use options."
             )
         require_model(method)
         parameters = values(parameter, "-p")
         weights = {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
         if twice := weights.keys() & parameters.keys():
-            raise TwinmergeError(f"-p {min(twice)} and --weight are one parameter. Give one of them.")
+            raise UsageError(f"-p {min(twice)} and --weight are one parameter. Give one of them.")
         parameters |= weights
         heads = tuple(head or ())
         measured = pairs(statistics, "--statistics")
@@ -229,12 +227,10 @@ def recipe_of(
         found = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic, measured, depth)
         return found, output or out
     if recipe is None:
-        raise TwinmergeError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
+        raise UsageError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
     given = expert or base or weight or parameter or statistics or head or dtype or lines is not None
     if given or stochastic is not None:
-        raise TwinmergeError(
-            "A recipe file and options are both given. Put everything into the recipe, or use --method."
-        )
+        raise UsageError("A recipe file and options are both given. Put everything into the recipe, or use --method.")
     read = read_recipe(recipe)
     require_model(read.method)
     return read, output or out

@@ -21,7 +21,7 @@ from twinmerge.cli.common import (
     values,
 )
 from twinmerge.cli.merge import Depth, MethodName, StatisticsFiles, Weights, recipe_of
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 
@@ -78,24 +78,24 @@ def search(
     use_threads(threads)
     check_split(split)
     if method is None:
-        raise TwinmergeError("No method is named. Add --method, such as --method task_arithmetic.")
+        raise UsageError("No method is named. Add --method, such as --method task_arithmetic.")
     recipe, _ = recipe_of(
         None, None, None, method, base, expert, weight, parameter, statistics, head, None, None, lines
     )
     if output is not None:
         OutputFolder(output).check()
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise TwinmergeError(f"{out} cannot be written. Name a file in a folder that is there.")
+        raise UsageError(f"{out} cannot be written. Name a file in a folder that is there.")
     if out is not None:
         OutputFile(out, replace=True).check()
     axes = _grid(grid or [])
     if weightings is not None and (twice := [name for name in axes if name.rpartition(".")[2] == "weights"]):
-        raise TwinmergeError(f"--grid {twice[0]} and --weightings both choose weights. Give one of them.")
+        raise UsageError(f"--grid {twice[0]} and --weightings both choose weights. Give one of them.")
     points = list(combined(**axes))
     if weightings is not None:
         points = [{**point, **draw} for point in points for draw in draws(list(recipe.experts), weightings, seed)]
     elif not grid:
-        raise TwinmergeError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
+        raise UsageError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
     advice = "Name what `twinmerge evaluate --out` wrote of the experts."
     reference = Evaluation.from_json(read_bytes(experts, EVALUATION.bytes, advice)) if experts is not None else None
     merge = Merge(recipe, architecture=True)
@@ -134,7 +134,7 @@ def _grid(items: list[str]) -> dict[str, list[object]]:
     for name, text in pairs(items, "--grid").items():
         found[name] = list(values([f"{name}=[{text}]"], "--grid")[name])
         if not found[name]:
-            raise TwinmergeError(f"--grid {name}={text} names no value. Write --grid {name}=0.1,0.2.")
+            raise UsageError(f"--grid {name}={text} names no value. Write --grid {name}=0.1,0.2.")
     return found
 
 

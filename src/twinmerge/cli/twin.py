@@ -35,7 +35,7 @@ from twinmerge.cli.twin_common import (
     texts_of,
     told,
 )
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.plugins import files_of
 
@@ -100,7 +100,7 @@ def build(
     use_threads(threads)
     OutputFolder(output).check()
     if base is None:
-        raise TwinmergeError("No base is named. Add --base MODEL, the model that the experts were tuned from.")
+        raise UsageError("No base is named. Add --base MODEL, the model that the experts were tuned from.")
     experts = pairs(expert, "--expert")
     options = values(router_option, "--router-option")
     needs_inputs = make_router(router, options).needs_inputs
@@ -206,9 +206,9 @@ def export(
     use_threads(threads)
     given = numbers(mixture, "--mixture")
     if (expert is None) == (not given):
-        raise TwinmergeError("Give --expert NAME, or --mixture NAME=WEIGHT for each part of a mixture.")
+        raise UsageError("Give --expert NAME, or --mixture NAME=WEIGHT for each part of a mixture.")
     if server not in ("peft", "vllm"):
-        raise TwinmergeError(f"--for {server!r} is unknown. Choose peft or vllm.")
+        raise UsageError(f"--for {server!r} is unknown. Choose peft or vllm.")
     loaded = Twin.from_pretrained(twin)
     if not lora:
         heads = loaded.package.heads
@@ -259,7 +259,7 @@ def run(
     texts: list[Any] = list(text or ())
     texts += read_inputs(file) if file else []
     if not texts:
-        raise TwinmergeError("There is no text to answer. Give texts as arguments, or --file.")
+        raise UsageError("There is no text to answer. Give texts as arguments, or --file.")
     loaded = Twin.from_pretrained(twin)
     choice: dict[str, Any] = {"expert": expert, "head": head, "mixture": numbers(mixture, "--mixture") or None}
     choice = {name: value for name, value in choice.items() if value is not None}

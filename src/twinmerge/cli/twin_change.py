@@ -21,7 +21,7 @@ from twinmerge.cli.twin_common import (
     texts_of,
     told,
 )
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 
@@ -80,7 +80,7 @@ def refine(
     OutputFolder(output).check()
     inputs = texts_of(data)
     if not inputs:
-        raise TwinmergeError("No texts are named. Add --data NAME=FILE for every expert that is to be refined.")
+        raise UsageError("No texts are named. Add --data NAME=FILE for every expert that is to be refined.")
     fine = Twin.from_pretrained(twin).refine(
         inputs, experts=pairs(expert, "--expert"), steps=steps, rate=rate, seed=seed
     )
@@ -111,7 +111,7 @@ def add(
     use_threads(threads)
     OutputFolder(output).check()
     if len(named := pairs([expert], "--expert")) != 1:
-        raise TwinmergeError("Add one expert at a time.")
+        raise UsageError("Add one expert at a time.")
     ((name, model),) = named.items()
     more = Twin.from_pretrained(twin).add(name, model, read_inputs(data) if data else None, rank=rank)
     more.save_pretrained(output)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from twinmerge.cli.common import Json, Threads, print_json, said
-from twinmerge.errors import TwinmergeError
+from twinmerge.cli.failure import FOUND, say
+from twinmerge.errors import DamagedFile
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
@@ -23,20 +24,25 @@ def verify(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Compare every file and tensor with the checksums of when it was written; exit code 2 where one differs.
+    """Compare every file and tensor with the checksums of when it was written; exit code 1 where one differs.
 
     twinmerge verify merged/
     """
     from twinmerge.engine.verify import verify as run
 
     use_threads(threads)
-    found = run(folder, inputs)
+    try:
+        found = run(folder, inputs)
+    except DamagedFile as error:  # of the checksums themselves
+        say(f"Error: {error}")
+        raise typer.Exit(FOUND) from error
     if json:
         print_json({"ok": found.ok, **found._asdict(), "files": dict(found.files)})
     elif found.ok:
         said(f"{found.tensors} tensors, and all files beside them, are what was read and written.")
     if not found.ok:
-        raise TwinmergeError(_what_differs(folder, found))
+        say(f"Error: {_what_differs(folder, found)}")
+        raise typer.Exit(FOUND)
 
 
 def _what_differs(folder: Path, found: Verified) -> str:

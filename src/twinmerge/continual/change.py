@@ -23,7 +23,7 @@ from twinmerge.continual.pieces import (
 from twinmerge.continual.state import Arrived, Description, StateFile, StateWriter, next_state
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.written import check_written
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.methods.kit.base import Place
 from twinmerge.methods.kit.fold import Fold, State, SumFold
 from twinmerge.models.opened import OpenedModel
@@ -106,7 +106,7 @@ class Change:
         if self.kind == "absorb":
             return (*self.about.experts[:-1], read)
         if read.content != self.entry.content:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The weights of {self.expert.name} are not those that were added as {self.entry.name!r}: taking them out would leave a "
                 "difference. Name the model that was added with --expert."
             )
@@ -134,7 +134,7 @@ class Change:
         for part, tensor in new.items():
             flat = tensor.to(self.dtype).contiguous().reshape(-1)
             if not math.isfinite(flat.sum().item()) and not bool(flat.isfinite().all()):
-                raise TwinmergeError(
+                raise ModelError(
                     f"Tensor {each.name!r} of the state would not fit {self.about.dtype}. Make the state in float64."
                 )
             raw = np.frombuffer(bytes_of(flat), np.uint8)

@@ -24,7 +24,7 @@ from twinmerge.engine.by_names import warn_of_names
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.written import check_written
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import ModelError, TwinmergeError, UsageError, nearest
 from twinmerge.methods.kit.fold import Seen
 from twinmerge.models.headed import HeadSpec
 from twinmerge.models.heads import heads_of
@@ -89,7 +89,7 @@ class Continual:
         """
         made = fold_of(method, parameters)
         if dtype not in STATE_DTYPES:
-            raise TwinmergeError(
+            raise UsageError(
                 f"A state is kept in {' or '.join(STATE_DTYPES)}, not {dtype!r}.{nearest(dtype, STATE_DTYPES)}"
             )
         opened = open_model(base)
@@ -114,11 +114,11 @@ class Continual:
             TwinmergeError: a name that is in use, a model of another base or kind, NaN or infinity in it, a state that is damaged.
         """
         if not EXPERT_NAME.fullmatch(name) or name in ("base", "output"):
-            raise TwinmergeError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
+            raise UsageError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
         with alone_in(self.folder), StateFile(self.folder) as state:
             about = state.about
             if name in about.names:
-                raise TwinmergeError(
+                raise UsageError(
                     f"The state has an expert {name!r} already. Give the new one another name, or remove that one."
                 )
             expert = open_model(model, name if not isinstance(model, str | Path) else None)
@@ -158,19 +158,17 @@ class Continual:
         with alone_in(self.folder), StateFile(self.folder) as state:
             about = state.about
             if not self.method.keeps_sums:
-                raise TwinmergeError(
+                raise UsageError(
                     f"{about.method} cannot take {name!r} out again: {self.method.unremovable}. Start a new state from the experts that are to "
                     "stay, or use a method whose state is a sum (iso_c, wudi, task_arithmetic, average)."
                 )
             entry = next((e for e in about.experts if e.name == name), None)
             if entry is None:
                 gone = " It was removed before." if name in about.removed else nearest(name, about.names)
-                raise TwinmergeError(
-                    f"The state has no expert {name!r}.{gone} It has: {', '.join(about.names) or 'none'}."
-                )
+                raise UsageError(f"The state has no expert {name!r}.{gone} It has: {', '.join(about.names) or 'none'}.")
             expert = self._left(entry, model)
             if expert.fingerprint() != entry.fingerprint:
-                raise TwinmergeError(
+                raise ModelError(
                     f"{expert.name} is not the model that was added as {name!r}. Name that model with --expert."
                 )
             names, _ = self._matched(state, name, expert)
@@ -189,7 +187,7 @@ class Continual:
         """
         self.about = state.about
         if not state.about.experts:
-            raise TwinmergeError(f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`.")
+            raise UsageError(f"The state {self.folder} has no expert yet. Add one with `twinmerge continual add`.")
         check_written([self.base])
         places = places_of(self.base, names_of(state))
         shapes = {name: self.method.parts(place) for name, place in places.items()}
@@ -241,9 +239,7 @@ class Continual:
         from twinmerge.continual.folder import write_folder
 
         if dtype is not None and dtype not in DTYPES:
-            raise TwinmergeError(
-                f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}."
-            )
+            raise UsageError(f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}.")
         return write_folder(self.folder, self.base, self.settled, self.status, Path(out), dtype)
 
     def heads(self) -> dict[str, HeadSpec]:
@@ -275,11 +271,9 @@ class Continual:
         try:
             opened = open_model(self.about.base_model if self._base is None else self._base)
         except TwinmergeError as error:
-            raise TwinmergeError(
-                f"The base of the state cannot be read: {error} Say where it is with --base."
-            ) from error
+            raise type(error)(f"The base of the state cannot be read: {error} Say where it is with --base.") from error
         if opened.fingerprint() != self.fingerprint:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{opened.name} is not the base that the state {self.folder} was made for. Name that one with --base."
             )
         return opened
@@ -299,7 +293,7 @@ class Continual:
         have = names_of(state)
         if have and have != matched.merged:
             other = sorted(set(have) ^ set(matched.merged))
-            raise TwinmergeError(
+            raise ModelError(
                 f"{expert.name} is no expert of the kind that the state has: {other[0]!r} is merged in one of them only ({len(other)} such "
                 "tensors). Give --head when the state is made, for what differs between the experts."
             )
@@ -310,7 +304,7 @@ class Continual:
         try:
             return open_model(entry.model if model is None else model)
         except TwinmergeError as error:
-            raise TwinmergeError(
+            raise type(error)(
                 f"Taking {entry.name!r} out needs the expert itself, and it cannot be read: {error} Say where it is with --expert."
             ) from error
 

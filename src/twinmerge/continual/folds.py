@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import RecipeError
 from twinmerge.methods.kit.fold import Fold
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
 
@@ -19,15 +19,15 @@ def fold_of(method: str, parameters: dict[str, Any]) -> Any:
         >>> fold_of("tsv", {})
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
+        twinmerge.errors.RecipeError: tsv needs all experts at once. Choose from average, continual_ties, iso_c, magmax, \
 null_space, opcm, task_arithmetic, wudi.
     """
     if not issubclass(method_class(method), Fold):
-        raise TwinmergeError(f"{method} needs all experts at once. Choose from {', '.join(fold_names())}.")
+        raise RecipeError(f"{method} needs all experts at once. Choose from {', '.join(fold_names())}.")
     made: Any = make_method(method, ("expert",), parameters)
     for name, field in type(made).model_fields.items():
         if name in made.all_at_once and getattr(made, name) != field.default:
-            raise TwinmergeError(f"A state knows its experts as a whole, so {name} has no place in it. Leave it out.")
+            raise RecipeError(f"A state knows its experts as a whole, so {name} has no place in it. Leave it out.")
     return made
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 from twinmerge.continual.state import Arrived, Description, StateFile
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, TwinmergeError
 from twinmerge.models.headed import HEADS_VERSION, HeadSpec, head_artefact
 from twinmerge.store import disk
 from twinmerge.store.artefact import head_of_state, load_artefact, save_artefact, undamaged
@@ -70,7 +70,7 @@ def with_heads(folder: Path) -> Iterator[tuple[StateFile, dict[str, HeadSpec]]]:
                     continue
                 if isinstance(error, TwinmergeError):
                     raise
-                raise TwinmergeError(
+                raise DamagedFile(
                     f"The state {folder} lacks the head {error.filename}. Restore it from a copy of the state, or make the state again."
                 ) from error
             yield state, heads
@@ -96,9 +96,7 @@ def heads_bytes(folder: Path, about: Description) -> int:
 def _read(state: StateFile, entry: Arrived) -> HeadSpec:
     file = head_file(state.folder, entry)
     if of_file(file) != entry.head:
-        raise TwinmergeError(
-            f"{file} is not what was written: the file is damaged. Restore it from a copy of the state."
-        )
+        raise DamagedFile(f"{file} is not what was written: the file is damaged. Restore it from a copy of the state.")
     with undamaged(file):
         artefact = load_artefact(file, "head", HEADS_VERSION, state.base)
         config = artefact.header["config"]

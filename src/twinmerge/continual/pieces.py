@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.continual.state import StateFile
 from twinmerge.engine.ranges import TILE, Range, ranges
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, ModelError
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import Place
 from twinmerge.methods.kit.fold import State
@@ -76,7 +76,7 @@ def of_model(model: OpenedModel, each: Range, label: str) -> Read:
     model.read_range(each.name, each.start, out)
     values = as_tensor(out, torch_dtype(code)).double()
     if not math.isfinite(values.sum().item()) and not bool(values.isfinite().all()):
-        raise TwinmergeError(
+        raise ModelError(
             f"Tensor {each.name!r} of {label} holds NaN or infinity. Take a sound checkpoint of it, or leave it out."
         )
     return Read(values, block_digests(out, SIZES[code]))
@@ -134,7 +134,7 @@ class Sums:
         found = self.found()
         for key, wanted in (self.expected or {}).items():
             if found.get(key, wanted) != wanted:
-                raise TwinmergeError(
+                raise DamagedFile(
                     f"{key!r} of {self.what} is not what was written: the file is damaged. Restore a copy of it."
                 )
 
@@ -152,7 +152,5 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """
     out = values.to(dtype)
     if not math.isfinite(out.sum().item()) and not bool(out.isfinite().all()):
-        raise TwinmergeError(
-            f"Tensor {name!r} does not fit {dtype}. Choose a wider --dtype, such as bfloat16 or float32."
-        )
+        raise ModelError(f"Tensor {name!r} does not fit {dtype}. Choose a wider --dtype, such as bfloat16 or float32.")
     return out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, OutputError
 from twinmerge.store import disk
 from twinmerge.store.artefact import LONGEST, Artefact, ArtefactFile, ArtefactWriter, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
@@ -88,7 +88,7 @@ class StateFile:
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / FILE
         if find(folder, FILE) is None:
-            raise TwinmergeError(
+            raise DataError(
                 f"{folder} is no continual state: it has no {FILE}. Make one with `twinmerge continual init`."
             )
         self._open = contextlib.ExitStack()
@@ -104,7 +104,7 @@ class StateFile:
         while True:
             opened = open_artefact(self.file, KIND, VERSION)
             if opened.artefact.version < VERSION:
-                raise TwinmergeError(
+                raise DataError(
                     f"{self.file} has version {opened.artefact.version} of its layout, which does not name the heads of its experts. Make the "
                     "state again."
                 )
@@ -184,7 +184,7 @@ def next_state(folder: Path, base: str, about: Description, specs: Mapping[str, 
         yield writer
     except OSError as error:
         advice = "Free some space" if error.errno in DISK_FULL else "Look at the disk"
-        raise TwinmergeError(
+        raise OutputError(
             f"The state {folder} could not be written: {error}. It is as before. {advice} and run again."
         ) from error
     finally:

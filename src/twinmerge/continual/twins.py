@@ -9,7 +9,7 @@ from typing import Any
 
 from twinmerge.continual.continual import Continual
 from twinmerge.continual.state import StateFile
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.matching import match
 from twinmerge.models.opened import ModelLike, open_model
 from twinmerge.recipes.recipe import Recipe
@@ -48,11 +48,11 @@ def _twin_of(
         try:
             opened[entry.name] = open_model(model, None if isinstance(model, str | Path) else entry.name)
         except TwinmergeError as error:
-            raise TwinmergeError(
+            raise type(error)(
                 f"A twin needs every expert itself, and {entry.name!r} cannot be read: {error} Say where it is with --expert {entry.name}=MODEL."
             ) from error
         if opened[entry.name].fingerprint() != entry.fingerprint:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{opened[entry.name].name} is not the model that was added as {entry.name!r}. Say where that one is with --expert."
             )
     base = continual.base

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.maths.sums import BLOCK, block_sums, blocked_dot, total
 from twinmerge.maths.svd import Core, numerical_rank
 from twinmerge.methods.kit.base import Place
@@ -99,6 +99,11 @@ class Diff(NamedTuple):
     b: str
     base: str | None
 
+    @property
+    def differs(self) -> bool:
+        """Whether a tensor is in one model alone, or of another shape or value in the other."""
+        return bool(self.only_a or self.only_b or self.other_shape) or self.total.largest > 0
+
 
 @strict
 def diff(a: ModelLike, b: ModelLike, base: ModelLike | None = None, rank: bool = True, progress: bool = True) -> Diff:
@@ -129,7 +134,7 @@ def diff(a: ModelLike, b: ModelLike, base: ModelLike | None = None, rank: bool =
     both = sorted(n for n in left.specs.keys() | right.specs.keys() if left.has(n) and right.has(n))
     shared = [n for n in both if all(m.has(n) for m in models.values())]
     if not shared:
-        raise TwinmergeError(
+        raise ModelError(
             f"{', '.join(m.name for m in models.values())} have no tensor in common. Name models of one architecture."
         )
     other_shape = [n for n in shared if len({m.spec(n).shape for m in models.values()}) > 1]
@@ -299,9 +304,9 @@ def _singular_values(x: Tensor) -> Tensor:
     return squares[: numerical_rank(squares, gram.shape)].sqrt()
 
 
-def _not_finite(name: str, models: Mapping[str, OpenedModel], tensors: Sequence[Tensor]) -> TwinmergeError:
+def _not_finite(name: str, models: Mapping[str, OpenedModel], tensors: Sequence[Tensor]) -> ModelError:
     """The error that names the first of the models whose tensor is not finite."""
     whose = next((key for key, t in zip(models, tensors, strict=True) if not bool(t.isfinite().all())), "a")
-    return TwinmergeError(
+    return ModelError(
         f"Tensor {name!r} of {whose}, {models[whose].name}, holds NaN or infinity. Take a sound checkpoint of it."
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store import disk
 from twinmerge.store.artefact import folder_fingerprint
@@ -99,7 +99,7 @@ def copy_side_files(source: Path | None, folder: Path) -> None:
         if os.path.isdir(file) and not os.path.islink(file):
             continue
         if not is_text(name):
-            raise TwinmergeError(f"The name of {shown_path(file)} is not UTF-8. Rename it, or take it away.")
+            raise ModelError(f"The name of {shown_path(file)} is not UTF-8. Rename it, or take it away.")
         if find(source, name) is not None:
             if manifest is not None:  # damage is not to be handed on as sound
                 manifest.check(name)
@@ -139,9 +139,7 @@ def _write_class(architecture: Architecture, folder: Path) -> None:
 def _copy(file: Path, to: Path) -> None:
     with open(open_regular(file), "rb") as opened:
         if (size := os.fstat(opened.fileno()).st_size) > MAX_SIDE_FILE:
-            raise TwinmergeError(
-                f"{file} has {size} bytes, more than {MAX_SIDE_FILE}. Take it out of the model's folder."
-            )
+            raise ModelError(f"{file} has {size} bytes, more than {MAX_SIDE_FILE}. Take it out of the model's folder.")
         disk.copy_file(opened, to)
 
 

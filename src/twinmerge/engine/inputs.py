@@ -18,7 +18,7 @@ from twinmerge.engine.plan import BASE, Entries, Entry, Plan, Source, needs_of, 
 from twinmerge.engine.ranges import PIECE, Range
 from twinmerge.engine.seen import Digests, Seen
 from twinmerge.engine.written import check_tensors, require_read
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ModelError, RecipeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.methods.kit.base import Gram, Place, Stored, Tile
@@ -106,9 +106,7 @@ class Inputs:
         """How many each expert's statistics are summed over, where the method reads Fisher information."""
         found = {e: self.statistics[e].examples for e in self.models.experts if "fisher" in self.needs}
         if none := next((expert for expert, count in found.items() if count < 1), None):
-            raise TwinmergeError(
-                f"The Fisher information of {none!r} is of no example. Measure it on a file that has some."
-            )
+            raise DataError(f"The Fisher information of {none!r} is of no example. Measure it on a file that has some.")
         return found
 
     def from_headers(self) -> dict[str, object]:
@@ -273,7 +271,7 @@ class Inputs:
             if factors is None:
                 return None
             if not all(bool(side.isfinite().all()) for side in factors):
-                raise TwinmergeError(_not_finite(entry.name, label))
+                raise ModelError(_not_finite(entry.name, label))
             found.append(factors)
         return found
 
@@ -317,12 +315,12 @@ class Inputs:
     def _require_finite(self, each: Range, stored: Stored) -> None:
         """A sum that is not finite: say whose tensor it is, unless large numbers only overflowed the sum."""
         if stored.base is not None and not bool(_numbers(stored.base).isfinite().all()):
-            raise TwinmergeError(
+            raise ModelError(
                 f"Tensor {each.name!r} of the base {self.models.base.name} holds NaN or infinity. Take a sound checkpoint of it."
             )
         for expert, values in zip(self.models.experts, stored.experts, strict=True):
             if not bool(_numbers(values).isfinite().all()):
-                raise TwinmergeError(_not_finite(each.name, expert))
+                raise ModelError(_not_finite(each.name, expert))
 
 
 def open_statistics(plan: Plan, models: Models) -> dict[str, Statistics]:
@@ -335,14 +333,14 @@ def open_statistics(plan: Plan, models: Models) -> dict[str, Statistics]:
     for name in models.experts:
         statistics = Statistics.open(Path(plan.recipe.statistics[name]), plan.method.needs[0])
         if statistics.model != models.experts[name].fingerprint():
-            raise TwinmergeError(
+            raise DataError(
                 f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or name the right file."
             )
         found[name] = statistics
     for out, entry in plan.merged.items():
         other = any(source.tensor != entry.tensor for source in entry.experts)
         if other or ("gram" in plan.method.needs and not all(source.view.whole for source in entry.experts)):
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{out!r} is made of another tensor, or of a part of one, in some expert, and the statistics are of "
                 f"{entry.tensor!r}. Merge it by a method that reads no statistics, such as average."
             )

@@ -28,7 +28,7 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
 from twinmerge.engine.write import Journal, Report, write
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.methods.kit.base import Known, Method
 from twinmerge.methods.kit.registry import MethodLike, require_model
 from twinmerge.models.heads import headed, heads_of
@@ -217,7 +217,7 @@ class Merge:
         """The inputs as workers elsewhere get them: they open what the plan names by themselves."""
         for label, found in self.plan.inputs.items():
             if not found.files:
-                raise TwinmergeError(
+                raise UsageError(
                     f"{found.name} ({label}) is in memory, so workers elsewhere cannot open it. Save it, and name its folder."
                 )
         return self.inputs.with_plan(replace(self.models.seal(self.plan), key=secrets.token_hex(16)))

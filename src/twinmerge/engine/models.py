@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twinmerge.engine.plan import Entry, Plan
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
 from twinmerge.models.plain import open_plain
 from twinmerge.recipes.recipe import Recipe
@@ -88,7 +88,7 @@ class Models:
         """
         for label, found in plan.inputs.items():
             if found.fingerprint is not None and self.labels[label].fingerprint() != found.fingerprint:
-                raise TwinmergeError(
+                raise ModelError(
                     f"The plan was made for another model than {self.labels[label].name} ({label}) is now. Make it again with "
                     "`twinmerge check … --plan FILE`."
                 )

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, RecipeError
 
 SLOT = re.compile(r"\{([0-9,-]*)\}")
 RUN = re.compile(r"(0|[1-9][0-9]{0,8})(?:-(0|[1-9][0-9]{0,8}))?")
@@ -30,7 +30,7 @@ def patterns_of(names: Iterable[str]) -> list[str]:
     shapes: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
         if "{" in name or "}" in name:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The tensor {name!r} has a brace in its name, which a plan has no way to write. Rename it."
             )
         parts = name.split(".")
@@ -106,7 +106,7 @@ def _numbers(slot: str, pattern: str) -> list[int]:
     return found
 
 
-def _wrong(pattern: str) -> TwinmergeError:
-    return TwinmergeError(
+def _wrong(pattern: str) -> RecipeError:
+    return RecipeError(
         f"{pattern!r:.120} stands for no tensors. Write their name, and rising numbers in braces: layers.{{0-31}}.weight."
     )

@@ -18,7 +18,7 @@ from twinmerge.engine.patterns import names_of, patterns_of
 from twinmerge.engine.plan import Entry, Plan, Source
 from twinmerge.engine.planning import copied_of, entry_of
 from twinmerge.engine.view import View
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import DataError, RecipeError, UsageError, nearest
 from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.registry import is_per_expert, make_method
 from twinmerge.recipes.lines import Scaled
@@ -47,7 +47,7 @@ def write_plan(plan: Plan, file: str | Path) -> Path:
     """
     for label, found in plan.inputs.items():
         if not found.files:
-            raise TwinmergeError(
+            raise UsageError(
                 f"{found.name} ({label}) is in memory, so no file can name it. Save it, and name its folder."
             )
     replace_text(Path(file), f"{_text(described(plan))}\n")
@@ -86,15 +86,16 @@ def read_plan(file: str | Path) -> tuple[Recipe, dict[str, Any]]:
     Raises:
         TwinmergeError: it is no plan file.
     """
-    raw = read_json(Path(file), MOST, "Write it again with `twinmerge check … --plan FILE`.")
+    try:
+        raw = read_json(Path(file), MOST, "Write it again with `twinmerge check … --plan FILE`.")
+    except DataError as error:
+        raise RecipeError(str(error)) from error
     where = str(file)
     if raw.get(MARK) != VERSION or type(raw.get(MARK)) is not int:
-        raise TwinmergeError(
-            f"{where} is no plan of version {VERSION}. Write one with `twinmerge check … --plan FILE`."
-        )
+        raise RecipeError(f"{where} is no plan of version {VERSION}. Write one with `twinmerge check … --plan FILE`.")
     _known_keys(raw, KEYS, where)
     if not isinstance(raw.get("recipe"), dict):
-        raise TwinmergeError(f"{where} has no recipe. Write it again with `twinmerge check … --plan FILE`.")
+        raise RecipeError(f"{where} has no recipe. Write it again with `twinmerge check … --plan FILE`.")
     return Recipe.from_description(raw["recipe"]), raw
 
 
@@ -116,13 +117,13 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
     """
     given = raw.get("models")
     if not isinstance(given, dict) or given.keys() != plan.inputs.keys():
-        raise TwinmergeError(f"{where}: models are not those of its recipe: {', '.join(plan.inputs)}.")
+        raise RecipeError(f"{where}: models are not those of its recipe: {', '.join(plan.inputs)}.")
     if not all(isinstance(of, dict) and isinstance(of.get("fingerprint"), str) for of in given.values()):
-        raise TwinmergeError(f"{where}: every model needs its fingerprint. Write the plan again.")
+        raise RecipeError(f"{where}: every model needs its fingerprint. Write the plan again.")
     for label, found in plan.inputs.items():
         _known_keys(given[label], ("model", "fingerprint"), f"{where}, {label}")
         if given[label].get("model") != str(found.model):
-            raise TwinmergeError(f"{where}: {label} is another model than in its recipe. Write the plan again.")
+            raise RecipeError(f"{where}: {label} is another model than in its recipe. Write the plan again.")
     sealed = replace(
         plan,
         base=replace(plan.base, fingerprint=given["base"]["fingerprint"]),
@@ -130,16 +131,16 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
     )
     models.require(sealed)
     if raw.get("heads") != dict(plan.heads):
-        raise TwinmergeError(
+        raise RecipeError(
             f"{where}: heads are not those of its recipe. Change `heads` there, and write the plan again."
         )
     entries = _read_entries(raw, plan, models, where)
     if missing := plan.entries.keys() - entries.keys():
-        raise TwinmergeError(f"{where} says nothing of the tensor {min(missing)!r}. Name it in a rule, or as copied.")
+        raise RecipeError(f"{where} says nothing of the tensor {min(missing)!r}. Name it in a rule, or as copied.")
     first = next(iter(models.experts.values()))
     merged = [entry for entry in entries.values() if entry.method is not None]
     if not merged:
-        raise TwinmergeError(f"{where} merges no tensor. Name some in a rule.")
+        raise RecipeError(f"{where} merges no tensor. Name some in a rule.")
     merged.sort(key=lambda entry: (first.place(entry.experts[0].tensor), entry.name))
     read = replace(
         sealed,
@@ -204,12 +205,12 @@ def _read_entries(raw: Mapping[str, Any], plan: Plan, models: Models, where: str
 
     def add(entry: Entry) -> None:
         if entry.name in found:
-            raise TwinmergeError(f"{where} names the tensor {entry.name!r} twice. Keep one of them.")
+            raise RecipeError(f"{where} names the tensor {entry.name!r} twice. Keep one of them.")
         found[entry.name] = entry
 
     rules = raw.get("rules")
     if not isinstance(rules, list):
-        raise TwinmergeError(f"{where} has no list of rules. Write it again with `twinmerge check … --plan FILE`.")
+        raise RecipeError(f"{where} has no list of rules. Write it again with `twinmerge check … --plan FILE`.")
     reads_base = {entry.base is not None for entry in plan.merged.values()} == {True}
     for number, rule in enumerate(rules, 1):
         at = f"{where}, rule {number}"
@@ -223,62 +224,60 @@ def _read_entries(raw: Mapping[str, Any], plan: Plan, models: Models, where: str
             add(_fitting(entry, plan, at))
     for name, spec, views in _read_tensors(raw.get("copied"), plan, f"{where}, copied"):
         if views:
-            raise TwinmergeError(f"{where}: {name!r} is copied from the base, whole. Leave its sources out.")
+            raise RecipeError(f"{where}: {name!r} is copied from the base, whole. Leave its sources out.")
         add(copied_of(models, name, plan.entries[name].tensor, spec))
     return found
 
 
 def _method(rule: Any, plan: Plan, at: str) -> Method:
     if not isinstance(rule, dict):
-        raise TwinmergeError(f"{at} is {rule!r:.80}, which is no rule. Write the plan again.")
+        raise RecipeError(f"{at} is {rule!r:.80}, which is no rule. Write the plan again.")
     _known_keys(rule, ("method", "parameters", "by", "tensors"), at)
     if rule.get("method") != plan.recipe.method_name:
-        raise TwinmergeError(
+        raise RecipeError(
             f"{at}: method is {rule.get('method')!r:.80}, and the recipe's is {plan.recipe.method_name!r}."
         )
     parameters = rule.get("parameters")
     if not isinstance(parameters, dict):
-        raise TwinmergeError(f"{at} has no parameters. Write parameters: {{}} for the defaults.")
+        raise RecipeError(f"{at} has no parameters. Write parameters: {{}} for the defaults.")
     flat: dict[str, Any] = {}
     for key, value in parameters.items():
         flat |= {f"{e}.{key}": number for e, number in value.items()} if isinstance(value, dict) else {key: value}
     method = make_method(plan.recipe.method, tuple(plan.experts), flat)
     if method.semantics != plan.method.semantics:
-        raise TwinmergeError(
+        raise RecipeError(
             f"{at}: compat is another one than the recipe's. Change the recipe, and write the plan again."
         )
     by = rule.get("by")
     if by is None:
         return method
     if plan.recipe.base is None or isinstance(by, bool) or not isinstance(by, (int, float)):
-        raise TwinmergeError(f"{at}: by is {by!r:.80}. It is a number that scales the change to a base.")
+        raise RecipeError(f"{at}: by is {by!r:.80}. It is a number that scales the change to a base.")
     return Scaled(method=method, by=float(by))
 
 
 def _read_tensors(raw: Any, plan: Plan, at: str) -> Iterator[tuple[str, Spec, dict[str, Any]]]:
     """Name in the output, what is written, and label -> what is said of a source."""
     if not isinstance(raw, list):
-        raise TwinmergeError(f"{at} has no list of tensors. Write the plan again.")
+        raise RecipeError(f"{at} has no list of tensors. Write the plan again.")
     for item in raw:
         if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-            raise TwinmergeError(f"{at}: {item!r:.80} names no tensor. Write the plan again.")
+            raise RecipeError(f"{at}: {item!r:.80} names no tensor. Write the plan again.")
         _known_keys(item, ("name", "dtype", "shape", "sources"), f"{at}, {item['name']}")
         views = item.get("sources", {})
         if not isinstance(views, dict) or not all(isinstance(view, dict) for view in views.values()):
-            raise TwinmergeError(f"{at}, {item['name']}: sources is no mapping from a model to a part of a tensor.")
+            raise RecipeError(f"{at}, {item['name']}: sources is no mapping from a model to a part of a tensor.")
         for name in names_of(item["name"]):
             if name not in plan.entries:
-                raise TwinmergeError(
+                raise RecipeError(
                     f"{at}: the output has no tensor {name!r}.{nearest(name, list(plan.entries))} Name those that it has."
                 )
             was = plan.entries[name].spec
             if item.get("shape") != list(was.shape):
-                raise TwinmergeError(
-                    f"{at}: {name!r} is {list(was.shape)} in the output, not {item.get('shape')!r:.80}."
-                )
+                raise RecipeError(f"{at}: {name!r} is {list(was.shape)} in the output, not {item.get('shape')!r:.80}.")
             dtype = item.get("dtype")
             if dtype != was.name and not (was.is_float and dtype in FLOATS):
-                raise TwinmergeError(
+                raise RecipeError(
                     f"{at}: {name!r} cannot be written as {dtype!r:.80}. Choose from {', '.join(FLOATS if was.is_float else [was.name])}."
                 )
             yield name, Spec(CODES[str(dtype)], was.shape), views
@@ -288,28 +287,26 @@ def _views(raw: Mapping[str, Any], canonical: str, plan: Plan, at: str) -> dict[
     found = {}
     for label, view in raw.items():
         if label not in (*plan.experts, "base"):
-            raise TwinmergeError(f"{at}: sources names {label!r:.80}, which is no model.{nearest(label, plan.experts)}")
+            raise RecipeError(f"{at}: sources names {label!r:.80}, which is no model.{nearest(label, plan.experts)}")
         _known_keys(view, ("tensor", "axes", "order"), f"{at}, {label}")
         tensor = view.get("tensor", canonical)
         if not isinstance(tensor, str):
-            raise TwinmergeError(f"{at}, {label}: tensor is {tensor!r:.80}, which is no name.")
+            raise RecipeError(f"{at}, {label}: tensor is {tensor!r:.80}, which is no name.")
         found[label] = tensor, View.of({k: v for k, v in view.items() if k != "tensor"}, f"{at}, {label}")
     return found
 
 
 def _fitting(entry: Entry, plan: Plan, at: str) -> Entry:
     if entry.place.shape != entry.spec.shape:
-        raise TwinmergeError(
+        raise RecipeError(
             f"{at}: what the models give to {entry.name!r} is {list(entry.place.shape)}, and the output has {list(entry.spec.shape)}."
         )
     if not entry.spec.is_float or any(Spec(source.code, ()).is_float is False for source in entry.sources.values()):
-        raise TwinmergeError(f"{at}: {entry.name!r} holds whole numbers, which do not merge. Name it as copied.")
+        raise RecipeError(f"{at}: {entry.name!r} holds whole numbers, which do not merge. Name it as copied.")
     return entry
 
 
 def _known_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in raw:
         if key not in known:
-            raise TwinmergeError(
-                f"{where}: unknown key {key!r:.80}.{nearest(str(key), known)} Known: {', '.join(known)}."
-            )
+            raise RecipeError(f"{where}: unknown key {key!r:.80}.{nearest(str(key), known)} Known: {', '.join(known)}.")

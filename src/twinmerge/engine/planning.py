@@ -9,7 +9,7 @@ from twinmerge.engine.models import Models
 from twinmerge.engine.plan import BASE, Entry, Input, Plan, Source, element_bytes
 from twinmerge.engine.ranges import tile_of
 from twinmerge.engine.view import WHOLE, View
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import RecipeError
 from twinmerge.methods.kit.base import Method, Place
 from twinmerge.models.blocks import stacks
 from twinmerge.models.matching import Matched
@@ -107,7 +107,7 @@ def entry_of(
         base, shapes[BASE] = _source(models.base, BASE, *views.get(BASE, (name, WHOLE)))
     shape = next(iter(shapes.values()))
     if odd := next((label for label, other in shapes.items() if other != shape), None):
-        raise TwinmergeError(
+        raise RecipeError(
             f"For {out!r}, {next(iter(shapes))!r} gives a tensor of shape {list(shape)} and {odd!r} one of {list(shapes[odd])}. "
             "Give parts of one shape."
         )
@@ -128,7 +128,7 @@ def copied_of(models: Models, out: str, name: str, spec: Spec) -> Entry:
 
 def _source(model: OpenedModel, label: str, name: str, view: View) -> tuple[Source, tuple[int, ...]]:
     if not model.has(name):
-        raise TwinmergeError(f"{model.name} ({label}) has no tensor {name!r}. Name one that it has.")
+        raise RecipeError(f"{model.name} ({label}) has no tensor {name!r}. Name one that it has.")
     return Source(name, model.range_code(name), view), view.shape(model.spec(name).shape)
 
 
@@ -148,7 +148,7 @@ def _require_one_dtype(models: Models, matched: Matched) -> None:
     """mergekit writes the widest dtype of the inputs where the recipe names none; here that is the base's."""
     for name in matched.merged:
         if len(found := sorted({model.spec(name).name for model in models.inputs})) > 1:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"The models have different dtypes ({', '.join(found)} for {name!r}), and the recipe says not which is written. Add "
                 "dtype: to it."
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from twinmerge.engine.plan import Plan
 from twinmerge.engine.plan_file import rules_of
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, unreadable
 from twinmerge.methods.kit.registry import is_own
 
 PACKAGES = ("twinmerge", "torch", "safetensors", "transformers")
@@ -64,14 +64,14 @@ def require_same(before: list[list[Any]], after: list[list[Any]]) -> None:
     """
     for one, two in zip(before, after, strict=True):
         if one[:-1] != two[:-1]:  # rights and links may change; whoever reads looks at the last, the time of that, too
-            raise TwinmergeError(f"{one[1]} ({one[0]}) changed while it was read. Run again when nobody writes it.")
+            raise ModelError(f"{one[1]} ({one[0]}) changed while it was read. Run again when nobody writes it.")
 
 
 def _state(label: str, file: Path) -> list[Any]:
     try:
         status = file.stat()
     except OSError as error:
-        raise TwinmergeError(
+        raise unreadable(error)(
             f"{file} ({label}) cannot be read: {error.strerror}. Put it back and run again."
         ) from error
     return [label, str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]

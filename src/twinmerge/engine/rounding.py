@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.methods.kit.base import Method, Tile
 from twinmerge.store.header import SIZES, torch_dtype
 
@@ -80,10 +80,10 @@ def _bits(x: Tensor) -> Tensor:
 
 def _refuse(merged: Tensor, dtype: torch.dtype, name: str, method: Method) -> None:
     if not bool(merged.isfinite().all()):
-        raise TwinmergeError(
+        raise ModelError(
             f"{type(method).__name__} gives NaN or infinity in tensor {name!r}. Lower its scale, or leave that tensor out as a head."
         )
-    raise TwinmergeError(
+    raise ModelError(
         f"Tensor {name!r} does not fit {dtype}: its largest value is {merged.abs().max().item():.4g}. Choose a wider "
         "--dtype, such as bfloat16 or float32."
     )

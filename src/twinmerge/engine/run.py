@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.engine.ranges import SEEN, TILE, Grains, Range, Shapes, grouped, ranges, sample
 from twinmerge.engine.seen import Digests, Folds, Seen, note
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import RecipeError
 from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile
@@ -85,7 +85,7 @@ class Run:
             last_model = max((i for i, step in enumerate(rule.trailing) if step.scope == "model"), default=-1)
             leading, rule.trailing = rule.trailing[: last_model + 1], rule.trailing[last_model + 1 :]
             if leading and len(self.rules) > 1:
-                raise TwinmergeError(
+                raise RecipeError(
                     f"{type(rule.method).__name__} looks at the whole model before it merges a tensor, so its parameters cannot differ "
                     "between tensors. Give one value for all, or compat: mergekit where the method has it."
                 )
@@ -105,7 +105,7 @@ class Run:
             TwinmergeError: parameters that differ between tensors.
         """
         if len(self.rules) > 1:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{step.name} looks at the whole merged model, so the method's parameters cannot differ between tensors. Give one "
                 f"value for all, or say what {step.name} is to find."
             )

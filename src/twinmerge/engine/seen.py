@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from twinmerge.engine.ranges import Range, Shapes
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.store.checksum import BLOCK
 
 MASK = (1 << 128) - 1
@@ -33,7 +33,7 @@ class Seen:
         >>> seen.compare("base", "w", ["0b"])
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Tensor 'w' of the input 'base' changed while it was read. Run again when nobody writes it.
+        twinmerge.errors.ModelError: Tensor 'w' of the input 'base' changed while it was read. Run again when nobody writes it.
     """
 
     def __init__(self, shapes: Shapes) -> None:
@@ -65,7 +65,7 @@ class Seen:
 
     def _require(self, source: str, tensor: str, found: int) -> None:
         if self._known.setdefault((source, tensor), found) != found:
-            raise TwinmergeError(
+            raise ModelError(
                 f"Tensor {tensor!r} of the input {source!r} changed while it was read. Run again when nobody writes it."
             )
 

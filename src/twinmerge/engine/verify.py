@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.engine.folder import PROVENANCE
 from twinmerge.engine.merge import Merge
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.artefact import ArtefactFile, head_of_state
@@ -62,7 +62,7 @@ def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Ve
         return found.compared(progress)
     if not os.path.isdir(folder):
         what = "is no folder and no file" if os.path.lexists(folder) else "is not there"
-        raise TwinmergeError(f"{shown_path(folder)} {what}. Name a folder or a file that twinmerge wrote.")
+        raise DataError(f"{shown_path(folder)} {what}. Name a folder or a file that twinmerge wrote.")
     if (folder / CHECKSUMS).is_file():
         manifest = Manifest.of(folder)
         wanted: Mapping[str, Mapping[str, str]] = _read(folder / CHECKSUMS) if manifest is None else manifest.sums
@@ -76,7 +76,7 @@ def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Ve
         return found.compared(progress)
     if os.path.isfile(folder / STATE):
         return _state(folder, progress)
-    raise TwinmergeError(f"{folder / CHECKSUMS} is missing. Name a folder that twinmerge wrote, whole.")
+    raise DataError(f"{folder / CHECKSUMS} is missing. Name a folder that twinmerge wrote, whole.")
 
 
 def _state(folder: Path, progress: bool) -> Verified:
@@ -181,7 +181,7 @@ class _Found:
 
     def _add_sums_of(self, opened: ArtefactFile, name: str) -> None:
         if not opened.sealed and not opened.expected:
-            raise TwinmergeError(f"{opened.file} has no checksums: an older release wrote it. Write it again.")
+            raise DataError(f"{opened.file} has no checksums: an older release wrote it. Write it again.")
         self._add(opened, name, opened.expected)
 
     def _add(self, opened: Checkpoint, source: str, wanted: Mapping[str, str]) -> None:

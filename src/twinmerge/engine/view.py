@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import RecipeError
 
 Axis = int | range | tuple[int, ...] | None
 """Of one axis: one index (the axis goes), a run of them, the indices to take one by one, or all."""
@@ -55,7 +55,7 @@ class View:
         axes = self._axes(stored)
         sizes = [len(axis) for axis in axes if not isinstance(axis, int)]
         if self.order and sorted(self.order) != list(range(len(sizes))):
-            raise TwinmergeError(f"The order of axes {list(self.order)} is none of {len(sizes)} axes. Name each once.")
+            raise RecipeError(f"The order of axes {list(self.order)} is none of {len(sizes)} axes. Name each once.")
         return tuple(sizes[i] for i in self.order) if self.order else tuple(sizes)
 
     def read(self, read: Read, stored: Sequence[int], itemsize: int, start: int, out: NDArray[np.uint8]) -> None:
@@ -117,22 +117,22 @@ class View:
         """
         keys = raw.keys() if isinstance(raw, dict) else {None}
         if not keys <= {"axes", "order"}:
-            raise TwinmergeError(f"{where}: {raw!r:.80} is no view. It has axes (a list) and order (a list).")
+            raise RecipeError(f"{where}: {raw!r:.80} is no view. It has axes (a list) and order (a list).")
         assert isinstance(raw, dict)
         axes, order = raw.get("axes", []), raw.get("order", [])
         if not isinstance(axes, list) or not _numbers(order):
-            raise TwinmergeError(f"{where}: {raw!r:.80} is no view. It has axes (a list) and order (a list).")
+            raise RecipeError(f"{where}: {raw!r:.80} is no view. It has axes (a list) and order (a list).")
         return cls(tuple(_axis(axis, where) for axis in axes), tuple(order))
 
     def _check(self, stored: Sequence[int]) -> None:
         if len(self.axes) > len(stored):
-            raise TwinmergeError(f"A view names {len(self.axes)} axes of a tensor of shape {list(stored)}.")
+            raise RecipeError(f"A view names {len(self.axes)} axes of a tensor of shape {list(stored)}.")
         for axis, size in zip(self.axes, stored, strict=False):
             low, high = (0, 0) if axis is None or axis in (range(0), ()) else _bounds(axis)
             if axis is not None and not 0 <= low <= high < max(size, 1):
-                raise TwinmergeError(f"A view asks for index {low if low < 0 else high} of an axis of {size}.")
+                raise RecipeError(f"A view asks for index {low if low < 0 else high} of an axis of {size}.")
             if isinstance(axis, int) and not size:
-                raise TwinmergeError("A view asks for an index of an axis of 0.")
+                raise RecipeError("A view asks for an index of an axis of 0.")
 
     def _axes(self, stored: Sequence[int]) -> list[int | range | tuple[int, ...]]:
         named = [*self.axes, *[None] * (len(stored) - len(self.axes))]
@@ -189,6 +189,6 @@ def _axis(raw: object, where: str) -> Axis:
         return range(raw["from"], raw["to"])
     if _numbers(raw):
         return tuple(raw)  # type: ignore[arg-type]
-    raise TwinmergeError(
+    raise RecipeError(
         f"{where}: {raw!r:.80} is no part of an axis. Write an index, a list of them, {{from: …, to: …}}, or null for all."
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, DataError, ModelError, UsageError
 from twinmerge.plugins import Plugins
 
 if TYPE_CHECKING:  # the command's help names the codecs, without PyTorch's import
@@ -68,9 +68,9 @@ class Codec(ABC):
 def _check(cls: type[Codec], name: str) -> None:
     for attribute in ("sliced", "packs"):
         if not isinstance(value := getattr(cls, attribute), bool):
-            raise TwinmergeError(f"{name}: {attribute} is {value!r:.80}. Write True or False.")
+            raise UsageError(f"{name}: {attribute} is {value!r:.80}. Write True or False.")
     if cls.packs and not cls.sliced:
-        raise TwinmergeError(f"{name} packs numbers, and has no slices to pack them in. Let it be sliced.")
+        raise UsageError(f"{name} packs numbers, and has no slices to pack them in. Let it be sliced.")
 
 
 CODECS = Plugins[Codec](
@@ -224,7 +224,7 @@ def unpack(stored: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str,
     if codec == NONE:
         return dict(stored)
     if codec not in codec_names():
-        raise TwinmergeError(f"The codec {codec!r} is unknown to this release. Build the file again.")
+        raise DataError(f"The codec {codec!r} is unknown to this release. Build the file again.")
     found: dict[str, Tensor] = {}
     dims: Mapping[str, int] = header["dims"]
     packs = codec_of(codec).packs
@@ -233,7 +233,7 @@ def unpack(stored: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str,
         if name.endswith(SCALE):
             continue
         if name in dims and name + SCALE not in stored:
-            raise TwinmergeError(f"The scale of {name!r} is missing. Build the file again.")
+            raise DamagedFile(f"The scale of {name!r} is missing. Build the file again.")
         found[name] = decode(tensor, stored.get(name + SCALE), codec, dims.get(name), shapes.get(name))
     return found
 
@@ -249,7 +249,7 @@ def half(x: Tensor) -> Tensor:
     """
     found = x.half()
     if not bool(found.isfinite().all()):
-        raise TwinmergeError(f"{float(x.abs().max()):.4g} is beyond half precision. Use no codec.")
+        raise ModelError(f"{float(x.abs().max()):.4g} is beyond half precision. Use no codec.")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.maths.lowrank import Factors
 
 
@@ -44,11 +44,11 @@ class CoreSpace(NamedTuple):
         """
         shapes = {part.shape for part in parts}
         if len(shapes) != 1:
-            raise TwinmergeError(f"low-rank parts of shapes {sorted(shapes)} share no space: use one shape")
+            raise UsageError(f"low-rank parts of shapes {sorted(shapes)} share no space: use one shape")
         b = [part.b.double() for part in parts]
         a = [part.a.double() for part in parts]
         if not all(bool(x.isfinite().all()) for x in (*b, *a)):
-            raise TwinmergeError("a low-rank part holds NaN or infinity: leave it out, or mend the expert it came from")
+            raise ModelError("a low-rank part holds NaN or infinity: leave it out, or mend the expert it came from")
         left, right = _basis(torch.cat(b, 1)), _basis(torch.cat(a).mT)
         cores = [(left.mT @ one) @ (two @ right) for one, two in zip(b, a, strict=True)]
         return cls(left, right, torch.stack(cores))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.svd import Core, numerical_rank, polar, svd_core, svd_range, thin_svd
 
@@ -116,7 +116,7 @@ def truncate(x: Tensor, rank: int, name: str = "matrix", *, exact: bool = False)
     4.4.
     """
     if rank < 1:
-        raise TwinmergeError(f"rank {rank} of {name} is below 1: give a rank of 1 or more, or leave it out")
+        raise UsageError(f"rank {rank} of {name} is below 1: give a rank of 1 or more, or leave it out")
     core = Core.of(x, name)
     small = min(core.x.shape)
     sketch = not exact and small >= 256 and rank * 8 <= small
@@ -154,13 +154,13 @@ def truncate_product(parts: Sequence[Factors], weights: Sequence[float], rank: i
         [[0.0, 0.0], [0.0, 2.0]]
     """
     if not parts or len(parts) != len(weights):
-        raise TwinmergeError(f"{len(parts)} low-rank parts and {len(weights)} weights: give one weight per part")
+        raise UsageError(f"{len(parts)} low-rank parts and {len(weights)} weights: give one weight per part")
     if len({p.shape for p in parts}) > 1:
-        raise TwinmergeError(f"low-rank parts of shapes {[p.shape for p in parts]} cannot be summed: use one shape")
+        raise UsageError(f"low-rank parts of shapes {[p.shape for p in parts]} cannot be summed: use one shape")
     if not all(math.isfinite(w) for w in weights):
-        raise TwinmergeError(f"weights {list(weights)} hold NaN or infinity: give finite numbers")
+        raise UsageError(f"weights {list(weights)} hold NaN or infinity: give finite numbers")
     if rank is not None and rank < 1:
-        raise TwinmergeError(f"rank {rank} is below 1: give a rank of 1 or more, or None for the exact sum")
+        raise UsageError(f"rank {rank} is below 1: give a rank of 1 or more, or None for the exact sum")
     m, n = parts[0].shape
     dtype = functools.reduce(torch.promote_types, (t.dtype for p in parts for t in p), torch.float32)
     used = [(p, w) for p, w in zip(parts, weights, strict=True) if w != 0]
@@ -169,7 +169,7 @@ def truncate_product(parts: Sequence[Factors], weights: Sequence[float], rank: i
     b = torch.cat([p.b.to(dtype) * w for p, w in used], dim=1)
     a = torch.cat([p.a.to(dtype) for p, _ in used], dim=0)
     if not (bool(b.isfinite().all()) and bool(a.isfinite().all())):
-        raise TwinmergeError("a low-rank part holds NaN or infinity: leave it out, or mend the expert it came from")
+        raise ModelError("a low-rank part holds NaN or infinity: leave it out, or mend the expert it came from")
     if rank is None and len(a) <= min(m, n):
         return Factors(b, a)
     q_b, r_b = torch.linalg.qr(b)
@@ -228,5 +228,5 @@ def rank_of_rate(mask_rate: float, shape: Sequence[int]) -> int:
     Source: Lu et al., Twin-Merging (NeurIPS 2024), official code.
     """
     if not 0 <= mask_rate <= 1:
-        raise TwinmergeError(f"mask rate {mask_rate} is outside [0, 1]: give the share of singular values to drop")
+        raise UsageError(f"mask rate {mask_rate} is outside [0, 1]: give the share of singular values to drop")
     return int((1 - mask_rate) * min(shape))

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 
@@ -50,7 +50,7 @@ def keep_count(density: float, total: int) -> int:
         (29, 28)
     """
     if not 0 <= density <= 1:  # NaN fails this too
-        raise TwinmergeError(f"density {density} is outside [0, 1]: give the share of entries to keep")
+        raise UsageError(f"density {density} is outside [0, 1]: give the share of entries to keep")
     return math.floor(Fraction(str(density)) * total + Fraction(1, 10**9))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 
 SVD = tuple[Tensor, Tensor, Tensor]
 _NotConverged = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -107,11 +107,11 @@ class Core(NamedTuple):
     def of(cls, x: Tensor, name: str = "matrix") -> Core:
         """Checks x and takes its core, in float32 at least."""
         if x.ndim != 2:
-            raise TwinmergeError(f"{name} has shape {tuple(x.shape)}: only a matrix (two axes) can be decomposed")
+            raise UsageError(f"{name} has shape {tuple(x.shape)}: only a matrix (two axes) can be decomposed")
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         peak = float(torch.stack(torch.aminmax(x)).abs().max()) if x.numel() else 0.0
         if not math.isfinite(peak):
-            raise TwinmergeError(f"{name} holds NaN or infinity: leave it out, or mend the model that it came from")
+            raise ModelError(f"{name} holds NaN or infinity: leave it out, or mend the model that it came from")
         rows, cols = (x != 0).any(dim=1), (x != 0).any(dim=0)
         if not bool(rows.all()):
             x = x[rows]

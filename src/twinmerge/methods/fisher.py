@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, RecipeError
 from twinmerge.maths import sums
 from twinmerge.maths.fused import Importance, Rule
 from twinmerge.methods.kit.base import (
@@ -140,7 +140,7 @@ class Fisher(Method):
         """
         target = experts[0] if self.target is None else self.target
         if target not in experts:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"fisher: the target {target!r} is no expert of this merge. It has: {', '.join(experts)}."
             )
         factors, floors = [], []
@@ -148,9 +148,9 @@ class Fisher(Method):
             experts, per_expert(self.weights, len(experts)), known.of(FisherSquares), strict=True
         ):
             if weight < 0:
-                raise TwinmergeError(f"fisher: the weight of {name!r} is {weight:g}. Give 0 or more.")
+                raise RecipeError(f"fisher: the weight of {name!r} is {weight:g}. Give 0 or more.")
             if self.normalize and not size.squares > 0:
-                raise TwinmergeError(
+                raise DataError(
                     f"The Fisher information of {name!r} is 0 in all merged tensors, so it has no norm to divide by. Measure it again "
                     "on data that the model is not certain of, leave the expert out, or set normalize=false."
                 )
@@ -187,8 +187,8 @@ def _require_sound(fisher: Tensor, at: Place, expert: str) -> None:
         raise unsound(expert, at.name)
 
 
-def unsound(expert: str, tensor: str) -> TwinmergeError:
+def unsound(expert: str, tensor: str) -> DataError:
     """What is said of Fisher information that cannot be any."""
-    return TwinmergeError(
+    return DataError(
         f"The Fisher information of {expert!r} has negative, NaN or infinite entries in tensor {tensor!r}. Measure it again."
     )

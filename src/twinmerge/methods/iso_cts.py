@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import RecipeError
 from twinmerge.maths.gram_svd import gram_polar, gram_svd
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.iso_c import Over, flat
@@ -48,7 +48,7 @@ class IsoCts(Spectral):
     mean_over: Over = Field(default="size", description="what the singular values are averaged over")
 
     def directions(self, merged: Tensor, deltas: Tensor, weights: Weights, at: Place) -> SVD:
-        raise TwinmergeError(
+        raise RecipeError(
             "iso_cts leaves all singular values equal, so there are no directions to calibrate. Leave calibration out."
         )
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, RecipeError
 from twinmerge.methods.kit.base import (
     Gram,
     Known,
@@ -64,7 +64,7 @@ class Regmean(Method):
     def apply(self, tile: Tile, known: Known) -> Tensor:
         weights = per_expert(self.weights, len(tile.x))
         if min(weights) < 0:
-            raise TwinmergeError(f"regmean: a weight is {min(weights):g}. Give 0 or more.")
+            raise RecipeError(f"regmean: a weight is {min(weights):g}. Give 0 or more.")
         mean = weighted_sum(weights, tile.x, torch.float64).div_(sum(weights))
         change = self._change(tile, mean, weights) if tile.at.is_matrix else None
         return (mean if change is None else mean.add_(change)).to(tile.x.dtype)
@@ -100,12 +100,12 @@ class Regmean(Method):
         blocks, size, width = second.shape
         least = (blocks - 1) * size + 1 if blocks > 1 else size
         if size != width or not least <= inputs <= blocks * size:
-            raise TwinmergeError(
+            raise DataError(
                 f"The Gram matrix of {expert!r} for {tensor!r} is {list(gram.second.shape)}, the matrix has {inputs} inputs. Measure it again."
             )
         diagonal = second.diagonal(dim1=1, dim2=2)
         if not bool(second.isfinite().all()) or bool((diagonal < 0).any()):
-            raise TwinmergeError(
+            raise DataError(
                 f"The Gram matrix of {expert!r} for {tensor!r} has NaN, infinite or negative entries where none can be. Measure it again."
             )
         kept = diagonal.clone()

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.maths.gram_svd import gram
 from twinmerge.methods.kit.base import TABLES, Grain, Known, Partial, PerExpert, Place, column, per_expert
 from twinmerge.methods.kit.fold import Seen, State, SumFold, stacked
@@ -165,6 +165,6 @@ def solve(normal: Tensor, grams: Tensor, ridge: float, inputs: int, name: str = 
             return torch.cholesky_solve(normal.mT, factor).mT
         ridge *= 100
         if ridge > LARGEST_RIDGE:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The equations of {name!r} have no solution by Cholesky. Look for damage in the experts, or set a larger ridge."
             )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter_config import AdapterConfig, checked_config
 from twinmerge.store.checkpoint import Checkpoint
@@ -82,9 +82,7 @@ def read_adapter(folder: Path) -> Adapter:
     described, file = (find(folder, name) for name in ADAPTER_FILES)
     config = read_json(described or folder / ADAPTER_FILES[0], CONFIG, "Save the adapter again.", finite=False)
     if file is None:
-        raise TwinmergeError(
-            f"{folder} has no adapter_model.safetensors. Save the adapter with safe_serialization=True."
-        )
+        raise ModelError(f"{folder} has no adapter_model.safetensors. Save the adapter with safe_serialization=True.")
     checked = checked_config(config, str(folder))
     checkpoint = Checkpoint([file])
     checkpoint.compare(folder, "adapter_config.json")
@@ -112,7 +110,7 @@ def sorted_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Adap
     for key, tensor in tensors.items():
         key = key.removeprefix(PREFIX)
         if "lora_magnitude_vector" in key:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {config.name} is DoRA, which is not a sum on the weights. Merge it into its base first "
                 "(merge_and_unload, save_pretrained) and give the full model."
             )
@@ -134,7 +132,7 @@ def sorted_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Adap
     for module, sides in found.items():
         adapter.pairs[module] = _pair(config.name, module, sides, module in embeddings)
     if not (adapter.pairs or adapter.dense or adapter.rows):
-        raise TwinmergeError(f"The adapter {config.name} has no tensors. Save it again.")
+        raise ModelError(f"The adapter {config.name} has no tensors. Save it again.")
     return adapter
 
 
@@ -149,25 +147,25 @@ def _whole(adapter: Adapter, key: str, tensor: Tensor) -> None:
 
 def _pair(name: str, module: str, sides: Mapping[str, Tensor], embedding: bool) -> Pair:
     if not {"A", "B"} <= sides.keys():
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter {name} has only one of lora_A and lora_B for {unwrapped(module)!r}. Save it again."
         )
     a, b = sides["A"], sides["B"]
     if b.dim() > 2 and a.shape[0] != b.shape[1] and a.shape[0] % max(b.shape[1], 1) == 0:
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter {name} changes the grouped convolution {unwrapped(module)!r} across its groups, which its weight cannot hold (PEFT "
             "does not merge it either). Leave this module out of target_modules."
         )
     if a.dim() < 2 or b.dim() < 2 or not a.numel() or not b.numel() or a.shape[0] != b.shape[1] or "Abias" in sides:
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)} for {unwrapped(module)!r}, which do not fit "
             "together. Save it again, with all parts of sharded tensors gathered."
         )
     return Pair(a, b, embedding, sides.get("Bbias"))
 
 
-def _stranger(name: str, key: str, why: str) -> TwinmergeError:
-    return TwinmergeError(
+def _stranger(name: str, key: str, why: str) -> ModelError:
+    return ModelError(
         f"The tensor {key!r} of the adapter {name} is not understood ({why}). Merge the adapter into its base with the library that wrote "
         "it, and give the full model."
     )

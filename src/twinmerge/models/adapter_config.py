@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.models.patterns import Patterns
 
 # Every key of peft 0.21.2 is in one of three groups; a test holds them to the LoraConfig that is installed.
@@ -112,11 +112,11 @@ def checked_config(config: Mapping[str, Any], name: str, *, in_memory: bool = Fa
     """
     kind = config.get("peft_type")
     if kind is None:
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter_config.json of {name} has no peft_type, so it is none of PEFT's. Save it with PEFT."
         )
     if str(getattr(kind, "value", kind)).upper() != "LORA":
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter {name} is {kind}, only LoRA can be merged. Merge it into its base first (merge_and_unload, save_pretrained) and "
             "give the full model."
         )
@@ -149,12 +149,12 @@ def _refuse(key: str, value: Any, name: str) -> None:
     if value is None or value is False or (isinstance(value, Collection) and not value):
         return
     if key in REFUSED:
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter {name} is {REFUSED[key]} ({key} in its adapter_config.json). Merge it into its base first "
             "(merge_and_unload, save_pretrained) where PEFT can, and give the full model."
         )
     if key not in READ | NO_MATTER:
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter_config.json of {name} has {key!r}, which is not known here and may change what the adapter means. Merge it into "
             "its base with the library that wrote it, and give the full model."
         )
@@ -171,7 +171,7 @@ def _start(value: Any, name: str) -> str | None:
         return text
     kind = "pissa_niter" if re.fullmatch(r"pissa_niter_\d+", text) else text
     if kind in UNKNOWN_BASE:
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter {name} was trained on a base that {value!r} changed (init_lora_weights in its adapter_config.json), which takes "
             f"{UNKNOWN_BASE[kind]} to repeat. {CONVERT}"
         )
@@ -256,9 +256,7 @@ class _Values:
         return {module: tuple(rows) for module, rows in found.items()}
 
 
-def _wrong(key: str, value: Any, name: str, what: str) -> TwinmergeError:
+def _wrong(key: str, value: Any, name: str, what: str) -> ModelError:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
-    return TwinmergeError(
-        f"In the adapter_config.json of {name}, {key} is {shown}, not {what}. Save the adapter again."
-    )
+    return ModelError(f"In the adapter_config.json of {name}, {key} is {shown}, not {what}. Save the adapter again.")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.store.checkpoint import Spec
 
 COUNT = re.compile("layer|label|depth|blocks|stage|expert|head|hidden|d_model")
@@ -32,7 +32,7 @@ def check_counts(raw: Mapping[str, Any], file: Path, tensors: Mapping[str, Spec]
     most = max(FEW, len(tensors or {}), max(sides, default=0))
     for key, number in _numbers(raw):
         if abs(number) > (most if COUNT.search(key) else NUMBER):
-            raise TwinmergeError(
+            raise ModelError(
                 f"{file} says {key} = {number:,}, which its tensors cannot be ({len(tensors or {})} of them). Restore the config.json "
                 "that was saved with them."
             )
@@ -71,9 +71,7 @@ def at_most(parameters: int, what: str) -> Iterator[None]:
         if threading.get_ident() == here:
             count += 1
             if count > parameters:
-                raise TwinmergeError(
-                    f"By its config {what} has more tensors than its files hold. Restore its config.json."
-                )
+                raise ModelError(f"By its config {what} has more tensors than its files hold. Restore its config.json.")
 
     handle = register_module_parameter_registration_hook(one_more)
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter, dot_natural_key, revert_weight_conversion
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.source import Source
 from twinmerge.store.checkpoint import Spec
@@ -54,7 +54,7 @@ class Conversion(NamedTuple):
         try:
             made = converter.convert(self.first, model=skeleton, config=skeleton.config)
         except Exception as error:  # whatever an operation makes of parts that are not all there
-            raise TwinmergeError(
+            raise ModelError(
                 f"The {len(self.parts)} tensors of {self.architecture.of_module(self.first)!r}, the first is {next(iter(self.parts))!r}, do not "
                 "fit together. Take a checkpoint that has all of them in one size."
             ) from error

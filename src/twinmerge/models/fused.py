@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, dot_natural_key
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter_config import AdapterConfig
 from twinmerge.models.architecture import Architecture
@@ -85,7 +85,7 @@ def stack_of(
     experts, m, n = shape
     rank = a.shape[0] // experts
     if config.unsloth and rank > 1 and experts > 1:
-        raise TwinmergeError(
+        raise ModelError(
             f"Unsloth wrote the adapter {config.name}, whose factors of the experts {name!r} it lays out in another way than PEFT, under the "
             "same names. Merge it there (save_pretrained_merged) and give the full model."
         )
@@ -94,7 +94,7 @@ def stack_of(
         now = False
     elif now and before:
         if config.peft is None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {config.name} changes the experts {name!r}, whose sides are equal, and PEFT swapped the sides in version 0.19. Add "
                 '"peft_version" with the version that wrote it to its adapter_config.json.'
             )
@@ -102,7 +102,7 @@ def stack_of(
     elif before and config.peft is not None and config.peft >= SIDES_SWAPPED:
         before = False
     if b.shape[1] != rank * experts or not (now or before):
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter {config.name} changes {name!r} by lora_A {list(a.shape)} and lora_B {list(b.shape)}, in its base it is {list(shape)}. "
             "Name the base that the adapter was trained on."
         )

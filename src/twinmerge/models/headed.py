@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, ModelError, RecipeError, UsageError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.bounds import most_parameters
@@ -142,9 +142,9 @@ def batch_size(batch: Mapping[str, Any]) -> int:
             value = value[0]
         if isinstance(value, Tensor) and value.dim():
             if not value.shape[0]:
-                raise TwinmergeError("The batch holds no rows. Give at least one input.")
+                raise UsageError("The batch holds no rows. Give at least one input.")
             return int(value.shape[0])
-    raise TwinmergeError("The batch holds no tensor. Pass what the tokenizer or image processor returns.")
+    raise UsageError("The batch holds no tensor. Pass what the tokenizer or image processor returns.")
 
 
 def for_each_row(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -225,14 +225,14 @@ class HeadedModel(nn.Module):
             name = self.architecture.of_module(key)
             shapes = {tuple(head.tensors[name].shape) for head in self.head_specs.values() if name in head.tensors}
             if shapes and tuple(own.shape) not in shapes:
-                raise TwinmergeError(
+                raise ModelError(
                     f"The heads hold {name!r} as {list(min(shapes))}, {type(skeleton).__name__} takes {list(own.shape)} by its config. "
                     "Restore its config.json, or build the output again."
                 )
         return found
 
-    def _lacks(self, missing: Sequence[str]) -> TwinmergeError:
-        return TwinmergeError(
+    def _lacks(self, missing: Sequence[str]) -> ModelError:
+        return ModelError(
             f"The weights lack {len(missing)} tensors of {self.architecture.model_class.__name__}, the first is "
             f"{missing[0]!r}. Take a base that has them, or build the output again."
         )
@@ -286,7 +286,7 @@ class HeadedModel(nn.Module):
             if not inner:
                 continue
             if any(True for _ in module.children()):
-                raise TwinmergeError(
+                raise RecipeError(
                     f"The tensor {next(iter(inner.values()))!r} cannot be a head: its module {path!r} has parts of its own. Name "
                     "whole layers with --head."
                 )
@@ -317,11 +317,11 @@ class HeadedModel(nn.Module):
         outside = {n: k for k in module.state_dict() if (n := architecture.of_module(k)) in head.tensors}
         lacking = [k for k in module.state_dict() if k not in outside.values()]
         if lost := [n for n in head.tensors if n not in outside and n not in self._inner[name]]:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"The tensor {lost[0]!r} of {name!r} cannot be a head: no layer of {type(module).__name__} holds it by itself. Leave it out of --head."
             )
         if lacking:
-            raise TwinmergeError(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
+            raise DamagedFile(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
         state = {k: self._as_body(head.tensors[n]) for n, k in outside.items()}
         _check_shapes(module, state, {k: n for n, k in outside.items()}, f"The head of {name!r} holds")
         module.to_empty(device="cpu")
@@ -366,7 +366,7 @@ class HeadedModel(nn.Module):
             return self.body(**batch, **options)
         size = batch_size(batch)
         if heads is None or len(heads) != size:
-            raise TwinmergeError(f"{size} rows need {size} head names, got {0 if heads is None else len(heads)}.")
+            raise UsageError(f"{size} rows need {size} head names, got {0 if heads is None else len(heads)}.")
         device = next(self.body.parameters()).device
         groups = {
             h: torch.tensor([i for i, name in enumerate(heads) if name == h], device=device)
@@ -402,7 +402,7 @@ class HeadedModel(nn.Module):
         """The hidden states of all layers, the embedding's first, each (rows, positions, width)."""
         module = next(iter(self._outer.values())) if self._outer else self.body
         if self.architecture.config is None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{type(module).__name__} is none of transformers' models, and gives no hidden states to route on. Name the mixture yourself."
             )
         try:
@@ -413,13 +413,13 @@ class HeadedModel(nn.Module):
         for key in ("hidden_states", "encoder_hidden_states"):
             if (states := getattr(output, key, None)) is not None:
                 return tuple(states)
-        raise TwinmergeError(f"{type(module).__name__} gives no hidden states to route on. Name the mixture yourself.")
+        raise ModelError(f"{type(module).__name__} gives no hidden states to route on. Name the mixture yourself.")
 
 
 def check_alike(logits: Sequence[Tensor | None], heads: Iterable[str]) -> None:
     """Refuse answers that have no place in one batch: a label for each text and for each token, or logits and none."""
     if len({None if part is None else part.shape[1:-1] for part in logits}) > 1:
-        raise TwinmergeError(
+        raise UsageError(
             f"The heads {', '.join(heads)} answer in different shapes, so their rows cannot share a batch. Ask them apart."
         )
 
@@ -442,7 +442,7 @@ def known_tokens(body: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
         rows = getattr(table, "num_embeddings", None)
         if rows is None or not isinstance(ids, Tensor) or not ids.numel() or int(ids.max()) < rows:
             raise
-        raise TwinmergeError(
+        raise ModelError(
             f"The tokenizer gives the token {int(ids.max())}, and the model has embeddings of {rows}. Take the tokenizer that belongs to "
             "the model, or a base whose embeddings were resized to it."
         ) from error
@@ -470,7 +470,7 @@ def _check_shapes(module: nn.Module, state: Mapping[str, Tensor], names: Mapping
     for key, found in state.items():
         own = owned[key]
         if found.shape != own.shape or found.is_floating_point() != own.is_floating_point():
-            raise TwinmergeError(
+            raise ModelError(
                 f"{what} {names[key]!r} as {list(found.shape)}, {type(module).__name__} takes {list(own.shape)} by its "
                 "config. Restore its config.json, or build the output again."
             )
@@ -487,7 +487,7 @@ def body_path(architecture: Architecture, head_names: set[str]) -> str:
         k.partition(".")[0] for k in architecture.skeleton.state_dict() if architecture.of_module(k) in head_names
     }
     if len(children) != 1 or children & inside:
-        raise TwinmergeError(
+        raise ModelError(
             f"The heads of {architecture.model_class.__name__} cannot be told from its body ({', '.join(sorted(children))}). "
             "Use a class whose base model is one part, or give the task's model without --head."
         )
@@ -533,11 +533,9 @@ def load_head(folder: Path, name: str, base: str | None = None, body: Mapping[st
     own = {key: Spec(t.dtype, tuple(t.shape)) for key, t in artefact.tensors.items()}
     config = read_config(where, {**(body or {}), **own})
     if config is None:
-        raise TwinmergeError(f"{where / 'config.json'} is missing. Copy the whole folder again.")
+        raise DamagedFile(f"{where / 'config.json'} is missing. Copy the whole folder again.")
     if artefact.header.get("expert") != name:
-        raise TwinmergeError(
-            f"{where} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again."
-        )
+        raise DamagedFile(f"{where} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again.")
     with undamaged(where / "head.safetensors"):
         return HeadSpec(config, unpack(artefact.tensors, artefact.header))
 
@@ -565,7 +563,7 @@ def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
     table = read_json(file, advice=AGAIN) if find(folder, "heads.json") else {}
     for name, entry in table.items():
         if not HEAD_NAME.fullmatch(name) or not isinstance(entry, dict):
-            raise TwinmergeError(
+            raise DamagedFile(
                 f"{file} names the expert {name!r}, which is no folder name. Copy the whole folder again."
                 if isinstance(entry, dict)
                 else f"{file} says nothing of the expert {name!r}. Copy the whole folder again."

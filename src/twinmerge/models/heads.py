@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import OpenedModel
 
@@ -22,14 +22,12 @@ def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[s
     for name in order:
         names, config = matched.heads[name], experts[name].config
         if names and config is None and experts[name].architecture is not None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The expert {name!r} has a head ({names[0]!r}), and heads are run of transformers' models alone. Give modules of one "
                 "output layer, or merge their bodies."
             )
         if names and config is None:
-            raise TwinmergeError(
-                f"The expert {name!r} has a head ({names[0]!r}) but no config.json. Add its config.json."
-            )
+            raise ModelError(f"The expert {name!r} has a head ({names[0]!r}) but no config.json. Add its config.json.")
         if names and config is not None:
             from twinmerge.models.headed import HeadSpec
 
@@ -47,5 +45,5 @@ def headed(
 
     architecture = next(iter(experts.values())).architecture if heads else base.architecture
     if architecture is None:
-        raise TwinmergeError(f"{base.name} has no config.json, so it cannot be run. Use state_dict() or save().")
+        raise ModelError(f"{base.name} has no config.json, so it cannot be run. Use state_dict() or save().")
     return HeadedModel(architecture, state, heads)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.models.headed import HeadedModel, rows_of
 
 
@@ -33,7 +33,7 @@ def layer_count(config: Any) -> int:
         TwinmergeError: its config does not say.
     """
     if (count := _count(config)) is None:
-        raise TwinmergeError(f"{type(config).__name__} does not say how many layers it has. Name the router's layers.")
+        raise ModelError(f"{type(config).__name__} does not say how many layers it has. Name the router's layers.")
     return int(count)
 
 

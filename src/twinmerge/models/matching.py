@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.configs import differing, replaced, said
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.values import decoded
@@ -69,7 +69,7 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
         _same_architecture(base, expert)
         configs[e] = _same_sizes(base, expert, head_patterns)
     if not any(base.has(name) for expert in experts.values() for name in expert.names):
-        raise TwinmergeError(
+        raise ModelError(
             f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were tuned from."
         )
     heads: dict[str, set[str]] = {}
@@ -91,14 +91,14 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
         elif len(holders) == len(experts):
             merged.append(name)
         elif (lacking := _expected_by(experts, name)) is not None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{lacking.name} lacks the tensor {name!r} that the base {base.name} has. Check that the expert's folder "
                 "is complete and was tuned from this base."
             )
         else:
             from_base.append(name)
     if not merged:
-        raise TwinmergeError(
+        raise ModelError(
             f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were tuned from."
         )
     return Matched(merged, {e: sorted(h) for e, h in heads.items()}, from_base, ignored, configs)
@@ -120,7 +120,7 @@ def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
             continue  # merged where what it is tied to is merged
         elif base.has(name):
             if spec.is_float != base.spec(name).is_float:
-                raise TwinmergeError(
+                raise ModelError(
                     f"Tensor {name!r} is {spec.code} in {expert.name} and {base.spec(name).code} in the base {base.name}: whole numbers and "
                     "fractions do not merge. If one is quantised, restore it to 16 or 32 bits first."
                 )
@@ -142,19 +142,19 @@ def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     """A tensor that the base lacks is a head only where it belongs to a part that the base's class does not have."""
     known = expert.architecture
     if known is None:
-        raise TwinmergeError(
+        raise ModelError(
             f"Tensor {name!r} of {expert.name} is not in the base {base.name}, and without a config.json nothing says whether it is a "
             "head. Add the model's config.json, or name the tensor with --head."
         )
     if not _is_part(expert, name):
-        raise TwinmergeError(
+        raise ModelError(
             f"Tensor {name!r} of {expert.name} is neither in the base {base.name} nor a part of {known.model_class.__name__}, so that "
             "transformers does not load it either. Name the right class under `architectures` in its config.json; where this one is "
             "right, load the model in transformers and save it again."
         )
     part = known.filled(expert.stored.get(name, name))
     if known.shape(expert.stored.get(name, name)) is None and base.has(part[0]):
-        raise TwinmergeError(
+        raise ModelError(
             f"{expert.name} stores {name!r} as it is loaded into {part[0]!r}, which the base {base.name} holds as it runs. Save the base with "
             "save_pretrained and name its folder, or give both in memory."
         )
@@ -162,7 +162,7 @@ def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     if any(known.is_body(n) for n in part) and (
         own or base.architecture is None or {*part} & {*base.architecture.parameters}
     ):
-        raise TwinmergeError(
+        raise ModelError(
             f"The base {base.name} lacks the tensor {name!r} that {expert.name} has. Check that the base's folder is complete and that "
             "the expert was tuned from it."
         )
@@ -199,7 +199,7 @@ def _all_there(
             other = next((called[j] for j in range(len(models)) if j != i and name in filled[j]), None)
             part = name.partition(".")[0]
             if other is not None or any(n.partition(".")[0] == part for n in filled[i]):
-                raise TwinmergeError(
+                raise ModelError(
                     f"{called[i] if i else f'The base {base.name}'} lacks the tensor {name!r} that "
                     f"{other or known.model_class.__name__} has. Check that its folder is complete"
                     f"{' and was tuned from this base' if i else ''}."
@@ -233,7 +233,7 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
     for expert in experts.values():
         cosine = float(reference @ _direction(expert, name, count))
         if cosine < UNRELATED_BELOW and reference.any():
-            raise TwinmergeError(
+            raise ModelError(
                 f"{expert.name} does not come from the base {base.name}: their {name!r} have cosine {cosine:.2f} (a fine-tune "
                 "is close to 1). Name the base that it was tuned from."
             )
@@ -263,7 +263,7 @@ def _same_architecture(base: OpenedModel, expert: OpenedModel) -> None:
     if base.config is None or expert.config is None:
         return
     if base.config.model_type != expert.config.model_type:
-        raise TwinmergeError(
+        raise ModelError(
             f"{expert.name} is a {expert.config.model_type} model, the base {base.name} is a {base.config.model_type}. "
             "Name the base that the expert was tuned from."
         )
@@ -295,7 +295,7 @@ def _same_sizes(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[
 
     if tensors := [n for n in changed(list(differences)) if n == "?" or known.is_body(n) or n not in known.parameters]:
         keys = [key for key in differences if len(differences) == 1 or changed([key])] or list(differences)
-        raise TwinmergeError(
+        raise ModelError(
             f"{expert.name} and the base {base.name} differ in size: {said({key: differences[key] for key in keys})}"
             + (f", which changes {tensors[0]!r}" if tensors[0] != "?" else "")
             + ". Merge models of one size, tuned from this base."
@@ -310,7 +310,7 @@ def _in_body(model: OpenedModel, name: str) -> bool:
 def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     """A tensor of another shape may be a head; inside the body it is a mistake."""
     if _in_body(expert, name):
-        raise TwinmergeError(
+        raise ModelError(
             f"Tensor {name!r} is {list(expert.spec(name).shape)} in {expert.name} and {list(base.spec(name).shape)} in the base "
             f"{base.name}. Give every model the same size (resize_token_embeddings for another vocabulary), or name the "
             "tensor as a head with --head."
@@ -323,7 +323,7 @@ def _untied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
 
     source = base.aliases[name]
     if not expert.has(source) or not torch.equal(expert.read(name), expert.read(source)):
-        raise TwinmergeError(
+        raise ModelError(
             f"Tensor {name!r} of {expert.name} has its own values, and the base {base.name} ties it to {source!r}. Take a base "
             "with tie_word_embeddings=false, or name the tensor as a head with --head."
         )

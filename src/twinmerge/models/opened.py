@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.source import Source
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Checkpoint, Spec
@@ -278,7 +278,7 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
         if isinstance(model, sys.modules["torch"].nn.Module):
             inner = unwrapped(model)
             return open_model(inner, name) if inner is not model else _open_any_module(model, name)
-    raise TwinmergeError(
+    raise UsageError(
         f"Cannot open a {type(model).__name__} as a model. Give a path, a hub id, a PreTrainedModel, a PeftModel, an nn.Module or a "
         "TorchModel."
     )
@@ -321,14 +321,14 @@ def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | No
     for original in sorted(specs):
         canonical = architecture.canonical(original) if architecture else original
         if canonical in stored:
-            raise TwinmergeError(
+            raise ModelError(
                 f"In {name} the tensors {stored[canonical]!r} and {original!r} are one and the same parameter "
                 f"{canonical!r}. Save the model again with save_pretrained."
             )
         stored[canonical] = original
         shape = architecture.shape(original) if architecture else None
         if shape is not None and specs[original].shape != tuple(shape):
-            raise TwinmergeError(
+            raise ModelError(
                 f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is {list(shape)}. Restore the "
                 "config.json that was saved with it."
             )
@@ -340,7 +340,7 @@ def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
 
     tensors = {k: v.detach() for k, v in model.state_dict().items()}
     if any(".lora_" in key or ".base_layer." in key for key in tensors):
-        raise TwinmergeError(
+        raise ModelError(
             f"{name} holds adapters inside. Give the PeftModel around it, or call merge_and_unload() first."
         )
     architecture = TransformersArchitecture(model.config, type(model))
@@ -433,12 +433,12 @@ def _refuse_strange(inner: Any, name: str) -> None:
 
     config = getattr(inner, "config", None)
     if not isinstance(config, PretrainedConfig):
-        raise TwinmergeError(
+        raise ModelError(
             f"The base of {name} is a {type(inner).__name__}, not a model of transformers. Give it as a folder of safetensors, merged "
             "(merge_and_unload)."
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise TwinmergeError(
+        raise ModelError(
             f"The base of {name} is quantised, and quantised weights cannot be merged. Load the base in 16 or 32 bits, and the adapter on it."
         )
 
@@ -462,7 +462,7 @@ def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
     from twinmerge.models.placing import Base, class_for, placed
 
     if opened.changes:
-        raise TwinmergeError(
+        raise ModelError(
             f"{opened.name} has an adapter already, so {adapter.name} cannot be put on it. Merge the first one into its base (merge_and_unload)."
         )
     opened.architecture = class_for(adapter, opened.architecture)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 
 MOST_STEPS = 1_000_000  # of one name through all expressions; one with three times `.*` may take as many
 MOST_EXPRESSIONS = 5_000  # plain names do not count
@@ -49,7 +49,7 @@ class Patterns:
                 self._expressions.append((at, expression))
                 steps += its_steps
                 if steps > MOST_STEPS or len(self._expressions) > MOST_EXPRESSIONS:
-                    raise TwinmergeError(
+                    raise ModelError(
                         f"The expressions of the {where} could take very long to match. Write the modules' names instead."
                     )
 
@@ -76,7 +76,7 @@ def _compiled(text: str, where: str) -> tuple[re.Pattern[str], float]:
         return re.compile(rf"(.*\.)?({text})$"), steps
     except (ValueError, re.error, RecursionError, OverflowError) as error:
         shown = text if len(text) <= 60 else f"{text[:60]}…"
-        raise TwinmergeError(
+        raise ModelError(
             f"The expression {shown!r} in the {where} is not matched ({error}). Write the modules' names instead."
         ) from error
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import ModelError, TwinmergeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter import Adapter, Pair, unwrapped
 from twinmerge.models.adapter_config import CONVERT
@@ -116,8 +116,8 @@ class _Placing:
         """Parameters of the class that the files hold in another form."""
         return in_another_form(self.architecture, self.base.stored.values()) if self.architecture else set()
 
-    def _other_form(self, name: str) -> TwinmergeError:
-        return TwinmergeError(
+    def _other_form(self, name: str) -> ModelError:
+        return ModelError(
             f"The adapter {self.adapter.name} changes {name!r}, which the files of the base {self.base.name} hold in another form. Merge "
             "the adapter into it first (merge_and_unload, save_pretrained) and give the full model."
         )
@@ -149,7 +149,7 @@ class _Placing:
         for module, pair in self.adapter.pairs.items():
             for name, change in self._of_pair(module, pair):
                 if name in found:
-                    raise TwinmergeError(f"The adapter {self.adapter.name} changes {name!r} twice. Save it again.")
+                    raise ModelError(f"The adapter {self.adapter.name} changes {name!r} twice. Save it again.")
                 found[name] = change
         for name, tensor in self.adapter.dense.items():
             own = self.canonical(name)
@@ -161,7 +161,7 @@ class _Placing:
         for module, rows in self.adapter.rows.items():
             name, change = self._of_rows(module, rows)
             if name in found:
-                raise TwinmergeError(
+                raise ModelError(
                     f"The adapter {self.adapter.name} changes {name!r} in two ways, by rows or under two names. Untie the base "
                     "(tie_word_embeddings=False), or merge the adapter into it first (merge_and_unload)."
                 )
@@ -199,7 +199,7 @@ class _Placing:
             and spec.shape != tuple(tensor.shape)
             and (body or name in self.adapter.copies)
         ):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} holds {own!r} as {list(tensor.shape)}, in its base {self.base.name} it is {list(spec.shape)}. "
                 "Name the base that the adapter was trained on (resize_token_embeddings and save it, if its vocabulary grew)."
             )
@@ -211,7 +211,7 @@ class _Placing:
         if self.architecture is None and listed:
             return  # a head of a bare checkpoint
         kind = f" ({self.architecture.model_class.__name__})" if self.architecture else ""
-        raise TwinmergeError(
+        raise ModelError(
             f"The adapter {self.adapter.name} holds {name!r}, which its base {self.base.name}{kind} does not have.{nearest(own, self.base.specs)} "
             "Name the base that the adapter was trained on, or save the adapter with its task_type."
         )
@@ -229,7 +229,7 @@ class _Placing:
             attention = self.canonical(f"{plain}.in_proj_weight")
             name = attention if attention in self.base.specs else name
         if self.config.rslora and name in self.fused_several:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} scales {name!r} by alpha / √r (use_rslora), which PEFT reads as another number since "
                 "transformers 5 put such matrices together. Merge it into its base first, with the versions that trained it."
             )
@@ -237,7 +237,7 @@ class _Placing:
         if not any(
             self.config.targeted(path) for path in (whose, self.path(name).removesuffix(".out_proj"), self.path(name))
         ):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} has factors of {whose!r}, which its target_modules do not name, and PEFT leaves such out. Take "
                 "the adapter_config.json that was saved with it."
             )
@@ -260,12 +260,12 @@ class _Placing:
             return config.scalings[written]
         ours, theirs = config.rank_of(path), config.rank_of(written)
         if rank not in (ours, theirs):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} has factors of rank {rank} for {written!r}, by its adapter_config.json it is {ours} (r, "
                 "rank_pattern). Take the adapter_config.json that was saved with it."
             )
         if ours == theirs and config.scaling(path) != config.scaling(written):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The alpha_pattern of the adapter {self.adapter.name} gives {written!r} another alpha than {path!r}, as transformers calls it "
                 "now. Save the adapter again with these versions."
             )
@@ -278,7 +278,7 @@ class _Placing:
             odd = "groups" if module.groups > 1 else "padding_mode" if module.padding_mode != "zeros" else None
             odd = "dilation" if any(d != 1 for d in module.dilation) else odd
             if odd:
-                raise TwinmergeError(
+                raise ModelError(
                     f"The adapter {self.adapter.name} changes the convolution {plain!r}, whose {odd} PEFT's factors do not have, so "
                     "that they are no sum on its weight. Leave this module out of target_modules."
                 )
@@ -294,12 +294,12 @@ class _Placing:
         weight = self.base.read(self.base.aliases.get(name, name))
         turned = self.architecture is not None and name in self.architecture.turned
         if pair.bias is not None or weight.dim() != 2 or weight.dtype not in STARTS or scaling <= 0:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} starts {name!r} by {start} (init_lora_weights), which PEFT does for matrices of 16 or 32 "
                 f"bits alone. {CONVERT}"
             )
         if not bool(weight.isfinite().all()):
-            raise TwinmergeError(
+            raise ModelError(
                 f"Tensor {name!r} of the base {self.base.name} holds NaN or infinity. Take a sound checkpoint of it."
             )
         rank, weight = pair.a.shape[0], weight.float()
@@ -315,14 +315,14 @@ class _Placing:
         if name not in specs and name not in aliases and name in self.in_class:
             raise self._other_form(name)
         if name not in specs and name not in aliases:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} changes {name!r}, which its base {self.base.name} does not have."
                 f"{nearest(name, specs)} Name the base that the adapter was trained on."
             )
         shape = specs[name if name in specs else aliases[name]].shape
         own = tuple(factors.shape)
         if own != shape and own != (shape[0] if shape else 1, math.prod(shape[1:])):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} changes {name!r} as {list(own)}, in its base {self.base.name} it is "
                 f"{list(shape)}. Name the base that the adapter was trained on."
             )
@@ -348,7 +348,7 @@ class _Placing:
             if not here:
                 return None
             if len(here) > 1:
-                raise TwinmergeError(
+                raise ModelError(
                     f"The adapter {self.adapter.name} has factors of {', '.join(here)} of {plain!r}, and without the base's config.json "
                     "their order is not known. Add its config.json."
                 )
@@ -359,7 +359,7 @@ class _Placing:
         if not own:
             return None
         if depth >= len(own):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} wraps {plain!r} {depth + 1} times, but its target_parameters name {len(own)} of its "
                 "parameters. Take the adapter_config.json that was saved with it."
             )
@@ -377,7 +377,7 @@ class _Placing:
             self._fits(name, Factors(pair.b, pair.a))  # which names what is missing
             return
         if self.config.start or pair.bias is not None or pair.embedding:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} changes the parameter {name!r} in a way that PEFT does not know (init_lora_weights, "
                 f"lora_bias). {CONVERT}"
             )
@@ -418,7 +418,7 @@ class _Placing:
         at = named[0] if named else tokens.get(None)
         shape = self.base.specs[name].shape if name in self.base.specs else ()
         if at is None or len(at) != len(rows) or rows.shape[1:] != shape[1:] or max(at, default=0) >= shape[0]:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The adapter {self.adapter.name} has {list(rows.shape)} numbers for rows of {name!r}, which do not fit its "
                 f"trainable_token_indices and the base's {list(shape)}. Name the base that the adapter was trained on."
             )

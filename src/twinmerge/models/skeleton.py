@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.bounds import at_most
 
 KEPT = 16
@@ -61,7 +61,7 @@ def new_skeleton(config: PretrainedConfig, model_class: type[PreTrainedModel], m
     except TwinmergeError:
         raise
     except Exception as error:  # whatever a class makes of a config that was changed by hand
-        raise TwinmergeError(
+        raise ModelError(
             f"{model_class.__name__} cannot be made from its config ({one_line(error)}). Restore its config.json."
         ) from error
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Container, Mapping
 
 import torch
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.models.change import Change
 
 
@@ -39,7 +39,7 @@ def tied(
             continue
         for other in changed[1:]:
             if not same_change(found[changed[0]], found[other]):
-                raise TwinmergeError(
+                raise ModelError(
                     f"The adapter {adapter} changes {changed[0]!r} and {other!r} each in its own way, but the base "
                     f"{base} ties them: one tensor cannot hold both. Untie the base (tie_word_embeddings), or train one "
                     "that changes both alike."
@@ -54,8 +54,8 @@ def tied(
     return found
 
 
-def alone(adapter: str, base: str, name: str, other: str) -> TwinmergeError:
-    return TwinmergeError(
+def alone(adapter: str, base: str, name: str, other: str) -> ModelError:
+    return ModelError(
         f"The adapter {adapter} changes {name!r} alone, but the base {base} ties it to {other!r}: with PEFT only the one changes, and one "
         "tensor cannot hold both. Untie the base (save it with tie_word_embeddings=False and its own output layer), or train an adapter "
         "that changes both alike."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.architecture import Architecture
 
 WRAPPERS = ("_orig_mod", "module")
@@ -72,7 +72,7 @@ class ModuleArchitecture(Architecture):
         """
         made = factory()
         if not isinstance(made, nn.Module):
-            raise TwinmergeError(f"The factory gave a {type(made).__name__}. Give a function that makes an nn.Module.")
+            raise UsageError(f"The factory gave a {type(made).__name__}. Give a function that makes an nn.Module.")
         return cls(unwrapped(made))
 
     def build(self) -> nn.Module:
@@ -132,11 +132,11 @@ def tensors_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The state of {name} holds {key!r}, a {type(value).__name__}, which cannot be merged. Leave it out of the state."
             )
         if value.is_sparse or value.is_quantized or value.is_complex():
-            raise TwinmergeError(
+            raise ModelError(
                 f"Tensor {key!r} of {name} is sparse, quantised or complex, which is not merged. Give it dense and real."
             )
     return {key: value.detach() for key, value in state.items()}
@@ -151,7 +151,7 @@ def _on_meta(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module, dict(kept))
     except Exception as error:  # what a module holds besides its parameters may be anything
-        raise TwinmergeError(
+        raise ModelError(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}). Give a module that copy.deepcopy copies."
         ) from error
 
@@ -161,13 +161,13 @@ def _check(module: nn.Module) -> None:
         hooks = [type(hook).__name__ for hook in part._forward_pre_hooks.values()]
         normed = {"WeightNorm", "SpectralNorm"} & set(hooks)
         if normed or (hasattr(part, "parametrizations") and len(part.parametrizations)):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The weights of {path or type(module).__name__!r} are computed from other tensors ({', '.join(sorted(normed)) or 'a parametrization'}), "
                 "which do not merge as they do. Take that off first (torch.nn.utils.parametrize.remove_parametrizations)."
             )
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
-            raise TwinmergeError(f"The parameter {name!r} has no shape yet. Run the module once before it is merged.")
+            raise ModelError(f"The parameter {name!r} has no shape yet. Run the module once before it is merged.")
 
 
 def _leaves(module: nn.Module) -> dict[str, str]:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.bounds import PARAMETERS, check_counts
 from twinmerge.models.skeleton import one_line, skeleton_of
@@ -197,7 +197,7 @@ class TransformersArchitecture(Architecture):
         try:
             made = type(self.config).from_dict(config)
         except Exception as error:  # some configs check their keys against each other
-            raise TwinmergeError(f"This is no {type(self.config).__name__} ({one_line(error)}).") from error
+            raise ModelError(f"This is no {type(self.config).__name__} ({one_line(error)}).") from error
         return TransformersArchitecture(made, self.model_class)
 
     @property
@@ -236,7 +236,7 @@ def read_config(folder: Path, tensors: Mapping[str, Spec] | None = None) -> Pret
     check_counts(raw, file, tensors)
     try:
         if raw.get("quantization_config") is not None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{folder} is quantised, and quantised weights cannot be merged. Load it in transformers, call "
                 "dequantize(), save_pretrained() to a new folder, and merge that."
             )
@@ -245,7 +245,7 @@ def read_config(folder: Path, tensors: Mapping[str, Spec] | None = None) -> Pret
     except TwinmergeError:
         raise
     except Exception as error:  # transformers raises many kinds here; the user needs one sentence
-        raise TwinmergeError(
+        raise ModelError(
             f"{file} is not a config that transformers {transformers.__version__} reads ({reason(error)}). Restore it."
         ) from error
     return config
@@ -263,7 +263,7 @@ def class_of(config: PretrainedConfig, task: str | None = None) -> type[PreTrain
         model_class: type[PreTrainedModel] = auto._model_mapping[type(config)]
     except KeyError as error:
         kind = re.sub(r"Config$", "", type(config).__name__)
-        raise TwinmergeError(
+        raise ModelError(
             f"transformers has no {auto.__name__} for {kind}. Give the full model, not an adapter."
         ) from error
     return model_class[0] if isinstance(model_class, (tuple, list)) else model_class

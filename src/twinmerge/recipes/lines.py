@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import SerializeAsAny
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import ModelError, RecipeError, nearest
 from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.kit.base import Grain, Known, Method, Need, Partial, Pass, Place, Tile, moved, weighted_sum
 from twinmerge.models.blocks import block_of
@@ -49,12 +49,12 @@ class Lines:
             (Lines(a=None, b=0.5), Lines(a=0.125, b=0.5))
         """
         if not isinstance(raw, Mapping):
-            raise TwinmergeError(f"{KEY} is {raw!r:.80}, which has no a and b. Write {KEY}: {{a: 0.125, b: 0.5}}.")
+            raise RecipeError(f"{KEY} is {raw!r:.80}, which has no a and b. Write {KEY}: {{a: 0.125, b: 0.5}}.")
         for key in raw:
             if key not in KEYS:
-                raise TwinmergeError(f"{KEY} has no key {key!r}.{nearest(str(key), KEYS)} It has: {', '.join(KEYS)}.")
+                raise RecipeError(f"{KEY} has no key {key!r}.{nearest(str(key), KEYS)} It has: {', '.join(KEYS)}.")
         if raw.get("b") is None:
-            raise TwinmergeError(f"{KEY} has no b, the coefficient that depth adds. Add one, such as b: 0.5.")
+            raise RecipeError(f"{KEY} has no b, the coefficient that depth adds. Add one, such as b: 0.5.")
         a = raw.get("a")
         return cls(None if a is None or a == AUTO else _finite("a", a), _finite("b", raw["b"]))
 
@@ -70,7 +70,7 @@ def _finite(key: str, value: object) -> float:
         number = math.nan
     if not math.isfinite(number):
         instead = f", or {key}: {AUTO}" if key == "a" else ""
-        raise TwinmergeError(f"{KEY}: {key} is {value!r:.80}, which is no finite number. Write {key}: 0.5{instead}.")
+        raise RecipeError(f"{KEY}: {key} is {value!r:.80}, which is no finite number. Write {key}: 0.5{instead}.")
     return number
 
 
@@ -121,7 +121,7 @@ class Automatic(Pass[float]):
         experts = next((part[0] for part in total_.values()), 1)
         together, merged = (total(*(part[i] for part in total_.values())) for i in (1, 2))
         if not (math.isfinite(together) and math.isfinite(merged)):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The merged change is NaN or infinite, so {KEY} cannot take its a from it. Lower the method's scale."
             )
         return together / (experts * merged) if merged else 0.0

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import RecipeError, TwinmergeError, nearest
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
@@ -105,7 +105,7 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
     """
     _check_keys(raw, where, own_keys)
     if not isinstance(raw.get("merge_method"), str):
-        raise TwinmergeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
+        raise RecipeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
     method = raw["merge_method"]
     ours = _ours(method, where)
     dialect = method_class(ours).mergekit[method]
@@ -127,7 +127,7 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
         for key, number in dialect.own.items():
             value = entry.settings.get(key, general.get(key, number.default))
             if value is None:
-                raise TwinmergeError(
+                raise RecipeError(
                     f"{at}: {method} needs a {key} for every model. Add parameters: {{{key}: 1.0}} to it, or to the whole recipe."
                 )
             parameters[f"{name}.{number.field}"] = _number(key, value, at)
@@ -156,20 +156,18 @@ def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool) -> None:
         if key in TOP_KEYS or key == "name" or (own_keys and key in OWN_KEYS):
             continue
         if key in NOT_YET:
-            raise TwinmergeError(
-                f"{where}: {key!r} is a key of mergekit that twinmerge does not read yet. {NOT_YET[key]}"
-            )
+            raise RecipeError(f"{where}: {key!r} is a key of mergekit that twinmerge does not read yet. {NOT_YET[key]}")
         if key in OF_MOE:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{where}: {key!r} is a key of mergekit-moe, whose files twinmerge does not read. Give a recipe of one merged model."
             )
         if key in OWN_KEYS:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{where}: {key!r} is a key of twinmerge, and this file is in mergekit's schema. Add `compat: mergekit` or `compat: paper` "
                 "to say whose semantics its method has."
             )
         known = [*TOP_KEYS, *NOT_YET, "compat", "twinmerge", *OWN_KEYS]
-        raise TwinmergeError(f"{where}: unknown key {key!r:.80}.{nearest(key, known)} Known: {', '.join(known)}.")
+        raise RecipeError(f"{where}: unknown key {key!r:.80}.{nearest(key, known)} Known: {', '.join(known)}.")
 
 
 def _ours(method: str, where: str) -> str:
@@ -177,14 +175,14 @@ def _ours(method: str, where: str) -> str:
     if (ours := said_otherwise(method, lambda cls: method in cls.mergekit)) is not None:
         return ours
     if method in NEAREST:
-        raise TwinmergeError(
+        raise RecipeError(
             f"{where}: {method} is a method of mergekit that twinmerge does not have yet. The nearest is {NEAREST[method]}."
         )
     names = method_names()
     if method in names:
         others = [*method_class(method).mergekit]
         instead = f", where this is called {others[0]}" if others else ""
-        raise TwinmergeError(
+        raise RecipeError(
             f"{where}: {method} is a method of twinmerge, and this file is in mergekit's schema{instead}. Add `twinmerge: 1` to the file to "
             "merge by the paper's semantics."
         )
@@ -192,7 +190,7 @@ def _ours(method: str, where: str) -> str:
     for name in names:
         with suppress(TwinmergeError):  # of another package that cannot be loaded
             known += method_class(name).mergekit
-    raise TwinmergeError(f"{where}: Unknown method {method!r:.80}.{nearest(method, known)} See `twinmerge methods`.")
+    raise RecipeError(f"{where}: Unknown method {method!r:.80}.{nearest(method, known)} See `twinmerge methods`.")
 
 
 def _models(
@@ -202,23 +200,23 @@ def _models(
     listed = raw.get("models")
     method = raw["merge_method"]
     if not isinstance(listed, list):
-        raise TwinmergeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")
+        raise RecipeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")
     entries: list[_Entry] = []
     names: list[str | None] = []
     ignored: list[str] = []
     seen: set[str] = set()
     for each in listed:
         if not isinstance(each, dict) or "model" not in each:
-            raise TwinmergeError(f"{where}: every entry of models needs a 'model: path', got {each!r:.80}.")
+            raise RecipeError(f"{where}: every entry of models needs a 'model: path', got {each!r:.80}.")
         model = _reference(each["model"], f"{where}, models")
         at = f"{where}, model {model!r}"
         for key in each:
             if key not in MODEL_KEYS:
-                raise TwinmergeError(
+                raise RecipeError(
                     f"{at}: unknown key {key!r:.80}.{_instead(key, model)} Known: {', '.join(MODEL_KEYS)}."
                 )
         if model in seen:
-            raise TwinmergeError(f"{where} lists the model {model!r} twice. List it once.")
+            raise RecipeError(f"{where} lists the model {model!r} twice. List it once.")
         seen.add(model)
         settings = _settings(each.get("parameters"), dialect, at)
         if on_deltas and model == base:
@@ -227,7 +225,7 @@ def _models(
         entries.append(_Entry(model, settings))
         names.append(each.get("name"))
     if on_deltas and base is None:
-        raise TwinmergeError(f"{where}: {method} works on changes to a base. Add base_model: its path.")
+        raise RecipeError(f"{where}: {method} works on changes to a base. Add base_model: its path.")
     if not on_deltas and base is not None:
         first = next((i for i, entry in enumerate(entries) if entry.model == base), None)
         if first is None:  # mergekit adds it to the inputs
@@ -236,11 +234,9 @@ def _models(
             entries.insert(0, entries.pop(first))
             names.insert(0, names.pop(first))
     if not entries:
-        raise TwinmergeError(
-            f"{where}: There is no expert to merge. Add one '- model: path' per expert besides the base."
-        )
+        raise RecipeError(f"{where}: There is no expert to merge. Add one '- model: path' per expert besides the base.")
     if (why := dialect.refuse(len(entries), base is not None)) is not None:
-        raise TwinmergeError(f"{where}: {why}")
+        raise RecipeError(f"{where}: {why}")
     return dict(zip(expert_names([entry.model for entry in entries], names, where), entries, strict=True)), ignored
 
 
@@ -264,9 +260,7 @@ def _reference(raw: Any, where: str) -> str:
         elif "model" in raw and not {"path", "revision"} & raw.keys():
             parts = [raw["model"], *([raw["lora"]] if raw.get("lora") is not None else [])]
             return "+".join(_reference(part, where) for part in parts)
-    raise TwinmergeError(
-        f"{where}: {raw!r:.80} is no model. Write a path or hub id, in quotes if it looks like a number."
-    )
+    raise RecipeError(f"{where}: {raw!r:.80} is no model. Write a path or hub id, in quotes if it looks like a number.")
 
 
 def _settings(raw: Any, dialect: Dialect, where: str) -> dict[str, Any]:
@@ -274,15 +268,15 @@ def _settings(raw: Any, dialect: Dialect, where: str) -> dict[str, Any]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise TwinmergeError(f"{where}: parameters must be a mapping, got {raw!r:.80}.")
+        raise RecipeError(f"{where}: parameters must be a mapping, got {raw!r:.80}.")
     known = {*PARAMETERS, *dialect.own, *dialect.shared}
     for key, value in raw.items():
         if key not in known:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{where}: mergekit has no parameter {key!r:.80}.{nearest(key, known)} It has: {', '.join(sorted(known))}."
             )
         if isinstance(value, (list, dict)):
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{where}: {key} is a list (a gradient or filters), which is not read yet. Give one number."
             )
         if key in SWITCHES or isinstance(dialect.shared.get(key), Switch):
@@ -303,7 +297,7 @@ def _shared(general: Mapping[str, Any], method: str, dialect: Dialect, where: st
     for key, said in dialect.shared.items():
         value = general.get(key, said.default)
         if value is None:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{where}: {method} needs {key}, for all models together. Add parameters: {{{key}: 0.5}}."
             )
         if isinstance(said, Number):
@@ -311,7 +305,7 @@ def _shared(general: Mapping[str, Any], method: str, dialect: Dialect, where: st
             continue
         on = _switch(key, value, where)
         if on and said.refused:
-            raise TwinmergeError(f"{where}: {said.refused}")
+            raise RecipeError(f"{where}: {said.refused}")
         if said.field is not None:
             found[said.field] = said.of(on)
     return found
@@ -321,11 +315,11 @@ def _number(key: str, value: Any, where: str) -> float:
     """A number, or the text of one."""
     number = same_number(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TwinmergeError(f"{where}: {key} is {value!r:.80}, which is no number. Write {key}: 0.5.")
+        raise RecipeError(f"{where}: {key} is {value!r:.80}, which is no number. Write {key}: 0.5.")
     try:
         return float(number)
     except OverflowError as error:
-        raise TwinmergeError(f"{where}: {key} is no number of a size that can be used. Write {key}: 0.5.") from error
+        raise RecipeError(f"{where}: {key} is no number of a size that can be used. Write {key}: 0.5.") from error
 
 
 def _switch(key: str, value: Any, where: str) -> bool:
@@ -334,4 +328,4 @@ def _switch(key: str, value: Any, where: str) -> bool:
         return bool(value)
     if isinstance(value, str) and value.lower() in WORDS:
         return WORDS[value.lower()]
-    raise TwinmergeError(f"{where}: {key} is {value!r:.80}, which is neither true nor false. Write {key}: true.")
+    raise RecipeError(f"{where}: {key} is {value!r:.80}, which is neither true nor false. Write {key}: true.")

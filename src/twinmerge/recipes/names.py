@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import RecipeError
 
 EXPERT_NAME = re.compile(r"^\w[\w.\-]*$")
 TAKEN = ("base", "output")  # they stand for something else in checksums and messages
@@ -43,10 +43,10 @@ def expert_names(refs: Sequence[str], given: Sequence[object], where: str) -> li
     """
     for name in given:
         if name is not None and not isinstance(name, str):
-            raise TwinmergeError(f"{where}: the name {name!r:.80} of a model is no text. Put it in quotes.")
+            raise RecipeError(f"{where}: the name {name!r:.80} of a model is no text. Put it in quotes.")
     chosen = [name for name in given if isinstance(name, str)]
     if twice := [name for name, times in Counter(chosen).items() if times > 1]:
-        raise TwinmergeError(f"{where} names the expert {twice[0]!r:.80} twice. Give one of them another 'name:'.")
+        raise RecipeError(f"{where} names the expert {twice[0]!r:.80} twice. Give one of them another 'name:'.")
     free = [i for i, name in enumerate(given) if name is None]
     parts = dict.fromkeys(free, 1)
     while True:
@@ -61,5 +61,5 @@ def expert_names(refs: Sequence[str], given: Sequence[object], where: str) -> li
     for number, i in enumerate(sorted(clash, key=lambda i: refs[i]), 1):  # paths that differ in other letters alone
         names[i] = f"{names[i]}_{number}"
     if len({*names.values(), *chosen}) < len(refs):
-        raise TwinmergeError(f"{where}: {refs[free[0]]!r} and others get one name. Give each of them a 'name:'.")
+        raise RecipeError(f"{where}: {refs[free[0]]!r} and others get one name. Give each of them a 'name:'.")
     return [names[i] if name is None else str(name) for i, name in enumerate(given)]

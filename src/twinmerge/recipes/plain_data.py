@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, RecipeError
 from twinmerge.store.foreign import Most, parse_json, read_bytes
 
 BYTES = {"yaml": 1 << 18, "json": 1 << 22}  # of a file, at most; a recipe of a hundred models has 20 kB
@@ -71,8 +71,10 @@ def read_plain(file: Path, what: str) -> Any:
     kind = "json" if file.suffix == ".json" else "yaml"
     try:
         text = read_bytes(file, BYTES[kind], f"Give a {what}.").decode("utf-8-sig")
+    except DataError as error:
+        raise RecipeError(str(error)) from error
     except UnicodeDecodeError as error:
-        raise TwinmergeError(f"The {what} {file} cannot be read: {error}. Write plain YAML or JSON.") from error
+        raise RecipeError(f"The {what} {file} cannot be read: {error}. Write plain YAML or JSON.") from error
     return (from_json if kind == "json" else from_yaml)(text, f"The {what} {file}")
 
 
@@ -91,7 +93,7 @@ def from_yaml(text: str, where: str) -> Any:
         >>> from_yaml("{density: 0.1, density: 0.2}", "it")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: it cannot be read: line 1 has the key 'density' a second time. Keep one of them.
+        twinmerge.errors.RecipeError: it cannot be read: line 1 has the key 'density' a second time. Keep one of them.
     """
     loader = None
     try:
@@ -100,13 +102,13 @@ def from_yaml(text: str, where: str) -> Any:
         return None if node is None else _Reader().value(node, 0)
     except yaml.composer.ComposerError as error:
         if "single document" in str(error):
-            raise TwinmergeError(f"{where} cannot be read: it has several documents. Give a file for each.") from error
-        raise TwinmergeError(f"{where} cannot be read: {_said(error)}. Write plain YAML or JSON.") from error
+            raise RecipeError(f"{where} cannot be read: it has several documents. Give a file for each.") from error
+        raise RecipeError(f"{where} cannot be read: {_said(error)}. Write plain YAML or JSON.") from error
     except yaml.YAMLError as error:
-        raise TwinmergeError(f"{where} cannot be read: {_said(error)}. Write plain YAML or JSON.") from error
+        raise RecipeError(f"{where} cannot be read: {_said(error)}. Write plain YAML or JSON.") from error
     except (_UnreadableError, RecursionError) as error:
         said = error if isinstance(error, _UnreadableError) else _too_much()
-        raise TwinmergeError(f"{where} cannot be read: {said}") from error
+        raise RecipeError(f"{where} cannot be read: {said}") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -125,12 +127,12 @@ def from_json(text: str, where: str) -> Any:
         >>> from_json('{"a": 1, "a": 2}', "it")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: it cannot be read: the key 'a' stands twice. Write plain YAML or JSON.
+        twinmerge.errors.RecipeError: it cannot be read: the key 'a' stands twice. Write plain YAML or JSON.
     """
     try:
         return parse_json(text, Most(BYTES["json"], VALUES))
     except ValueError as error:
-        raise TwinmergeError(f"{where} cannot be read: {error}. Write plain YAML or JSON.") from error
+        raise RecipeError(f"{where} cannot be read: {error}. Write plain YAML or JSON.") from error
 
 
 def to_yaml(data: Mapping[str, Any]) -> str:

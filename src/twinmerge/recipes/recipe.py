@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.arguments import strict, strict_class
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import RecipeError, nearest
 from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.registry import (
     MethodLike,
@@ -83,36 +83,34 @@ class Recipe:
     def __post_init__(self) -> None:
         self._take_method()
         if not self.experts:
-            raise TwinmergeError("There is no expert to merge. Name at least one with --expert name=path.")
+            raise RecipeError("There is no expert to merge. Name at least one with --expert name=path.")
         for name in self.experts:
             if not EXPERT_NAME.fullmatch(name):
-                raise TwinmergeError(
-                    f"The expert name {name!r:.80} is not usable. Use letters, digits, '_', '-' and '.'."
-                )
+                raise RecipeError(f"The expert name {name!r:.80} is not usable. Use letters, digits, '_', '-' and '.'.")
         reads_base = method_class(self.method).space == "deltas" or self.lines is not None
         taken = {"output", *(["base"] if reads_base else [])}
         if clash := taken & set(self.experts):
-            raise TwinmergeError(
+            raise RecipeError(
                 f"The expert name {clash.pop()!r} stands for something else in checksums and messages. Give it another one."
             )
         if self.stochastic is not None and (isinstance(self.stochastic, bool) or not isinstance(self.stochastic, int)):
-            raise TwinmergeError(
+            raise RecipeError(
                 f"stochastic is the seed of stochastic rounding, got {self.stochastic!r:.80}. Write stochastic: 0."
             )
         if self.stochastic is not None and self.stochastic < 0:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"stochastic is a seed, which cannot be negative, got {self.stochastic}. Write 0 or more."
             )
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"Cannot write dtype {self.dtype!r:.80}.{nearest(str(self.dtype), DTYPES)} Choose from {', '.join(DTYPES)}."
             )
         if self.base is None and method_class(self.method).space == "deltas":
-            raise TwinmergeError(f"{short_name(self.method)} works on changes to a base. Name the base with --base.")
+            raise RecipeError(f"{short_name(self.method)} works on changes to a base. Name the base with --base.")
         if self.base is None and self.lines is not None:
-            raise TwinmergeError("LiNeS scales changes to a base. Name the base with --base, or leave lines out.")
+            raise RecipeError("LiNeS scales changes to a base. Name the base with --base, or leave lines out.")
         if self.lines is not None and method_class(self.method).outputs != "model":
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{short_name(self.method)} makes masks, whose vector LiNeS cannot scale. Leave lines out."
             )
         self._check_statistics()
@@ -121,7 +119,7 @@ class Recipe:
         """Keep a method by its name where it has one, else its class, and an object's parameters among the others."""
         own = given_to(self.method)
         if twice := own.keys() & self.parameters.keys():
-            raise TwinmergeError(f"{min(twice)!r} is given twice, in the method and beside it. Give it once.")
+            raise RecipeError(f"{min(twice)!r} is given twice, in the method and beside it. Give it once.")
         if not isinstance(self.method, str):
             name, cls = method_name(self.method), method_class(self.method)
             object.__setattr__(self, "parameters", {**own, **self.parameters})  # as frozen dataclasses do themselves
@@ -136,15 +134,15 @@ class Recipe:
         needs = method_class(self.method).needs
         for name in self.statistics:
             if name not in self.experts:
-                raise TwinmergeError(
+                raise RecipeError(
                     f"--statistics names {name!r}, which is no expert of this merge.{nearest(name, self.experts)}"
                 )
             if not needs:
-                raise TwinmergeError(f"{short_name(self.method)} reads no statistics. Leave those of {name!r} out.")
+                raise RecipeError(f"{short_name(self.method)} reads no statistics. Leave those of {name!r} out.")
         for need in needs:
             for name in self.experts:
                 if name not in self.statistics:
-                    raise TwinmergeError(
+                    raise RecipeError(
                         f"{short_name(self.method)} needs the {need} statistics of every expert, and {name!r} has none. Take them with `twinmerge "
                         f"measure {need} MODEL --data FILE -o {name}.{need}.safetensors`, and add --statistics {name}=that file."
                     )
@@ -264,9 +262,7 @@ def read_recipe(file: str | Path) -> Recipe:
     file = Path(file)
     raw = read_plain(file, "recipe")
     if not isinstance(raw, dict):
-        raise TwinmergeError(
-            f"The recipe {file} is no mapping of keys to values. Start with merge_method: and models:."
-        )
+        raise RecipeError(f"The recipe {file} is no mapping of keys to values. Start with merge_method: and models:.")
     return recipe_from(raw, str(file))
 
 
@@ -287,7 +283,7 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     ours = _is_ours(raw, where)
     compat = raw.get("compat", "paper" if ours else "mergekit")
     if compat not in ("paper", "mergekit"):
-        raise TwinmergeError(
+        raise RecipeError(
             f"{where}: compat is {compat!r:.80}.{nearest(str(compat), ['paper', 'mergekit'])} Write compat: paper or compat: mergekit; a "
             "method's own compat goes under parameters."
         )
@@ -302,11 +298,11 @@ def _is_ours(raw: Mapping[str, Any], where: str) -> bool:
         return False
     version = raw[MARK]
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise TwinmergeError(
+        raise RecipeError(
             f"{where}: {MARK} is {version!r:.80}, which is no version of recipes. Write {MARK}: {VERSION}."
         )
     if version > VERSION:
-        raise TwinmergeError(
+        raise RecipeError(
             f"{where} is a recipe of version {version}, and this twinmerge reads {VERSION}. Update twinmerge."
         )
     return True
@@ -316,24 +312,24 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
     """A recipe in our schema, or (not `ours`) in mergekit's with the papers' semantics, where the base may be listed."""
     for key in raw:
         if key not in RECIPE_KEYS:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{where}: unknown key {key!r:.80}.{_instead(key, ours)} Known: {', '.join(RECIPE_KEYS)}."
             )
     if not isinstance(raw.get("merge_method"), str):
-        raise TwinmergeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
+        raise RecipeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
     method = by_our_name(raw["merge_method"])
     deltas = method_class(method).space == "deltas"
     base, models = _model(raw.get("base_model"), f"{where}, base_model"), raw.get("models")
     if not isinstance(models, list):
-        raise TwinmergeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")
+        raise RecipeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")
     entries = []
     for entry in models:
         if not isinstance(entry, dict) or entry.get("model") is None:
-            raise TwinmergeError(f"{where}: every entry of models needs a 'model: path', got {entry!r:.80}.")
+            raise RecipeError(f"{where}: every entry of models needs a 'model: path', got {entry!r:.80}.")
         at = f"{where}, model {entry['model']!r:.80}"
         for key in entry:
             if key not in MODEL_KEYS:
-                raise TwinmergeError(
+                raise RecipeError(
                     f"{at}: unknown key {key!r:.80}.{nearest(key, MODEL_KEYS)} Known: {', '.join(MODEL_KEYS)}."
                 )
         _model(entry["model"], at)
@@ -349,17 +345,15 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
             f"{name}.{key}": value for key, value in parameters_of(entry.get("parameters"), method, at, ours).items()
         }
         if twice := own.keys() & parameters.keys():
-            raise TwinmergeError(f"{at}: {min(twice)!r} is set for the whole recipe too. Keep one of them.")
+            raise RecipeError(f"{at}: {min(twice)!r} is set for the whole recipe too. Keep one of them.")
         parameters |= own
         if "statistics" in entry:
             if not isinstance(entry["statistics"], str):
-                raise TwinmergeError(f"{at}: statistics is {entry['statistics']!r:.80}, which is no path of a file.")
+                raise RecipeError(f"{at}: statistics is {entry['statistics']!r:.80}, which is no path of a file.")
             statistics[name] = entry["statistics"]
     heads = () if raw.get("heads") is None else raw["heads"]
     if not isinstance(heads, (list, tuple)) or not all(isinstance(pattern, str) for pattern in heads):
-        raise TwinmergeError(
-            f"{where}: heads must be a list of patterns, got {heads!r:.80}. Write heads: [classifier]."
-        )
+        raise RecipeError(f"{where}: heads must be a list of patterns, got {heads!r:.80}. Write heads: [classifier].")
     return Recipe(
         method,
         base,
@@ -382,6 +376,4 @@ def _instead(key: str, ours: bool) -> str:
 def _model(raw: Any, where: str) -> Any:
     if raw is None or isinstance(raw, os.PathLike) or (isinstance(raw, str) and raw):
         return raw
-    raise TwinmergeError(
-        f"{where}: {raw!r:.80} is no model. Write a path or hub id, in quotes if it looks like a number."
-    )
+    raise RecipeError(f"{where}: {raw!r:.80} is no model. Write a path or hub id, in quotes if it looks like a number.")

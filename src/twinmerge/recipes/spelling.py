@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import RecipeError, nearest
 from twinmerge.methods.kit.dialect import SPELLINGS, Number, Switch
 from twinmerge.methods.kit.registry import METHODS, is_own, is_per_expert, method_class, said_otherwise
 
@@ -23,7 +23,7 @@ def parameters_of(raw: Any, method: str, where: str, ours: bool) -> dict[str, An
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise TwinmergeError(f"{where}: parameters must be a mapping, got {raw!r:.80}.")
+        raise RecipeError(f"{where}: parameters must be a mapping, got {raw!r:.80}.")
     cls = method_class(method)
     fields = cls.model_fields
     found: dict[str, Any] = {}
@@ -34,7 +34,7 @@ def parameters_of(raw: Any, method: str, where: str, ours: bool) -> dict[str, An
         if name not in fields and isinstance(spelling, Number):
             name = spelling.field
         if isinstance(value, (list, tuple)) and not (ours and name in fields and is_per_expert(cls, name)):
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{where}: {key} is a list (a gradient or filters), which is not read yet. Give one number."
             )
         if name in IDLE:
@@ -42,11 +42,11 @@ def parameters_of(raw: Any, method: str, where: str, ours: bool) -> dict[str, An
         if isinstance(value, bool) and isinstance(spelling, Switch) and spelling.field is not None:
             name, value = spelling.field, spelling.of(value)
         if name not in fields:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{where}: {method} has no parameter {key!r:.80}.{nearest(str(key), fields)} It has: {', '.join(fields) or 'none'}."
             )
         to = f"{expert}{dot}{name}"
         if to in found:
-            raise TwinmergeError(f"{where}: {said[to]} and {key} are one parameter, {to}. Keep one of them.")
+            raise RecipeError(f"{where}: {said[to]} and {key} are one parameter, {to}. Keep one of them.")
         found[to], said[to] = value, str(key)
     return found

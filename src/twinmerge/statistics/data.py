@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ModelError, UsageError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.statistics.model import Measured
 from twinmerge.tasks.encode import TextEncoder, padded_tokens
@@ -80,18 +80,18 @@ class Data:
     ) -> None:
         for name, value in (("limit", limit), ("max_tokens", max_tokens), ("batch", batch)):
             if value is not None and value < 1:
-                raise TwinmergeError(f"{name} is {value}. Give 1 or more.")
+                raise UsageError(f"{name} is {value}. Give 1 or more.")
         self.model, self.batch, self._needs_targets = model, batch, targets
         self.rows = Rows(Path(file), model.vocabulary)
         self.field = self.rows.field
         if (model.vocabulary is None) != (self.field == "image"):
-            raise TwinmergeError(
+            raise DataError(
                 f"{file} has rows of {self.field!r}, which {type(model.module).__name__} does not read. Give it "
                 f"{'images' if model.vocabulary is None else 'texts'}."
             )
         start, stop = (0, self.rows.count) if rows is None else (rows[0], min(rows[1], self.rows.count))
         if not 0 <= start < stop:
-            raise TwinmergeError(
+            raise UsageError(
                 f"There are no rows {start}:{rows[1] if rows else stop} in {file}: it has {self.rows.count}, counted from 0. Choose others."
             )
         self._range = start, stop
@@ -161,7 +161,7 @@ class Data:
             return None
         if len(some) < len(given):
             without = window[given.index(None)]
-            raise TwinmergeError(f"{without.where} has no field 'target', which {self._class} is to predict. Add it.")
+            raise DataError(f"{without.where} has no field 'target', which {self._class} is to predict. Add it.")
         encoder = self._encoder or self._open_encoder(self.max_tokens)
         options: dict[str, Any] = {"padding": False, "verbose": False}
         found: list[list[int]] = encoder.tokenizer(text_target=some, **options)["input_ids"]
@@ -172,7 +172,7 @@ class Data:
                 cut = encoder.tokenizer(text_target=some[i], truncation=True, max_length=encoder.max_tokens, **options)
                 found[i] = cut["input_ids"]
             if not ids:
-                raise TwinmergeError(f"{window[i].where}: field 'target' has no token. Give some text.")
+                raise DataError(f"{window[i].where}: field 'target' has no token. Give some text.")
         return found
 
     @property
@@ -188,7 +188,7 @@ class Data:
 
     def _open_encoder(self, max_tokens: int | None) -> TextEncoder:
         if self.model.folder is None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{self.model.name} is in memory and has no tokenizer. Save it with its tokenizer and name the folder, or give rows of "
                 "input_ids."
             )
@@ -220,7 +220,7 @@ def _padded(lists: Sequence[Sequence[int]], other: int) -> Tensor:
 
 def _open_images(model: Measured) -> ImageEncoder:
     if model.folder is None:
-        raise TwinmergeError(
+        raise ModelError(
             f"{model.name} is in memory and has no image processor. Save it with its image processor and name the folder."
         )
     return ImageEncoder(model.folder)

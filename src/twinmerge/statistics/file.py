@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, OutputError, UsageError
 from twinmerge.maths.sums import block_sums, blocked_dot, total
 from twinmerge.store.artefact import LONGEST, Artefact, ArtefactFile, ArtefactWriter, in_order, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
@@ -55,10 +55,10 @@ class Statistics:
         """
         path = Path(os.path.realpath(file) if os.path.islink(file) else file)  # the user named it, wherever it leads
         if not os.path.exists(path):
-            raise TwinmergeError(f"There is no statistics file {path}. Name one that `twinmerge measure` wrote.")
+            raise DataError(f"There is no statistics file {path}. Name one that `twinmerge measure` wrote.")
         found = cls(open_artefact(path, KIND, VERSION))
         if what is not None and found.what != what:
-            raise TwinmergeError(
+            raise DataError(
                 f"{path} holds {found.what} statistics, {what} statistics are needed. Take them with `twinmerge measure {what}`."
             )
         return found
@@ -116,7 +116,7 @@ def added(files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         TwinmergeError: fewer than two files; another model, kind, setting or version; data that were counted before.
     """
     if len(files) < 2:
-        raise TwinmergeError("There is nothing to add. Name at least two statistics files.")
+        raise UsageError("There is nothing to add. Name at least two statistics files.")
     OutputFile(out).check()
     parts = [Statistics.open(file) for file in files]
     first = parts[0]
@@ -155,7 +155,7 @@ def _same(first: Statistics, other: Statistics) -> None:
         ("other settings", first.header["settings"], other.header["settings"]),
     ):
         if one != two:
-            raise TwinmergeError(
+            raise DataError(
                 f"{other.file} has {what} than {first.file} ({_difference(one, two)}), so they do not add up. Measure both alike."
             )
 
@@ -173,7 +173,7 @@ def _disjoint(data: Sequence[Mapping[str, Any]]) -> None:
         start, stop = piece["rows"]
         for other_start, other_stop, file in seen.get(piece["sha256"], []):
             if start < other_stop and other_start < stop:
-                raise TwinmergeError(
+                raise DataError(
                     f"Rows {max(start, other_start)} to {min(stop, other_stop) - 1} of {file} are in two of the statistics, and would count "
                     "twice. Measure parts that do not overlap, with --rows START:STOP."
                 )
@@ -205,5 +205,5 @@ def _write(
                     writer.write(name, 0, tensor.detach().contiguous().reshape(-1))
                 writer.finish(described())
     except OSError as error:
-        raise TwinmergeError(f"{file} cannot be written: {error}. Free some space, or name another place.") from error
+        raise OutputError(f"{file} cannot be written: {error}. Free some space, or name another place.") from error
     return file

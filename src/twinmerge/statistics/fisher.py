@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.arguments import shown
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.headed import rows_of_batch
 from twinmerge.statistics.data import Batch
 from twinmerge.statistics.per_example import InseparableError, PerExample, Squares, Vectors
@@ -61,21 +61,21 @@ class Fisher:
         seed: int = 0,
     ) -> None:
         if kind == "bare":
-            raise TwinmergeError(
+            raise ModelError(
                 f"{type(module).__name__} has no head that classifies or writes on, so it makes no prediction whose Fisher information could "
                 "be taken. Name a classifier, a language model, or the expert with its head."
             )
         if labels not in get_args(Labels):
-            raise TwinmergeError(f"labels is {shown(labels)}. Choose from {', '.join(get_args(Labels))}.")
+            raise UsageError(f"labels is {shown(labels)}. Choose from {', '.join(get_args(Labels))}.")
         if samples < 1:
-            raise TwinmergeError(f"samples={samples} is out of range. Give at least 1.")
+            raise UsageError(f"samples={samples} is out of range. Give at least 1.")
         self.module: Any = module
         self.kind, config = kind, self.module.config
         self.outputs = int(getattr(config, "num_labels", 0)) if kind == "classifier" else 0
         self.problem = getattr(config, "problem_type", None)
         self.by_token = kind != "classifier" or type(module).__name__.endswith("TokenClassification")
         if self.by_token and labels == "exact":
-            raise TwinmergeError(
+            raise UsageError(
                 f"{type(module).__name__} predicts something at every token, and an exact sum takes a backward pass for each of them. Leave "
                 "out --labels, or say sampled."
             )
@@ -142,11 +142,11 @@ class Fisher:
         with torch.enable_grad():
             logits = getattr(self.module(**inputs), "logits", None)
         if logits is None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{type(self.module).__name__} gives no logits, so there is no prediction to take the Fisher information of."
             )
         if not bool(logits.isfinite().all()):
-            raise TwinmergeError(
+            raise ModelError(
                 f"The model gives NaN or infinite logits among rows {min(batch.rows)} to {max(batch.rows)}. Take a sound checkpoint of it."
             )
         return logits, self._vectors(logits.detach(), batch)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.statistics.data import Batch
 from twinmerge.statistics.watch import Positions, Watched, own_weights
 
@@ -57,7 +57,7 @@ class Gram:
 
     def __init__(self, module: nn.Module, names: Mapping[str, str], *, block: int = 4096) -> None:
         if block < 1:
-            raise TwinmergeError(f"block is {block}. Give 1 or more.")
+            raise UsageError(f"block is {block}. Give 1 or more.")
         self.block, self.tokens = block, 0
         parts = {part: name for part, name in own_weights(module, names).items() if is_matrix(part)}
         self._parts = {name: part for part, name in parts.items()}

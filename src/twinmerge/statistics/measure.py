@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm.auto import tqdm
 
 from twinmerge.arguments import device_known, strict
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import UsageError, nearest
 from twinmerge.models.opened import ModelLike
 from twinmerge.statistics.activations import Activations
 from twinmerge.statistics.data import Data
@@ -71,12 +71,12 @@ def measure(
         'a.gram.safetensors'
     """
     if what not in WHAT:
-        raise TwinmergeError(f"There are no {what!r} statistics.{nearest(what, WHAT)} There are: {', '.join(WHAT)}.")
+        raise UsageError(f"There are no {what!r} statistics.{nearest(what, WHAT)} There are: {', '.join(WHAT)}.")
     device_known(device)
     target = Path(out)
     OutputFile(target).check()
     if not target.absolute().parent.is_dir():
-        raise TwinmergeError(f"{target} cannot be written: its folder is not there. Name a file in a folder that is.")
+        raise UsageError(f"{target} cannot be written: its folder is not there. Name a file in a folder that is.")
     measured = Measured(model, device)
     found: Any
     if what == "fisher":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.models.conversion import as_stored
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model
@@ -45,7 +45,7 @@ class Measured:
     def __init__(self, model: ModelLike, device: str = "cpu") -> None:
         opened = open_model(model)
         if opened.architecture is None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{opened.name} has no config.json, so there is no class to run it with. Copy the model's config.json into its folder."
             )
         architecture = opened.architecture
@@ -97,14 +97,14 @@ class Measured:
             start = getattr(config, "decoder_start_token_id", None)
             start = getattr(config, "bos_token_id", None) if start is None else start
             if start is None:
-                raise TwinmergeError(
+                raise ModelError(
                     f"The config of {self.name} names no decoder_start_token_id. Add it, or give every row a target."
                 )
             return torch.full((rows, 1), int(start))
         try:
             found: Tensor = self.module.prepare_decoder_input_ids_from_labels(labels=targets)
         except (ValueError, AttributeError, TypeError) as error:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{type(self.module).__name__} cannot tell its decoder's input from the targets ({error}). Set decoder_start_token_id "
                 "and pad_token_id in its config.json."
             ) from error

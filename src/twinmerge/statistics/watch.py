@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ModelError
 from twinmerge.models.headed import rows_of_batch
 from twinmerge.statistics.data import IGNORED, Batch
 
@@ -66,7 +66,7 @@ class Positions:
             TwinmergeError: NaN or infinity (names module and rows).
         """
         if not bool(x.isfinite().all()):
-            raise TwinmergeError(
+            raise ModelError(
                 f"At {name!r} the model gives NaN or infinity among rows {self.rows}. Take a sound checkpoint of it."
             )
 
@@ -134,7 +134,7 @@ class Watched:
         except _Enough:
             pass
         except (TypeError, ValueError) as error:
-            raise TwinmergeError(
+            raise DataError(
                 f"{type(self.module).__name__} cannot be run on rows {self.positions.rows} ({error}). Give it the rows that its class "
                 "takes."
             ) from error

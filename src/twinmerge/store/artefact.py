@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, DataError, TwinmergeError
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter
 from twinmerge.store.checksum import UNSEALED, is_sealed, sealed
@@ -74,7 +74,7 @@ class ArtefactFile(Checkpoint):
             self.expected = _split(head.pop(SUMS, {}), self.specs)
             self.artefact = Artefact(head.pop("kind"), int(head.pop("version")), head.pop("base"), head, {})
         except (LookupError, ArithmeticError, ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise TwinmergeError(f"{file} is no twinmerge artefact. Build it again.") from error
+            raise DataError(f"{file} is no twinmerge artefact. Build it again.") from error
         self.sealed = SEAL in self.metadata
         if self.sealed and not (is_sealed(raw_header(file)) and self.expected.keys() == self.specs.keys()):
             raise damaged(file)
@@ -203,24 +203,24 @@ def open_artefact(file: Path, kind: str, version: int, base: str | None = None) 
     Files of earlier versions, which had no checksums, are read as they are.
     """
     if find(file.parent, file.name) is None:
-        raise TwinmergeError(f"{file} is missing. Copy the whole folder again, or build it again.")
+        raise DamagedFile(f"{file} is missing. Copy the whole folder again, or build it again.")
     opened = ArtefactFile(file)
     found = opened.artefact
     if found.kind != kind:
-        raise TwinmergeError(f"{file} is a {found.kind!r} artefact, expected {kind!r}. Name the right file.")
+        raise DataError(f"{file} is a {found.kind!r} artefact, expected {kind!r}. Name the right file.")
     if not 1 <= found.version <= version:
-        raise TwinmergeError(
+        raise DataError(
             f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build it again."
         )
     if found.version == version and not opened.sealed:
         raise damaged(file)
     if base is not None and found.base != base:
-        raise TwinmergeError(f"{file} belongs to another base model than the weights beside it. Build it again.")
+        raise DataError(f"{file} belongs to another base model than the weights beside it. Build it again.")
     return opened
 
 
-def damaged(file: Path) -> TwinmergeError:
-    return TwinmergeError(f"{file} is damaged or was changed by hand. Copy the whole folder again, or build it again.")
+def damaged(file: Path) -> DamagedFile:
+    return DamagedFile(f"{file} is damaged or was changed by hand. Copy the whole folder again, or build it again.")
 
 
 def head_of_state(expert: str, checksum: str) -> str:
@@ -245,7 +245,7 @@ def undamaged(file: Path) -> Iterator[None]:
         ...     {}["experts"]
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: twin.safetensors is damaged or was changed by hand. Copy the whole folder again, \
+        twinmerge.errors.DamagedFile: twin.safetensors is damaged or was changed by hand. Copy the whole folder again, \
 or build it again.
     """
     try:

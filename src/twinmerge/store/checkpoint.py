@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, ModelError, unreadable
 from twinmerge.store.checksum import block_digests, joined, streamed
 from twinmerge.store.foreign import find, is_file_name, read_json, reason, shown
 from twinmerge.store.header import Spec as Spec
@@ -74,13 +74,13 @@ class Checkpoint:
                 with handle.use() as fd:
                     header = read_header(fd, file)
             except OSError as error:
-                raise TwinmergeError(
+                raise unreadable(error)(
                     f"{file} cannot be opened: {reason(error)}. Make it readable or save it again."
                 ) from error
             handle.close()
             for name in header.specs:
                 if name in self._place:
-                    raise TwinmergeError(
+                    raise ModelError(
                         f"Tensor {name!r} stands in both {self.files[self._place[name][0]]} and {file}. Remove the file "
                         "that is not the model's."
                     )
@@ -111,14 +111,14 @@ class Checkpoint:
         if len(loose) == 1 and (only := find(folder, loose[0].name)):
             return cls([only])
         if loose:
-            raise TwinmergeError(f"{folder} holds {len(loose)} safetensors files but no {INDEX}. Add the index.")
+            raise ModelError(f"{folder} holds {len(loose)} safetensors files but no {INDEX}. Add the index.")
         pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
         if pickles:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened. Convert "
                 "them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
             )
-        raise TwinmergeError(f"{folder} holds no safetensors file. Name a folder with model.safetensors or its shards.")
+        raise ModelError(f"{folder} holds no safetensors file. Name a folder with model.safetensors or its shards.")
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, whole."""
@@ -164,7 +164,7 @@ class Checkpoint:
             TwinmergeError: another one.
         """
         if self.expected.get(name, found) != found:
-            raise TwinmergeError(
+            raise DamagedFile(
                 f"Tensor {name!r} in {self.files[self._place[name][0]]} is not what twinmerge wrote: the file is damaged or was changed. "
                 f"{self.advice}"
             )
@@ -188,7 +188,7 @@ class Checkpoint:
                 read_into(fd, bytes_of(out), offset + start * spec.itemsize)
                 self._handles[i].require_same(fd)
         except (EOFError, OSError) as error:
-            raise TwinmergeError(
+            raise unreadable(error)(
                 f"Tensor {name!r} in {self.files[i]} cannot be read: {error}. Restore the file and run again."
             ) from error
 
@@ -221,12 +221,12 @@ class Checkpoint:
     def _check(self, index: Path, weight_map: Mapping[str, str]) -> None:
         for name, shard in weight_map.items():
             if name not in self._place or self.files[self._place[name][0]].name != shard:
-                raise TwinmergeError(
+                raise DamagedFile(
                     f"{index} puts the tensor {name!r} into {shard}, which does not hold it. Download both again."
                 )
         for name, (i, _) in self._place.items():
             if name not in weight_map:
-                raise TwinmergeError(
+                raise DamagedFile(
                     f"{self.files[i]} holds the tensor {name!r}, which {index} does not name. Download both again."
                 )
 
@@ -262,15 +262,15 @@ def _read_index(folder: Path, index: Path) -> tuple[dict[str, str], list[Path]]:
     table = read_json(index, advice=advice)
     weight_map: dict[str, str] = table.get("weight_map") or {}
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
-        raise TwinmergeError(f"{index} is not a valid index (weight_map: tensor -> file). {advice}")
+        raise DamagedFile(f"{index} is not a valid index (weight_map: tensor -> file). {advice}")
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
-        raise TwinmergeError(
+        raise DamagedFile(
             f"{index} names {len(names)} files, more than the {MAX_SHARDS} that a model may have. {advice}"
         )
     shards = []
     for name in names:
         if not is_file_name(name) or (shard := find(folder, name)) is None:
-            raise TwinmergeError(f"{index} names the shard {shown(name)}, which is not in the folder. {advice}")
+            raise DamagedFile(f"{index} names the shard {shown(name)}, which is not in the folder. {advice}")
         shards.append(shard)
     return weight_map, shards

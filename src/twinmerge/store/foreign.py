@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, DataError, TwinmergeError, unreadable
 
 AGAIN = "Copy the whole folder again, or build it again."
 MAX_DEPTH = 64  # brackets inside brackets; transformers copies a config by recursion
@@ -62,7 +62,7 @@ def find(folder: Path, name: str | Path) -> Path | None:
         >>> find(folder, "b.txt")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: .../b.txt is a link to /etc/hostname, outside its folder. Put the file itself in its place.
+        twinmerge.errors.DataError: .../b.txt is a link to /etc/hostname, outside its folder. Put the file itself in its place.
     """
     file = folder / name
     try:
@@ -74,13 +74,13 @@ def find(folder: Path, name: str | Path) -> Path | None:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) and not os.path.islink(file):
             return None
-        raise TwinmergeError(
+        raise unreadable(error)(
             f"{shown_path(file)} cannot be followed: {reason(error)}. Put a file in its place."
         ) from error
     home = Path(os.path.realpath(folder))
     if not real.is_relative_to(home) and not any(real.is_relative_to(blobs) for blobs in _blobs(home)):
         way = "is a link" if os.path.islink(file) else "leads"
-        raise TwinmergeError(f"{file} {way} to {real}, outside its folder. Put the file itself in its place.")
+        raise DataError(f"{file} {way} to {real}, outside its folder. Put the file itself in its place.")
     _regular(file, found)
     return file
 
@@ -113,9 +113,9 @@ def read_bytes(file: str | os.PathLike[str], most: int = JSON.bytes, advice: str
     except TwinmergeError:
         raise
     except (OSError, ValueError) as error:
-        raise TwinmergeError(f"{shown_path(file)} cannot be read: {reason(error)}. {advice}") from error
+        raise unreadable(error)(f"{shown_path(file)} cannot be read: {reason(error)}. {advice}") from error
     if size > most or len(found) > most:
-        raise TwinmergeError(
+        raise DataError(
             f"{file} has {max(size, len(found))} bytes, more than the {most} that such a file may have. {advice}"
         )
     return found
@@ -126,7 +126,7 @@ def read_text(file: str | os.PathLike[str], most: int = JSON.bytes, advice: str 
     try:
         return read_bytes(file, most, advice).decode()
     except UnicodeDecodeError as error:
-        raise TwinmergeError(f"{file} is not UTF-8: {error}. {advice}") from error
+        raise DamagedFile(f"{file} is not UTF-8: {error}. {advice}") from error
 
 
 def read_json(
@@ -151,7 +151,7 @@ def read_json(
     """
     found = read_any_json(file, most, advice, finite=finite)
     if not isinstance(found, dict):
-        raise TwinmergeError(f"{file} cannot be read: it holds {_kind(found)}, expected an object. {advice}")
+        raise DataError(f"{file} cannot be read: it holds {_kind(found)}, expected an object. {advice}")
     return found
 
 
@@ -163,7 +163,7 @@ def read_any_json(
     try:
         return parse_json(raw, most, finite=finite)
     except ValueError as error:
-        raise TwinmergeError(f"{file} cannot be read: {error}. {advice}") from error
+        raise DamagedFile(f"{file} cannot be read: {error}. {advice}") from error
 
 
 def parse_json(raw: bytes | str, most: Most = JSON, *, finite: bool = True) -> Any:
@@ -222,12 +222,12 @@ def lines_of(file: Path, most: int = ROW.bytes) -> Iterator[tuple[int, bytes]]:
             while line := opened.readline(most + 1):
                 number += 1
                 if len(line) > most:
-                    raise TwinmergeError(f"{file}, line {number} is longer than {most} bytes. Break it up.")
+                    raise DataError(f"{file}, line {number} is longer than {most} bytes. Break it up.")
                 yield number, line
     except (OSError, ValueError) as error:
         if isinstance(error, TwinmergeError):
             raise
-        raise TwinmergeError(f"{shown_path(file)} cannot be read: {reason(error)}. Check the path.") from error
+        raise unreadable(error)(f"{shown_path(file)} cannot be read: {reason(error)}. Check the path.") from error
 
 
 def check_settings(folder: Path) -> None:
@@ -239,20 +239,20 @@ def check_settings(folder: Path) -> None:
     for entry in list(os.scandir(folder)):
         if entry.name.endswith("chat_templates") and os.path.isdir(entry.path):
             if entry.is_symlink():
-                raise TwinmergeError(f"{entry.path} is a link. Put the folder itself in its place.")
+                raise DataError(f"{entry.path} is a link. Put the folder itself in its place.")
             check_settings(Path(entry.path))
         if not matches(entry.name, SETTINGS) or entry.is_dir(follow_symlinks=False):
             continue
         file = find(folder, entry.name)
         if file is not None and not matches(entry.name, UNREAD) and (size := os.stat(file).st_size) > VOCABULARY.bytes:
-            raise TwinmergeError(
+            raise DataError(
                 f"{file} has {size} bytes, more than the {VOCABULARY.bytes} that such a file may have. Restore it."
             )
     if file := find(folder, "tokenizer_config.json"):
         found = read_json(file, finite=False)
         for key in ("vocab", "merges", "gguf_file"):  # transformers opens these, wherever they lead
             if isinstance(found.get(key), str):
-                raise TwinmergeError(f"{file} names a file, {shown(found[key])}, as its {key!r}. Take that line out.")
+                raise DataError(f"{file} names a file, {shown(found[key])}, as its {key!r}. Take that line out.")
 
 
 def open_regular(file: str | os.PathLike[str]) -> int:
@@ -348,7 +348,7 @@ def shown(value: object) -> str:
 def _regular(file: str | os.PathLike[str], found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
-        raise TwinmergeError(f"{file} is {kind}, where a file is expected. Put the file itself in its place.")
+        raise DataError(f"{file} is {kind}, where a file is expected. Put the file itself in its place.")
 
 
 def _blobs(home: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, ModelError, ResourceError, TwinmergeError
 from twinmerge.store.foreign import no_key_twice as no_key_twice
 from twinmerge.store.foreign import open_regular
 from twinmerge.store.foreign import shown as shown
@@ -188,11 +188,9 @@ def read_header(fd: int, file: Path) -> Header:
     except TwinmergeError:
         raise
     except (ValueError, EOFError, RecursionError) as error:
-        raise TwinmergeError(
-            f"{file} is truncated or no safetensors file: {error}. Download or save it again."
-        ) from error
+        raise DamagedFile(f"{file} is truncated or no safetensors file: {error}. Download or save it again.") from error
     except OSError as error:
-        raise TwinmergeError(f"{file} cannot be read: {error.strerror}. Check the disk and read it again.") from error
+        raise ResourceError(f"{file} cannot be read: {error.strerror}. Check the disk and read it again.") from error
 
 
 def raw_header(file: Path) -> bytes:
@@ -253,7 +251,7 @@ def _tensor(name: str, value: dict[str, Any], file: Path) -> tuple[Spec, tuple[i
         raise ValueError(f"tensor {shown(name)} has dtype {shown(dtype)}, expected a name")
     if dtype not in DTYPES:
         folder, out = shlex.quote(str(file.parent)), shlex.quote(f"./{file.absolute().parent.name}-bfloat16")
-        raise TwinmergeError(
+        raise ModelError(
             f"Tensor {shown(name)} in {file} has dtype {shown(dtype)[1:-1]}, which cannot be merged. Convert the model to "
             f'bfloat16 first: python -c "{CONVERT}" {folder} {out}'
         )

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, ResourceError, UsageError
 from twinmerge.store.foreign import is_text, shown
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?$")
@@ -44,26 +44,26 @@ def locate(ref: str | os.PathLike[str], cached: bool = False) -> Located:
         >>> locate("no/such/folder/here")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: No model at 'no/such/folder/here': it is neither a folder nor a hub id \
+        twinmerge.errors.ModelError: No model at 'no/such/folder/here': it is neither a folder nor a hub id \
 (org/name or org/name@revision). Check the path.
     """
     text = os.fspath(ref)
     if not text:
-        raise TwinmergeError("A model's name is empty. Give a path, a hub id or base+adapter.")
+        raise UsageError("A model's name is empty. Give a path, a hub id or base+adapter.")
     if not is_text(text):
-        raise TwinmergeError(f"The model's path {text!r} is not UTF-8. Rename the folder.")
+        raise ModelError(f"The model's path {text!r} is not UTF-8. Rename the folder.")
     if "+" in text and not os.path.exists(text):
         base, _, adapter = text.rpartition("+")
         left, right = _folder(base, cached), _folder(adapter, cached)
         if not os.path.lexists(right.folder / "adapter_config.json"):
-            raise TwinmergeError(
+            raise ModelError(
                 f"{adapter!r} is no PEFT adapter: it has no adapter_config.json. Write base+adapter with an adapter folder."
             )
         commits = "+".join(c for c in (left.commit, right.commit) if c)
         return Located(text, left.folder, right.folder, commits or None)
     found = _folder(text, cached)
     if os.path.lexists(found.folder / "adapter_config.json") and not os.path.lexists(found.folder / "config.json"):
-        raise TwinmergeError(f"{text!r} is a PEFT adapter without its base. Write it as base+{text}.")
+        raise ModelError(f"{text!r} is a PEFT adapter without its base. Write it as base+{text}.")
     return found
 
 
@@ -72,11 +72,9 @@ def _folder(text: str, cached: bool) -> Located:
     if os.path.isdir(path):
         return Located(text, path)
     if os.path.lexists(path):
-        raise TwinmergeError(
-            f"{shown(text)} is a file. Name the folder that holds config.json and the safetensors files."
-        )
+        raise ModelError(f"{shown(text)} is a file. Name the folder that holds config.json and the safetensors files.")
     if not HUB_ID.match(text) or text.startswith((".", "/", "~")):
-        raise TwinmergeError(
+        raise ModelError(
             f"No model at {shown(text)}: it is neither a folder nor a hub id (org/name or org/name@revision). Check the path."
         )
     return _from_hub(text, cached)
@@ -97,16 +95,16 @@ def _from_hub(text: str, cached: bool) -> Located:
             snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES, local_files_only=cached)
         )
     except RepositoryNotFoundError as error:
-        raise TwinmergeError(
+        raise ModelError(
             f"The hub has no model {text!r} for you. Check the name, and HF_TOKEN if it is private or gated."
         ) from error
     except LocalEntryNotFoundError as error:
-        raise TwinmergeError(
+        raise ModelError(
             f"{text!r} is no folder here, and as a hub id it is not in the local cache and the hub cannot be reached. "
             "Check the path, or go online (unset HF_HUB_OFFLINE) and run again."
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise TwinmergeError(
+        raise ResourceError(
             f"The hub id {text!r} could not be fetched: {error}. Check name, revision and network."
         ) from error
     return Located(text, folder, commit=folder.name)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile
 from twinmerge.store import disk
 from twinmerge.store.checksum import UNSEALED, is_sealed, of_bytes, of_file, sealed
 from twinmerge.store.foreign import AGAIN, Most, find, open_regular, parse_json, read_bytes
@@ -59,7 +59,7 @@ class Manifest(NamedTuple):
                 raise ValueError("it is damaged or was changed")
             return cls(folder, table["files"], table["sums"])
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            raise TwinmergeError(
+            raise DamagedFile(
                 f"{file} cannot be used: {error}. Copy the whole folder again; if it was changed on purpose, remove this file."
             ) from error
 
@@ -73,7 +73,7 @@ class Manifest(NamedTuple):
         """
         for name in names:
             if name in self.files and (said := self.differs(name)):
-                raise TwinmergeError(
+                raise DamagedFile(
                     f"{self.folder / name} {said}. Copy the whole folder again; if it was changed on purpose, remove {CHECKSUMS} beside it."
                 )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import OutputError, TwinmergeError, UsageError
 from twinmerge.store import disk
 from twinmerge.store.checkpoint import is_in_use
 from twinmerge.store.manifest import Manifest, write_manifest
@@ -57,7 +57,7 @@ class _Output(ABC):
     def __init__(self, target: str | os.PathLike[str], key: str | None, needed_bytes: int) -> None:
         self.target = Path(target)
         if self.target.name in ("", ".."):
-            raise TwinmergeError(f"The output {self.target} has no name of its own. Name a folder, such as ./merged.")
+            raise UsageError(f"The output {self.target} has no name of its own. Name a folder, such as ./merged.")
         self.partial = self.target.with_name(self.target.name + ".partial")
         self.content = self.partial / CONTENT
         self.needed_bytes = needed_bytes
@@ -70,28 +70,28 @@ class _Output(ABC):
     def check(self) -> None:
         """Refuse now what would fail later."""
         if self.target.is_symlink():
-            raise TwinmergeError(f"The output {self.target} is a link. Name the {self.what} itself.")
+            raise UsageError(f"The output {self.target} is a link. Name the {self.what} itself.")
         try:
             self._check_target()
         except TwinmergeError:
             self._clear()
             raise
         if _is_no_folder(self.partial):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{self.partial}, where the output is written first, is no folder. Remove it or name another output."
             )
         if not _is_ours(self.partial):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{self.partial}, where the output is written first, is there already and was not made by twinmerge, or by an older release. "
                 "Move it away or name another output."
             )
         if self.partial.exists() and is_in_use(self.partial):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{self.partial}, where the output is written first, holds an input. Move that away or name another output."
             )
         needed, free = self._space()
         if free < needed:
-            raise TwinmergeError(
+            raise OutputError(
                 f"No space for {self.target}: it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. "
                 "Free some, or name a folder on another disk."
             )
@@ -122,7 +122,7 @@ class _Output(ABC):
                 self._unlock()
                 raise
         except OSError as error:
-            raise TwinmergeError(f"The output {self.target} cannot be made: {error}. Name another one.") from error
+            raise OutputError(f"The output {self.target} cannot be made: {error}. Name another one.") from error
         return self.content
 
     def __exit__(
@@ -155,7 +155,7 @@ class _Output(ABC):
             advice = f"{missing}. Free some space and run the same command again: it goes on where it stopped."
         self._unlock()
         if full:
-            raise TwinmergeError(f"No space left while writing {self.target}; {advice}") from failure
+            raise OutputError(f"No space left while writing {self.target}; {advice}") from failure
         if error is None:
             raise failure
 
@@ -220,7 +220,7 @@ class _Output(ABC):
         try:
             disk.rename(self.content, self.target)
         except OSError as error:
-            raise TwinmergeError(
+            raise OutputError(
                 f"The output is whole in {self.content}, but cannot be named {self.target}: {error}. Rename it."
             ) from error
         with contextlib.suppress(OSError):  # it has its name, and what is left of the `.partial` is known to be ours
@@ -321,9 +321,7 @@ class OutputFolder(_Output):
 
     def _check_target(self) -> None:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise TwinmergeError(
-                f"The output {self.folder} is there already and not empty. Name another one or remove it."
-            )
+            raise UsageError(f"The output {self.folder} is there already and not empty. Name another one or remove it.")
 
     def _tidy(self) -> None:
         if self.content.is_symlink() or not self.content.is_dir():
@@ -368,7 +366,7 @@ class OutputFile(_Output):
 
     def _check_target(self) -> None:
         if self.target.exists() and not (self._replace and self.target.is_file()):
-            raise TwinmergeError(f"The output {self.target} is there already. Name another one or remove it.")
+            raise UsageError(f"The output {self.target} is there already. Name another one or remove it.")
 
 
 def replace_text(file: Path, text: str) -> None:
@@ -400,7 +398,7 @@ def alone_in(folder: Path) -> Iterator[None]:
                 os.close(fd)
     except OSError as error:
         advice = "Free some space" if error.errno in DISK_FULL else "Look at the disk"
-        raise TwinmergeError(f"{folder} could not be changed: {error}. {advice} and run again.") from error
+        raise OutputError(f"{folder} could not be changed: {error}. {advice} and run again.") from error
 
 
 def _is_no_folder(path: Path) -> bool:
@@ -493,7 +491,7 @@ def _lock(file: Path, output: Path) -> int | None:
         except FileNotFoundError:  # another process renamed or removed the folder just now
             continue
         except FileExistsError:
-            raise TwinmergeError(f"{busy}; if there is none, remove {file}.") from None
+            raise OutputError(f"{busy}; if there is none, remove {file}.") from None
         if not fcntl:
             os.close(fd)
             return None
@@ -502,7 +500,7 @@ def _lock(file: Path, output: Path) -> int | None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.path.samestat(os.fstat(fd), os.stat(file))  # or it is a lock that was removed meanwhile
         except BlockingIOError:
-            raise TwinmergeError(f"{busy}.") from None
+            raise OutputError(f"{busy}.") from None
         except FileNotFoundError:  # the same, and no other was made
             pass
         finally:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.store.output import OutputFile
 from twinmerge.study.heatmap import DPI, FORMATS, check_picture
 from twinmerge.study.over_time import Course, mean_and_sd
@@ -46,7 +46,7 @@ def draw_courses(
     """
     check_picture(file)
     if not courses:
-        raise TwinmergeError("There is no course to draw. Score a method first.")
+        raise UsageError("There is no course to draw. Score a method first.")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

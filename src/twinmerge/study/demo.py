@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from twinmerge.engine.merge import Merge, merge
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.store.output import OutputFolder
 from twinmerge.study.digits import NAMES, TASKS, Rows, load_splits, rows_of_tasks
 from twinmerge.study.report import (
@@ -121,7 +121,7 @@ def run_demo(
     """
     require_extras()
     if seeds < 1:
-        raise TwinmergeError(f"seeds is {seeds}: give at least 1.")
+        raise UsageError(f"seeds is {seeds}: give at least 1.")
     out, started = Path(out), time.perf_counter()
     check_output(out)
     design = design or (QUICK if quick else Design())

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ModelError, UsageError
 from twinmerge.models.headed import HeadedModel, architecture_of, load_heads, rows_of_batch
 from twinmerge.models.opened import open_model
 from twinmerge.models.transformers_class import position_limit
@@ -66,14 +66,14 @@ class StaticRunner:
             manifest.check_all("README.md")
         opened = open_model(str(folder))
         if opened.architecture is None:
-            raise TwinmergeError(f"{folder} has no config.json, so it cannot be evaluated. Add its config.json.")
+            raise ModelError(f"{folder} has no config.json, so it cannot be evaluated. Add its config.json.")
         heads = load_heads(folder, folder_fingerprint(folder))
         architecture = opened.architecture
         if heads:
             architecture = architecture_of(heads, len(opened.specs))
         model = HeadedModel(architecture, {n: opened.read(n) for n in opened.specs}, heads)
         if not heads and not hasattr(model.body, "num_labels"):
-            raise TwinmergeError(
+            raise ModelError(
                 f"{folder} has no heads and is no classifier. Name a classifier, a merge with heads, or a twin."
             )
         return cls(model, TextEncoder(folder, positions=position_limit(architecture.config)))
@@ -94,7 +94,7 @@ class TwinRunner:
 
     def __init__(self, twin: Twin, oracle_biases: bool = False) -> None:
         if not twin.model.head_specs and not hasattr(twin.model.body, "num_labels"):
-            raise TwinmergeError("This twin has no heads and is no classifier. Build one on classifiers.")
+            raise ModelError("This twin has no heads and is no classifier. Build one on classifiers.")
         self.twin = twin
         self.oracle_biases = oracle_biases
         self.encoder = twin.encoder
@@ -121,7 +121,7 @@ class TwinRunner:
 
 def _logits(found: torch.Tensor | None) -> torch.Tensor:
     if found is None:
-        raise TwinmergeError(
+        raise ModelError(
             "The heads give no label for a row (question answering), so there is nothing to score. Name classifiers."
         )
     return found
@@ -132,7 +132,7 @@ def open_runner(folder: Path, oracle_biases: bool = False) -> StaticRunner | Twi
     if is_twin(folder):
         return TwinRunner(Twin.from_pretrained(folder), oracle_biases)
     if oracle_biases:
-        raise TwinmergeError(f"{folder} is no twin, so there are no biases to hand in. Leave --oracle-biases out.")
+        raise UsageError(f"{folder} is no twin, so there are no biases to hand in. Leave --oracle-biases out.")
     return StaticRunner.open(folder)
 
 
@@ -147,10 +147,10 @@ def runner_of(
     if isinstance(model, (str, Path)):
         return open_runner(Path(model), oracle_biases)
     if oracle_biases:
-        raise TwinmergeError("A merge is no twin, so there are no biases to hand in. Leave oracle_biases out.")
+        raise UsageError("A merge is no twin, so there are no biases to hand in. Leave oracle_biases out.")
     found = model.headed()
     if not found.head_specs and not hasattr(found.body, "num_labels"):
-        raise TwinmergeError("The merged model has no heads and is no classifier. Merge classifiers.")
+        raise ModelError("The merged model has no heads and is no classifier. Merge classifiers.")
     return StaticRunner(
         found, TextEncoder(tokenizer_folder(model), positions=position_limit(found.architecture.config))
     )
@@ -165,9 +165,7 @@ def tokenizer_folder(merge: Merge) -> Path:
     for model in (merge.base, *merge.experts.values()):
         if model.folder is not None and any(model.folder.glob("tokenizer*.json")):
             return model.folder
-    raise TwinmergeError(
-        "Neither the base nor an expert has a tokenizer. Add the tokenizer's files to the base's folder."
-    )
+    raise ModelError("Neither the base nor an expert has a tokenizer. Add the tokenizer's files to the base's folder.")
 
 
 @strict
@@ -222,27 +220,27 @@ def _mixed_batches(questions: Sequence[Question], seed: int) -> list[list[Questi
 
 def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) -> None:
     if not suite:
-        raise TwinmergeError("The suite has no task. Name at least one.")
+        raise UsageError("The suite has no task. Name at least one.")
     if not runner.heads and len(suite) != 1:
-        raise TwinmergeError("A model with one head answers one task. Name it with --tasks.")
+        raise UsageError("A model with one head answers one task. Name it with --tasks.")
     for name, task in suite.items():
         if runner.heads and name not in runner.heads:
-            raise TwinmergeError(
+            raise UsageError(
                 f"The model has no head for the task {name!r}; it has {', '.join(runner.heads)}. Choose with --tasks."
             )
         if len(runner.labels(name)) != len(task.labels):
-            raise TwinmergeError(
+            raise DataError(
                 f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. Use the model tuned on it."
             )
         own = runner.labels(name)
         unnamed = own == [f"LABEL_{i}" for i in range(len(own))]  # as transformers calls what nobody named
         if not unnamed and (strange := [label for label in task.labels if label not in own]):
-            raise TwinmergeError(
+            raise DataError(
                 f"The head for {name!r} has no label {strange[0]!r} of the suite's task; it has {', '.join(own)}. Use the model tuned on it, or "
                 "give the suite the head's names."
             )
         if not unnamed and own != list(task.labels):
-            raise TwinmergeError(
+            raise DataError(
                 f"The head for {name!r} has its labels in another order ({', '.join(own)}) than the suite "
                 f"({', '.join(task.labels)}). Put the suite's labels and rows into the head's order."
             )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twinmerge.engine.diff import Diff
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ResourceError, UsageError
 from twinmerge.store.output import OutputFile
 
 # Suffix -> metadata without the time of day: the same numbers give the same file.
@@ -86,11 +86,11 @@ def check_picture(file: str | Path) -> None:
     """
     file = Path(file)
     if file.suffix.lower() not in FORMATS:
-        raise TwinmergeError(f"The picture {file} is of no known kind. End its name in {', '.join(FORMATS)}.")
+        raise UsageError(f"The picture {file} is of no known kind. End its name in {', '.join(FORMATS)}.")
     if file.is_dir() or not file.absolute().parent.is_dir():
-        raise TwinmergeError(f"The picture {file} cannot be written. Name a file in a folder that is there.")
+        raise UsageError(f"The picture {file} cannot be written. Name a file in a folder that is there.")
     if find_spec("matplotlib") is None:
-        raise TwinmergeError("A picture needs matplotlib. Install it: pip install 'twinmerge[plots]'")
+        raise ResourceError("A picture needs matplotlib. Install it: pip install 'twinmerge[plots]'")
 
 
 def draw_heatmap(found: Diff, file: str | Path) -> Path:
@@ -108,7 +108,7 @@ def draw_heatmap(found: Diff, file: str | Path) -> Path:
     """
     check_picture(file)
     if not found.tensors:
-        raise TwinmergeError("There is no tensor to draw: the models share none of one shape. Leave the picture out.")
+        raise UsageError("There is no tensor to draw: the models share none of one shape. Leave the picture out.")
     return _draw_panels([d.name for d in found.tensors], _panels(found), _title(found), Path(file))
 
 
@@ -125,7 +125,7 @@ def draw_retained(shares: Mapping[str, float], ranks: Mapping[str, float], title
     """
     check_picture(file)
     if not shares:
-        raise TwinmergeError("There is no matrix to draw: the experts have none of their own. Leave the picture out.")
+        raise UsageError("There is no matrix to draw: the experts have none of their own. Leave the picture out.")
     percent = {name: 100 * share for name, share in shares.items()}
     panels = [
         Panel("retained energy\nΣ ‖kept‖² / Σ ‖v‖²", percent, " %", "zero", [100.0]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.methods.kit.masks import Marks
 from twinmerge.store.output import OutputFile
 from twinmerge.study.heatmap import DPI, FORMATS, check_picture
@@ -34,7 +34,7 @@ def draw_shares(found: Mapping[str, Marks], title: str, file: str | Path) -> Pat
     """
     check_picture(file)
     if not any(marks.moved for marks in found.values()):
-        raise TwinmergeError("There is no mark to draw: τ is 0 everywhere. Leave the picture out.")
+        raise UsageError("There is no mark to draw: τ is 0 everywhere. Leave the picture out.")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

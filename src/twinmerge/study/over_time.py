@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,7 @@ class Course:
 
     def __post_init__(self) -> None:
         if [len(row) for row in self.scores] != list(range(1, len(self.tasks) + 1)):
-            raise TwinmergeError(
-                "A course needs the score of every task so far after every arrival: 1, 2, 3, … numbers."
-            )
+            raise UsageError("A course needs the score of every task so far after every arrival: 1, 2, 3, … numbers.")
 
     @property
     def after(self) -> tuple[float, ...]:

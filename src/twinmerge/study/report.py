@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from twinmerge import __version__
 from twinmerge.engine.merge import Merge
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ResourceError, TwinmergeError, UsageError
 from twinmerge.store.foreign import read_json
 from twinmerge.store.manifest import CHECKSUMS
 from twinmerge.study import pictures
@@ -55,7 +55,7 @@ def require_extras() -> None:
     """
     lacking = [name for name in ("jinja2", "matplotlib", "sklearn") if find_spec(name) is None]
     if lacking:
-        raise TwinmergeError(f"The demo needs {', '.join(lacking)}. Install it: pip install 'twinmerge[demo]'")
+        raise ResourceError(f"The demo needs {', '.join(lacking)}. Install it: pip install 'twinmerge[demo]'")
 
 
 def check_output(out: Path) -> None:
@@ -67,14 +67,14 @@ def check_output(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():
-        raise TwinmergeError(f"The output {out} is a file. Name a folder.")
+        raise UsageError(f"The output {out} is a file. Name a folder.")
     try:
         ours = read_json(out / "results.json").get("kind") == KIND
     except TwinmergeError:
         ours = False
     others = sorted(path.name for path in out.iterdir() if not ours or path.name not in OWN_FILES)
     if others:
-        raise TwinmergeError(
+        raise UsageError(
             f"The folder {out} holds {others[0]!r}, which the demo did not make. Name another folder with --out."
         )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, TwinmergeError, UsageError
 from twinmerge.store.foreign import Most, parse_json
 from twinmerge.tasks.metrics import Interval, Scored, bootstrap_difference, bootstrap_normalised, normalised
 
@@ -70,11 +70,9 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if self.setting not in get_args(Setting):
-            raise TwinmergeError(f"The setting is {self.setting!r}: give one of {', '.join(get_args(Setting))}.")
+            raise UsageError(f"The setting is {self.setting!r}: give one of {', '.join(get_args(Setting))}.")
         if self.reading is not None and self.reading not in get_args(Reading):
-            raise TwinmergeError(
-                f"The reading is {self.reading!r}: give one of {', '.join(get_args(Reading))}, or none."
-            )
+            raise UsageError(f"The reading is {self.reading!r}: give one of {', '.join(get_args(Reading))}, or none.")
 
     @classmethod
     def of(
@@ -132,11 +130,11 @@ class Evaluation:
         try:
             found = parse_json(text, EVALUATION)
         except ValueError as error:
-            raise TwinmergeError(f"The evaluation is no JSON ({error}). Evaluate again.") from error
+            raise DataError(f"The evaluation is no JSON ({error}). Evaluate again.") from error
         if not isinstance(found, dict) or found.get("kind") != "evaluation":
-            raise TwinmergeError("This JSON is no evaluation of twinmerge. Name the right file, or evaluate again.")
+            raise DataError("This JSON is no evaluation of twinmerge. Name the right file, or evaluate again.")
         if found.get("version") != VERSION:
-            raise TwinmergeError(
+            raise DataError(
                 f"The evaluation has version {found.get('version')!r}, this release reads version {VERSION}. Evaluate again."
             )
         try:
@@ -157,11 +155,11 @@ class Evaluation:
                 rows=int(found["rows"]),
             )
         except KeyError as error:
-            raise TwinmergeError(f"The evaluation has no field {error.args[0]!r}. Evaluate again.") from error
-        except TwinmergeError:
-            raise
+            raise DataError(f"The evaluation has no field {error.args[0]!r}. Evaluate again.") from error
+        except TwinmergeError as error:
+            raise DataError(str(error)) from error
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise TwinmergeError(f"The evaluation has a field of a wrong type ({error}). Evaluate again.") from error
+            raise DataError(f"The evaluation has a field of a wrong type ({error}). Evaluate again.") from error
 
 
 def _list(column: np.ndarray[Any, np.dtype[Any]]) -> list[float | None]:

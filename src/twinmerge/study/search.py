@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.arguments import fits, strict
 from twinmerge.engine.merge import Merge
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
 from twinmerge.study.scores import Evaluation
@@ -75,7 +75,7 @@ def weightings(experts: Sequence[str], count: int = WEIGHTS, seed: int = 0) -> I
         [{'a.weights': 1.0, 'b.weights': 0.0}, {'a.weights': 0.5, 'b.weights': 0.5}, {'a.weights': 0.0, 'b.weights': 1.0}]
     """
     if count < 2 or len(experts) < 2:
-        raise TwinmergeError(
+        raise UsageError(
             f"{count} weightings of {len(experts)} experts leave nothing to choose. Ask for at least 2 of at least 2."
         )
     if len(experts) == 2:
@@ -96,11 +96,11 @@ def check_split(split: str) -> None:
         >>> check_split("test")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Nothing is chosen on the split 'test': its scores would no longer say anything. \
+        twinmerge.errors.UsageError: Nothing is chosen on the split 'test': its scores would no longer say anything. \
 Choose on validation rows, with --split validation.
     """
     if "test" in split.lower():
-        raise TwinmergeError(
+        raise UsageError(
             f"Nothing is chosen on the split {split!r}: its scores would no longer say anything. Choose on validation rows, with "
             "--split validation."
         )
@@ -133,11 +133,11 @@ def search(
     check_split(split)
     candidates = list(candidates)
     if not all(fits(candidate, Mapping[str, Any]) for candidate in candidates):
-        raise TwinmergeError(
+        raise UsageError(
             "candidates are mappings of parameters to values. Write search.grid(scale=[0.1, 0.2]), or [{'scale': 0.1}]."
         )
     if not candidates:
-        raise TwinmergeError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
+        raise UsageError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
     for candidate in candidates:  # before the first of them takes its time
         merge.recipe.varied(candidate).make_method()
     if not merge.architecture:  # to run it

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from twinmerge.engine.merge import Merge
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ModelError
 from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, rows_of_batch
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.models.transformers_class import position_limit
@@ -41,7 +41,7 @@ def smoke_check(folder: Path, merged: Merge, file: Path) -> list[Loss]:
     written = open_model(str(folder))
     heads = load_heads(folder)
     if written.architecture is None:
-        raise TwinmergeError(f"{folder} has no config.json, so its loss cannot be taken. Leave --smoke out.")
+        raise ModelError(f"{folder} has no config.json, so its loss cannot be taken. Leave --smoke out.")
     config = next(iter(heads.values())).config if heads else written.architecture.config
     encoder = TextEncoder(_with_tokenizer(folder, merged), positions=position_limit(config))
     with torch.inference_mode():
@@ -68,7 +68,7 @@ def _language(written: OpenedModel, merged: Merge, encoder: TextEncoder, file: P
     encoder.warn_truncated()
     batches = [batch for batch in batches if batch["input_ids"].shape[1] > 1]  # one token predicts none
     if not batches:
-        raise TwinmergeError(f"{file} has no text of two tokens or more to take a loss on. Give longer ones.")
+        raise DataError(f"{file} has no text of two tokens or more to take a loss on. Give longer ones.")
     found = []
     for name, model in {"merged": written, "base": merged.base, **merged.experts}.items():
         module = _module(model, model, {})
@@ -77,7 +77,7 @@ def _language(written: OpenedModel, merged: Merge, encoder: TextEncoder, file: P
             output = module(batch)
             logits = getattr(output, "logits", None)
             if logits is None or logits.dim() != 3:
-                raise TwinmergeError(
+                raise ModelError(
                     "--smoke takes the loss of language models and of classifiers with heads; this model is neither."
                 )
             losses += F.cross_entropy(logits[0, :-1].float(), batch["input_ids"][0, 1:], reduction="sum").item()
@@ -118,16 +118,16 @@ def _labelled(file: Path, heads: Mapping[str, int]) -> list[tuple[str, str, int]
             row = parse_json(line, ROW)
             text, head, label = str(row["text"]), str(row["expert"]), int(row["label"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise TwinmergeError(
+            raise DataError(
                 f'{file}, line {number}: a classifier needs {{"text": "...", "expert": "...", "label": 0}}. Mend that line.'
             ) from error
         if head not in heads:
-            raise TwinmergeError(f"{file}, line {number}: no expert {head!r}. The merge has: {', '.join(heads)}.")
+            raise DataError(f"{file}, line {number}: no expert {head!r}. The merge has: {', '.join(heads)}.")
         if not 0 <= label < heads[head]:
-            raise TwinmergeError(
+            raise DataError(
                 f"{file}, line {number}: label {label} of {head!r}. Give a number from 0 to {heads[head] - 1}."
             )
         found.append((text, head, label))
     if not found:
-        raise TwinmergeError(f"{file} holds no rows. Write one JSON object a line.")
+        raise DataError(f"{file} holds no rows. Write one JSON object a line.")
     return found[:MOST_TEXTS]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from twinmerge.arguments import at_least_one, fits, shown
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.store.foreign import check_settings, reason
 from twinmerge.tasks.images import ImageFile
@@ -66,19 +66,17 @@ class TextEncoder:
         self.tokenizer: Any = _open(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
         special = int(self.tokenizer.num_special_tokens_to_add(pair=True))
         if max_tokens is not None and max_tokens <= special:
-            raise TwinmergeError(
+            raise UsageError(
                 f"max_tokens is {max_tokens}, but the special tokens of a pair take {special}. Give {special + 1} or more."
             )
         if max_tokens is not None and positions is not None and max_tokens > positions:
-            raise TwinmergeError(
-                f"max_tokens is {max_tokens}, but the model takes {positions}. Give {positions} or less."
-            )
+            raise UsageError(f"max_tokens is {max_tokens}, but the model takes {positions}. Give {positions} or less.")
         stated = [n for n in (self.tokenizer.model_max_length, positions) if n is not None and special < n < UNSTATED]
         self.max_tokens: int | None = max_tokens if max_tokens is not None else min(stated, default=None)
         pad = self.tokenizer.pad_token_id
         self._pad = pad if pad is not None else self.tokenizer.eos_token_id  # the tokenizer itself stays as it is
         if self._pad is None:
-            raise TwinmergeError("The tokenizer has neither a pad token nor an end token. Set its pad_token.")
+            raise ModelError("The tokenizer has neither a pad token nor an end token. Set its pad_token.")
         self._truncated = self._seen = 0
 
     @property
@@ -106,7 +104,7 @@ class TextEncoder:
             TwinmergeError: a single string in place of a list, no rows, or a row that is neither a text nor a pair of texts.
         """
         if isinstance(rows, (str, Mapping)) or not fits(rows, Sequence[Any]) or not len(rows):
-            raise TwinmergeError("Give a list of at least one text to encode.")
+            raise UsageError("Give a list of at least one text to encode.")
         if (tokens := all_tokens(rows)) is not None:
             self._seen += len(rows)
             self._truncated += sum(self.max_tokens is not None and len(row.ids) > self.max_tokens for row in tokens)
@@ -201,7 +199,7 @@ def batches(
     elif order == "shuffled":
         places = torch.sort(uniform(seed, "batches", "order", 0, len(rows)), stable=True).indices.tolist()
     else:
-        raise TwinmergeError(f"The order is {order!r}: give file, length or shuffled.")
+        raise UsageError(f"The order is {order!r}: give file, length or shuffled.")
     return ((at, [rows[i] for i in at]) for start in range(0, len(rows), size) if (at := places[start : start + size]))
 
 
@@ -213,7 +211,7 @@ def all_tokens(rows: Sequence[Input]) -> list[Tokens] | None:
     """
     found = [row for row in rows if isinstance(row, Tokens)]
     if found and len(found) < len(rows):
-        raise TwinmergeError("Some inputs are token ids, and some are texts. Give all as token ids, or all as texts.")
+        raise UsageError("Some inputs are token ids, and some are texts. Give all as token ids, or all as texts.")
     return found or None
 
 
@@ -240,9 +238,9 @@ def padded_tokens(
     """
     for row in rows:
         if not len(row.ids) or any(type(i) is not int or i < 0 for i in row.ids):
-            raise TwinmergeError(f"{list(row.ids)!r:.80} are no token ids. Give at least one whole number from 0 on.")
+            raise UsageError(f"{list(row.ids)!r:.80} are no token ids. Give at least one whole number from 0 on.")
         if row.attended is not None and len(row.attended) != len(row.ids):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{len(row.ids)} token ids have {len(row.attended)} marks of attention. Give one for each."
             )
     longest = max(len(row.ids[:most]) for row in rows)
@@ -278,14 +276,14 @@ def _texts(row: str | tuple[str, str] | Row | Any) -> tuple[str, str | None]:
         and isinstance(pair[1], str | None)
     ):
         return pair[0], pair[1]
-    raise TwinmergeError(f"{shown(row)} is no text to read. Give a text, a pair (text, text_pair) or a row of a suite.")
+    raise UsageError(f"{shown(row)} is no text to read. Give a text, a pair (text, text_pair) or a row of a suite.")
 
 
 def _open(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     path = Path(os.path.expanduser(folder))
     advice = "Copy the tokenizer's files from the base model into it, or name a folder that has them."
     if not os.path.isdir(path):
-        raise TwinmergeError(f"No tokenizer at {os.fspath(folder)!r}: it is no folder. Check the path.")
+        raise ModelError(f"No tokenizer at {os.fspath(folder)!r}: it is no folder. Check the path.")
     check_settings(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -294,9 +292,9 @@ def _open(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     except (
         Exception
     ) as error:  # transformers raises OSError, ValueError, KeyError and others for files that are not right
-        raise TwinmergeError(f"{path} has no tokenizer that can be read ({reason(error)}). {advice}") from error
+        raise ModelError(f"{path} has no tokenizer that can be read ({reason(error)}). {advice}") from error
     # Without a vocabulary file transformers makes a tokenizer that knows no word, and says nothing.
     wanted = {*tokenizer.vocab_files_names.values()}
     if wanted and not any(any(path.glob(pattern)) for pattern in {*wanted, *VOCABULARIES}):
-        raise TwinmergeError(f"{path} has no tokenizer: {' or '.join(sorted(wanted))} is missing. {advice}")
+        raise ModelError(f"{path} has no tokenizer: {' or '.join(sorted(wanted))} is missing. {advice}")
     return tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ModelError, ResourceError
 from twinmerge.store.foreign import check_settings, reason
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ImageEncoder:
                 folder, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # transformers raises many kinds here; the user needs one sentence
-            raise TwinmergeError(
+            raise ModelError(
                 f"{folder} has no image processor that can be read ({reason(error)}). Copy preprocessor_config.json into it."
             ) from error
 
@@ -70,7 +70,7 @@ def read_image(file: Path, where: str) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise TwinmergeError("Reading images takes Pillow. Install it: pip install pillow.") from error
+        raise ResourceError("Reading images takes Pillow. Install it: pip install pillow.") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -79,6 +79,6 @@ def read_image(file: Path, where: str) -> Any:
                     raise ValueError(f"{image.width} × {image.height} pixels are more than {MAX_PIXELS}")
                 return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise many kinds for files that are not right
-        raise TwinmergeError(
+        raise DataError(
             f"{where}: {file} is no image that can be read ({error}). Mend it, or leave its row out."
         ) from error

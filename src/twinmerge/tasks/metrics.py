@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import DataError, TwinmergeError, UsageError, nearest
 
 Floats: TypeAlias = NDArray[np.float64]
 Metric: TypeAlias = Callable[[ArrayLike, ArrayLike], float]
@@ -133,11 +133,11 @@ def metric(name: str) -> Metric:
         >>> metric("acuracy")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: No metric 'acuracy'. Did you mean 'accuracy'? Known are: accuracy, f1, \
+        twinmerge.errors.UsageError: No metric 'acuracy'. Did you mean 'accuracy'? Known are: accuracy, f1, \
 macro_f1, matthews, pearson, spearman, pearson_spearman, acc_f1.
     """
     if not isinstance(name, str) or name not in METRICS:
-        raise TwinmergeError(f"No metric {name!r}.{nearest(str(name), METRICS)} Known are: {', '.join(METRICS)}.")
+        raise UsageError(f"No metric {name!r}.{nearest(str(name), METRICS)} Known are: {', '.join(METRICS)}.")
     return METRICS[name]
 
 
@@ -175,7 +175,7 @@ class Scored:
         try:
             _ = self.score
         except TwinmergeError as error:
-            raise TwinmergeError(f"Task {task!r}: {error}") from error
+            raise type(error)(f"Task {task!r}: {error}") from error
 
     @property
     def score(self) -> float:
@@ -223,12 +223,12 @@ def normalised(scores: Mapping[str, float], experts: Mapping[str, float]) -> flo
     _same_tasks(scores, experts)
     for task, expert in experts.items():
         if not (np.isfinite(expert) and expert > 0):
-            raise TwinmergeError(
+            raise DataError(
                 f"The expert of task {task!r} scores {expert}: a normalised score divides by it, so it must be above "
                 "zero. Check the expert and its labels, or leave the task out."
             )
         if not np.isfinite(scores[task]):
-            raise TwinmergeError(f"The score of task {task!r} is {scores[task]}, not a number. Evaluate it again.")
+            raise DataError(f"The score of task {task!r} is {scores[task]}, not a number. Evaluate it again.")
     shares = [scores[task] / expert for task, expert in experts.items()]
     return 100 * math.fsum(shares) / len(shares)  # the order of the tasks changes no bit
 
@@ -299,7 +299,7 @@ def _bootstrap(
 ) -> tuple[Floats, Floats]:
     """(models,) normalised scores and (models, draws) of the draws."""
     if draws < 1:
-        raise TwinmergeError(f"draws is {draws}: give 1,000 or more.")
+        raise UsageError(f"draws is {draws}: give 1,000 or more.")
     diagonal = {task: rows.score for task, rows in experts.items()}
     points = [normalised({task: rows.score for task, rows in model.items()}, diagonal) for model in models]
     ratios = []
@@ -307,14 +307,14 @@ def _bootstrap(
         sides = [experts[task], *(model[task] for model in models)]
         for side in sides[1:]:
             if side.metric != sides[0].metric or not np.array_equal(side.labels, sides[0].labels):
-                raise TwinmergeError(
+                raise DataError(
                     f"Task {task!r} was scored on other rows or by another metric than its expert. "
                     "Evaluate both on the same split, limit and seed."
                 )
         key = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, *task.encode()])
         scores = _draw(sides, draws, np.random.default_rng(key))
         if scores[0].min() <= 0:
-            raise TwinmergeError(
+            raise DataError(
                 f"The expert of task {task!r} scores zero or less in some draws of {len(sides[0].labels)} rows, so there "
                 "is no interval. Evaluate on more rows."
             )
@@ -342,21 +342,21 @@ def _draw(sides: Sequence[Scored], draws: int, rng: np.random.Generator) -> Floa
 
 def _interval(value: float, samples: Floats, confidence: float) -> Interval:
     if not 0 < confidence < 1:
-        raise TwinmergeError(f"confidence is {confidence}: give a number between 0 and 1.")
+        raise UsageError(f"confidence is {confidence}: give a number between 0 and 1.")
     low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(value), float(low), float(high))
 
 
 def _same_tasks(scores: Mapping[str, object], experts: Mapping[str, object]) -> None:
     if not experts:
-        raise TwinmergeError("There are no tasks to score. Name at least one.")
+        raise UsageError("There are no tasks to score. Name at least one.")
     for one, other, said in (
         (experts, scores, "The model has no score"),
         (scores, experts, "There is no expert's score"),
     ):
         lacks = sorted(set(one) - set(other))
         if lacks:
-            raise TwinmergeError(f"{said} for {', '.join(lacks)}. Evaluate both on the same tasks.")
+            raise UsageError(f"{said} for {', '.join(lacks)}. Evaluate both on the same tasks.")
 
 
 # --------------------------------------------------------------------------------------------- helpers
@@ -365,21 +365,21 @@ def _same_tasks(scores: Mapping[str, object], experts: Mapping[str, object]) -> 
 def _columns(predictions: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
     p, y = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
     if p.ndim != 1 or p.shape != y.shape or not len(y):
-        raise TwinmergeError(
+        raise UsageError(
             f"predictions have shape {p.shape}, labels {y.shape}: give one number for each row on both sides, and at "
             "least one row."
         )
     if not np.isfinite(y).all():
-        raise TwinmergeError(f"the label of row {int(np.argmin(np.isfinite(y)))} is no finite number. Mend the data.")
+        raise DataError(f"the label of row {int(np.argmin(np.isfinite(y)))} is no finite number. Mend the data.")
     if np.isinf(p).any():
-        raise TwinmergeError(f"the prediction of row {int(np.argmax(np.isinf(p)))} is infinite. Check the model.")
+        raise DataError(f"the prediction of row {int(np.argmax(np.isinf(p)))} is infinite. Check the model.")
     return p, y
 
 
 def _numbers(predictions: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
     p, y = _columns(predictions, labels)
     if np.isnan(p).any():
-        raise TwinmergeError(
+        raise DataError(
             f"the prediction of row {int(np.argmax(np.isnan(p)))} is NaN: a correlation needs a number for every row. "
             "Check the model."
         )

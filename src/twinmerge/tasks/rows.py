@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import DataError, TwinmergeError, nearest
 from twinmerge.store.foreign import ROW, find, lines_of, parse_json, read_bytes, shown
 from twinmerge.tasks.images import ImageFile
 
@@ -77,9 +77,7 @@ class Rows:
     def __init__(self, file: Path, vocabulary: int | None = None) -> None:
         self.file, self.vocabulary = file, vocabulary
         if not os.path.exists(file):
-            raise TwinmergeError(
-                f"There is no file {file}. Name a .jsonl file, or a text file with a text on each line."
-            )
+            raise DataError(f"There is no file {file}. Name a .jsonl file, or a text file with a text on each line.")
         self.field = "text"
         if file.suffix == ".jsonl":
             _, line, where = next(self._lines(), (0, b"", ""))
@@ -99,7 +97,7 @@ class Rows:
                 assert image is not None
                 digest.update(read_bytes(image, MAX_IMAGE, "Leave its row out."))
         if not count:
-            raise TwinmergeError(f"{self.file} has no rows. Write one a line.")
+            raise DataError(f"{self.file} has no rows. Write one a line.")
         return count, digest.hexdigest()
 
     @property
@@ -131,10 +129,10 @@ class Rows:
             try:
                 return DataRow(number, where, text=line.decode().rstrip("\r\n"))
             except UnicodeDecodeError as error:
-                raise TwinmergeError(f"{where} is no UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+                raise DataError(f"{where} is no UTF-8 ({error.reason}). Save the file as UTF-8.") from error
         found = json_row(line, where)
         if (field := self._field(found, where)) != self.field:
-            raise TwinmergeError(
+            raise DataError(
                 f"{where} has the field {field!r}, the rows before have {self.field!r}. Give all rows the same."
             )
         target = _text(found, "target", where)
@@ -153,36 +151,32 @@ class Rows:
         here = [name for name in FIELDS if found.get(name) is not None]
         if not here:
             close = next((close for name in found if (close := nearest(name, FIELDS))), "")
-            raise TwinmergeError(
-                f"{where} has none of the fields {', '.join(FIELDS)}.{close} Give every row one of them."
-            )
+            raise DataError(f"{where} has none of the fields {', '.join(FIELDS)}.{close} Give every row one of them.")
         if len(here) > 1:
-            raise TwinmergeError(f"{where} has the fields {' and '.join(here)}. Give every row one of them.")
+            raise DataError(f"{where} has the fields {' and '.join(here)}. Give every row one of them.")
         return here[0]
 
     def _ids(self, found: Any, where: str) -> list[int]:
         below = self.vocabulary or 1 << 62
         if not isinstance(found, list) or not found:
-            raise TwinmergeError(f"{where}: field 'input_ids' is {_short(found)}. Give a list of token ids.")
+            raise DataError(f"{where}: field 'input_ids' is {_short(found)}. Give a list of token ids.")
         wrong = next((i for i in found if type(i) is not int or not 0 <= i < below), None)
         if wrong is not None:
-            raise TwinmergeError(
-                f"{where}: field 'input_ids' holds {wrong!r}. The model's token ids are 0 to {below - 1}."
-            )
+            raise DataError(f"{where}: field 'input_ids' holds {wrong!r}. The model's token ids are 0 to {below - 1}.")
         return found
 
     def _image(self, found: Any, where: str) -> Path:
         """The image's file, links followed: one outside the folder is none of the data's."""
         if not isinstance(found, str):
-            raise TwinmergeError(
+            raise DataError(
                 f"{where}: field 'image' is {_short(found)}. Give the path of an image in {self.file.parent}."
             )
         try:
             image = find(self.file.parent, found)
         except TwinmergeError as error:
-            raise TwinmergeError(f"{where}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
         if image is None:
-            raise TwinmergeError(
+            raise DataError(
                 f"{where}: there is no image {shown(found)} in {self.file.parent}. Add it, or mend the line."
             )
         return image
@@ -221,16 +215,16 @@ def json_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         found = parse_json(line, ROW)
     except ValueError as error:
-        raise TwinmergeError(f"{where} is no JSON ({error}). Write one JSON object a line, in UTF-8.") from error
+        raise DataError(f"{where} is no JSON ({error}). Write one JSON object a line, in UTF-8.") from error
     if not isinstance(found, dict):
-        raise TwinmergeError(f'{where} is no JSON object. Write {{"text": "..."}}.')
+        raise DataError(f'{where} is no JSON object. Write {{"text": "..."}}.')
     return found
 
 
 def _text(found: dict[str, Any], name: str, where: str) -> str | None:
     text = found.get(name)
     if not isinstance(text, str | None):
-        raise TwinmergeError(f"{where}: field {name!r} is {_short(text)}. Give a string.")
+        raise DataError(f"{where}: field {name!r} is {_short(text)}. Give a string.")
     return text
 
 
@@ -240,7 +234,7 @@ def _attended(found: dict[str, Any], where: str) -> list[int] | None:
         return None
     right = isinstance(mask, list) and len(mask) == len(found["input_ids"])
     if not right or any(type(i) is not int or i not in (0, 1) for i in mask) or not any(mask):
-        raise TwinmergeError(
+        raise DataError(
             f"{where}: field 'attention_mask' is {_short(mask)}. Give a 1 or a 0 for each of the {len(found['input_ids'])} token ids, "
             "at least one 1, or leave it out."
         )

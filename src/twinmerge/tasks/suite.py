@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from twinmerge.arguments import strict
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import DataError, TwinmergeError, UsageError, nearest
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.store.foreign import find, is_file_name, lines_of, read_json, shown
 from twinmerge.tasks.metrics import metric
@@ -79,21 +79,21 @@ class Task:
             10
         """
         if limit is not None and limit < 1:
-            raise TwinmergeError(f"limit is {limit}: give a number of rows from 1 on, or none for all rows.")
+            raise UsageError(f"limit is {limit}: give a number of rows from 1 on, or none for all rows.")
         file = self.folder / f"{split}.jsonl"
         if not is_file_name(split) or find(self.folder.parent, Path(self.folder.name) / file.name) is None:
             here = sorted(f.stem for f in self.folder.glob("*.jsonl")) if os.path.isdir(self.folder) else []
             have = f"it has {', '.join(here)}" if here else "it has no .jsonl file"
-            raise TwinmergeError(
+            raise UsageError(
                 f"{file} is missing: task {self.name!r} has no split {split!r}, {have}.{nearest(split, here)} "
                 "Name a split that is there, or add the file."
             )
         rows = [self._row(line, f"{file}, line {number}") for number, line in lines_of(file) if line.strip()]
         if not rows:
-            raise TwinmergeError(f"{file} has no rows. Add some, or leave task {self.name!r} out.")
+            raise DataError(f"{file} has no rows. Add some, or leave task {self.name!r} out.")
         stated = self.sizes.get(split, len(rows))
         if stated != len(rows):
-            raise TwinmergeError(
+            raise DataError(
                 f"{file} has {len(rows)} rows, but tasks.json states {stated} for {split!r} of {self.name!r}. "
                 "Copy the file again, or correct the number (or leave it out)."
             )
@@ -107,14 +107,14 @@ class Task:
         found = json_row(line, where)
         for name in ("text", "label"):
             if name not in found:
-                raise TwinmergeError(f"{where} has no field {name!r}.{nearest(name, found)} Add it.")
+                raise DataError(f"{where} has no field {name!r}.{nearest(name, found)} Add it.")
         text, pair, label = found["text"], found.get("text_pair"), found["label"]
         if not isinstance(text, str):
-            raise TwinmergeError(f"{where}: field 'text' is {shown(text)}. Give a string.")
+            raise DataError(f"{where}: field 'text' is {shown(text)}. Give a string.")
         if not isinstance(pair, str | None):
-            raise TwinmergeError(f"{where}: field 'text_pair' is {shown(pair)}. Give a string, or leave the field out.")
+            raise DataError(f"{where}: field 'text_pair' is {shown(pair)}. Give a string, or leave the field out.")
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(self.labels):
-            raise TwinmergeError(
+            raise DataError(
                 f"{where}: field 'label' is {shown(label)}, but task {self.name!r} has {len(self.labels)} labels. "
                 f"Give an integer from 0 to {len(self.labels) - 1}."
             )
@@ -145,48 +145,46 @@ def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = Non
         >>> open_suite(folder, ["tyo"])
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: .../tasks.json has no task 'tyo'. Did you mean 'toy'? It has: toy.
+        twinmerge.errors.UsageError: .../tasks.json has no task 'tyo'. Did you mean 'toy'? It has: toy.
     """
     file = Path(os.path.expanduser(folder)) / "tasks.json"
     if find(file.parent, file.name) is None:
-        raise TwinmergeError(
+        raise DataError(
             f"{file} is missing. Name the folder of a suite: tasks.json and one folder of .jsonl files for each task."
         )
     found = read_json(file, advice="Mend it.")
     if not found:
-        raise TwinmergeError(f'{file} names no tasks. Write {{"NAME": {{"labels": [...], "metric": "accuracy"}}}}.')
+        raise DataError(f'{file} names no tasks. Write {{"NAME": {{"labels": [...], "metric": "accuracy"}}}}.')
     names = list(found) if tasks is None else list(tasks)
     for name in names:
         if name not in found:
-            raise TwinmergeError(f"{file} has no task {name!r}.{nearest(name, found)} It has: {', '.join(found)}.")
+            raise UsageError(f"{file} has no task {name!r}.{nearest(name, found)} It has: {', '.join(found)}.")
     if not names or len(set(names)) < len(names):
-        raise TwinmergeError(f"tasks is {names}: name at least one task, and each one once.")
+        raise UsageError(f"tasks is {names}: name at least one task, and each one once.")
     return {name: _task(name, found[name], file) for name in names}
 
 
 def _task(name: str, entry: Any, file: Path) -> Task:
     where = f"{file}, task {name!r}"
     if not is_file_name(name):
-        raise TwinmergeError(f"{where}: a task's name is the name of its folder. Leave slashes out of it.")
+        raise DataError(f"{where}: a task's name is the name of its folder. Leave slashes out of it.")
     if not isinstance(entry, dict):
-        raise TwinmergeError(f'{where} is {shown(entry)}. Write {{"labels": [...], "metric": "accuracy"}}.')
+        raise DataError(f'{where} is {shown(entry)}. Write {{"labels": [...], "metric": "accuracy"}}.')
     for key in ("labels", "metric"):
         if key not in entry:
-            raise TwinmergeError(f"{where} has no field {key!r}.{nearest(key, entry)} Add it.")
+            raise DataError(f"{where} has no field {key!r}.{nearest(key, entry)} Add it.")
     labels = entry["labels"]
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
-        raise TwinmergeError(f"{where}: field 'labels' is {shown(labels)}. Give a list of the labels' names, by index.")
+        raise DataError(f"{where}: field 'labels' is {shown(labels)}. Give a list of the labels' names, by index.")
     if len(set(labels)) < len(labels):
         twice = sorted({label for label in labels if labels.count(label) > 1})
-        raise TwinmergeError(f"{where}: field 'labels' repeats {', '.join(twice)}. Give each label its own name.")
+        raise DataError(f"{where}: field 'labels' repeats {', '.join(twice)}. Give each label its own name.")
     try:
         metric(entry["metric"])
     except TwinmergeError as error:
-        raise TwinmergeError(f"{where}: field 'metric': {error}") from error
+        raise DataError(f"{where}: field 'metric': {error}") from error
     sizes = {split: entry[split] for split in SPLITS if split in entry}
     for split, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise TwinmergeError(
-                f"{where}: field {split!r} is {shown(size)}. Give its number of rows, or leave it out."
-            )
+            raise DataError(f"{where}: field {split!r} is {shown(size)}. Give its number of rows, or leave it out.")
     return Task(name, tuple(labels), entry["metric"], file.parent / name, sizes)

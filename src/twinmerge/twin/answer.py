@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.headed import rows_of
 from twinmerge.models.layers import Early
 from twinmerge.twin.core import Core
@@ -90,7 +90,7 @@ def under_autocast(core: Core, strategy: str) -> str:
     if not torch.is_autocast_enabled(core.planner.device.type) or strategy in ("folded", "rebuild"):
         return strategy
     if strategy != "auto":
-        raise TwinmergeError(
+        raise UsageError(
             f"Within torch.autocast strategy={strategy!r} would add parts in one dtype to answers in another. Leave it out, say "
             'strategy="rebuild", or convert the twin: twin.to(torch.bfloat16).'
         )
@@ -147,7 +147,7 @@ def seeing(core: Core, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
         return run()
     except UnseenError as unseen:
         told = f"{why} " if why else ""
-        raise TwinmergeError(
+        raise UsageError(
             f"{told}The module {str(unseen)!r} is not called in the same way in every pass, so it is not known how it sees the rows. "
             'Give one mixture for the whole batch, or say strategy="rebuild".'
         ) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.headed import batch_size, for_each_row
 from twinmerge.twin.answer import planned
 from twinmerge.twin.core import Core
@@ -77,13 +77,13 @@ def call(
         batch = _named(core, unnamed, batch)
     elif unnamed:
         check_batch(unnamed[0])
-        raise TwinmergeError("A batch is given by name: twin(**batch).")
+        raise UsageError("A batch is given by name: twin(**batch).")
     if "top_k" in batch:
-        raise TwinmergeError(TOP_K)
+        raise UsageError(TOP_K)
     check_batch(batch)
     check_names(core, {k: v for k, v in batch.items() if k != "return_dict"})
     if batch.pop("return_dict", None) is False:
-        raise TwinmergeError(
+        raise UsageError(
             "A twin gives its answer by name. Leave return_dict out, and take twin(**batch).output.to_tuple()."
         )
     size = batch_size(batch)
@@ -104,11 +104,11 @@ def _named(core: Core, unnamed: Sequence[Any], batch: Mapping[str, Any]) -> dict
     try:
         bound = signature(core.model.body.forward).bind_partial(*unnamed, **batch)
     except TypeError as error:
-        raise TwinmergeError(
+        raise UsageError(
             f"{type(core.model.body).__name__} does not take this: {error}. Call it as its forward says."
         ) from error
     if odd := [
         p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_POSITIONAL and p.name in bound.arguments
     ]:
-        raise TwinmergeError(f"{type(core.model.body).__name__} takes any number of {odd[0]}. Give its inputs by name.")
+        raise UsageError(f"{type(core.model.body).__name__} takes any number of {odd[0]}. Give its inputs by name.")
     return {name: value for name, value in bound.arguments.items() if value is not None}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.twin.core import Core
 from twinmerge.twin.export import Server, export_lora
 from twinmerge.twin.mixing.mixture import MixtureLike, mixture_weights
@@ -58,10 +58,10 @@ class CodeBook(NamedTuple):
         """
         count = len(twin.experts)
         if size < count:
-            raise TwinmergeError(f"A code-book of {size} cannot hold {count} experts. Give {count} or more.")
+            raise UsageError(f"A code-book of {size} cannot hold {count} experts. Give {count} or more.")
         weights = mixture_weights(mixtures, twin.experts, len(mixtures)).double()
         if bool((weights < 0).any()) or not len(weights):
-            raise TwinmergeError("A code-book is made for mixtures of weights from 0 on, at least one of them.")
+            raise UsageError("A code-book is made for mixtures of weights from 0 on, at least one of them.")
         book = cls(tuple(twin.experts), torch.eye(count, dtype=torch.float64), gram(twin.package.exclusive))
         while len(book.codes) < size:
             found = book.nearest(weights)
@@ -146,10 +146,10 @@ class AdapterFolder:
         base: str | None = None,
     ) -> None:
         if cap < 1:
-            raise TwinmergeError(f"cap={cap} is out of range. Give the number of adapters that the server holds.")
+            raise UsageError(f"cap={cap} is out of range. Give the number of adapters that the server holds.")
         self.folder = Path(folder)
         if self.folder.exists() and any(self.folder.iterdir()):
-            raise TwinmergeError(f"{folder} is not empty. Name a folder of its own for the adapters.")
+            raise UsageError(f"{folder} is not empty. Name a folder of its own for the adapters.")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.twin, self.cap, self.book, self.server, self.base = twin, cap, book, server, base
         self._held: OrderedDict[str, Path] = OrderedDict()
@@ -163,7 +163,7 @@ class AdapterFolder:
         """
         weights = mixture_weights(mixture, self.twin.experts, 1)
         if not bool(weights.any()):
-            raise TwinmergeError(
+            raise UsageError(
                 "The mixture holds no expert: such an input is the shared model's own. Ask the base model, without an adapter."
             )
         if self.book is not None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.codec import projected, slice_bytes
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate_product
 from twinmerge.statistics.moments import Moments
@@ -164,11 +164,11 @@ def compressed(
     """
     refuse_masks(package.exclusive.values(), "cut any smaller")
     if sum(limit is not None for limit in (rank, energy, bytes)) != 1:
-        raise TwinmergeError("Give one limit: rank, energy or bytes.")
+        raise UsageError("Give one limit: rank, energy or bytes.")
     if energy is not None and not 0 < energy <= 1:
-        raise TwinmergeError(f"energy={energy} is out of range. Give a share above 0, up to 1, such as 0.9.")
+        raise UsageError(f"energy={energy} is out of range. Give a share above 0, up to 1, such as 0.9.")
     if rank is not None and rank < 1:
-        raise TwinmergeError(f"rank={rank} is out of range. Give at least 1.")
+        raise UsageError(f"rank={rank} is out of range. Give at least 1.")
     norms = {
         n: _norm(package.shared.read(n)) for n in dict.fromkeys(n for p in package.exclusive.values() for n in p.low)
     }
@@ -207,7 +207,7 @@ def compressed(
             whole = {(e, n): package.exclusive[e].energy.get(n) for e, n in found}
             total = math.fsum(float(worth[k].sum()) if v is None else v / norms[k[1]] for k, v in whole.items())
         if there < energy * total * (1 - 1e-6):
-            raise TwinmergeError(
+            raise UsageError(
                 f"The twin holds {there / total:.1%} of the energy, less than {energy:.1%}. Build it at a higher rank first."
             )
         return at(ranks_for_energy(worth, cost, total, energy))
@@ -229,7 +229,7 @@ def compressed(
             beyond = middle
     if room > 0:
         return cut
-    raise TwinmergeError(
+    raise UsageError(
         f"{bytes:.0f} bytes are too few: heads, router and all that is no matrix take {fixed}. Give more, or a smaller codec."
     )
 

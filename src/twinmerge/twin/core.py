@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import TransformersKwargs
 
 from twinmerge.arguments import strict
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.headed import HeadedModel, architecture_of
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.transformers_class import position_limit
@@ -70,7 +70,7 @@ class Core(nn.Module):
         if package.heads:
             architecture = architecture_of(package.heads, len(shared.specs))
         if architecture is None:
-            raise TwinmergeError(
+            raise ModelError(
                 f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json, or give the function that makes "
                 "the module as factory."
             )
@@ -171,7 +171,7 @@ class Core(nn.Module):
         """The tokenizer beside the model; only for models of text."""
         if self._encoder is None:
             if self.side_files is None:
-                raise TwinmergeError(
+                raise UsageError(
                     "This twin was built in memory and has no tokenizer. Pass encoded batches, or build from folders."
                 )
             self._encoder = TextEncoder(self.side_files, positions=position_limit(self.model.architecture.config))
@@ -188,7 +188,7 @@ class Core(nn.Module):
         """
         if images := [row for row in rows if isinstance(row, ImageFile)]:
             if len(images) < len(rows):
-                raise TwinmergeError("Some inputs are images, and some are none. Give all as images, or none.")
+                raise UsageError("Some inputs are images, and some are none. Give all as images, or none.")
             return {name: t for name, t in self._images.encode(images).items() if name in self.takes}
         tokens = all_tokens(rows) if isinstance(rows, (list, tuple)) and rows else None
         if tokens is None or self.has_tokenizer():
@@ -204,7 +204,7 @@ class Core(nn.Module):
     @cached_property
     def _images(self) -> ImageEncoder:
         if self.side_files is None:
-            raise TwinmergeError(
+            raise UsageError(
                 "This twin was built in memory and has no image processor. Pass encoded batches, or build from folders."
             )
         return ImageEncoder(self.side_files)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, ModelError, TwinmergeError, UsageError
 from twinmerge.maths.codec import projected
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
@@ -35,14 +35,14 @@ def added(
     """A twin's package with one more expert, which its router knows (see `Twin.add`)."""
     from_experts = core.router is not None and not core.router.needs_inputs
     if core.router is not None and inputs is None and not from_experts:
-        raise TwinmergeError(f"The router must learn what inputs {name!r} is for. Give inputs of its kind.")
+        raise UsageError(f"The router must learn what inputs {name!r} is for. Give inputs of its kind.")
     own = core.package.provenance.get("twin", {}).get("rank")
     ranks = [f.rank for part in core.package.exclusive.values() for f in part.low.values()]
     package = with_expert(core.package_now(), name, model, rank or own or max([1, *ranks]), progress)
     if inputs is not None and core.router is not None and not from_experts:
         found = read_features(core, inputs, core.layers, name, batch_rows, progress)
         if not found:
-            raise TwinmergeError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
+            raise UsageError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
         package = routed_to(package, name, torch.cat(found))
     return package
 
@@ -60,11 +60,9 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
     """
     refuse_masks(package.exclusive.values(), "joined by one more expert")
     if name in package.exclusive:
-        raise TwinmergeError(
-            f"The twin has an expert {name!r} already. Give the new one another name, or remove that one."
-        )
+        raise UsageError(f"The twin has an expert {name!r} already. Give the new one another name, or remove that one.")
     if not EXPERT_NAME.fullmatch(name):
-        raise TwinmergeError(f"The expert name {name!r:.80} is not usable. Use letters, digits, '_', '-' and '.'.")
+        raise UsageError(f"The expert name {name!r:.80} is not usable. Use letters, digits, '_', '-' and '.'.")
     opened = {name: open_model(model, name if not isinstance(model, str) else None)}
     shared = package.shared
     patterns = package.provenance.get("recipe", {}).get("heads", ())
@@ -74,9 +72,7 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
     heads = heads_of(opened, matched, [name])
     if bool(heads) != bool(package.heads):
         has, have = ("a head", "none") if heads else ("no head", "one each")
-        raise TwinmergeError(
-            f"The expert {name!r} has {has}, the twin's experts have {have}. Build a twin of their kind."
-        )
+        raise ModelError(f"The expert {name!r} has {has}, the twin's experts have {have}. Build a twin of their kind.")
     names = [n for n in matched.merged if not is_buffer(shared, n)]
     part = split({n: shared.read(n) for n in names}, opened, names, rank, None, progress)[name]
     if package.codec != "none":
@@ -107,7 +103,7 @@ def without_expert(package: Package, name: str) -> Package:
     """
     which = index_of(name, list(package.exclusive))
     if len(package.exclusive) == 1:
-        raise TwinmergeError(f"{name!r} is the twin's only expert. Use the shared model alone, or add another first.")
+        raise UsageError(f"{name!r} is the twin's only expert. Use the shared model alone, or add another first.")
     router, layers, report = package.router, package.layers, package.report
     if router is not None:
         if len(package.exclusive) == 2:
@@ -158,7 +154,7 @@ def recipe_of(
         TwinmergeError: a twin without provenance, or a model that is not where it was.
     """
     if "recipe" not in provenance:
-        raise TwinmergeError("The twin does not say what it was made from. Build it again from its base and experts.")
+        raise DataError("The twin does not say what it was made from. Build it again from its base and experts.")
     recipe = Recipe.from_description(provenance["recipe"])
     models = models_of(provenance) | dict(experts or {})
     whole = {"base": recipe.base if base is None else base, **{f"expert {name!r}": m for name, m in models.items()}}
@@ -167,7 +163,7 @@ def recipe_of(
             try:
                 locate(model)
             except TwinmergeError as error:
-                raise TwinmergeError(
+                raise type(error)(
                     f"The shared part is made from the base and every expert, and the {label} is not at {model!r} any more. "
                     "Say where it is."
                 ) from error
@@ -189,7 +185,7 @@ def _with_statistics(package: Package) -> tuple[Router, Statistics]:
     """The router, and the aggregates that it was made of."""
     router = package.router
     if router is None or router.statistics is None:
-        raise TwinmergeError(
+        raise UsageError(
             "The twin's router keeps no statistics, so it cannot take experts in or out. Fit it again with the inputs of every "
             "expert (kind gaussian), or put router.statistics.safetensors back into the folder."
         )

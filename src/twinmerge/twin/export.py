@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from twinmerge.arguments import shown, strict
 from twinmerge.engine.folder import Beside, write_about
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DataError, UsageError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter import PREFIX
 from twinmerge.models.adapter_files import (
@@ -71,7 +71,7 @@ def export_dense(twin: Core, mixture: Mapping[str, float], out: str | Path, head
         if name in state:
             tensors[key] = state[name].contiguous()
         elif aliases.get(name) not in state:
-            raise TwinmergeError(f"The twin has no tensor {name!r} of {architecture.model_class.__name__}.")
+            raise DataError(f"The twin has no tensor {name!r} of {architecture.model_class.__name__}.")
     files = layout({key: Spec(t.dtype, tuple(t.shape)) for key, t in tensors.items()})
     output = OutputFolder(out, sum(spec.bytes for specs in files.values() for spec in specs.values()))
     with output as folder:
@@ -116,7 +116,7 @@ def export_lora(
     row = dict(zip(twin.experts, mixture_weights(weights, twin.experts, 1)[0].tolist(), strict=True))
     used = {name: w for name, w in row.items() if w}
     if any(twin.package.exclusive[e].masked for e in used):
-        raise TwinmergeError(
+        raise UsageError(
             f"{', '.join(used)}: masks of one vector are no low-rank factors, so no LoRA adapter holds them. Export dense weights."
         )
     low = {n: _joined(twin, used, n) for n in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].low)}
@@ -130,13 +130,13 @@ def export_lora(
         )  # without the embeddings, an output layer that is tied to them stays as well
         modules = {path: one for path, one in modules.items() if one.name not in tied}
     if not modules:
-        raise TwinmergeError(
+        raise UsageError(
             f"Nothing that {', '.join(used) or 'no expert'} adds fits into an adapter. Export dense weights."
         )
     rank = max(one.factors.rank for one in modules.values())
     if server == "vllm":
         if rank > VLLM_RANKS[-1]:
-            raise TwinmergeError(
+            raise UsageError(
                 f"The adapter has rank {rank}, vLLM takes {VLLM_RANKS[-1]} at most. Mix fewer experts, or compress the twin first."
             )
         rank = next(r for r in VLLM_RANKS if r >= rank)
@@ -164,7 +164,7 @@ def export_lora(
 
 def _require_twin(twin: Any) -> None:
     if not hasattr(twin, "weights_for"):
-        raise TwinmergeError(f"A twin is exported, not {shown(twin)}. Open a folder with Twin.from_pretrained.")
+        raise UsageError(f"A twin is exported, not {shown(twin)}. Open a folder with Twin.from_pretrained.")
 
 
 def _class_with_head(twin: Core, head: str | None) -> tuple[Architecture, HeadSpec | None]:
@@ -185,7 +185,7 @@ def _refuse_experts(twin: Core, used: Mapping[str, float]) -> None:
     for name in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].names):
         shape = found.parameters.get(name, ()) if found else ()
         if found and (found.fused_into(stored.get(name, name)) or (len(shape) == 3 and "expert" in name)):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{', '.join(used)} changes the experts' matrices ({name!r}), whose factors vLLM reads in layouts that differ from model to model. "
                 "Export dense weights (without --lora), or --for peft, which leaves the experts out and says so."
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import TwinmergeError, UsageError
 from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
 from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, seeing, under_autocast
 from twinmerge.twin.call import TwinOutput, call
@@ -118,7 +118,7 @@ def _rebuilt(core: Core, weights: Tensor, inputs: Mapping[str, Any], whole: str 
         with core.runtime.folded(groups[0][0]):
             return _run(core, inputs)
     if whole is not None:
-        raise TwinmergeError(
+        raise UsageError(
             f"Rows of different mixtures are generated apart here, so {whole} cannot be told of all of them. Give one mixture for all rows, "
             "or leave it out."
         )
@@ -161,23 +161,23 @@ def named(core: Core, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]
         TwinmergeError: a model that does not generate; arguments that a twin cannot serve; prompts given twice.
     """
     if not hasattr(core.model.body, "generate") or core.model.head_specs:
-        raise TwinmergeError(f"{type(core.model.body).__name__} does not generate. Build the twin on a language model.")
+        raise UsageError(f"{type(core.model.body).__name__} does not generate. Build the twin on a language model.")
     found = dict(options)
     if isinstance(inputs, Mapping):
-        raise TwinmergeError(
+        raise UsageError(
             "generate takes the prompts' tensor first. Write generate(**batch) for what a tokenizer returns."
         )
     if inputs is not None:
         main = str(core.model.body.main_input_name)
         if main in found:
-            raise TwinmergeError(f"The prompts are given twice, as the first argument and as {main}. Give them once.")
+            raise UsageError(f"The prompts are given twice, as the first argument and as {main}. Give them once.")
         found[main] = inputs
     for name, why in REFUSED.items():
         if found.get(name) is not None:
-            raise TwinmergeError(f"generate({name}=…) is not there for a twin: {why}. Leave it out.")
+            raise UsageError(f"generate({name}=…) is not there for a twin: {why}. Leave it out.")
     for name in PROMPT:
         if found.get(name) is not None and not isinstance(found[name], Tensor):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{name} is a {type(found[name]).__name__}, not a tensor. Pass what the tokenizer returns with return_tensors='pt'."
             )
     return found
@@ -191,7 +191,7 @@ def _run(core: Core, inputs: Mapping[str, Any]) -> Any:
     except TwinmergeError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        raise TwinmergeError(
+        raise UsageError(
             f"{type(body).__name__}.generate does not take this call: {' '.join(str(error).split())} Change its arguments."
         ) from error
 
@@ -256,7 +256,7 @@ class Pinned:
         prompt = prompt_of(choice)
         weights = mixtures_for(core, prompt, {k: v for k, v in choice.items() if k not in prompt})
         if len(weights) != 1:
-            raise TwinmergeError(f"A conversation has one mixture, got {len(weights)} rows. Give one prompt.")
+            raise UsageError(f"A conversation has one mixture, got {len(weights)} rows. Give one prompt.")
         return cls(core, weights[0])
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import UsageError, nearest
 from twinmerge.maths.bits import byte_count, check, pack
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.artefact import Artefact
@@ -43,14 +43,12 @@ def masked(
     for expert, own in masks.items():
         scale = float((scales or {}).get(expert, 1.0))
         if not math.isfinite(scale):
-            raise TwinmergeError(f"The scale of {expert!r} is {scale}. Give a finite one.")
+            raise UsageError(f"The scale of {expert!r} is {scale}. Give a finite one.")
         for name, mask in own.items():
             if name not in vector:
-                raise TwinmergeError(
-                    f"The vector lacks {name!r}, which {expert!r} masks.{nearest(name, vector)} Add it."
-                )
+                raise UsageError(f"The vector lacks {name!r}, which {expert!r} masks.{nearest(name, vector)} Add it.")
             if mask.dtype != torch.bool or mask.shape != vector[name].shape:
-                raise TwinmergeError(
+                raise UsageError(
                     f"The mask of {name!r} of {expert!r} is {list(mask.shape)} of {mask.dtype}, the vector is "
                     f"{list(vector[name].shape)}. Give booleans of that shape."
                 )
@@ -89,7 +87,7 @@ def pack_masks(parts: Mapping[str, Exclusive], base: str, told: Mapping[str, Any
     scales = []
     for i, (expert, part) in enumerate(parts.items()):
         if part.low or part.dense:
-            raise TwinmergeError(f"{expert!r} is no mask, other experts are. Keep experts of one kind in a twin.")
+            raise UsageError(f"{expert!r} is no mask, other experts are. Keep experts of one kind in a twin.")
         own = {n: part.masked[n].bits if n in part.masked else _none(v) for n, v in vectors.items()}
         tensors |= {f"{i}/m/{name}": bits for name, bits in own.items()}
         scales.append(next((m.scale for m in part.masked.values()), 1.0))

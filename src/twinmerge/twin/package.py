@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from twinmerge.engine.card import model_card
 from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, Beside
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, DataError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadSpec, head_artefact, load_heads
@@ -159,7 +159,7 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
         TwinmergeError: not a twin folder, parts missing, damaged, of another model or version.
     """
     if not is_twin(folder):
-        raise TwinmergeError(f"{folder} is no twin: it has no {TWIN}. Build one with `twinmerge twin build`.")
+        raise DataError(f"{folder} is no twin: it has no {TWIN}. Build one with `twinmerge twin build`.")
     if (manifest := Manifest.of(folder)) is not None:
         manifest.check_all("README.md")
     shared = open_model(str(folder) if factory is None else TorchModel(factory, folder))
@@ -189,7 +189,7 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
             router = router_from(found.header["router"], found.header, found.tensors)
             layers, report = tuple(map(operator.index, found.header["layers"])), found.header["report"]
         if router.shape[0] != len(exclusive):
-            raise TwinmergeError(
+            raise DamagedFile(
                 f"{folder / ROUTER} chooses between {router.shape[0]} experts, the twin has {len(exclusive)}. Fit it again."
             )
     if router is not None and router.keeps_statistics and find(folder, STATISTICS):
@@ -212,7 +212,7 @@ def _named(provenance: Mapping[str, Any]) -> list[str] | None:
 
 def _agree(file: Path, names: list[str], other: str, expected: list[str]) -> None:
     if names != expected:
-        raise TwinmergeError(
+        raise DamagedFile(
             f"{file} names the experts {', '.join(map(str, names)) or 'nobody'}, {other} beside it {', '.join(map(str, expected)) or 'nobody'}. Copy the whole folder again, "
             "or build it again."
         )
@@ -268,16 +268,16 @@ def _unpack(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive]:
             _fits(name, tuple(tensor.shape), shared)
         elif kind == "b":
             if (a := tensors.get(f"{index}/a/{name}")) is None:
-                raise TwinmergeError(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
+                raise DamagedFile(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
             if tensor.dim() != 2 or a.dim() != 2 or tensor.shape[1] != len(a):
-                raise TwinmergeError(
+                raise DamagedFile(
                     f"{TWIN} holds factors of {name!r} of the shapes {list(tensor.shape)} and {list(a.shape)}, which are no pair. "
                     "Build the twin again."
                 )
             part.low[name] = Factors(tensor, a)
             _fits(name, part.low[name].shape, shared, matrix=True)
         elif f"{index}/b/{name}" not in tensors:
-            raise TwinmergeError(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
+            raise DamagedFile(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
     return parts
 
 
@@ -287,7 +287,7 @@ def _fits(name: str, shape: tuple[int, ...], shared: OpenedModel, matrix: bool =
         return
     own = shared.spec(name).shape
     if shape != ((own[0], math.prod(own[1:])) if matrix and own else own):
-        raise TwinmergeError(
+        raise DamagedFile(
             f"{TWIN} holds a part of {name!r} of the shape {list(shape)}, the weights beside it are {list(own)}. Build the twin again."
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.twin.call import call
 from twinmerge.twin.core import Core
 from twinmerge.twin.routing import CHOICE, check_choice
@@ -43,7 +43,7 @@ def predict(core: Core, texts: Sequence[Any], batch_rows: int, choice: Mapping[s
         }
         out = call(core, **{**core.encode(chunk), **rows})
         if out.logits is None or out.logits.dim() != 2:
-            raise TwinmergeError("This twin has no classifier head. Call the twin itself, or generate().")
+            raise UsageError("This twin has no classifier head. Call the twin itself, or generate().")
         probabilities = out.logits.float().softmax(-1)
         for i, p in enumerate(probabilities):
             head = out.head[i] if out.head else None

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.arguments import at_least_one, shown
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.blocks import block_of
 from twinmerge.models.headed import batch_size, rows_of_batch
 from twinmerge.statistics.moments import Moments, input_moments
@@ -51,17 +51,17 @@ def check_batch(batch: Any) -> None:
         TwinmergeError: texts, lists of numbers, a tensor without a name.
     """
     if not isinstance(batch, Mapping):
-        raise TwinmergeError(
+        raise UsageError(
             f"A batch is tensors by name, as a tokenizer returns them, not {shown(batch)}. Encode texts first: "
             "twin(**twin.encoder.encode(texts)), or ask twin.predict(texts)."
         )
     for name, value in batch.items():
         if name in ("input_ids", "attention_mask") and isinstance(value, Tensor) and value.dim() < 2:
-            raise TwinmergeError(
+            raise UsageError(
                 f"{name} of the batch has {value.dim()} axes. Give (rows, positions): {name}[None] for one row."
             )
         if isinstance(value, (list, tuple)) and name in PROMPT:
-            raise TwinmergeError(
+            raise UsageError(
                 f"{name} of the batch is {shown(value)}. Give a tensor: return_tensors='pt' of the tokenizer."
             )
 
@@ -124,7 +124,7 @@ def input_directions(core: Core, layer: int) -> list[Tensor]:
         reads = [v.float() * out.float().norm(dim=0) for v, out in sides]
         found.append(torch.cat(reads, 1) if reads else torch.zeros(0, 0))
     if not first or any(not v.numel() for v in found):
-        raise TwinmergeError(
+        raise UsageError(
             f"In layer {layer} not every expert changes the first matrices, so inputs cannot be told apart by them. Name another "
             "layer, or fit a router on inputs."
         )

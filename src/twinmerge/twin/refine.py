@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.maths.codec import projected
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadedModel
@@ -48,9 +48,9 @@ def refined(
 ) -> Package:
     """The twin's package with refined exclusive parts (see `Twin.refine`)."""
     if steps < 1:
-        raise TwinmergeError(f"steps={steps} is out of range. Give at least 1.")
+        raise UsageError(f"steps={steps} is out of range. Give at least 1.")
     if not 0 < rate < float("inf"):
-        raise TwinmergeError(f"rate={rate} is out of range. Give a number above 0, such as 0.001.")
+        raise UsageError(f"rate={rate} is out of range. Give a number above 0, such as 0.001.")
     for name in inputs:
         index_of(name, core.experts)
     package = core.package_now()
@@ -60,9 +60,9 @@ def refined(
     for name, given in inputs.items():
         batches = list(read_batches(core, given, name, batch_rows, progress))
         if not batches:
-            raise TwinmergeError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
+            raise UsageError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
         if (model := models.get(name)) is None:
-            raise TwinmergeError(f"The twin does not say where the expert {name!r} is. Say it with experts.")
+            raise UsageError(f"The twin does not say where the expert {name!r} is. Say it with experts.")
         opened = (
             model if isinstance(model, OpenedModel) else open_model(model, None if isinstance(model, str) else name)
         )
@@ -113,7 +113,7 @@ def fitted_part(
         with torch.enable_grad(), _attached(core, low, dense, codec):
             loss = gap(core.model.hidden_states(batch)[-1], goal, batch.get("attention_mask"))
         if not bool(loss.isfinite()):
-            raise TwinmergeError(f"The states of {name!r} turned to NaN. Refine at a lower rate.")
+            raise UsageError(f"The states of {name!r} turned to NaN. Refine at a lower rate.")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP)
@@ -221,5 +221,5 @@ def _shuffled(count: int, steps: int, seed: int) -> list[int]:
 
 def _class_of(expert: OpenedModel) -> Any:
     if expert.architecture is None:
-        raise TwinmergeError(f"{expert.name} has no config.json, so it cannot answer. Add its config.json.")
+        raise ModelError(f"{expert.name} has no config.json, so it cannot answer. Add its config.json.")
     return expert.architecture

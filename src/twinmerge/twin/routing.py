@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one, fits, shown
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import UsageError, nearest
 from twinmerge.models.headed import batch_size, for_each_row
 from twinmerge.models.layers import Early, called_before, depth, layer_count
 from twinmerge.twin.answer import planned
@@ -60,7 +60,7 @@ def mixtures(
     if mixture is None and expert is None:
         return routed(core, batch, per_row_most)
     if mixture is not None and expert is not None:
-        raise TwinmergeError("Both mixture and expert are given. Give one of them.")
+        raise UsageError("Both mixture and expert are given. Give one of them.")
     size = batch_size(batch) if batch else 1
     if expert is not None:
         return Routed(one_hot(per_row(expert, size, "expert"), core.experts).to(core.planner.device))
@@ -84,11 +84,9 @@ def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> No
     """
     for name in choice:
         if name == "top_k":
-            raise TwinmergeError(TOP_K)
+            raise UsageError(TOP_K)
         if name not in known:
-            raise TwinmergeError(
-                f"There is no choice {name!r} here.{nearest(name, known)} There are: {', '.join(known)}."
-            )
+            raise UsageError(f"There is no choice {name!r} here.{nearest(name, known)} There are: {', '.join(known)}.")
 
 
 def check_names(core: Core, batch: Mapping[str, Any]) -> None:
@@ -100,7 +98,7 @@ def check_names(core: Core, batch: Mapping[str, Any]) -> None:
     taken = core.takes
     for name, value in batch.items():
         if name not in taken and not isinstance(value, Tensor):
-            raise TwinmergeError(
+            raise UsageError(
                 f"There is no argument {name!r} of {type(core.model.body).__name__}.{nearest(name, {*CHOICE, 'head', 'strategy', *taken})} "
                 "Leave it out."
             )
@@ -113,9 +111,9 @@ def routed(core: Core, batch: Mapping[str, Any], experts_per_row: int | None) ->
         TwinmergeError: no router is fitted, or a batch that continues a cache.
     """
     if core.router is None:
-        raise TwinmergeError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
+        raise UsageError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
     if batch.get("past_key_values") is not None:
-        raise TwinmergeError(
+        raise UsageError(
             "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was made under."
         )
     with torch.no_grad(), core.lock:
@@ -146,13 +144,13 @@ def single_pass(core: Core, layer: int | None) -> Package:
     """A package whose experts act from a layer on (see `Twin.single_pass`)."""
     count = depth(core.model)
     if not count:
-        raise TwinmergeError(
+        raise UsageError(
             f"{type(core.model.body).__name__} is not one stack of layers, so it cannot be routed on the way. "
             "Route in a pass of its own."
         )
     layer = max(1, round(count / 6)) if layer is None else layer
     if not 0 <= layer < count:
-        raise TwinmergeError(f"Layer {layer} is out of range: the model has {count}. Give 0 to {count - 1}.")
+        raise UsageError(f"Layer {layer} is out of range: the model has {count}. Give 0 to {count - 1}.")
     below = changed_before(core, layer)
     package = core.package_now()
     exclusive = {e: without_parameters(part, below) for e, part in package.exclusive.items()}
@@ -191,7 +189,7 @@ def fitted(
         index_of(name, core.experts)
     if router.reads == "answers":
         if layers is not None:
-            raise TwinmergeError(f"The {router.kind} router reads the experts' answers, no layers. Leave layers out.")
+            raise UsageError(f"The {router.kind} router reads the experts' answers, no layers. Leave layers out.")
         layers = ()
     elif layers is None:
         layers = router.default_layers(layer_count(core.model.architecture.config), core.first_layer)
@@ -210,10 +208,10 @@ def fitted(
         router.of_experts(core.experts, layers, partial(input_directions, core))
         return layers, calibrated(router, torch.cat(rows), whose, core.experts) if rows else None
     if not rows:
-        raise TwinmergeError("The router has no inputs to fit on. Give a few hundred for each expert.")
+        raise UsageError("The router has no inputs to fit on. Give a few hundred for each expert.")
     found = torch.cat(rows)
     if bool((found == found[0]).all()):
-        raise TwinmergeError(
+        raise UsageError(
             "To the model the inputs are all alike, so no router can tell them apart. Give different ones."
         )
     novel = found.shape[1] // (len(layers) * (2 if router.spreads else 1)) if null and layers else 0
@@ -234,7 +232,7 @@ def answers(core: Core, batch: Mapping[str, Any], router: Router) -> Tensor:
         own = planned(core, given, heads_of_rows(core, None, [name] * size), weights)[0]
         logits = own.logits if own.logits is not None else getattr(own.output, "logits", None)
         if logits is None:
-            raise TwinmergeError(
+            raise UsageError(
                 f"The {router.kind} router reads answers, and this twin gives none. Choose another router."
             )
         found.append(router.read_answer(logits, given.get("input_ids"), given.get("attention_mask")))
@@ -248,7 +246,7 @@ def heads_of_rows(core: Core, head: str | Sequence[str] | None, likely: Sequence
     if head is not None:
         names = per_row(head, len(likely), "head")
     elif None in likely:
-        raise TwinmergeError("A row has no expert (all its weights are zero) and no head. Name its head.")
+        raise UsageError("A row has no expert (all its weights are zero) and no head. Name its head.")
     else:
         names = [str(name) for name in likely]
     for name in set(names):
@@ -259,8 +257,8 @@ def heads_of_rows(core: Core, head: str | Sequence[str] | None, likely: Sequence
 def per_row(names: str | Sequence[str], size: int, what: str) -> list[str]:
     """One name for each row."""
     if not isinstance(names, str) and not fits(names, Sequence[str]):
-        raise TwinmergeError(f"{what} is {shown(names)}. Give a name for all rows, or a list of names.")
+        raise UsageError(f"{what} is {shown(names)}. Give a name for all rows, or a list of names.")
     found = [names] * size if isinstance(names, str) else list(names)
     if len(found) != size:
-        raise TwinmergeError(f"{size} rows need one {what} or {size}, got {len(found)}.")
+        raise UsageError(f"{size} rows need one {what} or {size}, got {len(found)}.")
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.twin.call import call
 from twinmerge.twin.core import Core
 from twinmerge.twin.routing import check_choice, mixtures_for
@@ -35,9 +35,9 @@ def score(
     at_least_one("batch_rows", batch_rows)
     check_choice(choice)
     if len(contexts) != len(continuations):
-        raise TwinmergeError(f"{len(contexts)} contexts have {len(continuations)} continuations. Give one for each.")
+        raise UsageError(f"{len(contexts)} contexts have {len(continuations)} continuations. Give one for each.")
     if not hasattr(core.model.body, "generate") or core.model.head_specs:
-        raise TwinmergeError(f"{type(core.model.body).__name__} gives no likelihood of tokens. Use a language model.")
+        raise UsageError(f"{type(core.model.body).__name__} gives no likelihood of tokens. Use a language model.")
     rows = [_ids(core, a, b) for a, b in zip(contexts, continuations, strict=True)]
     distinct = list(dict.fromkeys(tuple(a) for a, _ in rows))
     mixtures: dict[tuple[int, ...], Tensor] = {}
@@ -66,7 +66,7 @@ def score(
 def _ids(core: Core, context: Tokens, continuation: Tokens) -> tuple[list[int], list[int]]:
     """Tokens of a context and of what follows; texts are cut into tokens together, as they would be read."""
     if isinstance(context, str) != isinstance(continuation, str):
-        raise TwinmergeError("A context and its continuation must both be texts, or both lists of tokens.")
+        raise UsageError("A context and its continuation must both be texts, or both lists of tokens.")
     if isinstance(context, str) and isinstance(continuation, str):
         tokenizer = core.encoder.tokenizer
         before = list(tokenizer(context)["input_ids"])
@@ -74,7 +74,7 @@ def _ids(core: Core, context: Tokens, continuation: Tokens) -> tuple[list[int], 
     else:
         before, after = [int(i) for i in context], [int(i) for i in continuation]
     if not before or not after:
-        raise TwinmergeError("A context or a continuation holds no token. Give at least one of each.")
+        raise UsageError("A context or a continuation holds no token. Give at least one of each.")
     return before, after
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.maths.bits import unpack
 from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_product
 from twinmerge.maths.threads import parallel
@@ -101,7 +101,7 @@ def split(
     Source: Lu et al. 2024, "Twin-Merging", arXiv 2406.15479, section 3.2 (and equation 5 for the formula of use).
     """
     if rank is not None and rank < 1:
-        raise TwinmergeError(f"rank={rank} is out of range. Give at least 1, or none for all of it.")
+        raise UsageError(f"rank={rank} is out of range. Give at least 1, or none for all of it.")
     energies: dict[str, dict[str, float]] = {expert: {} for expert in experts}
     parts = {expert: Exclusive({}, {}, energies[expert]) for expert in experts}
 
@@ -176,7 +176,7 @@ def cut(part: Exclusive, rank: int) -> Exclusive:
         2
     """
     if rank < 1:
-        raise TwinmergeError(f"rank={rank} is out of range. Give at least 1.")
+        raise UsageError(f"rank={rank} is out of range. Give at least 1.")
     refuse_masks([part], "cut to a rank")
     cuts = Exclusive({}, part.dense, part.energy)
     for name, f in part.low.items():
@@ -212,11 +212,11 @@ def refuse_masks(parts: Iterable[Exclusive], what: str) -> None:
         >>> refuse_masks([Exclusive({}, {}, {}, {"w": Masked(torch.ones(1), torch.ones(1, dtype=torch.uint8), 1.0)})], "refined")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: The experts are masks of one vector, which cannot be refined. Make them anew \
+        twinmerge.errors.UsageError: The experts are masks of one vector, which cannot be refined. Make them anew \
 with all experts by `twinmerge compress`, or build a twin of low-rank parts.
     """
     if any(part.masked for part in parts):
-        raise TwinmergeError(
+        raise UsageError(
             f"The experts are masks of one vector, which cannot be {what}. Make them anew with all experts by "
             "`twinmerge compress`, or build a twin of low-rank parts."
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
@@ -89,7 +89,7 @@ class Twin(Served):
         recipe = Recipe(shared, base, dict(experts), parameters, heads=tuple(heads))
         merge = Merge(recipe, progress, architecture=True)
         if len(experts) < 1:
-            raise TwinmergeError("A twin needs experts. Name at least one.")
+            raise UsageError("A twin needs experts. Name at least one.")
         opened = {name: merge.experts[name] for name in experts}
         linear = linear_coefficients(merge.method, merge.recipe.order, list(experts))
         provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": shared}}

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from twinmerge.arguments import strict
 from twinmerge.engine.adapters.folder import About, Limit, balanced, check_dtype, compress, write_lora
 from twinmerge.engine.card import licence_of
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError
 from twinmerge.maths.lowrank import Factors, truncate
 from twinmerge.maths.sums import blocked_dot, total
 from twinmerge.maths.threads import parallel
@@ -115,7 +115,7 @@ def extract_lora(
     OutputFolder(out).check()
     origin, opened = open_model(base), open_model(model)
     if opened.architecture is None:
-        raise TwinmergeError(f"{opened.name} has no config.json, so its modules are not known. Add its config.json.")
+        raise ModelError(f"{opened.name} has no config.json, so its modules are not known. Add its config.json.")
     matched = match(origin, {MODEL: opened})
     check_ancestry(origin, {MODEL: opened}, matched.merged)
     matched.warn()
@@ -142,7 +142,7 @@ def extract_lora(
     low = {name: found.factors for name, found in changes.items() if found.factors is not None and found.factors.rank}
     modules = {path: Carried(name, module, low[name]) for path, (name, module) in places.items() if name in low}
     if not modules:
-        raise TwinmergeError(
+        raise ModelError(
             f"{opened.name} changes no matrix of {origin.name} that an adapter could carry. Name the model that was tuned."
         )
     left = _left_out(changes, set(low))
@@ -235,13 +235,13 @@ def _minus(x: Tensor, y: Tensor) -> Tensor:
 def _require_finite(norm: float, name: str, model: OpenedModel, base: OpenedModel) -> None:
     if not math.isfinite(norm):
         whose = base if not bool(base.read(name).isfinite().all()) else model
-        raise TwinmergeError(f"Tensor {name!r} of {whose.name} holds NaN or infinity. Take a sound checkpoint of it.")
+        raise ModelError(f"Tensor {name!r} of {whose.name} holds NaN or infinity. Take a sound checkpoint of it.")
 
 
 def _sound(model: OpenedModel, name: str) -> Tensor:
     tensor = model.read(name)
     if not bool(tensor.isfinite().all()):
-        raise TwinmergeError(f"Tensor {name!r} of {model.name} holds NaN or infinity. Take a sound checkpoint of it.")
+        raise ModelError(f"Tensor {name!r} of {model.name} holds NaN or infinity. Take a sound checkpoint of it.")
     return tensor
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.folder import write_about
 from twinmerge.engine.provenance import PACKAGES
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import ModelError, UsageError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import thin_svd
 from twinmerge.models.adapter import PREFIX
@@ -46,11 +46,11 @@ class Limit(NamedTuple):
             TwinmergeError: both, a rank below 1, an energy outside (0, 1].
         """
         if rank is not None and energy is not None:
-            raise TwinmergeError(f"Both a rank ({rank}) and an energy ({energy}) are given. Leave out one of them.")
+            raise UsageError(f"Both a rank ({rank}) and an energy ({energy}) are given. Leave out one of them.")
         if rank is not None and rank < 1:
-            raise TwinmergeError(f"The rank is {rank}. Give a whole number from 1 on, or leave it out.")
+            raise UsageError(f"The rank is {rank}. Give a whole number from 1 on, or leave it out.")
         if energy is not None and not 0 < energy <= 1:
-            raise TwinmergeError(f"The energy is {energy}. Give a share above 0 and up to 1, such as 0.99.")
+            raise UsageError(f"The energy is {energy}. Give a share above 0 and up to 1, such as 0.99.")
         return cls(rank, energy)
 
     def keep(self, s: Tensor, total: float) -> int:
@@ -139,7 +139,7 @@ def write_lora(
     tensors = {name: tensor.to(wanted).contiguous() for name, tensor in lora_tensors(modules).items()}
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise TwinmergeError(f"{name!r} goes beyond the range of {dtype}. Write bfloat16 or float32.")
+            raise ModelError(f"{name!r} goes beyond the range of {dtype}. Write bfloat16 or float32.")
     whole = saved or {}
     tensors |= {f"{PREFIX}{key}": tensor.contiguous() for own in whole.values() for key, tensor in own.items()}
     name = base.name if base.folder is not None else str(getattr(base.config, "_name_or_path", ""))
@@ -157,7 +157,7 @@ def write_lora(
 def check_dtype(dtype: str | None) -> None:
     """Refuse a dtype that cannot be written."""
     if dtype is not None and dtype not in DTYPES:
-        raise TwinmergeError(f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}.")
+        raise UsageError(f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}.")
 
 
 def _card(base: OpenedModel, name: str, about: About) -> str:

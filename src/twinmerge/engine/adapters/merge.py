@@ -18,7 +18,7 @@ from twinmerge.engine.card import licence_of
 from twinmerge.engine.ranges import Grains, Range, Shapes
 from twinmerge.engine.run import Load, Run
 from twinmerge.engine.seen import Digests
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import ModelError, RecipeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import MethodLike, given_to, method_class, method_name, method_names, short_name
@@ -111,7 +111,7 @@ def merge_lora(
         OutputFolder(out).check()
     origin = open_model(base)
     if origin.architecture is None:
-        raise TwinmergeError(f"{origin.name} has no config.json, so its modules are not known. Add its config.json.")
+        raise ModelError(f"{origin.name} has no config.json, so its modules are not known. Add its config.json.")
     opened = {name: _open(base, origin, recipe.experts[name], name) for name in recipe.order}
     dropped = {name: _trained_in_full(model, origin) for name, model in opened.items()}
     if any(dropped.values()):
@@ -134,9 +134,9 @@ def merge_lora(
     found = {name: (factors, kept) for name, factors, kept in sorted(answers, key=lambda a: a[0]) if factors.rank}
     modules = carried(origin.architecture, {name: factors for name, (factors, _) in found.items()})
     if lost := sorted(found.keys() - {one.name for one in modules.values()}):
-        raise TwinmergeError(f"No module of {origin.name} holds {lost[0]!r}. Merge full models with `twinmerge merge`.")
+        raise ModelError(f"No module of {origin.name} holds {lost[0]!r}. Merge full models with `twinmerge merge`.")
     if not modules:
-        raise TwinmergeError("The adapters add nothing together, so there is no adapter to write. Check the weights.")
+        raise ModelError("The adapters add nothing together, so there is no adapter to write. Check the weights.")
     ranks = {name: factors.rank for name, (factors, _) in found.items()}
     kept = {name: share for name, (_, share) in found.items()}
     if out is not None:
@@ -167,16 +167,16 @@ def _recipe(
     elif weights != 1:
         named["weights"] = weights
     if twice := named.keys() & given.keys():
-        raise TwinmergeError(f"{min(twice)!r} is given twice, among the parameters too. Give it once.")
+        raise RecipeError(f"{min(twice)!r} is given twice, among the parameters too. Give it once.")
     given |= named
     if method_name(method) == "task_arithmetic" and "scale" not in given_to(method):
         given.setdefault("scale", 1.0)
     return Recipe(method, base, dict(experts), given, dtype)
 
 
-def _unable(method: str) -> TwinmergeError:
+def _unable(method: str) -> RecipeError:
     able = [name for name in method_names() if method_class(name).core_space]
-    return TwinmergeError(
+    return RecipeError(
         f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge full models "
         "with `twinmerge merge`, which takes base+adapter too."
     )
@@ -194,7 +194,7 @@ def _open(base: ModelLike, origin: OpenedModel, expert: ModelLike, name: str) ->
         else:
             found = adapted(open_model(base, origin.name), read_adapter(Path(ref)))
     if not found.factors:
-        raise TwinmergeError(
+        raise ModelError(
             f"The expert {name!r} has no LoRA factors. Give an adapter, or make one of a full model with `twinmerge lora extract`."
         )
     return found
@@ -217,7 +217,7 @@ def _trained_in_full(expert: OpenedModel, base: OpenedModel) -> list[str]:
 def _tell_dropped(dropped: Mapping[str, list[str]], drop_heads: bool) -> None:
     told = "; ".join(f"{e!r}: {', '.join(n[:3])}{' …' if len(n) > 3 else ''}" for e, n in dropped.items() if n)
     if not drop_heads:
-        raise TwinmergeError(
+        raise ModelError(
             f"Adapters hold tensors that were trained in full ({told}), and heads of different labels have no sum. Merge full models "
             "with `twinmerge merge`, which keeps every expert's head, or leave these out with drop_heads (--drop-heads)."
         )
@@ -230,18 +230,18 @@ def _parts(base: OpenedModel, experts: Mapping[str, OpenedModel]) -> dict[str, l
     for expert, model in experts.items():
         for name, factors in model.factors.items():
             if not base.has(name):
-                raise TwinmergeError(
+                raise ModelError(
                     f"The adapter {expert!r} changes {name!r}, which the base {base.name} does not have."
                     f"{nearest(name, base.specs)} Name the base that it was trained on."
                 )
             shape = base.spec(name).shape
             if factors.shape != (shape[0], math.prod(shape[1:])):
-                raise TwinmergeError(
+                raise ModelError(
                     f"The adapter {expert!r} changes {name!r} as {list(factors.shape)}, in the base {base.name} it is {list(shape)}. "
                     "Name the base that it was trained on."
                 )
             if not all(bool(side.isfinite().all()) for side in factors):
-                raise TwinmergeError(
+                raise ModelError(
                     f"The adapter {expert!r} holds NaN or infinity for {name!r}. Take a sound one, or leave it out."
                 )
             found.setdefault(base.aliases.get(name, name), {})[expert] = factors

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import RecipeError, TwinmergeError, nearest
 from twinmerge.methods.kit.base import Method, PerExpert
 from twinmerge.methods.kit.sound import check_class, check_object
 from twinmerge.plugins import Plugins
@@ -46,7 +46,7 @@ def method_class(given: MethodLike) -> type[Method]:
         >>> method_class("tie")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
+        twinmerge.errors.RecipeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
     """
     if isinstance(given, str):
         return _named(given) if is_own(given) else METHODS.find(given)
@@ -139,19 +139,19 @@ def is_own(name: str) -> bool:
 def _named(name: str) -> type[Method]:
     """The class of "module:Class". Nothing is imported for a name, which may stand in a stranger's recipe."""
     if name.startswith("<"):
-        raise TwinmergeError(
+        raise RecipeError(
             f"The method {name} was a class that no name leads to, since it was defined in a notebook, a script or a function. Put it in a "
             "module of its own, and give the class instead: merge(Class, …)."
         )
     module, _, cls = name.partition(":")
     if module not in sys.modules:
-        raise TwinmergeError(
+        raise RecipeError(
             f"The method {name!r:.80} is a class of the module {module!r:.80}, and no module is imported because a recipe names it. Import it "
             "first, or let its package offer the class as an entry point of twinmerge.methods."
         )
     found = _at(name)
     if found is None:
-        raise TwinmergeError(
+        raise RecipeError(
             f"The module {module!r} has no class {cls!r:.80}. Take the release that the recipe was made with."
         )
     return METHODS.require(found, short_name(name))
@@ -198,18 +198,18 @@ def make_method(given: MethodLike, experts: tuple[str, ...], parameters: Mapping
     for key, value in parameters.items():
         expert, dot, field = key.rpartition(".")
         if field not in fields:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{name} has no parameter {field!r}.{nearest(field, fields)} It has: {', '.join(fields) or 'none'}."
             )
         if not dot:
             values[field] = value
             continue
         if expert not in experts:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{key} names no expert of this merge.{nearest(expert, experts)} It has: {', '.join(experts)}."
             )
         if not is_per_expert(cls, field):
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{name}'s {field} is one value for all experts. Write {field}={value} without {expert!r}."
             )
         single.setdefault(field, {})[expert] = value
@@ -228,11 +228,11 @@ def make_method(given: MethodLike, experts: tuple[str, ...], parameters: Mapping
     except ValidationError as error:
         first = max(error.errors(), key=lambda each: len(each["loc"]))  # of one expert's number rather than of all
         if not first["loc"]:  # of several fields together
-            raise TwinmergeError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error
+            raise RecipeError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error
         field = str(first["loc"][0])
         if first["type"] == "missing":
-            raise TwinmergeError(f"{name} needs a {field}, which has no default. Give one.") from error
-        raise TwinmergeError(
+            raise RecipeError(f"{name} needs a {field}, which has no default. Give one.") from error
+        raise RecipeError(
             f"{name}: {field}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge methods {name}`."
         ) from error
     _check_sizes(name, method)
@@ -252,7 +252,7 @@ def _plain(value: Any) -> Any:
 def _check_share(name: str, field: str, value: Any) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{name}: {field}={number!r:.80} is out of range. Give a share between 0 and 1, such as 0.2."
             )
 
@@ -264,7 +264,7 @@ def _check_sizes(name: str, method: Method) -> None:
             if not isinstance(number, float) or abs(number) in (0.0, math.inf):
                 continue
             if abs(number) > LARGEST or (field == "weights" and abs(number) < 1 / LARGEST):
-                raise TwinmergeError(
+                raise RecipeError(
                     f"{name}: {field}={number:g} is out of range. Give 0, or a number between {1 / LARGEST:g} and {LARGEST:g} in size."
                 )
 
@@ -273,11 +273,11 @@ def _check_count(name: str, cls: type[Method], method: Method, experts: tuple[st
     count = len(experts)
     if count < cls.experts_min or (cls.experts_max is not None and count > cls.experts_max):
         wanted = f"exactly {cls.experts_min}" if cls.experts_min == cls.experts_max else f"at least {cls.experts_min}"
-        raise TwinmergeError(f"{name} merges {wanted} experts, got {count}. Name them with --expert name=path.")
+        raise RecipeError(f"{name} merges {wanted} experts, got {count}. Name them with --expert name=path.")
     for field in cls.model_fields:
         value = getattr(method, field)
         if is_per_expert(cls, field) and isinstance(value, tuple) and len(value) != count:
-            raise TwinmergeError(
+            raise RecipeError(
                 f"{name}: {len(value)} values of {field} for {count} experts. Give one per expert, or one for all."
             )
     try:
@@ -285,7 +285,7 @@ def _check_count(name: str, cls: type[Method], method: Method, experts: tuple[st
     except TwinmergeError:
         raise
     except ValueError as error:
-        raise TwinmergeError(f"{name}: {error}") from error
+        raise RecipeError(f"{name}: {error}") from error
 
 
 def require_model(method: MethodLike) -> None:
@@ -299,6 +299,6 @@ def require_model(method: MethodLike) -> None:
     """
     if method_class(method).outputs != "model":
         name = short_name(method)
-        raise TwinmergeError(
+        raise RecipeError(
             f"{name} makes a mask for each expert, and no one model of them. Use `twinmerge compress --method {name}`."
         )

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import UsageError, nearest
 from twinmerge.methods.kit.base import Grain, Law, Method, Need, Outputs, Pass, Scope, Space
 
 ONE_OF = {"space": get_args(Space), "grain": get_args(Grain), "outputs": get_args(Outputs)}
@@ -29,40 +29,36 @@ def check_class(cls: type[Method], name: str) -> None:
         >>> check_class(Odd, "Odd")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Odd: space is 'delta'. Did you mean 'deltas'? Choose from deltas, parameters.
+        twinmerge.errors.UsageError: Odd: space is 'delta'. Did you mean 'deltas'? Choose from deltas, parameters.
     """
     for attribute, known in ONE_OF.items():
         _known(getattr(cls, attribute), attribute, known, name)
     for attribute, known in SOME_OF.items():
         values = getattr(cls, attribute)
         if isinstance(values, str) or not isinstance(values, (frozenset, set, tuple, list)):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{name}: {attribute} is {values!r:.80}, which is no list of names. Write {attribute} = ({known[0]!r},)."
             )
         for value in values:
             _known(value, attribute, known, name)
     if len(cls.needs) > 1:
-        raise TwinmergeError(f"{name}: needs is {cls.needs!r}. A method reads one kind of statistics; name one.")
+        raise UsageError(f"{name}: needs is {cls.needs!r}. A method reads one kind of statistics; name one.")
     _check_counts(cls, name)
     for attribute, function in ABLE.items():
         if getattr(cls, attribute) and getattr(cls, function) is getattr(Method, function):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{name} says that it is {attribute}, and has no {function}. Define it, or leave {attribute} out."
             )
     if cls.scales_last and "scale" not in cls.model_fields:
-        raise TwinmergeError(
-            f"{name} says that it scales last, and has no field scale. Add one, or leave scales_last out."
-        )
+        raise UsageError(f"{name} says that it scales last, and has no field scale. Add one, or leave scales_last out.")
     if cls.mergekit and "compat" not in cls.model_fields:
-        raise TwinmergeError(
-            f"{name} says how mergekit has it, and has no field compat. Add one that allows 'mergekit'."
-        )
+        raise UsageError(f"{name} says how mergekit has it, and has no field compat. Add one that allows 'mergekit'.")
     if cls.outputs == "masks" and not hasattr(cls, "vector_and_masks"):
-        raise TwinmergeError(f"{name} makes masks. Derive it from MaskMethod, which is in twinmerge.methods.kit.masks.")
+        raise UsageError(f"{name} makes masks. Derive it from MaskMethod, which is in twinmerge.methods.kit.masks.")
     try:
         inspect.signature(cls.apply).bind(None, None, None)
     except TypeError as error:
-        raise TwinmergeError(f"{name}: apply takes other arguments. Write def apply(self, tile, known).") from error
+        raise UsageError(f"{name}: apply takes other arguments. Write def apply(self, tile, known).") from error
 
 
 def check_object(method: Method, name: str) -> None:
@@ -73,33 +69,31 @@ def check_object(method: Method, name: str) -> None:
     """
     for field, value in method.model_dump().items():
         if not _is_plain(value):
-            raise TwinmergeError(
+            raise UsageError(
                 f"{name}: {field} is {value!r:.80}, which a recipe cannot hold. Let it be a number, a text, or a list of them."
             )
     passes = method.passes()
     if isinstance(passes, Pass) or not isinstance(passes, Sequence):
-        raise TwinmergeError(
+        raise UsageError(
             f"{name}: passes gives {passes!r:.80}, which is no list of them. Return a list, empty for none."
         )
     seen: set[str] = set()
     for step in passes:
         kind = type(step).__name__
         if not isinstance(step, Pass):
-            raise TwinmergeError(
-                f"{name}: {step!r:.80} among its passes is none. Derive it from twinmerge.methods.Pass."
-            )
+            raise UsageError(f"{name}: {step!r:.80} among its passes is none. Derive it from twinmerge.methods.Pass.")
         own = getattr(step, "name", None)
         if not isinstance(own, str) or not own:
-            raise TwinmergeError(f'{name}: its pass {kind} has no name. Write name = "…" in the class.')
+            raise UsageError(f'{name}: its pass {kind} has no name. Write name = "…" in the class.')
         if own in seen:
-            raise TwinmergeError(f"{name}: two of its passes are named {own!r}. Give each a name of its own.")
+            raise UsageError(f"{name}: two of its passes are named {own!r}. Give each a name of its own.")
         seen.add(own)
         _known(getattr(step, "scope", None), "scope", get_args(Scope), f"{name}: its pass {kind}")
 
 
 def _known(value: object, attribute: str, known: Sequence[str], name: str) -> None:
     if value not in known:
-        raise TwinmergeError(
+        raise UsageError(
             f"{name}: {attribute} is {value!r:.80}.{nearest(str(value), known)} Choose from {', '.join(known)}."
         )
 
@@ -107,7 +101,7 @@ def _known(value: object, attribute: str, known: Sequence[str], name: str) -> No
 def _check_counts(cls: type[Method], name: str) -> None:
     least, most = cls.experts_min, cls.experts_max
     if type(least) is not int or least < 1 or not (most is None or (type(most) is int and most >= least)):
-        raise TwinmergeError(
+        raise UsageError(
             f"{name}: it merges at least {least!r:.40} and at most {most!r:.40} experts. Give experts_min from 1 on, and experts_max from there "
             "on or None."
         )

@@ -23,7 +23,7 @@ from twinmerge.engine.merge import Merge
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.written import check_written
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, RecipeError
 from twinmerge.maths.bits import byte_count, pack
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
@@ -140,11 +140,11 @@ def mask_merge(recipe: Recipe, progress: bool = True, tile: int | None = None) -
         TwinmergeError: it gives something else, or a dtype is asked for.
     """
     if method_class(recipe.method).outputs != "masks":
-        raise TwinmergeError(
+        raise RecipeError(
             f"{recipe.method} gives one model and no masks. Use `twinmerge merge`, or name tall_masks or emr."
         )
     if recipe.dtype is not None or recipe.stochastic is not None:
-        raise TwinmergeError("Masks belong to the base as it is. Leave the dtype and stochastic rounding out.")
+        raise RecipeError("Masks belong to the base as it is. Leave the dtype and stochastic rounding out.")
     return Merge(recipe, progress, architecture=True, tile=tile)
 
 
@@ -163,7 +163,7 @@ def changed_tensors(merge: Merge) -> list[str]:
     names = list(merge.plan.merged)
     found = [name for name, one in zip(names, parallel(is_changed, names), strict=True) if one]
     if not found:
-        raise TwinmergeError("No expert changes anything of the base, so there is nothing to mask. Check the paths.")
+        raise ModelError("No expert changes anything of the base, so there is nothing to mask. Check the paths.")
     return found
 
 

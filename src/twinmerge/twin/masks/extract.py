@@ -14,7 +14,7 @@ from twinmerge.arguments import strict
 from twinmerge.engine.folder import PROVENANCE, Beside
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.written import check_written
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, DataError
 from twinmerge.maths.bits import byte_count, check, unpack
 from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.threads import parallel
@@ -51,13 +51,13 @@ def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
         TwinmergeError: no twin folder, none with masks, masks of another model, or that do not fit its tensors.
     """
     if not is_twin(folder):
-        raise TwinmergeError(f"{folder} holds no masks: it has no {TWIN}. Make them with `twinmerge compress`.")
+        raise DataError(f"{folder} holds no masks: it has no {TWIN}. Make them with `twinmerge compress`.")
     if (manifest := Manifest.of(folder)) is not None:
         manifest.check_all("README.md")
     checkpoint = open_artefact(folder / TWIN, "twin", TWIN_VERSION, folder_fingerprint(folder))
     artefact = checkpoint.artefact
     if "masks" not in artefact.header:
-        raise TwinmergeError(f"{folder} is a twin without masks. Write one expert of it with `twinmerge twin export`.")
+        raise DataError(f"{folder} is a twin without masks. Write one expert of it with `twinmerge twin export`.")
     with undamaged(folder / TWIN):
         experts: list[str] = artefact.header["experts"]
         lengths: dict[str, int] = artefact.header["masks"]["lengths"]
@@ -130,7 +130,7 @@ def _places(
         elif name in shared.specs:
             body[key] = name
         elif architecture.aliases.get(name) not in {*tensors, *shared.specs}:
-            raise TwinmergeError(
+            raise DamagedFile(
                 f"The folder has no tensor {name!r} of {architecture.model_class.__name__}. Copy it again."
             )
     return body, own

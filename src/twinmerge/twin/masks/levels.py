@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.ranges import Range
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import RecipeError, UsageError
 from twinmerge.maths.bits import byte_count, pack, plane_at, planes
 from twinmerge.methods.kit.base import Known
 from twinmerge.methods.kit.masks import GRID, Marking, beyond, sizes
@@ -55,14 +55,10 @@ def levels(
         TwinmergeError: another grid, a method without a threshold, and as `compress` says.
     """
     if not grid or list(grid) != sorted(set(grid)) or not 0 < grid[0] <= grid[-1] <= 1 or len(grid) > 7:
-        raise TwinmergeError(
-            f"The thresholds {list(grid)} are no grid. Give 1 to 7 rising ones, above 0 and at most 1."
-        )
+        raise UsageError(f"The thresholds {list(grid)} are no grid. Give 1 to 7 rising ones, above 0 and at most 1.")
     merge = mask_merge(recipe, progress, tile)
     if not isinstance(merge.method, Marking):
-        raise TwinmergeError(
-            f"{recipe.method} has no threshold, so there is none to choose. Compress with it as it is."
-        )
+        raise RecipeError(f"{recipe.method} has no threshold, so there is none to choose. Compress with it as it is.")
     changed = changed_tensors(merge)
     canonical = merge.plan.canonical
     vectors, found = {}, {}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.headed import joined
 
 
-class CacheError(TwinmergeError):
+class CacheError(UsageError):
     """A module whose rows are to be answered apart is given a cache of all rows."""
 
 

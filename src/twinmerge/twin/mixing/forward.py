@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import TwinmergeError, UsageError
 from twinmerge.twin.mixing.arguments import alike, arguments, hiding, named, rows_of_value, tensors_of, together
 from twinmerge.twin.mixing.converted import Converted
 from twinmerge.twin.mixing.glance import Glance
@@ -90,7 +90,7 @@ class Seen:
         each, rest = divmod(leading, mixture.rows)
         times = self.state.layout(self.path, argument).times
         if rest or (times is not None and each not in {t * copies for t in times for copies in self.state.copies}):
-            raise TwinmergeError(
+            raise UsageError(
                 f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, which do not follow the rows as they "
                 'did when it was looked at. Give one mixture for the whole batch, or say strategy="rebuild".'
             )

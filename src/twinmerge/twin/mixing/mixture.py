@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import UsageError, nearest
 
 MixtureLike = Tensor | Mapping[str, float] | Sequence[Mapping[str, float]]
 
@@ -177,7 +177,7 @@ def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> 
     else:
         given = [mixture] * rows if isinstance(mixture, Mapping) else mixture
         if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(g, Mapping) for g in given):
-            raise TwinmergeError(
+            raise UsageError(
                 "A mixture is expert -> weight for all rows, a list of such mappings with one for each row, or a tensor."
             )
         weights = torch.zeros(len(given), len(experts))
@@ -185,18 +185,18 @@ def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> 
             for name, value in chosen.items():
                 row[index_of(name, experts)] = _number(name, value)
     if weights.shape != (rows, len(experts)):
-        raise TwinmergeError(
+        raise UsageError(
             f"The mixture is {list(weights.shape)}, expected one row of {len(experts)} weights for each of {rows} inputs."
         )
     if not bool(weights.isfinite().all()):
-        raise TwinmergeError("The mixture holds NaN or infinity. Give finite weights.")
+        raise UsageError("The mixture holds NaN or infinity. Give finite weights.")
     return weights
 
 
 def _number(name: str, value: Any) -> float:
     """A weight as a float32 can hold it; infinity beyond."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TwinmergeError(f"The weight of {name!r} is {value!r}, which is no number. Give one.")
+        raise UsageError(f"The weight of {name!r} is {value!r}, which is no number. Give one.")
     number = float(value)
     return number if abs(number) <= torch.finfo(torch.float32).max else float("inf")
 
@@ -218,7 +218,7 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
     sums = weights.sum(1)
     if normalize:
         if not bool(((sums > 0) & sums.isfinite()).all()):
-            raise TwinmergeError(
+            raise UsageError(
                 "A row's weights add up to nothing above 0, or to infinity, so they cannot be normalised. Give other weights."
             )
         weights = weights / sums[:, None]
@@ -226,7 +226,7 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
     if bool((weights < 0).any()) or bool((sums > 1 + 1e-4).any()):
         worst = sums[int(sums.argmax())] if bool((sums > 1 + 1e-4).any()) else weights.min()
         what = "add up to" if bool((sums > 1 + 1e-4).any()) else "hold"
-        raise TwinmergeError(
+        raise UsageError(
             f"The mixture's weights {what} {float(worst):.4g}; they must be at least 0 and add up to 1 at most. Say normalize=True "
             "to divide by their sum, or free=True to mix with any weights."
         )
@@ -236,7 +236,7 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
 def index_of(name: str, experts: Sequence[str]) -> int:
     """The position of an expert by its name."""
     if not isinstance(name, str) or name not in experts:
-        raise TwinmergeError(
+        raise UsageError(
             f"There is no expert {name!r}.{nearest(str(name), experts)} The twin has: {', '.join(experts)}."
         )
     return list(experts).index(name)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import UsageError, nearest
 from twinmerge.twin.mixing.kinds import multiplies
 from twinmerge.twin.mixing.masked_modules import apart
 from twinmerge.twin.mixing.mixture import Block, Mixture
@@ -256,7 +256,7 @@ class Planner:
         """
         if strategy != "auto" and strategy not in STRATEGIES:
             kinds = ("auto", *STRATEGIES)
-            raise TwinmergeError(
+            raise UsageError(
                 f"Unknown strategy {strategy!r}.{nearest(strategy, kinds)} Choose from {', '.join(kinds)}."
             )
         if not bool(weights.any()):  # the shared model alone
@@ -267,10 +267,10 @@ class Planner:
             if strategy not in possible:
                 if strategy == "folded":
                     refused = "The rows have different mixtures, so they cannot share folded weights."
-                raise TwinmergeError(f'{refused} Say strategy="rebuild".')
+                raise UsageError(f'{refused} Say strategy="rebuild".')
             return strategy
         if not set(possible) - {"rebuild"}:
-            raise TwinmergeError(f'{refused} Give one mixture for the whole batch, or say strategy="rebuild".')
+            raise UsageError(f'{refused} Give one mixture for the whole batch, or say strategy="rebuild".')
         predicted = self.predict(weights, positions, steps, reorder, blind)
         handicap = {s: 1.0 if s in ("stacked", "grouped") else 1 / WORTH for s in predicted}
         allowed = [s for s in predicted if self.folds_exactly or s in ("stacked", "grouped")] or list(predicted)

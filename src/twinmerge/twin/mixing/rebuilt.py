@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.headed import PLACES, HeadedModel, batch_size, check_alike, joined, rows_of, rows_of_batch
 from twinmerge.models.layers import Early, resumed
 from twinmerge.twin.mixing.runtime import Runtime
@@ -102,12 +102,12 @@ def separable(model: HeadedModel, batch: Mapping[str, Any]) -> bool:
 def refuse_whole(batch: Mapping[str, Any]) -> None:
     """Refuse what belongs to a whole batch."""
     if batch.get("labels") is not None:
-        raise TwinmergeError(
+        raise UsageError(
             "A loss is the mean of a whole batch, and the rows of different mixtures are answered apart. Leave the labels out and "
             "take it from the logits."
         )
     if any(batch.get(name) is not None for name in CACHES):
-        raise TwinmergeError(
+        raise UsageError(
             "A cache holds the rows of a whole batch, and the rows of different mixtures are answered apart. Give one mixture."
         )
 
@@ -150,7 +150,7 @@ def _towers(model: HeadedModel, runtime: Runtime, batch: Mapping[str, Any], grou
         found.append(calls)
     given = {name: _chosen([f[name] for f in found], groups, size) for name in found[0]}
     if any(_lacks(whole, found[0][name]) for name, whole in given.items()):
-        raise TwinmergeError(
+        raise UsageError(
             "This model scores rows of one kind against rows of another, and there are not as many of both, so it is not known whose "
             "mixtures the others have. Give one mixture."
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import TwinmergeError, UsageError
 from twinmerge.models.headed import HeadedModel, batch_size, rows_of_batch
 
 NEAR = 1e-3  # of the largest number of an answer, that one row may differ by
@@ -64,7 +64,7 @@ def _compare(model: HeadedModel, whole: Any, one: Any, size: int, what: str) -> 
 
 
 def _refused(model: HeadedModel, why: str) -> TwinmergeError:
-    return TwinmergeError(
+    return UsageError(
         f"Rows of {type(model.body).__name__} cannot have different mixtures: {why}. Put the rows first (batch_first=True), or give "
         "one mixture for the whole batch."
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.headed import HeadedModel
 from twinmerge.twin.mixing.converted import Converted, Slot, converted
 from twinmerge.twin.mixing.forward import Apart, Forward, Layout, State
@@ -53,7 +53,7 @@ class Runtime(nn.Module):
         owners = places_of(model)
         names = sorted({n for e in experts for n in e.names})
         if missing := [n for n in names if n not in owners and n not in model.conversions]:
-            raise TwinmergeError(
+            raise ModelError(
                 f"The model has no parameter {missing[0]!r}, which the experts change. Build the twin on the model that "
                 "they were tuned from."
             )
@@ -238,7 +238,7 @@ class Runtime(nn.Module):
         self.check(mixture.used)
         alike = mixture.uniform and (biases is None or biases.uniform)
         if self.refused and mixture.used and not alike:
-            raise TwinmergeError(
+            raise UsageError(
                 f'{next(iter(self.refused.values()))} Give one mixture for the whole batch, say strategy="rebuild", or keep these '
                 "parameters with the heads (--head)."
             )
@@ -321,7 +321,7 @@ class Runtime(nn.Module):
         """Refuse experts whose parts are no numbers; those of no weight are never read."""
         for expert in used:
             if expert in self.broken:
-                raise TwinmergeError(
+                raise ModelError(
                     f"The part of expert number {expert} for {self.broken[expert]!r} holds NaN or infinity. Build the twin again."
                 )
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.twin.routers.kit.base import Router
 
 UNFITTED = 0.05  # temperature, as entropies are shares of the highest one
@@ -84,7 +84,7 @@ def unsureness(logits: Tensor, ids: Tensor | None = None, mask: Tensor | None = 
         logs = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None])[..., 0]
         own = torch.ones_like(logs) if mask is None else mask[:, 1:].to(logs) * mask[:, :-1].to(logs)
         return -(logs * own).sum(1) / own.sum(1).clamp(min=1)
-    raise TwinmergeError(
+    raise UsageError(
         "The entropy router reads the answers of classifiers of two labels or more, or of language models with a prompt of two tokens "
         "or more. Choose another router."
     )

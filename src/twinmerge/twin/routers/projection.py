@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.twin.routers.kit.base import Router
 
 UNFITTED = 0.05  # temperature of residuals where no inputs are there to fit it
@@ -51,7 +51,7 @@ class ProjectionRouter(Router):
         self, experts: Sequence[str], layers: Sequence[int], directions: Callable[[int], list[Tensor]]
     ) -> Self:
         if len(layers) != 1:
-            raise TwinmergeError("The projection router reads one layer. Give one, or leave layers out.")
+            raise UsageError("The projection router reads one layer. Give one, or leave layers out.")
         return self.from_bases(directions(layers[0]))
 
     def default_layers(self, count: int, deepest: int | None = None) -> tuple[int, ...]:

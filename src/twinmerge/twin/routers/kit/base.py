@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
-from twinmerge.errors import TwinmergeError, nearest
+from twinmerge.errors import DataError, RecipeError, UsageError, nearest
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.novelty import Novelty
 
@@ -96,7 +96,7 @@ class Router(nn.Module, ABC):
     def fit(self, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> Self:
         """Fit on features (rows, width) and the number of the expert that each row belongs to (rows,); for kinds that need
         inputs."""
-        raise TwinmergeError(
+        raise UsageError(
             f"The {self.kind} router is made from the experts, not from inputs: call fit_router of a twin."
         )
 
@@ -109,13 +109,11 @@ class Router(nn.Module, ABC):
             layers: that it reads.
             directions: layer -> of each expert, the directions (width, any number) that it reads the layer's input along.
         """
-        raise TwinmergeError(f"The {self.kind} router is fitted on inputs. Give a few hundred for each expert.")
+        raise UsageError(f"The {self.kind} router is fitted on inputs. Give a few hundred for each expert.")
 
     def changed(self, statistics: Statistics) -> Self:
         """One like this of other aggregates, after experts came or went; for kinds that keep them."""
-        raise TwinmergeError(
-            f"The {self.kind} router keeps no statistics. Fit it again with the inputs of every expert."
-        )
+        raise UsageError(f"The {self.kind} router keeps no statistics. Fit it again with the inputs of every expert.")
 
     def restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """Make the tensors that are yet to be loaded, of the sizes that a saved router's header and tensors tell.
@@ -151,7 +149,7 @@ class Router(nn.Module, ABC):
             logits: (rows, labels), −∞ where a row has fewer labels; or (rows, positions, words) of a language model.
             ids: (rows, positions), its words; mask: the same, 0 where they are padding.
         """
-        raise TwinmergeError(f"The {self.kind} router reads no answers.")
+        raise UsageError(f"The {self.kind} router reads no answers.")
 
     @property
     @abstractmethod
@@ -170,7 +168,7 @@ class Router(nn.Module, ABC):
         """
         if features.shape[-1:] != self.shape[1:]:
             found = features.shape[-1] if features.dim() else 0
-            raise TwinmergeError(
+            raise DataError(
                 f"The router reads {self.shape[1]} features of each input, got {found}. Fit it again on this model and these layers."
             )
         return self._logits(features.float())
@@ -233,14 +231,14 @@ def _checked(name: str, kind: type[Router], options: Mapping[str, Any]) -> BaseM
     for key in options:
         if key not in made.model_fields:
             known = ", ".join(made.model_fields) or "none"
-            raise TwinmergeError(
+            raise RecipeError(
                 f"The router {name} has no option {key!r}.{nearest(key, made.model_fields)} It has: {known}."
             )
     try:
         return made(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        raise TwinmergeError(
+        raise RecipeError(
             f"{name}: {first['loc'][0]}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge twin routers {name}`."
         ) from error
 
@@ -258,7 +256,7 @@ def top_weights(weights: Tensor, experts_per_row: int | None) -> Tensor:
     if experts_per_row is None or experts_per_row >= weights.shape[-1]:
         return weights
     if experts_per_row < 1:
-        raise TwinmergeError(
+        raise UsageError(
             f"experts_per_row={experts_per_row} is out of range. Give at least 1, or none for all experts."
         )
     chosen = torch.sort(weights, dim=-1, descending=True, stable=True).indices[..., :experts_per_row]

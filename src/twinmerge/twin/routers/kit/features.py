@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.models.headed import HeadedModel, batch_size
 from twinmerge.models.layers import Early, depth, read_early
 
@@ -29,13 +29,13 @@ def read_states(
     """
     batch_size(batch)
     if not layers or min(layers) < 0:
-        raise TwinmergeError(f"A router cannot read the layers {list(layers)}. Name layers from 0, the embedding, on.")
+        raise UsageError(f"A router cannot read the layers {list(layers)}. Name layers from 0, the embedding, on.")
     early = None
     if max(layers) < (depth(model) or 0):
         early = read_early(model, batch, max(layers))
     states = early.states if early is not None else model.hidden_states(batch)
     if max(layers) >= len(states):
-        raise TwinmergeError(
+        raise UsageError(
             f"The router reads layer {max(layers)}, the model's last is {len(states) - 1}. Name other layers and fit it again."
         )
     mask, read = batch.get("attention_mask"), [states[layer] for layer in layers]

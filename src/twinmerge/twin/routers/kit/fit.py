@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import DamagedFile, DataError, UsageError
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.calibration import RouterReport, fit_temperature, held_out_split, report_of
@@ -29,12 +29,10 @@ def fit_router(
         TwinmergeError: fewer than two experts, an expert with fewer than five rows.
     """
     if len(experts) < 2:
-        raise TwinmergeError(
-            "A router needs at least two experts to choose from. Add an expert, or name it in each call."
-        )
+        raise UsageError("A router needs at least two experts to choose from. Add an expert, or name it in each call.")
     for k, name in enumerate(experts):
         if (owners == k).sum() < 5:
-            raise TwinmergeError(
+            raise UsageError(
                 f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least 5, better a few hundred."
             )
     train, held = held_out_split(owners, seed)
@@ -58,7 +56,7 @@ def calibrated(router: Router, features: Tensor, owners: Tensor, experts: Sequen
     """Set a router's temperature on rows that it was not made from, and report on them."""
     logits = router.logits(features)
     if logits.shape != (len(features), len(experts)) or not bool(logits.isfinite().all()):
-        raise TwinmergeError(
+        raise UsageError(
             f"The {router.kind} router gives {list(logits.shape)} logits for {len(features)} rows and {len(experts)} experts, or "
             "some that are not finite. Fit it on other inputs or layers, or choose another router."
         )
@@ -74,7 +72,7 @@ def router_from(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tens
         TwinmergeError: an unknown kind, tensors that are not those of its kind, NaN, or a temperature that is none.
     """
     if not is_router(kind):
-        raise TwinmergeError(f"The router is of the kind {kind!r}, which this release does not know. Fit it again.")
+        raise DataError(f"The router is of the kind {kind!r}, which this release does not know. Fit it again.")
     router = make_router(kind, header.get("options")).restore(header, tensors)
     if "novelty.means" in tensors:
         router.novelty = Novelty(*tensors["novelty.means"].shape)
@@ -82,8 +80,8 @@ def router_from(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tens
         router.load_state_dict(dict(tensors))
         router.eval().logits(torch.zeros(1, router.shape[1]))
     except RuntimeError as error:
-        raise TwinmergeError(f"The router's tensors do not fit its kind {kind!r}: fit it again.") from error
+        raise DamagedFile(f"The router's tensors do not fit its kind {kind!r}: fit it again.") from error
     sound = not any(bool(t.isnan().any()) for t in router.state_dict().values())
     if not sound or not 0 < float(router.temperature) < math.inf:
-        raise TwinmergeError("The router holds NaN, or a temperature that is not above 0. Fit it again.")
+        raise DamagedFile("The router holds NaN, or a temperature that is not above 0. Fit it again.")
     return router

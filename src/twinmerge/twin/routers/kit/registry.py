@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import UsageError
 from twinmerge.plugins import Plugins
 from twinmerge.twin.routers.kit.base import Router, lacks
 
@@ -13,7 +13,7 @@ from twinmerge.twin.routers.kit.base import Router, lacks
 def _check(cls: type[Router], name: str) -> None:
     """Refuse a class that lacks what its kind of router needs."""
     if missing := list(lacks(cls)):
-        raise TwinmergeError(f"{name} is no router yet: {cls.__name__} lacks {', '.join(missing)}. Add it.")
+        raise UsageError(f"{name} is no router yet: {cls.__name__} lacks {', '.join(missing)}. Add it.")
 
 
 ROUTERS = Plugins[Router](
@@ -46,7 +46,7 @@ def router_class(name: str) -> type[Router]:
         >>> router_class("gausian")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: Unknown router 'gausian'. Did you mean 'gaussian'? ...
+        twinmerge.errors.RecipeError: Unknown router 'gausian'. Did you mean 'gaussian'? ...
     """
     return ROUTERS.find(name)
 
@@ -63,6 +63,6 @@ def make_router(name: str, options: Mapping[str, Any] | None = None) -> Router:
         >>> make_router("knn", {"neighbours": 0})
         Traceback (most recent call last):
         ...
-        twinmerge.errors.TwinmergeError: knn: neighbours=0 is not allowed: Input should be greater than or equal to 1. ...
+        twinmerge.errors.RecipeError: knn: neighbours=0 is not allowed: Input should be greater than or equal to 1. ...
     """
     return router_class(name)(name, **(options or {}))
