@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 import twinmerge
 from twinmerge.engine.merge import merge
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import load_heads
+from twinmerge.models.head_files import load_heads
 from twinmerge.models.opened import open_model
 
 

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, save_heads
+from twinmerge.models.head_files import HeadSpec, load_heads, save_heads
+from twinmerge.models.headed import HeadedModel
 from twinmerge.models.matching import match
 from twinmerge.models.opened import open_model
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from twinmerge.engine.merge import merge
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.headed import load_heads
+from twinmerge.models.head_files import load_heads
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.twin.masks.build import compress
 from twinmerge.twin.twin import Twin

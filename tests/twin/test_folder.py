@@ -178,7 +178,7 @@ def test_folder_is_whole_or_absent(saved: Any, tmp_path: Path, monkeypatch: pyte
     def full(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("twinmerge.models.headed.save_heads", full)
+    monkeypatch.setattr("twinmerge.models.head_files.save_heads", full)
     with pytest.raises(OSError, match="disk full"):
         twin.save_pretrained(tmp_path / "out" / "twin")
     assert not (tmp_path / "out" / "twin").exists()

@@ -23,7 +23,7 @@ from twinmerge.engine.run import Run
 from twinmerge.engine.verify import _Found, verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.adapter import read_adapter
-from twinmerge.models.headed import HEADS_VERSION, load_heads
+from twinmerge.models.head_files import HEADS_VERSION, load_heads
 from twinmerge.models.opened import open_model
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.statistics.file import Statistics

@@ -26,7 +26,7 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError, TwinmergeError, UsageError, nearest
 from twinmerge.methods.kit.fold import Seen
-from twinmerge.models.headed import HeadSpec
+from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, open_model

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from twinmerge.continual.state import Arrived, Description, StateFile
 from twinmerge.errors import DamagedFile, TwinmergeError
-from twinmerge.models.headed import HEADS_VERSION, HeadSpec, head_artefact
+from twinmerge.models.head_files import HEADS_VERSION, HeadSpec, head_artefact
 from twinmerge.store import disk
 from twinmerge.store.artefact import head_of_state, load_artefact, save_artefact, undamaged
 from twinmerge.store.checksum import of_file

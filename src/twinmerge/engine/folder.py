@@ -20,7 +20,7 @@ from twinmerge.store.manifest import CHECKSUMS, Manifest
 
 if TYPE_CHECKING:
     from twinmerge.models.architecture import Architecture
-    from twinmerge.models.headed import HeadSpec
+    from twinmerge.models.head_files import HeadSpec
 
 PROVENANCE = "twinmerge.json"
 NO_SIDE_FILES = {"README.md", "adapter_config.json", "heads.json", PROVENANCE, CHECKSUMS}
@@ -64,7 +64,7 @@ class Beside:
         elif self.architecture.config is not None:
             _write_class(self.architecture, folder)
         if self.heads:
-            from twinmerge.models.headed import save_heads
+            from twinmerge.models.head_files import save_heads
 
             save_heads(folder, self.heads, folder_fingerprint(folder), self.about, self.codec)
         write_about(folder, self.provenance, self.card)

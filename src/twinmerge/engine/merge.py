@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from twinmerge.engine.diff import Difference
-    from twinmerge.models.headed import HeadedModel, HeadSpec
+    from twinmerge.models.head_files import HeadSpec
+    from twinmerge.models.headed import HeadedModel
 
 
 @strict_class

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import DamagedFile, ModelError, RecipeError, UsageError
-from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.bounds import most_parameters
 from twinmerge.models.conversion import as_module, conversions
+from twinmerge.models.head_files import HeadSpec
+from twinmerge.models.rows import batch_size, joined, rows_of, rows_of_batch
 from twinmerge.models.skeleton import new_skeleton
-from twinmerge.models.transformers_class import TransformersArchitecture, class_of, labels_of, read_config
-from twinmerge.store import disk
-from twinmerge.store.artefact import Artefact, damaged, load_artefact, save_artefact, undamaged
-from twinmerge.store.checkpoint import Checkpoint, Spec
-from twinmerge.store.checksum import of_bytes, of_file
-from twinmerge.store.foreign import AGAIN, find, read_json
-from twinmerge.store.manifest import Manifest
-
-HEADS_VERSION = 3  # 2: packed by a codec, 3: sealed, and its config with it
-HEAD_NAME = re.compile(r"\w[\w.\-]*")  # an expert's name is a folder's name, never a path
-
-
-class HeadSpec(NamedTuple):
-    """One expert's output layers: its config (class and label names inside) and its tensors by canonical name."""
-
-    config: PretrainedConfig
-    tensors: dict[str, Tensor]
-
-    @property
-    def labels(self) -> list[str]:
-        return labels_of(self.config) or []
+from twinmerge.models.transformers_class import TransformersArchitecture, class_of, labels_of
 
 
 class BodyPort(nn.Module):
@@ -72,87 +51,6 @@ class BodyPort(nn.Module):
             if name == "_body" or name.startswith("__"):  # a copy that is being made has none yet
                 raise
             return getattr(self._body[0], name)
-
-
-def rows_of(output: Any, rows: Tensor) -> Any:
-    """The chosen rows of every tensor of a ModelOutput (tuples of layers included; caches are left out)."""
-    if isinstance(output, Tensor):
-        return output.index_select(0, rows)
-    if isinstance(output, ModelOutput):
-        kept = {k: rows_of(v, rows) for k, v in output.items() if k != "past_key_values"}
-        return type(output)(**{k: v for k, v in kept.items() if v is not None})
-    if isinstance(output, (tuple, list)):
-        return _like(output, [rows_of(v, rows) for v in output])
-    if type(output) is dict:
-        return {k: rows_of(v, rows) for k, v in output.items()}
-    return None
-
-
-def _like(first: Any, parts: list[Any]) -> Any:
-    """A tuple, a named tuple or a list of parts."""
-    return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-
-
-def joined(outputs: Sequence[Any]) -> Any:
-    """The rows of several outputs of one class, one after the other; logits of different widths get −inf (caches are left out)."""
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        width = max(o.shape[-1] for o in outputs) if first.dim() > 1 else 0
-        if any(o.dim() > 1 and o.shape[-1] < width for o in outputs):
-            outputs = [nn.functional.pad(o, (0, width - o.shape[-1]), value=-torch.inf) for o in outputs]
-        return torch.cat(list(outputs))
-    if isinstance(first, ModelOutput):
-        names = [k for k in first if k != "past_key_values"]
-        return type(first)(**{k: v for k in names if (v := joined([o[k] for o in outputs])) is not None})
-    if isinstance(first, (tuple, list)):
-        return _like(first, [joined(parts) for parts in zip(*outputs, strict=True)])
-    if type(first) is dict:
-        return {k: joined([o[k] for o in outputs]) for k in first}
-    return None
-
-
-PLACES = ("logits_to_keep", "cache_position", "prompt_ids")
-"""Tensors of a batch that have no axis of rows, though they may be as long as there are rows."""
-ALIKE = ("position_ids", "token_type_ids")
-"""What may be given once for all rows."""
-
-
-def rows_of_batch(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
-    """The chosen rows of every input whose leading axis is the batch, and of those in tuples and outputs (of an encoder)."""
-    return {k: v if k in PLACES else _rows_of_input(v, rows, size) for k, v in batch.items()}
-
-
-def _rows_of_input(value: Any, rows: Tensor, size: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.index_select(0, rows) if value.dim() and value.shape[0] == size else value
-    if isinstance(value, ModelOutput):
-        return type(value)(**{k: _rows_of_input(v, rows, size) for k, v in value.items()})
-    if type(value) in (tuple, list):
-        return type(value)(_rows_of_input(v, rows, size) for v in value)
-    return value
-
-
-def batch_size(batch: Mapping[str, Any]) -> int:
-    """How many rows a batch has."""
-    by_rows = [v for k, v in batch.items() if k not in (*PLACES, *ALIKE)]
-    for value in (*by_rows, *batch.values()):
-        if isinstance(value, ModelOutput):
-            value = next(iter(value.values()), None)
-        elif isinstance(value, tuple) and value:
-            value = value[0]
-        if isinstance(value, Tensor) and value.dim():
-            if not value.shape[0]:
-                raise UsageError("The batch holds no rows. Give at least one input.")
-            return int(value.shape[0])
-    raise UsageError("The batch holds no tensor. Pass what the tokenizer or image processor returns.")
-
-
-def for_each_row(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A batch whose positions and kinds of words, where they come once for all rows, come for each of them."""
-    return {
-        k: v.expand(size, *v.shape[1:]) if k in ALIKE and isinstance(v, Tensor) and v.dim() > 1 and len(v) == 1 else v
-        for k, v in batch.items()
-    }
 
 
 class HeadedModel(nn.Module):
@@ -492,81 +390,3 @@ def body_path(architecture: Architecture, head_names: set[str]) -> str:
             "Use a class whose base model is one part, or give the task's model without --head."
         )
     return str(children.pop())
-
-
-def head_artefact(name: str, head: HeadSpec, base: str, codec: str = "none") -> Artefact:
-    """A head as it is stored: with the codecs of few bits, matrices have scales for each row, all else half precision."""
-    tensors, packed = pack(head.tensors, codec, {n: 0 for n, t in head.tensors.items() if t.dim() == 2})
-    header = {"expert": name, "config": of_bytes(_config_of(head)), **packed}
-    return Artefact("head", HEADS_VERSION, base, header, tensors)
-
-
-def save_head(folder: Path, name: str, head: HeadSpec, base: str, codec: str = "none") -> None:
-    """Write `heads/<name>/` (config.json, head.safetensors), which must not be there."""
-    where = folder / "heads" / name
-    disk.make_folder(where)
-    disk.write_file(where / "config.json", _config_of(head))
-    save_artefact(where / "head.safetensors", head_artefact(name, head, base, codec))
-
-
-def _config_of(head: HeadSpec) -> bytes:
-    """config.json of a head."""
-    return head.config.to_json_string(use_diff=True).encode()
-
-
-def load_head(folder: Path, name: str, base: str | None = None, body: Mapping[str, Spec] | None = None) -> HeadSpec:
-    """The head in `heads/<name>/`.
-
-    Args:
-        base: fingerprint of the model that it belongs to; body: the tensors of that model, which bound what the config may count.
-
-    Errors:
-        TwinmergeError: missing, damaged, of another expert or another model, or with another config than it was written with.
-    """
-    where = folder / "heads" / name
-    for part in ("config.json", "head.safetensors"):
-        find(folder, where.relative_to(folder) / part)  # also `heads` itself may be a link
-    artefact = load_artefact(where / "head.safetensors", "head", HEADS_VERSION, base)
-    file = where / "config.json"
-    if file.is_file() and artefact.version == HEADS_VERSION and artefact.header.get("config") != of_file(file):
-        raise damaged(file)
-    own = {key: Spec(t.dtype, tuple(t.shape)) for key, t in artefact.tensors.items()}
-    config = read_config(where, {**(body or {}), **own})
-    if config is None:
-        raise DamagedFile(f"{where / 'config.json'} is missing. Copy the whole folder again.")
-    if artefact.header.get("expert") != name:
-        raise DamagedFile(f"{where} holds the head of {artefact.header.get('expert')!r}. Copy the whole folder again.")
-    with undamaged(where / "head.safetensors"):
-        return HeadSpec(config, unpack(artefact.tensors, artefact.header))
-
-
-def save_heads(
-    folder: Path,
-    heads: Mapping[str, HeadSpec],
-    base: str,
-    about: Mapping[str, Mapping[str, Any]],
-    codec: str = "none",
-) -> None:
-    """Write `heads.json` (expert -> labels, class, and `about`) and `heads/<expert>/` (config.json, head.safetensors)."""
-    table = {}
-    for name, head in heads.items():
-        save_head(folder, name, head, base, codec)
-        table[name] = {"labels": head.labels, "class": class_of(head.config).__name__, **about.get(name, {})}
-    disk.write_json(folder / "heads.json", table)
-
-
-def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
-    """The heads of a merged or twin folder, in the order of heads.json; empty where it has none."""
-    file = folder / "heads.json"
-    if (manifest := Manifest.of(folder)) is not None:
-        manifest.check("heads.json", *(f"heads/{path.name}/head.safetensors" for path in folder.glob("heads/*/")))
-    table = read_json(file, advice=AGAIN) if find(folder, "heads.json") else {}
-    for name, entry in table.items():
-        if not HEAD_NAME.fullmatch(name) or not isinstance(entry, dict):
-            raise DamagedFile(
-                f"{file} names the expert {name!r}, which is no folder name. Copy the whole folder again."
-                if isinstance(entry, dict)
-                else f"{file} says nothing of the expert {name!r}. Copy the whole folder again."
-            )
-    body = Checkpoint.open(folder).specs if table and any(folder.glob("*.safetensors")) else None
-    return {name: load_head(folder, name, base, body) for name in table}

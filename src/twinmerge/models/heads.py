@@ -13,7 +13,8 @@ from twinmerge.models.opened import OpenedModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twinmerge.models.headed import HeadedModel, HeadSpec
+    from twinmerge.models.head_files import HeadSpec
+    from twinmerge.models.headed import HeadedModel
 
 
 def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[str]) -> dict[str, HeadSpec]:
@@ -29,7 +30,7 @@ def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[s
         if names and config is None:
             raise ModelError(f"The expert {name!r} has a head ({names[0]!r}) but no config.json. Add its config.json.")
         if names and config is not None:
-            from twinmerge.models.headed import HeadSpec
+            from twinmerge.models.head_files import HeadSpec
 
             config = copy.deepcopy(config)  # the caller's own model may hold it
             config.architectures = [experts[name].architecture.model_class.__name__]  # type: ignore[union-attr]

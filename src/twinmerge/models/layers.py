@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from twinmerge.errors import ModelError
-from twinmerge.models.headed import HeadedModel, rows_of
+from twinmerge.models.headed import HeadedModel
+from twinmerge.models.rows import rows_of
 
 
 class Early(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from twinmerge.arguments import shown
 from twinmerge.errors import ModelError, UsageError
-from twinmerge.models.headed import rows_of_batch
+from twinmerge.models.rows import rows_of_batch
 from twinmerge.statistics.data import Batch
 from twinmerge.statistics.per_example import InseparableError, PerExample, Squares, Vectors
 from twinmerge.statistics.scores import draws_of, of_bernoullis, of_classes, of_sampled

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twinmerge.models.headed import HeadedModel, batch_size
+from twinmerge.models.headed import HeadedModel
+from twinmerge.models.rows import batch_size
 from twinmerge.statistics.data import Batch
 from twinmerge.statistics.gram import Sum, inputs_of, is_matrix, pieces, rows_seen
 from twinmerge.statistics.watch import Positions, Watched, own_weights

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.errors import DataError, ModelError
-from twinmerge.models.headed import rows_of_batch
+from twinmerge.models.rows import rows_of_batch
 from twinmerge.statistics.data import IGNORED, Batch
 
 PROBED = 3  # rows: few tables that all rows share have as many

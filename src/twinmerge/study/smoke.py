@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import DataError, ModelError
-from twinmerge.models.headed import HeadedModel, HeadSpec, load_heads, rows_of_batch
+from twinmerge.models.head_files import HeadSpec, load_heads
+from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.models.rows import rows_of_batch
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.store.foreign import ROW, lines_of, parse_json
 from twinmerge.tasks.encode import TextEncoder

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import UsageError
-from twinmerge.models.headed import rows_of
 from twinmerge.models.layers import Early
+from twinmerge.models.rows import rows_of
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.arguments import CacheError
 from twinmerge.twin.mixing.forward import UnseenError

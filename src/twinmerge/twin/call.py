@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from twinmerge.errors import UsageError
-from twinmerge.models.headed import batch_size, for_each_row
+from twinmerge.models.rows import batch_size, for_each_row
 from twinmerge.twin.answer import planned
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.mixture import MixtureLike, one_hot

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one
-from twinmerge.models.headed import batch_size
+from twinmerge.models.rows import batch_size
 from twinmerge.twin.answer import answer, keeps_order, positions_of
 from twinmerge.twin.core import Core
 from twinmerge.twin.routing import mixtures_for

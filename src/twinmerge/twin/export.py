@@ -25,7 +25,7 @@ from twinmerge.models.adapter_files import (
 )
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import stored_names
-from twinmerge.models.headed import HeadSpec
+from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.transformers_class import TransformersArchitecture, class_of
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError, UsageError
-from twinmerge.models.headed import batch_size, rows_of, rows_of_batch
+from twinmerge.models.rows import batch_size, rows_of, rows_of_batch
 from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, seeing, under_autocast
 from twinmerge.twin.call import TwinOutput, call
 from twinmerge.twin.core import Core

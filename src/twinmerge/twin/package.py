@@ -16,7 +16,7 @@ from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, Beside
 from twinmerge.errors import DamagedFile, DataError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors
-from twinmerge.models.headed import HeadSpec, head_artefact, load_heads
+from twinmerge.models.head_files import HeadSpec, head_artefact, load_heads
 from twinmerge.models.opened import InMemory, OpenedModel, open_model
 from twinmerge.models.torch_module import TorchModel
 from twinmerge.store.artefact import (

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from twinmerge.arguments import at_least_one, shown
 from twinmerge.errors import UsageError
 from twinmerge.models.blocks import block_of
-from twinmerge.models.headed import batch_size, rows_of_batch
+from twinmerge.models.rows import batch_size, rows_of_batch
 from twinmerge.statistics.moments import Moments, input_moments
 from twinmerge.tasks.encode import batches
 from twinmerge.twin.answer import PROMPT

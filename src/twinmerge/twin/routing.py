@@ -11,8 +11,8 @@ from torch import Tensor
 
 from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import UsageError, nearest
-from twinmerge.models.headed import batch_size, for_each_row
 from twinmerge.models.layers import Early, called_before, depth, layer_count
+from twinmerge.models.rows import batch_size, for_each_row
 from twinmerge.twin.answer import planned
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.converted import Converted

@@ -20,7 +20,8 @@ from twinmerge.maths.sums import BLOCK
 from twinmerge.maths.threads import parallel
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import stored_names
-from twinmerge.models.headed import HeadSpec, architecture_of, load_heads
+from twinmerge.models.head_files import HeadSpec, load_heads
+from twinmerge.models.headed import architecture_of
 from twinmerge.models.opened import OpenedModel, open_model
 from twinmerge.store.artefact import ArtefactFile, folder_fingerprint, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.errors import UsageError
-from twinmerge.models.headed import joined
+from twinmerge.models.rows import joined
 
 
 class CacheError(UsageError):

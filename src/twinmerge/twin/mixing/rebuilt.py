@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import UsageError
-from twinmerge.models.headed import PLACES, HeadedModel, batch_size, check_alike, joined, rows_of, rows_of_batch
+from twinmerge.models.headed import HeadedModel, check_alike
 from twinmerge.models.layers import Early, resumed
+from twinmerge.models.rows import PLACES, batch_size, joined, rows_of, rows_of_batch
 from twinmerge.twin.mixing.runtime import Runtime
 
 CACHES = ("past_key_values", "cache_params", "mems", "state", "past_buckets_states")

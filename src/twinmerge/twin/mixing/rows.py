@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError, UsageError
-from twinmerge.models.headed import HeadedModel, batch_size, rows_of_batch
+from twinmerge.models.headed import HeadedModel
+from twinmerge.models.rows import batch_size, rows_of_batch
 
 NEAR = 1e-3  # of the largest number of an answer, that one row may differ by
 

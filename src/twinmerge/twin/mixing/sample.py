@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinmerge.models.headed import PLACES, batch_size
+from twinmerge.models.rows import PLACES, batch_size
 from twinmerge.twin.mixing.layout import Batch, Sample
 
 SIZES = ((2, 7), (3, 5))  # rows and words: no number is a multiple of another

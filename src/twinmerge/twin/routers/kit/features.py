@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import UsageError
-from twinmerge.models.headed import HeadedModel, batch_size
+from twinmerge.models.headed import HeadedModel
 from twinmerge.models.layers import Early, depth, read_early
+from twinmerge.models.rows import batch_size
 
 
 def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int], spreads: bool = False) -> Tensor:
