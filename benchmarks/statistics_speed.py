@@ -31,7 +31,7 @@ from kit.family import Family, make_family
 from kit.process import TWINMERGE, measured
 from kit.table import shown, table
 from kit.tally import spread
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.statistics.file import save_statistics
 
 CHUNK = 1 << 20

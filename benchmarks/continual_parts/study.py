@@ -128,7 +128,7 @@ class Study:
 def runner_of(state: Continual) -> StaticRunner:
     """The merged model of now, with the heads of all experts, in memory."""
     from twinmerge.models.heads import headed
-    from twinmerge.models.opened import open_model
+    from twinmerge.models.opening import open_model
     from twinmerge.models.transformers_class import position_limit
     from twinmerge.tasks.encode import TextEncoder
 

@@ -16,7 +16,7 @@ from twinmerge.methods import wudi as wudi_rule
 from twinmerge.methods.kit.base import Place
 from twinmerge.methods.kit.registry import make_method
 from twinmerge.methods.kit.spectral import Spectral
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 
 
 def deltas_of(family: Family) -> Iterator[tuple[str, Tensor]]:

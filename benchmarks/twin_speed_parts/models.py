@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel, RobertaConfig, RobertaModel, ViTConfig, ViTModel
 
 from twinmerge.maths.lowrank import Factors
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.twin.package import Package
 from twinmerge.twin.split import Exclusive
 from twinmerge.twin.twin import Twin

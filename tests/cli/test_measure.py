@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from twinmerge.cli.measure import row_range
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.statistics.file import Statistics, save_statistics
 
 

@@ -17,7 +17,7 @@ from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.fold import SumFold
 from twinmerge.methods.kit.registry import method_class
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.study.evaluate import evaluate
 

@@ -193,7 +193,7 @@ def test_one_block_is_scaled_by_a(zoo):
 
 def test_statistics_and_lines(models, tmp_path):
     """RegMean, whose experts are averaged where no Gram was measured, in whole matrices."""
-    from twinmerge.models.opened import open_model
+    from twinmerge.models.opening import open_model
     from twinmerge.statistics.file import save_statistics
 
     files = {}

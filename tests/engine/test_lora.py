@@ -41,7 +41,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, retained_energy
 from twinmerge.methods.kit.spectral import Spectral
 from twinmerge.models.adapter import read_adapter
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 20}
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=False)

@@ -12,7 +12,7 @@ import torch
 import twinmerge as tm
 from twinmerge.methods.kit.spectral import Spectral
 from twinmerge.methods.opcm import Opcm
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 
 METHODS = ["tsv", "svc", "iso_c", "iso_cts", "wudi", "knots", "opcm"]
 SETTINGS = {"knots": {"density": 1.0}, "wudi": {"ridge": 1e-2}}

@@ -19,7 +19,7 @@ import twinmerge
 from twinmerge.engine.merge import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.head_files import load_heads
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 
 
 def front_matter(folder: Path) -> tuple[dict, str]:

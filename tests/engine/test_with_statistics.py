@@ -15,7 +15,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.methods.fisher import Fisher, FisherSquares
 from twinmerge.methods.kit.base import Known, Place, Tile
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.recipes.recipe import Recipe, read_recipe
 from twinmerge.statistics.file import Statistics, save_statistics
 

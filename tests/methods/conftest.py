@@ -22,7 +22,7 @@ from twinmerge.engine.run import Run
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.methods.kit.base import Gram, Known, Method, Place, Tile
 from twinmerge.methods.kit.registry import make_method, method_class
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.statistics.file import save_statistics
 
 BLOCK = 65_536

@@ -25,7 +25,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.models.adapter_config import checked_config
 from twinmerge.models.fused import stack_of
 from twinmerge.models.in_memory import adapter_of
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.models.placing import Base, placed
 from twinmerge.statistics.model import Measured
 from twinmerge.store.checkpoint import Spec

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertModel
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.models.transformers_class import TransformersArchitecture, class_of, labels_of, read_config
 
 BODY = {

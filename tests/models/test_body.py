@@ -16,7 +16,7 @@ import twinmerge as tm
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.matching import match
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.recipes.recipe import Recipe
 
 CLASSES = (

@@ -13,7 +13,7 @@ import pytest
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.bounds import check_counts
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.store.checkpoint import Spec
 
 FAMILIES = (
@@ -28,7 +28,7 @@ LAYERS = {"GPT2LMHeadModel": "n_layer", "T5ForConditionalGeneration": "num_layer
 WATCHED = """
 import json, resource, sys, time
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 good = sys.argv.index("--")
 for folder in sys.argv[1:good]:  # start-up: what transformers imports
     open_model(folder)

@@ -12,7 +12,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.models.head_files import HeadSpec, load_heads, save_heads
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.matching import match
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 
 LABELS = {"two": 2, "four": 4, "three": 3}
 BASES = {

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.matching import check_ancestry, match, matches
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 
 CLASSIFIER = ["classifier.bias", "classifier.weight"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.matching import match
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 LORA = {"r": 2, "lora_alpha": 3, "init_lora_weights": False}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from twinmerge.engine.merge import Merge
 from twinmerge.maths import fused
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.models.plain import ENCODER, PLAIN, open_plain
 from twinmerge.recipes.recipe import Recipe
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.recipes.recipe import Recipe
 
 SIZES = {"vocab_size": 24, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import twinmerge as tm
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import ModuleArchitecture
 
 

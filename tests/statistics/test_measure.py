@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.statistics.data import Data
 from twinmerge.statistics.file import Statistics, added
 from twinmerge.statistics.gram import Gram

@@ -24,7 +24,7 @@ from twinmerge.engine.verify import _Found, verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.head_files import HEADS_VERSION, load_heads
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.statistics.file import Statistics
 from twinmerge.store.artefact import load_artefact, save_artefact

@@ -29,7 +29,8 @@ from twinmerge.methods.kit.fold import Seen
 from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
-from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.models.opening import open_model
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import DTYPES
 from twinmerge.store.output import OutputFolder, alone_in

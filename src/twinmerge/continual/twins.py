@@ -11,7 +11,8 @@ from twinmerge.continual.continual import Continual
 from twinmerge.continual.state import StateFile
 from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.matching import match
-from twinmerge.models.opened import ModelLike, open_model
+from twinmerge.models.opened import ModelLike
+from twinmerge.models.opening import open_model
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.reading import Given

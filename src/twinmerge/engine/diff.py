@@ -15,7 +15,8 @@ from twinmerge.errors import ModelError
 from twinmerge.maths.sums import BLOCK, block_sums, blocked_dot, total
 from twinmerge.maths.svd import Core, numerical_rank
 from twinmerge.methods.kit.base import Place
-from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.models.opening import open_model
 
 CHUNK = 4 * BLOCK  # float64 copies of 2 MiB, which stay in the cache from one sum to the next
 SMALL = BLOCK  # up to so many entries a full decomposition costs no more than the Gram matrix

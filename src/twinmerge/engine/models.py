@@ -8,7 +8,8 @@ from pathlib import Path
 
 from twinmerge.engine.plan import Entry, Plan
 from twinmerge.errors import ModelError
-from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.models.opening import open_model
 from twinmerge.models.plain import open_plain
 from twinmerge.recipes.recipe import Recipe
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from twinmerge.errors import ModelError
 from twinmerge.models.conversion import as_stored
 from twinmerge.models.headed import HeadedModel
-from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.models.opening import open_model
 from twinmerge.models.transformers_class import position_limit
 
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

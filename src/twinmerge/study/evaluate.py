@@ -16,7 +16,7 @@ from twinmerge.engine.merge import Merge
 from twinmerge.errors import DataError, ModelError, UsageError
 from twinmerge.models.head_files import load_heads
 from twinmerge.models.headed import HeadedModel, architecture_of
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.models.rows import rows_of_batch
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.store.artefact import folder_fingerprint

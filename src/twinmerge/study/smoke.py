@@ -13,7 +13,8 @@ from twinmerge.engine.merge import Merge
 from twinmerge.errors import DataError, ModelError
 from twinmerge.models.head_files import HeadSpec, load_heads
 from twinmerge.models.headed import HeadedModel
-from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.models.opened import OpenedModel
+from twinmerge.models.opening import open_model
 from twinmerge.models.rows import rows_of_batch
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.store.foreign import ROW, lines_of, parse_json

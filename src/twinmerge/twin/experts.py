@@ -13,7 +13,8 @@ from twinmerge.errors import DataError, ModelError, TwinmergeError, UsageError
 from twinmerge.maths.codec import projected
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
-from twinmerge.models.opened import ModelLike, open_model
+from twinmerge.models.opened import ModelLike
+from twinmerge.models.opening import open_model
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.locate import locate

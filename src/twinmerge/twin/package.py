@@ -17,7 +17,8 @@ from twinmerge.errors import DamagedFile, DataError
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.head_files import HeadSpec, head_artefact, load_heads
-from twinmerge.models.opened import InMemory, OpenedModel, open_model
+from twinmerge.models.opened import InMemory, OpenedModel
+from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import TorchModel
 from twinmerge.store.artefact import (
     Artefact,

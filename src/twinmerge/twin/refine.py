@@ -21,7 +21,8 @@ from twinmerge.errors import ModelError, UsageError
 from twinmerge.maths.codec import projected
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadedModel
-from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.models.opening import open_model
 from twinmerge.twin.compress import balanced, projected_factors
 from twinmerge.twin.core import Core
 from twinmerge.twin.experts import models_of

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import twinmerge as tm
 from twinmerge.models.conversion import as_module, as_stored, conversions
-from twinmerge.models.opened import open_model
+from twinmerge.models.opening import open_model
 from twinmerge.models.transformers_class import TransformersArchitecture
 from twinmerge.statistics.file import Statistics
 from twinmerge.statistics.measure import measure

@@ -21,7 +21,8 @@ from twinmerge.maths.threads import parallel
 from twinmerge.models.adapter_files import TASK_HEADS, Carried, adaptable, saved_modules, task_of
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.matching import Matched, check_ancestry, match
-from twinmerge.models.opened import ModelLike, OpenedModel, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.models.opening import open_model
 from twinmerge.store.header import CODES, torch_dtype
 from twinmerge.store.output import OutputFolder
 

@@ -25,7 +25,8 @@ from twinmerge.methods.kit.registry import MethodLike, given_to, method_class, m
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
 from twinmerge.models.matching import check_ancestry
-from twinmerge.models.opened import ModelLike, OpenedModel, adapted, open_model
+from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.models.opening import adapted, open_model
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.output import OutputFolder
 

@@ -22,7 +22,8 @@ from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import stored_names
 from twinmerge.models.head_files import HeadSpec, load_heads
 from twinmerge.models.headed import architecture_of
-from twinmerge.models.opened import OpenedModel, open_model
+from twinmerge.models.opened import OpenedModel
+from twinmerge.models.opening import open_model
 from twinmerge.store.artefact import ArtefactFile, folder_fingerprint, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout

@@ -1,0 +1,245 @@
+"""Opening a model: a folder, a hub id, an adapter on its base, or what is in memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from twinmerge.errors import ModelError, UsageError
+from twinmerge.models.opened import InMemory, ModelLike, OpenedModel
+from twinmerge.models.source import Source
+from twinmerge.store.checkpoint import Checkpoint, Spec
+from twinmerge.store.foreign import find
+from twinmerge.store.locate import locate
+from twinmerge.store.values import decoded
+
+if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from twinmerge.models.adapter import Adapter
+    from twinmerge.models.architecture import Architecture
+    from twinmerge.models.torch_module import TorchModel
+
+PIECE = 1 << 22  # elements of two tensors that are compared at once
+NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
+
+
+def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
+    """Open a path, a hub id, `base+adapter`, a PreTrainedModel or a PeftModel.
+
+    Errors:
+        TwinmergeError: as `locate`, `Checkpoint.open` and `read_adapter` say.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return _open_folder(os.fspath(model), name)
+    if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel):
+        return _open_module(model, name or type(model).__name__)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return _open_peft(model, name or "PeftModel")
+    if "torch" in sys.modules:
+        from twinmerge.models.torch_module import TorchModel, unwrapped
+
+        if isinstance(model, TorchModel):
+            return _open_torch_model(model, model.name or name)
+        if isinstance(model, sys.modules["torch"].nn.Module):
+            inner = unwrapped(model)
+            return open_model(inner, name) if inner is not model else _open_any_module(model, name)
+    raise UsageError(
+        f"Cannot open a {type(model).__name__} as a model. Give a path, a hub id, a PreTrainedModel, a PeftModel, an nn.Module or a "
+        "TorchModel."
+    )
+
+
+def _open_folder(ref: str, name: str | None) -> OpenedModel:
+    found = locate(ref)
+    checkpoint = Checkpoint.open(found.folder)
+    architecture = None
+    if find(found.folder, "config.json"):
+        from twinmerge.models.bounds import most_parameters
+        from twinmerge.models.transformers_class import TransformersArchitecture, class_of, read_config
+
+        config = read_config(found.folder, checkpoint.specs)
+        most = most_parameters(len(checkpoint.specs))
+        architecture = TransformersArchitecture(config, class_of(config), most) if config is not None else None
+    specs: Mapping[str, Spec] = checkpoint.specs
+    source: Source = checkpoint
+    if architecture is not None and architecture.converts:
+        from twinmerge.models.conversion import taken_apart
+
+        specs, source = taken_apart(architecture, specs, source)
+    opened = _named(name or ref, specs, architecture, source)
+    opened.folder, opened.commit, opened.files = found.folder, found.commit, checkpoint.files
+    if found.adapter is None:
+        return opened
+    from twinmerge.models.adapter import ADAPTER_FILES, read_adapter
+
+    opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
+    return adapted(opened, read_adapter(found.adapter))
+
+
+def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
+    """Give canonical names to a checkpoint's tensors.
+
+    Errors:
+        TwinmergeError: two tensors of one name; a shape that the config does not give.
+    """
+    stored: dict[str, str] = {}
+    for original in sorted(specs):
+        canonical = architecture.canonical(original) if architecture else original
+        if canonical in stored:
+            raise ModelError(
+                f"In {name} the tensors {stored[canonical]!r} and {original!r} are one and the same parameter "
+                f"{canonical!r}. Save the model again with save_pretrained."
+            )
+        stored[canonical] = original
+        shape = architecture.shape(original) if architecture else None
+        if shape is not None and specs[original].shape != tuple(shape):
+            raise ModelError(
+                f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is {list(shape)}. Restore the "
+                "config.json that was saved with it."
+            )
+    return _tied(name, specs, stored, architecture, source)
+
+
+def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
+    from twinmerge.models.transformers_class import TransformersArchitecture
+
+    tensors = {k: v.detach() for k, v in model.state_dict().items()}
+    if any(".lora_" in key or ".base_layer." in key for key in tensors):
+        raise ModelError(
+            f"{name} holds adapters inside. Give the PeftModel around it, or call merge_and_unload() first."
+        )
+    architecture = TransformersArchitecture(model.config, type(model))
+    return _in_memory(name, architecture, tensors)
+
+
+def _open_any_module(model: nn.Module, name: str | None) -> OpenedModel:
+    from twinmerge.models.torch_module import ModuleArchitecture, tensors_of
+
+    name = name or type(model).__name__
+    return _in_memory(name, ModuleArchitecture(model), tensors_of(model.state_dict(), name))
+
+
+def _open_torch_model(model: TorchModel, name: str | None) -> OpenedModel:
+    from twinmerge.models.torch_module import ModuleArchitecture, tensors_of
+
+    architecture = ModuleArchitecture.made_by(model.factory)
+    if isinstance(model.weights, Mapping):
+        name = name or architecture.model_class.__name__
+        return _in_memory(name, architecture, tensors_of(model.weights, name))
+    path = Path(model.weights)
+    checkpoint = Checkpoint([path]) if path.is_file() else Checkpoint.open(locate(os.fspath(path)).folder)
+    opened = _named(name or str(path), checkpoint.specs, architecture, checkpoint)
+    opened.folder, opened.files = path if path.is_dir() else None, checkpoint.files
+    return opened
+
+
+def _in_memory(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> OpenedModel:
+    """The tensors of a module, as a checkpoint of it would have them."""
+    from twinmerge.models.conversion import as_stored
+
+    found = as_stored(architecture, tensors)
+    stored = {canonical: key for canonical, (key, _) in found.items()}
+    values = dict(found.values())
+    specs = {key: Spec(tensor.dtype, tuple(tensor.shape)) for key, tensor in values.items()}
+    return _tied(name, specs, stored, architecture, InMemory(values))
+
+
+def _tied(
+    name: str,
+    specs: Mapping[str, Spec],
+    stored: dict[str, str],
+    architecture: Architecture | None,
+    source: Source,
+) -> OpenedModel:
+    """A tied tensor that is stored twice counts once. What a config calls tied and a file gives other values is not tied: loading
+    does not tie it either.
+
+    Args:
+        specs: of the tensors by their stored names; stored: canonical name -> stored name.
+    """
+    if architecture is not None and architecture.aliases:
+
+        def equal(a: str, b: str) -> bool:
+            a, b = stored[a], stored[b]
+            return a == b or same_values(source, (a, specs[a]), (b, specs[b]))
+
+        held = architecture.settle_ties(stored, equal)
+        own = {n: stored[root] for n, root in held.items()}
+        stored = {n: o for n, o in (stored | own).items() if n not in architecture.aliases}
+    return OpenedModel(name, {n: specs[o] for n, o in stored.items()}, stored, architecture, source)
+
+
+def same_values(source: Source, a: tuple[str, Spec], b: tuple[str, Spec]) -> bool:
+    """Whether two stored tensors hold equal numbers, read piece by piece up to the first difference.
+
+    Args:
+        a, b: stored name and spec of each.
+    """
+    if a[1].shape != b[1].shape:
+        return False
+    for start in range(0, a[1].numel, PIECE):
+        one, other = (np.empty(min(PIECE, spec.numel - start) * spec.itemsize, np.uint8) for spec in (a[1], b[1]))
+        source.read_into(a[0], start, one)
+        source.read_into(b[0], start, other)
+        if a[1].code == b[1].code and np.array_equal(one, other):
+            continue
+        if not NUMBERS.issuperset((a[1].code, b[1].code)):
+            return False
+        if a[1].code == b[1].code == "F64":
+            if not np.array_equal(one.view(np.float64), other.view(np.float64)):
+                return False
+        elif not np.array_equal(decoded(one, a[1].code), decoded(other, b[1].code)):
+            return False
+    return True
+
+
+def _refuse_strange(inner: Any, name: str) -> None:
+    from transformers import PretrainedConfig
+
+    config = getattr(inner, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise ModelError(
+            f"The base of {name} is a {type(inner).__name__}, not a model of transformers. Give it as a folder of safetensors, merged "
+            "(merge_and_unload)."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"The base of {name} is quantised, and quantised weights cannot be merged. Load the base in 16 or 32 bits, and the adapter on it."
+        )
+
+
+def _open_peft(model: Any, name: str) -> OpenedModel:
+    from twinmerge.models.in_memory import adapter_of, base_tensors
+    from twinmerge.models.transformers_class import TransformersArchitecture
+
+    inner = model.get_base_model()
+    _refuse_strange(inner, name)
+    adapter = adapter_of(model, name)
+    return adapted(_in_memory(name, TransformersArchitecture(inner.config, type(inner)), base_tensors(inner)), adapter)
+
+
+def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
+    """The model with the adapter on top; its class becomes that of the adapter's task.
+
+    Errors:
+        TwinmergeError: as `placed` says.
+    """
+    from twinmerge.models.placing import Base, class_for, placed
+
+    if opened.changes:
+        raise ModelError(
+            f"{opened.name} has an adapter already, so {adapter.name} cannot be put on it. Merge the first one into its base (merge_and_unload)."
+        )
+    opened.architecture = class_for(adapter, opened.architecture)
+    base = Base(opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)
+    opened.changes = placed(adapter, base)
+    dense = {name: change.dense for name, change in opened.changes.items() if change.dense is not None}
+    opened.specs = {**opened.specs, **{n: Spec(t.dtype, tuple(t.shape)) for n, t in dense.items()}}
+    return opened
