@@ -9,7 +9,7 @@ import torch
 
 from twinmerge.study.evaluate import evaluate
 from twinmerge.study.scores import Evaluation
-from twinmerge.tasks.metrics import Scored
+from twinmerge.tasks.bootstrap import Scored
 
 
 def default_base() -> str:

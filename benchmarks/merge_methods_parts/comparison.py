@@ -19,7 +19,7 @@ from twinmerge.study.evaluate import evaluate
 from twinmerge.study.scores import Evaluation
 from twinmerge.study.search import search
 from twinmerge.study.thresholds import choose_thresholds
-from twinmerge.tasks.metrics import Scored
+from twinmerge.tasks.bootstrap import Scored
 from twinmerge.tasks.suite import Task, open_suite
 from twinmerge.twin.masks.build import compress
 from twinmerge.twin.masks.extract import extract

@@ -13,7 +13,7 @@ from kit.table import table as table_of
 from twinmerge.methods.kit.masks import Marks
 from twinmerge.study.mask_shares import draw_shares
 from twinmerge.study.scores import Evaluation
-from twinmerge.tasks.metrics import Interval
+from twinmerge.tasks.bootstrap import Interval
 
 Rows = dict[int, dict[str, Any]]
 MASKED = ("tall_masks", "emr")

@@ -12,7 +12,7 @@ from transformers import ViTForImageClassification
 import twinmerge as tm
 from kit.scores import SETTINGS
 from twinmerge.study.scores import Evaluation
-from twinmerge.tasks.metrics import Scored
+from twinmerge.tasks.bootstrap import Scored
 from twinmerge.twin.routing import routed
 from vision_suite_parts.tasks import TASKS, Labels
 

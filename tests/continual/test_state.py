@@ -21,7 +21,7 @@ from twinmerge.continual.continual import Continual, seen_of
 from twinmerge.continual.state import StateFile, StateWriter
 from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint_writer import CheckpointWriter
-from twinmerge.store.output import alone_in
+from twinmerge.store.partial import alone_in
 
 
 def header_of(file):
@@ -287,7 +287,7 @@ KILLED = """
 HELD = """
     import sys
     from pathlib import Path
-    from twinmerge.store.output import alone_in
+    from twinmerge.store.partial import alone_in
 
     with alone_in(Path(sys.argv[1])):
         print("held", flush=True)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.store import output, ranges
+from twinmerge.store import partial as partial_files
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout, write_checkpoint
 from twinmerge.store.header import header_of
@@ -316,7 +317,7 @@ def test_what_a_kill_after_the_naming_left_is_removed_by_the_same_command(tmp_pa
     with OutputFolder(out, key="k") as folder:
         (folder / "a").write_bytes(b"a")
     partial.mkdir()
-    (partial / "journal").write_bytes(output._first_line("k"))
+    (partial / "journal").write_bytes(partial_files.first_line("k"))
     if lock:
         (partial / "lock").touch()
     with pytest.raises(TwinmergeError, match="is there already"):
@@ -330,7 +331,7 @@ def test_what_holds_more_than_a_journal_stays_beside_its_output(tmp_path, extra)
     (tmp_path / "out/a").touch()
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    (partial / "journal").write_bytes(output._first_line("k"))
+    (partial / "journal").write_bytes(partial_files.first_line("k"))
     (partial / extra).mkdir()
     with pytest.raises(TwinmergeError, match="is there already"):
         OutputFolder(tmp_path / "out", key="k").check()
@@ -695,7 +696,7 @@ def test_many_processes(tmp_path):
 @pytest.mark.parametrize("locks", ["flock", "file"])
 def test_second_one_into_a_folder_is_refused(tmp_path, monkeypatch, locks):
     if locks == "file":
-        monkeypatch.setattr(output, "fcntl", None)
+        monkeypatch.setattr(partial_files, "fcntl", None)
     with OutputFolder(tmp_path / "out") as partial:
         (partial / "a").write_text("1")
         with pytest.raises(
@@ -712,7 +713,7 @@ def test_second_one_into_a_folder_is_refused(tmp_path, monkeypatch, locks):
 
 
 def test_lock_that_another_process_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
-    flock, calls = output.fcntl.flock, []
+    flock, calls = partial_files.fcntl.flock, []
 
     def slow(fd, kind):
         flock(fd, kind)
@@ -720,20 +721,20 @@ def test_lock_that_another_process_removed_meanwhile_is_taken_anew(tmp_path, mon
         if len(calls) == 1:  # the other one finished between our open and our lock
             shutil.rmtree(tmp_path / "out.partial")
 
-    monkeypatch.setattr(output.fcntl, "flock", slow)
+    monkeypatch.setattr(partial_files.fcntl, "flock", slow)
     with OutputFolder(tmp_path / "out") as partial:
         assert len(calls) == 2 and (partial.parent / "lock").exists()
 
 
 def test_output_that_appeared_meanwhile_is_refused(tmp_path, monkeypatch):
-    lock = output._lock
+    lock = output.lock_file
 
     def slow(*args):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").write_text("1")
         return lock(*args)
 
-    monkeypatch.setattr(output, "_lock", slow)
+    monkeypatch.setattr(output, "lock_file", slow)
     with pytest.raises(TwinmergeError, match="not empty"):
         OutputFolder(tmp_path / "out").__enter__()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["out", "theirs"]

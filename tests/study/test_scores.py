@@ -12,7 +12,7 @@ import pytest
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.study.scores import Evaluation, TaskScore
-from twinmerge.tasks.metrics import Scored, bootstrap_difference, bootstrap_normalised
+from twinmerge.tasks.bootstrap import Scored, bootstrap_difference, bootstrap_normalised
 
 LABELS = np.array([0, 1, 2, 1])
 FOUND = Evaluation.of(

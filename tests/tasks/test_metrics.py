@@ -10,21 +10,8 @@ import scipy.stats
 import sklearn.metrics as sk
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.tasks.metrics import (
-    METRICS,
-    Scored,
-    acc_f1,
-    accuracy,
-    bootstrap_difference,
-    bootstrap_normalised,
-    f1,
-    macro_f1,
-    matthews,
-    metric,
-    normalised,
-    pearson,
-    spearman,
-)
+from twinmerge.tasks.bootstrap import Scored, bootstrap_difference, bootstrap_normalised, normalised
+from twinmerge.tasks.metrics import METRICS, acc_f1, accuracy, f1, macro_f1, matthews, metric, pearson, spearman
 
 # The README of the official code (Lu et al. 2024): cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb. The first two are raw.
 GLUE = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]

@@ -33,7 +33,8 @@ from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import DTYPES
-from twinmerge.store.output import OutputFolder, alone_in
+from twinmerge.store.output import OutputFolder
+from twinmerge.store.partial import alone_in
 
 STATE_DTYPES = ("float64", "float32")
 

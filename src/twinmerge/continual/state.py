@@ -18,7 +18,7 @@ from twinmerge.store.artefact import LONGEST, Artefact, ArtefactFile, ArtefactWr
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checksum import UNSEALED
 from twinmerge.store.foreign import find
-from twinmerge.store.output import DISK_FULL
+from twinmerge.store.partial import DISK_FULL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import secrets
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -34,7 +33,7 @@ from twinmerge.methods.kit.registry import MethodLike, require_model
 from twinmerge.models.heads import headed, heads_of
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor
-from twinmerge.models.vocabulary import other_tokens
+from twinmerge.models.vocabulary import other_tokens, warn_of_tokens
 from twinmerge.recipes.lines import KEY, Automatic, Lines
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
@@ -169,12 +168,7 @@ class Merge:
 
     def warn_of_tokens(self) -> None:
         """Warn of every expert whose tokenizer gives rows of the embeddings another meaning."""
-        for name, said in self.other_tokens.items():
-            warnings.warn(
-                f"The expert {name!r} has another tokenizer: {said}. Rows of the embeddings go together by their number, so give every "
-                "model the base's tokenizer first, or keep the embeddings with --head.",
-                stacklevel=3,
-            )
+        warn_of_tokens(self.other_tokens, stacklevel=4)
 
     def new_run(self, spread: Map[Any, Any] | None = None) -> Run:
         """The rules over all merged tensors, in the order that they lie on the disk; nothing is read yet."""

@@ -1,4 +1,7 @@
-"""An adapter put on its base: which tensor it changes, in which way its module stores it, and what PEFT takes from it first."""
+"""An adapter put on its base: which tensor it changes, in which way its module stores it, and what PEFT takes from it first.
+
+Longer than other files: one class walks through all kinds of tensors that an adapter may hold, and each kind is a method of a few lines.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,18 @@ def _tokens(name: str, raw: bytes) -> dict[str, int] | None:
         return {str(token): int(i) for token, i in (*pairs, *added)}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
+
+
+def warn_of_tokens(found: Mapping[str, str], stacklevel: int) -> None:
+    """Warn of every expert whose tokenizer gives rows of the embeddings another meaning.
+
+    Args:
+        found: expert -> what its tokenizer means otherwise.
+        stacklevel: of the warning.
+    """
+    for name, said in found.items():
+        warnings.warn(
+            f"The expert {name!r} has another tokenizer: {said}. Rows of the embeddings go together by their number, so give every "
+            "model the base's tokenizer first, or keep the embeddings with --head.",
+            stacklevel=stacklevel,
+        )

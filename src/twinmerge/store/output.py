@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
-import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,26 +16,18 @@ from twinmerge.errors import OutputError, TwinmergeError, UsageError
 from twinmerge.store import disk
 from twinmerge.store.checkpoint import is_in_use
 from twinmerge.store.manifest import Manifest, write_manifest
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-JOURNAL, LOCK, CONTENT = "journal", "lock", "output"
-MARK = b'{"twinmerge": 1, "key": '
-"""How a journal begins: what lies beside it was made here and may be removed."""
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_HELD: set[int] = set()  # descriptors of locks; a forked worker must not keep a lock that its parent lost by dying
-
-
-def _let_go() -> None:
-    while _HELD:
-        os.close(_HELD.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+from twinmerge.store.partial import (
+    CONTENT,
+    DISK_FULL,
+    HELD,
+    JOURNAL,
+    LOCK,
+    first_line,
+    is_no_folder,
+    is_ours,
+    lock_file,
+    read_journal,
+)
 
 
 class _Output(ABC):
@@ -76,11 +66,11 @@ class _Output(ABC):
         except TwinmergeError:
             self._clear()
             raise
-        if _is_no_folder(self.partial):
+        if is_no_folder(self.partial):
             raise UsageError(
                 f"{self.partial}, where the output is written first, is no folder. Remove it or name another output."
             )
-        if not _is_ours(self.partial):
+        if not is_ours(self.partial):
             raise UsageError(
                 f"{self.partial}, where the output is written first, is there already and was not made by twinmerge, or by an older release. "
                 "Move it away or name another output."
@@ -107,7 +97,7 @@ class _Output(ABC):
     def __enter__(self) -> Path:
         self.check()
         try:
-            self._lock = _lock(self.partial / LOCK, self.target)
+            self._lock = lock_file(self.partial / LOCK, self.target)
             try:
                 self.check()  # the process that had the lock may have finished since the first look
                 self._begin()
@@ -165,12 +155,12 @@ class _Output(ABC):
 
     def _clear(self) -> None:
         """Remove the `.partial` of a run that was killed just after its output got the name."""
-        if self.partial.is_symlink() or not self.partial.is_dir() or not _is_ours(self.partial):
+        if self.partial.is_symlink() or not self.partial.is_dir() or not is_ours(self.partial):
             return
         with contextlib.suppress(OSError, TwinmergeError):  # it is somebody's who is at work
             if {path.name for path in self.partial.iterdir()} - {LOCK, JOURNAL}:
                 return
-            self._lock = _lock(self.partial / LOCK, self.target)
+            self._lock = lock_file(self.partial / LOCK, self.target)
             try:
                 if not os.path.lexists(self.content):
                     disk.remove(self.partial / JOURNAL)
@@ -198,7 +188,7 @@ class _Output(ABC):
 
     def _begin(self) -> None:
         journal = self.partial / JOURNAL
-        lines = None if self.key is None else _read_journal(journal, self.key)
+        lines = None if self.key is None else read_journal(journal, self.key)
         if lines is None:
             with contextlib.suppress(FileNotFoundError):
                 disk.remove_tree(self.content)
@@ -207,7 +197,7 @@ class _Output(ABC):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | disk.NO_LINK
         self._journal = disk.call(os.open, journal, flags, 0o666)
         if lines is None:
-            disk.append(self._journal, _first_line(self.key))
+            disk.append(self._journal, first_line(self.key))
         self._tidy()
 
     def _sync(self) -> None:
@@ -240,7 +230,7 @@ class _Output(ABC):
         with contextlib.suppress(OSError):
             disk.remove_folder(self.partial)
         if self._lock is not None:
-            _HELD.discard(self._lock)
+            HELD.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -302,12 +292,12 @@ class OutputFolder(_Output):
 
     def finish(self) -> bool:
         """Give its name to what an earlier run with this key left whole; False where it left no such thing."""
-        if self.key is None or not _is_ours(self.partial):
+        if self.key is None or not is_ours(self.partial):
             return False
-        if _read_journal(self.partial / JOURNAL, self.key) is None:
+        if read_journal(self.partial / JOURNAL, self.key) is None:
             self._clear()
             return False
-        self._lock = _lock(self.partial / LOCK, self.target)
+        self._lock = lock_file(self.partial / LOCK, self.target)
         try:
             whole = not self.content.is_symlink() and Manifest.of(self.content) is not None
             if whole:
@@ -377,135 +367,3 @@ def replace_text(file: Path, text: str) -> None:
     """
     with OutputFile(file, replace=True) as new:
         disk.write_text(new, text)
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Within the context no other process changes the folder, if it asks too.
-
-    Errors:
-        TwinmergeError: one does; the disk is full or cannot be written.
-    """
-    try:
-        fd = _lock(folder / LOCK, folder)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                disk.remove(folder / LOCK)
-            if fd is not None:
-                _HELD.discard(fd)
-                os.close(fd)
-    except OSError as error:
-        advice = "Free some space" if error.errno in DISK_FULL else "Look at the disk"
-        raise OutputError(f"{folder} could not be changed: {error}. {advice} and run again.") from error
-
-
-def _is_no_folder(path: Path) -> bool:
-    """Whether something else is there; looked at once, since another process may remove it between two looks."""
-    try:
-        return not stat.S_ISDIR(os.lstat(path).st_mode)
-    except OSError:
-        return False
-
-
-def _is_ours(partial: Path) -> bool:
-    """Whether a `.partial` is not there, is empty, or was made here, if only begun: by its lock and journal.
-
-    A process that finishes meanwhile takes file after file away, so "no" is said of what two looks found alike.
-    """
-    before: set[str] | None = None
-    while True:
-        try:
-            names = {path.name for path in partial.iterdir()}
-            if _was_made_here(partial, names):
-                return True
-            if names == before:
-                return False
-            before = names
-        except FileNotFoundError:  # gone since: all of it, or one file
-            before = None
-            if not os.path.lexists(partial):
-                return True
-        except NotADirectoryError:
-            return True
-        except OSError:
-            return False
-
-
-def _was_made_here(partial: Path, names: set[str]) -> bool:
-    """Errors: FileNotFoundError where one of the names has gone."""
-    sizes = {}
-    for name in names & {LOCK, JOURNAL}:
-        status = os.lstat(partial / name)
-        if not stat.S_ISREG(status.st_mode):
-            return False
-        sizes[name] = status.st_size
-    begin = b""
-    if JOURNAL in names:
-        with (partial / JOURNAL).open("rb") as content:
-            begin = content.read(len(MARK))
-    if names <= {LOCK, JOURNAL}:
-        return MARK.startswith(begin) and not sizes.get(LOCK)
-    return begin == MARK
-
-
-def _first_line(key: str | None) -> bytes:
-    return MARK + json.dumps(key).encode() + b"}\n"
-
-
-def _read_journal(file: Path, key: str) -> list[dict[str, Any]] | None:
-    """The lines after the first, or None where it is not the journal of `key`; a torn end is cut off."""
-    if file.is_symlink() or not file.is_file():
-        return None
-    lines, whole = [], 0
-    content = file.read_bytes()
-    for text in content.split(b"\n")[:-1]:  # what follows the last newline was being written
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-        whole += len(text) + 1
-    if not lines or lines[0] != json.loads(_first_line(key)):
-        return None
-    if whole < len(content):
-        disk.call(os.truncate, file, whole)
-    return lines[1:]
-
-
-def _lock(file: Path, output: Path) -> int | None:
-    """Make the lock's folder and take the lock.
-
-    Returns:
-        A descriptor that holds it, or None where the system knows no such locks and the file itself is the lock.
-
-    Errors:
-        TwinmergeError: another process holds it.
-    """
-    busy = f"The output {output} is being written by another process. Wait for it, or name another folder"
-    flags = os.O_RDWR | os.O_CREAT | disk.NO_LINK | (0 if fcntl else os.O_EXCL)
-    while True:
-        disk.make_folder(file.parent)
-        try:
-            fd = disk.call(os.open, file, flags, 0o666)
-        except FileNotFoundError:  # another process renamed or removed the folder just now
-            continue
-        except FileExistsError:
-            raise OutputError(f"{busy}; if there is none, remove {file}.") from None
-        if not fcntl:
-            os.close(fd)
-            return None
-        held = False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(fd), os.stat(file))  # or it is a lock that was removed meanwhile
-        except BlockingIOError:
-            raise OutputError(f"{busy}.") from None
-        except FileNotFoundError:  # the same, and no other was made
-            pass
-        finally:
-            if not held:
-                os.close(fd)
-        if held:
-            _HELD.add(fd)
-            return fd

@@ -38,7 +38,7 @@ from twinmerge.study.report import (
     write_results,
 )
 from twinmerge.study.scores import Evaluation, Setting
-from twinmerge.tasks.metrics import Scored
+from twinmerge.tasks.bootstrap import Scored
 from twinmerge.twin.twin import Twin
 
 FIRST_SEED = 30  # the design was settled on seeds below 30

@@ -22,8 +22,8 @@ from twinmerge.models.transformers_class import position_limit
 from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.manifest import Manifest
 from twinmerge.study.scores import Evaluation, Reading, Setting
+from twinmerge.tasks.bootstrap import Scored
 from twinmerge.tasks.encode import TextEncoder, batches
-from twinmerge.tasks.metrics import Scored
 from twinmerge.tasks.suite import Row, Task, open_suite
 from twinmerge.twin.call import TwinOutput
 from twinmerge.twin.package import is_twin

@@ -11,7 +11,7 @@ import numpy as np
 
 from twinmerge.errors import DataError, TwinmergeError, UsageError
 from twinmerge.store.foreign import Most, parse_json
-from twinmerge.tasks.metrics import Interval, Scored, bootstrap_difference, bootstrap_normalised, normalised
+from twinmerge.tasks.bootstrap import Interval, Scored, bootstrap_difference, bootstrap_normalised, normalised
 
 EVALUATION = Most(200_000_000, 10_000_000)
 VERSION = 1
