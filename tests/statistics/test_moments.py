@@ -54,7 +54,7 @@ def test_conv1d_is_read_as_it_is_stored() -> None:
     path = "transformer.h.1.mlp.c_fc"
     found = input_moments(headed(model), ["h.1.mlp.c_fc.weight"], [batch])["h.1.mlp.c_fc.weight"]
     x, y = (t[batch["attention_mask"].bool()].double() for t in seen_by(model, path, batch))
-    assert found.turned and found.second is not None
+    assert found.transposed and found.second is not None
     torch.testing.assert_close(found.second, x.T @ x / len(x), rtol=1e-5, atol=1e-7)
     assert found.output == pytest.approx(float(y.square().sum(1).mean()), rel=1e-5)
 
@@ -88,7 +88,7 @@ def test_the_components_are_the_best_for_the_output(turned: bool, wide: bool, ra
         second, c = torch.stack(blocks), torch.block_diag(c[:4, :4], c[4:, 4:])
     u, s, vh = torch.linalg.svd(v, full_matrices=False)
     factors = Factors(u * s, vh) if not turned else Factors(vh.T * s, u.T)
-    found = components(factors, Moments(second, None, turned=turned))
+    found = components(factors, Moments(second, None, transposed=turned))
     kept = found.factors.b[:, :rank] @ found.factors.a[:rank]
     left = v - (kept.T if turned else kept)
     values = torch.linalg.svdvals(v @ torch.linalg.cholesky(c))

@@ -20,7 +20,7 @@ from twinmerge.continual.pieces import (
     places_of,
     worked,
 )
-from twinmerge.continual.state import Arrived, Description, StateFile, StateWriter, next_state
+from twinmerge.continual.state import AddedExpert, Description, StateFile, StateWriter, next_state
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError
@@ -101,7 +101,7 @@ class Change:
             writer.commit(about)
         return about
 
-    def _experts(self, read: Arrived) -> tuple[Arrived, ...]:
+    def _experts(self, read: AddedExpert) -> tuple[AddedExpert, ...]:
         """Those of the next state, `read` being the expert that was read."""
         if self.kind == "absorb":
             return (*self.about.experts[:-1], read)

@@ -19,7 +19,7 @@ from twinmerge.continual.change import Change
 from twinmerge.continual.folds import fold_of
 from twinmerge.continual.heads import heads_bytes, remove_others, with_heads, write_head
 from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces, places_of, rounded, worked
-from twinmerge.continual.state import FILE, Arrived, Description, StateFile, next_state
+from twinmerge.continual.state import FILE, AddedExpert, Description, StateFile, next_state
 from twinmerge.engine.by_names import warn_of_names
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.ranges import Range
@@ -134,7 +134,7 @@ class Continual:
                     )
             remove_others(self.folder, about)  # what a killed run left
             kept = None if head is None else write_head(self.folder, name, head, self.fingerprint)
-            entry = Arrived(name, expert.name, print_of, "", 0.0, licence_of(expert.folder), kept)
+            entry = AddedExpert(name, expert.name, print_of, "", 0.0, licence_of(expert.folder), kept)
             about = replace(
                 about,
                 experts=(*about.experts, entry),
@@ -301,7 +301,7 @@ class Continual:
             )
         return matched.merged, heads_of(opened, matched, [name]).get(name)
 
-    def _left(self, entry: Arrived, model: ModelLike | None) -> OpenedModel:
+    def _left(self, entry: AddedExpert, model: ModelLike | None) -> OpenedModel:
         """An expert that was added before."""
         try:
             return open_model(entry.model if model is None else model)

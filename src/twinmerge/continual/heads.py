@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING
 
-from twinmerge.continual.state import Arrived, Description, StateFile
+from twinmerge.continual.state import AddedExpert, Description, StateFile
 from twinmerge.errors import DamagedFile, TwinmergeError
 from twinmerge.models.head_files import HEADS_VERSION, HeadSpec, head_artefact
 from twinmerge.store import disk
@@ -22,7 +22,7 @@ from twinmerge.store.checksum import of_file
 FOLDER = "heads"
 
 
-def head_file(folder: Path, entry: Arrived) -> Path:
+def head_file(folder: Path, entry: AddedExpert) -> Path:
     """Where the head of an expert lies."""
     return folder / head_of_state(entry.name, entry.head or "")
 
@@ -40,7 +40,7 @@ def write_head(folder: Path, name: str, head: HeadSpec, base: str) -> str:
     save_artefact(partial, made)
     disk.sync_path(partial)
     checksum = of_file(partial)
-    disk.rename(partial, head_file(folder, Arrived(name, "", "", "", 0.0, head=checksum)))
+    disk.rename(partial, head_file(folder, AddedExpert(name, "", "", "", 0.0, head=checksum)))
     disk.sync_path(partial.parent)
     return checksum
 
@@ -93,7 +93,7 @@ def heads_bytes(folder: Path, about: Description) -> int:
     return sum(file.stat().st_size for file in found if file.is_file())
 
 
-def _read(state: StateFile, entry: Arrived) -> HeadSpec:
+def _read(state: StateFile, entry: AddedExpert) -> HeadSpec:
     file = head_file(state.folder, entry)
     if of_file(file) != entry.head:
         raise DamagedFile(f"{file} is not what was written: the file is damaged. Restore it from a copy of the state.")

@@ -38,7 +38,7 @@ def places_of(base: OpenedModel, names: Iterable[str]) -> dict[str, Place]:
         name: Place(
             base.stored[name],
             base.spec(name).shape,
-            turned=base.turned(name),
+            transposed=base.transposed(name),
             table=base.table(name),
             stack=base.stacked(name),
         )

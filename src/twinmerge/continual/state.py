@@ -28,7 +28,7 @@ KIND, VERSION = "continual", 3  # 3: names the heads of its experts
 
 
 @dataclass(frozen=True)
-class Arrived:
+class AddedExpert:
     """One expert that is in the state. model: where it was read from; fingerprint: of that model; content: checksum of all that
     was read of it; norm: ‖τ‖; head: checksum of the file of its head, None without one."""
 
@@ -55,7 +55,7 @@ class Description:
     parameters: dict[str, Any]
     heads: tuple[str, ...] = ()
     dtype: str = "float64"
-    experts: tuple[Arrived, ...] = ()
+    experts: tuple[AddedExpert, ...] = ()
     removed: tuple[str, ...] = ()
     state_norm: float = 0.0
     twin: tuple[str, str] | None = None
@@ -67,7 +67,7 @@ class Description:
     @classmethod
     def of(cls, header: Mapping[str, Any]) -> Description:
         known = {key: value for key, value in header.items() if key != "seal"}  # version 2 had one of its own
-        experts = tuple(Arrived(**expert) for expert in known.pop("experts"))
+        experts = tuple(AddedExpert(**expert) for expert in known.pop("experts"))
         heads, removed = tuple(known.pop("heads")), tuple(known.pop("removed"))
         twin = known.pop("twin")
         known["twin"] = None if twin is None else (str(twin[0]), str(twin[1]))

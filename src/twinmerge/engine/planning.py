@@ -137,7 +137,7 @@ def _meant(told: OpenedModel, name: str, shape: Sequence[int]) -> tuple[bool, bo
     if not told.has(name):
         return False, False, False
     same = len(told.spec(name).shape) == len(shape)
-    return told.turned(name), told.table(name), told.stacked(name) and same
+    return told.transposed(name), told.table(name), told.stacked(name) and same
 
 
 def _input(model: OpenedModel, ref: ModelLike) -> Input:

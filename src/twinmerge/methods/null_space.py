@@ -60,7 +60,7 @@ class NullSpace(Method, Fold):
             return absorbed_by_matrix(self, state, delta, at)
         if self.filters(at):
             u, _, vh = gram_svd(before, at.name, torch.float32)
-            if at.turned:
+            if at.transposed:
                 u = u[:, : self.rank]
                 delta = delta - u @ (u.mT @ delta)
             else:

@@ -73,15 +73,15 @@ class Regmean(Method):
         """W − M; None where an expert's inputs were not measured."""
         left: Tensor | None = None  # Σ wt Gt (blocks, size, size)
         right: Tensor | None = None  # Σ wt Gt (Wt − M)ᵀ (blocks, size, out)
-        turned = False
+        transposed = False
         for weight, theta, measured, name in zip(weights, tile.x, tile.grams, tile.at.experts, strict=True):
             gram = measured()
             if gram is None:
                 return None
-            turned = gram.turned
+            transposed = gram.transposed
             deviation = (theta.double() - mean).flatten(1)
-            second = self._damped(gram, deviation.shape[0 if turned else 1], tile.at.name, name).mul_(weight)
-            product = second @ _in_blocks(deviation if turned else deviation.T, second)
+            second = self._damped(gram, deviation.shape[0 if transposed else 1], tile.at.name, name).mul_(weight)
+            product = second @ _in_blocks(deviation if transposed else deviation.T, second)
             left = second if left is None else left.add_(second)
             right = product if right is None else right.add_(product)
         if left is None or right is None:
@@ -89,9 +89,9 @@ class Regmean(Method):
         solved = _solve(left, right, self.ridge)
         if solved is None:
             return None
-        inputs = mean.flatten(1).shape[0 if turned else 1]
+        inputs = mean.flatten(1).shape[0 if transposed else 1]
         change = solved.flatten(0, 1)[:inputs]
-        return (change if turned else change.T).reshape(mean.shape)
+        return (change if transposed else change.T).reshape(mean.shape)
 
     def _damped(self, gram: Gram, inputs: int, tensor: str, expert: str) -> Tensor:
         """The Gram in blocks, (blocks, size, size), a copy."""

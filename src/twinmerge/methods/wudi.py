@@ -58,7 +58,7 @@ class Wudi(Spectral, SumFold):
         return "matrix" if grain == "rows" and self.turns(at) else grain
 
     def turns(self, at: Place) -> bool:
-        return at.turned if self.inputs == "auto" else self.inputs == "rows"
+        return at.transposed if self.inputs == "auto" else self.inputs == "rows"
 
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
         return self.solved(*normal_equations(deltas, weights), at).to(deltas.dtype)

@@ -35,10 +35,10 @@ class Pair(NamedTuple):
     embedding: bool
     bias: Tensor | None = None
 
-    def factors(self, scaling: float, turned: bool) -> Factors:
+    def factors(self, scaling: float, transposed: bool) -> Factors:
         """ΔW = scaling · B A as the module stores its weight; A and B of convolutions are over (in·kh·kw)."""
         a, b = self.a.float().flatten(1), self.b.float().flatten(1) * scaling
-        return Factors(a.T.contiguous(), b.T.contiguous()) if self.embedding or turned else Factors(b, a)
+        return Factors(a.T.contiguous(), b.T.contiguous()) if self.embedding or transposed else Factors(b, a)
 
 
 class Adapter:
@@ -58,9 +58,9 @@ class Adapter:
     @cached_property
     def factors(self) -> dict[str, Factors]:
         """Parameter name -> ΔW with the scaling inside, by the adapter's own words alone."""
-        turned = self.config.fan_in_fan_out
+        transposed = self.config.fan_in_fan_out
         plain = {unwrapped(module): pair for module, pair in self.pairs.items()}
-        return {f"{m}.weight": pair.factors(self.config.scaling(m), turned) for m, pair in plain.items()}
+        return {f"{m}.weight": pair.factors(self.config.scaling(m), transposed) for m, pair in plain.items()}
 
 
 def unwrapped(name: str) -> str:

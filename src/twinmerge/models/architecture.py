@@ -188,7 +188,7 @@ class Architecture(ABC):
         return True
 
     @cached_property
-    def turned(self) -> frozenset[str]:
+    def transposed(self) -> frozenset[str]:
         """Canonical names of the matrices that are stored (in, out): those of Conv1D."""
         modules = self.skeleton.named_modules()
         return frozenset(self.of_module(f"{path}.weight") for path, module in modules if isinstance(module, Conv1D))
@@ -236,8 +236,8 @@ class Architecture(ABC):
                 for name, p in module.named_parameters(recurse=False)
                 if p.dim() == 3 and min(p.shape) > 1 and name.endswith(("weight", "proj"))
             }
-            turned = _stored_turned(module, own)
-            found |= {self.of_module(f"{path}.{name}" if path else name): turned for name in own}
+            transposed = _stored_transposed(module, own)
+            found |= {self.of_module(f"{path}.{name}" if path else name): transposed for name in own}
         return found
 
     @cached_property
@@ -246,7 +246,7 @@ class Architecture(ABC):
         return None
 
 
-def _stored_turned(module: nn.Module, experts: dict[str, torch.Size]) -> bool:
+def _stored_transposed(module: nn.Module, experts: dict[str, torch.Size]) -> bool:
     """Whether a module's experts are stored (in, out): by their two matrices, the first of which has gate and up side by side, else by
     what the module says of itself."""
     if {"gate_up_proj", "down_proj"} <= experts.keys():

@@ -71,13 +71,13 @@ def in_another_form(architecture: Architecture, stored: Iterable[str]) -> set[st
 
 
 def stack_of(
-    a: Tensor, b: Tensor, scaling: float, name: str, shape: tuple[int, ...], config: AdapterConfig, turned: bool
+    a: Tensor, b: Tensor, scaling: float, name: str, shape: tuple[int, ...], config: AdapterConfig, transposed: bool
 ) -> Stack:
     """The factors of every expert, as PEFT reads them: A (E·r, …) expert by expert, B (…, r·E) with the experts innermost.
 
     Args:
         shape: (E, m, n) of the parameter.
-        turned: the class stores its experts (in, out).
+        transposed: the class stores its experts (in, out).
 
     Errors:
         TwinmergeError: sides that fit no version of PEFT, or one of two that only the version can tell; Unsloth's layout of B.
@@ -90,7 +90,7 @@ def stack_of(
             "same names. Merge it there (save_pretrained_merged) and give the full model."
         )
     now, before = (a.shape[1], b.shape[0]) == (n, m), (a.shape[1], b.shape[0]) == (m, n)
-    if turned:
+    if transposed:
         now = False
     elif now and before:
         if config.peft is None:

@@ -105,11 +105,11 @@ class OpenedModel:
         """Whether its class says what each of its tensors is for."""
         return self.architecture is not None or self.tables is not None
 
-    def turned(self, name: str) -> bool:
+    def transposed(self, name: str) -> bool:
         """Whether a matrix is known to be stored (in, out)."""
         name = self.own(name)
         known = self.architecture
-        return known is not None and (name in known.turned or known.stacks.get(name, False))
+        return known is not None and (name in known.transposed or known.stacks.get(name, False))
 
     def stacked(self, name: str) -> bool:
         """Whether a tensor (E, m, n) holds matrices along its leading axis, as the experts of one layer in one tensor.

@@ -285,9 +285,11 @@ class _Placing:
                     f"The adapter {self.adapter.name} changes the convolution {plain!r}, whose {odd} PEFT's factors do not have, so "
                     "that they are no sum on its weight. Leave this module out of target_modules."
                 )
-        turned = isinstance(module, Conv1D) if isinstance(module, (nn.Linear, Conv1D)) else self.config.fan_in_fan_out
-        turned = turned and pair.a.dim() == 2 and not isinstance(module, nn.MultiheadAttention)
-        return pair.factors(scaling, turned)
+        transposed = (
+            isinstance(module, Conv1D) if isinstance(module, (nn.Linear, Conv1D)) else self.config.fan_in_fan_out
+        )
+        transposed = transposed and pair.a.dim() == 2 and not isinstance(module, nn.MultiheadAttention)
+        return pair.factors(scaling, transposed)
 
     def _taken(self, name: str, pair: Pair, scaling: float) -> Factors | None:
         """The part of the base's weight that PiSSA and OLoRA start from, and that PEFT takes out of it on loading."""
@@ -295,7 +297,7 @@ class _Placing:
         if start is None or pair.embedding:  # PEFT starts tables as usual
             return None
         weight = self.base.read(self.base.aliases.get(name, name))
-        turned = self.architecture is not None and name in self.architecture.turned
+        transposed = self.architecture is not None and name in self.architecture.transposed
         if pair.bias is not None or weight.dim() != 2 or weight.dtype not in STARTS or scaling <= 0:
             raise ModelError(
                 f"The adapter {self.adapter.name} starts {name!r} by {start} (init_lora_weights), which PEFT does for matrices of 16 or 32 "
@@ -309,9 +311,9 @@ class _Placing:
         if start == "olora":  # of the weight as it is stored, even for Conv1D
             q, r = torch.linalg.qr(weight)
             return Factors(scaling * q[:, :rank], r[:rank].contiguous())
-        u, s, vh = torch.linalg.svd(weight.T if turned else weight, full_matrices=False)
+        u, s, vh = torch.linalg.svd(weight.T if transposed else weight, full_matrices=False)
         b, a = u[:, :rank] * s[:rank], vh[:rank]
-        return Factors(a.T.contiguous(), b.T.contiguous()) if turned else Factors(b, a.contiguous())
+        return Factors(a.T.contiguous(), b.T.contiguous()) if transposed else Factors(b, a.contiguous())
 
     def _fits(self, name: str, factors: Factors | Stack) -> None:
         specs, aliases = self.base.specs, self.base.aliases

@@ -94,8 +94,8 @@ class Gram:
         found = {}
         for name, group in self._group.items():
             if not {name, group} & self._watched.odd and self._calls[name] == self._calls[group]:
-                turned = isinstance(self._parts[name], Conv1D)
-                found[name] = {"group": group, "inputs": self._sums[group].inputs, "turned": turned}
+                transposed = isinstance(self._parts[name], Conv1D)
+                found[name] = {"group": group, "inputs": self._sums[group].inputs, "turned": transposed}
         return found
 
     @property

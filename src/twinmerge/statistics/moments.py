@@ -25,13 +25,13 @@ WIDEST = 4096  # inputs of a module; beyond, only blocks along the diagonal are 
 class Moments(NamedTuple):
     """second: E[x xᵀ] of a matrix's inputs, (in, in) float64, or (blocks, size, size) where it is wide; lookups: of an embedding,
     how often each row is read, as a share, (rows,) float64. One of them. power: the mean square of an input's entries; output:
-    E‖y‖² of what the module answers, which errors of its output are measured against; turned: stored (in, out)."""
+    E‖y‖² of what the module answers, which errors of its output are measured against; transposed: stored (in, out)."""
 
     second: Tensor | None
     lookups: Tensor | None
     power: float = 1.0
     output: float = 1.0
-    turned: bool = False
+    transposed: bool = False
 
 
 class _Seen:

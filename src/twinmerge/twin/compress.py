@@ -64,7 +64,7 @@ def components(factors: Factors, moments: Moments | None = None) -> Components:
             Factors((f.b.double() @ (f.a.double() @ vh.T)).to(dtype), vh.to(dtype)), s.square() / moments.output
         )
     assert moments.second is not None
-    if moments.turned:
+    if moments.transposed:
         _, s, vh = _thin_product(_rooted(f.b.double().T, moments.second).T, f.a.double())
         return Components(
             Factors((f.b.double() @ (f.a.double() @ vh.T)).to(dtype), vh.to(dtype)), s.square() / moments.output

@@ -42,23 +42,23 @@ def test_a_matrix_stored_in_out_is_merged_as_its_transpose(name, shape):
     """GPT-2 stores its matrices so; formulas that know outputs from inputs must not take the one for the other."""
     x = drawn(2, *shape)
     want = merged(name, x, Place("w", shape))
-    close(merged(name, x.mT.contiguous(), Place("w", shape[::-1], turned=True)), want.T)
+    close(merged(name, x.mT.contiguous(), Place("w", shape[::-1], transposed=True)), want.T)
     parts = [Factors(drawn(shape[0], r, seed=r), drawn(r, shape[1], seed=9 + r)) for r in (1, 2)]
     x = torch.stack([part.dense() for part in parts])
     want = merged(name, x, Place("w", shape))
     turned = [Factors(part.a.T, part.b.T) for part in parts]
-    close(merged(name, x.mT.contiguous(), Place("w", shape[::-1], turned=True), turned), want.T, 1e-4)
+    close(merged(name, x.mT.contiguous(), Place("w", shape[::-1], transposed=True), turned), want.T, 1e-4)
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_stack_is_merged_matrix_by_matrix(name, turned):
-    x, at = drawn(2, 3, 5, 4), Place("w", (3, 5, 4), turned=turned, stack=True)
+    x, at = drawn(2, 3, 5, 4), Place("w", (3, 5, 4), transposed=turned, stack=True)
     one = at._replace(shape=(5, 4), stack=False)
     want = torch.stack([merged(name, x[:, i].contiguous(), one) for i in range(3)])
     close(merged(name, x, at), want, 1e-6)
     assert (
-        float((merged(name, x, at._replace(stack=False, turned=False)) - want).norm()) > 0.01
+        float((merged(name, x, at._replace(stack=False, transposed=False)) - want).norm()) > 0.01
     )  # as a kernel it is another
 
 

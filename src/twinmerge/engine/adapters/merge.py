@@ -269,8 +269,8 @@ def _warn_of_targets(parts: Mapping[str, Sequence[Factors]], experts: Sequence[s
 
 
 def _place(origin: OpenedModel, name: str, experts: tuple[str, ...]) -> Place:
-    shape, turned, table = origin.spec(name).shape, origin.turned(name), origin.table(name)
-    return Place(origin.stored[name], shape, experts=experts, turned=turned, table=table)
+    shape, transposed, table = origin.spec(name).shape, origin.transposed(name), origin.table(name)
+    return Place(origin.stored[name], shape, experts=experts, transposed=transposed, table=table)
 
 
 def _matrices(parts: Mapping[str, Sequence[Factors]], places: Mapping[str, Place]) -> tuple[Shapes, Load, Grains]:

@@ -126,7 +126,7 @@ class Spectral(Method):
 
     def turns(self, at: Place) -> bool:
         """Whether a matrix is transposed before anything is made of it: it is stored (in, out), and the formula knows its sides."""
-        return at.turned and (self.sided or self.calibration > 0)
+        return at.transposed and (self.sided or self.calibration > 0)
 
     def matrices(self, tile: Tile) -> Tensor:
         """τt as matrices (experts, m, n)."""

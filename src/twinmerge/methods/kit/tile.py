@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -26,7 +27,7 @@ class Place(NamedTuple):
     """Where a tile lies.
 
     name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
-    element; experts: names in the order of the stack; turned: the matrix is stored (in, out), as GPT-2's Conv1D does, and not as
+    element; experts: names in the order of the stack; transposed: the matrix is stored (in, out), as GPT-2's Conv1D does, and not as
     Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as `OpenedModel.table` says;
     stack: it holds matrices along its first axis, as `OpenedModel.stacked` says.
     """
@@ -35,9 +36,17 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     offset: int = 0
     experts: tuple[str, ...] = ()
-    turned: bool = False
+    transposed: bool = False
     table: bool = False
     stack: bool = False
+
+    @property
+    def turned(self) -> bool:
+        """Until 0.1.0 the name of `transposed`."""
+        warnings.warn(
+            "Place.turned is Place.transposed now. The old name goes with 0.1.0.", DeprecationWarning, stacklevel=2
+        )
+        return self.transposed
 
     @property
     def parts(self) -> list[Place]:
@@ -68,10 +77,10 @@ class Stored(NamedTuple):
 
 class Gram(NamedTuple):
     """What was measured of the inputs x of one matrix: second: E[x xᵀ] over tokens, (in, in) or, block-diagonal,
-    (blocks, size, size), the last one padded with zeros, float64; turned: the matrix is stored (in, out)."""
+    (blocks, size, size), the last one padded with zeros, float64; transposed: the matrix is stored (in, out)."""
 
     second: Tensor
-    turned: bool = False
+    transposed: bool = False
 
 
 class Tile:

@@ -52,7 +52,7 @@ def gather(name: str, experts: Sequence[Exclusive], place: Place) -> Part:
         factors = {i: _own_factors(e.dense[name]) for i, e in enumerate(experts) if name in e.dense}
     if factors:
         low = {i: (b.to(parameter), a.to(parameter)) for i, (b, a) in factors.items()}
-        return Low(name, low, len(experts), turned=isinstance(place.module, Conv1D))
+        return Low(name, low, len(experts), transposed=isinstance(place.module, Conv1D))
     dense = [e.dense.get(name) for e in experts]
     return Dense(name, torch.stack([torch.zeros_like(parameter) if d is None else d.to(parameter) for d in dense]))
 

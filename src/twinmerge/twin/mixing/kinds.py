@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def multiplies(module: nn.Module) -> bool:
-    """True for nn.Linear and Conv1D, which stores its matrix turned, and for subclasses that compute the same by other means
+    """True for nn.Linear and Conv1D, which stores its matrix transposed, and for subclasses that compute the same by other means
     (Falcon's), which is checked on numbers once."""
     if runs(module, nn.Linear) or isinstance(module, Conv1D):
         return True

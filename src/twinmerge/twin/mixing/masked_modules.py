@@ -59,7 +59,7 @@ def singles(place: Seen, part: Masks, mixture: Mixture, x: Tensor) -> Iterator[t
 
 
 class MaskedLinear(Forward):
-    """y = (W + w s m ⊙ τ) x + (b + w · db); nn.Linear, and Conv1D, whose matrix and mask are stored turned."""
+    """y = (W + w s m ⊙ τ) x + (b + w · db); nn.Linear, and Conv1D, whose matrix and mask are stored transposed."""
 
     weight: Masks
 

@@ -101,7 +101,7 @@ def _scale(h: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Linear(Forward):
-    """y = W x + (b + w · db) + B (w · A x); nn.Linear, and Conv1D, whose matrix is stored turned."""
+    """y = W x + (b + w · db) + B (w · A x); nn.Linear, and Conv1D, whose matrix is stored transposed."""
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
         y: Tensor = self.own(self.module, x) if self.bias is None else self.with_rows_of_biases(x, mixture)

@@ -20,15 +20,15 @@ class Low(nn.Module):
     Args:
         factors: expert's number -> (b (out, r), a (r, rest)).
         experts: how many there are.
-        turned: the matrix is stored (in, out), so that it is read through bᵀ and written through aᵀ.
+        transposed: the matrix is stored (in, out), so that it is read through bᵀ and written through aᵀ.
     """
 
     def __init__(
-        self, name: str, factors: Mapping[int, tuple[Tensor, Tensor]], experts: int, turned: bool = False
+        self, name: str, factors: Mapping[int, tuple[Tensor, Tensor]], experts: int, transposed: bool = False
     ) -> None:
         super().__init__()
-        self.name, self.turned = name, turned
-        sides = [(a.T, b.T) if turned else (b, a) for _, (b, a) in sorted(factors.items())]
+        self.name, self.transposed = name, transposed
+        sides = [(a.T, b.T) if transposed else (b, a) for _, (b, a) in sorted(factors.items())]
         self.widths = tuple(len(factors[i][1]) if i in factors else 0 for i in range(experts))
         self.ends = [0, *accumulate(self.widths)]
         self.a: Tensor
@@ -46,7 +46,7 @@ class Low(nn.Module):
         if start == stop:
             return None
         b, a = self.b[:, start:stop], self.a[start:stop]
-        return (a.T, b.T) if self.turned else (b, a)
+        return (a.T, b.T) if self.transposed else (b, a)
 
     def delta(self, expert: int) -> Tensor | None:
         """b·a of one expert, as the matrix is stored (out, rest)."""
