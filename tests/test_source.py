@@ -17,7 +17,7 @@ FILES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.p
 OURS = {"Twin", "tm.Twin"}
 OWN_READERS = {
     "store/foreign.py",  # the door itself
-    "store/output.py",  # the journal of a folder that is being written
+    "store/partial.py",  # the journal of a folder that is being written
     "engine/verify.py",
     "recipes/recipe.py",
     "plugins.py",  # our own files

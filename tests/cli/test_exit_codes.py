@@ -213,7 +213,7 @@ def test_a_disk_that_fails_while_it_is_read(
 
 
 def test_a_package_that_is_not_installed(fails: Any, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    monkeypatch.setattr("twinmerge.study.heatmap.find_spec", lambda _: None)
     assert "pip install" in fails(tm.ResourceError, 4, "diff", zoo.base, zoo.mood, "--picture", tmp_path / "x.png")
 
 
