@@ -85,7 +85,7 @@ def cases(family: Family, out: Path) -> dict[str, tuple[list[str], list[Path], i
     models = [file for name in family.experts for file in family.files(name)]
     own, bits = family.files("base"), family.parameters * len(family.experts) // 8
     merge = [*TWINMERGE, "merge", "--method"]
-    masks = [*TWINMERGE, "compress", *base, *given, "-o", str(out), "--method"]
+    masks = [*TWINMERGE, "masks", "build", *base, *given, "-o", str(out), "--method"]
     return {
         "average": ([*merge, "average", *base, *given, "-o", str(out)], models, family.bytes),
         "fisher": ([*merge, "fisher", *base, *given, *told, "-o", str(out)], [*models, *fishers(family)], family.bytes),

@@ -30,7 +30,7 @@ SAYS = {
     "tasks": "rows, texts, metrics",
     "store": "files, checksums",
     "maths": "numbers, compiled code",
-    "arguments": "", "plugins": "", "moved": "", "errors": "",
+    "arguments": "", "plugins": "", "moved": "", "results": "", "errors": "",
 }  # fmt: skip
 
 

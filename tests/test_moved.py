@@ -8,7 +8,8 @@ from importlib import import_module
 
 import pytest
 
-from twinmerge.moved import MOVED
+import twinmerge
+from twinmerge.moved import MOVED, NAMES, old_name
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -37,9 +38,9 @@ def test_what_never_was_there_is_not_found() -> None:
 
 def test_what_is_imported_by_both_names_is_one_thing() -> None:
     code = (
-        "from twinmerge.statistics.measure import measure; from twinmerge.measure.measure import measure as old; "
-        "import twinmerge.measure.gram, twinmerge.statistics.gram; "
-        "print(measure is old, twinmerge.measure.gram is twinmerge.statistics.gram)"
+        "from twinmerge.statistics.moments import Moments; from twinmerge.twin.moments import Moments as old; "
+        "import twinmerge.twin.moments, twinmerge.statistics.moments; "
+        "print(Moments is old, twinmerge.twin.moments is twinmerge.statistics.moments)"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "True True\n", done.stderr
@@ -48,7 +49,34 @@ def test_what_is_imported_by_both_names_is_one_thing() -> None:
 def test_a_file_that_became_a_folder_gives_its_old_names() -> None:
     code = "import warnings; warnings.simplefilter('error')\n\nfrom twinmerge.twin.masks import compress"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "twin.masks.compress is twinmerge.twin.masks.build.compress now" in done.stderr
-    code = "from twinmerge.twin.masks import compress; import twinmerge; print(compress is twinmerge.compress)"
+    assert "twinmerge.twin.masks.compress is twinmerge.build_masks now" in done.stderr
+    code = "from twinmerge.twin.masks import compress; import twinmerge.twin.masks.build as now; print(compress is now.write_masks)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("old", NAMES)
+def test_an_old_name_gives_what_took_its_place(old: str) -> None:
+    module, _, name = f"twinmerge.{old}".rpartition(".")
+    new, home, now = NAMES[old]
+    with pytest.warns(
+        DeprecationWarning, match=f"{module}.{name} is twinmerge.{new} now. The old name goes with 0.1.0"
+    ):
+        found = getattr(import_module(module), name)
+    assert found is getattr(import_module(f"twinmerge.{home}"), now)
+    public = new if "." not in new else None
+    assert public is None or (public in twinmerge.__all__ and callable(getattr(twinmerge, public)))
+
+
+def test_what_never_was_a_name_is_no_attribute() -> None:
+    for module in ("twinmerge", "twinmerge.engine.merge", "twinmerge.twin.masks", "twinmerge.twin.masks.extract"):
+        with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nonsense'"):
+            import_module(module).nonsense  # noqa: B018
+    with pytest.raises(AttributeError):
+        old_name("twinmerge", "merge")
+
+
+def test_the_module_measure_is_gone_since_the_call_has_its_name() -> None:
+    code = "import twinmerge; print(callable(twinmerge.measure)); import twinmerge.measure"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n" and "No module named 'twinmerge.measure'" in done.stderr

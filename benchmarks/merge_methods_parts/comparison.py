@@ -21,8 +21,8 @@ from twinmerge.study.search import search
 from twinmerge.study.thresholds import choose_thresholds
 from twinmerge.tasks.bootstrap import Scored
 from twinmerge.tasks.suite import Task, open_suite
-from twinmerge.twin.masks.build import compress
-from twinmerge.twin.masks.extract import extract
+from twinmerge.twin.masks.build import write_masks
+from twinmerge.twin.masks.extract import extract_masked
 
 VALIDATION_ROWS = 200  # per task, of the largest merge; half as many of the smaller ones
 
@@ -141,11 +141,11 @@ class Comparison:
             recipe = replace(recipe, parameters={**recipe.parameters, **own})
         shutil.rmtree(self.work, ignore_errors=True)
         start = time.perf_counter()
-        found = compress(recipe, self.work / "masks", progress=False)
+        found = write_masks(recipe, self.work / "masks", progress=False)
         seconds = time.perf_counter() - start
         predictions: dict[str, Scored] = {}
         for name in self.names:
-            extract(self.work / "masks", name, self.work / name)
+            extract_masked(self.work / "masks", name, self.work / name)
             one = {name: self.suite[name]}
             predictions |= evaluate(self.work / name, one, limit=self.rows_tested, progress=False)[0].predictions
         scored, size = Evaluation.of(predictions, "task given"), bytes_of(self.work / "masks")

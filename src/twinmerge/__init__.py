@@ -1,5 +1,14 @@
 """twinmerge: many fine-tuned models of one base become one model, static or mixed anew for every input.
 
+Everything that the command does has a call of the same name here (`docs/python.md` has the table). One rule holds for all:
+
+- With `out` a call does its work at once and writes it there, whole or not at all; nothing is written anywhere else.
+- Without `out` nothing is written, and what the call gives is all there is. `merge` and `Twin` then describe or hold a
+  model, which is written when you say so: `.save(out)`, `.save_pretrained(out)`.
+
+What a call gives prints as one line, shows as a table in a notebook, and is plain data by `to_dict()`, as the command's `--json`
+prints it; tables also have `to_pandas()`, `to_csv()` and `to_latex()`.
+
 The names below load what they need when they are first used, so that `import twinmerge` is quick.
 """
 
@@ -7,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twinmerge.moved import serve_old_names
+from twinmerge.moved import old_name, serve_old_names
 
 serve_old_names()
 __version__: str
@@ -28,16 +37,25 @@ _WHERE = {
     "TwinOutput": "twin.call",
     "TwinmergeError": "errors",
     "UsageError": "errors",
-    "compress": "twin.masks.build",
+    "add_statistics": "statistics.measure",
+    "build_masks": "study.masks",
+    "check": "engine.calls",
+    "demo": "study.demo",
     "diff": "engine.diff",
     "evaluate": "study.evaluate",
-    "extract": "twin.masks.extract",
     "extract_lora": "engine.adapters.extract",
-    "merge": "engine.merge",
+    "extract_masked": "twin.masks.extract",
+    "list_codecs": "maths.codec",
+    "list_methods": "methods.kit.listing",
+    "list_routers": "twin.routers.kit.listing",
+    "measure": "statistics.measure",
+    "merge": "engine.calls",
     "merge_lora": "engine.adapters.merge",
     "open_suite": "tasks.suite",
     "read_recipe": "recipes.recipe",
     "search": "study.search",
+    "smoke_check": "study.smoke",
+    "verify": "engine.verify",
 }
 __all__ = ["__version__", *_WHERE]
 
@@ -45,9 +63,11 @@ if TYPE_CHECKING:
     from twinmerge.continual.continual import Continual as Continual
     from twinmerge.engine.adapters.extract import extract_lora as extract_lora
     from twinmerge.engine.adapters.merge import merge_lora as merge_lora
+    from twinmerge.engine.calls import check as check
+    from twinmerge.engine.calls import merge as merge
     from twinmerge.engine.diff import diff as diff
     from twinmerge.engine.merge import Merge as Merge
-    from twinmerge.engine.merge import merge as merge
+    from twinmerge.engine.verify import verify as verify
     from twinmerge.errors import DamagedFile as DamagedFile
     from twinmerge.errors import DataError as DataError
     from twinmerge.errors import ModelError as ModelError
@@ -56,16 +76,23 @@ if TYPE_CHECKING:
     from twinmerge.errors import ResourceError as ResourceError
     from twinmerge.errors import TwinmergeError as TwinmergeError
     from twinmerge.errors import UsageError as UsageError
+    from twinmerge.maths.codec import list_codecs as list_codecs
+    from twinmerge.methods.kit.listing import list_methods as list_methods
     from twinmerge.models.torch_module import TorchModel as TorchModel
     from twinmerge.recipes.recipe import Recipe as Recipe
     from twinmerge.recipes.recipe import read_recipe as read_recipe
+    from twinmerge.statistics.measure import add_statistics as add_statistics
+    from twinmerge.statistics.measure import measure as measure
+    from twinmerge.study.demo import demo as demo
     from twinmerge.study.evaluate import evaluate as evaluate
+    from twinmerge.study.masks import build_masks as build_masks
     from twinmerge.study.search import search as search
+    from twinmerge.study.smoke import smoke_check as smoke_check
     from twinmerge.tasks.suite import open_suite as open_suite
     from twinmerge.twin.call import TwinOutput as TwinOutput
-    from twinmerge.twin.masks.build import compress as compress
-    from twinmerge.twin.masks.extract import extract as extract
+    from twinmerge.twin.masks.extract import extract_masked as extract_masked
     from twinmerge.twin.predict import Prediction as Prediction
+    from twinmerge.twin.routers.kit.listing import list_routers as list_routers
     from twinmerge.twin.twin import Twin as Twin
 
 
@@ -75,7 +102,7 @@ def __getattr__(name: str) -> Any:
 
         return version("twinmerge")
     if name not in _WHERE:
-        raise AttributeError(f"module 'twinmerge' has no attribute {name!r}")
+        return old_name(__name__, name)
     from importlib import import_module
 
     return getattr(import_module(f"twinmerge.{_WHERE[name]}"), name)

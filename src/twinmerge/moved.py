@@ -1,4 +1,4 @@
-"""Modules that have moved: their old names still import the module, with a warning, until 0.1.0."""
+"""Old names of modules, public names and commands: they go on working, with a warning, until 0.1.0."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "engine.lines": "recipes.lines",
@@ -20,17 +21,6 @@ MOVED = {
     "engine.plain_data": "recipes.plain_data",
     "engine.recipe": "recipes.recipe",
     "engine.side_files": "engine.folder",
-    "measure": "statistics",
-    "measure.activations": "statistics.activations",
-    "measure.data": "statistics.data",
-    "measure.fisher": "statistics.fisher",
-    "measure.gram": "statistics.gram",
-    "measure.measure": "statistics.measure",
-    "measure.model": "statistics.model",
-    "measure.per_example": "statistics.per_example",
-    "measure.rows": "tasks.rows",
-    "measure.scores": "statistics.scores",
-    "measure.watch": "statistics.watch",
     "methods.base": "methods.kit.base",
     "methods.fold": "methods.kit.fold",
     "methods.masks": "methods.kit.masks",
@@ -64,7 +54,58 @@ MOVED = {
     "twin.sample": "twin.mixing.sample",
     "twin.statistics": "twin.routers.kit.aggregates",
 }
-"""Old name -> name of today, below twinmerge."""
+"""Old name -> name of today, of modules below twinmerge."""
+
+NAMES = {
+    "compress": ("build_masks", "twin.masks.build", "write_masks"),
+    "engine.merge.merge": ("merge", "engine.calls", "merge"),
+    "extract": ("extract_masked", "twin.masks.extract", "extract_masked"),
+    "twin.masks.Compressed": ("twin.masks.results.BuiltMasks", "twin.masks.results", "BuiltMasks"),
+    "twin.masks.changed_tensors": ("twin.masks.build.changed_tensors", "twin.masks.build", "changed_tensors"),
+    "twin.masks.compress": ("build_masks", "twin.masks.build", "write_masks"),
+    "twin.masks.in_given_order": ("twin.masks.build.in_given_order", "twin.masks.build", "in_given_order"),
+    "twin.masks.mask_merge": ("twin.masks.build.mask_merge", "twin.masks.build", "mask_merge"),
+    "twin.masks.walk": ("twin.masks.build.walk", "twin.masks.build", "walk"),
+    "twin.masks.extract.extract": ("extract_masked", "twin.masks.extract", "extract_masked"),
+}
+"""Old name -> what to write now, and the module and the name of what it still gives."""
+
+COMMANDS = {"compress": "masks build", "extract": "masks extract", "twin run": "twin predict"}
+"""Old command -> command of today."""
+
+
+def old_name(module: str, name: str) -> Any:
+    """What a module's `__getattr__` gives for an old name.
+
+    Raises:
+        AttributeError: it never was one.
+    """
+    package, _, below = module.partition(".")
+    found = NAMES.get(f"{below}.{name}" if below else name)
+    if found is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new, home, now = found
+    warnings.warn(
+        f"{module}.{name} is {package}.{new} now. The old name goes with 0.1.0.", DeprecationWarning, stacklevel=3
+    )
+    return getattr(import_module(f"{package}.{home}"), now)
+
+
+def new_command(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words of a command line with the command's name of today, and what to say of an old one.
+
+    Example:
+        >>> new_command(["twin", "run", "T"])
+        (['twin', 'predict', 'T'], '`twinmerge twin run` is `twinmerge twin predict` now. The old name goes with 0.1.0.')
+        >>> new_command(["twin", "build"])
+        (['twin', 'build'], None)
+    """
+    for old, new in COMMANDS.items():
+        own = old.split()
+        if list(words[: len(own)]) == own:
+            said = f"`twinmerge {old}` is `twinmerge {new}` now. The old name goes with 0.1.0."
+            return [*new.split(), *words[len(own) :]], said
+    return list(words), None
 
 
 class _Finder(MetaPathFinder):

@@ -17,10 +17,10 @@ import typer
 import twinmerge.cli
 from twinmerge.errors import TwinmergeError
 
-TWIN = ["build", "compress", "refine", "explain", "add", "remove", "rebuild", "export", "run", "routers"]
+TWIN = ["build", "predict", "explain", "info", "compress", "refine", "add", "remove", "rebuild", "export", "routers"]
 MEASURE = ["fisher", "gram", "activations", "add"]
 COMMANDS = ["", "merge", "check", "verify", "twin", *(f"twin {word}" for word in TWIN)]
-COMMANDS += ["search", "compress", "extract", "evaluate", "diff", "methods", "demo"]
+COMMANDS += ["search", "masks", "masks build", "masks extract", "evaluate", "diff", "methods", "demo"]
 COMMANDS += ["measure", *(f"measure {word}" for word in MEASURE)]
 COMMANDS += ["lora", "lora merge", "lora extract"]
 COMMANDS += ["continual", *(f"continual {word}" for word in ("init", "add", "remove", "materialise", "status", "twin"))]
@@ -100,7 +100,7 @@ def test_the_installed_script(zoo: Any, tmp_path: Path) -> None:
     assert script.value == "twinmerge.cli:main" and script.load() is twinmerge.cli.main
     code = (
         "import sys\nfrom twinmerge.cli import main\n"
-        "try:\n    sys.argv = ['twinmerge', 'twin', 'run', sys.argv[1], 'w3 ' * 40, '--threads', '1', '--json']\n    main()\n"
+        "try:\n    sys.argv = ['twinmerge', 'twin', 'predict', sys.argv[1], 'w3 ' * 40, '--threads', '1', '--json']\n    main()\n"
         "except SystemExit as left:\n    assert not left.code\n"
         "sys.argv = ['twinmerge', 'merge', '--method', 'average', '--expert', 'a=no-one/nothing', '--expert', 'b=x/y', '-o', 'out']\n"
         "main()"

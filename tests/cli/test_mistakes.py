@@ -253,13 +253,13 @@ def test_recipes(command: Any, zoo: Any, tmp_path: Path, change: tuple[str, str]
 )
 def test_run(command: Any, zoo: Any, tmp_path: Path, words: list[str], says: str) -> None:
     code = 3 if says in DATA else 2
-    assert says in refused(command, tmp_path, "twin", "run", zoo.twin, "w3", *words, code=code)
+    assert says in refused(command, tmp_path, "twin", "predict", zoo.twin, "w3", *words, code=code)
 
 
 def test_run_on_what_is_no_twin_with_a_router(command: Any, zoo: Any, tmp_path: Path) -> None:
-    assert "There is no text to answer" in refused(command, tmp_path, "twin", "run", zoo.twin)
-    assert "This twin has no router" in refused(command, tmp_path, "twin", "run", zoo.plain, "w3")
-    assert "is no twin" in refused(command, tmp_path, "twin", "run", zoo.merged, "w3", code=3)
+    assert "There is no text to answer" in refused(command, tmp_path, "twin", "predict", zoo.twin)
+    assert "This twin has no router" in refused(command, tmp_path, "twin", "predict", zoo.plain, "w3")
+    assert "is no twin" in refused(command, tmp_path, "twin", "predict", zoo.merged, "w3", code=3)
     for line, tells in {
         '{"text": 3}': ": field 'text' is 3",
         '{"text": null}': " has none of the fields",
@@ -269,13 +269,13 @@ def test_run_on_what_is_no_twin_with_a_router(command: Any, zoo: Any, tmp_path: 
         "{": " is no JSON",
     }.items():
         (tmp_path / "rows.jsonl").write_text(f'{{"text": "w3"}}\n{line}\n')
-        said = refused(command, tmp_path, "twin", "run", zoo.twin, "--file", tmp_path / "rows.jsonl", code=3)
+        said = refused(command, tmp_path, "twin", "predict", zoo.twin, "--file", tmp_path / "rows.jsonl", code=3)
         assert f"rows.jsonl, line 2{tells}" in said
 
 
 def test_missing_tokenizer(command: Any, zoo: Any, tmp_path: Path, copied: Any) -> None:
     for model, words in [
-        (zoo.twin, ["twin", "run", "COPY", "w3"]),
+        (zoo.twin, ["twin", "predict", "COPY", "w3"]),
         (zoo.twin, ["evaluate", "COPY", "--suite", zoo.suite]),
         (zoo.merged, ["evaluate", "COPY", "--suite", zoo.suite]),
     ]:
@@ -342,7 +342,7 @@ def test_evaluate_of_a_language_model(command: Any, zoo: Any, tmp_path: Path) ->
         said = refused(command, tmp_path, "evaluate", model, "--suite", zoo.suite, "--tasks", "mood", code=3)
         assert says in said
     assert "no classifier head" in refused(
-        command, tmp_path, "twin", "run", tmp_path / "lm", "w3 w4", "--expert", "mood"
+        command, tmp_path, "twin", "predict", tmp_path / "lm", "w3 w4", "--expert", "mood"
     )
 
 

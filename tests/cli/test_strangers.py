@@ -63,7 +63,7 @@ def theirs(zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     (root / "data").mkdir()
     (root / "data" / "rows.jsonl").write_text('{"text": "w3 w4"}\n')
     experts = {"mood": str(zoo.mood), "kind": str(zoo.kind)}
-    tm.compress(tm.Recipe("tall_masks", str(zoo.base), experts, {}), root / "masks", progress=False)
+    tm.build_masks("tall_masks", str(zoo.base), experts, root / "masks", progress=False)
     return {**found, **{name: root / name for name in ("adapter", "texts", "data", "masks")}}
 
 
@@ -74,11 +74,11 @@ def words(what: str, file: str, zoo: Any, folder: Path, out: Path) -> list[objec
         "expert": [*merge, "--base", zoo.base, "--expert", f"mood={folder}"],
         "base": [*merge, "--base", folder, "--expert", f"mood={zoo.mood}"],
         "adapter": [*merge, "--base", zoo.base, "--expert", f"mood={zoo.mood}+{folder}"],
-        "twin": ["twin", "run", folder, "w3"],
+        "twin": ["twin", "predict", folder, "w3"],
         "heads of a twin": ["twin", "export", folder, "--expert", "mood", "-o", out],
         "suite": ["evaluate", zoo.merged, "--suite", folder],
         "data": ["measure", "fisher", zoo.mood, "--data", folder / "rows.jsonl", "-o", out],
-        "texts": ["twin", "run", zoo.twin, "--file", folder / file],
+        "texts": ["twin", "predict", zoo.twin, "--file", folder / file],
         "masks": ["extract", folder, "mood", "-o", out],
     }[what]
 

@@ -84,7 +84,7 @@ def test_build_to_bytes_and_compress_further(command: Any, zoo: Any, tmp_path: P
     assert read.package.codec == "int8" and read.router is not None
     told = read.package.provenance["twin"]["compressed"]
     assert (told["energy"], told["codec"], told["weighted"]) == (0.5, "int8", True)
-    assert command("twin", "run", tmp_path / "b", "w3 w4").code == 0
+    assert command("twin", "predict", tmp_path / "b", "w3 w4").code == 0
     weighed = command(*given, "--rank", 2, "--weigh", "-o", tmp_path / "c")
     assert weighed.code == 0 and "at rank 2" in weighed.err and "of a matrix's energy kept" in weighed.err
 
@@ -115,7 +115,7 @@ def test_build_with_other_routers(command: Any, zoo: Any, tmp_path: Path, kind: 
     assert found.code == 0 and ("Router on 18" in found.out or "was made from the experts alone" in found.err)
     router = tm.Twin.from_pretrained(tmp_path / "twin").router
     assert router is not None and router.kind == kind
-    assert command("twin", "run", tmp_path / "twin", "w3 w4").code == 0
+    assert command("twin", "predict", tmp_path / "twin", "w3 w4").code == 0
 
 
 def test_options_of_a_router(command: Any, zoo: Any, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_add_remove_and_rebuild(command: Any, zoo: Any, tmp_path: Path, mixed: l
     more = ["twin", "add", tmp_path / "two", "--expert", f"size={zoo.experts['size']}", "--data", zoo.data["size"]]
     ran = command(*more, "-o", tmp_path / "three")
     assert ran.code == 0 and ran.err.startswith("Added size: the twin has mood, kind, size, ")
-    rows = command("twin", "run", tmp_path / "three", *mixed, "--json").json()
+    rows = command("twin", "predict", tmp_path / "three", *mixed, "--json").json()
     assert sum(row["expert"] == name for row, name in zip(rows, [*zoo.labels] * 4, strict=True)) >= 10
     back = command("twin", "remove", tmp_path / "three", "size", "-o", tmp_path / "back")
     assert back.code == 0 and contents(tmp_path / "back") == contents(tmp_path / "two")
@@ -212,7 +212,7 @@ def test_export_a_model_and_adapters(command: Any, zoo: Any, tmp_path: Path, mix
     ran = command("twin", "export", zoo.twin, "--expert", "kind", "-o", tmp_path / "model")
     assert ran.code == 0 and ran.err == f"Exported -> {tmp_path / 'model'}\n"
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
-    for row in command("twin", "run", zoo.twin, *mixed, "--expert", "kind", "--json").json():
+    for row in command("twin", "predict", zoo.twin, *mixed, "--expert", "kind", "--json").json():
         ids = torch.tensor([[2] + [int(word[1:]) for word in row["text"].split()]])
         with torch.no_grad():
             p = model(input_ids=ids).logits[0].softmax(-1)
@@ -245,7 +245,7 @@ def mixed(zoo: Any) -> list[str]:
 
 
 def test_run_routed(command: Any, zoo: Any, mixed: list[str]) -> None:
-    found = command("twin", "run", zoo.twin, *mixed, "--json").json()
+    found = command("twin", "predict", zoo.twin, *mixed, "--json").json()
     expected = tm.Twin.from_pretrained(zoo.twin).predict(mixed, detail=True)
     assert found == [{"text": t, **vars(p)} for t, p in zip(mixed, expected, strict=True)]
     assert [row["expert"] for row in found] == [*zoo.labels] * 4
@@ -253,8 +253,8 @@ def test_run_routed(command: Any, zoo: Any, mixed: list[str]) -> None:
 
 
 def test_run_shows_a_table(command: Any, zoo: Any, mixed: list[str]) -> None:
-    rows = command("twin", "run", zoo.twin, *mixed, "--json").json()
-    shown = command("twin", "run", zoo.twin, *mixed).out
+    rows = command("twin", "predict", zoo.twin, *mixed, "--json").json()
+    shown = command("twin", "predict", zoo.twin, *mixed).out
     cells = [[c.strip() for c in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     assert cells == [[r["text"], r["label"], f"{100 * r['confidence']:.0f} %", f"{r['expert']} 1.00"] for r in rows]
 
@@ -262,7 +262,7 @@ def test_run_shows_a_table(command: Any, zoo: Any, mixed: list[str]) -> None:
 def test_run_with_an_expert_is_the_expert(command: Any, zoo: Any, mixed: list[str], tmp_path: Path) -> None:
     """At full rank the label and its confidence are those of the stock model."""
     assert command("twin", "build", "--base", zoo.base, *zoo.given, "--rank", 16, "-o", tmp_path / "t").code == 0
-    found = command("twin", "run", tmp_path / "t", *mixed, "--expert", "kind", "--json").json()
+    found = command("twin", "predict", tmp_path / "t", *mixed, "--expert", "kind", "--json").json()
     model = AutoModelForSequenceClassification.from_pretrained(zoo.kind)
     for row in found:
         ids = torch.tensor([[2] + [int(word[1:]) for word in row["text"].split()]])
@@ -282,23 +282,23 @@ def test_run_with_head_mixture_soft_and_file(command: Any, zoo: Any, mixed: list
         ("--mixture", "mood=0.5", "--head", "size"): {"mixture": {"mood": 0.5}, "head": "size"},
         ("--soft",): {"experts_per_row": None},
     }.items():
-        found = command("twin", "run", zoo.twin, mixed[0], "--file", tmp_path / "more.txt", *words, "--json").json()
+        found = command("twin", "predict", zoo.twin, mixed[0], "--file", tmp_path / "more.txt", *words, "--json").json()
         expected = twin.predict(mixed, detail=True, **choice)
         assert found == [{"text": t, **vars(p)} for t, p in zip(mixed, expected, strict=True)]
     assert any(0.001 < weight < 0.999 for p in expected for weight in p.mixture.values())
-    pairs = command("twin", "run", zoo.twin, "--file", tmp_path / "pairs.jsonl", "--json").json()
+    pairs = command("twin", "predict", zoo.twin, "--file", tmp_path / "pairs.jsonl", "--json").json()
     assert [row["text"] for row in pairs] == [["w3 w4", "w5"], "w6"]
-    assert "│ w3 w4 / w5 " in command("twin", "run", zoo.twin, "--file", tmp_path / "pairs.jsonl").out
+    assert "│ w3 w4 / w5 " in command("twin", "predict", zoo.twin, "--file", tmp_path / "pairs.jsonl").out
 
 
 def test_brackets_and_colons_of_a_text_stay(command: Any, zoo: Any) -> None:
-    shown = command("twin", "run", zoo.twin, "w3 [red]w4[/blue] :smile:", "--expert", "mood")
+    shown = command("twin", "predict", zoo.twin, "w3 [red]w4[/blue] :smile:", "--expert", "mood")
     assert shown.code == 0 and "│ w3 [red]w4[/blue] :smile: " in shown.out
 
 
 def test_texts_that_are_too_long_are_cut_with_one_line_of_warning(command: Any, zoo: Any) -> None:
     long = " ".join(["w3"] * 40)
-    ran = command("twin", "run", zoo.twin, long, "w4 w5", long + " w9", "--json")
+    ran = command("twin", "predict", zoo.twin, long, "w4 w5", long + " w9", "--json")
     assert len(ran.json()) == 3 and ran.json()[0]["confidence"] == ran.json()[2]["confidence"]
     assert ran.err == "Warning: 2 of 3 texts were longer than the 16 tokens that the model takes and were cut.\n"
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from twinmerge.engine.merge import Merge, merge
+from twinmerge.engine.calls import merge
+from twinmerge.engine.merge import Merge
 from twinmerge.engine.provenance import plan_key
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError

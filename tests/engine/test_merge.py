@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
+from twinmerge.engine.calls import merge
 from twinmerge.engine.diff import diff, difference
-from twinmerge.engine.merge import Merge, merge
+from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.registry import method_class, method_names
 from twinmerge.recipes.recipe import recipe_from

@@ -282,7 +282,7 @@ class Two(Method):
     "given, message",
     [
         (dict, "^dict is no method: .* does not derive from Method. Derive it from Method"),
-        (3, "merge takes method as a text or a class of Method or a Method, not 3"),
+        (3, "merge takes method as a text or a class of Method or a Method or a Recipe, not 3"),
         (NoApply, "^NoApply is no method yet: NoApply does not define apply. Define it"),
         (Two, r"^Two: apply takes other arguments. Write def apply\(self, tile, known\)"),
         (simple(space="delta"), "^Mine: space is 'delta'. Did you mean 'deltas'. Choose from deltas, parameters"),

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from twinmerge.engine import write
-from twinmerge.engine.merge import Merge, merge
+from twinmerge.engine.calls import merge
+from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint_writer import CheckpointWriter
@@ -144,7 +145,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from twinmerge.engine import ranges
-from twinmerge.engine.merge import merge
+from twinmerge.engine.calls import merge
 from twinmerge.store.checkpoint_writer import CheckpointWriter
 root, out, after = sys.argv[1], sys.argv[2], int(sys.argv[3])
 plain, count = CheckpointWriter.write, [0]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from twinmerge.engine.merge import Merge, merge
+from twinmerge.engine.calls import merge
+from twinmerge.engine.merge import Merge
 from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Place, Tile

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import twinmerge
-from twinmerge.engine.merge import merge
+from twinmerge.engine.calls import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.head_files import load_heads
 from twinmerge.models.opening import open_model

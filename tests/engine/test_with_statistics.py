@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from twinmerge.engine.merge import Merge, merge
+from twinmerge.engine.calls import merge
+from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
 from twinmerge.methods.fisher import Fisher, FisherSquares

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from twinmerge.engine.merge import merge
+from twinmerge.engine.calls import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.kit.registry import make_method

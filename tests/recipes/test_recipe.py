@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import BertConfig, BertModel
 
-from twinmerge.engine.merge import merge
+from twinmerge.engine.calls import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.names import EXPERT_NAME, expert_name, expert_names
 from twinmerge.recipes.plain_data import from_yaml, to_yaml

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "models").mkdir()
     (out / "models" / "old").write_text("old")
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    demo.run_demo(out, seeds=1, progress=False, design=TINY)
+    demo.demo(out, seeds=1, progress=False, design=TINY)
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
     return out
 
@@ -100,7 +100,7 @@ def test_the_command_prints_the_numbers(
 ) -> None:
     app = typer.Typer()
     app.command()(command)
-    monkeypatch.setattr(demo, "run_demo", lambda out, seeds, quick, progress: results)
+    monkeypatch.setattr(demo, "demo", lambda out, seeds, quick, progress: results)
     printed = CliRunner().invoke(app, ["--out", str(tmp_path), "--json"])
     assert printed.exit_code == 0 and json.loads(printed.stdout) == results
     shown = CliRunner().invoke(app, ["--seeds", "1", "--quick"])
@@ -143,21 +143,21 @@ def test_the_saved_twin_gives_the_mixed_answers_again(folder: Path, results: dic
 def test_a_folder_with_other_things_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(TwinmergeError, match=r"mine.txt.*--out"):
-        demo.run_demo(tmp_path, progress=False)
+        demo.demo(tmp_path, progress=False)
     (tmp_path / "results.json").write_text(json.dumps({"kind": report.KIND}))
     with pytest.raises(TwinmergeError, match="mine.txt"):
-        demo.run_demo(tmp_path, progress=False)
+        demo.demo(tmp_path, progress=False)
     assert (tmp_path / "mine.txt").read_text() == "mine"
     with pytest.raises(TwinmergeError, match="is a file"):
-        demo.run_demo(tmp_path / "mine.txt", progress=False)
+        demo.demo(tmp_path / "mine.txt", progress=False)
     with pytest.raises(TwinmergeError, match="at least 1"):
-        demo.run_demo(tmp_path / "new", seeds=0, progress=False)
+        demo.demo(tmp_path / "new", seeds=0, progress=False)
 
 
 def test_lacking_extras_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(TwinmergeError, match=r"pip install 'twinmerge\[demo\]'"):
-        demo.run_demo(tmp_path / "new")
+        demo.demo(tmp_path / "new")
 
 
 def test_splits_are_disjoint_and_every_image_has_one_task() -> None:

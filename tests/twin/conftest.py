@@ -41,7 +41,7 @@ from transformers import (
     logging,
 )
 
-from twinmerge.engine.merge import merge
+from twinmerge.engine.calls import merge
 from twinmerge.models.change import Change
 from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.store.checkpoint import Spec

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twinmerge.engine.merge import merge
+from twinmerge.engine.calls import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.models.head_files import load_heads
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.twin.masks.build import compress
+from twinmerge.twin.masks.build import write_masks
 from twinmerge.twin.twin import Twin
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
@@ -41,7 +41,7 @@ def folders(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     made = {
         "classifiers": twin.save_pretrained(root / "classifiers"),
         "small": twin.compress(rank=2, codec="int8").save_pretrained(root / "small"),
-        "masks": compress(Recipe("emr", case.base, case.experts), root / "masks", progress=False).folder,
+        "masks": write_masks(Recipe("emr", case.base, case.experts), root / "masks", progress=False).folder,
         "writers": lab.new_case("gpt2", torch.float32).twin(2).save_pretrained(root / "writers"),
     }
     twin.fit_router(inputs, "mlp", progress=False)

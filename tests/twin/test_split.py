@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaModel
 
-from twinmerge.engine.merge import merge
+from twinmerge.engine.calls import merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors, rank_of_rate, retained_energy
 from twinmerge.methods.kit.registry import make_method

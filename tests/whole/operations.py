@@ -40,8 +40,8 @@ from twinmerge.statistics.measure import measure
 from twinmerge.store import disk
 from twinmerge.store.output import replace_text
 from twinmerge.twin.export import export_dense, export_lora
-from twinmerge.twin.masks.build import compress
-from twinmerge.twin.masks.extract import extract
+from twinmerge.twin.masks.build import write_masks
+from twinmerge.twin.masks.extract import extract_masked
 from twinmerge.twin.twin import Twin
 
 BERT = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -99,7 +99,7 @@ class Zoo:
         twin = Twin.build(self.path("base"), experts, 2, progress=False)
         twin.fit_router({n: self.inputs[n] for n in "ab"}, progress=False)
         twin.save_pretrained(self.root / "twin")
-        compress(self.recipe("tall_masks"), self.root / "masks", progress=False)
+        write_masks(self.recipe("tall_masks"), self.root / "masks", progress=False)
         state = Continual.init(self.root / "state", self.path("base"), "task_arithmetic", progress=False)
         state.add("a", self.path("a"))
         for i in (0, 3):
@@ -125,8 +125,8 @@ OPERATIONS: dict[str, Operation] = {
     "merge": merge,
     "merge in processes": lambda zoo, out: merge(zoo, out, True),
     "plain merge": lambda zoo, out: Merge(zoo.recipe("task_arithmetic", "xy", "llama"), progress=False).save(out),
-    "masks": lambda zoo, out: compress(zoo.recipe("emr"), out, progress=False),
-    "extract": lambda zoo, out: extract(zoo.root / "masks", "a", out),
+    "masks": lambda zoo, out: write_masks(zoo.recipe("emr"), out, progress=False),
+    "extract": lambda zoo, out: extract_masked(zoo.root / "masks", "a", out),
     "twin": lambda zoo, out: zoo.twin().save_pretrained(out),
     "twin compress": lambda zoo, out: zoo.twin().compress(rank=1, codec="int8").save_pretrained(out),
     "twin refine": lambda zoo, out: (

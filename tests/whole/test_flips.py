@@ -30,7 +30,7 @@ from twinmerge.statistics.file import Statistics
 from twinmerge.store.artefact import load_artefact, save_artefact
 from twinmerge.store.checksum import of_file
 from twinmerge.store.manifest import CHECKSUMS, write_manifest
-from twinmerge.twin.masks.extract import extract
+from twinmerge.twin.masks.extract import extract_masked
 from twinmerge.twin.twin import Twin
 
 Use = Callable[[Any, Path], Any]
@@ -377,7 +377,7 @@ def test_an_expert_of_damaged_masks_is_not_extracted(zoo: Any, tmp_path: Path) -
     whole[-1] ^= 1
     (folder / "twin.safetensors").write_bytes(whole)
     with pytest.raises(TwinmergeError, match="is not what twinmerge wrote"):
-        [extract(folder, name, tmp_path / name) for name in "ab"]
+        [extract_masked(folder, name, tmp_path / name) for name in "ab"]
 
 
 @pytest.mark.parametrize("time", ["of now", "of before"])

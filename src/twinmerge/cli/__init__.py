@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from twinmerge.cli.compress import compress as compress_experts
-from twinmerge.cli.compress import extract
 from twinmerge.cli.continual import add as add_arrived
 from twinmerge.cli.continual import init, materialise, status
 from twinmerge.cli.continual import remove as remove_arrived
@@ -20,15 +18,18 @@ from twinmerge.cli.evaluate import evaluate
 from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, say, told
 from twinmerge.cli.lora import extract as extract_lora
 from twinmerge.cli.lora import merge as merge_lora
+from twinmerge.cli.masks import build as build_masks
+from twinmerge.cli.masks import extract as extract_masked
 from twinmerge.cli.measure import activations, fisher, gram
 from twinmerge.cli.measure import add as add_statistics
 from twinmerge.cli.merge import check, merge
 from twinmerge.cli.methods import methods
 from twinmerge.cli.routers import routers
 from twinmerge.cli.search import search
-from twinmerge.cli.twin import build, explain, export, run
+from twinmerge.cli.twin import build, explain, export, info, predict
 from twinmerge.cli.twin_change import add, compress, rebuild, refine, remove
 from twinmerge.cli.verify import verify
+from twinmerge.moved import new_command
 
 app = typer.Typer(
     name="twinmerge",
@@ -39,7 +40,7 @@ app = typer.Typer(
     help="Turn many fine-tuned models of one base into one: merged once, or mixed anew for every input.",
 )
 twin = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
-for command in (build, compress, refine, explain, add, remove, rebuild, export, run, routers):
+for command in (build, predict, explain, info, compress, refine, add, remove, rebuild, export, routers):
     twin.command()(command)
 measure = typer.Typer(
     no_args_is_help=True, help="What Fisher and RegMean merging must know of each expert, from its data."
@@ -48,6 +49,9 @@ measure.command()(fisher)
 measure.command()(gram)
 measure.command()(activations)
 measure.command("add")(add_statistics)
+masks = typer.Typer(no_args_is_help=True, help="Many experts as one vector and a mask each, and one of them back.")
+masks.command("build")(build_masks)
+masks.command("extract")(extract_masked)
 continual = typer.Typer(
     no_args_is_help=True,
     help="Experts that come, and go, one by one: a state of constant size, and the merged model of now.",
@@ -64,10 +68,9 @@ lora.command("extract")(extract_lora)
 app.command()(merge)
 app.command()(check)
 app.command()(search)
-app.command("compress")(compress_experts)
-app.command()(extract)
 app.command()(verify)
 app.add_typer(twin, name="twin")
+app.add_typer(masks, name="masks")
 app.add_typer(measure, name="measure")
 app.add_typer(lora, name="lora")
 app.add_typer(continual, name="continual")
@@ -103,7 +106,10 @@ def main() -> None:
         try:
             all_streams()
             check_words(sys.argv[1:])
-            app(prog_name="twinmerge")
+            words, renamed = new_command(sys.argv[1:])
+            if renamed is not None:
+                say(f"Warning: {renamed}")
+            app(args=words, prog_name="twinmerge")
         except SystemExit as left:
             code = left.code
             failed = KeyboardInterrupt() if code == INTERRUPTED else None  # typer has taken the interrupt for itself

@@ -90,8 +90,6 @@ def add(
         for name, model in named.items():
             opened.add(name, model)
     else:
-        from twinmerge.continual.twins import add_to_both
-
         if output is None or len(named) != 1:
             raise UsageError(
                 "A twin takes one expert at a time into a new folder. Name one expert, and the folder with -o."
@@ -99,7 +97,7 @@ def add(
         (name, model), inputs = next(iter(named.items())), texts_of(data)
         if unknown := set(inputs) - {name}:
             raise UsageError(f"--data names {unknown.pop()!r}, and {name!r} is added. Give the texts of {name!r}.")
-        add_to_both(opened, twin, output, name, model, inputs.get(name), rank)
+        opened.add_to_both(twin, output, name, model, inputs.get(name), rank)
     if json:
         print_json(opened.status())
     else:
@@ -191,14 +189,13 @@ def twin(
     twinmerge continual twin STATE --data math=math.jsonl --data code=code.jsonl -o TWIN
     """
     from twinmerge.continual.continual import Continual
-    from twinmerge.continual.twins import twin_of
     from twinmerge.store.output import OutputFolder
 
     use_threads(threads)
     OutputFolder(output).check()
     inputs = texts_of(data)
     opened = Continual(state, base)
-    built = twin_of(opened, rank, experts=pairs(expert, "--expert"))
+    built = opened.twin(rank, experts=pairs(expert, "--expert"))
     if inputs:
         built.fit_router(inputs)
     built.save_pretrained(output)

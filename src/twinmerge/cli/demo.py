@@ -16,10 +16,10 @@ def demo(
     """Train five small experts on digits, merge them in every way, and write a report with pictures."""
     from rich.console import Console
 
-    from twinmerge.study.demo import run_demo
+    from twinmerge.study.demo import demo as run
     from twinmerge.study.report import terminal
 
-    results = run_demo(out, seeds, quick, progress=not json)
+    results = run(out, seeds, quick, progress=not json)
     if json:
         from json import dumps
 

@@ -52,7 +52,7 @@ def diff(
     if picture is not None:
         draw_heatmap(found, picture)
     if json:
-        print_json({**found._asdict(), "total": found.total._asdict(), "tensors": [d._asdict() for d in found.tensors]})
+        print_json(found.to_dict())
     else:
         _show(found, top, picture)
     if found.differs:

@@ -13,7 +13,6 @@ from twinmerge.cli.common import (
     Json,
     Parameters,
     Threads,
-    folder_bytes,
     numbers,
     pairs,
     print_json,
@@ -24,6 +23,7 @@ from twinmerge.cli.common import (
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
+from twinmerge.results import bytes_of
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="The adapter's folder to write.")]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, help="At most so many directions per matrix.")]
@@ -85,14 +85,12 @@ def merge(
     )
     ranks = found.ranks
     if json:
-        told = {"output": None if dry_run else str(output), **found._asdict()}
-        told.pop("folder")
-        print_json(told)
+        print_json(found.to_dict())
     elif dry_run:
         lines = [(name, str(r), f"{100 * found.energy[name]:.4g} %") for name, r in ranks.items()]
         print_table("Nothing is written (--dry-run)", ["matrix", "rank", "of its squared norm"], lines)
     else:
-        said(f"Merged {len(ranks)} matrices, {_span(list(ranks.values()))}, {size(folder_bytes(output))} -> {output}")
+        said(f"Merged {len(ranks)} matrices, {_span(list(ranks.values()))}, {size(bytes_of(output))} -> {output}")
 
 
 def extract(
@@ -122,13 +120,11 @@ def extract(
 
     found = extract_lora(model, base, output, rank=rank, energy=energy, max_rank=max_rank, dtype=dtype, exact=exact)
     if json:
-        told = {"output": str(output), "bytes": folder_bytes(output), **found._asdict()}
-        told.pop("folder")
-        print_json(told)
+        print_json(found.to_dict())
         return
     least = min(found.energy, key=found.energy.__getitem__)
     said(
-        f"Extracted {len(found.ranks)} matrices, {_span(list(found.ranks.values()))}, {size(folder_bytes(output))} -> {output}"
+        f"Extracted {len(found.ranks)} matrices, {_span(list(found.ranks.values()))}, {size(bytes_of(output))} -> {output}"
     )
     said(f"Least kept: {100 * found.energy[least]:.4g} % of the squared norm of {least}.")
     if found.saved:

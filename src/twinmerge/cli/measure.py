@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 if TYPE_CHECKING:
-    from twinmerge.statistics.measure import What
+    from twinmerge.statistics.measure import Measurement, What
 
 Model = Annotated[str, typer.Argument(help="A path, a hub id or base+adapter.")]
 DataFile = Annotated[
@@ -114,11 +113,10 @@ def add(
 
     twinmerge measure add A B -o OUT
     """
-    from twinmerge.statistics.file import added
+    from twinmerge.statistics.measure import add_statistics
 
     use_threads(threads)
-    started = perf_counter()
-    _report(added(files, output), perf_counter() - started, json)
+    _report(add_statistics(files, output), json)
 
 
 def _measure(
@@ -137,7 +135,6 @@ def _measure(
     own: Mapping[str, Any],
 ) -> None:
     use_threads(threads)
-    started = perf_counter()
     chosen = None if rows is None else row_range(rows)
     from twinmerge.statistics.measure import measure
 
@@ -154,26 +151,16 @@ def _measure(
         device=device_of(device),
         **own,
     )
-    _report(written, perf_counter() - started, json)
+    _report(written, json)
 
 
-def _report(written: Path, seconds: float, json: bool) -> None:
-    from twinmerge.statistics.file import Statistics
-
-    found = Statistics.open(written)
-    told = {
-        "what": found.what,
-        "examples": found.examples,
-        "tokens": found.header["tokens"],
-        "tensors": len(found.specs),
-        "bytes": written.stat().st_size,
-        "seconds": round(seconds, 2),
-    }
+def _report(found: Measurement, json: bool) -> None:
     if json:
-        print_json({"file": str(written), **told, "data": found.header["data"], "settings": found.header["settings"]})
+        print_json(found.to_dict())
         return
+    told = {name: getattr(found, name) for name in ("examples", "tokens", "tensors", "bytes", "seconds")}
     shown = {key: f"{value:,}" if isinstance(value, int) else str(value) for key, value in told.items()}
-    print_table(str(written), ["what", found.what], [*(shown | {"bytes": size(told["bytes"])}).items()][1:])
+    print_table(str(found.file), ["what", found.what], [*(shown | {"bytes": size(found.bytes)}).items()])
 
 
 def row_range(text: str) -> tuple[int, int]:

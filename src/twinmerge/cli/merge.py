@@ -142,9 +142,8 @@ def merge(
     )  # its own are in the models' dtype
     said(f"{described.method}, by {SEMANTICS[described.semantics]}{sums}.")
     if json:
-        rounding = report.rounding(described.stochastic)
         smoked = [r._asdict() for r in losses] if losses else None
-        print_json({**found, "output": str(target), "rounding": rounding, "smoke": smoked})
+        print_json({**merged.to_dict(), "smoke": smoked})
 
 
 def check(

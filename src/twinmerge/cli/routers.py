@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,39 +20,24 @@ def routers(
 
     twinmerge twin routers knn
     """
-    from twinmerge.twin.routers.kit.registry import router_class, router_names
+    from twinmerge.twin.routers.kit.listing import list_routers
+    from twinmerge.twin.routers.kit.registry import router_class
 
-    classes = {n: router_class(n) for n in ([name] if name else router_names())}
+    listed = list_routers(name)
     if json:
-        print_json(
-            {
-                n: {
-                    "needs_inputs": c.needs_inputs,
-                    "reads": c.reads,
-                    "keeps_statistics": c.keeps_statistics,
-                    "options": _options(c),
-                }
-                for n, c in classes.items()
-            }
-        )
+        print_json(listed.to_dict())
         return
+    classes = {n: router_class(n) for n in listed}
     if name is None:
-        rows = [(n, _needs(c), ", ".join(_options(c)) or "-", _first_line(c)) for n, c in classes.items()]
+        rows = [(n, _needs(c), ", ".join(listed[n]["options"]) or "-", _first_line(c)) for n, c in classes.items()]
         print_table("Routers", ["router", "needs", "options", "what it is"], rows)
         typer.echo("Formula and options of one: twinmerge twin routers NAME")
         return
     found = classes[name]
     typer.echo(f"{name}\n\n{(inspect.getdoc(found) or '').split('Example:')[0].strip()}\n")
     typer.echo(f"Needs: {_needs(found)}. Experts come and go without a new fit: {'yes' if _stays(found) else 'no'}.\n")
-    lines = [(o, str(told["default"]), str(told["about"] or "")) for o, told in _options(found).items()]
+    lines = [(o, str(told["default"]), str(told["about"] or "")) for o, told in listed[name]["options"].items()]
     print_table("Options (--router-option NAME=VALUE)", ["name", "default", "meaning"], lines)
-
-
-def _options(router: type[Router]) -> dict[str, dict[str, Any]]:
-    from twinmerge.twin.routers.kit.base import fields_of
-
-    fields = fields_of(router).options.model_fields
-    return {name: {"default": field.default, "about": field.description} for name, field in fields.items()}
 
 
 def _needs(router: type[Router]) -> str:

@@ -66,14 +66,10 @@ def search(
     twinmerge search --method task_arithmetic --base B --expert a=A --expert b=B2 --suite DIR --grid scale=0.1,0.2,0.3 -o OUT
     """
     from twinmerge.engine.merge import Merge
-    from twinmerge.store.foreign import read_bytes
-    from twinmerge.store.output import OutputFile, OutputFolder, replace_text
-    from twinmerge.study.scores import EVALUATION, Evaluation
+    from twinmerge.store.output import OutputFolder
+    from twinmerge.study.scores import check_file
     from twinmerge.study.search import check_split
-    from twinmerge.study.search import grid as combined
     from twinmerge.study.search import search as run
-    from twinmerge.study.search import weightings as draws
-    from twinmerge.tasks.suite import open_suite
 
     use_threads(threads)
     check_split(split)
@@ -84,39 +80,24 @@ def search(
     )
     if output is not None:
         OutputFolder(output).check()
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise UsageError(f"{out} cannot be written. Name a file in a folder that is there.")
-    if out is not None:
-        OutputFile(out, replace=True).check()
-    axes = _grid(grid or [])
-    if weightings is not None and (twice := [name for name in axes if name.rpartition(".")[2] == "weights"]):
-        raise UsageError(f"--grid {twice[0]} and --weightings both choose weights. Give one of them.")
-    points = list(combined(**axes))
-    if weightings is not None:
-        points = [{**point, **draw} for point in points for draw in draws(list(recipe.experts), weightings, seed)]
-    elif not grid:
-        raise UsageError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
-    advice = "Name what `twinmerge evaluate --out` wrote of the experts."
-    reference = Evaluation.from_json(read_bytes(experts, EVALUATION.bytes, advice)) if experts is not None else None
+    check_file(out)
     merge = Merge(recipe, architecture=True)
     found = run(
         merge,
-        open_suite(suite, list(recipe.experts)),
-        points,
+        suite,
+        grid=_grid(grid or []),
+        weightings=weightings,
         split=split,
         limit=rows,
         seed=seed,
-        experts=reference,
+        experts=experts,
+        out=out,
     )
-    if out is not None:
-        replace_text(out, found.to_json())
     if output is not None:
         Merge(merge.varied(**found.best.parameters).recipe, processes=True).save(output)
         said(f"Merged with the best of {len(found.trials)} -> {output}")
     if json:
-        import json as text
-
-        print_json(text.loads(found.to_json()))
+        print_json(found.to_dict())
         return
     names = list(dict.fromkeys(name for trial in found.trials for name in trial.parameters))
     table = [

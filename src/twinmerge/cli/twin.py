@@ -20,6 +20,7 @@ from twinmerge.cli.common import (
     print_json,
     print_table,
     said,
+    size,
     values,
 )
 from twinmerge.cli.twin_common import (
@@ -28,10 +29,10 @@ from twinmerge.cli.twin_common import (
     Data,
     Energy,
     Picture,
-    bytes_beside,
     check_picture,
     compressed,
-    drawn,
+    draw,
+    print_twin,
     texts_of,
     told,
 )
@@ -124,37 +125,30 @@ def build(
     )
     if single_pass is not None:
         twin = twin.single_pass(single_pass)
-    report = (
-        twin.fit_router(inputs, router, options=options, null=null, seed=seed) if inputs or not needs_inputs else None
-    )
+    if inputs or not needs_inputs:
+        twin.fit_router(inputs, router, options=options, null=null, seed=seed)
     if chosen or codec != "none" or weigh:
         twin = compressed(twin, None if chosen else rank, energy, bytes_, codec, inputs if weigh else None)
     twin.save_pretrained(output, about)
-    beside = bytes_beside(output)
-    kept = drawn(twin, picture)
+    draw(twin, picture)
+    info = twin.info()
     if json:
-        print_json(
-            {
-                "output": str(output),
-                "bytes_extra": beside,
-                "retained": kept,
-                "router": report._asdict() if report else None,
-            }
-        )
+        print_twin(info, output)
         return
     at = "" if chosen else f" at rank {rank}"
-    said(f"Built a twin of {len(experts)} experts{at}: {told(beside, kept)} -> {output}")
+    said(f"Built a twin of {len(experts)} experts{at}: {told(info)} -> {output}")
     if twin.router is None:
         said("It has no router: name the expert in each call, or build again with --data or --suite.")
-    elif report is None:
+    elif info.router is None:
         said(
             "Its router was made from the experts alone; nothing was measured. Name --data or --suite to see how it does."
         )
     else:
-        lines = [(name, f"{100 * share:.1f} %") for name, share in report.right_by_expert.items()]
+        report = info.router
+        lines = [(name, f"{100 * share:.1f} %") for name, share in report["right_by_expert"].items()]
         print_table(
-            f"Router on {report.rows} held-out inputs: {100 * report.right:.1f} % right, "
-            f"calibration error {report.ece_calibrated:.3f}, {100 * report.refused:.1f} % left to the shared model",
+            f"Router on {report['rows']} held-out inputs: {100 * report['right']:.1f} % right, "
+            f"calibration error {report['ece_calibrated']:.3f}, {100 * report['refused']:.1f} % left to the shared model",
             ["expert", "routed right"],
             lines,
         )
@@ -164,6 +158,7 @@ def explain(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     texts: Annotated[list[str], typer.Argument(help="The texts of one batch.")],
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Tell what each way of mixing a batch of texts is expected to take, and takes.
 
@@ -173,7 +168,36 @@ def explain(
 
     use_threads(threads)
     loaded = Twin.from_pretrained(twin)
-    typer.echo(loaded.explain(loaded.encoder.encode(texts)))
+    found = loaded.explain(loaded.encoder.encode(texts))
+    if json:
+        print_json(found.to_dict())
+    else:
+        typer.echo(found)
+
+
+def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json = False) -> None:
+    """Tell what a twin holds: experts, shared part, router, bytes, and what is kept of each matrix.
+
+    twinmerge twin info TWIN
+    """
+    from twinmerge.twin.twin import Twin
+
+    found = Twin.from_pretrained(twin).info()
+    if json:
+        print_json(found.to_dict())
+        return
+    router = found.router_kind or "none"
+    if found.router is not None:
+        router += f", {100 * found.router['right']:.1f} % of {found.router['rows']} held-out inputs right"
+    kept = "" if found.kept is None else f"{100 * found.kept:.1f} % of a matrix's energy"
+    lines = {
+        "experts": ", ".join(found.experts),
+        "shared part": found.shared or "",
+        "router": router,
+        "codec": found.codec,
+    }
+    lines |= {"beside the shared model": size(found.bytes_extra), "kept on average": kept}
+    print_table(twin, ["what", "value"], [*lines.items()])
 
 
 def export(
@@ -200,7 +224,6 @@ def export(
 
     twinmerge twin export TWIN --mixture a=0.7 --mixture b=0.3 --lora --for vllm -o ADAPTER
     """
-    from twinmerge.twin.export import export_dense, export_lora
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
@@ -209,20 +232,19 @@ def export(
         raise UsageError("Give --expert NAME, or --mixture NAME=WEIGHT for each part of a mixture.")
     if server not in ("peft", "vllm"):
         raise UsageError(f"--for {server!r} is unknown. Choose peft or vllm.")
-    loaded = Twin.from_pretrained(twin)
-    if not lora:
-        heads = loaded.package.heads
-        where = export_dense(loaded, given or {str(expert): 1.0}, output, head or (expert if expert in heads else None))
-        if json:
-            print_json({"output": str(where)})
-        else:
-            said(f"Exported -> {where}")
-        return
-    found = export_lora(loaded, expert or given, output, server=server, base=base)  # type: ignore[arg-type]
+    found = Twin.from_pretrained(twin).export(
+        given or str(expert),
+        output,
+        lora=lora,
+        server=server,  # type: ignore[arg-type]
+        base=base,
+        head=head,
+    )
     if json:
-        print_json({"output": str(found.folder), "rank": found.rank, "left_out": found.left_out})
+        print_json(found.to_dict())
         return
-    said(f"Exported an adapter of rank {found.rank} -> {found.folder}")
+    what = "" if found.rank is None else f" an adapter of rank {found.rank}"
+    said(f"Exported{what} -> {found.folder}")
     if found.left_out:
         lost = sum(found.left_out.values())
         said(
@@ -230,7 +252,7 @@ def export(
         )
 
 
-def run(
+def predict(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     text: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="Texts to answer (.jsonl or .txt).")] = None,
@@ -250,7 +272,7 @@ def run(
 ) -> None:
     """Answer texts: label, expert and mixture of each.
 
-    twinmerge twin run TWIN "a lovely film" "where is my card?"
+    twinmerge twin predict TWIN "a lovely film" "where is my card?"
     """
     from twinmerge.tasks.rows import read_inputs
     from twinmerge.twin.twin import Twin
@@ -269,7 +291,7 @@ def run(
         choice["normalize"] = True
     found = loaded.predict(texts, detail=True, **choice)
     if json:
-        print_json([{"text": t, **vars(p)} for t, p in zip(texts, found, strict=True)])
+        print_json(found.to_dict())
         return
     shown = [
         (

@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from twinmerge.cli.common import Base, Experts, Json, Threads, pairs, print_json, said, size
+from twinmerge.cli.common import Base, Experts, Json, Threads, pairs, said, size
 from twinmerge.cli.twin_common import (
     Bytes,
     Codec,
     Data,
     Energy,
     Picture,
-    bytes_beside,
     check_picture,
     compressed,
-    drawn,
+    draw,
+    print_twin,
     texts_of,
     told,
 )
@@ -51,12 +51,12 @@ def compress(
     inputs = texts_of(data)
     small = compressed(loaded, rank, energy, bytes_, codec, inputs or None)
     small.save_pretrained(output)
-    beside = bytes_beside(output)
-    kept = drawn(small, picture)
+    draw(small, picture)
+    info = small.info()
     if json:
-        print_json({"output": str(output), "bytes_extra": beside, "retained": kept})
-        return
-    said(f"{told(beside, kept)} -> {output}")
+        print_twin(info, output)
+    else:
+        said(f"{told(info)} -> {output}")
 
 
 def refine(
@@ -68,6 +68,7 @@ def refine(
     rate: Annotated[float, typer.Option("--rate", help="Of Adam.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Fit a small twin's parts to their experts' states; needs the experts, and texts without labels.
 
@@ -85,9 +86,13 @@ def refine(
         inputs, experts=pairs(expert, "--expert"), steps=steps, rate=rate, seed=seed
     )
     fine.save_pretrained(output)
-    said(
-        f"Refined {', '.join(inputs)} in {steps} steps each: {size(bytes_beside(output))} beside the shared model -> {output}"
-    )
+    info = fine.info()
+    if json:
+        print_twin(info, output)
+    else:
+        said(
+            f"Refined {', '.join(inputs)} in {steps} steps each: {size(info.bytes_extra)} beside the shared model -> {output}"
+        )
 
 
 def add(
@@ -99,6 +104,7 @@ def add(
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its matrices; the twin's by default.")] = None,
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Add an expert to a twin; the shared part and the other experts stay as they are.
 
@@ -115,9 +121,13 @@ def add(
     ((name, model),) = named.items()
     more = Twin.from_pretrained(twin).add(name, model, read_inputs(data) if data else None, rank=rank)
     more.save_pretrained(output)
-    said(
-        f"Added {name}: the twin has {', '.join(more.experts)}, {size(bytes_beside(output))} beside the shared model -> {output}"
-    )
+    info = more.info()
+    if json:
+        print_twin(info, output)
+    else:
+        said(
+            f"Added {name}: the twin has {', '.join(more.experts)}, {size(info.bytes_extra)} beside the shared model -> {output}"
+        )
 
 
 def remove(
@@ -125,6 +135,7 @@ def remove(
     expert: Annotated[str, typer.Argument(help="The expert's name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Remove an expert from a twin; the shared part stays as it was built.
 
@@ -137,6 +148,9 @@ def remove(
     OutputFolder(output).check()
     less = Twin.from_pretrained(twin).remove(expert)
     less.save_pretrained(output)
+    if json:
+        print_twin(less.info(), output)
+        return
     said(f"Removed {expert}: the twin has {', '.join(less.experts)} -> {output}")
     if expert in less.package.provenance.get("twin", {}).get("removed", ()):
         said(f"The shared part was built with {expert}; `twinmerge twin rebuild` makes it without.")
@@ -149,6 +163,7 @@ def rebuild(
     expert: Experts = None,
     data: Data = None,
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Build a twin anew, shared part and all, from the experts that it has now; it needs every one of them.
 
@@ -162,6 +177,10 @@ def rebuild(
     inputs = texts_of(data)
     anew = Twin.from_pretrained(twin).rebuild(inputs or None, base=base, experts=pairs(expert, "--expert"))
     anew.save_pretrained(output)
-    said(f"Built anew from {', '.join(anew.experts)}: {size(bytes_beside(output))} beside the shared model -> {output}")
+    info = anew.info()
+    if json:
+        print_twin(info, output)
+        return
+    said(f"Built anew from {', '.join(anew.experts)}: {size(info.bytes_extra)} beside the shared model -> {output}")
     if anew.router is None:
         said("It has no router: the old one read the old shared part. Name --data for each expert to fit one.")

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twinmerge.cli.common import byte_count, folder_bytes, pairs, size
+from twinmerge.cli.common import byte_count, pairs, print_json, size
 from twinmerge.maths.codec import CODECS, NONE
 
 if TYPE_CHECKING:
+    from twinmerge.twin.package import TwinInfo
     from twinmerge.twin.twin import Twin
 
 
@@ -60,17 +61,11 @@ def compressed(
     return twin.compress(rank=rank, energy=energy, bytes=limit, codec=codec, inputs=inputs)
 
 
-def bytes_beside(folder: Path) -> int:
-    """Bytes of the files beside the shared model."""
-    files = [folder / name for name in ("twin.safetensors", "router.safetensors")]
-    beside = sum(file.stat().st_size for file in files if file.exists())
-    return beside + (folder_bytes(folder / "heads") if (folder / "heads").exists() else 0)
-
-
-def told(beside: int, kept: Mapping[str, float]) -> str:
-    if not kept:  # refined parts are no share of what there was
-        return f"{size(beside)} beside the shared model"
-    return f"{size(beside)} beside the shared model, on average {100 * sum(kept.values()) / len(kept):.1f} % of a matrix's energy kept"
+def told(info: TwinInfo) -> str:
+    """What a twin takes and keeps, in words."""
+    if info.kept is None:  # refined parts are no share of what there was
+        return f"{size(info.bytes_extra)} beside the shared model"
+    return f"{size(info.bytes_extra)} beside the shared model, on average {100 * info.kept:.1f} % of a matrix's energy kept"
 
 
 def check_picture(file: Path | None) -> None:
@@ -80,11 +75,14 @@ def check_picture(file: Path | None) -> None:
         check_picture(file)
 
 
-def drawn(twin: Twin, file: Path | None) -> dict[str, float]:
-    """The share of the energy that each matrix keeps; drawn where a picture is asked for."""
-    shares, ranks = twin.retained()
+def draw(twin: Twin, file: Path | None) -> None:
+    """Draw the share of the energy that each matrix keeps, where a picture is asked for."""
     if file is not None:
         from twinmerge.study.heatmap import draw_retained
 
-        draw_retained(shares, ranks, f"What {', '.join(twin.experts)} keep", file)
-    return shares
+        draw_retained(*twin.retained(), f"What {', '.join(twin.experts)} keep", file)
+
+
+def print_twin(info: TwinInfo, output: Path) -> None:
+    """The JSON of every command that writes a twin."""
+    print_json({"output": str(output), **info.to_dict()})

@@ -37,7 +37,7 @@ def verify(
         say(f"Error: {error}")
         raise typer.Exit(FOUND) from error
     if json:
-        print_json({"ok": found.ok, **found._asdict(), "files": dict(found.files)})
+        print_json(found.to_dict())
     elif found.ok:
         said(f"{found.tensors} tensors, and all files beside them, are what was read and written.")
     if not found.ok:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError, TwinmergeError, UsageError, nearest
 from twinmerge.methods.kit.fold import Seen
+from twinmerge.methods.kit.registry import MethodLike, given_to, method_name
 from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
@@ -33,10 +34,22 @@ from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import DTYPES
+from twinmerge.results import Record, some
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.partial import alone_in
 
+if TYPE_CHECKING:
+    from twinmerge.twin.twin import Twin
+
 STATE_DTYPES = ("float64", "float32")
+
+
+class Status(Record):
+    """What a state holds: a mapping, with the keys that `Continual.status` gives."""
+
+    def _summary(self) -> str:
+        names = some(expert["name"] for expert in self["experts"])
+        return f"{self['method']} of {names}, {self['state_bytes'] / 1e6:.1f} MB, in {self['folder']}"
 
 
 class Continual:
@@ -68,7 +81,7 @@ class Continual:
         cls,
         folder: str | Path,
         base: ModelLike,
-        method: str = "iso_c",
+        method: MethodLike = "iso_c",
         *,
         heads: Sequence[str] = (),
         dtype: str = "float64",
@@ -80,7 +93,8 @@ class Continual:
         Args:
             folder: one that does not exist or is empty.
             base: the model that all experts were and will be tuned from.
-            method: one that takes experts one by one, see `fold_names` of `continual/folds.py`.
+            method: one that takes experts one by one, see `fold_names` of `continual/folds.py`; by name, or as a class or object
+                of your own.
             heads: patterns of tensors that stay with each expert, besides those found.
             dtype: of what is kept: "float64" (sums are exact: an expert can be taken out again to the last bit, nearly
                 always) or "float32" (half the bytes).
@@ -89,7 +103,8 @@ class Continual:
         Errors:
             TwinmergeError: a method that needs all experts at once, unknown parameters, a folder that is in use.
         """
-        made = fold_of(method, parameters)
+        name = method_name(method)
+        made = fold_of(name, {**given_to(method), **parameters})  # by the name that the folder will be opened with
         if dtype not in STATE_DTYPES:
             raise UsageError(
                 f"A state is kept in {' or '.join(STATE_DTYPES)}, not {dtype!r}.{nearest(dtype, STATE_DTYPES)}"
@@ -97,7 +112,7 @@ class Continual:
         opened = open_model(base)
         if not opened.knows_class:
             warn_of_names(made, opened, opened.specs, stacklevel=2)
-        about = Description(opened.name, method, made.model_dump(), tuple(heads), dtype)
+        about = Description(opened.name, name, made.model_dump(), tuple(heads), dtype)
         output = OutputFolder(folder, manifest=False)  # it changes, and its files carry seals of their own
         with output as partial, next_state(partial, opened.fingerprint(), about, {}) as writer:
             writer.commit(about)
@@ -244,15 +259,57 @@ class Continual:
             raise UsageError(f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}.")
         return write_folder(self.folder, self.base, self.settled, self.status, Path(out), dtype)
 
+    @strict
+    def twin(
+        self, rank: int | None = 8, *, experts: Mapping[str, ModelLike] | None = None, progress: bool = True
+    ) -> Twin:
+        """A twin around the merged model of now; reads every expert.
+
+        Args:
+            rank: of each exclusive matrix; None keeps everything.
+            experts: where models lie that are no longer where they were when they were added.
+
+        Errors:
+            TwinmergeError: no expert yet, or one that is not there any more or is another model (named).
+        """
+        from twinmerge.continual.twins import twin_of
+
+        return twin_of(self, rank, experts=experts, progress=progress)
+
+    @strict
+    def add_to_both(
+        self,
+        twin: str | Path,
+        out: str | Path,
+        name: str,
+        model: ModelLike,
+        inputs: Any = None,
+        rank: int | None = None,
+    ) -> Twin:
+        """One more expert in the state and in a twin, or in neither, killed at any time.
+
+        Args:
+            twin: a twin folder whose shared part came from the state.
+            out: the folder of the new twin.
+            name, model: as in `add`.
+            inputs, rank: as in `Twin.add`.
+
+        Errors:
+            TwinmergeError: as `add` and `Twin.add`.
+        """
+        from twinmerge.continual.twins import add_to_both
+
+        return add_to_both(self, twin, out, name, model, inputs, rank)
+
     def heads(self) -> dict[str, HeadSpec]:
         """The heads of the experts that have one, in their order."""
         with with_heads(self.folder) as (_, heads):
             return heads
 
-    def status(self) -> dict[str, Any]:
-        """Method, experts, norms and bytes, as plain data."""
+    def status(self) -> Status:
+        """Method, experts, norms and bytes, as a mapping."""
         seen = seen_of(self.about)
-        return {
+        found = {
             "folder": str(self.folder),
             "base": self.about.base_model,
             "method": self.about.method,
@@ -266,6 +323,7 @@ class Continual:
             "state_bytes": (self.folder / FILE).stat().st_size,
             "heads_bytes": heads_bytes(self.folder, self.about),
         }
+        return Status(found)
 
     @cached_property
     def base(self) -> OpenedModel:

@@ -6,10 +6,10 @@ from typing import Any
 
 from twinmerge.errors import RecipeError
 from twinmerge.methods.kit.fold import Fold
-from twinmerge.methods.kit.registry import make_method, method_class, method_names
+from twinmerge.methods.kit.registry import MethodLike, make_method, method_class, method_names, short_name
 
 
-def fold_of(method: str, parameters: dict[str, Any]) -> Any:
+def fold_of(method: MethodLike, parameters: dict[str, Any]) -> Any:
     """A method that takes experts one by one.
 
     Errors:
@@ -23,7 +23,7 @@ def fold_of(method: str, parameters: dict[str, Any]) -> Any:
 null_space, opcm, task_arithmetic, wudi.
     """
     if not issubclass(method_class(method), Fold):
-        raise RecipeError(f"{method} needs all experts at once. Choose from {', '.join(fold_names())}.")
+        raise RecipeError(f"{short_name(method)} needs all experts at once. Choose from {', '.join(fold_names())}.")
     made: Any = make_method(method, ("expert",), parameters)
     for name, field in type(made).model_fields.items():
         if name in made.all_at_once and getattr(made, name) != field.default:

@@ -5,18 +5,35 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from twinmerge.continual.continual import Continual
-from twinmerge.continual.state import StateFile
+from torch import Tensor
+
+from twinmerge.continual.state import Description, StateFile
 from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.matching import match
-from twinmerge.models.opened import ModelLike
+from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.reading import Given
 from twinmerge.twin.twin import DEFAULT_RANK, Twin
+
+
+class Continual(Protocol):
+    """What is asked of a state here."""
+
+    folder: Path
+    progress: bool
+    about: Description
+    finished: Path | None
+
+    @property
+    def base(self) -> OpenedModel: ...
+
+    def canonical_state_of(self, state: StateFile, dtype: str | None = None) -> dict[str, Tensor]: ...
+
+    def add(self, name: str, model: ModelLike, twin: tuple[str, str] | None = None) -> None: ...
 
 
 def twin_of(

@@ -12,15 +12,24 @@ from twinmerge.engine.ranges import SEEN, Range, ranges
 from twinmerge.engine.run import Run
 from twinmerge.maths.threads import thread_count
 from twinmerge.models.opened import OpenedModel
+from twinmerge.results import Record, some
 from twinmerge.statistics.file import Statistics
 
 RATE = 1e9  # bytes per second that the estimate of the time takes for reading and writing: a plain solid-state disk
 COPIES = 3  # of a stack that a method holds at once
 
 
+class Checked(Record):
+    """What a merge will do and take: a mapping, with the keys that `checked` names."""
+
+    def _summary(self) -> str:
+        took = f"reads {self['read_bytes'] / 1e6:.1f} MB, writes {self['output_bytes'] / 1e6:.1f} MB"
+        return f"{self['method']}, {self['merged_tensors']} tensors of {some(self['heads'], 2)}, {took}"
+
+
 def checked(
     plan: Plan, models: Models, run: Run, statistics: Mapping[str, Statistics], other_tokens: Mapping[str, str]
-) -> dict[str, Any]:
+) -> Checked:
     """Plain data: which tensors go where, dtypes, ties, vocabularies and keys of the configs that say something else than the base's
     (the expert's value, the base's), and the bytes, memory and time of the merge.
 
@@ -42,7 +51,7 @@ def checked(
     )
     input_bytes += sum(spec.bytes for found in statistics.values() for spec in found.specs.values())
     tables = tables_of(plan, models)
-    return {
+    found: dict[str, Any] = {
         "method": plan.recipe.method_name,
         "semantics": plan.recipe.semantics,
         "parameters": plan.recipe.resolved(plan.method),
@@ -61,7 +70,10 @@ def checked(
         "output_bytes": plan.output_bytes,
         "memory_bytes": _memory(plan),
         "seconds_at_1_GB_per_s": round((reads * input_bytes + plan.output_bytes) / RATE, 1),
-    } | ({} if plan.recipe.lines is None else {"lines": {**plan.recipe.lines.describe(), "blocks": plan.blocks}})
+    }
+    if plan.recipe.lines is not None:
+        found["lines"] = {**plan.recipe.lines.describe(), "blocks": plan.blocks}
+    return Checked(found)
 
 
 def _memory(plan: Plan) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from twinmerge.maths.svd import Core, numerical_rank
 from twinmerge.methods.kit.base import Place
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.results import Result, Rows, Table
 
 CHUNK = 4 * BLOCK  # float64 copies of 2 MiB, which stay in the cache from one sum to the next
 SMALL = BLOCK  # up to so many entries a full decomposition costs no more than the Gram matrix
@@ -40,7 +41,31 @@ class Difference(NamedTuple):
     equal: float
 
 
-class TensorDiff(NamedTuple):
+class Differences(Rows[Difference]):
+    """A row for each tensor."""
+
+    def _summary(self) -> str:
+        most = max(self, key=lambda one: one.relative, default=None)
+        return f"{len(self)} tensors" + ("" if most is None else f", at most {most.relative:.3g} relative, {most.name}")
+
+
+class _TensorDiff(NamedTuple):
+    name: str
+    norm: float
+    change: float
+    relative: float
+    cosine: float
+    largest: float
+    equal: float
+    norm_b: float
+    conflicts: float
+    rank: float | None
+    rank_a: float | None
+    rank_b: float | None
+    shape: tuple[int, ...]
+
+
+class TensorDiff(Result, _TensorDiff):
     """All that `diff` finds of one tensor, or of all of them as one long vector; first what `Difference` holds.
 
     x = a and y = b are the parameters; with a base, the task vectors x = a − base and y = b − base.
@@ -58,27 +83,28 @@ class TensorDiff(NamedTuple):
         shape: as the models store it; (entries,) of all of them.
     """
 
-    name: str
-    norm: float
-    change: float
-    relative: float
-    cosine: float
-    largest: float
-    equal: float
-    norm_b: float
-    conflicts: float
-    rank: float | None
-    rank_a: float | None
-    rank_b: float | None
-    shape: tuple[int, ...]
-
     @property
     def full_rank(self) -> int:
         """The most that a rank can be: the smaller side of the matrix (out, rest)."""
         return min(self.shape[0], math.prod(self.shape[1:])) if self.shape else 1
 
+    def _summary(self) -> str:
+        return f"{self.name}, relative {self.relative:.3g}, cosine {self.cosine:.5f}"
 
-class Diff(NamedTuple):
+
+class _Diff(NamedTuple):
+    tensors: list[TensorDiff]
+    only_a: list[str]
+    only_b: list[str]
+    other_shape: list[str]
+    not_in_base: list[str]
+    total: TensorDiff
+    a: str
+    b: str
+    base: str | None
+
+
+class Diff(Table, _Diff):
     """What two models have in common, and what not.
 
     Args:
@@ -90,15 +116,14 @@ class Diff(NamedTuple):
         a, b, base: what the models are called; base is None without one.
     """
 
-    tensors: list[TensorDiff]
-    only_a: list[str]
-    only_b: list[str]
-    other_shape: list[str]
-    not_in_base: list[str]
-    total: TensorDiff
-    a: str
-    b: str
-    base: str | None
+    def _summary(self) -> str:
+        found = self.total
+        return (
+            f"{len(self.tensors)} tensors, relative {found.relative:.3g}, cosine {found.cosine:.5f}, {self.a}, {self.b}"
+        )
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        return TensorDiff._fields, self.tensors
 
     @property
     def differs(self) -> bool:

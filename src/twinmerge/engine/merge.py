@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.arguments import device_known, strict, strict_class
 from twinmerge.engine.by_names import warn_of_names
 from twinmerge.engine.card import model_card
-from twinmerge.engine.check import checked
+from twinmerge.engine.check import Checked, checked
 from twinmerge.engine.combine import combine
 from twinmerge.engine.folder import Beside
 from twinmerge.engine.inputs import Inputs
@@ -29,13 +29,14 @@ from twinmerge.engine.seen import Digests
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.base import Known, Method
-from twinmerge.methods.kit.registry import MethodLike, require_model
 from twinmerge.models.heads import headed, heads_of
 from twinmerge.models.matching import Matched, check_ancestry, match
-from twinmerge.models.opened import ModelLike, OpenedModel, as_tensor
+from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.models.vocabulary import other_tokens, warn_of_tokens
+from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Automatic, Lines
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.results import WIDTH, some
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.output import OutputFolder
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from twinmerge.engine.diff import Difference
+    from twinmerge.engine.diff import Differences
     from twinmerge.models.head_files import HeadSpec
     from twinmerge.models.headed import HeadedModel
 
@@ -95,6 +96,7 @@ class Merge:
         self.spread = spread
         self.method: Method = recipe.make_method()
         self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
+        self.output: Path | None = None  # where the last `save` wrote
         self.lines: Lines | None = recipe.lines  # with the a that was found last, where it was asked for
 
     def __copy__(self) -> Merge:
@@ -105,7 +107,18 @@ class Merge:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy or a pickle keeps: the recipe and how it is run. It opens its models anew."""
-        kept = ("recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report", "lines")
+        kept = (
+            "recipe",
+            "progress",
+            "architecture",
+            "device",
+            "_tile",
+            "processes",
+            "method",
+            "report",
+            "output",
+            "lines",
+        )
         return {name: self.__dict__[name] for name in kept} | {"spread": None}
 
     @classmethod
@@ -253,12 +266,13 @@ class Merge:
         state = self.state_dict()
         return {self.plan.canonical[name]: value for name, value in state.items()}
 
-    def diff(self) -> list[Difference]:
+    def diff(self) -> Differences:
         """How far the merged model is from the base, tensor by tensor."""
-        from twinmerge.engine.diff import difference
+        from twinmerge.engine.diff import Differences, difference
 
         state = self.canonical_state()
-        return [difference(n, self.base.read(n), value) for n, value in state.items() if value.is_floating_point()]
+        floats = {name: value for name, value in state.items() if value.is_floating_point()}
+        return Differences(difference(name, self.base.read(name), value) for name, value in floats.items())
 
     def heads(self) -> dict[str, HeadSpec]:
         """The experts' own output layers, in the order the experts were given."""
@@ -314,8 +328,8 @@ class Merge:
             dtype, heads = self.recipe.dtype, self.heads()
             Beside(self.base, self.base.folder, described, card, dtype, heads=heads, about=about or {}).write(folder)
             require_same(read, states_of(plan))
-        self.report = report
-        return Path(out)
+        self.report, self.output = report, Path(out)
+        return self.output
 
     def varied(self, **parameters: Any) -> Merge:
         """The same merge with other parameters of the method; models that are open stay open.
@@ -329,7 +343,8 @@ class Merge:
         """
         other = copy.copy(self)
         other.recipe = self.recipe.varied(parameters)
-        other.method, other.report, other.lines = other.recipe.make_method(), None, other.recipe.lines
+        other.method, other.lines = other.recipe.make_method(), other.recipe.lines
+        other.report = other.output = None
         for made in ("plan", "inputs", "_sealed"):  # for this method: which tensors come in which pieces is its to say
             other.__dict__.pop(made, None)
         return other
@@ -338,9 +353,20 @@ class Merge:
         """Recipe, resolved parameters, versions and the hub commits that were read."""
         return provenance(self.plan)
 
-    def check(self) -> dict[str, Any]:
-        """What would happen and what it would take, as plain data; writes nothing (see `engine/check.py`)."""
+    def check(self) -> Checked:
+        """What would happen and what it would take, as a mapping; writes nothing (see `engine/check.py`)."""
         return checked(self.plan, self.models, self.new_run(), self.inputs.statistics, self.other_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `check` finds, and where and how it was written: what `twinmerge merge --json` prints."""
+        rounding = None if self.report is None else self.report.rounding(self.recipe.stochastic)
+        output = None if self.output is None else str(self.output)
+        return {**self.check().to_dict(), "output": output, "rounding": rounding}
+
+    def __repr__(self) -> str:
+        where = "not written" if self.output is None else f"in {self.output}"
+        text = f"Merge({self.recipe.method_name} of {some(self.recipe.experts)}, {where})"
+        return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
 
     def write_plan(self, file: str | Path) -> Path:
         """Write down what would be done, as one page of JSON that `Merge.from_plan` and `twinmerge merge --plan` run.
@@ -354,47 +380,5 @@ class Merge:
         return write_plan(self.models.seal(self.plan), file)
 
 
-@strict
-def merge(
-    method: MethodLike,
-    base: ModelLike | None = None,
-    experts: Mapping[str, ModelLike] | None = None,
-    *,
-    dtype: str | None = None,
-    heads: str | tuple[str, ...] | list[str] = (),
-    stochastic: int | None = None,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-    statistics: Mapping[str, str | Path] | None = None,
-    lines: Mapping[str, Any] | None = None,
-    **parameters: Any,
-) -> Merge:
-    """Describe a merge; nothing is read until you ask: `.check()`, `.diff()`, `.save(out)`, `.load()`, `.state_dict()`.
-
-    Args:
-        method: a name from `twinmerge methods`, or a class or object of your own (see `twinmerge.methods`).
-        base: the model that the experts were tuned from; needed by methods that work on changes to it.
-        experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
-        dtype: of the output, "float32", "bfloat16", ...; the base's where None.
-        heads: patterns of tensors to keep per expert besides those found.
-        stochastic: the seed of stochastic rounding to the output's dtype; to nearest where None.
-        device: where the arithmetic runs.
-        statistics: expert -> the file that `twinmerge measure` wrote of it, for methods that need one.
-        lines: LiNeS: {"a": 0.125, "b": 0.5} scales the merged change of block l of L by a + b·l/(L−1) and all else by a;
-            without a, it is taken from the sizes of the changes.
-        parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
-
-    Errors:
-        TwinmergeError: unknown method or parameter, values out of range.
-    """
-    require_model(method)
-    flat: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{expert}.{name}": number for expert, number in value.items()})
-        else:
-            flat[name] = value
-    patterns = (heads,) if isinstance(heads, str) else tuple(heads)
-    depth = None if lines is None else Lines.of(lines)
-    recipe = Recipe(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
-    return Merge(recipe, progress, device=device)
+def __getattr__(name: str) -> Any:
+    return old_name(__name__, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from twinmerge.engine.merge import Merge
 from twinmerge.errors import DataError, TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.results import Table
 from twinmerge.store.artefact import ArtefactFile, head_of_state
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checksum import of_file, streamed
@@ -29,20 +30,42 @@ Job = tuple[str, str, Callable[[], str]]
 """Source, tensor, and what computes its checksum."""
 
 
-class Verified(NamedTuple):
-    """tensors: how many were compared; changed: "output", a file of its own checksums or an input -> tensors that are no longer the same;
-    missing: the same for tensors that are gone or new; unreadable: inputs that cannot be opened, with the reason; files: those that
-    are not what was written, with what is wrong."""
-
+class _Verified(NamedTuple):
     tensors: int
     changed: dict[str, list[str]]
     missing: dict[str, list[str]]
     unreadable: dict[str, str]
-    files: dict[str, str] = MappingProxyType({})  # type: ignore[assignment]
+    files: Mapping[str, str] = MappingProxyType({})
+
+
+class Verified(Table, _Verified):
+    """What `verify` found. As a table: a row for each thing that is not as it was; none where all is well.
+
+    Attributes:
+        tensors: how many were compared.
+        changed: "output", a file of its own checksums or an input -> tensors that are no longer the same.
+        missing: the same for tensors that are gone or new.
+        unreadable: inputs that cannot be opened, with the reason.
+        files: those that are not what was written, with what is wrong.
+    """
 
     @property
     def ok(self) -> bool:
+        """Whether all is what was written and read."""
         return not (self.changed or self.missing or self.unreadable or self.files)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what `twinmerge verify --json` prints."""
+        return {"ok": self.ok, **super().to_dict()}
+
+    def _summary(self) -> str:
+        return f"{self.tensors} tensors, {'all as they were' if self.ok else f'{len(self._table()[1])} things differ'}"
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        rows = [(of, name, "changed") for of, names in self.changed.items() for name in names]
+        rows += [(of, name, "missing or new") for of, names in self.missing.items() for name in names]
+        rows += [("inputs", name, why) for name, why in self.unreadable.items()]
+        return ("of", "name", "what"), [*rows, *(("files", name, what) for name, what in self.files.items())]
 
 
 def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Verified:

@@ -5,6 +5,7 @@ Every file of `maths/codecs/` is a codec, named as the file; other packages offe
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from twinmerge.errors import DamagedFile, DataError, ModelError, UsageError
 from twinmerge.plugins import Plugins
+from twinmerge.results import Listing
 
 if TYPE_CHECKING:  # the command's help names the codecs, without PyTorch's import
     from torch import Tensor
@@ -265,3 +267,19 @@ def rounded_up(scales: Tensor, bits: int) -> Tensor:
 
     mantissa, exponent = torch.frexp(scales.double())
     return torch.ldexp((mantissa * 2**bits).ceil() / 2**bits, exponent).float()
+
+
+class Codecs(Listing):
+    """Codec -> about, sliced, packs."""
+
+
+def list_codecs() -> Codecs:
+    """What the numbers of a twin can be stored in on the disk; "none" keeps them as they are.
+
+    Example:
+        >>> "int8" in list_codecs()
+        True
+    """
+    found = {name: CODECS.find(name) for name in CODECS.names()}
+    first = {name: (inspect.getdoc(cls) or "").partition("\n")[0] for name, cls in found.items()}
+    return Codecs({n: {"about": first[n], "sliced": cls.sliced, "packs": cls.packs} for n, cls in found.items()})

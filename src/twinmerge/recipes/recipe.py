@@ -148,6 +148,50 @@ class Recipe:
                     )
 
     @classmethod
+    def of(
+        cls,
+        method: MethodLike | Recipe,
+        base: ModelLike | None = None,
+        experts: Mapping[str, ModelLike] | None = None,
+        *,
+        dtype: str | None = None,
+        heads: str | tuple[str, ...] | list[str] = (),
+        stochastic: int | None = None,
+        statistics: Mapping[str, str | os.PathLike[str]] | None = None,
+        lines: Mapping[str, Any] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Recipe:
+        """What a call names: a recipe as it is, or a method, models and parameters.
+
+        Args:
+            parameters: of the method; a mapping sets them per expert: {"density": {"math": 0.5, "code": 0.2}}.
+
+        Raises:
+            TwinmergeError: a recipe, and something beside it.
+        """
+        if isinstance(method, Recipe):
+            if (
+                base is not None
+                or experts
+                or dtype
+                or heads
+                or stochastic is not None
+                or statistics
+                or lines
+                or parameters
+            ):
+                raise RecipeError("A recipe says all of a merge. Change it with Recipe.varied, or name no recipe.")
+            return method
+        flat: dict[str, Any] = {}
+        for name, value in (parameters or {}).items():
+            flat |= (
+                {f"{e}.{name}": number for e, number in value.items()} if isinstance(value, Mapping) else {name: value}
+            )
+        patterns = (heads,) if isinstance(heads, str) else tuple(heads)
+        depth = None if lines is None else Lines.of(lines)
+        return cls(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
+
+    @classmethod
     def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
         """The recipe that `describe` wrote down; what was written before it had a mark is read as ours too.
 

@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
-from twinmerge.engine.merge import Merge, merge
+from twinmerge.engine.calls import merge
+from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
+from twinmerge.results import Record
 from twinmerge.store.output import OutputFolder
 from twinmerge.study.digits import NAMES, TASKS, Rows, load_splits, rows_of_tasks
 from twinmerge.study.report import (
@@ -101,9 +103,16 @@ class Seed(NamedTuple):
     found: dict[str, Any]
 
 
-def run_demo(
+class DemoResults(Record):
+    """What results.json holds: a mapping."""
+
+    def _summary(self) -> str:
+        return f"{self['command']}, {len(self)} results, {self['seconds']} s"
+
+
+def demo(
     out: str | Path, seeds: int = 3, quick: bool = False, progress: bool = True, design: Design | None = None
-) -> dict[str, Any]:
+) -> DemoResults:
     """Run the demo and write its folder: report.html, results.json, mixed.safetensors and models/.
 
     Args:
@@ -143,7 +152,7 @@ def run_demo(
                 "seconds": round(time.perf_counter() - started, 1),
             }
             write_results(folder, results)
-    return results
+    return DemoResults(results)
 
 
 # ------------------------------------------------------------------------------------------ one seed

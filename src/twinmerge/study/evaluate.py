@@ -13,15 +13,17 @@ from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
-from twinmerge.errors import DataError, ModelError, UsageError
+from twinmerge.errors import DataError, ModelError, UsageError, nearest
 from twinmerge.models.head_files import load_heads
 from twinmerge.models.headed import HeadedModel, architecture_of
 from twinmerge.models.opening import open_model
 from twinmerge.models.rows import rows_of_batch
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.store.artefact import folder_fingerprint
+from twinmerge.store.locate import locate
 from twinmerge.store.manifest import Manifest
-from twinmerge.study.scores import Evaluation, Reading, Setting
+from twinmerge.store.output import replace_text
+from twinmerge.study.scores import Evaluation, Evaluations, Reading, Setting, check_file
 from twinmerge.tasks.bootstrap import Scored
 from twinmerge.tasks.encode import TextEncoder, batches
 from twinmerge.tasks.suite import Row, Task, open_suite
@@ -147,7 +149,10 @@ def runner_of(
     if isinstance(model, Twin):
         return TwinRunner(model, oracle_biases)
     if isinstance(model, (str, Path)):
-        return open_runner(Path(model), oracle_biases)
+        found_at = locate(model)
+        if found_at.adapter is not None:
+            raise UsageError(f"{model} is a base and an adapter. Merge it into one folder first, and evaluate that.")
+        return open_runner(found_at.folder, oracle_biases)
     if oracle_biases:
         raise UsageError("A merge is no twin, so there are no biases to hand in. Leave oracle_biases out.")
     found = model.headed()
@@ -179,7 +184,11 @@ def evaluate(
     seed: int = 0,
     oracle_biases: bool = False,
     progress: bool = True,
-) -> list[Evaluation]:
+    *,
+    tasks: Sequence[str] | None = None,
+    experts: Evaluation | str | Path | None = None,
+    out: str | Path | None = None,
+) -> Evaluations:
     """Answer every row of the suite, tasks shuffled into common batches.
 
     A twin is read in its settings: *task given* (the right expert and head), *head given* (the router mixes, the caller
@@ -191,13 +200,26 @@ def evaluate(
         suite: task -> data, or a suite's folder; the tasks' names are those of the heads.
         split: which rows; limit: at most so many per task, drawn by `seed`.
         oracle_biases: hand in the labelled task's biases, as the paper's code does; only to reproduce it.
+        tasks: of the suite; the model's own where None.
+        experts: their own evaluation on the same rows, or its file: adds normalised scores.
+        out: a file to write all answers and scores to, in the place of one that is there.
 
     Errors:
         TwinmergeError: a task without a head, labels that are not the head's.
     """
+    reference, file = Evaluation.read(experts), check_file(out)
     runner = runner_of(model, oracle_biases)
     if not isinstance(suite, Mapping):
-        suite = open_suite(suite, runner.heads or None)
+        suite = open_suite(suite, tasks or runner.heads or None)
+    elif tasks is not None:
+        if strange := [name for name in tasks if name not in suite]:
+            raise UsageError(f"The suite has no task {strange[0]!r}.{nearest(strange[0], suite)}")
+        suite = {name: suite[name] for name in tasks}
+    if reference is not None and set(reference.scores) != set(suite):
+        raise UsageError(
+            f"{experts} is of the tasks {', '.join(reference.scores)}, this evaluation of {', '.join(suite)}. "
+            "Choose the same with --tasks."
+        )
     _check_labels(runner, suite)
     questions = [
         Question(name, i, row) for name, task in suite.items() for i, row in enumerate(task.rows(split, limit, seed))
@@ -209,7 +231,20 @@ def evaluate(
         else:
             found = _twin(runner, suite, plan, len(questions), progress)
     runner.encoder.warn_truncated()
-    return found
+    evaluations = Evaluations(found, name_of(model), split, oracle_biases, reference)
+    if file is not None:
+        replace_text(file, evaluations.to_json())
+    return evaluations
+
+
+def name_of(model: str | Path | Twin | Merge | StaticRunner | TwinRunner) -> str:
+    """What a model is called in results."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    of = model.twin if isinstance(model, TwinRunner) else model
+    if isinstance(of, Merge):
+        return f"{of.recipe.method_name} of {', '.join(of.recipe.experts)}"
+    return f"{'twin' if isinstance(of, Twin) else 'model'} of {', '.join(of.experts if isinstance(of, Twin) else of.heads)}"
 
 
 def _mixed_batches(questions: Sequence[Question], seed: int) -> list[list[Question]]:

@@ -19,7 +19,6 @@ from rich.text import Text
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from twinmerge import __version__
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import ResourceError, TwinmergeError, UsageError
 from twinmerge.store.foreign import read_json
@@ -152,7 +151,7 @@ def summary(found: Sequence[Mapping[str, Any]], design: Mapping[str, Any]) -> di
     packages = ("torch", "transformers", "scikit-learn", "numpy")
     return {
         "kind": KIND,
-        "versions": {"twinmerge": __version__, **{name: version(name) for name in packages}},
+        "versions": {"twinmerge": version("twinmerge"), **{name: version(name) for name in packages}},
         "design": dict(design),
         "tasks": [task._asdict() | {"samples": samples(task)} for task in TASKS],
         "table": table,

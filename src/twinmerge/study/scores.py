@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from twinmerge.errors import DataError, TwinmergeError, UsageError
-from twinmerge.store.foreign import Most, parse_json
+from twinmerge.results import Result, Rows, plain
+from twinmerge.store.foreign import Most, parse_json, read_bytes
+from twinmerge.store.output import OutputFile
 from twinmerge.tasks.bootstrap import Interval, Scored, bootstrap_difference, bootstrap_normalised, normalised
 
 EVALUATION = Most(200_000_000, 10_000_000)
@@ -33,8 +37,8 @@ class TaskScore:
     rows: int
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Result):
     """One model on one suite in one setting.
 
     Args:
@@ -75,6 +79,13 @@ class Evaluation:
             raise UsageError(f"The reading is {self.reading!r}: give one of {', '.join(get_args(Reading))}, or none.")
 
     @classmethod
+    def read(cls, given: Evaluation | str | os.PathLike[str] | None) -> Evaluation | None:
+        """An evaluation as it is, or that of a file which `evaluate(out=…)` wrote."""
+        if given is None or isinstance(given, Evaluation):
+            return given
+        return cls.from_json(read_bytes(Path(given), EVALUATION.bytes, "Name a file that --out wrote."))
+
+    @classmethod
     def of(
         cls,
         predictions: Mapping[str, Scored],
@@ -104,6 +115,24 @@ class Evaluation:
     def difference(self, other: Evaluation, experts: Evaluation, draws: int = 2000, seed: int = 0) -> Interval:
         """How far this normalised score is above the other's, with its paired 95 % interval over rows."""
         return bootstrap_difference(self.predictions, other.predictions, experts.predictions, draws, seed)
+
+    @property
+    def mean(self) -> float:
+        """The mean score over the tasks."""
+        return sum(self.scores.values()) / len(self.scores)
+
+    @property
+    def title(self) -> str:
+        """The setting, with the reading where there is one."""
+        return self.setting + (f", {self.reading}" if self.reading else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Setting, scores and shares as plain data, without the answers, which `to_json` has."""
+        found = {"setting": self.setting, "reading": self.reading, "scores": self.scores, "mean": self.mean}
+        return {**found, "routed_right": self.routed_right, "seconds_per_1000": 1000 * self.seconds / self.rows}
+
+    def _summary(self) -> str:
+        return f"{self.title}, mean {100 * self.mean:.1f} % of {len(self.scores)} tasks, {self.rows} rows"
 
     def to_json(self, indent: int | None = None) -> str:
         """One JSON object; a prediction that is NaN becomes null. Equal evaluations give equal text."""
@@ -160,6 +189,68 @@ class Evaluation:
             raise DataError(str(error)) from error
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"The evaluation has a field of a wrong type ({error}). Evaluate again.") from error
+
+
+def check_file(out: str | os.PathLike[str] | None) -> Path | None:
+    """A file that is to be written at the end, refused at the beginning where it cannot be.
+
+    Raises:
+        TwinmergeError: it cannot.
+    """
+    if out is None:
+        return None
+    file = Path(out)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UsageError(f"{file} cannot be written. Name a file in a folder that is there.")
+    OutputFile(file, replace=True).check()
+    return file
+
+
+class Evaluations(Rows[Evaluation]):
+    """A model's evaluations on a suite, one for each setting. As a table: a row for each task, a column for each setting.
+
+    Attributes:
+        model: what it is called.
+        split: which rows were answered.
+        oracle_biases: whether the labelled task's biases were handed in.
+        experts: their own evaluation on these rows, for normalised scores; None where there is none.
+    """
+
+    def __init__(
+        self, found: Iterable[Evaluation], model: str, split: str, oracle_biases: bool, experts: Evaluation | None
+    ) -> None:
+        super().__init__(found)
+        self.model, self.split, self.oracle_biases, self.experts = model, split, oracle_biases, experts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self), self.model, self.split, self.oracle_biases, self.experts)
+
+    def normalised(self) -> list[float | None]:
+        """The normalised score of each, or None without the experts'."""
+        return [None if self.experts is None else each.normalised(self.experts) for each in self]
+
+    def to_json(self) -> str:
+        """All answers and scores, as `Evaluation.from_json` reads each: a list where there are several."""
+        return "[" + ",".join(e.to_json() for e in self) + "]" if len(self) > 1 else self[0].to_json()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what `twinmerge evaluate --json` prints."""
+        own = [{**e.to_dict(), "normalised": n} for e, n in zip(self, self.normalised(), strict=True)]
+        found = {"model": self.model, "split": self.split, "oracle_biases": self.oracle_biases}
+        return {**found, "evaluations": plain(own)}
+
+    def _summary(self) -> str:
+        means = "; ".join(f"{each.title} {100 * each.mean:.1f} %" for each in self)
+        return f"{len(self[0].scores)} tasks, {means}"
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        rows: list[list[Any]] = [[task, *(e.scores[task] for e in self)] for task in self[0].scores]
+        rows.append(["mean", *(e.mean for e in self)])
+        if self.experts is not None:
+            rows.append(["normalised", *self.normalised()])
+        if any(e.routed_right is not None for e in self):
+            rows.append(["routed right", *(e.routed_right for e in self)])
+        return ["task", *(e.title for e in self)], rows
 
 
 def _list(column: np.ndarray[Any, np.dtype[Any]]) -> list[float | None]:

@@ -16,27 +16,45 @@ from twinmerge.arguments import fits, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
 from twinmerge.models.transformers_class import position_limit
+from twinmerge.results import Result, Table, cell, plain
+from twinmerge.store.output import replace_text
 from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
-from twinmerge.study.scores import Evaluation
+from twinmerge.study.scores import Evaluation, check_file
 from twinmerge.tasks.encode import TextEncoder
-from twinmerge.tasks.suite import Task
+from twinmerge.tasks.suite import Task, open_suite
 
 WEIGHTS = 51
 """Candidates of the Fisher paper's search: 1.00, 0.98, ... 0.00 for the first of two experts, or so many random draws."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """parameters: of the method, and of LiNeS (`lines.b`); score: what is to be large, in per cent; scores: by task, fractions."""
+@dataclass(frozen=True, repr=False)
+class Trial(Result):
+    """What one candidate reached.
+
+    Attributes:
+        parameters: of the method, and of LiNeS (`lines.b`).
+        score: what is to be large, in per cent.
+        scores: by task, fractions.
+    """
 
     parameters: dict[str, Any]
     score: float
     scores: dict[str, float]
 
+    def _summary(self) -> str:
+        return f"{self.score:.2f} %, {', '.join(f'{name} {cell(value)}' for name, value in self.parameters.items())}"
 
-@dataclass(frozen=True)
-class Search:
-    """What was tried, in order, and where it was scored. best: the trial of the largest score, the first among equals."""
+
+@dataclass(frozen=True, repr=False)
+class Search(Table):
+    """What was tried, in order, and where it was scored. As a table: a row for each trial.
+
+    Attributes:
+        method: by its name.
+        split: which rows decided.
+        rows: how many.
+        trials: in their order.
+    """
 
     method: str
     split: str
@@ -45,12 +63,29 @@ class Search:
 
     @property
     def best(self) -> Trial:
+        """The trial of the largest score, the first among equals."""
         return max(self.trials, key=lambda trial: trial.score)
 
-    def to_json(self) -> str:
-        trials = [{"parameters": t.parameters, "score": t.score, "scores": t.scores} for t in self.trials]
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what `twinmerge search --json` prints."""
         found = {"kind": "search", "method": self.method, "split": self.split, "rows": self.rows}
-        return json.dumps({**found, "best": self.best.parameters, "trials": trials}, indent=1)
+        return {**found, **plain({"best": self.best.parameters, "trials": self.trials})}
+
+    def to_json(self) -> str:
+        """The same as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def _summary(self) -> str:
+        return f"{self.method}, {len(self.trials)} trials on {self.split}, best {self.best._summary()}"
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.parameters))
+        tasks = list(self.trials[0].scores)
+        rows = [
+            [*(t.parameters.get(name) for name in names), t.score, *(t.scores[task] for task in tasks)]
+            for t in self.trials
+        ]
+        return [*names, "score", *tasks], rows
 
 
 def grid(**values: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -86,6 +121,24 @@ def weightings(experts: Sequence[str], count: int = WEIGHTS, seed: int = 0) -> I
         yield {f"{name}.weights": float(weight) for name, weight in zip(experts, draw, strict=True)}
 
 
+def points(
+    axes: Mapping[str, Sequence[Any]] | None, count: int | None, experts: Sequence[str], seed: int
+) -> Iterator[dict[str, Any]]:
+    """Every point of a grid with every one of so many weightings.
+
+    Raises:
+        TwinmergeError: neither is given, or both choose weights.
+    """
+    axes = axes or {}
+    if count is not None and (twice := [name for name in axes if name.rpartition(".")[2] == "weights"]):
+        raise UsageError(f"--grid {twice[0]} and --weightings both choose weights. Give one of them.")
+    if not axes and count is None:
+        raise UsageError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
+    draws = [{}] if count is None else list(weightings(experts, count, seed))
+    for point in grid(**axes):
+        yield from ({**point, **draw} for draw in draws)
+
+
 def check_split(split: str) -> None:
     """Refuse to choose anything on test rows.
 
@@ -110,28 +163,38 @@ Choose on validation rows, with --split validation.
 def search(
     merge: Merge,
     suite: str | Path | Mapping[str, Task],
-    candidates: Iterable[Mapping[str, Any]],
+    candidates: Iterable[Mapping[str, Any]] | None = None,
     *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    weightings: int | None = None,
     split: str = "validation",
     limit: int | None = None,
     seed: int = 0,
-    experts: Evaluation | None = None,
+    experts: Evaluation | str | Path | None = None,
+    out: str | Path | None = None,
     progress: bool = True,
 ) -> Search:
     """Merge with each candidate's parameters in memory and score it, every task with its own head.
 
     Args:
-        merge: what is merged; candidates override its recipe's parameters.
+        merge: what is merged, as `twinmerge.merge` describes it; candidates override its recipe's parameters.
         suite: task -> data, or a suite's folder; the tasks' names are those of the experts.
+        candidates: parameters of each; or give `grid`, `weightings` or both.
+        grid: parameter -> values that are tried, all with all.
+        weightings: try so many weightings of the experts, each with every point of the grid.
         split, limit, seed: the rows that decide, as in `evaluate`.
-        experts: their own evaluation on the same rows: the score is then 100 · mean of score / expert's score, else
-            100 · mean score.
+        experts: their own evaluation on the same rows, or its file: the score is then 100 · mean of score / expert's score,
+            else 100 · mean score.
+        out: a file to write all trials to, in the place of one that is there.
 
     Errors:
         TwinmergeError: no candidates, a split for testing, and as `evaluate`.
     """
     check_split(split)
-    candidates = list(candidates)
+    reference, file = Evaluation.read(experts), check_file(out)
+    if not isinstance(suite, Mapping):
+        suite = open_suite(suite, list(merge.recipe.experts))
+    candidates = list(points(grid, weightings, list(merge.recipe.experts), seed) if candidates is None else candidates)
     if not all(fits(candidate, Mapping[str, Any]) for candidate in candidates):
         raise UsageError(
             "candidates are mappings of parameters to values. Write search.grid(scale=[0.1, 0.2]), or [{'scale': 0.1}]."
@@ -150,7 +213,10 @@ def search(
             folder = tokenizer_folder(merge)
             encoder = TextEncoder(folder, positions=position_limit(model.architecture.config))
         found = evaluate(StaticRunner(model, encoder), suite, split, limit, seed, progress=False)[0]
-        score = 100 * sum(found.scores.values()) / len(found.scores) if experts is None else found.normalised(experts)
+        score = 100 * found.mean if reference is None else found.normalised(reference)
         trials.append(Trial(dict(candidate), score, found.scores))
         rows = found.rows
-    return Search(merge.recipe.method_name, split, rows, tuple(trials))
+    made = Search(merge.recipe.method_name, split, rows, tuple(trials))
+    if file is not None:
+        replace_text(file, made.to_json())
+    return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +19,7 @@ from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.suite import Task
 from twinmerge.twin.masked import unmasked
 from twinmerge.twin.masks.levels import MaskLevels, choose, levels
-
-
-class Chosen(NamedTuple):
-    """thresholds: task -> λt; scores: task -> threshold -> its score, a fraction; split, rows: where, and how many."""
-
-    thresholds: dict[str, float]
-    scores: dict[str, dict[float, float]]
-    split: str
-    rows: int
+from twinmerge.twin.masks.results import Chosen
 
 
 def choose_thresholds(
@@ -44,7 +35,7 @@ def choose_thresholds(
     """Score every task with its own masked expert at every threshold; the best is taken, the smallest of equals.
 
     One model is held, into which the weights of one expert after the other are put, and all masks at three bits for each
-    weight and expert. What is answered is what `extract` would write.
+    weight and expert. What is answered is what `extract_masked` would write.
 
     Args:
         recipe: base, experts and a method with a threshold.

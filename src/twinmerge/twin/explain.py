@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,27 @@ from torch import Tensor
 
 from twinmerge.arguments import at_least_one
 from twinmerge.models.rows import batch_size
+from twinmerge.results import Table
 from twinmerge.twin.answer import answer, keeps_order, positions_of
 from twinmerge.twin.core import Core
 from twinmerge.twin.routing import mixtures_for
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """rows, positions: of the batch; mixtures: how many different ones; chosen: by the planner; predicted, measured: strategy ->
-    seconds (measured: the median of some passes, one of each way in turn; weights of `folded` made anew each time); shared:
-    seconds of the shared model alone; break_even: tokens of one mixture above which folding takes fewer operations;
-    folded_bytes: what dense weights of one mixture take."""
+@dataclass(frozen=True, repr=False)
+class Explanation(Table):
+    """What each way of mixing a batch takes. As a table: a row for each way. Print it for all that was found.
+
+    Attributes:
+        rows: of the batch.
+        positions: of each row.
+        mixtures: how many different ones.
+        chosen: by the planner.
+        predicted: strategy -> seconds.
+        measured: strategy -> seconds, the median of some passes, one of each way in turn; weights of `folded` made anew each time.
+        shared: seconds of the shared model alone.
+        break_even: tokens of one mixture above which folding takes fewer operations.
+        folded_bytes: what dense weights of one mixture take.
+    """
 
     rows: int
     positions: int
@@ -34,6 +44,14 @@ class Explanation:
     shared: float
     break_even: float
     folded_bytes: int
+
+    def _summary(self) -> str:
+        what = f"{self.rows} rows of {self.positions}, {self.mixtures} mixtures"
+        return f"{what}, {self.chosen} is chosen, {1000 * self.predicted.get(self.chosen, self.shared):.1f} ms"
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        ways = [(name, self.predicted[name], self.measured.get(name), name == self.chosen) for name in self.predicted]
+        return ("way", "predicted seconds", "measured seconds", "chosen"), ways
 
     def __str__(self) -> str:
         what = "mixture" if self.mixtures == 1 else "mixtures"

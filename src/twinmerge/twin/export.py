@@ -27,6 +27,7 @@ from twinmerge.models.architecture import Architecture
 from twinmerge.models.conversion import stored_names
 from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.transformers_class import TransformersArchitecture, class_of
+from twinmerge.results import Written
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.manifest import OUTPUT
@@ -41,13 +42,52 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.14 takes as `max_lora_rank`."""
 
 
-class Exported(NamedTuple):
-    """folder: that was written; rank: the largest; left_out: parameter -> its share of the squared norm of all that the
-    mixture adds to the shared model, for what an adapter cannot carry."""
-
+class _Exported(NamedTuple):
     folder: Path
-    rank: int
+    rank: int | None
     left_out: dict[str, float]
+
+
+class Exported(Written, _Exported):
+    """What was exported; a path itself, for whoever opens it.
+
+    Attributes:
+        folder: that was written.
+        rank: the largest of an adapter; None of a model.
+        left_out: parameter -> its share of the squared norm of all that the mixture adds to the shared model, for what an
+            adapter cannot carry.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what `twinmerge twin export --json` prints."""
+        found = super().to_dict()
+        return {"output": found.pop("folder"), **({} if self.rank is None else found)}
+
+    def _summary(self) -> str:
+        return f"{'model' if self.rank is None else f'adapter of rank {self.rank}'}, in {self.folder}"
+
+
+def export(
+    twin: Core,
+    mixture: str | Mapping[str, float],
+    out: str | Path,
+    *,
+    lora: bool = False,
+    server: Server = "peft",
+    base: str | None = None,
+    head: str | None = None,
+) -> Exported:
+    """See `Twin.export`."""
+    if lora:
+        if head is not None:
+            raise UsageError("A LoRA adapter takes the head of the expert that it is of. Leave head out.")
+        return export_lora(twin, mixture, out, server=server, base=base)
+    if server != "peft" or base is not None:
+        raise UsageError("Only adapters are for a server and name a base. Ask for lora, or leave both out.")
+    if isinstance(mixture, str):
+        head = head or (mixture if mixture in twin.package.heads else None)
+        mixture = {mixture: 1.0}
+    return Exported(export_dense(twin, mixture, out, head), None, {})
 
 
 @strict

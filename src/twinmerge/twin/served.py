@@ -103,8 +103,8 @@ class Served(Core):
 
     @torch.no_grad()
     @strict
-    def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> list[Any]:
-        """The label name of each text, or `Prediction`s with `detail`.
+    def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> Any:
+        """The label name of each text, or `Predictions` with `detail`.
 
         Args:
             texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.

@@ -213,12 +213,12 @@ def refuse_masks(parts: Iterable[Exclusive], what: str) -> None:
         Traceback (most recent call last):
         ...
         twinmerge.errors.UsageError: The experts are masks of one vector, which cannot be refined. Make them anew \
-with all experts by `twinmerge compress`, or build a twin of low-rank parts.
+with all experts by `twinmerge masks build`, or build a twin of low-rank parts.
     """
     if any(part.masked for part in parts):
         raise UsageError(
             f"The experts are masks of one vector, which cannot be {what}. Make them anew with all experts by "
-            "`twinmerge compress`, or build a twin of low-rank parts."
+            "`twinmerge masks build`, or build a twin of low-rank parts."
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
+from twinmerge.methods.kit.registry import MethodLike
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
@@ -22,7 +23,8 @@ from twinmerge.twin import package as package_file
 from twinmerge.twin.call import TwinOutput as TwinOutput
 from twinmerge.twin.compress import compressed, retained
 from twinmerge.twin.experts import added, recipe_of, without_expert
-from twinmerge.twin.package import Package
+from twinmerge.twin.export import Exported, Server, export
+from twinmerge.twin.package import Package, TwinInfo
 from twinmerge.twin.reading import Given, read_moments
 from twinmerge.twin.refine import refined
 from twinmerge.twin.routers.kit.calibration import RouterReport
@@ -67,7 +69,7 @@ class Twin(Served):
         experts: Mapping[str, ModelLike],
         rank: int | None = DEFAULT_RANK,
         *,
-        shared: str = "tsv",
+        shared: MethodLike = "tsv",
         heads: Sequence[str] = (),
         progress: bool = True,
         **parameters: Any,
@@ -78,7 +80,7 @@ class Twin(Served):
             base: the model that the experts were tuned from.
             experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
             rank: of each exclusive matrix, at least 1; None keeps everything (exact, and large).
-            shared: the static method of the shared part; "task_arithmetic" is the paper's. The default keeps more of the
+            shared: the static method of the shared part, by name or as a class or object of your own; "task_arithmetic" is the paper's. The default keeps more of the
                 experts at small ranks (docs/measurements.md has the ladder of both).
             heads: patterns of tensors to keep per expert besides those found.
             parameters: of the static method.
@@ -92,7 +94,7 @@ class Twin(Served):
             raise UsageError("A twin needs experts. Name at least one.")
         opened = {name: merge.experts[name] for name in experts}
         linear = linear_coefficients(merge.method, merge.recipe.order, list(experts))
-        provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": shared}}
+        provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": recipe.method_name}}
         merge.matched.warn()
         return cls.around(
             merge.canonical_state(), merge.base, opened, merge.matched, provenance, rank, linear, progress
@@ -343,6 +345,36 @@ class Twin(Served):
             kind, own = (self.router.kind, self.router.options()) if self.router else ("gaussian", None)
             twin.fit_router(inputs, kind, options=own, progress=progress)
         return twin.compress(**limits) if limits else twin
+
+    def info(self) -> TwinInfo:
+        """What the twin holds, in numbers: experts, bytes beside the shared model, what is kept of each matrix, the router."""
+        return TwinInfo.of(self.package_now(), self.retained()[0])
+
+    @strict
+    def export(
+        self,
+        mixture: str | Mapping[str, float],
+        out: str | Path,
+        *,
+        lora: bool = False,
+        server: Server = "peft",
+        base: str | None = None,
+        head: str | None = None,
+    ) -> Exported:
+        """Write one expert or one fixed mixture as a plain model, or as a LoRA adapter of the shared model.
+
+        Args:
+            mixture: an expert's name, or expert -> weight.
+            out: a folder that does not exist or is empty.
+            lora: an adapter, as `export_lora` of `twin/export.py` says, and no model.
+            server: who loads the adapter, "peft" or "vllm".
+            base: what the adapter names as its base model; the twin's own folder where None.
+            head: the expert whose output layers go with a model; that of an expert alone where None.
+
+        Errors:
+            TwinmergeError: unknown names, weights that are not finite, nothing that an adapter could carry, an output that is there.
+        """
+        return export(self, mixture, out, lora=lora, server=server, base=base, head=head)
 
     def _acting_from(self, layer: int | None) -> Twin:
         return self if layer is None else self.single_pass(layer)

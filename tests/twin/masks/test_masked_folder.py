@@ -17,8 +17,8 @@ from transformers import AutoModel, BertConfig, BertForSequenceClassification, B
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.twin.export import export_dense
-from twinmerge.twin.masks.build import compress
-from twinmerge.twin.masks.extract import extract
+from twinmerge.twin.masks.build import write_masks
+from twinmerge.twin.masks.extract import extract_masked
 from twinmerge.twin.twin import Twin
 
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         experts[name].bert.load_state_dict({n: t + 0.05 * torch.randn_like(t) for n, t in base.state_dict().items()})
     found = {}
     for method, chosen in (("tall_masks", {"mood.threshold": 0.2, "kind.threshold": 0.6}), ("emr", {})):
-        compress(Recipe(method, base, experts, chosen), root / method, progress=False)
+        write_masks(Recipe(method, base, experts, chosen), root / method, progress=False)
         found[method] = root / method
     return found
 
@@ -63,7 +63,9 @@ def test_a_compressed_folder_answers_as_its_extracted_experts(
     owners = ["kind", "mood", "size", "mood", "kind", "kind"]
     logits = twin(**batch_of(), expert=owners, strategy=strategy).logits
     for name, labels in LABELS.items():
-        model = BertForSequenceClassification.from_pretrained(extract(folders[method], name, tmp_path / name)).eval()
+        model = BertForSequenceClassification.from_pretrained(
+            extract_masked(folders[method], name, tmp_path / name)
+        ).eval()
         with torch.no_grad():
             expected = model(**batch_of()).logits
         for row in (i for i, owner in enumerate(owners) if owner == name):
@@ -118,7 +120,8 @@ def test_an_expert_goes_and_takes_its_mask_along(folders: dict[str, Path], tmp_p
     for name in ("kind", "size"):
         assert torch.equal(fewer(**batch_of(), expert=name).logits, twin(**batch_of(), expert=name).logits)
     found = [
-        extract(f, "kind", tmp_path / f"out{i}") for i, f in enumerate((folders["tall_masks"], tmp_path / "fewer"))
+        extract_masked(f, "kind", tmp_path / f"out{i}")
+        for i, f in enumerate((folders["tall_masks"], tmp_path / "fewer"))
     ]
     assert (found[0] / "model.safetensors").read_bytes() == (found[1] / "model.safetensors").read_bytes()
 
@@ -126,7 +129,7 @@ def test_an_expert_goes_and_takes_its_mask_along(folders: dict[str, Path], tmp_p
 def test_dense_weights_are_those_that_extract_writes(folders: dict[str, Path], tmp_path: Path) -> None:
     twin = Twin.from_pretrained(folders["emr"])
     export_dense(twin, {"kind": 1.0}, tmp_path / "dense", head="kind")
-    extract(folders["emr"], "kind", tmp_path / "extracted")
+    extract_masked(folders["emr"], "kind", tmp_path / "extracted")
     one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("dense", "extracted"))
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 

@@ -24,8 +24,8 @@ from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checkpoint_writer import CheckpointWriter
-from twinmerge.twin.masks.build import compress
-from twinmerge.twin.masks.extract import extract
+from twinmerge.twin.masks.build import write_masks
+from twinmerge.twin.masks.extract import extract_masked
 from twinmerge.twin.masks.levels import choose, levels
 
 SIZES = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
@@ -71,7 +71,7 @@ def recipe(lab: Any, method: str = "tall_masks", **parameters: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def made(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compress(recipe(lab), tmp_path_factory.mktemp("made") / "out", progress=False).folder
+    return write_masks(recipe(lab), tmp_path_factory.mktemp("made") / "out", progress=False).folder
 
 
 def stack(lab: Any, name: str) -> torch.Tensor:
@@ -140,7 +140,7 @@ def test_the_folder_and_every_expert_out_of_it_are_the_reference_s(
     given = {"threshold": chosen["threshold"]} if "threshold" in chosen else {}
     flat = {k: v for k, v in chosen.items() if k != "threshold"}
     flat |= {f"{e}.threshold": v for e, v in given.get("threshold", {}).items()}
-    found = compress(recipe(lab, method, **flat), tmp_path / "out", progress=False)
+    found = write_masks(recipe(lab, method, **flat), tmp_path / "out", progress=False)
     want = reference(lab, method, **chosen)
     stored, told = load_file(tmp_path / "out" / "twin.safetensors"), header(tmp_path / "out")
     assert (told["kind"], told["version"], told["experts"]) == ("twin", 4, TASKS)
@@ -159,7 +159,7 @@ def test_the_folder_and_every_expert_out_of_it_are_the_reference_s(
             assert bits.shape == (byte_count(lab.zero[n].numel()),)
             assert torch.equal(unpack(bits, lab.zero[n].numel()).reshape(lab.zero[n].shape), want.masks[n][i])
     for i, task in enumerate(TASKS):
-        extract(tmp_path / "out", task, tmp_path / task)
+        extract_masked(tmp_path / "out", task, tmp_path / task)
         model = BertForSequenceClassification.from_pretrained(tmp_path / task)
         assert model.config.num_labels == LABELS[task]
         own = load_file(Path(lab.experts[task]) / "model.safetensors")
@@ -179,7 +179,7 @@ def test_the_folder_and_every_expert_out_of_it_are_the_reference_s(
 
 
 def test_the_base_is_there_byte_for_byte_and_stock_transformers_loads_it(lab: Any, tmp_path: Path) -> None:
-    compress(recipe(lab), tmp_path / "out", progress=False)
+    write_masks(recipe(lab), tmp_path / "out", progress=False)
     base, there = (load_file(Path(f) / "model.safetensors") for f in (lab.base, tmp_path / "out"))
     assert base.keys() == there.keys() and all(torch.equal(base[n], there[n]) for n in base)
     loaded = AutoModel.from_pretrained(tmp_path / "out")
@@ -197,9 +197,9 @@ def test_tiles_and_threads_change_no_byte(
 ) -> None:
     if method == "emr" and chosen:
         chosen = {"compat": "official"}
-    one = compress(recipe(lab, method, **chosen), tmp_path / "one", progress=False)
+    one = write_masks(recipe(lab, method, **chosen), tmp_path / "one", progress=False)
     monkeypatch.setattr("twinmerge.maths.threads.thread_count", lambda: 3)
-    two = compress(recipe(lab, method, **chosen), tmp_path / "two", progress=False, tile=65_536)
+    two = write_masks(recipe(lab, method, **chosen), tmp_path / "two", progress=False, tile=65_536)
     assert one == two._replace(folder=one.folder)
     files = sorted(f.relative_to(tmp_path / "one") for f in (tmp_path / "one").rglob("*") if f.is_file())
     assert {Path("model.safetensors"), Path("twin.safetensors"), Path("heads/kind/head.safetensors")} <= set(files)
@@ -208,7 +208,7 @@ def test_tiles_and_threads_change_no_byte(
 
 
 def test_shares_are_those_of_the_reference_without_what_nobody_changes(lab: Any, tmp_path: Path) -> None:
-    found = compress(recipe(lab), tmp_path / "out", progress=False)
+    found = write_masks(recipe(lab), tmp_path / "out", progress=False)
     want = reference(lab, "tall_masks")
     times = torch.cat([m.sum(0).flatten()[want.vectors[n].flatten() != 0] for n, m in want.masks.items()])
     assert found.marks.by_count == tuple(int((times == j).sum()) for j in range(4))
@@ -226,7 +226,7 @@ def test_shares_are_those_of_the_reference_without_what_nobody_changes(lab: Any,
 
 
 def test_ties_leaves_what_it_trims_everywhere_out_of_the_shares(lab: Any, tmp_path: Path) -> None:
-    found = compress(recipe(lab, vector="ties"), tmp_path / "out", progress=False)
+    found = write_masks(recipe(lab, vector="ties"), tmp_path / "out", progress=False)
     vectors = reference(lab, "tall_masks", "ties").vectors
     moved = sum(int((v != 0).sum()) for v in vectors.values())
     assert found.marks.moved == moved < 0.6 * found.marks.trained
@@ -235,8 +235,8 @@ def test_ties_leaves_what_it_trims_everywhere_out_of_the_shares(lab: Any, tmp_pa
 def test_experts_keep_the_order_in_which_they_were_given(lab: Any, tmp_path: Path) -> None:
     turned = {name: lab.experts[name] for name in ("size", "mood", "kind")}
     chosen = {"mood.threshold": 0.2, "kind.threshold": 1.0, "size.threshold": 0.5}
-    one = compress(recipe(lab, **chosen), tmp_path / "one", progress=False)
-    two = compress(Recipe("tall_masks", lab.base, turned, chosen), tmp_path / "two", progress=False)
+    one = write_masks(recipe(lab, **chosen), tmp_path / "one", progress=False)
+    two = write_masks(Recipe("tall_masks", lab.base, turned, chosen), tmp_path / "two", progress=False)
     a, b = (load_file(tmp_path / f / "twin.safetensors") for f in ("one", "two"))
     for i, name in enumerate(turned):
         was = TASKS.index(name)
@@ -249,9 +249,9 @@ def test_experts_keep_the_order_in_which_they_were_given(lab: Any, tmp_path: Pat
 @pytest.mark.parametrize("method", ["tall_masks", "emr"])
 def test_sixteen_bits(tmp_path: Path, method: str) -> None:
     lab = family(tmp_path, torch.bfloat16)
-    compress(recipe(lab, method), tmp_path / "out", progress=False)
+    write_masks(recipe(lab, method), tmp_path / "out", progress=False)
     stored = load_file(tmp_path / "out" / "twin.safetensors")
-    extract(tmp_path / "out", "kind", tmp_path / "again")
+    extract_masked(tmp_path / "out", "kind", tmp_path / "again")
     got = load_file(tmp_path / "again" / "model.safetensors")
     for n in names(lab):
         vector, mask = stored[f"vector/{n}"], unpack(stored[f"1/m/{n}"], lab.zero[n].numel()).reshape(lab.zero[n].shape)
@@ -263,8 +263,8 @@ def test_sixteen_bits(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("method", ["tall_masks", "emr"])
 def test_one_expert_alone_comes_back_up_to_rounding(tmp_path: Path, method: str) -> None:
     lab = family(tmp_path, experts={"mood": 2})
-    compress(recipe(lab, method), tmp_path / "out", progress=False)
-    extract(tmp_path / "out", "mood", tmp_path / "again")
+    write_masks(recipe(lab, method), tmp_path / "out", progress=False)
+    extract_masked(tmp_path / "out", "mood", tmp_path / "again")
     got = load_file(tmp_path / "again" / "model.safetensors")
     for n in names(lab):
         torch.testing.assert_close(got[f"bert.{n}"], lab.states["mood"][n], rtol=2e-7, atol=1e-8)
@@ -272,10 +272,10 @@ def test_one_expert_alone_comes_back_up_to_rounding(tmp_path: Path, method: str)
 
 def test_models_in_memory_give_the_same_file(lab: Any, made: Path, tmp_path: Path) -> None:
     experts = {n: BertForSequenceClassification.from_pretrained(f) for n, f in lab.experts.items()}
-    compress(Recipe("tall_masks", BertModel.from_pretrained(lab.base), experts), tmp_path / "out", progress=False)
+    write_masks(Recipe("tall_masks", BertModel.from_pretrained(lab.base), experts), tmp_path / "out", progress=False)
     assert (tmp_path / "out" / "twin.safetensors").read_bytes() == (made / "twin.safetensors").read_bytes()
-    extract(tmp_path / "out", "mood", tmp_path / "again")
-    extract(made, "mood", tmp_path / "same")
+    extract_masked(tmp_path / "out", "mood", tmp_path / "again")
+    extract_masked(made, "mood", tmp_path / "same")
     one, two = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("again", "same"))
     assert one == two and json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
 
@@ -296,15 +296,15 @@ def test_no_more_than_a_tile_is_read_or_written_at_once(
 
     monkeypatch.setattr(Checkpoint, "read_into", reading)
     monkeypatch.setattr(CheckpointWriter, "write", writing)
-    compress(recipe(lab), tmp_path / "out", progress=False, tile=65_536)
+    write_masks(recipe(lab), tmp_path / "out", progress=False, tile=65_536)
     assert largest == {"read": 4 * 65_536, "written": 4 * 65_536}  # the embeddings alone are 72,012 numbers
     monkeypatch.setattr("twinmerge.twin.masks.extract.RANGE", 65_536)
-    extract(tmp_path / "out", "mood", tmp_path / "again")
+    extract_masked(tmp_path / "out", "mood", tmp_path / "again")
     assert largest == {"read": largest["read"], "written": 4 * 65_536}
     assert largest["read"] <= 4 * 16 * 65_536  # of the checksums
     extract_whole = (tmp_path / "again" / "model.safetensors").read_bytes()
     monkeypatch.undo()
-    extract(tmp_path / "out", "mood", tmp_path / "whole")
+    extract_masked(tmp_path / "out", "mood", tmp_path / "whole")
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == extract_whole
 
 
@@ -318,7 +318,7 @@ def test_levels_hold_the_masks_of_every_threshold_to_the_bit(lab: Any, tmp_path:
     for chosen in ([0, 0, 0], [4, 2, 1]):
         parameters = {f"{e}.threshold": GRID[k] for e, k in zip(TASKS, chosen, strict=True)}
         out = tmp_path / "".join(map(str, chosen))
-        compress(recipe(lab, vector=vector, **parameters), out, progress=False)
+        write_masks(recipe(lab, vector=vector, **parameters), out, progress=False)
         stored = load_file(out / "twin.safetensors")
         for name, masks in found.at(chosen):
             assert torch.equal(found.vectors[name], stored[f"vector/{name}"])
@@ -364,18 +364,18 @@ def spoiled(lab: Any, folder: Path, change: Any) -> dict[str, str]:
 @pytest.mark.parametrize("method", ["tall_masks", "emr"])
 def test_an_expert_that_is_the_base_has_an_empty_mask(lab: Any, tmp_path: Path, method: str) -> None:
     experts = spoiled(lab, tmp_path / "same", lambda t: t.update({f"bert.{n}": v for n, v in lab.zero.items()}))
-    found = compress(Recipe(method, lab.base, experts), tmp_path / "out", progress=False)
+    found = write_masks(Recipe(method, lab.base, experts), tmp_path / "out", progress=False)
     stored = load_file(tmp_path / "out" / "twin.safetensors")
     assert not any(stored[f"1/m/{n}"].any() for n in names(lab)) and all(t.isfinite().all() for t in stored.values())
     assert found.marks.by_task[1] == 0 and found.scales[1] == (0.0 if method == "emr" else 1.0)
-    extract(tmp_path / "out", "kind", tmp_path / "again")
+    extract_masked(tmp_path / "out", "kind", tmp_path / "again")
     got = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(got[f"bert.{n}"], v) for n, v in lab.zero.items() if v.is_floating_point())
 
 
 def test_experts_that_change_nothing_at_all_are_refused(lab: Any, tmp_path: Path) -> None:
     with pytest.raises(TwinmergeError, match="No expert changes anything of the base"):
-        compress(Recipe("emr", lab.base, {"a": lab.base, "b": lab.base}), tmp_path / "out", progress=False)
+        write_masks(Recipe("emr", lab.base, {"a": lab.base, "b": lab.base}), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -383,25 +383,25 @@ def test_experts_that_change_nothing_at_all_are_refused(lab: Any, tmp_path: Path
 def test_a_number_that_is_not_finite_is_named(lab: Any, tmp_path: Path, where: str) -> None:
     experts = spoiled(lab, tmp_path / "bad", lambda t: t[f"bert.{where}"].view(-1)[-1:].fill_(float("nan")))
     with pytest.raises(TwinmergeError, match=rf"'{where}' of the expert 'kind' holds NaN"):
-        compress(Recipe("tall_masks", lab.base, experts), tmp_path / "out", progress=False)
+        write_masks(Recipe("tall_masks", lab.base, experts), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_other_methods_and_dtypes_are_refused(lab: Any, tmp_path: Path) -> None:
     with pytest.raises(TwinmergeError, match="consensus gives one model and no masks"):
-        compress(recipe(lab, "consensus"), tmp_path / "out")
+        write_masks(recipe(lab, "consensus"), tmp_path / "out")
     with pytest.raises(TwinmergeError, match="Leave the dtype"):
-        compress(Recipe("emr", lab.base, lab.experts, dtype="bfloat16"), tmp_path / "out")
+        write_masks(Recipe("emr", lab.base, lab.experts, dtype="bfloat16"), tmp_path / "out")
 
 
 def test_an_output_that_is_there_is_refused_before_anything_is_read(lab: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     with pytest.raises(TwinmergeError, match="is there already"):
-        compress(recipe(lab), tmp_path / "out", progress=False)
-    made = compress(recipe(lab), tmp_path / "masks", progress=False).folder
+        write_masks(recipe(lab), tmp_path / "out", progress=False)
+    made = write_masks(recipe(lab), tmp_path / "masks", progress=False).folder
     with pytest.raises(TwinmergeError, match="is there already"):
-        extract(made, "mood", tmp_path / "out")
+        extract_masked(made, "mood", tmp_path / "out")
 
 
 def copied(made: Path, to: Path, change: Any) -> Path:
@@ -441,22 +441,22 @@ BITS = "0/m/pooler.dense.bias"  # 12 entries in two bytes
 def test_masks_of_another_model_or_length_are_refused(made: Path, tmp_path: Path, change: Any, said: str) -> None:
     folder = copied(made, tmp_path / "copy", change)
     with pytest.raises(TwinmergeError, match=said):
-        extract(folder, "mood", tmp_path / "again")
+        extract_masked(folder, "mood", tmp_path / "again")
     assert not (tmp_path / "again").exists() and not (tmp_path / "again.partial").exists()
 
 
 def test_an_untouched_copy_is_read(made: Path, tmp_path: Path) -> None:
-    extract(copied(made, tmp_path / "copy", lambda *_: None), "size", tmp_path / "again")
-    extract(made, "size", tmp_path / "same")
+    extract_masked(copied(made, tmp_path / "copy", lambda *_: None), "size", tmp_path / "again")
+    extract_masked(made, "size", tmp_path / "same")
     one, two = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("again", "same"))
     assert one == two
 
 
 def test_unknown_tasks_and_folders_without_masks_are_refused(lab: Any, made: Path, tmp_path: Path) -> None:
     with pytest.raises(TwinmergeError, match="Did you mean 'mood'"):
-        extract(made, "mod", tmp_path / "again")
+        extract_masked(made, "mod", tmp_path / "again")
     with pytest.raises(TwinmergeError, match="holds no masks"):
-        extract(lab.base, "mood", tmp_path / "again")
+        extract_masked(lab.base, "mood", tmp_path / "again")
 
 
 # ------------------------------------------------------------------------------------- whole or not there
@@ -477,7 +477,7 @@ def test_an_interrupted_run_leaves_nothing(
 
     monkeypatch.setattr(CheckpointWriter, "write", stop)
     with pytest.raises(KeyboardInterrupt):
-        compress(recipe(lab), tmp_path / "out", progress=False)
+        write_masks(recipe(lab), tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -486,11 +486,11 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_is_whole(lab: Any, made:
     if not (child := os.fork()):
         CheckpointWriter.write = lambda self, name, *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
         try:
-            compress(recipe(lab), tmp_path / "out", progress=False)
+            write_masks(recipe(lab), tmp_path / "out", progress=False)
         finally:
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "output" / "twin.safetensors").exists()
-    compress(recipe(lab), tmp_path / "out", progress=False)
+    write_masks(recipe(lab), tmp_path / "out", progress=False)
     assert (tmp_path / "out" / "twin.safetensors").read_bytes() == (made / "twin.safetensors").read_bytes()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from twinmerge.models.architecture import Architecture
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.results import Result, bytes_of
 from twinmerge.store.header import CODES, torch_dtype
 from twinmerge.store.output import OutputFolder
 
@@ -33,22 +34,34 @@ SKETCH = 8  # a matrix has so many times more directions where `truncate` sketch
 SMALL = 256  # and at least so many
 
 
-class ExtractedLora(NamedTuple):
-    """What `extract_lora` wrote.
+class _ExtractedLora(NamedTuple):
+    folder: Path | None
+    ranks: dict[str, int]
+    energy: dict[str, float]
+    left_out: dict[str, float]
+    saved: list[str]
 
-    Args:
-        folder: of the adapter.
+
+class ExtractedLora(Result, _ExtractedLora):
+    """What `extract_lora` made.
+
+    Attributes:
+        folder: of the adapter; None where nothing was to be written.
         ranks: parameter -> rank of what the adapter adds to it; those that did not change are not in it.
         energy: parameter -> share of the squared norm of its change that the rank keeps.
         left_out: parameter -> its share of the squared norm of all changes, for what no adapter can carry.
         saved: modules that travel in full: a head.
     """
 
-    folder: Path
-    ranks: dict[str, int]
-    energy: dict[str, float]
-    left_out: dict[str, float]
-    saved: list[str]
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what `twinmerge lora extract --json` prints."""
+        found = super().to_dict()
+        size = None if self.folder is None else bytes_of(self.folder)
+        return {"output": found.pop("folder"), "bytes": size, **found}
+
+    def _summary(self) -> str:
+        where = "not written" if self.folder is None else f"in {self.folder}"
+        return f"{len(self.ranks)} matrices, rank {max(self.ranks.values())} at most, {where}"
 
 
 class Change(NamedTuple):
@@ -65,7 +78,7 @@ class Change(NamedTuple):
 def extract_lora(
     model: ModelLike,
     base: ModelLike,
-    out: str | Path,
+    out: str | Path | None,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -83,7 +96,7 @@ def extract_lora(
 
     Args:
         model: what was tuned from `base`; a `base+adapter` gives its own factors, without rounding them to the weights.
-        out: a folder that does not exist or is empty.
+        out: a folder that does not exist or is empty; None computes all and writes nothing.
         rank: so many directions per matrix, or its numerical rank where that is less.
         energy: instead, the fewest that hold this share of the squared norm of the change; 0.95 where neither is given.
         max_rank: at most so many all the same; 128 where neither rank nor energy is given, which says what it cut.
@@ -113,7 +126,8 @@ def extract_lora(
     if most is not None:
         limit = limit._replace(rank=min(rank or most, Limit.of(most, None).rank or most))
     check_dtype(dtype)
-    OutputFolder(out).check()
+    if out is not None:
+        OutputFolder(out).check()
     origin, opened = open_model(base), open_model(model)
     if opened.architecture is None:
         raise ModelError(f"{opened.name} has no config.json, so its modules are not known. Add its config.json.")
@@ -160,8 +174,9 @@ def extract_lora(
     }
     text = _text(opened, limit, changes, low, left, list(saved))
     about = About(f"LoRA adapter extracted from {opened.name}", text, {"lora_extract": told}, {MODEL: opened})
-    folder = write_lora(out, origin, opened.architecture, modules, about, dtype, saved)
-    return ExtractedLora(folder, ranks, kept, left, sorted(saved))
+    if out is not None:
+        write_lora(out, origin, opened.architecture, modules, about, dtype, saved)
+    return ExtractedLora(None if out is None else Path(out), ranks, kept, left, sorted(saved))
 
 
 def change(name: str, model: OpenedModel, base: OpenedModel, limit: Limit | None, exact: bool = False) -> Change:

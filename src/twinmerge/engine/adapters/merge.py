@@ -28,23 +28,35 @@ from twinmerge.models.matching import check_ancestry
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import adapted, open_model
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.results import Result
 from twinmerge.store.output import OutputFolder
 
 
-class MergedLora(NamedTuple):
-    """What `merge_lora` wrote.
+class _MergedLora(NamedTuple):
+    folder: Path | None
+    ranks: dict[str, int]
+    energy: dict[str, float]
+    dropped: dict[str, list[str]]
 
-    Args:
+
+class MergedLora(Result, _MergedLora):
+    """What `merge_lora` made.
+
+    Attributes:
         folder: None where nothing was to be written.
         ranks: parameter -> rank of what the adapter adds to it, for those that it changes.
         energy: parameter -> share of the squared norm that its rank keeps.
         dropped: expert -> tensors that it had trained in full, which are not in the adapter.
     """
 
-    folder: Path | None
-    ranks: dict[str, int]
-    energy: dict[str, float]
-    dropped: dict[str, list[str]]
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what `twinmerge lora merge --json` prints."""
+        found = super().to_dict()
+        return {"output": found.pop("folder"), **found}
+
+    def _summary(self) -> str:
+        where = "not written" if self.folder is None else f"in {self.folder}"
+        return f"{len(self.ranks)} matrices, rank {max(self.ranks.values())} at most, {where}"
 
 
 @strict

@@ -58,7 +58,7 @@ class Method(BaseModel, ABC):
             that expert, at scale 1), "symmetric" (the experts' order is irrelevant), "odd" (negated deltas give the
             negated change) and "homogeneous" (deltas times c give the change times c).
         needs: statistics of every expert that the formula reads besides the weights.
-        outputs: "model", or "masks": one vector and a mask for each expert, which `twinmerge compress` writes.
+        outputs: "model", or "masks": one vector and a mask for each expert, which `twinmerge masks build` writes.
         linear: what comes out is a sum of the experts, by numbers that their values do not change (`coefficients`).
         core_space: it merges low-rank factors into low-rank factors (`merge_factors`), as adapters are merged.
         scales_last: its field `scale` multiplies the merged change and does nothing else, so that a tensor may have another one.

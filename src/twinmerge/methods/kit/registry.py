@@ -300,5 +300,5 @@ def require_model(method: MethodLike) -> None:
     if method_class(method).outputs != "model":
         name = short_name(method)
         raise RecipeError(
-            f"{name} makes a mask for each expert, and no one model of them. Use `twinmerge compress --method {name}`."
+            f"{name} makes a mask for each expert, and no one model of them. Use `twinmerge masks build --method {name}`."
         )

@@ -28,8 +28,8 @@ from twinmerge.maths.bits import byte_count, pack
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import Known
-from twinmerge.methods.kit.masks import Form, Marks, MaskMethod, described, storage_bits
-from twinmerge.methods.kit.registry import method_class
+from twinmerge.methods.kit.masks import Marks, MaskMethod, described
+from twinmerge.methods.kit.registry import method_class, short_name
 from twinmerge.models.opened import as_tensor
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.artefact import Artefact, ArtefactWriter, fingerprint
@@ -40,61 +40,26 @@ from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
 from twinmerge.twin.masked import SCALES, TWIN_VERSION
+from twinmerge.twin.masks.results import BuiltMasks
 from twinmerge.twin.package import TWIN
 
 Bytes = NDArray[np.uint8]
 Answer = TypeVar("Answer")
 
 
-class Compressed(NamedTuple):
-    """What was written.
-
-    folder, experts: as named; thresholds: λt of each expert, empty for EMR; scales: st; marks: how many weights how many
-    tasks marked; trained, frozen: weights that have a mask, and the others; number_bits: of a weight; formula: form of
-    storage -> bytes, as the paper counts them.
-    """
-
-    folder: Path
-    experts: list[str]
-    thresholds: list[float]
-    scales: list[float]
-    marks: Marks
-    trained: int
-    frozen: int
-    number_bits: int
-
-    def formula(self, form: Form) -> float:
-        """Bytes by the paper's formula, which counts no heads."""
-        return storage_bits(self.trained, self.frozen, len(self.experts), form, self.number_bits) / 8
-
-    def told(self) -> dict[str, Any]:
-        """The same as plain data, for the provenance and the command."""
-        return {
-            "thresholds": dict(zip(self.experts, self.thresholds, strict=False)),
-            "scales": dict(zip(self.experts, self.scales, strict=True)),
-            "trained_weights": self.trained,
-            "frozen_weights": self.frozen,
-            "weights_counted": self.marks.moved,
-            "marked_by": list(self.marks.by_count),
-            "shares": self.marks.shares(),
-            "densities": dict(zip(self.experts, self.marks.densities(), strict=True)),
-            "formula_bytes": {form: self.formula(form) for form in ("merged", "fine_tuned", "masks")},
-        }
-
-
 @strict
-def compress(
+def write_masks(
     recipe: Recipe,
     out: str | Path,
     about: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     progress: bool = True,
     tile: int | None = None,
-) -> Compressed:
-    """Write θ0, τ and a bit for each weight and expert: θt ≈ θ0 + st · mt ⊙ τ.
+) -> BuiltMasks:
+    """Write θ0, τ and a bit for each weight and expert: θt ≈ θ0 + st · mt ⊙ τ. `twinmerge.build_masks` calls it.
 
     The folder is a twin: stock transformers loads it as θ0, `Twin.from_pretrained` runs every expert from it, and
-    `extract` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert changes
+    `extract_masked` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert changes
     are kept once and have no mask.
 
     Args:
@@ -141,7 +106,7 @@ def mask_merge(recipe: Recipe, progress: bool = True, tile: int | None = None) -
     """
     if method_class(recipe.method).outputs != "masks":
         raise RecipeError(
-            f"{recipe.method} gives one model and no masks. Use `twinmerge merge`, or name tall_masks or emr."
+            f"{short_name(recipe.method)} gives one model and no masks. Use `twinmerge merge`, or name tall_masks or emr."
         )
     if recipe.dtype is not None or recipe.stochastic is not None:
         raise RecipeError("Masks belong to the base as it is. Leave the dtype and stochastic rounding out.")
@@ -190,7 +155,7 @@ class _Seen(NamedTuple):
 
 def _write(
     merge: Merge, changed: Sequence[str], model: CheckpointWriter, twin: ArtefactWriter, out: Path
-) -> Compressed:
+) -> BuiltMasks:
     kept = {out_name: name for out_name, name in merge.plan.canonical.items() if out_name not in set(changed)}
     for each in ranges(kept, {name: merge.plan.specs[name].shape for name in kept}, merge.plan.tile):
         model.write(each.name, each.start, _of_base(merge, kept[each.name], each.start, each.stop))
@@ -209,7 +174,7 @@ def _write(
     twin.write(SCALES, 0, torch.tensor(scales, dtype=torch.float64))
     by_task = tuple(in_given_order(merge, marks.by_task))
     trained = sum(sizes.values())
-    return Compressed(
+    return BuiltMasks(
         out,
         list(merge.recipe.experts),
         _header(merge, changed).get("thresholds", []),

@@ -24,6 +24,7 @@ from twinmerge.models.head_files import HeadSpec, load_heads
 from twinmerge.models.headed import architecture_of
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.moved import old_name
 from twinmerge.store.artefact import ArtefactFile, folder_fingerprint, open_artefact, undamaged
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
@@ -31,6 +32,7 @@ from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.masked import SCALES, TWIN_VERSION, unmasked
+from twinmerge.twin.masks.results import ExtractedExpert
 from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import TWIN, is_twin
 
@@ -53,7 +55,7 @@ def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
         TwinmergeError: no twin folder, none with masks, masks of another model, or that do not fit its tensors.
     """
     if not is_twin(folder):
-        raise DataError(f"{folder} holds no masks: it has no {TWIN}. Make them with `twinmerge compress`.")
+        raise DataError(f"{folder} holds no masks: it has no {TWIN}. Make them with `twinmerge masks build`.")
     if (manifest := Manifest.of(folder)) is not None:
         manifest.check_all("README.md")
     checkpoint = open_artefact(folder / TWIN, "twin", TWIN_VERSION, folder_fingerprint(folder))
@@ -77,11 +79,11 @@ def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
 
 
 @strict
-def extract(folder: str | Path, task: str, out: str | Path) -> Path:
+def extract_masked(folder: str | Path, task: str, out: str | Path) -> ExtractedExpert:
     """Write the model of one task: θ0 + st · mt ⊙ τ in the class of its head, which stock transformers loads.
 
     Args:
-        folder: that `compress` wrote.
+        folder: that `build_masks` wrote.
         task: the name of an expert.
         out: a folder that does not exist or is empty; it is whole or not there.
 
@@ -114,7 +116,7 @@ def extract(folder: str | Path, task: str, out: str | Path) -> Path:
         finally:
             writer.close()
         Beside(shared, folder, *_described(folder, task), architecture=architecture).write(partial)
-    return Path(out)
+    return ExtractedExpert(Path(out), task)
 
 
 def _places(
@@ -162,3 +164,7 @@ def _described(folder: Path, task: str) -> tuple[dict[str, Any], str]:
     method = told.get("recipe", {}).get("merge_method", "masks")
     text = f"# {task}\n\nOne of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
     return {"extract": {"task": task}, "from": told}, text
+
+
+def __getattr__(name: str) -> Any:
+    return old_name(__name__, name)

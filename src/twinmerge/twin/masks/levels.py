@@ -15,6 +15,7 @@ from twinmerge.errors import RecipeError, UsageError
 from twinmerge.maths.bits import byte_count, pack, plane_at, planes
 from twinmerge.methods.kit.base import Known
 from twinmerge.methods.kit.masks import GRID, Marking, beyond, sizes
+from twinmerge.methods.kit.registry import short_name
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.twin.masks.build import changed_tensors, in_given_order, mask_merge, walk
 
@@ -52,13 +53,15 @@ def levels(
         grid: 1 to 7 thresholds, rising, above 0 and at most 1.
 
     Errors:
-        TwinmergeError: another grid, a method without a threshold, and as `compress` says.
+        TwinmergeError: another grid, a method without a threshold, and as `build_masks` says.
     """
     if not grid or list(grid) != sorted(set(grid)) or not 0 < grid[0] <= grid[-1] <= 1 or len(grid) > 7:
         raise UsageError(f"The thresholds {list(grid)} are no grid. Give 1 to 7 rising ones, above 0 and at most 1.")
     merge = mask_merge(recipe, progress, tile)
     if not isinstance(merge.method, Marking):
-        raise RecipeError(f"{recipe.method} has no threshold, so there is none to choose. Compress with it as it is.")
+        raise RecipeError(
+            f"{short_name(recipe.method)} has no threshold, so there is none to choose. Build masks with it as it is."
+        )
     changed = changed_tensors(merge)
     canonical = merge.plan.canonical
     vectors, found = {}, {}

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twinmerge.results import Table
+
 HELD_OUT = 0.2
 BINS = 15
 
 
-class RouterReport(NamedTuple):
-    """On the held-out rows: share routed right (all, and by expert), negative log-likelihood and expected calibration
-    error before and after the temperature; confusion[i][j]: rows of expert i that went to expert j; refused:
-    share of rows that the null expert took."""
-
+class _RouterReport(NamedTuple):
     rows: int
     right: float
     right_by_expert: dict[str, float]
@@ -29,6 +27,33 @@ class RouterReport(NamedTuple):
     temperature: float
     confusion: list[list[int]]
     refused: float = 0.0
+
+
+class RouterReport(Table, _RouterReport):
+    """How held-out rows were routed. As a table: the confusion, a row for each expert.
+
+    Attributes:
+        rows: how many there were.
+        right: share of them that was routed right.
+        right_by_expert: the same by expert.
+        nll: negative log-likelihood before the temperature.
+        nll_calibrated: after it.
+        ece: expected calibration error before the temperature.
+        ece_calibrated: after it.
+        temperature: that was fitted.
+        confusion: confusion[i][j] is the number of rows of expert i that went to expert j.
+        refused: share of rows that the null expert took.
+    """
+
+    def _summary(self) -> str:
+        return (
+            f"{100 * self.right:.1f} % of {self.rows} rows right, {100 * self.refused:.1f} % left to the shared model"
+        )
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        names = list(self.right_by_expert)
+        rows = [[name, *row, self.right_by_expert[name]] for name, row in zip(names, self.confusion, strict=True)]
+        return ["rows of", *names, "right"], rows
 
 
 def held_out_split(owners: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`twinmerge compress` and `twinmerge extract`: many experts as one vector and a mask each, and one of them back."""
+"""`twinmerge masks`: many experts as one vector and a mask each, and one of them back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from twinmerge.cli.common import (
     Json,
     Parameters,
     Threads,
-    folder_bytes,
     pairs,
     print_json,
     print_table,
@@ -24,14 +23,13 @@ from twinmerge.cli.common import (
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
+from twinmerge.results import bytes_of
 
 if TYPE_CHECKING:
-    from twinmerge.recipes.recipe import Recipe
-    from twinmerge.study.thresholds import Chosen
-    from twinmerge.twin.masks.build import Compressed
+    from twinmerge.twin.masks.results import BuiltMasks
 
 
-def compress(
+def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     method: Annotated[
         str, typer.Option("--method", help="tall_masks, or emr, which has nothing to choose.")
@@ -58,13 +56,12 @@ def compress(
 ) -> None:
     """Keep many experts in little more than two models: the base, one vector, and a bit for each weight and expert.
 
-    twinmerge compress --method tall_masks --base B --expert a=A --expert b=B2 -p threshold=0.4 -p b.threshold=0.5 -o OUT
+    twinmerge masks build --method tall_masks --base B --expert a=A --expert b=B2 -p threshold=0.4 -p b.threshold=0.5 -o OUT
 
-    twinmerge compress --base B --expert a=A --expert b=B2 --suite DIR --split validation -o OUT
+    twinmerge masks build --base B --expert a=A --expert b=B2 --suite DIR --split validation -o OUT
     """
-    from twinmerge.recipes.recipe import Recipe
     from twinmerge.store.output import OutputFolder
-    from twinmerge.twin.masks.build import compress as run
+    from twinmerge.study.masks import build_masks
 
     use_threads(threads)
     OutputFolder(output).check()
@@ -74,12 +71,18 @@ def compress(
         from twinmerge.study.heatmap import check_picture
 
         check_picture(picture)
-    recipe = Recipe(method, base, pairs(expert, "--expert"), values(parameter, "-p"), heads=tuple(head or ()))
-    about: dict[str, dict[str, str]] = {}
-    chosen: Chosen | None = None
-    if suite is not None:
-        recipe, chosen, about = _chosen(recipe, suite, split, rows, seed)
-    found = run(recipe, output, about)
+    found = build_masks(
+        method,
+        base,
+        pairs(expert, "--expert"),
+        output,
+        heads=tuple(head or ()),
+        suite=suite,
+        split=split,
+        limit=rows,
+        seed=seed,
+        **values(parameter, "-p"),
+    )
     if picture is not None:
         from twinmerge.study.mask_shares import draw_shares
 
@@ -87,16 +90,13 @@ def compress(
             {f"{method} of {', '.join(found.experts)}": found.marks}, "Weights by how many tasks need them", picture
         )
     if json:
-        scores = (
-            None if chosen is None else {t: {f"{c:g}": s for c, s in by.items()} for t, by in chosen.scores.items()}
-        )
-        print_json({"output": str(output), "bytes": folder_bytes(output), **found.told(), "scores": scores})
-        return
-    _tell(found, chosen)
+        print_json(found.to_dict())
+    else:
+        _tell(found)
 
 
 def extract(
-    folder: Annotated[Path, typer.Argument(help="A folder that `twinmerge compress` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that `twinmerge masks build` wrote.")],
     task: Annotated[str, typer.Argument(help="The expert that is wanted.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     threads: Threads = None,
@@ -104,38 +104,20 @@ def extract(
 ) -> None:
     """Write one expert out of masks as a plain model in its own class, with its head.
 
-    twinmerge extract OUT a -o A2
+    twinmerge masks extract OUT a -o A2
     """
-    from twinmerge.twin.masks.extract import extract as run
+    from twinmerge.twin.masks.extract import extract_masked
 
     use_threads(threads)
-    run(folder, task, output)
+    found = extract_masked(folder, task, output)
     if json:
-        print_json({"output": str(output), "bytes": folder_bytes(output)})
+        print_json(found.to_dict())
     else:
-        said(f"Extracted {task}, {size(folder_bytes(output))} -> {output}")
+        said(f"Extracted {task}, {size(bytes_of(output))} -> {output}")
 
 
-def _chosen(
-    recipe: Recipe, suite: Path, split: str, rows: int | None, seed: int
-) -> tuple[Recipe, Chosen, dict[str, dict[str, str]]]:
-    """The recipe with the best threshold for each task, how it was found, and what the heads' tasks are."""
-    from dataclasses import replace
-
-    from twinmerge.study.thresholds import choose_thresholds
-    from twinmerge.tasks.suite import open_suite
-
-    if any(name.rpartition(".")[2] == "threshold" for name in recipe.parameters):
-        raise UsageError("Both --suite and -p threshold are given. Leave out one of them.")
-    tasks = open_suite(suite, list(recipe.experts))
-    chosen = choose_thresholds(recipe, tasks, split=split, limit=rows, seed=seed)
-    own = {f"{task}.threshold": threshold for task, threshold in chosen.thresholds.items()}
-    about = {name: {"task": name, "metric": task.metric} for name, task in tasks.items()}
-    return replace(recipe, parameters={**recipe.parameters, **own}), chosen, about
-
-
-def _tell(found: Compressed, chosen: Chosen | None) -> None:
-    if chosen is not None:
+def _tell(found: BuiltMasks) -> None:
+    if (chosen := found.chosen) is not None:
         grid = list(next(iter(chosen.scores.values())))
         best = chosen.thresholds
         lines = [
@@ -157,6 +139,6 @@ def _tell(found: Compressed, chosen: Chosen | None) -> None:
         f"{share['selfish']:.1f} % by one, {share['all']:.1f} % by all {len(found.experts)}."
     )
     said(
-        f"{size(folder_bytes(found.folder))} on the disk, heads and tokenizer included; by the formula {size(found.formula('masks'))}, "
+        f"{size(bytes_of(found.folder))} on the disk, heads and tokenizer included; by the formula {size(found.formula('masks'))}, "
         f"against {size(found.formula('fine_tuned'))} of {len(found.experts)} models -> {found.folder}"
     )

@@ -1,4 +1,4 @@
-"""`twinmerge compress` and `twinmerge extract` on the zoo: folders, what is printed, thresholds from a suite, mistakes."""
+"""`twinmerge masks` on the zoo: folders, what is printed, thresholds from a suite, mistakes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def compressed(command: Any, zoo: SimpleNamespace, out: Path, *words: object) -> Any:
-    return command("compress", "--base", zoo.base, *zoo.given, "-o", out, *words)
+    return command("masks", "build", "--base", zoo.base, *zoo.given, "-o", out, *words)
 
 
 def header(folder: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def test_compress_and_every_expert_out_again(command: Any, zoo: SimpleNamespace,
     assert "are needed by no task" in ran.err and "by the formula" in ran.err
     assert weights(tmp_path / "masks").keys() == weights(zoo.base).keys()
     for task, labels in zoo.labels.items():
-        ran = command("extract", tmp_path / "masks", task, "-o", tmp_path / task)
+        ran = command("masks", "extract", tmp_path / "masks", task, "-o", tmp_path / task)
         assert ran.code == 0 and f"Extracted {task}" in ran.err
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / task)
         assert list(model.config.id2label.values()) == labels and (tmp_path / task / "tokenizer.json").is_file()
@@ -58,11 +58,11 @@ def test_compress_and_every_expert_out_again(command: Any, zoo: SimpleNamespace,
 def test_a_folder_of_masks_is_a_twin_for_the_other_commands(command: Any, zoo: SimpleNamespace, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     assert compressed(command, zoo, masks).code == 0
-    ran = command("twin", "run", masks, "a lovely film", "--expert", "mood", "--json").json()
+    ran = command("twin", "predict", masks, "a lovely film", "--expert", "mood", "--json").json()
     assert ran[0]["label"] in zoo.labels["mood"] and ran[0]["mixture"]["mood"] == 1
     scores = command("evaluate", masks, "--suite", zoo.suite, "--json").json()
     for task in zoo.labels:
-        assert command("extract", masks, task, "-o", tmp_path / task).code == 0
+        assert command("masks", "extract", masks, task, "-o", tmp_path / task).code == 0
         found, alone = (
             evaluate(folder, open_suite(zoo.suite, [task]), progress=False)[0] for folder in (masks, tmp_path / task)
         )
@@ -77,9 +77,9 @@ def test_a_folder_of_masks_is_a_twin_for_the_other_commands(command: Any, zoo: S
 
 def test_language_models_without_heads(command: Any, zoo: SimpleNamespace, tmp_path: Path) -> None:
     experts = ("--expert", f"alice={zoo.alice}", "--expert", f"bob={zoo.bob}")
-    ran = command("compress", "--method", "emr", "--base", zoo.lm, *experts, "-o", tmp_path / "masks")
+    ran = command("masks", "build", "--method", "emr", "--base", zoo.lm, *experts, "-o", tmp_path / "masks")
     assert ran.code == 0 and not (tmp_path / "masks" / "heads").exists(), ran.err
-    assert command("extract", tmp_path / "masks", "bob", "-o", tmp_path / "bob").code == 0
+    assert command("masks", "extract", tmp_path / "masks", "bob", "-o", tmp_path / "bob").code == 0
     model, told = GPT2LMHeadModel.from_pretrained(tmp_path / "bob", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -106,7 +106,7 @@ def test_json_has_bytes_formula_shares_and_scales(command: Any, zoo: SimpleNames
     assert sum(found["marked_by"]) == found["weights_counted"] <= trained
     assert found["shares"]["selfish"] == found["marked_by"][1] / found["weights_counted"]
     assert 0 < found["densities"]["size"] < found["densities"]["mood"] < 1
-    ran = command("extract", tmp_path / "out", "mood", "-o", tmp_path / "mood", "--json")
+    ran = command("masks", "extract", tmp_path / "out", "mood", "-o", tmp_path / "mood", "--json")
     assert ran.json() == {"output": str(tmp_path / "mood"), "bytes": ran.json()["bytes"]}
 
 
@@ -129,7 +129,7 @@ def test_a_suite_chooses_the_threshold_of_each_task(command: Any, zoo: SimpleNam
         out = tmp_path / f"at-{threshold}"
         assert compressed(command, zoo, out, "-p", f"threshold={threshold}").code == 0
         for task in zoo.labels:
-            command("extract", out, task, "-o", out / task)
+            command("masks", "extract", out, task, "-o", out / task)
             scored = evaluate(out / task, {task: suite[task]}, "train", progress=False)[0].scores[task]
             assert scored == found["scores"][task][f"{threshold:g}"]
     heads = json.loads((tmp_path / "again" / "heads.json").read_text())
@@ -162,22 +162,22 @@ def test_more_mistakes(command: Any, zoo: SimpleNamespace, tmp_path: Path) -> No
     assert ran.code == 2 and "Nothing is chosen on the split 'test'" in ran.err
     ran = compressed(command, zoo, tmp_path / "out", "--suite", zoo.suite, "--split", "train", "--method", "emr")
     assert ran.code == 2 and "emr has no threshold" in ran.err
-    ran = command("compress", *zoo.given, "-o", tmp_path / "out")
+    ran = command("masks", "build", *zoo.given, "-o", tmp_path / "out")
     assert ran.code == 2 and "No base is named" in ran.err
-    ran = command("compress", "--base", zoo.base, "-o", tmp_path / "out")
+    ran = command("masks", "build", "--base", zoo.base, "-o", tmp_path / "out")
     assert ran.code == 2 and "There is no expert" in ran.err
     ran = compressed(command, zoo, zoo.base)
     assert ran.code == 2 and "is there already" in ran.err
     ran = compressed(command, zoo, tmp_path / "out", "--suite", "nowhere")
     assert ran.code == 3 and "Name the folder of a suite" in ran.err
-    ran = command("extract", zoo.twin, "mood", "-o", tmp_path / "out")
+    ran = command("masks", "extract", zoo.twin, "mood", "-o", tmp_path / "out")
     assert ran.code == 3 and "is a twin without masks" in ran.err
-    ran = command("extract", tmp_path / "nowhere", "mood", "-o", tmp_path / "out")
+    ran = command("masks", "extract", tmp_path / "nowhere", "mood", "-o", tmp_path / "out")
     assert ran.code == 3 and "Error: " in ran.err and not (tmp_path / "out").exists()
 
 
 def test_merge_makes_no_masks(command: Any, zoo: SimpleNamespace, tmp_path: Path) -> None:
     ran = command("merge", "--method", "tall_masks", "--base", zoo.base, *zoo.given, "-o", tmp_path / "out")
-    assert ran.code == 2 and "twinmerge compress" in ran.err
+    assert ran.code == 2 and "twinmerge masks build" in ran.err
     ran = command("merge", "--method", "consensus", "--base", zoo.base, *zoo.given, "-o", tmp_path / "out")
     assert ran.code == 0 and (tmp_path / "out" / "model.safetensors").is_file()

@@ -1,0 +1,97 @@
+"""`merge` and `check`: a merge out of what a call names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinmerge.arguments import strict
+from twinmerge.engine.check import Checked
+from twinmerge.engine.merge import Merge
+from twinmerge.methods.kit.registry import MethodLike, require_model
+from twinmerge.models.opened import ModelLike
+from twinmerge.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+
+@strict
+def merge(
+    method: MethodLike | Recipe,
+    base: ModelLike | None = None,
+    experts: Mapping[str, ModelLike] | None = None,
+    out: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    heads: str | tuple[str, ...] | list[str] = (),
+    stochastic: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    statistics: Mapping[str, str | Path] | None = None,
+    lines: Mapping[str, Any] | None = None,
+    **parameters: Any,
+) -> Merge:
+    """Describe a merge, and with `out` write it.
+
+    Without `out` nothing is read until you ask: `.check()`, `.diff()`, `.save(out)`, `.load()`, `.state_dict()`.
+
+    Args:
+        method: a name from `twinmerge methods`, or a class or object of your own (see `twinmerge.methods`); or a recipe, as
+            `read_recipe` gives it, which says all of the merge.
+        base: the model that the experts were tuned from; needed by methods that work on changes to it.
+        experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
+        out: a folder that does not exist or is empty, which is written at once as `Merge.save` does.
+        dtype: of the output, "float32", "bfloat16", ...; the base's where None.
+        heads: patterns of tensors to keep per expert besides those found.
+        stochastic: the seed of stochastic rounding to the output's dtype; to nearest where None.
+        device: where the arithmetic runs.
+        statistics: expert -> the file that `twinmerge measure` wrote of it, for methods that need one.
+        lines: LiNeS: {"a": 0.125, "b": 0.5} scales the merged change of block l of L by a + b·l/(L−1) and all else by a;
+            without a, it is taken from the sizes of the changes.
+        parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
+
+    Errors:
+        TwinmergeError: unknown method or parameter, values out of range.
+    """
+    recipe = Recipe.of(
+        method,
+        base,
+        experts,
+        dtype=dtype,
+        heads=heads,
+        stochastic=stochastic,
+        statistics=statistics,
+        lines=lines,
+        parameters=parameters,
+    )
+    require_model(recipe.method)
+    found = Merge(recipe, progress, device=device)
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def check(
+    method: MethodLike | Recipe,
+    base: ModelLike | None = None,
+    experts: Mapping[str, ModelLike] | None = None,
+    *,
+    plan: str | Path | None = None,
+    **options: Any,
+) -> Checked:
+    """What a merge would do and take; no model is written.
+
+    Args:
+        method, base, experts: as of `merge`.
+        plan: a file, to write down what would be done, for `Merge.from_plan` and `twinmerge merge --plan`.
+        options: the others of `merge`.
+
+    Errors:
+        TwinmergeError: as `merge` and `Merge.check`.
+    """
+    found = merge(method, base, experts, **options)
+    if plan is not None:
+        found.write_plan(plan)
+    return found.check()

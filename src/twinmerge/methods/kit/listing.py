@@ -1,0 +1,61 @@
+"""What there is to merge by: every method with its paper, what it needs and gives, and its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twinmerge.arguments import strict
+from twinmerge.methods.kit.base import Method
+from twinmerge.methods.kit.fold import Fold
+from twinmerge.methods.kit.registry import MethodLike, method_class, method_name, method_names
+from twinmerge.results import Listing
+
+
+class Methods(Listing):
+    """Method -> paper, space, grain, laws, needs, outputs, over_time, parameters."""
+
+
+@strict
+def list_methods(method: MethodLike | None = None) -> Methods:
+    """What there is, or one method alone: its formula is in the class's docstring, its parameters here.
+
+    Args:
+        method: a name, or a class or object of your own; all where None.
+
+    Raises:
+        TwinmergeError: an unknown method.
+
+    Example:
+        >>> list_methods("ties")["ties"]["parameters"]["density"]["default"]
+        0.2
+        >>> list_methods("ties")
+        Methods(1: ties)
+    """
+    given = method_names() if method is None else [method]
+    return Methods({method_name(each): _about(method_class(each)) for each in given})
+
+
+def needs(method: type[Method]) -> list[str]:
+    """What a method reads besides the experts' weights."""
+    return ["base"] * (method.space == "deltas") + [f"{need} statistics" for need in method.needs]
+
+
+def over_time(method: type[Method]) -> str | None:
+    """How a method takes experts one by one: "sum" in any order, "order", or not at all."""
+    if not issubclass(method, Fold):
+        return None
+    return "sum" if method.keeps_sums else "order"
+
+
+def _about(method: type[Method]) -> dict[str, Any]:
+    fields = method.model_fields.items()
+    return {
+        "paper": method.paper,
+        "space": method.space,
+        "grain": method.grain,
+        "laws": sorted(method.laws),
+        "needs": needs(method),
+        "outputs": method.outputs,
+        "over_time": over_time(method),
+        "parameters": {name: {"default": field.default, "about": field.description} for name, field in fields},
+    }

@@ -1,0 +1,254 @@
+"""What public calls give: one line as repr, a table in a notebook, plain data; what is a table also as pandas, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import html
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from twinmerge.errors import ResourceError
+
+T = TypeVar("T")
+
+WIDTH = 79  # of a repr
+SHOWN = 30  # rows of a table in a notebook
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
+
+
+class Result:
+    """What a public call gives. A class says `_summary`, and what its fields do not: `to_dict` and `_table`.
+
+    Example:
+        >>> from typing import NamedTuple
+        >>> class _Found(NamedTuple):
+        ...     folder: Path
+        ...     share: float
+        >>> class Found(Result, _Found):
+        ...     '''What was found.'''
+        >>> Found(Path("out"), 0.25), Found(Path("out"), 0.25).to_dict()
+        (Found(folder out, share 0.25), {'folder': 'out', 'share': 0.25})
+    """
+
+    __slots__ = ()
+
+    def to_dict(self) -> Any:
+        """Plain data: what the command of the same name prints with `--json`."""
+        return plain(fields_of(self))
+
+    def _summary(self) -> str:
+        """What the repr says between its brackets."""
+        return ", ".join(f"{name} {cell(value)}" for name, value in fields_of(self).items())
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        """Titles of columns, and rows of values."""
+        return ("what", "value"), list(self.to_dict().items())
+
+    def __repr__(self) -> str:
+        text = " ".join(f"{type(self).__name__}({self._summary()})".split())
+        return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        columns, rows = self._table()
+        lines = ["<table>", f"<caption>{html.escape(repr(self))}</caption>"]
+        lines.append(f"<thead><tr>{''.join(f'<th>{html.escape(title)}</th>' for title in columns)}</tr></thead><tbody>")
+        for row in rows[:SHOWN]:
+            lines.append(f"<tr>{''.join(f'<td>{html.escape(cell(value))}</td>' for value in row)}</tr>")
+        lines.append("</tbody>")
+        if len(rows) > SHOWN:
+            more = f"and {len(rows) - SHOWN} more rows"
+            lines.append(f'<tfoot><tr><td colspan="{len(columns)}">{more}</td></tr></tfoot>')
+        return "\n".join([*lines, "</table>"])
+
+
+class Written(Result):
+    """A result that is a folder or a file, by its first field: what takes a path takes it, and `str` gives the path."""
+
+    __slots__ = ()
+
+    def __fspath__(self) -> str:
+        place: str | os.PathLike[str] = next(iter(fields_of(self).values()))
+        return os.fspath(place)
+
+    def __str__(self) -> str:
+        return self.__fspath__()
+
+    def __truediv__(self, name: str) -> Path:
+        return Path(self) / name
+
+
+class Table(Result):
+    """A result that is rows of values under titles."""
+
+    __slots__ = ()
+
+    def to_pandas(self) -> Any:
+        """The table as a pandas DataFrame.
+
+        Raises:
+            ResourceError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ResourceError(
+                "to_pandas needs pandas, which is not installed. Install it (pip install pandas), or use to_csv()."
+            ) from error
+        columns, rows = self._table()
+        return pandas.DataFrame([list(map(plain, row)) for row in rows], columns=list(columns))
+
+    def to_csv(self, out: str | os.PathLike[str] | None = None) -> str:
+        """The table as comma-separated values, every number in full.
+
+        Args:
+            out: a file that is written too, whatever was in it.
+        """
+        columns, rows = self._table()
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([["" if value is None else plain(value) for value in row] for row in rows])
+        return _written(text.getvalue(), out)
+
+    def to_latex(self, out: str | os.PathLike[str] | None = None) -> str:
+        """The table as a LaTeX tabular, numbers with four digits.
+
+        Args:
+            out: a file that is written too, whatever was in it.
+        """
+        columns, rows = self._table()
+        kinds = "".join("r" if _all_numbers(row[i] for row in rows) else "l" for i in range(len(columns)))
+        lines = [f"\\begin{{tabular}}{{{kinds}}}", "\\hline", _latex(columns), "\\hline"]
+        lines += [*map(_latex, rows), "\\hline", "\\end{tabular}"]
+        return _written("\n".join(lines) + "\n", out)
+
+
+class Rows(Table, list[T]):
+    """A list of results of one kind, each a row."""
+
+    def to_dict(self) -> Any:
+        """Plain data of each, in order."""
+        return [plain(one) for one in self]
+
+    def _summary(self) -> str:
+        return f"{len(self)} rows"
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        rows = [fields_of(one) for one in self]
+        return list(rows[0]) if rows else [], [list(row.values()) for row in rows]
+
+
+class Record(Result, dict[str, Any]):
+    """A result that is a mapping from what it says to plain values.
+
+    Example:
+        >>> found = Record(method="ties", heads={})
+        >>> found["method"], found.to_dict(), found
+        ('ties', {'method': 'ties', 'heads': {}}, Record(method ties, heads 0))
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what the command of the same name prints with `--json`."""
+        return {name: plain(value) for name, value in self.items()}
+
+
+class Listing(Table, dict[str, dict[str, Any]]):
+    """What there is of one kind: name -> what is said of it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what the command of the same name prints with `--json`."""
+        return {name: plain(about) for name, about in self.items()}
+
+    def _summary(self) -> str:
+        return f"{len(self)}: {', '.join(self)}"
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        columns = list(dict.fromkeys(key for about in self.values() for key in about))
+        return ["name", *columns], [[name, *(about.get(key) for key in columns)] for name, about in self.items()]
+
+
+def fields_of(result: Any) -> dict[str, Any]:
+    """Field -> value of a named tuple, a dataclass or a mapping."""
+    if hasattr(result, "_asdict"):
+        return dict(result._asdict())
+    if dataclasses.is_dataclass(result):
+        return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return dict(result)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: mappings, lists, texts, numbers, True, False and None.
+
+    Example:
+        >>> plain({"a": (Path("x"), {1: None})})
+        {'a': ['x', {'1': None}]}
+    """
+    if isinstance(value, Result):
+        return value.to_dict()
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if hasattr(value, "_asdict") or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        return plain(fields_of(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(plain, value))
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a number of NumPy
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def cell(value: Any) -> str:
+    """A value for a table or a line: short.
+
+    Example:
+        >>> cell(0.123456), cell(["a", "b"]), cell(["a", "b", "c", "d"]), cell({"a": 1}), cell(None)
+        ('0.1235', 'a, b', '4', '1', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)) and len(value) <= 3 and all(isinstance(each, str) for each in value):
+        return ", ".join(value)
+    return str(len(value)) if isinstance(value, (Mapping, list, tuple)) else str(value)
+
+
+def some(names: Iterable[object], most: int = 3) -> str:
+    """The first of some names, and how many more there are.
+
+    Example:
+        >>> some("abcde"), some([])
+        ('a, b, c and 2 more', 'none')
+    """
+    found = list(map(str, names))
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more if found else "none"
+
+
+def bytes_of(place: str | os.PathLike[str]) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    path = Path(place)
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+def _all_numbers(values: Iterable[Any]) -> bool:
+    return all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values)
+
+
+def _latex(row: Sequence[Any]) -> str:
+    return " & ".join("".join(SPECIAL.get(mark, mark) for mark in cell(value)) for value in row) + r" \\"
+
+
+def _written(text: str, out: str | os.PathLike[str] | None) -> str:
+    if out is not None:
+        Path(out).write_text(text, encoding="utf-8")
+    return text
