@@ -5,10 +5,10 @@ Table: docs/quality.md, "Experts that arrive one by one".
     python benchmarks/continual.py score --suite DIR --experts DIR --out DIR [--orders 5] [--rows 200]
     python benchmarks/continual.py report --out DIR
 
-`score` chooses the scale (and the ridge, rank or share) of each method once, on validation rows of all tasks after the last
-arrival of one order that is not scored. Then it adds expert after expert with `twinmerge.continual`, and scores the merged model
-after every arrival, on test rows of every task so far. What is done is kept in OUT, and the same command goes on from there.
-`report` writes the table and the picture.
+`score` chooses the scale (and the ridge, rank or share) of each method once, on validation rows of all tasks after
+the last arrival of one order that is not scored. Then it adds expert after expert with `twinmerge.continual`, and
+scores the merged model after every arrival, on test rows of every task so far. What is done is kept in OUT, and the
+same command goes on from there. `report` writes the table and the picture.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ Table: docs/quality.md, "Estimators of the Fisher information".
 
     python benchmarks/fisher_estimators.py --model FOLDER --data FILE.jsonl [--rows 128]
 
-The exact one squares every example's gradient by itself, expected over the model's own predictions (`twinmerge measure fisher`).
-The others are what is in use elsewhere: the square of a batch's sum over examples and classes of √p(y) ∂log p(y); the square of a
-batch's mean gradient of its likeliest labels; the labels of the data ("empirical Fisher"), example by example; and one label
-for each example, sampled. Prints Pearson's correlation over all weights of the body, that of the logarithms' ranks (Spearman's), and
-the total as a share of the exact one. The last line is the exact estimator on other rows: what the sample allows.
+The exact one squares every example's gradient by itself, expected over the model's own predictions (`twinmerge
+measure fisher`). The others are what is in use elsewhere: the square of a batch's sum over examples and classes of
+√p(y) ∂log p(y); the square of a batch's mean gradient of its likeliest labels; the labels of the data ("empirical
+Fisher"), example by example; and one label for each example, sampled. Prints Pearson's correlation over all weights
+of the body, that of the logarithms' ranks (Spearman's), and the total as a share of the exact one. The last line is
+the exact estimator on other rows: what the sample allows.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Table: docs/performance.md, "At the edges".
 
     python benchmarks/merge_limits.py --work DIR [--repeats 3]
 
-Makes its own checkpoints in DIR (3 GB) and runs every merge in a process of its own; peak memory is the kernel's for that
-process, less that of one which only imports torch. Prints a table; medians of the repeats.
+Makes its own checkpoints in DIR (3 GB) and runs every merge in a process of its own; peak memory is the kernel's for
+that process, less that of one which only imports torch. Prints a table; medians of the repeats.
 """
 
 from __future__ import annotations

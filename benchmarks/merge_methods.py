@@ -1,4 +1,5 @@
-"""Compare every static method and every mask method on one suite: the same rows, the same number of evaluations for each.
+"""Compare every static method and every mask method on one suite: the same rows, the same number of evaluations for
+each.
 
 Tables: docs/quality.md, "Every static method and every mask on eight text experts";
     docs/quality.md, "The strongest merges without data".
@@ -7,9 +8,10 @@ Tables: docs/quality.md, "Every static method and every mask on eight text exper
     python benchmarks/merge_methods.py score --suite DIR --experts DIR --out DIR [--counts 8,6,4,2]
     python benchmarks/merge_methods.py report --out DIR
 
-`measure` takes the Fisher information and the Gram matrices of every expert on its own training rows, without labels. `score`
-merges 2, 4, 6 and 8 experts, chooses the parameters of each method on validation rows, and scores the choice on the full test
-splits; what is done is kept in OUT, and the same command goes on from there. `report` writes the table and the picture.
+`measure` takes the Fisher information and the Gram matrices of every expert on its own training rows, without labels.
+`score` merges 2, 4, 6 and 8 experts, chooses the parameters of each method on validation rows, and scores the choice
+on the full test splits; what is done is kept in OUT, and the same command goes on from there. `report` writes the
+table and the picture.
 """
 
 from __future__ import annotations

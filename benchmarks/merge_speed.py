@@ -4,13 +4,13 @@ Table: docs/performance.md, "Against mergekit, and against copying alone".
 
     python benchmarks/merge_speed.py --work DIR --out DIR [--parameters 0.85e9] [--sizes 0.2e9,0.85e9,2e9] [--pairs 7]
 
-Synthetic Llama families (a base and experts close to it, bfloat16; the same for the same seed) are made in `--work` and kept
-there, so is an environment with mergekit (pip installs it the first time, and torch before it: on Linux pip may choose a
-CUDA build). Both tools read the same recipe and the same files, which are in the page cache, on the same number of
-threads. Runs alternate: twinmerge, mergekit, twinmerge's merge alone, the copy; then again. Outputs are removed in between,
-outside the timing; where both tools define a method alike, the last ones are compared first. Before each run all free
-memory is touched once: the host of a virtual machine takes back what lies free for two seconds, and giving it again costs more
-than a whole copy.
+Synthetic Llama families (a base and experts close to it, bfloat16; the same for the same seed) are made in `--work`
+and kept there, so is an environment with mergekit (pip installs it the first time, and torch before it: on Linux pip
+may choose a CUDA build). Both tools read the same recipe and the same files, which are in the page cache, on the same
+number of threads. Runs alternate: twinmerge, mergekit, twinmerge's merge alone, the copy; then again. Outputs are
+removed in between, outside the timing; where both tools define a method alike, the last ones are compared first.
+Before each run all free memory is touched once: the host of a virtual machine takes back what lies free for two
+seconds, and giving it again costs more than a whole copy.
 
 Writes merge_speed.json (every run), merge_speed.md and merge_speed.png to `--out`. Linux only.
 """

@@ -4,10 +4,11 @@ Table: docs/performance.md, "With statistics, and masks".
 
     python benchmarks/statistics_speed.py --work DIR [--sizes 0.2e9,0.85e9] [--experts 4] [--repeats 3]
 
-Makes families of Llamas in bfloat16 (as merge_speed.py does) and a float32 Fisher file for each expert in DIR (19 GB for 0.85
-billion parameters and 4 experts). Every command runs in a process of its own, the copy and the command by turns; the copy reads
-the same files once on the same number of threads and writes as many bytes. Memory is the kernel's peak, less that of a
-process that only imports torch. Prints a table; medians of the repeats, ratios pair by pair. Linux only.
+Makes families of Llamas in bfloat16 (as merge_speed.py does) and a float32 Fisher file for each expert in DIR (19 GB
+for 0.85 billion parameters and 4 experts). Every command runs in a process of its own, the copy and the command by
+turns; the copy reads the same files once on the same number of threads and writes as many bytes. Memory is the
+kernel's peak, less that of a process that only imports torch. Prints a table; medians of the repeats, ratios pair by
+pair. Linux only.
 """
 
 from __future__ import annotations

@@ -6,14 +6,17 @@ Tables: docs/quality.md, "One order of all ranks against one uniform rank";
 
     python benchmarks/text_budget.py --suite SUITE --experts EXPERTS --out OUT --tasks TASK,TASK... --head pooler
 
-EXPERTS is what `text_suite.py train` wrote. The shared part is chosen on validation rows; test splits are answered once, whole.
-Parts:
- budgets: all experts in 4 % and in 10 % of the shared model's bytes (heads and router included, ranks by one global order
-    that is weighed by training inputs), in two passes and in one, as they are cut and refined towards the experts' states;
- ranks: squared error of the first token's last state on validation rows, one order of all ranks against one uniform rank, at the
+EXPERTS is what `text_suite.py train` wrote. The shared part is chosen on validation rows; test splits are answered
+once, whole. Parts:
+ budgets: all experts in 4 % and in 10 % of the shared model's bytes (heads and router included, ranks by one global
+ order
+    that is weighed by training inputs), in two passes and in one, as they are cut and refined towards the experts'
+    states;
+ ranks: squared error of the first token's last state on validation rows, one order of all ranks against one uniform
+ rank, at the
     same bytes and codec;
- unknown: a twin of five tasks; a linear probe on the features of the other three, the twin's against the shared model's;
- add: the eighth expert added to seven, against a build of eight.
+ unknown: a twin of five tasks; a linear probe on the features of the other three, the twin's against the shared
+ model's; add: the eighth expert added to seven, against a build of eight.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ Table: docs/measurements.md, "Runtime: a mixed batch against a rebuild for every
 
     python benchmarks/twin_runtime.py [--threads 2] [--repeats 7]
 
-A toy: a BERT of 4 layers, width 256, 8 experts at rank 16, 32 rows of 32 tokens, float32. Two
-rebuilds, both with the experts' parts dense and ready and one row answered at a time: tensor by tensor (θs + Σ wt vt, as
-the paper's code does), and fused (all tensors in one buffer, one matrix-vector product; the best that a rebuild can do).
-Times are medians of interleaved repeats in one process.
+A toy: a BERT of 4 layers, width 256, 8 experts at rank 16, 32 rows of 32 tokens, float32. Two rebuilds, both with the
+experts' parts dense and ready and one row answered at a time: tensor by tensor (θs + Σ wt vt, as the paper's code
+does), and fused (all tensors in one buffer, one matrix-vector product; the best that a rebuild can do). Times are
+medians of interleaved repeats in one process.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ Table: docs/performance.md, "Where the time goes".
     python benchmarks/twin_speed.py --out OUT [--models roberta,vit,llama] [--experts 2,8,20] [--ranks 8,16,64]
         [--batches 1,8,32] [--tokens 1,4,32] [--repeats 5] [--threads 2]
 
-Random models of RoBERTa-base, ViT-B and 0.5 B Llama size; every linear layer of every block has K random experts of rank r.
-All ways run in one process on the same weights, dtype, threads and back-end, one after the other in each repeat; mixtures are
-given, except in the rows on routing. Ratios are taken repeat by repeat; the table has their median (lowest to highest). Answers
-are compared first. A GPU is used where there is one.
+Random models of RoBERTa-base, ViT-B and 0.5 B Llama size; every linear layer of every block has K random experts of
+rank r. All ways run in one process on the same weights, dtype, threads and back-end, one after the other in each
+repeat; mixtures are given, except in the rows on routing. Ratios are taken repeat by repeat; the table has their
+median (lowest to highest). Answers are compared first. A GPU is used where there is one.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ fixed recipe (RECIPE in `vision_suite_parts/train.py`, nothing tuned for a task)
 (TASKS). The zip holds `train/<class>/*.jpg` and `test/<class>/*.jpg`.
 
 Not every input tells which task it belongs to, and no router can do better than that. Rows of `rotation` that are
-turned by 0 degrees (a quarter) and rows of `corruption` with nothing done to them (a fifth) are plain photographs, as all
-rows of `vehicles` and `animals` are; and photographs of vehicles and of animals are told apart only as well as the model
-knows what they show.
+turned by 0 degrees (a quarter) and rows of `corruption` with nothing done to them (a fifth) are plain photographs, as
+all rows of `vehicles` and `animals` are; and photographs of vehicles and of animals are told apart only as well as
+the model knows what they show.
 """
 
 from __future__ import annotations

@@ -38,5 +38,6 @@ def report(out: Path) -> None:
             print(f"OPCM fixed is above {other} in {above} of {len(courses[other])} orders.")
     count = sum(len(kept["courses"]) for kept in found.values())
     print(
-        f"{count} courses -> {draw_courses(courses, 'Experts that arrive one by one: mean of the orders, band of one sd', out / 'continual.png', 80.0)}"
+        f"{count} courses -> "
+        f"{draw_courses(courses, 'Experts that arrive one by one: mean of the orders, band of one sd', out / 'continual.png', 80.0)}"
     )

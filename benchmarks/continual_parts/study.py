@@ -116,7 +116,8 @@ class Study:
         course = Course(tuple(order), tuple(map(tuple, scores)))
         print(
             f"{label:20s} order {seed}: {course.accuracy:.2f}, BWT {course.backward_transfer:+.2f}, "
-            f"forgetting {course.forgetting:.2f}, {sizes[-1] / 1e6:.1f} MB, {sorted(seconds)[len(seconds) // 2]:.2f} s an expert",
+            f"forgetting {course.forgetting:.2f}, {sizes[-1] / 1e6:.1f} MB, {sorted(seconds)[len(seconds) // 2]:.2f} s "
+            "an expert",
             flush=True,
         )
         return {"tasks": order, "scores": scores, "seconds": seconds, "bytes": sizes}

@@ -36,8 +36,10 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
-# Each batch of the base has a quarter of every kind. 600 steps are under two passes over the train documents: after 2,400
-# (six passes) a base knew them so well that an expert on Shakespeare gained 0.01 nats on validation, and nothing was left
+# Each batch of the base has a quarter of every kind. 600 steps are under two passes over the train documents: after
+# 2,400
+# (six passes) a base knew them so well that an expert on Shakespeare gained 0.01 nats on validation, and nothing was
+# left
 # to merge.
 BASE: dict[str, Any] = {"learning_rate": 1e-3, "steps": 600, "weight_decay": 0.1}
 
@@ -108,7 +110,8 @@ def mean_loss(model: PreTrainedModel, rows: Tensor) -> float:
 
 
 def train_all(corpus: Path, text: Path, models_dir: Path) -> None:
-    """The tokenizer, the base and the experts; data.json says what they were made of, training.json how long it took."""
+    """The tokenizer, the base and the experts; data.json says what they were made of, training.json how long it
+    took."""
     texts = documents(corpus, text)
     base = models_dir / "base"
     if not (base / "tokenizer.json").exists():

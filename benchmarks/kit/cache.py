@@ -1,6 +1,7 @@
 """The same start for every run: inputs in the page cache, free memory that is there.
 
-The host of a virtual machine takes back what lies free for two seconds, and giving it again costs more than a whole copy.
+The host of a virtual machine takes back what lies free for two seconds, and giving it again costs more than a whole
+copy.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -I -S benchmarks/kit/process.py LOG COMMAND...    # JSON: what `measure` returns
 
-Linux only. A process inherits its parent's peak memory until it starts a program of its own, so `measure` runs in a bare
-interpreter (about 10 MB), and this file imports nothing but the standard library.
+Linux only. A process inherits its parent's peak memory until it starts a program of its own, so `measure` runs in a
+bare interpreter (about 10 MB), and this file imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ EVERY = 5  # samples of the main process for each of its workers, whose pages th
 
 
 def benchmark(name: str) -> list[str]:
-    """The start of a command line that runs a benchmark: some of them start the processes that they measure in this way."""
+    """The start of a command line that runs a benchmark: some of them start the processes that they measure in this
+    way."""
     return [sys.executable, str(Path(__file__).resolve().parent.parent / f"{name}.py")]
 
 

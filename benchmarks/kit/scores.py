@@ -1,4 +1,5 @@
-"""Scores of a suite's evaluations, as per cent of the experts' own: rows of a scores.json, and the table of the settings."""
+"""Scores of a suite's evaluations, as per cent of the experts' own: rows of a scores.json, and the table of the
+settings."""
 
 from __future__ import annotations
 

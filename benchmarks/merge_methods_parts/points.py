@@ -62,7 +62,8 @@ def calibrated_candidates(method: str) -> list[dict[str, Any]]:
 
 
 def lines_candidates(method: str) -> list[dict[str, Any]]:
-    """LiNeS: a for the lowest block, a + b for the highest, times a scale of 1; WUDI with the ridge that it chose alone."""
+    """LiNeS: a for the lowest block, a + b for the highest, times a scale of 1; WUDI with the ridge that it chose
+    alone."""
     low, rise = {
         "task_arithmetic": ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]),
         "wudi": ([0.5, 0.65, 0.8], [0.1, 0.25, 0.4, 0.6]),

@@ -22,7 +22,8 @@ def peer_versions(program: Path) -> dict[str, Any]:
 
 
 def mergekit_yaml(folder: Path, torch: str, constraints: Path) -> Path:
-    """The `mergekit-yaml` of an environment in `folder`, made the first time: the same torch and the same pins as ours."""
+    """The `mergekit-yaml` of an environment in `folder`, made the first time: the same torch and the same pins as
+    ours."""
     program, ready = folder / "bin" / "mergekit-yaml", folder / "ready.json"
     wanted = {"mergekit": MERGEKIT, "torch": torch, "python": sys.version}
     if not ready.is_file() or json.loads(ready.read_text()) != wanted:

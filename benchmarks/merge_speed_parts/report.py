@@ -66,10 +66,12 @@ def setting(report: Report) -> str:
     about, settings, versions = report["machine"], report["settings"], report["machine"]["versions"]
     ((_, first), *_) = methods(report)
     return (
-        f"A Llama of {first['parameters'] / 1e9:.3f} billion parameters and {settings['experts']} experts, bfloat16, in the "
+        f"A Llama of {first['parameters'] / 1e9:.3f} billion parameters and {settings['experts']} experts, bfloat16, "
+        "in the "
         f"page cache; threads: {settings['threads']}; {about['processor']}, {about['cores']} cores, "
         f"{about['memory_bytes'] / 2**30:.0f} GiB; Python {about['python']}, torch {versions['torch']}, twinmerge "
-        f"{versions['twinmerge']}, mergekit {MERGEKIT}. Medians of {settings['pairs']} interleaved runs (lowest to highest); "
+        f"{versions['twinmerge']}, mergekit {MERGEKIT}. Medians of {settings['pairs']} interleaved runs (lowest to "
+        "highest); "
         "ratios pair by pair."
     )
 

@@ -50,7 +50,8 @@ class Clock:
 
 
 def phases(method: str, family: Family, out: Path, threads: int) -> dict[str, float]:
-    """The command's work in this process, by what it is, in CPU seconds; "waiting": what is left of the threads' wall time."""
+    """The command's work in this process, by what it is, in CPU seconds; "waiting": what is left of the threads' wall
+    time."""
     from twinmerge.engine import combine, inputs
     from twinmerge.engine import write as writing
     from twinmerge.engine.merge import Merge

@@ -123,7 +123,8 @@ def factorise_table(found: dict[str, Any], args: argparse.Namespace) -> str:
     ]
     heads += ["embeddings' share of them", "gesdd float32 CPU s", "peak MB"]
     about = (
-        f"{args.experts} experts of {found['parameters'] / 1e9:.3f} billion parameters, {found['embeddings']:.0%} of them word "
+        f"{args.experts} experts of {found['parameters'] / 1e9:.3f} billion parameters, {found['embeddings']:.0%} of "
+        "them word "
         f"embeddings, bfloat16, threads: {args.threads}. Matrices: {shapes}."
     )
     phases = dict.fromkeys(label for row in found["rows"] for label in row["phases"])

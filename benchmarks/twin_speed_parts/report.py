@@ -14,8 +14,8 @@ told = partial(shown, digits=2)
 
 
 def by_size(cells: list[dict[str, Any]]) -> list[str]:
-    """Markdown: all batches of one model, number of experts and rank in a line. What PEFT takes over the static model bounds what can be
-    won of it: no mixture is faster than the static model."""
+    """Markdown: all batches of one model, number of experts and rank in a line. What PEFT takes over the static model
+    bounds what can be won of it: no mixture is faster than the static model."""
     if not cells:
         return []
     rows = []
@@ -59,7 +59,8 @@ def table(cells: list[dict[str, Any]], routed: list[dict[str, Any]]) -> str:
     for c in [c for c in cells if "extra_memory_mb" in c]:
         extra = c["extra_memory_mb"]
         lines.append(
-            f"{c['model']}, K = {c['experts']}, r = {c['rank']}, {c['rows']} × {c['tokens']}: beyond the static model's pass Arrow holds "
+            f"{c['model']}, K = {c['experts']}, r = {c['rank']}, {c['rows']} × {c['tokens']}: beyond the static model's "
+            "pass Arrow holds "
             f"{extra['PEFT Arrow']:.0f} MB, top-1 {extra['top-1']:.1f} MB."
         )
     if routed:

@@ -63,8 +63,8 @@ def static(method: str, base: str, experts: dict[str, str], parameters: dict[str
 
 
 class Routes(NamedTuple):
-    """mixtures: (rows, experts), zeros for rows that are left to the shared model; nearest: the number of each row's expert,
-    whose head answers."""
+    """mixtures: (rows, experts), zeros for rows that are left to the shared model; nearest: the number of each row's
+    expert, whose head answers."""
 
     mixtures: Tensor
     nearest: Labels

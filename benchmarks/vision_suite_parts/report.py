@@ -30,7 +30,8 @@ def table(data: dict[str, Any]) -> str:
         own = ", ".join(f"{task} {100 * value:.1f}" for task, value in router["right_by_task"].items())
         lines += [
             "",
-            f"Router over {shared}: {100 * router['right']:.1f} % of the test rows right ({own}); {100 * router['refused']:.1f} % left to the shared model.",
+            f"Router over {shared}: {100 * router['right']:.1f} % of the test rows right ({own}); "
+            f"{100 * router['refused']:.1f} % left to the shared model.",
         ]
         went = zip(data["tasks"], router["confusion"], strict=True)
         shares = [[name, *(f"{100 * n / sum(counts):.1f}" for n in counts)] for name, counts in went]
@@ -39,7 +40,8 @@ def table(data: dict[str, Any]) -> str:
 
 
 def picture(data: dict[str, Any], file: Path) -> None:
-    """Bars of every method with its head given, the twins' other settings beside; and where the router sent the rows."""
+    """Bars of every method with its head given, the twins' other settings beside; and where the router sent the
+    rows."""
     figure, (left, right) = panels(1, 2, (13, 5.2), width_ratios=[1.35, 1])
     rows = [r for r in data["scores"] if r["setting"] == "head given"][::-1]
     for i, row in enumerate(rows):

@@ -88,8 +88,8 @@ def score(data: Path, models: Path, out: Path, names: list[str], limit: int | No
 
 
 def _told(routes: dict[str, Routes], split: Split) -> dict[str, Any]:
-    """How the test rows were routed: right of all, by task, by label; how many rows of a task went to each expert; and the
-    share that was left to the shared model."""
+    """How the test rows were routed: right of all, by task, by label; how many rows of a task went to each expert;
+    and the share that was left to the shared model."""
     names = list(split)
     right = {name: routes[name].nearest == k for k, name in enumerate(names)}
     by_label = {

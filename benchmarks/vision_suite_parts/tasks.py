@@ -68,8 +68,8 @@ def outlines(images: Images, rng: np.random.Generator) -> tuple[Images, Labels |
 class Task(NamedTuple):
     """What an expert is for.
 
-    classes: of the photographs it is shown; labels: of its answers; view: images and random numbers -> images as the task
-    shows them, and their labels where those are not the classes.
+    classes: of the photographs it is shown; labels: of its answers; view: images and random numbers -> images as the
+    task shows them, and their labels where those are not the classes.
     """
 
     classes: list[str]

@@ -1,13 +1,14 @@
 """twinmerge: many fine-tuned models of one base become one model, static or mixed anew for every input.
 
-Everything that the command does has a call of the same name here (`docs/python.md` has the table). One rule holds for all:
+Everything that the command does has a call of the same name here (`docs/python.md` has the table). One rule holds for
+all:
 
 - With `out` a call does its work at once and writes it there, whole or not at all; nothing is written anywhere else.
 - Without `out` nothing is written, and what the call gives is all there is. `merge` and `Twin` then describe or hold a
   model, which is written when you say so: `.save(out)`, `.save_pretrained(out)`.
 
-What a call gives prints as one line, shows as a table in a notebook, and is plain data by `to_dict()`, as the command's `--json`
-prints it; tables also have `to_pandas()`, `to_csv()` and `to_latex()`.
+What a call gives prints as one line, shows as a table in a notebook, and is plain data by `to_dict()`, as the
+command's `--json` prints it; tables also have `to_pandas()`, `to_csv()` and `to_latex()`.
 
 The names below load what they need when they are first used, so that `import twinmerge` is quick.
 """

@@ -23,10 +23,10 @@ WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or
 def strict(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function of the public surface refuse arguments that its annotations do not allow, in one sentence.
 
-    Looked at are texts, numbers, paths, literals, mappings and lists with what is in them, and classes; `Any` allows all, and so
-    does what only a type checker imports.
+    Looked at are texts, numbers, paths, literals, mappings and lists with what is in them, and classes; `Any` allows
+    all, and so does what only a type checker imports.
 
-    Errors:
+    Raises:
         TwinmergeError: an argument that is missing, unknown, given twice or of another kind.
 
     Example:
@@ -61,7 +61,8 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
                 kinds[argument] = _kind(parameter.annotation, function)
             if not fits(value, kinds[argument]):
                 raise UsageError(
-                    f"{_name(function, args)} takes {argument} as {described(kinds[argument])}, not {shown(value)}.{_meant(value, kinds[argument])}"
+                    f"{_name(function, args)} takes {argument} as {described(kinds[argument])}, not "
+                    f"{shown(value)}.{_meant(value, kinds[argument])}"
                 )
         return function(*args, **kwargs)
 
@@ -69,7 +70,8 @@ def strict(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _name(function: Callable[..., Any], args: Sequence[Any]) -> str:
-    """What the caller knows the function as: a method by the class of its object, not by the one that it is written in."""
+    """What the caller knows the function as: a method by the class of its object, not by the one that it is written
+    in."""
     name = function.__qualname__.rpartition("<locals>.")[2]
     first = next(iter(inspect.signature(function).parameters), "")
     if args and first in ("self", "cls") and "." in name:
@@ -175,7 +177,7 @@ def shown(value: Any) -> str:
 def at_least_one(name: str, value: Any) -> int:
     """A count.
 
-    Errors:
+    Raises:
         TwinmergeError: no whole number from 1 on.
 
     Example:
@@ -200,7 +202,7 @@ def _meant(value: Any, kind: Any) -> str:
 def device_known(device: Any) -> None:
     """Refuse a device that PyTorch does not know.
 
-    Errors:
+    Raises:
         TwinmergeError: a name that is none.
     """
     if str(device) == "cpu":

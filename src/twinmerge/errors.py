@@ -12,8 +12,8 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOL
 class TwinmergeError(ValueError):
     """What the user can mend: one sentence that says what is wrong, where, and what to do next.
 
-    Every error of the library is of a class below; a program may catch it as a `ValueError`. The command prints the sentence. Its
-    exit code is that of the class: 2 for `UsageError`, 3 for `DataError`, 4 for `ResourceError`.
+    Every error of the library is of a class below; a program may catch it as a `ValueError`. The command prints the
+    sentence. Its exit code is that of the class: 2 for `UsageError`, 3 for `DataError`, 4 for `ResourceError`.
 
     Example:
         >>> str(TwinmergeError("density is 1.5: give a number between 0 and 1"))
@@ -28,11 +28,13 @@ class UsageError(TwinmergeError):
 
 
 class RecipeError(UsageError):
-    """A recipe or plan that cannot be followed, or a method, router or codec by a name or parameter that it does not have."""
+    """A recipe or plan that cannot be followed, or a method, router or codec by a name or parameter that it does not
+    have."""
 
 
 class DataError(TwinmergeError):
-    """What was read is missing, does not fit or cannot be used: statistics, rows, suites, artefacts, and the two kinds below."""
+    """What was read is missing, does not fit or cannot be used: statistics, rows, suites, artefacts, and the two
+    kinds below."""
 
 
 class ModelError(DataError):
@@ -44,7 +46,8 @@ class DamagedFile(DataError):  # noqa: N818
 
 
 class ResourceError(TwinmergeError):
-    """What the machine does not give: a file that it refuses to read, the network, an optional package, and outputs (below)."""
+    """What the machine does not give: a file that it refuses to read, the network, an optional package, and outputs
+    (below)."""
 
 
 class OutputError(ResourceError):

@@ -1,4 +1,5 @@
-"""Kinds of which every file of a folder is one: methods, codecs, and what other packages offer under the same entry point."""
+"""Kinds of which every file of a folder is one: methods, codecs, and what other packages offer under the same entry
+point."""
 
 from __future__ import annotations
 
@@ -31,14 +32,16 @@ def files_of(package: str) -> dict[str, Path]:
 class Plugins(Generic[T]):
     """The classes of one kind by name: a file of the folder, or an entry point of the group.
 
-    Nothing is imported before it is asked for, and then its own file alone. Other packages cannot take the name of a file.
+    Nothing is imported before it is asked for, and then its own file alone. Other packages cannot take the name of a
+    file.
 
     Args:
         base: what every class of the kind derives from.
         kind: in messages, such as "method".
         package: the folder, by its dotted name.
         group: of the entry points.
-        check: refuses a class that lacks what the kind needs, with a `TwinmergeError` that names what. It sees each class once.
+        check: refuses a class that lacks what the kind needs, with a `TwinmergeError` that names what. It sees each
+            class once.
         see: the end of the message for an unknown name.
 
     Example:
@@ -84,7 +87,8 @@ class Plugins(Generic[T]):
         """The class of that name.
 
         Raises:
-            TwinmergeError: an unknown name (with the nearest right one); a class that cannot be loaded or lacks something.
+            TwinmergeError: an unknown name (with the nearest right one); a class that cannot be loaded or lacks
+                something.
         """
         if name in self._files or name in self.files():
             return self._of_file(name)
@@ -101,7 +105,8 @@ class Plugins(Generic[T]):
         return self.require(found, name)
 
     def mentioned(self, word: str) -> Iterator[str]:
-        """Names of the files that have the word in double quotes, then of what other packages offer: where an alias may stand.
+        """Names of the files that have the word in double quotes, then of what other packages offer: where an alias
+        may stand.
 
         Reading the files takes a millisecond; importing them all would take PyTorch's import.
         """
@@ -139,7 +144,8 @@ class Plugins(Generic[T]):
             own = sorted((c for c in classes if issubclass(c, self.base)), key=inspect.isabstract)
             if not own:
                 raise UsageError(
-                    f"The file {self.files()[name]} has no {self.base.__name__} class. Add one, or take the file out of its folder."
+                    f"The file {self.files()[name]} has no {self.base.__name__} class. Add one, or take the file out of its "
+                    "folder."
                 )
             self._files[name] = self.require(own[0], name)
         return self._files[name]

@@ -1,4 +1,5 @@
-"""What public calls give: one line as repr, a table in a notebook, plain data; what is a table also as pandas, CSV and LaTeX."""
+"""What public calls give: one line as repr, a table in a notebook, plain data; what is a table also as pandas, CSV
+and LaTeX."""
 
 from __future__ import annotations
 

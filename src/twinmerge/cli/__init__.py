@@ -1,4 +1,5 @@
-"""The command `twinmerge`: a file per command and three for those of `twin`, no maths, no tensors; heavy imports happen inside the commands."""
+"""The command `twinmerge`: a file per command and three for those of `twin`, no maths, no tensors; heavy imports
+happen inside the commands."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ Heads = Annotated[
 def pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
     """`name=value` options as a mapping.
 
-    Errors:
+    Raises:
         TwinmergeError: no '=', or a name given twice.
 
     Example:
@@ -60,7 +60,7 @@ def pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
 def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
     """`name=value` options with numbers, booleans and words read as such.
 
-    Errors:
+    Raises:
         TwinmergeError: as `pairs` and `from_yaml`.
 
     Example:
@@ -75,7 +75,7 @@ def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
 def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
     """`name=number` options.
 
-    Errors:
+    Raises:
         TwinmergeError: as `pairs`; no finite number.
 
     Example:
@@ -135,7 +135,7 @@ def byte_count(text: str, whole: int) -> float:
     Args:
         whole: what a percentage is of.
 
-    Errors:
+    Raises:
         TwinmergeError: no number of bytes.
 
     Example:
@@ -157,7 +157,7 @@ def said(text: str) -> None:
 def device_of(name: str) -> str:
     """The device that --device names.
 
-    Errors:
+    Raises:
         TwinmergeError: it is not there.
     """
     if name == "cpu":

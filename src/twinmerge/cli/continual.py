@@ -45,8 +45,9 @@ def init(
 ) -> None:
     """Make a state without experts.
 
-    Methods whose state is a sum give what merging all experts at once would, and experts can be taken out again: iso_c, wudi,
-    task_arithmetic, average. In these the order matters: opcm, null_space, continual_ties. magmax keeps the largest entries.
+    Methods whose state is a sum give what merging all experts at once would, and experts can be taken out again:
+    iso_c, wudi, task_arithmetic, average. In these the order matters: opcm, null_space, continual_ties. magmax keeps
+    the largest entries.
 
     twinmerge continual init STATE --base B --method wudi
     """
@@ -169,8 +170,8 @@ def status(state: State, json: Json = False) -> None:
         map(_row, found["experts"]),
     )
     said(
-        f"Base {found['base']}; heads {size(found['heads_bytes'])}; experts can{'' if found['removable'] else 'not'} be removed"
-        + (f"; removed so far: {', '.join(found['removed'])}" if found["removed"] else "")
+        f"Base {found['base']}; heads {size(found['heads_bytes'])}; experts can{'' if found['removable'] else 'not'} "
+        "be removed" + (f"; removed so far: {', '.join(found['removed'])}" if found["removed"] else "")
     )
 
 
@@ -208,7 +209,10 @@ def twin(
 def _told(continual: Continual) -> str:
     found = continual.status()
     count = len(found["experts"])
-    return f"{found['method']} of {count} expert{'s' * (count != 1)} ({', '.join(e['name'] for e in found['experts']) or 'none'}), {size(found['state_bytes'])}"
+    return (
+        f"{found['method']} of {count} expert{'s' * (count != 1)} "
+        f"({', '.join(e['name'] for e in found['experts']) or 'none'}), {size(found['state_bytes'])}"
+    )
 
 
 def _row(expert: dict[str, Any]) -> tuple[str, str, str]:

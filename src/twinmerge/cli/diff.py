@@ -38,7 +38,8 @@ def diff(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Compare two models tensor by tensor: change, cosine, sign conflicts, effective rank, equal entries; exit code 1 where they differ.
+    """Compare two models tensor by tensor: change, cosine, sign conflicts, effective rank, equal entries; exit code 1
+    where they differ.
 
     twinmerge diff A B --base BASE --picture diff.png
     """

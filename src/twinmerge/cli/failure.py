@@ -1,7 +1,7 @@
 """What becomes of an error that reaches the command: a sentence and an exit code, never a traceback.
 
-Exit codes: 0 done; 1 `verify` or `diff` found what they look for; 2 a wrong call; 3 what was read is wrong; 4 the machine, or an
-internal error, which leaves a report; 130 interrupted.
+Exit codes: 0 done; 1 `verify` or `diff` found what they look for; 2 a wrong call; 3 what was read is wrong; 4 the
+machine, or an internal error, which leaves a report; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LONGEST = 500  # characters of an error's own message in a report: files speak t
 def told(error: BaseException) -> tuple[str, int]:
     """What the user is told of an error, and the exit code.
 
-    A TwinmergeError speaks for itself, and its class has the code. What the system refuses, memory among it, is a sentence (4); so is
-    anything else, with a file to report it with (4).
+    A TwinmergeError speaks for itself, and its class has the code. What the system refuses, memory among it, is a
+    sentence (4); so is anything else, with a file to report it with (4).
 
     Example:
         >>> told(UsageError("density is 1.5. Give 0 to 1."))
@@ -72,7 +72,7 @@ def all_streams() -> None:
 def check_words(words: list[str]) -> None:
     """Refuse what was given on the command line and is not UTF-8: no file that names it could be written.
 
-    Errors:
+    Raises:
         TwinmergeError: one is not.
 
     Example:

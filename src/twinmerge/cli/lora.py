@@ -124,7 +124,8 @@ def extract(
         return
     least = min(found.energy, key=found.energy.__getitem__)
     said(
-        f"Extracted {len(found.ranks)} matrices, {_span(list(found.ranks.values()))}, {size(bytes_of(output))} -> {output}"
+        f"Extracted {len(found.ranks)} matrices, {_span(list(found.ranks.values()))}, {size(bytes_of(output))} -> "
+        f"{output}"
     )
     said(f"Least kept: {100 * found.energy[least]:.4g} % of the squared norm of {least}.")
     if found.saved:

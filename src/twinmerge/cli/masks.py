@@ -56,7 +56,8 @@ def build(
 ) -> None:
     """Keep many experts in little more than two models: the base, one vector, and a bit for each weight and expert.
 
-    twinmerge masks build --method tall_masks --base B --expert a=A --expert b=B2 -p threshold=0.4 -p b.threshold=0.5 -o OUT
+    twinmerge masks build --method tall_masks --base B --expert a=A --expert b=B2 -p threshold=0.4 -p b.threshold=0.5
+    -o OUT
 
     twinmerge masks build --base B --expert a=A --expert b=B2 --suite DIR --split validation -o OUT
     """
@@ -139,6 +140,7 @@ def _tell(found: BuiltMasks) -> None:
         f"{share['selfish']:.1f} % by one, {share['all']:.1f} % by all {len(found.experts)}."
     )
     said(
-        f"{size(bytes_of(found.folder))} on the disk, heads and tokenizer included; by the formula {size(found.formula('masks'))}, "
+        f"{size(bytes_of(found.folder))} on the disk, heads and tokenizer included; by the formula "
+        f"{size(found.formula('masks'))}, "
         f"against {size(found.formula('fine_tuned'))} of {len(found.experts)} models -> {found.folder}"
     )

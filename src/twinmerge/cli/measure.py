@@ -166,7 +166,7 @@ def _report(found: Measurement, json: bool) -> None:
 def row_range(text: str) -> tuple[int, int]:
     """START:STOP, either of which may be left out.
 
-    Errors:
+    Raises:
         TwinmergeError: anything else, or a range without rows.
 
     Example:

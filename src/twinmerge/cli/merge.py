@@ -124,7 +124,8 @@ def merge(
         said(f"Heads kept per expert in {target}/heads: {', '.join(kept)}")
     for name, names in found["ignored"].items():
         said(
-            f"Ignored of {name}, as loading it does: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            f"Ignored of {name}, as loading it does: "
+            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         )
     losses = None
     if smoke is not None:

@@ -63,7 +63,8 @@ def search(
 ) -> None:
     """Choose a method's parameters on validation rows: merge with each candidate in memory, and score it.
 
-    twinmerge search --method task_arithmetic --base B --expert a=A --expert b=B2 --suite DIR --grid scale=0.1,0.2,0.3 -o OUT
+    twinmerge search --method task_arithmetic --base B --expert a=A --expert b=B2 --suite DIR --grid scale=0.1,0.2,0.3
+    -o OUT
     """
     from twinmerge.engine.merge import Merge
     from twinmerge.store.output import OutputFolder

@@ -68,7 +68,8 @@ def build(
         str,
         typer.Option(
             "--router",
-            help=f"What routes inputs: {', '.join(files_of('twinmerge.twin.routers'))}; `twinmerge twin routers` tells of each.",
+            help=f"What routes inputs: {', '.join(files_of('twinmerge.twin.routers'))}; `twinmerge twin routers` tells of "
+            "each.",
         ),
     ] = "gaussian",
     router_option: Annotated[
@@ -248,7 +249,8 @@ def export(
     if found.left_out:
         lost = sum(found.left_out.values())
         said(
-            f"{len(found.left_out)} parameters cannot travel in it, {100 * lost:.2g} % of what is added; its README lists them."
+            f"{len(found.left_out)} parameters cannot travel in it, {100 * lost:.2g} % of what is added; its README "
+            "lists them."
         )
 
 

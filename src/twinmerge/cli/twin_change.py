@@ -91,7 +91,8 @@ def refine(
         print_twin(info, output)
     else:
         said(
-            f"Refined {', '.join(inputs)} in {steps} steps each: {size(info.bytes_extra)} beside the shared model -> {output}"
+            f"Refined {', '.join(inputs)} in {steps} steps each: {size(info.bytes_extra)} beside the shared model -> "
+            f"{output}"
         )
 
 
@@ -126,7 +127,8 @@ def add(
         print_twin(info, output)
     else:
         said(
-            f"Added {name}: the twin has {', '.join(more.experts)}, {size(info.bytes_extra)} beside the shared model -> {output}"
+            f"Added {name}: the twin has {', '.join(more.experts)}, {size(info.bytes_extra)} beside the shared model -> "
+            f"{output}"
         )
 
 

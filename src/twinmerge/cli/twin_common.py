@@ -65,7 +65,10 @@ def told(info: TwinInfo) -> str:
     """What a twin takes and keeps, in words."""
     if info.kept is None:  # refined parts are no share of what there was
         return f"{size(info.bytes_extra)} beside the shared model"
-    return f"{size(info.bytes_extra)} beside the shared model, on average {100 * info.kept:.1f} % of a matrix's energy kept"
+    return (
+        f"{size(info.bytes_extra)} beside the shared model, on average {100 * info.kept:.1f} % of a matrix's energy "
+        "kept"
+    )
 
 
 def check_picture(file: Path | None) -> None:

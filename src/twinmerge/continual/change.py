@@ -49,8 +49,10 @@ class Change:
     """What becomes of a state when an expert comes ("absorb") or goes ("release").
 
     Args:
-        fold: the method of the state; base: its base; about: the state's description with the expert as the last one; names: the
-            tensors that are merged.
+        fold: the method of the state.
+        base: its base.
+        about: the state's description with the expert as the last one.
+        names: the tensors that are merged.
     """
 
     def __init__(
@@ -76,8 +78,9 @@ class Change:
         Returns:
             what it is of.
 
-        Errors:
-            TwinmergeError: NaN or infinity in the expert, a damaged state, another expert than came, a disk that is full.
+        Raises:
+            TwinmergeError: NaN or infinity in the expert, a damaged state, another expert than came, a disk that is
+                full.
         """
         check_written([self.base, self.expert])
         before, read = Sums(self.state.expected, str(self.state.file)), Sums()
@@ -107,7 +110,8 @@ class Change:
             return (*self.about.experts[:-1], read)
         if read.content != self.entry.content:
             raise ModelError(
-                f"The weights of {self.expert.name} are not those that were added as {self.entry.name!r}: taking them out would leave a "
+                f"The weights of {self.expert.name} are not those that were added as {self.entry.name!r}: taking them out "
+                "would leave a "
                 "difference. Name the model that was added with --expert."
             )
         return self.about.experts

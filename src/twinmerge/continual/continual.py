@@ -93,14 +93,14 @@ class Continual:
         Args:
             folder: one that does not exist or is empty.
             base: the model that all experts were and will be tuned from.
-            method: one that takes experts one by one, see `fold_names` of `continual/folds.py`; by name, or as a class or object
-                of your own.
+            method: one that takes experts one by one, see `fold_names` of `continual/folds.py`; by name, or as a
+                class or object of your own.
             heads: patterns of tensors that stay with each expert, besides those found.
-            dtype: of what is kept: "float64" (sums are exact: an expert can be taken out again to the last bit, nearly
-                always) or "float32" (half the bytes).
+            dtype: of what is kept: "float64" (sums are exact: an expert can be taken out again to the last bit,
+                nearly always) or "float32" (half the bytes).
             parameters: of the method.
 
-        Errors:
+        Raises:
             TwinmergeError: a method that needs all experts at once, unknown parameters, a folder that is in use.
         """
         name = method_name(method)
@@ -125,10 +125,13 @@ class Continual:
         """Take in one more expert; killed at any time, the old state is whole.
 
         Args:
-            name: a new one; model: tuned from the state's base; twin: see `Description` and `add_to_both`.
+            name: a new one.
+            model: tuned from the state's base.
+            twin: see `Description` and `add_to_both`.
 
-        Errors:
-            TwinmergeError: a name that is in use, a model of another base or kind, NaN or infinity in it, a state that is damaged.
+        Raises:
+            TwinmergeError: a name that is in use, a model of another base or kind, NaN or infinity in it, a state
+                that is damaged.
         """
         if not EXPERT_NAME.fullmatch(name) or name in ("base", "output"):
             raise UsageError(f"The expert name {name!r} is not usable. Use letters, digits, '_', '-' and '.'.")
@@ -167,16 +170,19 @@ class Continual:
         """Take an expert out again, which needs the expert itself; killed at any time, the old state is whole.
 
         Args:
-            name: of the expert; model: where it lies now, unless where it was.
+            name: of the expert.
+            model: where it lies now, unless where it was.
 
-        Errors:
-            TwinmergeError: a method whose state is no sum, an expert that is not in the state, another model than was added.
+        Raises:
+            TwinmergeError: a method whose state is no sum, an expert that is not in the state, another model than was
+                added.
         """
         with alone_in(self.folder), StateFile(self.folder) as state:
             about = state.about
             if not self.method.keeps_sums:
                 raise UsageError(
-                    f"{about.method} cannot take {name!r} out again: {self.method.unremovable}. Start a new state from the experts that are to "
+                    f"{about.method} cannot take {name!r} out again: {self.method.unremovable}. Start a new state from the "
+                    "experts that are to "
                     "stay, or use a method whose state is a sum (iso_c, wudi, task_arithmetic, average)."
                 )
             entry = next((e for e in about.experts if e.name == name), None)
@@ -197,7 +203,8 @@ class Continual:
     # ------------------------------------------------------------------ the model of now
 
     def settled(self, state: StateFile) -> Iterator[tuple[Range, Tensor]]:
-        """The merged model piece by piece, in order: range and its values in float64, flat; tensors of the base alone are not in it.
+        """The merged model piece by piece, in order: range and its values in float64, flat; tensors of the base alone
+        are not in it.
 
         Args:
             state: that is open; another process may give the folder another one meanwhile.
@@ -248,10 +255,12 @@ class Continual:
         """Write the merged model of now as a folder that stock transformers loads, with the heads of all experts.
 
         Args:
-            out: a folder that does not exist or is empty; dtype: "float32", "bfloat16", ...; the base's where None.
+            out: a folder that does not exist or is empty.
+            dtype: "float32", "bfloat16", ...; the base's where None.
 
-        Errors:
-            TwinmergeError: no expert yet, a value that does not fit the dtype, a state or base that is damaged or gone.
+        Raises:
+            TwinmergeError: no expert yet, a value that does not fit the dtype, a state or base that is damaged or
+                gone.
         """
         from twinmerge.continual.folder import write_folder
 
@@ -269,7 +278,7 @@ class Continual:
             rank: of each exclusive matrix; None keeps everything.
             experts: where models lie that are no longer where they were when they were added.
 
-        Errors:
+        Raises:
             TwinmergeError: no expert yet, or one that is not there any more or is another model (named).
         """
         from twinmerge.continual.twins import twin_of
@@ -294,7 +303,7 @@ class Continual:
             name, model: as in `add`.
             inputs, rank: as in `Twin.add`.
 
-        Errors:
+        Raises:
             TwinmergeError: as `add` and `Twin.add`.
         """
         from twinmerge.continual.twins import add_to_both
@@ -343,7 +352,7 @@ class Continual:
     def _matched(self, state: StateFile, name: str, expert: OpenedModel) -> tuple[list[str], HeadSpec | None]:
         """The tensors that are merged, and the expert's head.
 
-        Errors:
+        Raises:
             TwinmergeError: another architecture or base, or other tensors than the experts before it.
         """
         opened = {name: expert}
@@ -354,7 +363,8 @@ class Continual:
         if have and have != matched.merged:
             other = sorted(set(have) ^ set(matched.merged))
             raise ModelError(
-                f"{expert.name} is no expert of the kind that the state has: {other[0]!r} is merged in one of them only ({len(other)} such "
+                f"{expert.name} is no expert of the kind that the state has: {other[0]!r} is merged in one of them only "
+                f"({len(other)} such "
                 "tensors). Give --head when the state is made, for what differs between the experts."
             )
         return matched.merged, heads_of(opened, matched, [name]).get(name)
@@ -365,12 +375,14 @@ class Continual:
             return open_model(entry.model if model is None else model)
         except TwinmergeError as error:
             raise type(error)(
-                f"Taking {entry.name!r} out needs the expert itself, and it cannot be read: {error} Say where it is with --expert."
+                f"Taking {entry.name!r} out needs the expert itself, and it cannot be read: {error} Say where it is with "
+                "--expert."
             ) from error
 
 
 def _finish(about: Description) -> Path | None:
-    """Give its name to the twin that took the last expert together with the state, where a kill came between; the folder, if so."""
+    """Give its name to the twin that took the last expert together with the state, where a kill came between; the
+    folder, if so."""
     if about.twin is None:
         return None
     folder, key = about.twin

@@ -39,7 +39,8 @@ def write_folder(
     """See `Continual.materialise`.
 
     Args:
-        place: the state's folder; status: `Continual.status`.
+        place: the state's folder.
+        status: `Continual.status`.
     """
     code = CODES[dtype] if dtype else None
     specs = {}
@@ -76,7 +77,8 @@ def _card(about: Description) -> str:
     rows = "\n".join(f"| {e.name} | `{e.model}` | {e.licence or 'not stated'} |" for e in about.experts)
     return (
         "---\nlibrary_name: transformers\ntags: [twinmerge, continual]\n---\n\n"
-        f"# {len(about.experts)} experts merged over time\n\nMade with twinmerge by `{about.method}`, one expert after the other.\n\n"
+        f"# {len(about.experts)} experts merged over time\n\nMade with twinmerge by `{about.method}`, one expert "
+        "after the other.\n\n"
         f"| expert | model | licence |\n| --- | --- | --- |\n| base | `{about.base_model}` | |\n{rows}\n\n"
         f"Parameters: `{json.dumps(about.parameters, ensure_ascii=False)}`\n"
     )

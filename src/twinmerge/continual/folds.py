@@ -12,7 +12,7 @@ from twinmerge.methods.kit.registry import MethodLike, make_method, method_class
 def fold_of(method: MethodLike, parameters: dict[str, Any]) -> Any:
     """A method that takes experts one by one.
 
-    Errors:
+    Raises:
         TwinmergeError: it needs all experts at once, or has no such parameter.
 
     Example:

@@ -1,7 +1,8 @@
-"""The heads of the experts in a state: a file each, which the state names by its checksum, so that state and heads change as one.
+"""The heads of the experts in a state: a file each, which the state names by its checksum, so that state and heads
+change as one.
 
-A new head is written before the state that names it, and one that is not named any more is removed after: a reader finds all the
-heads of the state that it has open, or another state.
+A new head is written before the state that names it, and one that is not named any more is removed after: a reader
+finds all the heads of the state that it has open, or another state.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def write_head(folder: Path, name: str, head: HeadSpec, base: str) -> str:
 def read_heads(state: StateFile) -> dict[str, HeadSpec]:
     """The heads of the experts that have one, in their order.
 
-    Errors:
+    Raises:
         FileNotFoundError: one is missing; TwinmergeError: one is damaged.
     """
     return {entry.name: _read(state, entry) for entry in state.about.experts if entry.head is not None}
@@ -56,9 +57,10 @@ def read_heads(state: StateFile) -> dict[str, HeadSpec]:
 
 @contextlib.contextmanager
 def with_heads(folder: Path) -> Iterator[tuple[StateFile, dict[str, HeadSpec]]]:
-    """An opened state and its heads: all of the old state or all of the new one, whatever another process does meanwhile.
+    """An opened state and its heads: all of the old state or all of the new one, whatever another process does
+    meanwhile.
 
-    Errors:
+    Raises:
         TwinmergeError: a head is missing or damaged.
     """
     while True:
@@ -71,7 +73,8 @@ def with_heads(folder: Path) -> Iterator[tuple[StateFile, dict[str, HeadSpec]]]:
                 if isinstance(error, TwinmergeError):
                     raise
                 raise DamagedFile(
-                    f"The state {folder} lacks the head {error.filename}. Restore it from a copy of the state, or make the state again."
+                    f"The state {folder} lacks the head {error.filename}. Restore it from a copy of the state, or make the state "
+                    "again."
                 ) from error
             yield state, heads
             return

@@ -1,4 +1,5 @@
-"""The pieces that a state is worked through in, side by side: whole matrices where the method must see them, ranges of all else."""
+"""The pieces that a state is worked through in, side by side: whole matrices where the method must see them, ranges
+of all else."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def worked(
 def of_model(model: OpenedModel, each: Range, label: str) -> Read:
     """A range of a model's tensor.
 
-    Errors:
+    Raises:
         TwinmergeError: NaN or infinity in it.
     """
     code = model.range_code(each.name)
@@ -113,7 +114,8 @@ def is_whole(each: Range, place: Place) -> bool:
 
 
 class Sums:
-    """The checksums of tensors whose blocks come in order, each checked against what is expected as soon as it is whole."""
+    """The checksums of tensors whose blocks come in order, each checked against what is expected as soon as it is
+    whole."""
 
     def __init__(self, expected: Mapping[str, str] | None = None, what: str = "") -> None:
         self.expected, self.what = expected, what
@@ -128,7 +130,7 @@ class Sums:
     def check(self) -> None:
         """Refuse a state that is not what was written.
 
-        Errors:
+        Raises:
             TwinmergeError: a part with another checksum.
         """
         found = self.found()
@@ -147,7 +149,7 @@ class Sums:
 def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Once, and refused where it does not fit.
 
-    Errors:
+    Raises:
         TwinmergeError: NaN or infinity.
     """
     out = values.to(dtype)

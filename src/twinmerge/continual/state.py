@@ -29,8 +29,8 @@ KIND, VERSION = "continual", 3  # 3: names the heads of its experts
 
 @dataclass(frozen=True)
 class AddedExpert:
-    """One expert that is in the state. model: where it was read from; fingerprint: of that model; content: checksum of all that
-    was read of it; norm: ‖τ‖; head: checksum of the file of its head, None without one."""
+    """One expert that is in the state. model: where it was read from; fingerprint: of that model; content: checksum
+    of all that was read of it; norm: ‖τ‖; head: checksum of the file of its head, None without one."""
 
     name: str
     model: str
@@ -45,9 +45,10 @@ class AddedExpert:
 class Description:
     """What the state is of.
 
-    base_model: where the base was; method, parameters: of the fold; heads: patterns of tensors that stay with each expert; dtype: of the
-    sums; experts: in their order; removed: names that were taken out again; state_norm: ‖state‖; twin: the folder of a twin that took
-    the last expert too, and the key of its output, which only lacked its name when the state was written.
+    base_model: where the base was; method, parameters: of the fold; heads: patterns of tensors that stay with each
+    expert; dtype: of the sums; experts: in their order; removed: names that were taken out again; state_norm:
+    ‖state‖; twin: the folder of a twin that took the last expert too, and the key of its output, which only lacked
+    its name when the state was written.
     """
 
     base_model: str
@@ -81,8 +82,11 @@ class StateFile:
     """An opened state; its header at once, its tensors on demand.
 
     Attributes:
-        folder; base: fingerprint of the base model; about: the description; specs: "part/tensor" -> dtype and shape; expected: the same ->
-            checksum.
+        folder.
+        base: fingerprint of the base model.
+        about: the description.
+        specs: "part/tensor" -> dtype and shape.
+        expected: the same -> checksum.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,7 +109,8 @@ class StateFile:
             opened = open_artefact(self.file, KIND, VERSION)
             if opened.artefact.version < VERSION:
                 raise DataError(
-                    f"{self.file} has version {opened.artefact.version} of its layout, which does not name the heads of its experts. Make the "
+                    f"{self.file} has version {opened.artefact.version} of its layout, which does not name the heads of its "
+                    "experts. Make the "
                     "state again."
                 )
             try:
@@ -146,8 +151,10 @@ class StateWriter:
     The header comes first in the file but is known last, so room is kept for it.
 
     Args:
-        folder: of the state; base: fingerprint of the base model; about: description whose state_norm, and last expert's
-            content and norm are not known yet; specs: "part/tensor" -> dtype and shape.
+        folder: of the state.
+        base: fingerprint of the base model.
+        about: description whose state_norm, and last expert's content and norm are not known yet.
+        specs: "part/tensor" -> dtype and shape.
     """
 
     def __init__(self, folder: Path, base: str, about: Description, specs: Mapping[str, Spec]) -> None:
@@ -175,7 +182,7 @@ class StateWriter:
 def next_state(folder: Path, base: str, about: Description, specs: Mapping[str, Spec]) -> Iterator[StateWriter]:
     """A writer that leaves nothing behind unless it commits.
 
-    Errors:
+    Raises:
         TwinmergeError: the disk is full or cannot be written; the old state is whole.
     """
     writer = None

@@ -49,7 +49,7 @@ def twin_of(
         rank: of each exclusive matrix; None keeps everything.
         experts: where models lie that are no longer where they were when they were added; all of them are read.
 
-    Errors:
+    Raises:
         TwinmergeError: no expert yet, or one that is not there any more or is another model (named).
     """
     with StateFile(continual.folder) as now:
@@ -67,11 +67,13 @@ def _twin_of(
             opened[entry.name] = open_model(model, None if isinstance(model, str | Path) else entry.name)
         except TwinmergeError as error:
             raise type(error)(
-                f"A twin needs every expert itself, and {entry.name!r} cannot be read: {error} Say where it is with --expert {entry.name}=MODEL."
+                f"A twin needs every expert itself, and {entry.name!r} cannot be read: {error} Say where it is with --expert "
+                f"{entry.name}=MODEL."
             ) from error
         if opened[entry.name].fingerprint() != entry.fingerprint:
             raise ModelError(
-                f"{opened[entry.name].name} is not the model that was added as {entry.name!r}. Say where that one is with --expert."
+                f"{opened[entry.name].name} is not the model that was added as {entry.name!r}. Say where that one is with "
+                "--expert."
             )
     base = continual.base
     state = continual.canonical_state_of(now)
@@ -99,16 +101,18 @@ def add_to_both(
 ) -> Twin:
     """One more expert in the state and in a twin, or in neither, killed at any time.
 
-    The state is written once the twin is whole on the disk but for its name. If a kill comes between, whoever opens the state next
-    gives the twin its name.
+    The state is written once the twin is whole on the disk but for its name. If a kill comes between, whoever opens
+    the state next gives the twin its name.
 
-    The twin's shared part stays as it is, so that what its other experts answer stays too; the new one's part is what it knows
-    beyond that. `twin_of` makes a twin around the state's model of now, which needs all experts.
+    The twin's shared part stays as it is, so that what its other experts answer stays too; the new one's part is what
+    it knows beyond that. `twin_of` makes a twin around the state's model of now, which needs all experts.
 
     Args:
-        twin: a twin folder whose shared part came from the state; out: the folder of the new twin; inputs, rank: as in `Twin.add`.
+        twin: a twin folder whose shared part came from the state.
+        out: the folder of the new twin.
+        inputs, rank: as in `Twin.add`.
 
-    Errors:
+    Raises:
         TwinmergeError: as `Continual.add` and `Twin.add`.
     """
     where = Path(out).absolute()

@@ -12,7 +12,8 @@ from twinmerge.models.opened import OpenedModel
 
 
 def tables_of(plan: Plan, models: Models) -> dict[str, object] | None:
-    """What the method takes for tables of embeddings, by names in the output, and who says so; None where it is all the same to it."""
+    """What the method takes for tables of embeddings, by names in the output, and who says so; None where it is all
+    the same to it."""
     if not plan.method.asks_for_tables:
         return None
     names = [name for name, entry in plan.merged.items() if entry.place.table]
@@ -35,8 +36,10 @@ def warn_of_names(method: Method, model: OpenedModel, names: Iterable[str], stac
     if three and method.grain == "matrix":
         stacks = [n for n in three if model.stacked(n)]
         warnings.warn(
-            f"{model.name} has no config.json, so what its tensors of three axes are is told by their names: {len(stacks)} are experts, matrix "
-            f"by matrix, and {len(three) - len(stacks)} kernels (out, rest), {three[0]!r} among them. Add its config.json.",
+            f"{model.name} has no config.json, so what its tensors of three axes are is told by their names: "
+            f"{len(stacks)} are experts, matrix "
+            f"by matrix, and {len(three) - len(stacks)} kernels (out, rest), {three[0]!r} among them. Add its "
+            "config.json.",
             stacklevel=stacklevel + 1,
         )
 
@@ -45,7 +48,8 @@ def _warn_of_tables(model: OpenedModel, names: Sequence[str], stacklevel: int) -
     found = sorted(name for name in names if model.table(name))
     told = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}" if found else "none has such a name"
     warnings.warn(
-        f"{model.name} has no config.json, so tables of embeddings, which are not merged as matrices, are told by their usual names: "
+        f"{model.name} has no config.json, so tables of embeddings, which are not merged as matrices, are told by "
+        "their usual names: "
         f"{told}. Add its config.json, or name them with elementwise.",
         stacklevel=stacklevel + 1,
     )

@@ -38,8 +38,8 @@ def merge(
     Without `out` nothing is read until you ask: `.check()`, `.diff()`, `.save(out)`, `.load()`, `.state_dict()`.
 
     Args:
-        method: a name from `twinmerge methods`, or a class or object of your own (see `twinmerge.methods`); or a recipe, as
-            `read_recipe` gives it, which says all of the merge.
+        method: a name from `twinmerge methods`, or a class or object of your own (see `twinmerge.methods`); or a
+            recipe, as `read_recipe` gives it, which says all of the merge.
         base: the model that the experts were tuned from; needed by methods that work on changes to it.
         experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
         out: a folder that does not exist or is empty, which is written at once as `Merge.save` does.
@@ -48,11 +48,11 @@ def merge(
         stochastic: the seed of stochastic rounding to the output's dtype; to nearest where None.
         device: where the arithmetic runs.
         statistics: expert -> the file that `twinmerge measure` wrote of it, for methods that need one.
-        lines: LiNeS: {"a": 0.125, "b": 0.5} scales the merged change of block l of L by a + b·l/(L−1) and all else by a;
-            without a, it is taken from the sizes of the changes.
+        lines: LiNeS: {"a": 0.125, "b": 0.5} scales the merged change of block l of L by a + b·l/(L−1) and all else by
+            a; without a, it is taken from the sizes of the changes.
         parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
 
-    Errors:
+    Raises:
         TwinmergeError: unknown method or parameter, values out of range.
     """
     recipe = Recipe.of(
@@ -88,7 +88,7 @@ def check(
         plan: a file, to write down what would be done, for `Merge.from_plan` and `twinmerge merge --plan`.
         options: the others of `merge`.
 
-    Errors:
+    Raises:
         TwinmergeError: as `merge` and `Merge.check`.
     """
     found = merge(method, base, experts, **options)

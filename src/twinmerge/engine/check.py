@@ -30,11 +30,12 @@ class Checked(Record):
 def checked(
     plan: Plan, models: Models, run: Run, statistics: Mapping[str, Statistics], other_tokens: Mapping[str, str]
 ) -> Checked:
-    """Plain data: which tensors go where, dtypes, ties, vocabularies and keys of the configs that say something else than the base's
-    (the expert's value, the base's), and the bytes, memory and time of the merge.
+    """Plain data: which tensors go where, dtypes, ties, vocabularies and keys of the configs that say something else
+    than the base's (the expert's value, the base's), and the bytes, memory and time of the merge.
 
-    Headers and the beginning of one matrix were read for it. Memory is that of the tiles under way (of whole matrices, for methods
-    that need them), beside what the libraries themselves take; time is what a disk of 1 GB/s needs for the bytes.
+    Headers and the beginning of one matrix were read for it. Memory is that of the tiles under way (of whole
+    matrices, for methods that need them), beside what the libraries themselves take; time is what a disk of 1 GB/s
+    needs for the bytes.
 
     Args:
         plan: what is to be done.

@@ -1,4 +1,5 @@
-"""One range of every input becomes one range of the output: by the compiled library where it knows the rule, else by torch."""
+"""One range of every input becomes one range of the output: by the compiled library where it knows the rule, else by
+torch."""
 
 from __future__ import annotations
 

@@ -77,7 +77,8 @@ class TensorDiff(Result, _TensorDiff):
         cosine: <x, y>/(‖x‖·‖y‖); 1 where both are zero, 0 where one is.
         largest: max |b − a|.
         equal: share of the entries with a = b.
-        conflicts: share of the entries with sign(x)·sign(y) < 0 among those where neither is 0; 0 where there are none.
+        conflicts: share of the entries with sign(x)·sign(y) < 0 among those where neither is 0; 0 where there are
+            none.
         rank: effective rank of b − a. None with a base, for what is no matrix, and where no rank was asked for.
         rank_a, rank_b: the effective ranks of x and y; None without a base, and as above.
         shape: as the models store it; (entries,) of all of them.
@@ -141,7 +142,7 @@ def diff(a: ModelLike, b: ModelLike, base: ModelLike | None = None, rank: bool =
         rank: False leaves the effective ranks out, which take most of the time.
         progress: show a bar.
 
-    Errors:
+    Raises:
         TwinmergeError: the models share no tensor; a tensor holds NaN or infinity (named, with its model).
 
     Example:
@@ -212,7 +213,7 @@ def effective_rank(x: Tensor, name: str = "matrix") -> float:
         x: (out, ...), a matrix or what acts as one: a convolution kernel is (out, rest).
         name: what an error calls it.
 
-    Errors:
+    Raises:
         TwinmergeError: x has fewer than two axes, or holds NaN or infinity.
 
     Example:
@@ -317,7 +318,8 @@ def _minus(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _singular_values(x: Tensor) -> Tensor:
-    """Those above the rounding, in float64; of a large matrix from the smaller Gram matrix, which is up to four times faster."""
+    """Those above the rounding, in float64; of a large matrix from the smaller Gram matrix, which is up to four times
+    faster."""
     if x.numel() <= SMALL:
         s: Tensor = torch.linalg.svdvals(x.double())
         return s[: numerical_rank(s, x.shape)]

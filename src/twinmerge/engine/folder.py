@@ -1,5 +1,5 @@
-"""What every model folder that we write has beside its weights: config, tokenizer, processor, templates, licence; heads,
-provenance and card; no code."""
+"""What every model folder that we write has beside its weights: config, tokenizer, processor, templates, licence;
+heads, provenance and card; no code."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def write_about(folder: Path, provenance: Mapping[str, Any], card: str) -> None:
 def copy_side_files(source: Path | None, folder: Path) -> None:
     """Everything small beside the weights, but the source's own README, and no Python code.
 
-    transformers' own classes are what was merged. So neither the code that came along nor the keys that name it go on: the output asks
-    nobody to run anything. A warning names what was left out.
+    transformers' own classes are what was merged. So neither the code that came along nor the keys that name it go
+    on: the output asks nobody to run anything. A warning names what was left out.
 
-    Errors:
+    Raises:
         TwinmergeError: a file to copy is a link out of the folder, no regular file, or has a name that is not UTF-8.
     """
     if source is None:
@@ -108,7 +108,8 @@ def copy_side_files(source: Path | None, folder: Path) -> None:
                 code.append(f"{' and '.join(CODE)} of {name}")
     if code:
         warnings.warn(
-            f"{source} brings code along, which is never run and was not copied: {', '.join(code)}. Copy it by hand if you trust it.",
+            f"{source} brings code along, which is never run and was not copied: {', '.join(code)}. Copy it by hand if "
+            "you trust it.",
             stacklevel=2,
         )
 

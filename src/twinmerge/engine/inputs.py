@@ -316,7 +316,8 @@ class Inputs:
         """A sum that is not finite: say whose tensor it is, unless large numbers only overflowed the sum."""
         if stored.base is not None and not bool(_numbers(stored.base).isfinite().all()):
             raise ModelError(
-                f"Tensor {each.name!r} of the base {self.models.base.name} holds NaN or infinity. Take a sound checkpoint of it."
+                f"Tensor {each.name!r} of the base {self.models.base.name} holds NaN or infinity. Take a sound checkpoint of "
+                "it."
             )
         for expert, values in zip(self.models.experts, stored.experts, strict=True):
             if not bool(_numbers(values).isfinite().all()):
@@ -327,14 +328,16 @@ def open_statistics(plan: Plan, models: Models) -> dict[str, Statistics]:
     """The statistics of each expert; headers only are read.
 
     Raises:
-        TwinmergeError: they were measured on another model; another tensor than the one they are of, or a part of one.
+        TwinmergeError: they were measured on another model; another tensor than the one they are of, or a part of
+            one.
     """
     found = {}
     for name in models.experts:
         statistics = Statistics.open(Path(plan.recipe.statistics[name]), plan.method.needs[0])
         if statistics.model != models.experts[name].fingerprint():
             raise DataError(
-                f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or name the right file."
+                f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or name the "
+                "right file."
             )
         found[name] = statistics
     for out, entry in plan.merged.items():
@@ -382,7 +385,10 @@ def _needs_torch(entry: Entry) -> bool:
 
 
 def _not_finite(tensor: str, expert: str) -> str:
-    return f"Tensor {tensor!r} of the expert {expert!r} holds NaN or infinity. Take a sound checkpoint of it, or leave it out."
+    return (
+        f"Tensor {tensor!r} of the expert {expert!r} holds NaN or infinity. Take a sound checkpoint of it, or leave "
+        "it out."
+    )
 
 
 def _numbers(values: Values) -> Tensor:

@@ -60,11 +60,11 @@ class Merge:
         device: where the arithmetic runs ("cpu", "cuda", "mps").
         tile: elements that a worker reads and writes at once, a multiple of 65,536; by their bytes where None, and it
             changes no byte of the result.
-        processes: let `save` spread its work over forked processes, which is faster than threads; only where
-            this process runs no threads of its own, as the command does not.
-        spread: spreads `save`'s work over workers elsewhere, as `concurrent.futures.Executor.map` does: `spread(function,
-            items)` gives the function of every item, in order. Workers get pickles, open the models by themselves and
-            write to the same output, so they need the same files under the same names.
+        processes: let `save` spread its work over forked processes, which is faster than threads; only where this
+            process runs no threads of its own, as the command does not.
+        spread: spreads `save`'s work over workers elsewhere, as `concurrent.futures.Executor.map` does:
+            `spread(function, items)` gives the function of every item, in order. Workers get pickles, open the models
+            by themselves and write to the same output, so they need the same files under the same names.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -207,7 +207,8 @@ class Merge:
         return run
 
     def surveyed(self, spread: Map[Any, Any] | None = None) -> tuple[Run, Inputs]:
-        """The run with all that must be known before the first tensor is merged, and the inputs with their rules settled."""
+        """The run with all that must be known before the first tensor is merged, and the inputs with their rules
+        settled."""
         inputs = self.inputs if spread is None else self._sealed
         inputs.check_parts()
         run = self.new_run(spread)
@@ -282,7 +283,8 @@ class Merge:
         """The merged model as a module, with the experts' heads where they have any.
 
         Returns:
-            a `HeadedModel` around a model of transformers; a copy of your own module, in eval mode, where the base is one.
+            a `HeadedModel` around a model of transformers; a copy of your own module, in eval mode, where the base is
+                one.
         """
         made = self.headed()
         return made if made.architecture.config is not None else made.body
@@ -301,7 +303,7 @@ class Merge:
             out: a folder that does not exist or is empty.
             about: expert -> more keys of its entry in heads.json, such as its task and metric.
 
-        Errors:
+        Raises:
             TwinmergeError: as said by `check`, `OutputFolder` and the method.
         """
         plan, spread = self.plan, self.spread
@@ -335,10 +337,10 @@ class Merge:
         """The same merge with other parameters of the method; models that are open stay open.
 
         Args:
-            parameters: those that differ, as in `Recipe` (`expert.field` sets a field for one expert), and `lines.a` and
-                `lines.b`.
+            parameters: those that differ, as in `Recipe` (`expert.field` sets a field for one expert), and `lines.a`
+                and `lines.b`.
 
-        Errors:
+        Raises:
             TwinmergeError: unknown parameters, values out of range.
         """
         other = copy.copy(self)

@@ -71,7 +71,8 @@ class Models:
         return self.told.knows_class
 
     def of_source(self, entry: Entry, label: str) -> OpenedModel:
-        """The model that a label of an entry's sources names; an expert may be called "base" where the base is not read."""
+        """The model that a label of an entry's sources names; an expert may be called "base" where the base is not
+        read."""
         return self.experts[label] if label in entry.place.experts else self.base
 
     def seal(self, plan: Plan) -> Plan:

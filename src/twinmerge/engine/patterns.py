@@ -108,5 +108,6 @@ def _numbers(slot: str, pattern: str) -> list[int]:
 
 def _wrong(pattern: str) -> RecipeError:
     return RecipeError(
-        f"{pattern!r:.120} stands for no tensors. Write their name, and rising numbers in braces: layers.{{0-31}}.weight."
+        f"{pattern!r:.120} stands for no tensors. Write their name, and rising numbers in braces: "
+        f"layers.{{0-31}}.weight."
     )

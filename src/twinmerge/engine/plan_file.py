@@ -1,8 +1,8 @@
 """A plan as one page of JSON, like tensors together, and back.
 
-A plan file names the recipe, the fingerprint of every model, and rule by rule the tensors that it merges. It may be edited:
-what is merged is what the file says. The shape of a tensor, what its class says of it and the order of reading are not in
-it, since the models themselves say that.
+A plan file names the recipe, the fingerprint of every model, and rule by rule the tensors that it merges. It may be
+edited: what is merged is what the file says. The shape of a tensor, what its class says of it and the order of
+reading are not in it, since the models themselves say that.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
         `plan` itself where the file says the same.
 
     Raises:
-        TwinmergeError: other models; tensors that the output does not have, or that are missing or named twice; a rule, a
-            dtype or a part of a tensor that is not understood.
+        TwinmergeError: other models; tensors that the output does not have, or that are missing or named twice; a
+            rule, a dtype or a part of a tensor that is not understood.
     """
     given = raw.get("models")
     if not isinstance(given, dict) or given.keys() != plan.inputs.keys():
@@ -278,7 +278,8 @@ def _read_tensors(raw: Any, plan: Plan, at: str) -> Iterator[tuple[str, Spec, di
             dtype = item.get("dtype")
             if dtype != was.name and not (was.is_float and dtype in FLOATS):
                 raise RecipeError(
-                    f"{at}: {name!r} cannot be written as {dtype!r:.80}. Choose from {', '.join(FLOATS if was.is_float else [was.name])}."
+                    f"{at}: {name!r} cannot be written as {dtype!r:.80}. Choose from "
+                    f"{', '.join(FLOATS if was.is_float else [was.name])}."
                 )
             yield name, Spec(CODES[str(dtype)], was.shape), views
 
@@ -299,7 +300,8 @@ def _views(raw: Mapping[str, Any], canonical: str, plan: Plan, at: str) -> dict[
 def _fitting(entry: Entry, plan: Plan, at: str) -> Entry:
     if entry.place.shape != entry.spec.shape:
         raise RecipeError(
-            f"{at}: what the models give to {entry.name!r} is {list(entry.place.shape)}, and the output has {list(entry.spec.shape)}."
+            f"{at}: what the models give to {entry.name!r} is {list(entry.place.shape)}, and the output has "
+            f"{list(entry.spec.shape)}."
         )
     if not entry.spec.is_float or any(Spec(source.code, ()).is_float is False for source in entry.sources.values()):
         raise RecipeError(f"{at}: {entry.name!r} holds whole numbers, which do not merge. Name it as copied.")

@@ -94,7 +94,8 @@ def entry_of(
         method: its rule.
         reads_base: whether the base is read.
         spec: what is written; what the base has where None.
-        views: label of an input -> canonical name of the tensor there and which part of it, where that is not `name`, whole.
+        views: label of an input -> canonical name of the tensor there and which part of it, where that is not `name`,
+            whole.
 
     Raises:
         TwinmergeError: a tensor that a model lacks, a view that it does not have, parts of several shapes.
@@ -108,7 +109,8 @@ def entry_of(
     shape = next(iter(shapes.values()))
     if odd := next((label for label, other in shapes.items() if other != shape), None):
         raise RecipeError(
-            f"For {out!r}, {next(iter(shapes))!r} gives a tensor of shape {list(shape)} and {odd!r} one of {list(shapes[odd])}. "
+            f"For {out!r}, {next(iter(shapes))!r} gives a tensor of shape {list(shape)} and {odd!r} one of "
+            f"{list(shapes[odd])}. "
             "Give parts of one shape."
         )
     told = models.told
@@ -149,14 +151,16 @@ def _require_one_dtype(models: Models, matched: Matched) -> None:
     for name in matched.merged:
         if len(found := sorted({model.spec(name).name for model in models.inputs})) > 1:
             raise RecipeError(
-                f"The models have different dtypes ({', '.join(found)} for {name!r}), and the recipe says not which is written. Add "
+                f"The models have different dtypes ({', '.join(found)} for {name!r}), and the recipe says not which is "
+                "written. Add "
                 "dtype: to it."
             )
 
 
 def _warn_of_no_blocks(base: OpenedModel) -> None:
     warnings.warn(
-        f"LiNeS finds no stack of two or more blocks in {base.name}, so that every tensor is scaled by a alone. Look at "
+        f"LiNeS finds no stack of two or more blocks in {base.name}, so that every tensor is scaled by a alone. Look "
+        "at "
         "the names of its tensors, or leave lines out.",
         stacklevel=5,
     )

@@ -17,8 +17,8 @@ PACKAGES = ("twinmerge", "torch", "safetensors", "transformers")
 
 
 def provenance(plan: Plan) -> dict[str, Any]:
-    """Recipe, whose semantics it has, resolved parameters, versions and the hub commits that were read; LiNeS' blocks where it is asked
-    for; the rules where they are not the recipe's."""
+    """Recipe, whose semantics it has, resolved parameters, versions and the hub commits that were read; LiNeS' blocks
+    where it is asked for; the rules where they are not the recipe's."""
     described = {
         "recipe": plan.recipe.describe(),
         "semantics": plan.recipe.semantics,
@@ -37,9 +37,11 @@ def provenance(plan: Plan) -> dict[str, Any]:
 
 
 def plan_key(plan: Plan) -> str | None:
-    """What identifies a merge that may be resumed: the same recipe, versions and input files (by size and times of change).
+    """What identifies a merge that may be resumed: the same recipe, versions and input files (by size and times of
+    change).
 
-    None for models in memory, which cannot be told apart from one process to the next, and for methods of one's own, whose code may change.
+    None for models in memory, which cannot be told apart from one process to the next, and for methods of one's own,
+    whose code may change.
     """
     if is_own(plan.recipe.method_name) or not all(model.files for model in plan.inputs.values()):
         return None
@@ -59,7 +61,7 @@ def states_of(plan: Plan) -> list[list[Any]]:
 def require_same(before: list[list[Any]], after: list[list[Any]]) -> None:
     """Refuse inputs that changed between two looks: what was read of them may be of two models.
 
-    Errors:
+    Raises:
         TwinmergeError: one did.
     """
     for one, two in zip(before, after, strict=True):

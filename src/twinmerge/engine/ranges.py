@@ -69,7 +69,8 @@ def ranges(names: Iterable[str], shapes: Shapes, tile: int = TILE, grains: Grain
 
 
 def rows_of(shape: Sequence[int]) -> int:
-    """Elements of a block of whole rows that is also one of whole blocks of 65,536; the last block of a tensor may be smaller.
+    """Elements of a block of whole rows that is also one of whole blocks of 65,536; the last block of a tensor may be
+    smaller.
 
     Example:
         >>> rows_of((148_383, 768)), rows_of((100, 1000))
@@ -80,7 +81,8 @@ def rows_of(shape: Sequence[int]) -> int:
 
 
 def grouped(work: Iterable[Range], tile: int) -> Iterator[list[Range]]:
-    """Ranges put together until they hold a tile's elements, so that many tiny tensors cost no more than a few large ones."""
+    """Ranges put together until they hold a tile's elements, so that many tiny tensors cost no more than a few large
+    ones."""
     group: list[Range] = []
     held = 0
     for each in work:

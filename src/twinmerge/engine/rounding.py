@@ -19,7 +19,8 @@ HALVES = {"BF16": 0x7F80, "F16": 0x7C00}  # the bits of infinity
 
 
 class Rounding(NamedTuple):
-    """code: of the output's dtype, as safetensors has it; seed: of stochastic rounding, None for rounding to nearest."""
+    """code: of the output's dtype, as safetensors has it; seed: of stochastic rounding, None for rounding to
+    nearest."""
 
     code: str
     seed: int | None = None
@@ -35,7 +36,7 @@ class Rounding(NamedTuple):
     def of(self, merged: Tensor, tile: Tile, method: Method) -> Tensor:
         """The merged tile, flat, as it is written.
 
-        Errors:
+        Raises:
             TwinmergeError: NaN or infinity, out of the method or because the value does not fit the dtype.
         """
         flat = merged.reshape(-1).cpu()
@@ -81,7 +82,8 @@ def _bits(x: Tensor) -> Tensor:
 def _refuse(merged: Tensor, dtype: torch.dtype, name: str, method: Method) -> None:
     if not bool(merged.isfinite().all()):
         raise ModelError(
-            f"{type(method).__name__} gives NaN or infinity in tensor {name!r}. Lower its scale, or leave that tensor out as a head."
+            f"{type(method).__name__} gives NaN or infinity in tensor {name!r}. Lower its scale, or leave that tensor "
+            "out as a head."
         )
     raise ModelError(
         f"Tensor {name!r} does not fit {dtype}: its largest value is {merged.abs().max().item():.4g}. Choose a wider "

@@ -1,8 +1,9 @@
 """Passes and tiles: run one method over all merged tensors.
 
-A range of every input is read, made into one float32 tile, given to the method's rule and handed on; threads share the
-ranges and memory holds a few tiles for each. Passes that a later one, or the first tensor, must wait for sweep over all
-tensors; those of one tensor that come last are run just before it is merged, so that most methods read every input once.
+A range of every input is read, made into one float32 tile, given to the method's rule and handed on; threads share
+the ranges and memory holds a few tiles for each. Passes that a later one, or the first tensor, must wait for sweep
+over all tensors; those of one tensor that come last are run just before it is merged, so that most methods read every
+input once.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ class Run:
 
     Args:
         method: that merges them, or name -> method where its parameters differ between tensors.
-        names: all tensors that are merged (they are what "the whole model" means for model-scope passes), in the order
-            in which they are read.
+        names: all tensors that are merged (they are what "the whole model" means for model-scope passes), in the
+            order in which they are read.
         shapes: name -> shape.
         load: range -> its tile, flat, or in rows or the tensor's shape by its grain. Called from any thread.
         grains: of every tensor; what the method says of it where None.
         tile: elements of a tile, a multiple of 65,536; the result does not depend on it.
         processes: spread large work over forked processes and not over threads (see `maths/workers.py`).
         seen: where what is read is compared with what earlier passes read.
-        spread: what spreads work over workers elsewhere, which get pickles; threads or forks of this machine where None.
+        spread: what spreads work over workers elsewhere, which get pickles; threads or forks of this machine where
+            None.
 
     Attributes:
         known: what the passes found; a pass whose result is put there before `survey` is left out.
@@ -86,7 +88,8 @@ class Run:
             leading, rule.trailing = rule.trailing[: last_model + 1], rule.trailing[last_model + 1 :]
             if leading and len(self.rules) > 1:
                 raise RecipeError(
-                    f"{type(rule.method).__name__} looks at the whole model before it merges a tensor, so its parameters cannot differ "
+                    f"{type(rule.method).__name__} looks at the whole model before it merges a tensor, so its parameters cannot "
+                    "differ "
                     "between tensors. Give one value for all, or compat: mergekit where the method has it."
                 )
             self.leading = leading
@@ -106,7 +109,8 @@ class Run:
         """
         if len(self.rules) > 1:
             raise RecipeError(
-                f"{step.name} looks at the whole merged model, so the method's parameters cannot differ between tensors. Give one "
+                f"{step.name} looks at the whole merged model, so the method's parameters cannot differ between tensors. "
+                "Give one "
                 f"value for all, or say what {step.name} is to find."
             )
         self.leading = [*self.leading, *self.rules[0].trailing, step]

@@ -43,7 +43,7 @@ class Seen:
     def end(self, *taken: Folds) -> None:
         """A pass is over.
 
-        Errors:
+        Raises:
             TwinmergeError: a tensor that was something else in an earlier one.
         """
         whole: Folds = {}
@@ -57,7 +57,7 @@ class Seen:
     def compare(self, source: str, tensor: str, blocks: Sequence[str]) -> None:
         """The checksums of a tensor at the last read.
 
-        Errors:
+        Raises:
             TwinmergeError: it was something else in an earlier pass.
         """
         if (source, tensor) in self._known:

@@ -69,13 +69,14 @@ class Verified(Table, _Verified):
 
 
 def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Verified:
-    """Read everything that was written, and the inputs where they still are, and compare it with the checksums of when it was.
+    """Read everything that was written, and the inputs where they still are, and compare it with the checksums of
+    when it was.
 
     Args:
         folder: any folder that was written here, a state, or a single artefact such as a file of statistics.
         inputs: of a merge, the base and the experts as well.
 
-    Errors:
+    Raises:
         TwinmergeError: nothing that carries checksums, or damaged ones.
     """
     folder = Path(folder)

@@ -1,4 +1,5 @@
-"""Which part of a stored tensor goes into a merge: all of it, some rows, one matrix of a stack, or its axes in another order."""
+"""Which part of a stored tensor goes into a merge: all of it, some rows, one matrix of a stack, or its axes in
+another order."""
 
 from __future__ import annotations
 
@@ -190,5 +191,6 @@ def _axis(raw: object, where: str) -> Axis:
     if _numbers(raw):
         return tuple(raw)  # type: ignore[arg-type]
     raise RecipeError(
-        f"{where}: {raw!r:.80} is no part of an axis. Write an index, a list of them, {{from: …, to: …}}, or null for all."
+        f"{where}: {raw!r:.80} is no part of an axis. Write an index, a list of them, {{from: …, to: …}}, or null "
+        "for all."
     )

@@ -37,7 +37,8 @@ class Journal:
         self.done: dict[int, Line] = {int(line["group"]): line for line in lines}
 
     def keep(self, intact: Callable[[int, Line], bool]) -> None:
-        """Forget the groups whose values are not what was said: after a power loss the disk may have less than the journal."""
+        """Forget the groups whose values are not what was said: after a power loss the disk may have less than the
+        journal."""
         self.done = {group: line for group, line in self.done.items() if intact(group, line)}
 
     def record(self, group: int, line: Line) -> None:
@@ -47,8 +48,9 @@ class Journal:
 
 @dataclass
 class Report:
-    """checksums: "output" or an input -> tensor -> its checksum; changed, erased: entries, see `erased`; require: looks at each tensor's
-    blocks, refuses a tensor that is not what it was when it was written, and says whether they are kept."""
+    """checksums: "output" or an input -> tensor -> its checksum; changed, erased: entries, see `erased`; require:
+    looks at each tensor's blocks, refuses a tensor that is not what it was when it was written, and says whether they
+    are kept."""
 
     require: Callable[[str, str, Sequence[str]], bool]
     checksums: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -99,7 +101,8 @@ class _Written(NamedTuple):
 
 @dataclass(frozen=True)
 class _Writing:
-    """What a worker does with a range: merge it, and put it in its place. Pickled, both ends are opened where it arrives."""
+    """What a worker does with a range: merge it, and put it in its place. Pickled, both ends are opened where it
+    arrives."""
 
     inputs: Inputs
     writer: CheckpointWriter

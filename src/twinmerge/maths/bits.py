@@ -35,7 +35,7 @@ def pack(mask: Tensor) -> Tensor:
     Returns:
         (⌈entries / 8⌉,) uint8 on the CPU.
 
-    Errors:
+    Raises:
         ValueError: a tensor of another dtype.
 
     Example:
@@ -57,7 +57,7 @@ def unpack(bits: Tensor, count: int) -> Tensor:
     Returns:
         (count,) bool on the device of the bytes.
 
-    Errors:
+    Raises:
         ValueError: bytes that are not those of so many entries: too few or many, or with bits beyond the last entry.
 
     Example:
@@ -75,7 +75,7 @@ def unpack(bits: Tensor, count: int) -> Tensor:
 def check(bits: Tensor, count: int) -> None:
     """Refuse bytes that are no mask of `count` entries.
 
-    Errors:
+    Raises:
         ValueError: as `unpack` says.
     """
     if bits.dtype != torch.uint8 or bits.shape != (byte_count(count),):
@@ -87,8 +87,8 @@ def check(bits: Tensor, count: int) -> None:
 def planes(masks: Sequence[Tensor]) -> Tensor:
     """Nested masks as one level for each entry: of how many of them it is.
 
-    Each mask must lie within the one before, as masks of a rising threshold do; five masks then take three bits for each
-    entry. All is done on bytes, eight entries at once.
+    Each mask must lie within the one before, as masks of a rising threshold do; five masks then take three bits for
+    each entry. All is done on bytes, eight entries at once.
 
     Args:
         masks: at most 7, packed, the largest first, (bytes,) uint8 each.
@@ -96,7 +96,7 @@ def planes(masks: Sequence[Tensor]) -> Tensor:
     Returns:
         (3, bytes) uint8: the bits of value 1, 2 and 4 of the levels, packed like a mask.
 
-    Errors:
+    Raises:
         ValueError: no mask or more than 7, or masks of different lengths.
 
     Example:
@@ -123,7 +123,7 @@ def plane_at(levels: Tensor, least: int) -> Tensor:
     Returns:
         (bytes,) uint8, packed.
 
-    Errors:
+    Raises:
         ValueError: another level, or another number of planes.
 
     Example:

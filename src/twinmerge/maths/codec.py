@@ -1,6 +1,7 @@
 """Numbers in fewer bits: what a codec is, how it is found, and how tensors are stored by it.
 
-Every file of `maths/codecs/` is a codec, named as the file; other packages offer theirs as entry points of `twinmerge.codecs`.
+Every file of `maths/codecs/` is a codec, named as the file; other packages offer theirs as entry points of
+`twinmerge.codecs`.
 """
 
 from __future__ import annotations
@@ -261,8 +262,8 @@ def divisor(scales: Tensor) -> Tensor:
 
 
 def rounded_up(scales: Tensor, bits: int) -> Tensor:
-    """To the next number of so many bits, so that a level times its scale is exact; zero, and numbers that are nearly zero, stay what
-    they are."""
+    """To the next number of so many bits, so that a level times its scale is exact; zero, and numbers that are nearly
+    zero, stay what they are."""
     import torch
 
     mantissa, exponent = torch.frexp(scales.double())

@@ -15,12 +15,13 @@ from twinmerge.maths.lowrank import Factors
 class CoreSpace(NamedTuple):
     """τt = Q_B Mt Q_Aᵀ for every t, exactly: what a method does to the small Mt, it does to the τt.
 
-    That holds for every method that is indifferent to the choice of orthonormal bases: sums, singular values and vectors,
-    Gram matrices; not for those that look at single entries (TIES).
+    That holds for every method that is indifferent to the choice of orthonormal bases: sums, singular values and
+    vectors, Gram matrices; not for those that look at single entries (TIES).
 
     Args:
-        left: Q_B (m, p) with orthonormal columns, a basis of all B; right: Q_A (n, q), of all A; cores: (experts, p, q);
-            p and q are the sums of the ranks, at most m and n. All float64.
+        left: Q_B (m, p) with orthonormal columns, a basis of all B.
+        right: Q_A (n, q), of all A.
+        cores: (experts, p, q); p and q are the sums of the ranks, at most m and n. All float64.
 
     Source: Panariello et al. 2025, "Accurate and Efficient Low-Rank Model Merging in Core Space", NeurIPS.
 

@@ -1,4 +1,5 @@
-"""Merging stored values in one pass: the compiled twin of what methods and rounding do tile by tile, with the same bits.
+"""Merging stored values in one pass: the compiled twin of what methods and rounding do tile by tile, with the same
+bits.
 
 `fused.c` is compiled when the package is installed, if there is a C compiler; `available` says whether it was. It reads
 and writes the bytes of checkpoints (bfloat16, float16, float32) without a float32 copy of them. Calls let other threads
@@ -42,8 +43,8 @@ class Values(NamedTuple):
 class Drop(NamedTuple):
     """DARE's mask, as `keyed_random.kept_bits` draws it.
 
-    keys: of each expert, two numbers of 64 bits; shares: of the entries that are kept; factors: what those are multiplied
-    with before anything else is done.
+    keys: of each expert, two numbers of 64 bits; shares: of the entries that are kept; factors: what those are
+    multiplied with before anything else is done.
     """
 
     keys: tuple[tuple[int, int], ...]
@@ -52,7 +53,8 @@ class Drop(NamedTuple):
 
 
 class Trim(NamedTuple):
-    """`select.keep_above` of each expert. thresholds: bits of |x|; rooms: how many entries of the call that equal them stay."""
+    """`select.keep_above` of each expert. thresholds: bits of |x|; rooms: how many entries of the call that equal
+    them stay."""
 
     thresholds: tuple[int, ...]
     rooms: tuple[int, ...]
@@ -61,8 +63,8 @@ class Trim(NamedTuple):
 class Elect(NamedTuple):
     """TIES: a sign for each entry, then what agrees with it.
 
-    merge: how that is combined; votes: each expert's weight in the election; tie: the sign (-1, 0, 1) where votes cancel;
-    flip: the experts whose entries agree when they have the other sign.
+    merge: how that is combined; votes: each expert's weight in the election; tie: the sign (-1, 0, 1) where votes
+    cancel; flip: the experts whose entries agree when they have the other sign.
     """
 
     merge: Literal["mean", "sum", "max"]
@@ -72,8 +74,8 @@ class Elect(NamedTuple):
 
 
 class Importance(NamedTuple):
-    """Fisher-weighted averaging. factors: of each expert's Fisher information; floors: the least that it counts as; order: the
-    experts' numbers, as they are summed up."""
+    """Fisher-weighted averaging. factors: of each expert's Fisher information; floors: the least that it counts as;
+    order: the experts' numbers, as they are summed up."""
 
     factors: tuple[float, ...]
     floors: tuple[float, ...]
@@ -83,9 +85,9 @@ class Importance(NamedTuple):
 class Rule(NamedTuple):
     """What is done with the values; whatever is used again is prepared once.
 
-    deltas: x_t = θt - θ0, and the result is θ0 + scale · s; else x_t = θt, and it is s / divisor. s = Σt wt x_t, or what
-    `elect` makes of x_t. First x_t is dropped, then trimmed, where that is asked for.
-    importance: the result is Σ It θt / Σ It with It = factor · max(Ft, floor), and Σ wt θt / divisor where all It are 0.
+    deltas: x_t = θt - θ0, and the result is θ0 + scale · s; else x_t = θt, and it is s / divisor. s = Σt wt x_t, or
+    what `elect` makes of x_t. First x_t is dropped, then trimmed, where that is asked for. importance: the result is
+    Σ It θt / Σ It with It = factor · max(Ft, floor), and Σ wt θt / divisor where all It are 0.
     """
 
     weights: tuple[float, ...]
@@ -99,8 +101,9 @@ class Rule(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """changed: entries whose float32 differs from the base's; erased: those of them that rounding put back to the base's
-    value; sound: no input is NaN or infinite; fits: nor is what was written. What was written counts only if both hold."""
+    """changed: entries whose float32 differs from the base's; erased: those of them that rounding put back to the
+    base's value; sound: no input is NaN or infinite; fits: nor is what was written. What was written counts only if
+    both hold."""
 
     changed: int
     erased: int
@@ -199,10 +202,12 @@ def gram(a: Values, b: Values) -> NDArray[np.float64]:
 def norms(
     x: Values, base: Values | None, key: tuple[int, int], share: float, offset: int = 0
 ) -> tuple[list[float], list[float]]:
-    """Σ|x - base| of each block of 65,536 elements, as `sums.block_sums` adds them: of all entries, and of those that `Drop` keeps.
+    """Σ|x - base| of each block of 65,536 elements, as `sums.block_sums` adds them: of all entries, and of those that
+    `Drop` keeps.
 
     Args:
-        key, share: of the mask, as in `Drop`; offset: index of the first element in its tensor, a multiple of 65,536.
+        key, share: of the mask, as in `Drop`.
+        offset: index of the first element in its tensor, a multiple of 65,536.
 
     Raises:
         ValueError, RuntimeError: as `merge`.
@@ -223,13 +228,15 @@ def norms(
 def in_bracket(
     x: Values, base: Values | None, low: int, width: int, shared: Sequence[int]
 ) -> tuple[int, NDArray[np.int32], list[int]]:
-    """What |x - base| has above and inside the bracket low ... low + width - 1 of bits, as `select.in_bracket` counts it.
+    """What |x - base| has above and inside the bracket low ... low + width - 1 of bits, as `select.in_bracket` counts
+    it.
 
     Args:
         shared: at most 4 values in the bracket, as bits; -1 where there are fewer.
 
     Returns:
-        above: how many entries; inside: of those in the bracket that have none of the shared values, their bits less `low`,
+        above: how many entries; inside: of those in the bracket that have none of the shared values, their bits less
+            `low`,
         in flat order; ties: how many have each of the shared values.
 
     Raises:
@@ -282,7 +289,8 @@ class _Rule(ctypes.Structure):
 
 
 class _Prepared(NamedTuple):
-    """A rule as the library reads it: pointer: to it; row: the type of its experts' addresses; kept: what it points to."""
+    """A rule as the library reads it: pointer: to it; row: the type of its experts' addresses; kept: what it points
+    to."""
 
     pointer: Any
     row: Any

@@ -1,8 +1,8 @@
 """Singular value decompositions by the Gram matrix of the shorter side: one symmetric eigenproblem instead of gesdd.
 
-The eigenvalues are squares, which costs half of the digits: so the Gram matrix is float64, and the singular values that
-float32 entries define (above s1 · max(m, n) · 1.2e-7, the numerical rank) keep more digits than gesdd in float32 gives them.
-On one core it takes a fifth of gesdd's time for 768 × 3072, and nine tenths for a square.
+The eigenvalues are squares, which costs half of the digits: so the Gram matrix is float64, and the singular values
+that float32 entries define (above s1 · max(m, n) · 1.2e-7, the numerical rank) keep more digits than gesdd in float32
+gives them. On one core it takes a fifth of gesdd's time for 768 × 3072, and nine tenths for a square.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ SMALL = 256  # a short side for which gesdd in float64 costs little
 def gram_svd(x: Tensor, name: str = "matrix", rounded: torch.dtype | None = None) -> SVD:
     """x = U diag(s) V^T, the terms within the numerical rank only.
 
-    Error of a singular value: at most about max(m, n) · 1.1e-16 · s1² / s_i, so below 1e-7 · s1 down to float32's numerical
-    rank. Entries that are exact to float64 need more than that and go to gesdd.
+    Error of a singular value: at most about max(m, n) · 1.1e-16 · s1² / s_i, so below 1e-7 · s1 down to float32's
+    numerical rank. Entries that are exact to float64 need more than that and go to gesdd.
 
     Args:
         x: (m, n), any real dtype.
         name: what an error calls the matrix.
-        rounded: the dtype that the entries were rounded to once, whose eps sets the numerical rank; x's own where None.
+        rounded: the dtype that the entries were rounded to once, whose eps sets the numerical rank; x's own where
+            None.
 
     Returns:
         U (m, k), s (k,) descending, V^T (k, n) in float64; k = 0 for a zero matrix.
@@ -51,7 +52,8 @@ def gram_svd(x: Tensor, name: str = "matrix", rounded: torch.dtype | None = None
 
 
 def gram(x: Tensor) -> Tensor:
-    """x^T x (n, n) of x (m, n), in x's dtype: exactly symmetric, with little more than half of the product's operations.
+    """x^T x (n, n) of x (m, n), in x's dtype: exactly symmetric, with little more than half of the product's
+    operations.
 
     Example:
         >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
@@ -73,7 +75,8 @@ def right_side(of: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """s and V of x = U diag(s) V^T out of x^T x alone, the terms within float32's numerical rank only.
 
     Args:
-        of: x^T x (n, n) float64; rows: of x, those that are zero left out.
+        of: x^T x (n, n) float64.
+        rows: of x, those that are zero left out.
 
     Returns:
         s (k,) descending, V (n, k) in float64; U is x V diag(1/s).
@@ -131,7 +134,8 @@ def with_values(
 
 
 def coefficients(of: Tensor, rows: int, values: Callable[[Tensor], Tensor], scale: float = 1.0) -> Tensor:
-    """V diag(f(s)/s) V^T (n, n), which takes x to U diag(f(s)) V^T, out of x^T x; arguments as `right_side` and `with_values`."""
+    """V diag(f(s)/s) V^T (n, n), which takes x to U diag(f(s)) V^T, out of x^T x; arguments as `right_side` and
+    `with_values`."""
     s, v = right_side(of, rows)
     return gram((v * (values(s / scale) / s).sqrt()).mT)
 

@@ -142,8 +142,8 @@ def truncate_product(parts: Sequence[Factors], weights: Sequence[float], rank: i
         Factors in float32 (float64 if any part is), of rank 0 when the sum is exactly zero.
 
     Raises:
-        TwinmergeError: no parts, a count or a shape that differs, a weight or a factor that is not finite,
-            a rank below 1.
+        TwinmergeError: no parts, a count or a shape that differs, a weight or a factor that is not finite, a rank
+            below 1.
 
     Example:
         >>> one = Factors(torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 0.0]]))

@@ -11,13 +11,14 @@ _TINY = 2.0**-14  # float16's smallest normal number; below, its numbers are 2^-
 def stochastic(x: Tensor, dtype: torch.dtype, draws: Tensor) -> Tensor:
     """Round each number to one of its two neighbours in `dtype`, to the nearer one more often: the mean is x.
 
-    A number that `dtype` has stays what it is, and -x is rounded as x is. Beyond the largest finite number, and for NaN,
-    it is rounding to nearest. The bits are a function of x and `draws` alone.
+    A number that `dtype` has stays what it is, and -x is rounded as x is. Beyond the largest finite number, and for
+    NaN, it is rounding to nearest. The bits are a function of x and `draws` alone.
 
     Args:
         x: float32.
         dtype: bfloat16 or float16; float32 and float64 have every x, so nothing is drawn.
-        draws: int32 of x's shape, uniform over 0 ... 2^24 - 1; a number goes away from zero if its draw is high enough.
+        draws: int32 of x's shape, uniform over 0 ... 2^24 - 1; a number goes away from zero if its draw is high
+            enough.
 
     Returns:
         `dtype`, of x's shape.

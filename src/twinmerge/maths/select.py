@@ -248,7 +248,8 @@ def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, l
     """What one expert has above and inside its bracket.
 
     Returns:
-        above: how many entries; bins: of those inside that have none of the `shared` values, counted from `low`; ties: how
+        above: how many entries; bins: of those inside that have none of the `shared` values, counted from `low`;
+            ties: how
         many have each of the shared values; between: how many bins are wrong, since a value lies between two of them,
         which the sample did not show.
 

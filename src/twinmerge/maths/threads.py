@@ -1,4 +1,5 @@
-"""Matrices in parallel, one BLAS thread each: faster than threads inside LAPACK, and the same bits for any core count."""
+"""Matrices in parallel, one BLAS thread each: faster than threads inside LAPACK, and the same bits for any core
+count."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def use_threads(count: int | None) -> None:
 
 
 def thread_count() -> int:
-    """How many threads are to be used: torch's number, which is not imported for it; never more than there are cores."""
+    """How many threads are to be used: torch's number, which is not imported for it; never more than there are
+    cores."""
     cores = os.cpu_count() or 1
     torch = sys.modules.get("torch")
     asked = os.environ.get(OMP, "")
@@ -39,8 +41,8 @@ def one_thread_each() -> None:
 def parallel(function: Callable[[Item], Result], items: Iterable[Item], ahead: int | None = None) -> Iterator[Result]:
     """`function` of each item, in order, on `thread_count` threads, with one torch thread each.
 
-    At most `ahead` items (two per thread where None) are under way or waiting to be taken, so memory is bounded. torch's number
-    of threads is set back when the iterator ends or is closed.
+    At most `ahead` items (two per thread where None) are under way or waiting to be taken, so memory is bounded.
+    torch's number of threads is set back when the iterator ends or is closed.
 
     Example:
         >>> list(parallel(lambda n: n * n, [1, 2, 3]))

@@ -1,4 +1,5 @@
-"""Work spread over processes that are forked from this one: Python's lock is not shared, so small steps run side by side.
+"""Work spread over processes that are forked from this one: Python's lock is not shared, so small steps run side by
+side.
 
 Only for a process that is known to be alone: a fork keeps no thread but the one that forks. The command is, a library
 call may not be.
@@ -30,8 +31,9 @@ def forked(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
     The processes see everything as it is now; what they change, but for files, stays theirs. Results and errors are
     pickled. They end with the iterator, and with this process.
 
-    Errors:
-        MemoryError: a process was killed, as systems do that run out of memory; RuntimeError: it crashed; what `function` raises.
+    Raises:
+        MemoryError: a process was killed, as systems do that run out of memory; RuntimeError: it crashed; what
+            `function` raises.
 
     Example:
         >>> list(forked(lambda n: n * n, [1, 2, 3]))

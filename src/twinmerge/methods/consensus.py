@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class Consensus(Marking):
     """θ = θ0 + λ · 1{Σt mt ≥ k} ⊙ τ with mt = 1{|τt| > λt |τ − τt|}, element by element; τ as in `tall_masks`.
 
-    k = 2 leaves out the weights that no task marks ("catastrophic") and that one task marks ("selfish"); k = 1 the former
-    only, k = 0 none, and k above the number of experts gives θ0. The paper chooses λ in 0.1, 0.2, …, 1 on validation data,
-    after λt; without any, λ = 0.3 is what task arithmetic, which this is at k = 0, takes.
+    k = 2 leaves out the weights that no task marks ("catastrophic") and that one task marks ("selfish"); k = 1 the
+    former only, k = 0 none, and k above the number of experts gives θ0. The paper chooses λ in 0.1, 0.2, …, 1 on
+    validation data, after λt; without any, λ = 0.3 is what task arithmetic, which this is at k = 0, takes.
 
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", arXiv 2405.07813,
     section 5.

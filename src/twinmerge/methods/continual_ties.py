@@ -16,10 +16,10 @@ from twinmerge.methods.kit.fold import Fold, Seen, State, folded
 class ContinualTies(Method, Fold):
     """A ← λ τ1; then A ← A + λ · ties(A, τt), the sum of the entries that agree with the elected sign; θ = θ0 + A.
 
-    The baseline of the papers on continual merging: the first expert is not trimmed, and what was merged is trimmed and added again
-    with every later one, so it compounds. The baseline's code trims the whole model and sends votes that cancel to the majority;
-    here, where an expert is taken in tensor by tensor, `density` keeps an exact count of each tensor, and such votes add nothing.
-    Experts are taken in their order, which has a meaning.
+    The baseline of the papers on continual merging: the first expert is not trimmed, and what was merged is trimmed
+    and added again with every later one, so it compounds. The baseline's code trims the whole model and sends votes
+    that cancel to the majority; here, where an expert is taken in tensor by tensor, `density` keeps an exact count of
+    each tensor, and such votes add nothing. Experts are taken in their order, which has a meaning.
 
     Source: Tang et al. 2025, arXiv 2501.09522 (its baseline); Yadav et al. 2023, arXiv 2306.01708 (TIES).
 

@@ -46,7 +46,8 @@ def check_rescale(compat: str, rescale: Rescale) -> None:
 
 
 def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
-    """The stack (experts, *tile) with dropped entries at zero; each entry's draw is keyed by seed, expert, tensor and index."""
+    """The stack (experts, *tile) with dropped entries at zero; each entry's draw is keyed by seed, expert, tensor and
+    index."""
     import torch
 
     out = torch.empty_like(x)

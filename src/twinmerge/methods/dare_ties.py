@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class DareTies(Ties):
     """TIES on τ′ = m ⊙ τ / density, m ~ Bernoulli(density).
 
-    The drop takes the place of the trim; a `trim_density` below 1 then also trims what the drop left, as TIES does. Election and disjoint mean as in `ties`; masks as in `dare`.
+    The drop takes the place of the trim; a `trim_density` below 1 then also trims what the drop left, as TIES does.
+    Election and disjoint mean as in `ties`; masks as in `dare`.
 
     Source: Yu et al. 2024, arXiv 2311.03099, section 4.3 (DARE before TIES-Merging).
 

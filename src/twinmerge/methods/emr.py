@@ -22,9 +22,9 @@ class Emr(MaskMethod):
     2. Mask: mt marks the entries of τt that have the elected sign.
     3. Rescale: st = Σ |τt| / Σ |mt ⊙ τ| over all entries of the model, so that the mean change of each expert stays.
 
-    There is nothing to choose and no data. An expert that changes nothing has st = 0. What is merged into one model is
-    θ0 + τ. compat="official" adds up the means of each tensor, as the authors' code for transformers does, so that every
-    tensor weighs the same; the paper, and their code for flat vectors, add entries.
+    There is nothing to choose and no data. An expert that changes nothing has st = 0. What is merged into one model
+    is θ0 + τ. compat="official" adds up the means of each tensor, as the authors' code for transformers does, so that
+    every tensor weighs the same; the paper, and their code for flat vectors, add entries.
 
     Source: Huang et al. 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging", arXiv 2405.17461, section 4.
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 class Squares(NamedTuple):
-    """Of one expert's Fisher information over all merged tensors, as it was measured: ΣF, ΣF², the number of entries, and the
-    number of examples that every F is summed over."""
+    """Of one expert's Fisher information over all merged tensors, as it was measured: ΣF, ΣF², the number of entries,
+    and the number of examples that every F is summed over."""
 
     total: float
     squares: float
@@ -90,14 +90,14 @@ def squares_of(by_tensor: Iterable[tuple[float, float, int]], examples: int = 1)
 class Fisher(Method):
     """θ = Σt ct Dt θt / Σt ct Dt, element by element, with ct = λt / ‖Ft‖ and Dt = max(Ft, floor).
 
-    Ft is the diagonal of expert t's Fisher information, the mean over the examples that `twinmerge measure fisher` sums up, so
-    that experts measured on different numbers of examples compare; ‖Ft‖ is its Euclidean norm over all merged tensors, before
-    the floor (normalize=False leaves it out: ct = λt). No base is needed.
+    Ft is the diagonal of expert t's Fisher information, the mean over the examples that `twinmerge measure fisher`
+    sums up, so that experts measured on different numbers of examples compare; ‖Ft‖ is its Euclidean norm over all
+    merged tensors, before the floor (normalize=False leaves it out: ct = λt). No base is needed.
 
-    The floor is `floor` times the mean of Ft over all merged entries, so that the result does not depend on the scale of Ft.
-    With favor_target only the target has it: where nobody measured anything, its value stays. Where every ct Dt is 0, the
-    result is the mean weighted by λ (the authors' code divides 0 by 0). compat="official" takes the floor as it is, as the
-    authors' code does.
+    The floor is `floor` times the mean of Ft over all merged entries, so that the result does not depend on the scale
+    of Ft. With favor_target only the target has it: where nobody measured anything, its value stays. Where every ct
+    Dt is 0, the result is the mean weighted by λ (the authors' code divides 0 by 0). compat="official" takes the
+    floor as it is, as the authors' code does.
 
     Source: Matena & Raffel 2022, "Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832, equation 3 and
     section 3.2; the normalisation, the floor and the favoured target are those of the authors' code.
@@ -133,9 +133,10 @@ class Fisher(Method):
             require_divisor(per_expert(self.weights, len(experts)))
 
     def importance(self, experts: Sequence[str], known: Known) -> Importance:
-        """ct and the floor of each expert, for Fisher information as it is stored: summed over examples and not divided by them.
+        """ct and the floor of each expert, for Fisher information as it is stored: summed over examples and not
+        divided by them.
 
-        Errors:
+        Raises:
             TwinmergeError: a target that is no expert, a negative weight, or Fisher information that is 0 everywhere.
         """
         target = experts[0] if self.target is None else self.target
@@ -151,7 +152,8 @@ class Fisher(Method):
                 raise RecipeError(f"fisher: the weight of {name!r} is {weight:g}. Give 0 or more.")
             if self.normalize and not size.squares > 0:
                 raise DataError(
-                    f"The Fisher information of {name!r} is 0 in all merged tensors, so it has no norm to divide by. Measure it again "
+                    f"The Fisher information of {name!r} is 0 in all merged tensors, so it has no norm to divide by. Measure it "
+                    "again "
                     "on data that the model is not certain of, leave the expert out, or set normalize=false."
                 )
             factors.append(weight / (size.squares**0.5 if self.normalize else size.examples))
@@ -190,5 +192,6 @@ def _require_sound(fisher: Tensor, at: Place, expert: str) -> None:
 def unsound(expert: str, tensor: str) -> DataError:
     """What is said of Fisher information that cannot be any."""
     return DataError(
-        f"The Fisher information of {expert!r} has negative, NaN or infinite entries in tensor {tensor!r}. Measure it again."
+        f"The Fisher information of {expert!r} has negative, NaN or infinite entries in tensor {tensor!r}. Measure "
+        "it again."
     )

@@ -22,9 +22,9 @@ Over = Literal["size", "rank"]
 class IsoC(Spectral, SumFold):
     """Matrices: θ = θ0 + λ s̄ U Vᵀ of Σt wt τt = U diag(s) Vᵀ; all other tensors: θ = θ0 + λ mean(wt τt).
 
-    s̄ is the mean of the singular values: over min(m, n) as in the paper (`mean_over` size), or over those that are not 0
-    (rank), which low-rank experts may want. U Vᵀ has the numerical rank of the sum, so nothing depends on the basis that
-    LAPACK picks for a null space. λ = 1 suits few experts; choose it on validation rows.
+    s̄ is the mean of the singular values: over min(m, n) as in the paper (`mean_over` size), or over those that are
+    not 0 (rank), which low-rank experts may want. U Vᵀ has the numerical rank of the sum, so nothing depends on the
+    basis that LAPACK picks for a null space. λ = 1 suits few experts; choose it on validation rows.
 
     Source: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
     ICML, arXiv 2502.04959.
@@ -67,7 +67,8 @@ class IsoC(Spectral, SumFold):
 
 
 class Flat(Coefficients):
-    """s̄ U Vᵀ = (Σt wt τt) V diag(s̄/s) Vᵀ, and V diag(s²) Vᵀ is the sum's Gram matrix: the same coefficients for every expert."""
+    """s̄ U Vᵀ = (Σt wt τt) V diag(s̄/s) Vᵀ, and V diag(s²) Vᵀ is the sum's Gram matrix: the same coefficients for
+    every expert."""
 
     def __init__(self, method: Spectral, mean_over: Over) -> None:
         super().__init__(method)
@@ -103,6 +104,7 @@ def flat(s: Tensor, mean_over: Over, short: int) -> Tensor:
     """s̄ for each of the singular values.
 
     Args:
-        s: those that are not 0; short: min(m, n) of the whole matrix.
+        s: those that are not 0.
+        short: min(m, n) of the whole matrix.
     """
     return (s.sum() / max(1, short if mean_over == "size" else len(s))).expand(len(s))

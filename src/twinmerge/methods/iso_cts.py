@@ -17,14 +17,15 @@ from twinmerge.methods.kit.spectral import Spectral, Weights, short_side, total_
 
 
 class IsoCts(Spectral):
-    """Matrices: the leading directions of the sum, beside each expert's leading directions outside of them, with one strength for all.
+    """Matrices: the leading directions of the sum, beside each expert's leading directions outside of them, with one
+    strength for all.
 
-    With d = min(m, n), `sizes` gives k common directions and (d − k)/T for each expert: U_k, V_k of Σt wt τt; of each expert
-    the leading triplets of (I − U_k U_kᵀ) wt τt. [experts, common] is made orthonormal on both sides (polar factors), and every
-    singular value is the mean of those chosen: over all d as in the paper (`mean_over` size), of which those beyond the numerical
-    rank are 0, or over those that are not 0 (rank), as in `iso_c`, which common = 1 is. Where the chosen are more than one
-    side has dimensions for (experts of low rank that share their rows), they are not all orthogonal, and singular values are below
-    that mean. All other tensors: mean.
+    With d = min(m, n), `sizes` gives k common directions and (d − k)/T for each expert: U_k, V_k of Σt wt τt; of each
+    expert the leading triplets of (I − U_k U_kᵀ) wt τt. [experts, common] is made orthonormal on both sides (polar
+    factors), and every singular value is the mean of those chosen: over all d as in the paper (`mean_over` size), of
+    which those beyond the numerical rank are 0, or over those that are not 0 (rank), as in `iso_c`, which common = 1
+    is. Where the chosen are more than one side has dimensions for (experts of low rank that share their rows), they
+    are not all orthogonal, and singular values are below that mean. All other tensors: mean.
 
     Source: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
     ICML, arXiv 2502.04959, algorithm 2 and its code.

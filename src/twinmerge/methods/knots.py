@@ -32,12 +32,13 @@ from twinmerge.methods.ties import Majority, Tie, Ties
 class Knots(Spectral):
     """Matrices: [w1 τ1 … wT τT] = U diag(s) [V1ᵀ … VTᵀ]; θ = θ0 + λ U · ties(diag(s) V1ᵀ, …); all other tensors: mean.
 
-    TIES is that of `ties` on each expert's diag(s) Vtᵀ: it keeps the `density` largest entries of those of all matrices together
-    (scope "model", the paper; an exact count, equals in the order of name and index) or of each matrix ("tensor"), elects the sign
-    of their sum, "majority" being the sign of most entries of the model where votes cancel, and takes the mean of what agrees.
-    With low-rank adapters the decomposition is that of their factors, and the merge is an adapter of at most the summed rank.
-    Singular values that are alike leave U to LAPACK's choice, which TIES sees. Directions below s1 · max(m, n) · eps are left out;
-    the authors' code cuts at 1e-5, whatever the scale of the deltas, keeps one entry more and every one that equals the threshold.
+    TIES is that of `ties` on each expert's diag(s) Vtᵀ: it keeps the `density` largest entries of those of all
+    matrices together (scope "model", the paper; an exact count, equals in the order of name and index) or of each
+    matrix ("tensor"), elects the sign of their sum, "majority" being the sign of most entries of the model where
+    votes cancel, and takes the mean of what agrees. With low-rank adapters the decomposition is that of their
+    factors, and the merge is an adapter of at most the summed rank. Singular values that are alike leave U to
+    LAPACK's choice, which TIES sees. Directions below s1 · max(m, n) · eps are left out; the authors' code cuts at
+    1e-5, whatever the scale of the deltas, keeps one entry more and every one that equals the threshold.
 
     Every pass decomposes all matrices again, so that none but those under way is held.
 
@@ -108,8 +109,8 @@ class Knots(Spectral):
 
 
 class InAlignedSpace(Pass[T_co | None]):
-    """A pass of TIES over the aligned parts of all matrices; where factors are merged, what is treated like vectors comes in one piece
-    too, and is left out. It finds None where nothing else comes."""
+    """A pass of TIES over the aligned parts of all matrices; where factors are merged, what is treated like vectors
+    comes in one piece too, and is left out. It finds None where nothing else comes."""
 
     grain = "matrix"
 
@@ -136,7 +137,8 @@ class InAlignedSpace(Pass[T_co | None]):
 
 
 def aligned(deltas: Tensor, at: Place) -> tuple[Tensor, Tile]:
-    """U (m, r), and diag(s) Vtᵀ (experts, r, n) as a tile, so that U @ diag(s) Vtᵀ is expert t's delta, of deltas (experts, m, n)."""
+    """U (m, r), and diag(s) Vtᵀ (experts, r, n) as a tile, so that U @ diag(s) Vtᵀ is expert t's delta, of deltas
+    (experts, m, n)."""
     experts, m, n = deltas.shape
     u, s, vh = gram_svd(deltas.permute(1, 0, 2).reshape(m, experts * n), at.name, torch.float32)
     parts = (s[:, None] * vh).reshape(len(s), experts, n).permute(1, 0, 2).float().contiguous()

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Magmax(Method, Fold):
     """θ = θ0 + λ · wt τt with t the expert of largest |wt τt|, element by element; of equal ones the later expert.
 
-    Made for experts that were tuned one after the other, each from the one before; on independent experts it is weak. The
-    order of the experts has a meaning only where magnitudes are equal.
+    Made for experts that were tuned one after the other, each from the one before; on independent experts it is weak.
+    The order of the experts has a meaning only where magnitudes are equal.
 
     Source: Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual Learning", ECCV, arXiv 2407.06322.
 

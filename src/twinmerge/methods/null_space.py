@@ -15,8 +15,9 @@ from twinmerge.methods.kit.spectral import elementwise_field, is_listed, names_t
 
 
 class NullSpace(Method, Fold):
-    """Weights of linear layers: A ← A + τt (I − V_r V_rᵀ), V_r being the `rank` leading right singular vectors of A; all other tensors: A ← A + τt,
-    divided by the number of experts; matrices that are stored (in, out) the other way round. θ = θ0 + λ A. Experts are taken in their order, which has a meaning.
+    """Weights of linear layers: A ← A + τt (I − V_r V_rᵀ), V_r being the `rank` leading right singular vectors of A;
+    all other tensors: A ← A + τt, divided by the number of experts; matrices that are stored (in, out) the other way
+    round. θ = θ0 + λ A. Experts are taken in their order, which has a meaning.
 
     The closed form in the ablation of NUFILT, which then trains a low-rank correction on top; nothing is trained here.
 

@@ -1,4 +1,5 @@
-"""OPCM: each arriving expert is projected away from what is merged already; the merged change keeps the experts' mean norm."""
+"""OPCM: each arriving expert is projected away from what is merged already; the merged change keeps the experts' mean
+norm."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ Form = Literal["fixed", "released", "paper"]
 class Opcm(Method, Fold):
     """Weights of linear layers: A ← A + P(τt); all other tensors: A ← A + τt; θ = θ0 + A · n̄ / ‖A‖.
 
-    n̄ is the mean of ‖τ1‖ … ‖τt‖ and ‖A‖ the norm of the whole A, so that the merged model stays as far from the base as the
-    experts are. This is the paper's recursion, in which λt = ‖A‖ / n̄, to the last digit: P sees of A only the directions and
-    their shares, which no rescaling changes. Nothing but A and n̄ has to be kept between experts. Experts are taken in their
-    order, which has a meaning.
+    n̄ is the mean of ‖τ1‖ … ‖τt‖ and ‖A‖ the norm of the whole A, so that the merged model stays as far from the base
+    as the experts are. This is the paper's recursion, in which λt = ‖A‖ / n̄, to the last digit: P sees of A only the
+    directions and their shares, which no rescaling changes. Nothing but A and n̄ has to be kept between experts.
+    Experts are taken in their order, which has a meaning.
 
-    With A = U diag(s) Vᵀ of numerical rank k and r the number of directions whose cumulative share of Σ s is at most `alpha` (all k
-    for alpha = 1), the three forms in circulation take out of Uᵀ τ V
+    With A = U diag(s) Vᵀ of numerical rank k and r the number of directions whose cumulative share of Σ s is at most
+    `alpha` (all k for alpha = 1), the three forms in circulation take out of Uᵀ τ V
 
     - released: the leading r × r block (the authors' code; its removal of the diagonal has no effect). ⟨A, P(τ)⟩ is not 0.
     - fixed: that block, and the diagonal up to k (FusionBench since 2025-03).
@@ -125,7 +126,10 @@ def project(accumulated: Tensor, delta: Tensor, alpha: float, form: Form = "fixe
     """P(τ): what an expert may add to A, by one of the three forms.
 
     Args:
-        accumulated: A (m, n); delta: τ (m, n); alpha: share that is protected; name: for errors.
+        accumulated: A (m, n).
+        delta: τ (m, n).
+        alpha: share that is protected.
+        name: for errors.
 
     Returns:
         (m, n) in float64; τ itself where A is 0.

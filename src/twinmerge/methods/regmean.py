@@ -32,9 +32,9 @@ class Regmean(Method):
 
         W = M + (Σt wt (Wt − M) Gt) (Σt wt Gt + ridge · tr(Σt wt Gt)/in · I)⁻¹,
 
-    by Cholesky in float64: directions of the input that nobody saw stay at the mean, and equal experts give that expert.
-    Gt is a mean over tokens, so experts weigh alike whatever their data. Convolution kernels are matrices (out, in·kh·kw).
-    A block-diagonal Gram is solved block by block.
+    by Cholesky in float64: directions of the input that nobody saw stay at the mean, and equal experts give that
+    expert. Gt is a mean over tokens, so experts weigh alike whatever their data. Convolution kernels are matrices
+    (out, in·kh·kw). A block-diagonal Gram is solved block by block.
 
     Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849, equation 2.
 
@@ -101,12 +101,14 @@ class Regmean(Method):
         least = (blocks - 1) * size + 1 if blocks > 1 else size
         if size != width or not least <= inputs <= blocks * size:
             raise DataError(
-                f"The Gram matrix of {expert!r} for {tensor!r} is {list(gram.second.shape)}, the matrix has {inputs} inputs. Measure it again."
+                f"The Gram matrix of {expert!r} for {tensor!r} is {list(gram.second.shape)}, the matrix has {inputs} inputs. "
+                "Measure it again."
             )
         diagonal = second.diagonal(dim1=1, dim2=2)
         if not bool(second.isfinite().all()) or bool((diagonal < 0).any()):
             raise DataError(
-                f"The Gram matrix of {expert!r} for {tensor!r} has NaN, infinite or negative entries where none can be. Measure it again."
+                f"The Gram matrix of {expert!r} for {tensor!r} has NaN, infinite or negative entries where none can be. "
+                "Measure it again."
             )
         kept = diagonal.clone()
         second.mul_(self.alpha).diagonal(dim1=1, dim2=2).copy_(kept)

@@ -46,7 +46,8 @@ def unless_two(count: int, based: bool) -> str | None:
     if count == 2 and based:
         return None
     return (
-        f"slerp is between base_model (t = 0) and one other model, got {count} models and {'a' if based else 'no'} base_model. "
+        f"slerp is between base_model (t = 0) and one other model, got {count} models and {'a' if based else 'no'} "
+        "base_model. "
         "Name the first of two models as base_model."
     )
 
@@ -55,8 +56,8 @@ class Slerp(Method):
     """θ = sin((1−t)φ)/sin φ · θa + sin(tφ)/sin φ · θb for each tensor, φ the angle between θa and θb.
 
     Works on parameters, not deltas. Where |cos φ| > 0.9995 (two light fine-tunes of one base, mostly), or where a
-    tensor is zero, it is the straight line (1−t)θa + tθb; with compat="mergekit" a zero tensor is at a right angle to all
-    others. The first expert given is θa (t = 0).
+    tensor is zero, it is the straight line (1−t)θa + tθb; with compat="mergekit" a zero tensor is at a right angle to
+    all others. The first expert given is θa (t = 0).
 
     Source: Shoemake 1985, "Animating rotation with quaternion curves"; for weights as in the tools of the field.
 

@@ -12,8 +12,8 @@ from twinmerge.methods.kit.spectral import Spectral, Weights, total_of
 class Svc(Spectral):
     """Matrices: θ = θ0 + λ U diag(s') Vᵀ, Σt wt τt with its singular values calibrated; all other tensors: mean.
 
-    Task arithmetic in which directions that several experts share count once. `calibration` is α, the least number of times
-    that an expert is taken to be in a direction. The other methods on singular values take the same parameter.
+    Task arithmetic in which directions that several experts share count once. `calibration` is α, the least number of
+    times that an expert is taken to be in a direction. The other methods on singular values take the same parameter.
 
     Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv 2602.05536;
     `twinmerge.methods.kit.spectral.calibrate` has the formula.

@@ -8,12 +8,12 @@ from twinmerge.methods.kit.masks import Marking, MaskMethod
 class TallMasks(Marking, MaskMethod):
     """θt ≈ θ0 + mt ⊙ τ with mt = 1{|τt| > λt |τ − τt|}, element by element; τ = Σt τt, or TIES with its entries added.
 
-    One vector and one bit for each weight and task give every expert back nearly as it was; the task must be named.
-    λ = 1 gives the mask with the least ‖mt ⊙ τ − τt‖₁; a smaller λt keeps more. The paper chooses λt of each task out of
-    0.2, 0.3, 0.4, 0.5, 0.6 on validation data; the default is the middle. What is merged into one model is θ0 + τ.
+    One vector and one bit for each weight and task give every expert back nearly as it was; the task must be named. λ
+    = 1 gives the mask with the least ‖mt ⊙ τ − τt‖₁; a smaller λt keeps more. The paper chooses λt of each task out
+    of 0.2, 0.3, 0.4, 0.5, 0.6 on validation data; the default is the middle. What is merged into one model is θ0 + τ.
 
-    The paper writes ≥ and its code >, which is used: they differ where nothing is changed, and there in the counts only.
-    TIES trims with the exact count of `ties`; entries whose votes cancel are 0.
+    The paper writes ≥ and its code >, which is used: they differ where nothing is changed, and there in the counts
+    only. TIES trims with the exact count of `ties`; entries whose votes cancel are 0.
 
     Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", arXiv 2405.07813,
     section 4.

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 class TaskArithmetic(Method, SumFold):
     """θ = θ0 + λ Σt wt τt, element by element.
 
-    The paper chooses λ on validation data. The default 0.3 is what later work compares with on eight tasks (AdaMerging); without
-    validation data TIES-Merging takes 0.4 for it. λ = 1/n is the average of n experts. With `normalize` the sum is divided by
-    Σt wt, unless that is below 1e-8. mergekit's semantics are this very formula.
+    The paper chooses λ on validation data. The default 0.3 is what later work compares with on eight tasks
+    (AdaMerging); without validation data TIES-Merging takes 0.4 for it. λ = 1/n is the average of n experts. With
+    `normalize` the sum is divided by Σt wt, unless that is below 1e-8. mergekit's semantics are this very formula.
 
     Source: Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089, section 2.
 

@@ -65,9 +65,9 @@ class Ties(Method):
        `weights` act here, after the election.
 
     compat="official" keeps what the authors' code keeps (one entry more than k and every entry equal to the
-    threshold; cancelled votes go to the majority, and to the negative entries where there is none);
-    compat="mergekit" trims per tensor to k = max(1, ⌊density · d⌋) in floating point, weighs before the election and sends
-    ties to +1; `weights` of both signs that cancel among those that agree leave the sum undivided.
+    threshold; cancelled votes go to the majority, and to the negative entries where there is none); compat="mergekit"
+    trims per tensor to k = max(1, ⌊density · d⌋) in floating point, weighs before the election and sends ties to +1;
+    `weights` of both signs that cancel among those that agree leave the sum undivided.
 
     Source: Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708, algorithm 1.
 
@@ -115,7 +115,8 @@ class Ties(Method):
         for field, own in decided.items():
             if values.get(field, own) != own:
                 raise ValueError(
-                    f"compat={values['compat']} goes with {field}={own}, got {field}={values[field]!r:.80}. Leave one of them out."
+                    f"compat={values['compat']} goes with {field}={own}, got {field}={values[field]!r:.80}. Leave one of them "
+                    "out."
                 )
         return {**values, **decided}
 
@@ -214,7 +215,8 @@ class Ties(Method):
         return moved(tile, total.mul_(sign), self.scale)
 
     def agreeing(self, x: Tensor, sign: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Over the entries of the elected sign, zeros never among them: Σ wt |xt| ("max": the largest wt |xt|), and Σ wt."""
+        """Over the entries of the elected sign, zeros never among them: Σ wt |xt| ("max": the largest wt |xt|), and Σ
+        wt."""
         total, mass = sign.new_zeros(sign.shape, dtype=work), sign.new_zeros(sign.shape, dtype=work)
         for weight, row in zip(per_expert(self.weights, len(x)), x, strict=True):
             side = -1.0 if self.flips(weight) else 1.0

@@ -1,4 +1,5 @@
-"""WUDI-Merging in closed form: the matrix that interferes least with every task vector on that vector's own input space."""
+"""WUDI-Merging in closed form: the matrix that interferes least with every task vector on that vector's own input
+space."""
 
 from __future__ import annotations
 
@@ -21,16 +22,18 @@ LARGEST_RIDGE = 1.0
 class Wudi(Spectral, SumFold):
     """Matrices: θ = θ0 + λ M*, M* = argmin Σt ‖(M − τt) τtᵀ‖² / ‖τt‖²; all other tensors: θ = θ0 + λ mean(wt τt).
 
-    The rows of τt span the inputs that the expert was trained on, as far as weights can tell. The paper takes 300 steps of Adam
-    from Σt τt; the objective is quadratic, so its minimum is in closed form, RegMean's with the task vectors' own Gram matrices:
+    The rows of τt span the inputs that the expert was trained on, as far as weights can tell. The paper takes 300
+    steps of Adam from Σt τt; the objective is quadratic, so its minimum is in closed form, RegMean's with the task
+    vectors' own Gram matrices:
 
         M* = (Σt τt Gt) (Σt Gt + ridge · tr(Σt Gt)/n · I)⁻¹,   Gt = τtᵀ τt / ‖τt‖²,
 
-    by Cholesky in float64. The ridge is relative, so the result scales with the task vectors. Since Gt has trace 1, experts weigh
-    alike however far they went from the base. Tables of embeddings are looked up and not multiplied with, so they are averaged, as the
-    paper leaves them out (`elementwise`). The default ridge is what validation rows of eight text experts preferred to 1e-8
-    … 1e-4 (docs/quality.md); a small one gives the plain minimum. `inputs`: which axis of the stored matrix the layer reads, columns for Linear,
-    rows for GPT-2's Conv1D; auto asks the model's class, and takes columns where there is none.
+    by Cholesky in float64. The ridge is relative, so the result scales with the task vectors. Since Gt has trace 1,
+    experts weigh alike however far they went from the base. Tables of embeddings are looked up and not multiplied
+    with, so they are averaged, as the paper leaves them out (`elementwise`). The default ridge is what validation
+    rows of eight text experts preferred to 1e-8 … 1e-4 (docs/quality.md); a small one gives the plain minimum.
+    `inputs`: which axis of the stored matrix the layer reads, columns for Linear, rows for GPT-2's Conv1D; auto asks
+    the model's class, and takes columns where there is none.
 
     Source: Cheng et al. 2025, "Whoever Started the Interference Should End It", ICML, arXiv 2503.08099; the closed form is ours.
 
@@ -151,7 +154,7 @@ def solve(normal: Tensor, grams: Tensor, ridge: float, inputs: int, name: str = 
 
     A ridge that rounding leaves without a Cholesky factor is raised a hundredfold at a time.
 
-    Errors:
+    Raises:
         TwinmergeError: no ridge up to 1 is enough.
     """
     level = grams.trace() / max(inputs, 1)
@@ -166,5 +169,6 @@ def solve(normal: Tensor, grams: Tensor, ridge: float, inputs: int, name: str = 
         ridge *= 100
         if ridge > LARGEST_RIDGE:
             raise ModelError(
-                f"The equations of {name!r} have no solution by Cholesky. Look for damage in the experts, or set a larger ridge."
+                f"The equations of {name!r} have no solution by Cholesky. Look for damage in the experts, or set a larger "
+                "ridge."
             )

@@ -44,8 +44,9 @@ class Pair(NamedTuple):
 class Adapter:
     """The tensors of an adapter by the names of the modules that it changes, before they are put on a base.
 
-    pairs: module (with PEFT's `base_layer` in it, which tells what wraps what) -> factors; dense: tensors that are there
-    as a whole, by name; copies: names of those that are the base's own, saved beside factors; rows: module -> trained rows.
+    pairs: module (with PEFT's `base_layer` in it, which tells what wraps what) -> factors; dense: tensors that are
+    there as a whole, by name; copies: names of those that are the base's own, saved beside factors; rows: module ->
+    trained rows.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -76,7 +77,7 @@ def unwrapped(name: str) -> str:
 def read_adapter(folder: Path) -> Adapter:
     """Read a PEFT folder (adapter_config.json and adapter_model.safetensors).
 
-    Errors:
+    Raises:
         TwinmergeError: as `adapter_from` says; a file that is not there or cannot be read.
     """
     described, file = (find(folder, name) for name in ADAPTER_FILES)
@@ -96,8 +97,9 @@ def adapter_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name:
 
     Linear B (m, r), A (r, n); Conv1D (`fan_in_fan_out`) and embeddings transposed; convolutions with A over (in·kh·kw).
 
-    Errors:
-        TwinmergeError: another kind of adapter than LoRA, DoRA, half of a pair missing, a tensor that is not understood.
+    Raises:
+        TwinmergeError: another kind of adapter than LoRA, DoRA, half of a pair missing, a tensor that is not
+            understood.
     """
     return sorted_tensors(checked_config(config, name), tensors)
 
@@ -153,12 +155,14 @@ def _pair(name: str, module: str, sides: Mapping[str, Tensor], embedding: bool) 
     a, b = sides["A"], sides["B"]
     if b.dim() > 2 and a.shape[0] != b.shape[1] and a.shape[0] % max(b.shape[1], 1) == 0:
         raise ModelError(
-            f"The adapter {name} changes the grouped convolution {unwrapped(module)!r} across its groups, which its weight cannot hold (PEFT "
+            f"The adapter {name} changes the grouped convolution {unwrapped(module)!r} across its groups, which its "
+            "weight cannot hold (PEFT "
             "does not merge it either). Leave this module out of target_modules."
         )
     if a.dim() < 2 or b.dim() < 2 or not a.numel() or not b.numel() or a.shape[0] != b.shape[1] or "Abias" in sides:
         raise ModelError(
-            f"The adapter {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)} for {unwrapped(module)!r}, which do not fit "
+            f"The adapter {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)} for {unwrapped(module)!r}, which "
+            "do not fit "
             "together. Save it again, with all parts of sharded tensors gathered."
         )
     return Pair(a, b, embedding, sides.get("Bbias"))
@@ -166,6 +170,7 @@ def _pair(name: str, module: str, sides: Mapping[str, Tensor], embedding: bool) 
 
 def _stranger(name: str, key: str, why: str) -> ModelError:
     return ModelError(
-        f"The tensor {key!r} of the adapter {name} is not understood ({why}). Merge the adapter into its base with the library that wrote "
+        f"The tensor {key!r} of the adapter {name} is not understood ({why}). Merge the adapter into its base with "
+        "the library that wrote "
         "it, and give the full model."
     )

@@ -55,11 +55,12 @@ CONVERT = (
 class AdapterConfig(NamedTuple):
     """A checked adapter_config.json.
 
-    task: PEFT's task type; rank, alpha: of modules that no pattern names; start: what PEFT takes from the base's weights when
-    it loads the adapter ("pissa", "olora") or None; tokens: module (the embeddings where None) -> rows that were trained;
-    parameters: tensors that have factors themselves; saved: modules that were trained in full; peft: version that
-    wrote it; unsloth: whether Unsloth did; scalings: module -> factor of B A that is in force, for models in memory; targets: ends of
-    the paths of the adapted modules, where they are listed; model_class: of transformers, which PEFT notes where there is no task.
+    task: PEFT's task type; rank, alpha: of modules that no pattern names; start: what PEFT takes from the base's
+    weights when it loads the adapter ("pissa", "olora") or None; tokens: module (the embeddings where None) -> rows
+    that were trained; parameters: tensors that have factors themselves; saved: modules that were trained in full;
+    peft: version that wrote it; unsloth: whether Unsloth did; scalings: module -> factor of B A that is in force, for
+    models in memory; targets: ends of the paths of the adapted modules, where they are listed; model_class: of
+    transformers, which PEFT notes where there is no task.
     """
 
     name: str
@@ -102,9 +103,9 @@ def checked_config(config: Mapping[str, Any], name: str, *, in_memory: bool = Fa
         name: of the adapter, for errors.
         in_memory: a model's own, whose base is already what its `init_lora_weights` made of it.
 
-    Errors:
-        TwinmergeError: another kind of adapter, a key whose value makes it one, a key that is not known, a value of a wrong
-            type.
+    Raises:
+        TwinmergeError: another kind of adapter, a key whose value makes it one, a key that is not known, a value of a
+            wrong type.
 
     Example:
         >>> checked_config({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True}, "a").scaling("x")
@@ -117,7 +118,8 @@ def checked_config(config: Mapping[str, Any], name: str, *, in_memory: bool = Fa
         )
     if str(getattr(kind, "value", kind)).upper() != "LORA":
         raise ModelError(
-            f"The adapter {name} is {kind}, only LoRA can be merged. Merge it into its base first (merge_and_unload, save_pretrained) and "
+            f"The adapter {name} is {kind}, only LoRA can be merged. Merge it into its base first (merge_and_unload, "
+            "save_pretrained) and "
             "give the full model."
         )
     for key, value in config.items():
@@ -155,7 +157,8 @@ def _refuse(key: str, value: Any, name: str) -> None:
         )
     if key not in READ | NO_MATTER:
         raise ModelError(
-            f"The adapter_config.json of {name} has {key!r}, which is not known here and may change what the adapter means. Merge it into "
+            f"The adapter_config.json of {name} has {key!r}, which is not known here and may change what the adapter "
+            "means. Merge it into "
             "its base with the library that wrote it, and give the full model."
         )
 
@@ -172,7 +175,8 @@ def _start(value: Any, name: str) -> str | None:
     kind = "pissa_niter" if re.fullmatch(r"pissa_niter_\d+", text) else text
     if kind in UNKNOWN_BASE:
         raise ModelError(
-            f"The adapter {name} was trained on a base that {value!r} changed (init_lora_weights in its adapter_config.json), which takes "
+            f"The adapter {name} was trained on a base that {value!r} changed (init_lora_weights in its "
+            "adapter_config.json), which takes "
             f"{UNKNOWN_BASE[kind]} to repeat. {CONVERT}"
         )
     raise _wrong("init_lora_weights", value, name, "one of PEFT's kinds")

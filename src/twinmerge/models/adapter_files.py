@@ -85,8 +85,8 @@ def _pair(path: str, one: Carried) -> dict[str, Tensor]:
 def saved_modules(architecture: Architecture, names: Collection[str]) -> dict[str, list[str]]:
     """Module path -> the names in the class of all its tensors: the largest modules that consist of `names`.
 
-    PEFT saves whole modules (`modules_to_save`), and cannot load one inside another: `classifier`, not `classifier.dense`.
-    A tied tensor does not keep a module from being saved.
+    PEFT saves whole modules (`modules_to_save`), and cannot load one inside another: `classifier`, not
+    `classifier.dense`. A tied tensor does not keep a module from being saved.
 
     Args:
         names: canonical names of the tensors to save.
@@ -118,7 +118,9 @@ def adapter_config(
     """The adapter_config.json of an adapter with a scaling of 1, whose modules may differ in rank.
 
     Args:
-        modules: at least one; saved: paths of the modules that it holds in full; base: what it names as its base model.
+        modules: at least one.
+        saved: paths of the modules that it holds in full.
+        base: what it names as its base model.
     """
     ranks = {path: one.factors.rank for path, one in modules.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]

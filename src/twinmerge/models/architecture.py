@@ -1,7 +1,7 @@
 """What is known of a model's class without its weights: names, shapes, ties, what tensors are for, how it is built.
 
-`Architecture` is what the rest of the library asks. As it stands it is a plain torch module whose tensors are stored under
-their own names; `models/transformers_class.py` adds what transformers does to names on loading, and
+`Architecture` is what the rest of the library asks. As it stands it is a plain torch module whose tensors are stored
+under their own names; `models/transformers_class.py` adds what transformers does to names on loading, and
 `models/torch_module.py` has the modules that somebody brings along. A checkpoint of which no class is known has none.
 """
 
@@ -60,7 +60,8 @@ class Architecture(ABC):
         raise AssertionError(f"{self.model_class.__name__} has no config")
 
     def differing(self, base: Architecture) -> dict[str, tuple[Any, Any]]:
-        """What this class computes otherwise than the base's with the same weights, where no config says it: (its own, the base's)."""
+        """What this class computes otherwise than the base's with the same weights, where no config says it: (its
+        own, the base's)."""
         return {}
 
     @property
@@ -84,7 +85,8 @@ class Architecture(ABC):
         return self.of_module(stored)
 
     def filled(self, stored: str) -> list[str]:
-        """Canonical names of the parameters that loading fills from a tensor of a checkpoint; none where it does not load it."""
+        """Canonical names of the parameters that loading fills from a tensor of a checkpoint; none where it does not
+        load it."""
         return [self.of_module(stored)] if stored in self._meta else []
 
     def shape(self, stored: str) -> torch.Size | None:
@@ -96,7 +98,8 @@ class Architecture(ABC):
         return stored not in self._meta and stored in self._buffers
 
     def fused_into(self, stored: str) -> tuple[str, str] | None:
-        """(canonical name of the parameter that a stored tensor becomes a part of, the pattern that says so), if it does."""
+        """(canonical name of the parameter that a stored tensor becomes a part of, the pattern that says so), if it
+        does."""
         return None
 
     def converter_of(self, pattern: str) -> WeightConverter:
@@ -104,8 +107,8 @@ class Architecture(ABC):
         raise AssertionError(f"{self.model_class.__name__} holds its tensors as they are stored")
 
     def converted(self, canonical: str) -> tuple[str, WeightConverter | None, str]:
-        """Name in the module of the parameter that a stored tensor is a part of, and the converter and the pattern that make it so;
-        None where the class holds the tensor as it is, or does not know it."""
+        """Name in the module of the parameter that a stored tensor is a part of, and the converter and the pattern
+        that make it so; None where the class holds the tensor as it is, or does not know it."""
         return canonical, None, ""
 
     def optional(self, canonical: str) -> bool:
@@ -146,14 +149,16 @@ class Architecture(ABC):
     def settle_ties(self, present: Collection[str], equal: Callable[[str, str], bool]) -> dict[str, str]:
         """Tie what transformers ties when it loads a checkpoint, and nothing else; `aliases` is that from then on.
 
-        Two tensors that are both there are tied where their values are equal. Where only one is there, the others take its values.
+        Two tensors that are both there are tied where their values are equal. Where only one is there, the others
+        take its values.
 
         Args:
             present: canonical names of the tensors that the checkpoint holds.
             equal: whether two of them hold the same values.
 
         Returns:
-            name -> the tensor of the checkpoint that it has its values from, of every tied name; itself where it is there.
+            name -> the tensor of the checkpoint that it has its values from, of every tied name; itself where it is
+                there.
         """
         ties = list(self.aliases.items())
         there, source_of = set(present), {name: name for pair in ties for name in pair}
@@ -195,8 +200,8 @@ class Architecture(ABC):
 
     @cached_property
     def tables(self) -> frozenset[str]:
-        """Canonical names of what is looked up by a row's number or added and multiplies no inputs: embeddings of tokens and places,
-        tables of relative biases; not the output layer that is tied to one.
+        """Canonical names of what is looked up by a row's number or added and multiplies no inputs: embeddings of
+        tokens and places, tables of relative biases; not the output layer that is tied to one.
 
         Example:
             >>> from transformers import T5Config, T5Model
@@ -216,8 +221,8 @@ class Architecture(ABC):
 
     @cached_property
     def stacks(self) -> dict[str, bool]:
-        """Canonical names of parameters (E, m, n) that hold matrices along their leading axis, as the experts of one layer in one tensor
-        -> whether those are stored (in, out).
+        """Canonical names of parameters (E, m, n) that hold matrices along their leading axis, as the experts of one
+        layer in one tensor -> whether those are stored (in, out).
 
         Example:
             >>> from transformers import MixtralConfig, MixtralForCausalLM
@@ -247,8 +252,8 @@ class Architecture(ABC):
 
 
 def _stored_transposed(module: nn.Module, experts: dict[str, torch.Size]) -> bool:
-    """Whether a module's experts are stored (in, out): by their two matrices, the first of which has gate and up side by side, else by
-    what the module says of itself."""
+    """Whether a module's experts are stored (in, out): by their two matrices, the first of which has gate and up side
+    by side, else by what the module says of itself."""
     if {"gate_up_proj", "down_proj"} <= experts.keys():
         (_, a, b), (_, c, d) = experts["gate_up_proj"], experts["down_proj"]
         if (a, b) == (d, 2 * c) != (2 * d, c):

@@ -20,8 +20,8 @@ def block_of(name: str) -> tuple[str, int] | None:
 def stacks(names: Iterable[str]) -> dict[str, int]:
     """Path -> L of every stack of blocks among the tensors of a model; an encoder and a decoder have one each.
 
-    The members of a stack are modules with modules in them, and have some tensor in common. Linear layers in a row, as in
-    heads, are none, nor is a single block, which is first and last.
+    The members of a stack are modules with modules in them, and have some tensor in common. Linear layers in a row,
+    as in heads, are none, nor is a single block, which is first and last.
 
     Example:
         >>> names = [f"layers.{i}.{n}.weight" for i in range(3) for n in ("norm", "mlp.0")]

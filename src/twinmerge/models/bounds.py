@@ -1,4 +1,5 @@
-"""How much work a config may ask for, told before transformers reads it: no more than its checkpoint has tensors for."""
+"""How much work a config may ask for, told before transformers reads it: no more than its checkpoint has tensors
+for."""
 
 from __future__ import annotations
 
@@ -24,16 +25,17 @@ def check_counts(raw: Mapping[str, Any], file: Path, tensors: Mapping[str, Spec]
     Args:
         raw: what the config.json `file` says.
 
-    Errors:
-        TwinmergeError: a count of layers, labels, heads or experts, or a width, above 65,536 that is also above the number of tensors and
-            their longest side.
+    Raises:
+        TwinmergeError: a count of layers, labels, heads or experts, or a width, above 65,536 that is also above the
+            number of tensors and their longest side.
     """
     sides = (side for spec in (tensors or {}).values() for side in spec.shape)
     most = max(FEW, len(tensors or {}), max(sides, default=0))
     for key, number in _numbers(raw):
         if abs(number) > (most if COUNT.search(key) else NUMBER):
             raise ModelError(
-                f"{file} says {key} = {number:,}, which its tensors cannot be ({len(tensors or {})} of them). Restore the config.json "
+                f"{file} says {key} = {number:,}, which its tensors cannot be ({len(tensors or {})} of them). Restore the "
+                "config.json "
                 "that was saved with them."
             )
 

@@ -61,8 +61,8 @@ class Rows(NamedTuple):
 class Change(NamedTuple):
     """x = round(x0 − taken) + added, where x0 is the stored tensor, or `dense` or `rows` in its place.
 
-    dense: the whole tensor; taken: what PEFT takes from the base's weight when it loads the adapter, after which it rounds to the
-    stored dtype; added: the adapter's product, with its scaling.
+    dense: the whole tensor; taken: what PEFT takes from the base's weight when it loads the adapter, after which it
+    rounds to the stored dtype; added: the adapter's product, with its scaling.
     """
 
     dense: Tensor | None = None

@@ -132,8 +132,8 @@ FORMER = {
 
 
 def differing(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Every key that says something else in two configs and is not harmless -> (the expert's value, the base's), None where there is
-    none. Keys of configs inside configs are joined by dots.
+    """Every key that says something else in two configs and is not harmless -> (the expert's value, the base's), None
+    where there is none. Keys of configs inside configs are joined by dots.
 
     Example:
         >>> base = {"rope_parameters": {"rope_theta": 1e4}, "num_hidden_layers": 2, "use_cache": True}

@@ -1,8 +1,9 @@
-"""Tensors that a class holds otherwise than they are stored: experts one by one on the disk, all in one tensor in the module.
+"""Tensors that a class holds otherwise than they are stored: experts one by one on the disk, all in one tensor in the
+module.
 
-What is merged, split and saved are the stored tensors, a matrix for each expert; what runs are the module's parameters.
-transformers' own conversions lead from one to the other, both ways. They stack, join, cut and turn, and compute nothing, so
-what holds of values holds of changes to them too.
+What is merged, split and saved are the stored tensors, a matrix for each expert; what runs are the module's
+parameters. transformers' own conversions lead from one to the other, both ways. They stack, join, cut and turn, and
+compute nothing, so what holds of values holds of changes to them too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Conversion(NamedTuple):
         Args:
             read: gives the stored tensor of a canonical name.
 
-        Errors:
+        Raises:
             TwinmergeError: some of the parts are missing, or do not fit together.
         """
         converter = copy.deepcopy(self.converter)
@@ -55,7 +56,8 @@ class Conversion(NamedTuple):
             made = converter.convert(self.first, model=skeleton, config=skeleton.config)
         except Exception as error:  # whatever an operation makes of parts that are not all there
             raise ModelError(
-                f"The {len(self.parts)} tensors of {self.architecture.of_module(self.first)!r}, the first is {next(iter(self.parts))!r}, do not "
+                f"The {len(self.parts)} tensors of {self.architecture.of_module(self.first)!r}, the first is "
+                f"{next(iter(self.parts))!r}, do not "
                 "fit together. Take a checkpoint that has all of them in one size."
             ) from error
         found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -113,7 +115,8 @@ def as_module(state: Mapping[str, Tensor], found: Iterable[Conversion]) -> dict[
 
 
 def as_stored(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Canonical name -> name in a checkpoint and tensor, as `save_pretrained` writes them; as they are for classes that convert nothing.
+    """Canonical name -> name in a checkpoint and tensor, as `save_pretrained` writes them; as they are for classes
+    that convert nothing.
 
     Args:
         tensors: name of a parameter in the module -> tensor; all of them, or some.
@@ -145,7 +148,8 @@ def stored_names(architecture: Architecture) -> dict[str, str]:
 
 
 class Taken:
-    """A source whose tensors are as the class holds them, read as they would be stored: `save_pretrained` can write either.
+    """A source whose tensors are as the class holds them, read as they would be stored: `save_pretrained` can write
+    either.
 
     One tensor of the source is kept in memory, since the parts of one are read one after the other.
     """
@@ -179,7 +183,8 @@ class Taken:
 def taken_apart(
     architecture: Architecture, specs: Mapping[str, Spec], source: Source
 ) -> tuple[dict[str, Spec], Source]:
-    """Specs and source of a checkpoint as `save_pretrained` writes it by default, for files that hold experts as the class does.
+    """Specs and source of a checkpoint as `save_pretrained` writes it by default, for files that hold experts as the
+    class does.
 
     Args:
         specs: name in the files -> dtype and shape.

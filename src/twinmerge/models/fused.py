@@ -1,4 +1,5 @@
-"""Experts in one parameter: the stored tensors that it is put together from, and an adapter's factors for each of them."""
+"""Experts in one parameter: the stored tensors that it is put together from, and an adapter's factors for each of
+them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SIDES_SWAPPED = (0, 19)
 
 
 class Part(NamedTuple):
-    """A stored matrix: rows start ... stop − 1 of one expert's matrix in a parameter (E, rows, columns). name: canonical."""
+    """A stored matrix: rows start ... stop − 1 of one expert's matrix in a parameter (E, rows, columns). name:
+    canonical."""
 
     name: str
     expert: int
@@ -73,20 +75,23 @@ def in_another_form(architecture: Architecture, stored: Iterable[str]) -> set[st
 def stack_of(
     a: Tensor, b: Tensor, scaling: float, name: str, shape: tuple[int, ...], config: AdapterConfig, transposed: bool
 ) -> Stack:
-    """The factors of every expert, as PEFT reads them: A (E·r, …) expert by expert, B (…, r·E) with the experts innermost.
+    """The factors of every expert, as PEFT reads them: A (E·r, …) expert by expert, B (…, r·E) with the experts
+    innermost.
 
     Args:
         shape: (E, m, n) of the parameter.
         transposed: the class stores its experts (in, out).
 
-    Errors:
-        TwinmergeError: sides that fit no version of PEFT, or one of two that only the version can tell; Unsloth's layout of B.
+    Raises:
+        TwinmergeError: sides that fit no version of PEFT, or one of two that only the version can tell; Unsloth's
+            layout of B.
     """
     experts, m, n = shape
     rank = a.shape[0] // experts
     if config.unsloth and rank > 1 and experts > 1:
         raise ModelError(
-            f"Unsloth wrote the adapter {config.name}, whose factors of the experts {name!r} it lays out in another way than PEFT, under the "
+            f"Unsloth wrote the adapter {config.name}, whose factors of the experts {name!r} it lays out in another way "
+            "than PEFT, under the "
             "same names. Merge it there (save_pretrained_merged) and give the full model."
         )
     now, before = (a.shape[1], b.shape[0]) == (n, m), (a.shape[1], b.shape[0]) == (m, n)
@@ -95,7 +100,8 @@ def stack_of(
     elif now and before:
         if config.peft is None:
             raise ModelError(
-                f"The adapter {config.name} changes the experts {name!r}, whose sides are equal, and PEFT swapped the sides in version 0.19. Add "
+                f"The adapter {config.name} changes the experts {name!r}, whose sides are equal, and PEFT swapped the sides "
+                "in version 0.19. Add "
                 '"peft_version" with the version that wrote it to its adapter_config.json.'
             )
         now = config.peft >= SIDES_SWAPPED
@@ -103,7 +109,8 @@ def stack_of(
         before = False
     if b.shape[1] != rank * experts or not (now or before):
         raise ModelError(
-            f"The adapter {config.name} changes {name!r} by lora_A {list(a.shape)} and lora_B {list(b.shape)}, in its base it is {list(shape)}. "
+            f"The adapter {config.name} changes {name!r} by lora_A {list(a.shape)} and lora_B {list(b.shape)}, in its "
+            f"base it is {list(shape)}. "
             "Name the base that the adapter was trained on."
         )
     of_a = a.float().reshape(experts, rank, -1)

@@ -38,7 +38,8 @@ class HeadSpec(NamedTuple):
 
 
 def head_artefact(name: str, head: HeadSpec, base: str, codec: str = "none") -> Artefact:
-    """A head as it is stored: with the codecs of few bits, matrices have scales for each row, all else half precision."""
+    """A head as it is stored: with the codecs of few bits, matrices have scales for each row, all else half
+    precision."""
     tensors, packed = pack(head.tensors, codec, {n: 0 for n, t in head.tensors.items() if t.dim() == 2})
     header = {"expert": name, "config": of_bytes(_config_of(head)), **packed}
     return Artefact("head", HEADS_VERSION, base, header, tensors)
@@ -61,10 +62,12 @@ def load_head(folder: Path, name: str, base: str | None = None, body: Mapping[st
     """The head in `heads/<name>/`.
 
     Args:
-        base: fingerprint of the model that it belongs to; body: the tensors of that model, which bound what the config may count.
+        base: fingerprint of the model that it belongs to.
+        body: the tensors of that model, which bound what the config may count.
 
-    Errors:
-        TwinmergeError: missing, damaged, of another expert or another model, or with another config than it was written with.
+    Raises:
+        TwinmergeError: missing, damaged, of another expert or another model, or with another config than it was
+            written with.
     """
     where = folder / "heads" / name
     for part in ("config.json", "head.safetensors"):
@@ -90,7 +93,8 @@ def save_heads(
     about: Mapping[str, Mapping[str, Any]],
     codec: str = "none",
 ) -> None:
-    """Write `heads.json` (expert -> labels, class, and `about`) and `heads/<expert>/` (config.json, head.safetensors)."""
+    """Write `heads.json` (expert -> labels, class, and `about`) and `heads/<expert>/` (config.json,
+    head.safetensors)."""
     table = {}
     for name, head in heads.items():
         save_head(folder, name, head, base, codec)

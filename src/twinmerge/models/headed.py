@@ -61,7 +61,7 @@ class HeadedModel(nn.Module):
         state: canonical name -> tensor, of the body (with heads) or of everything (without).
         heads: expert -> its head.
 
-    Errors:
+    Raises:
         TwinmergeError: the class has no single part that is the body; tensors are missing.
     """
 
@@ -92,9 +92,10 @@ class HeadedModel(nn.Module):
         return self.architecture.of_module(full)
 
     def _found(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensor of each key of the body, in the shapes that the class has by its config, which takes no memory to find out.
+        """The tensor of each key of the body, in the shapes that the class has by its config, which takes no memory
+        to find out.
 
-        Errors:
+        Raises:
             TwinmergeError: one is missing, or has another shape.
         """
         found_conversions = conversions(self.architecture, state)
@@ -124,7 +125,8 @@ class HeadedModel(nn.Module):
             shapes = {tuple(head.tensors[name].shape) for head in self.head_specs.values() if name in head.tensors}
             if shapes and tuple(own.shape) not in shapes:
                 raise ModelError(
-                    f"The heads hold {name!r} as {list(min(shapes))}, {type(skeleton).__name__} takes {list(own.shape)} by its config. "
+                    f"The heads hold {name!r} as {list(min(shapes))}, {type(skeleton).__name__} takes {list(own.shape)} by its "
+                    "config. "
                     "Restore its config.json, or build the output again."
                 )
         return found
@@ -138,7 +140,7 @@ class HeadedModel(nn.Module):
     def _made_anew(self, model: Any, key: str, dtype: torch.dtype) -> Tensor:
         """What a class makes by itself and leaves out of its files (sinusoidal places): the same numbers each time.
 
-        Errors:
+        Raises:
             TwinmergeError: it is made at random.
         """
         path, _, attribute = key.rpartition(".")
@@ -216,7 +218,8 @@ class HeadedModel(nn.Module):
         lacking = [k for k in module.state_dict() if k not in outside.values()]
         if lost := [n for n in head.tensors if n not in outside and n not in self._inner[name]]:
             raise RecipeError(
-                f"The tensor {lost[0]!r} of {name!r} cannot be a head: no layer of {type(module).__name__} holds it by itself. Leave it out of --head."
+                f"The tensor {lost[0]!r} of {name!r} cannot be a head: no layer of {type(module).__name__} holds it by "
+                "itself. Leave it out of --head."
             )
         if lacking:
             raise DamagedFile(f"The head of {name!r} lacks the tensor {lacking[0]!r}. Build the output again.")
@@ -249,11 +252,13 @@ class HeadedModel(nn.Module):
             heads: one head name per row; None only for models without heads.
 
         Returns:
-            without heads: the model's own output. With heads: a dict of `logits` (rows, most labels of any head used),
-            −inf beyond a row's own labels, and `output`, what the class of the first row's head returned. Heads without logits
+            without heads: the model's own output. With heads: a dict of `logits` (rows, most labels of any head
+                used),
+            −inf beyond a row's own labels, and `output`, what the class of the first row's head returned. Heads
+                without logits
             (question answering): `logits` is None, and `output` has every row's own answer.
 
-        Errors:
+        Raises:
             TwinmergeError: heads of different kinds in one batch.
         """
         with known_tokens(self.body, batch):
@@ -301,7 +306,8 @@ class HeadedModel(nn.Module):
         module = next(iter(self._outer.values())) if self._outer else self.body
         if self.architecture.config is None:
             raise ModelError(
-                f"{type(module).__name__} is none of transformers' models, and gives no hidden states to route on. Name the mixture yourself."
+                f"{type(module).__name__} is none of transformers' models, and gives no hidden states to route on. Name the "
+                "mixture yourself."
             )
         try:
             with known_tokens(self.body, batch):
@@ -318,7 +324,8 @@ def check_alike(logits: Sequence[Tensor | None], heads: Iterable[str]) -> None:
     """Refuse answers that have no place in one batch: a label for each text and for each token, or logits and none."""
     if len({None if part is None else part.shape[1:-1] for part in logits}) > 1:
         raise UsageError(
-            f"The heads {', '.join(heads)} answer in different shapes, so their rows cannot share a batch. Ask them apart."
+            f"The heads {', '.join(heads)} answer in different shapes, so their rows cannot share a batch. Ask them "
+            "apart."
         )
 
 
@@ -326,7 +333,7 @@ def check_alike(logits: Sequence[Tensor | None], heads: Iterable[str]) -> None:
 def known_tokens(body: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
     """Within the context a token that the model has no row for is told as that, and not as an index somewhere inside.
 
-    Errors:
+    Raises:
         TwinmergeError: the batch has one.
     """
     try:
@@ -341,13 +348,15 @@ def known_tokens(body: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
         if rows is None or not isinstance(ids, Tensor) or not ids.numel() or int(ids.max()) < rows:
             raise
         raise ModelError(
-            f"The tokenizer gives the token {int(ids.max())}, and the model has embeddings of {rows}. Take the tokenizer that belongs to "
+            f"The tokenizer gives the token {int(ids.max())}, and the model has embeddings of {rows}. Take the tokenizer "
+            "that belongs to "
             "the model, or a base whose embeddings were resized to it."
         ) from error
 
 
 def architecture_of(heads: Mapping[str, HeadSpec], tensors: int) -> Architecture:
-    """The class that runs the body of these heads: the first with the largest body, since some do without the pooler of others.
+    """The class that runs the body of these heads: the first with the largest body, since some do without the pooler
+    of others.
 
     Args:
         tensors: how many the body has.
@@ -386,7 +395,8 @@ def body_path(architecture: Architecture, head_names: set[str]) -> str:
     }
     if len(children) != 1 or children & inside:
         raise ModelError(
-            f"The heads of {architecture.model_class.__name__} cannot be told from its body ({', '.join(sorted(children))}). "
+            f"The heads of {architecture.model_class.__name__} cannot be told from its body "
+            f"({', '.join(sorted(children))}). "
             "Use a class whose base model is one part, or give the task's model without --head."
         )
     return str(children.pop())

@@ -24,7 +24,8 @@ def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[s
         names, config = matched.heads[name], experts[name].config
         if names and config is None and experts[name].architecture is not None:
             raise ModelError(
-                f"The expert {name!r} has a head ({names[0]!r}), and heads are run of transformers' models alone. Give modules of one "
+                f"The expert {name!r} has a head ({names[0]!r}), and heads are run of transformers' models alone. Give "
+                "modules of one "
                 "output layer, or merge their bodies."
             )
         if names and config is None:

@@ -20,7 +20,7 @@ WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|original_module)(?=\.)")
 def adapter_of(model: Any, name: str) -> Adapter:
     """The one adapter that is active.
 
-    Errors:
+    Raises:
         TwinmergeError: several, or none; one that is merged into the base already; as `checked_config` says.
     """
     from peft import get_peft_model_state_dict
@@ -29,7 +29,8 @@ def adapter_of(model: Any, name: str) -> Adapter:
     active = list(getattr(model, "active_adapters", None) or [])
     if len(active) != 1:
         raise ModelError(
-            f"{name} has {len(active)} active adapters ({', '.join(map(str, active)) or 'none'}), one can be merged at a time. Choose it "
+            f"{name} has {len(active)} active adapters ({', '.join(map(str, active)) or 'none'}), one can be merged at a "
+            "time. Choose it "
             "with set_adapter, or give every adapter as a model of its own."
         )
     config = checked_config(model.peft_config[active[0]].to_dict(), name, in_memory=True)

@@ -1,6 +1,7 @@
 """The layers of a model of one stack, and a pass through the first of them alone.
 
-The states that such a pass gives are read for a router; a second pass can go on from there, so that no layer runs twice.
+The states that such a pass gives are read for a router; a second pass can go on from there, so that no layer runs
+twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from twinmerge.models.rows import rows_of
 
 
 class Early(NamedTuple):
-    """states: the hidden states 0 (the embedding) to the last one read; outputs: what the layers before that one gave."""
+    """states: the hidden states 0 (the embedding) to the last one read; outputs: what the layers before that one
+    gave."""
 
     states: list[Tensor]
     outputs: list[Any]
@@ -30,7 +32,7 @@ class _ReachedError(Exception):
 def layer_count(config: Any) -> int:
     """How many layers a model has.
 
-    Errors:
+    Raises:
         TwinmergeError: its config does not say.
     """
     if (count := _count(config)) is None:
@@ -43,7 +45,8 @@ def _count(config: Any) -> Any:
 
 
 def layers_of(model: HeadedModel) -> Sequence[nn.Module]:
-    """The layers of a model of one stack, in their order; none of a model of two stacks, or where they cannot be told."""
+    """The layers of a model of one stack, in their order; none of a model of two stacks, or where they cannot be
+    told."""
     count = _count(model.architecture.config)
     found = [m for m in model.body.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     stacks = [m for m in found if any(True for _ in m[0].children())]

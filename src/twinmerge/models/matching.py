@@ -28,8 +28,8 @@ class Matched(NamedTuple):
     """Every tensor of every input, accounted for. All names are canonical.
 
     merged: in the base and in every expert, one shape; heads: expert -> its own tensors; from_base: copied from the
-    base (integers, buffers, parts that no expert has); ignored: expert -> what loading it passes over; configs: expert -> keys of
-    its config that say something else than the base's, with the expert's value and the base's.
+    base (integers, buffers, parts that no expert has); ignored: expert -> what loading it passes over; configs:
+    expert -> keys of its config that say something else than the base's, with the expert's value and the base's.
     """
 
     merged: list[str]
@@ -47,7 +47,8 @@ class Matched(NamedTuple):
         for name, differences in self.configs.items():
             if differences:
                 warnings.warn(
-                    f"The expert {name!r} computes otherwise than the base with the same weights: {said(differences)}. What is merged runs "
+                    f"The expert {name!r} computes otherwise than the base with the same weights: {said(differences)}. What is "
+                    "merged runs "
                     "with the base's config, so check that this is meant, or merge models of one config.",
                     stacklevel=3,
                 )
@@ -56,13 +57,14 @@ class Matched(NamedTuple):
 def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: Sequence[str] = ()) -> Matched:
     """Sort all tensors by the rules of docs/rules.md.
 
-    A float tensor outside the body that the base lacks or has in another shape, a part that the base's class does not have (a
-    pooler), or what `head_patterns` names (globs, or whole dotted components), is a head. A head travels whole: with one tensor of
-    its class, all outside the body are.
+    A float tensor outside the body that the base lacks or has in another shape, a part that the base's class does not
+    have (a pooler), or what `head_patterns` names (globs, or whole dotted components), is a head. A head travels
+    whole: with one tensor of its class, all outside the body are.
 
-    Errors:
-        TwinmergeError: another architecture, or configs of other shapes; a tensor of the body that only one side has, or that has
-            another shape; a tensor that neither the expert's class nor the base knows; a tie that an expert tears.
+    Raises:
+        TwinmergeError: another architecture, or configs of other shapes; a tensor of the body that only one side has,
+            or that has another shape; a tensor that neither the expert's class nor the base knows; a tie that an
+            expert tears.
     """
     configs = {}
     for e, expert in experts.items():
@@ -70,7 +72,8 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
         configs[e] = _same_sizes(base, expert, head_patterns)
     if not any(base.has(name) for expert in experts.values() for name in expert.names):
         raise ModelError(
-            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were tuned from."
+            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were "
+            "tuned from."
         )
     heads: dict[str, set[str]] = {}
     ignored: dict[str, list[str]] = {}
@@ -99,7 +102,8 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
             from_base.append(name)
     if not merged:
         raise ModelError(
-            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were tuned from."
+            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were "
+            "tuned from."
         )
     return Matched(merged, {e: sorted(h) for e, h in heads.items()}, from_base, ignored, configs)
 
@@ -121,7 +125,8 @@ def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
         elif base.has(name):
             if spec.is_float != base.spec(name).is_float:
                 raise ModelError(
-                    f"Tensor {name!r} is {spec.code} in {expert.name} and {base.spec(name).code} in the base {base.name}: whole numbers and "
+                    f"Tensor {name!r} is {spec.code} in {expert.name} and {base.spec(name).code} in the base {base.name}: whole "
+                    "numbers and "
                     "fractions do not merge. If one is quantised, restore it to 16 or 32 bits first."
                 )
             if spec.is_float and base.spec(name).shape != spec.shape:
@@ -143,19 +148,23 @@ def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     known = expert.architecture
     if known is None:
         raise ModelError(
-            f"Tensor {name!r} of {expert.name} is not in the base {base.name}, and without a config.json nothing says whether it is a "
+            f"Tensor {name!r} of {expert.name} is not in the base {base.name}, and without a config.json nothing says "
+            "whether it is a "
             "head. Add the model's config.json, or name the tensor with --head."
         )
     if not _is_part(expert, name):
         raise ModelError(
-            f"Tensor {name!r} of {expert.name} is neither in the base {base.name} nor a part of {known.model_class.__name__}, so that "
-            "transformers does not load it either. Name the right class under `architectures` in its config.json; where this one is "
+            f"Tensor {name!r} of {expert.name} is neither in the base {base.name} nor a part of "
+            f"{known.model_class.__name__}, so that "
+            "transformers does not load it either. Name the right class under `architectures` in its config.json; where "
+            "this one is "
             "right, load the model in transformers and save it again."
         )
     part = known.filled(expert.stored.get(name, name))
     if known.shape(expert.stored.get(name, name)) is None and base.has(part[0]):
         raise ModelError(
-            f"{expert.name} stores {name!r} as it is loaded into {part[0]!r}, which the base {base.name} holds as it runs. Save the base with "
+            f"{expert.name} stores {name!r} as it is loaded into {part[0]!r}, which the base {base.name} holds as it "
+            "runs. Save the base with "
             "save_pretrained and name its folder, or give both in memory."
         )
     own = known.config is None  # a module that somebody brings along is all body
@@ -163,14 +172,15 @@ def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
         own or base.architecture is None or {*part} & {*base.architecture.parameters}
     ):
         raise ModelError(
-            f"The base {base.name} lacks the tensor {name!r} that {expert.name} has. Check that the base's folder is complete and that "
+            f"The base {base.name} lacks the tensor {name!r} that {expert.name} has. Check that the base's folder is "
+            "complete and that "
             "the expert was tuned from it."
         )
 
 
 def _parts_of_some(base: OpenedModel, experts: Mapping[str, OpenedModel], heads: dict[str, set[str]]) -> None:
-    """A part of the base, without layers of its own, that the class of some expert does not have (the pooler, for a token classifier)
-    is a head of those that have it."""
+    """A part of the base, without layers of its own, that the class of some expert does not have (the pooler, for a
+    token classifier) is a head of those that have it."""
     for name, spec in base.specs.items():
         having = [e for e, expert in experts.items() if expert.has(name)]
         if not spec.is_float or not 0 < len(having) < len(experts) or any(p.isdigit() for p in name.split(".")):
@@ -220,7 +230,7 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
     """Refuse an expert whose weights have nothing in common with the base's, judged on the
     first million entries of one matrix of the body.
 
-    Errors:
+    Raises:
         TwinmergeError: the cosine of base and expert is below 0.2.
     """
     matrices = [n for n in merged if len(base.spec(n).shape) >= 2 and base.spec(n).numel >= 64]
@@ -234,7 +244,8 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
         cosine = float(reference @ _direction(expert, name, count))
         if cosine < UNRELATED_BELOW and reference.any():
             raise ModelError(
-                f"{expert.name} does not come from the base {base.name}: their {name!r} have cosine {cosine:.2f} (a fine-tune "
+                f"{expert.name} does not come from the base {base.name}: their {name!r} have cosine {cosine:.2f} (a "
+                "fine-tune "
                 "is close to 1). Name the base that it was tuned from."
             )
 
@@ -311,7 +322,8 @@ def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     """A tensor of another shape may be a head; inside the body it is a mistake."""
     if _in_body(expert, name):
         raise ModelError(
-            f"Tensor {name!r} is {list(expert.spec(name).shape)} in {expert.name} and {list(base.spec(name).shape)} in the base "
+            f"Tensor {name!r} is {list(expert.spec(name).shape)} in {expert.name} and {list(base.spec(name).shape)} in "
+            "the base "
             f"{base.name}. Give every model the same size (resize_token_embeddings for another vocabulary), or name the "
             "tensor as a head with --head."
         )
@@ -324,7 +336,8 @@ def _untied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     source = base.aliases[name]
     if not expert.has(source) or not torch.equal(expert.read(name), expert.read(source)):
         raise ModelError(
-            f"Tensor {name!r} of {expert.name} has its own values, and the base {base.name} ties it to {source!r}. Take a base "
+            f"Tensor {name!r} of {expert.name} has its own values, and the base {base.name} ties it to {source!r}. Take "
+            "a base "
             "with tie_word_embeddings=false, or name the tensor as a head with --head."
         )
 
@@ -348,8 +361,9 @@ def _kind(known: Architecture) -> str:
 
 
 def _expected_by(experts: Mapping[str, OpenedModel], name: str) -> OpenedModel | None:
-    """An expert that should have `name` (its class has it, or another expert does, or nothing says what it should have) and does not.
-    An adapter with a head of its own stores what its base has, also where its class has no such part."""
+    """An expert that should have `name` (its class has it, or another expert does, or nothing says what it should
+    have) and does not. An adapter with a head of its own stores what its base has, also where its class has no such
+    part."""
     held = any(
         expert.has(name) and (expert.architecture is None or _is_part(expert, name)) for expert in experts.values()
     )

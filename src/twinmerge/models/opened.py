@@ -60,9 +60,9 @@ class OpenedModel:
     """A model whose tensors are read on demand.
 
     name: how messages call it; specs: canonical name -> dtype and shape; stored: canonical -> name in its files;
-    architecture: None for bare checkpoints; folder: where its side files are; commit: hub commit;
-    labels: label names of a classifier; files: what is read, empty for models in memory; changes: canonical name -> what an
-    adapter makes of the tensor; tables: its embeddings, where they are known without an architecture.
+    architecture: None for bare checkpoints; folder: where its side files are; commit: hub commit; labels: label names
+    of a classifier; files: what is read, empty for models in memory; changes: canonical name -> what an adapter makes
+    of the tensor; tables: its embeddings, where they are known without an architecture.
     """
 
     name: str
@@ -122,7 +122,8 @@ class OpenedModel:
         return self.tables is None and len(self.specs[name].shape) == 3 and ".experts." in f".{name}"
 
     def table(self, name: str) -> bool:
-        """Whether a tensor is looked up by a row's number and multiplies nothing: an embedding, a table of relative biases.
+        """Whether a tensor is looked up by a row's number and multiplies nothing: an embedding, a table of relative
+        biases.
 
         Its class says so; of a bare checkpoint, which names none, the usual names do.
         """
@@ -156,13 +157,15 @@ class OpenedModel:
         return out.reshape(spec.shape)
 
     def range_code(self, name: str) -> str:
-        """The dtype that `read_range` gives, as safetensors calls it: the stored one, F32 where an adapter adds to it."""
+        """The dtype that `read_range` gives, as safetensors calls it: the stored one, F32 where an adapter adds to
+        it."""
         name = self.own(name)
         change = self.changes.get(name)
         return self.specs[name].code if change is None or change.added is None else "F32"
 
     def read_range(self, name: str, start: int, out: Flat) -> None:
-        """Fill `out` (bytes, or numbers of the dtype of `range_code`) with elements from `start` on of the tensor, flat."""
+        """Fill `out` (bytes, or numbers of the dtype of `range_code`) with elements from `start` on of the tensor,
+        flat."""
         name = self.own(name)
         change = self.changes.get(name)
         if change is None:

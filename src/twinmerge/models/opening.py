@@ -33,7 +33,7 @@ NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
 def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
     """Open a path, a hub id, `base+adapter`, a PreTrainedModel or a PeftModel.
 
-    Errors:
+    Raises:
         TwinmergeError: as `locate`, `Checkpoint.open` and `read_adapter` say.
     """
     if isinstance(model, (str, os.PathLike)):
@@ -51,7 +51,8 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
             inner = unwrapped(model)
             return open_model(inner, name) if inner is not model else _open_any_module(model, name)
     raise UsageError(
-        f"Cannot open a {type(model).__name__} as a model. Give a path, a hub id, a PreTrainedModel, a PeftModel, an nn.Module or a "
+        f"Cannot open a {type(model).__name__} as a model. Give a path, a hub id, a PreTrainedModel, a PeftModel, an "
+        "nn.Module or a "
         "TorchModel."
     )
 
@@ -86,7 +87,7 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
     """Give canonical names to a checkpoint's tensors.
 
-    Errors:
+    Raises:
         TwinmergeError: two tensors of one name; a shape that the config does not give.
     """
     stored: dict[str, str] = {}
@@ -101,7 +102,8 @@ def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | No
         shape = architecture.shape(original) if architecture else None
         if shape is not None and specs[original].shape != tuple(shape):
             raise ModelError(
-                f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is {list(shape)}. Restore the "
+                f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is {list(shape)}. "
+                "Restore the "
                 "config.json that was saved with it."
             )
     return _tied(name, specs, stored, architecture, source)
@@ -158,11 +160,12 @@ def _tied(
     architecture: Architecture | None,
     source: Source,
 ) -> OpenedModel:
-    """A tied tensor that is stored twice counts once. What a config calls tied and a file gives other values is not tied: loading
-    does not tie it either.
+    """A tied tensor that is stored twice counts once. What a config calls tied and a file gives other values is not
+    tied: loading does not tie it either.
 
     Args:
-        specs: of the tensors by their stored names; stored: canonical name -> stored name.
+        specs: of the tensors by their stored names.
+        stored: canonical name -> stored name.
     """
     if architecture is not None and architecture.aliases:
 
@@ -206,12 +209,14 @@ def _refuse_strange(inner: Any, name: str) -> None:
     config = getattr(inner, "config", None)
     if not isinstance(config, PretrainedConfig):
         raise ModelError(
-            f"The base of {name} is a {type(inner).__name__}, not a model of transformers. Give it as a folder of safetensors, merged "
+            f"The base of {name} is a {type(inner).__name__}, not a model of transformers. Give it as a folder of "
+            "safetensors, merged "
             "(merge_and_unload)."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
-            f"The base of {name} is quantised, and quantised weights cannot be merged. Load the base in 16 or 32 bits, and the adapter on it."
+            f"The base of {name} is quantised, and quantised weights cannot be merged. Load the base in 16 or 32 bits, "
+            "and the adapter on it."
         )
 
 
@@ -228,14 +233,15 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
 def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
     """The model with the adapter on top; its class becomes that of the adapter's task.
 
-    Errors:
+    Raises:
         TwinmergeError: as `placed` says.
     """
     from twinmerge.models.placing import Base, class_for, placed
 
     if opened.changes:
         raise ModelError(
-            f"{opened.name} has an adapter already, so {adapter.name} cannot be put on it. Merge the first one into its base (merge_and_unload)."
+            f"{opened.name} has an adapter already, so {adapter.name} cannot be put on it. Merge the first one into its "
+            "base (merge_and_unload)."
         )
     opened.architecture = class_for(adapter, opened.architecture)
     base = Base(opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)

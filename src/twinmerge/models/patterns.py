@@ -26,7 +26,7 @@ TOKEN = re.compile(
 class Patterns:
     """The first pattern that matches the end of a module's dotted name gives its value: PEFT's rule.
 
-    Errors:
+    Raises:
         TwinmergeError: what is no expression, or one whose matching could take more than a million steps.
 
     Example:
@@ -84,7 +84,7 @@ def _compiled(text: str, where: str) -> tuple[re.Pattern[str], float]:
 def steps_of(pattern: str) -> float:
     """A bound on the ways in which an expression can match a name of a hundred letters; infinite where it is not known.
 
-    Errors:
+    Raises:
         ValueError: something else than letters, classes, groups, alternatives and repetitions.
 
     Example:

@@ -1,6 +1,8 @@
-"""An adapter put on its base: which tensor it changes, in which way its module stores it, and what PEFT takes from it first.
+"""An adapter put on its base: which tensor it changes, in which way its module stores it, and what PEFT takes from it
+first.
 
-Longer than other files: one class walks through all kinds of tensors that an adapter may hold, and each kind is a method of a few lines.
+Longer than other files: one class walks through all kinds of tensors that an adapter may hold, and each kind is a
+method of a few lines.
 """
 
 from __future__ import annotations
@@ -88,9 +90,9 @@ def _named_class(adapter: Adapter, architecture: Architecture | None) -> type[Pr
 def placed(adapter: Adapter, base: Base) -> dict[str, Change]:
     """Canonical name -> what the adapter makes of the base's tensor: what PEFT computes when it loads it.
 
-    Errors:
-        TwinmergeError: a tensor that the base has not, or has in another shape; ranks that are not the config's; one of two
-            tied tensors changed; a kind of module whose factors are no sum on its weight.
+    Raises:
+        TwinmergeError: a tensor that the base has not, or has in another shape; ranks that are not the config's; one
+            of two tied tensors changed; a kind of module whose factors are no sum on its weight.
     """
     return _Placing(adapter, base).changes()
 
@@ -121,7 +123,8 @@ class _Placing:
 
     def _other_form(self, name: str) -> ModelError:
         return ModelError(
-            f"The adapter {self.adapter.name} changes {name!r}, which the files of the base {self.base.name} hold in another form. Merge "
+            f"The adapter {self.adapter.name} changes {name!r}, which the files of the base {self.base.name} hold in "
+            "another form. Merge "
             "the adapter into it first (merge_and_unload, save_pretrained) and give the full model."
         )
 
@@ -172,8 +175,8 @@ class _Placing:
         return tied(found, self.base.specs, self.base.aliases, self.adapter.name, self.base.name, self._values())
 
     def _values(self) -> set[str]:
-        """Canonical names of what PEFT loads into the base's own parameters, and so into all that share it: modules that are trained in
-        full or have factors are copies of their own."""
+        """Canonical names of what PEFT loads into the base's own parameters, and so into all that share it: modules
+        that are trained in full or have factors are copies of their own."""
         saved, adapted = self.config.saved, {unwrapped(module) for module in self.adapter.pairs}
         return {
             self.canonical(name)
@@ -203,7 +206,8 @@ class _Placing:
             and (body or name in self.adapter.copies)
         ):
             raise ModelError(
-                f"The adapter {self.adapter.name} holds {own!r} as {list(tensor.shape)}, in its base {self.base.name} it is {list(spec.shape)}. "
+                f"The adapter {self.adapter.name} holds {own!r} as {list(tensor.shape)}, in its base {self.base.name} it is "
+                f"{list(spec.shape)}. "
                 "Name the base that the adapter was trained on (resize_token_embeddings and save it, if its vocabulary grew)."
             )
         if own not in self.base.specs and own in self.other_forms:
@@ -215,7 +219,8 @@ class _Placing:
             return  # a head of a bare checkpoint
         kind = f" ({self.architecture.model_class.__name__})" if self.architecture else ""
         raise ModelError(
-            f"The adapter {self.adapter.name} holds {name!r}, which its base {self.base.name}{kind} does not have.{nearest(own, self.base.specs)} "
+            f"The adapter {self.adapter.name} holds {name!r}, which its base {self.base.name}{kind} does not "
+            f"have.{nearest(own, self.base.specs)} "
             "Name the base that the adapter was trained on, or save the adapter with its task_type."
         )
 
@@ -233,7 +238,8 @@ class _Placing:
             name = attention if attention in self.base.specs else name
         if self.config.rslora and name in self.fused_several:
             raise ModelError(
-                f"The adapter {self.adapter.name} scales {name!r} by alpha / √r (use_rslora), which PEFT reads as another number since "
+                f"The adapter {self.adapter.name} scales {name!r} by alpha / √r (use_rslora), which PEFT reads as another "
+                "number since "
                 "transformers 5 put such matrices together. Merge it into its base first, with the versions that trained it."
             )
         whose = module.removesuffix(ATTENTION_OUTPUT) if doubled else plain
@@ -241,7 +247,8 @@ class _Placing:
             self.config.targeted(path) for path in (whose, self.path(name).removesuffix(".out_proj"), self.path(name))
         ):
             raise ModelError(
-                f"The adapter {self.adapter.name} has factors of {whose!r}, which its target_modules do not name, and PEFT leaves such out. Take "
+                f"The adapter {self.adapter.name} has factors of {whose!r}, which its target_modules do not name, and PEFT "
+                "leaves such out. Take "
                 "the adapter_config.json that was saved with it."
             )
         scaling = self._scaling(whose, self.path(name).removesuffix(".out_proj" if doubled else ""), pair.a.shape[0])
@@ -257,19 +264,22 @@ class _Placing:
             yield bias, Change(added=added)
 
     def _scaling(self, written: str, path: str, rank: int) -> float:
-        """By PEFT's rule on the module's path in the class; by the adapter's own where only that has the tensors' rank."""
+        """By PEFT's rule on the module's path in the class; by the adapter's own where only that has the tensors'
+        rank."""
         config = self.config
         if written in config.scalings:
             return config.scalings[written]
         ours, theirs = config.rank_of(path), config.rank_of(written)
         if rank not in (ours, theirs):
             raise ModelError(
-                f"The adapter {self.adapter.name} has factors of rank {rank} for {written!r}, by its adapter_config.json it is {ours} (r, "
+                f"The adapter {self.adapter.name} has factors of rank {rank} for {written!r}, by its adapter_config.json it "
+                f"is {ours} (r, "
                 "rank_pattern). Take the adapter_config.json that was saved with it."
             )
         if ours == theirs and config.scaling(path) != config.scaling(written):
             raise ModelError(
-                f"The alpha_pattern of the adapter {self.adapter.name} gives {written!r} another alpha than {path!r}, as transformers calls it "
+                f"The alpha_pattern of the adapter {self.adapter.name} gives {written!r} another alpha than {path!r}, as "
+                "transformers calls it "
                 "now. Save the adapter again with these versions."
             )
         return config.scaling(path if rank == ours else written)
@@ -282,7 +292,8 @@ class _Placing:
             odd = "dilation" if any(d != 1 for d in module.dilation) else odd
             if odd:
                 raise ModelError(
-                    f"The adapter {self.adapter.name} changes the convolution {plain!r}, whose {odd} PEFT's factors do not have, so "
+                    f"The adapter {self.adapter.name} changes the convolution {plain!r}, whose {odd} PEFT's factors do not have, "
+                    "so "
                     "that they are no sum on its weight. Leave this module out of target_modules."
                 )
         transposed = (
@@ -300,7 +311,8 @@ class _Placing:
         transposed = self.architecture is not None and name in self.architecture.transposed
         if pair.bias is not None or weight.dim() != 2 or weight.dtype not in STARTS or scaling <= 0:
             raise ModelError(
-                f"The adapter {self.adapter.name} starts {name!r} by {start} (init_lora_weights), which PEFT does for matrices of 16 or 32 "
+                f"The adapter {self.adapter.name} starts {name!r} by {start} (init_lora_weights), which PEFT does for "
+                "matrices of 16 or 32 "
                 f"bits alone. {CONVERT}"
             )
         if not bool(weight.isfinite().all()):
@@ -335,7 +347,8 @@ class _Placing:
     # ------------------------------------------------------------------------------------------------ parameters
 
     def _parameter(self, plain: str, depth: int) -> str | None:
-        """The parameter that a pair of `target_parameters` is of: wrappers of one module lie in each other, its first innermost."""
+        """The parameter that a pair of `target_parameters` is of: wrappers of one module lie in each other, its first
+        innermost."""
         targets = self.config.parameters
         if not targets:
             return None
@@ -354,7 +367,8 @@ class _Placing:
                 return None
             if len(here) > 1:
                 raise ModelError(
-                    f"The adapter {self.adapter.name} has factors of {', '.join(here)} of {plain!r}, and without the base's config.json "
+                    f"The adapter {self.adapter.name} has factors of {', '.join(here)} of {plain!r}, and without the base's "
+                    "config.json "
                     "their order is not known. Add its config.json."
                 )
             return here[0]
@@ -365,7 +379,8 @@ class _Placing:
             return None
         if depth >= len(own):
             raise ModelError(
-                f"The adapter {self.adapter.name} wraps {plain!r} {depth + 1} times, but its target_parameters name {len(own)} of its "
+                f"The adapter {self.adapter.name} wraps {plain!r} {depth + 1} times, but its target_parameters name "
+                f"{len(own)} of its "
                 "parameters. Take the adapter_config.json that was saved with it."
             )
         return own[len(own) - 1 - depth]
@@ -383,7 +398,8 @@ class _Placing:
             return
         if self.config.start or pair.bias is not None or pair.embedding:
             raise ModelError(
-                f"The adapter {self.adapter.name} changes the parameter {name!r} in a way that PEFT does not know (init_lora_weights, "
+                f"The adapter {self.adapter.name} changes the parameter {name!r} in a way that PEFT does not know "
+                "(init_lora_weights, "
                 f"lora_bias). {CONVERT}"
             )
         experts = shape[0] if len(shape) == 3 else 1

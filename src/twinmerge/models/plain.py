@@ -1,8 +1,8 @@
 """Inputs so alike that transformers is not needed to tell what goes where.
 
-Importing transformers and building a model class takes three seconds and 100 MB, more than many a merge. Checkpoints of one
-causal language model or one bare encoder need neither, where each holds the tensors that its config gives, no other, and the
-configs say the same: everything is merged, under its own canonical name.
+Importing transformers and building a model class takes three seconds and 100 MB, more than many a merge. Checkpoints
+of one causal language model or one bare encoder need neither, where each holds the tensors that its config gives, no
+other, and the configs say the same: everything is merged, under its own canonical name.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Plain(NamedTuple):
-    """suffix: of the class; prefix: of the bare model inside it, which canonical names are without; tables: canonical names of its
-    embeddings; each_layer, around: the shapes of the tensors of one layer and of all others, of a config; layers: what the names
-    of a layer begin with."""
+    """suffix: of the class; prefix: of the bare model inside it, which canonical names are without; tables: canonical
+    names of its embeddings; each_layer, around: the shapes of the tensors of one layer and of all others, of a
+    config; layers: what the names of a layer begin with."""
 
     suffix: str
     prefix: str

@@ -32,7 +32,8 @@ def _like(first: Any, parts: list[Any]) -> Any:
 
 
 def joined(outputs: Sequence[Any]) -> Any:
-    """The rows of several outputs of one class, one after the other; logits of different widths get −inf (caches are left out)."""
+    """The rows of several outputs of one class, one after the other; logits of different widths get −inf (caches are
+    left out)."""
     first = outputs[0]
     if isinstance(first, Tensor):
         width = max(o.shape[-1] for o in outputs) if first.dim() > 1 else 0
@@ -58,7 +59,8 @@ ALIKE = ("position_ids", "token_type_ids")
 
 
 def rows_of_batch(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
-    """The chosen rows of every input whose leading axis is the batch, and of those in tuples and outputs (of an encoder)."""
+    """The chosen rows of every input whose leading axis is the batch, and of those in tuples and outputs (of an
+    encoder)."""
     return {k: v if k in PLACES else _rows_of_input(v, rows, size) for k, v in batch.items()}
 
 

@@ -1,4 +1,5 @@
-"""A model class put together without memory: once for all models whose configs say the same, as experts of one base do."""
+"""A model class put together without memory: once for all models whose configs say the same, as experts of one base
+do."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def skeleton_of(config: PretrainedConfig, model_class: type[PreTrainedModel], mo
     Args:
         most: parameters that it may have.
 
-    Errors:
+    Raises:
         TwinmergeError: it has more, or cannot be made from this config.
 
     Example:

@@ -21,11 +21,13 @@ def tied(
     """The changes by the names that hold the values: all of the names that share one have to change, and alike.
 
     Args:
-        found: canonical name -> change, by the names of the modules; specs: the base's tensors; aliases: tied name -> the one
-            that holds the values; adapter, base: how messages call them; values: names whose new values PEFT puts into the one tensor
-            that all of them share.
+        found: canonical name -> change, by the names of the modules.
+        specs: the base's tensors.
+        aliases: tied name -> the one that holds the values.
+        adapter, base: how messages call them.
+        values: names whose new values PEFT puts into the one tensor that all of them share.
 
-    Errors:
+    Raises:
         TwinmergeError: one of them changes alone, or two in different ways.
     """
     groups: dict[str, list[str]] = {}
@@ -56,8 +58,10 @@ def tied(
 
 def alone(adapter: str, base: str, name: str, other: str) -> ModelError:
     return ModelError(
-        f"The adapter {adapter} changes {name!r} alone, but the base {base} ties it to {other!r}: with PEFT only the one changes, and one "
-        "tensor cannot hold both. Untie the base (save it with tie_word_embeddings=False and its own output layer), or train an adapter "
+        f"The adapter {adapter} changes {name!r} alone, but the base {base} ties it to {other!r}: with PEFT only the "
+        "one changes, and one "
+        "tensor cannot hold both. Untie the base (save it with tie_word_embeddings=False and its own output layer), "
+        "or train an adapter "
         "that changes both alike."
     )
 

@@ -1,4 +1,5 @@
-"""Modules of torch that are no models of transformers: any `nn.Module`, or a function that makes one, and its weights."""
+"""Modules of torch that are no models of transformers: any `nn.Module`, or a function that makes one, and its
+weights."""
 
 from __future__ import annotations
 
@@ -133,7 +134,8 @@ def tensors_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(
-                f"The state of {name} holds {key!r}, a {type(value).__name__}, which cannot be merged. Leave it out of the state."
+                f"The state of {name} holds {key!r}, a {type(value).__name__}, which cannot be merged. Leave it out of the "
+                "state."
             )
         if value.is_sparse or value.is_quantized or value.is_complex():
             raise ModelError(
@@ -152,7 +154,8 @@ def _on_meta(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, dict(kept))
     except Exception as error:  # what a module holds besides its parameters may be anything
         raise ModelError(
-            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}). Give a module that copy.deepcopy copies."
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}). Give a module that "
+            "copy.deepcopy copies."
         ) from error
 
 
@@ -162,7 +165,8 @@ def _check(module: nn.Module) -> None:
         normed = {"WeightNorm", "SpectralNorm"} & set(hooks)
         if normed or (hasattr(part, "parametrizations") and len(part.parametrizations)):
             raise ModelError(
-                f"The weights of {path or type(module).__name__!r} are computed from other tensors ({', '.join(sorted(normed)) or 'a parametrization'}), "
+                f"The weights of {path or type(module).__name__!r} are computed from other tensors "
+                f"({', '.join(sorted(normed)) or 'a parametrization'}), "
                 "which do not merge as they do. Take that off first (torch.nn.utils.parametrize.remove_parametrizations)."
             )
     for name, parameter in module.named_parameters():

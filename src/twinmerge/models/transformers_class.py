@@ -43,10 +43,12 @@ class TransformersArchitecture(Architecture):
     """One model class with its config, built without memory (on the meta device).
 
     Args:
-        config, model_class: what is built; most: parameters that it may have.
+        config, model_class: what is built.
+        most: parameters that it may have.
 
     Attributes:
-        skeleton: shared by all with the same config, and never changed; converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`).
+        skeleton: shared by all with the same config, and never changed.
+        converts: whether the class holds some tensors otherwise than they are stored (see `models/conversion.py`).
 
     Example:
         >>> from transformers import BertConfig
@@ -94,7 +96,8 @@ class TransformersArchitecture(Architecture):
         return f"{name}." if name and isinstance(getattr(self.skeleton, name, None), nn.Module) else ""
 
     def _rename(self, stored: str) -> tuple[str, str | None]:
-        """The name in the module, as loading finds it, and the pattern of the converter that the tensor goes through, if any."""
+        """The name in the module, as loading finds it, and the pattern of the converter that the tensor goes through,
+        if any."""
         if stored not in self._renamed:
             prefix = self.model_class.base_model_prefix
             found = rename_source_key(stored, self._renamings, self._converters, prefix, self._meta)
@@ -109,7 +112,8 @@ class TransformersArchitecture(Architecture):
         return self.of_module(stored if converted else name)
 
     def fused_into(self, stored: str) -> tuple[str, str] | None:
-        """(canonical name of the parameter that a stored tensor becomes a part of, the pattern that says so), if it does."""
+        """(canonical name of the parameter that a stored tensor becomes a part of, the pattern that says so), if it
+        does."""
         name, pattern = self._rename(stored)
         return None if pattern is None else (self.of_module(name), pattern)
 
@@ -118,7 +122,8 @@ class TransformersArchitecture(Architecture):
         return next(c for c in self._converters if pattern in c.source_patterns)
 
     def filled(self, stored: str) -> list[str]:
-        """Canonical names of the parameters that loading fills from a tensor of a checkpoint; none where it does not load it."""
+        """Canonical names of the parameters that loading fills from a tensor of a checkpoint; none where it does not
+        load it."""
         name, pattern = self._rename(stored)
         names = [name]
         for converter in self._converters if pattern is not None else ():
@@ -128,12 +133,14 @@ class TransformersArchitecture(Architecture):
         return [self.of_module(n) for n in names if n in self._meta]
 
     def shape(self, stored: str) -> torch.Size | None:
-        """The shape that a tensor of a checkpoint has by the config; None where loading makes something else of it or does not load it."""
+        """The shape that a tensor of a checkpoint has by the config; None where loading makes something else of it or
+        does not load it."""
         name, pattern = self._rename(stored)
         return self._meta[name].shape if pattern is None and name in self._meta else None
 
     def drops(self, stored: str) -> bool:
-        """Whether loading passes over a tensor without a word: buffers that are made anew, leftovers that the class knows of."""
+        """Whether loading passes over a tensor without a word: buffers that are made anew, leftovers that the class
+        knows of."""
         name, _ = self._rename(stored)
         if name in self._meta:
             return False
@@ -152,8 +159,8 @@ class TransformersArchitecture(Architecture):
         return any(re.search(pattern, name) for pattern in self.skeleton._keys_to_ignore_on_load_missing or ())
 
     def converted(self, canonical: str) -> tuple[str, WeightConverter | None, str]:
-        """Name in the module of the parameter that a stored tensor is a part of, and the converter and the pattern that make it so;
-        None where the class holds the tensor as it is, or does not know it."""
+        """Name in the module of the parameter that a stored tensor is a part of, and the converter and the pattern
+        that make it so; None where the class holds the tensor as it is, or does not know it."""
         name, pattern = self._rename(canonical)
         if pattern is None or name not in self._meta:
             return name, None, ""
@@ -191,7 +198,7 @@ class TransformersArchitecture(Architecture):
     def with_config(self, config: dict[str, Any]) -> TransformersArchitecture:
         """The same class with another config, as `to_dict` gives it.
 
-        Errors:
+        Raises:
             TwinmergeError: it is no config of this class.
         """
         try:

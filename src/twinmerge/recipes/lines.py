@@ -1,7 +1,7 @@
 """LiNeS: the merged change of every block of the model, scaled by its depth; on top of any method.
 
-Block l of a stack of L is scaled by a + b·l/(L−1), tensors outside blocks by a. A method whose last step is its `scale` is
-given another one for each tensor, which costs nothing; of any other θ0 + c·(θ − θ0) is taken after it.
+Block l of a stack of L is scaled by a + b·l/(L−1), tensors outside blocks by a. A method whose last step is its
+`scale` is given another one for each tensor, which costs nothing; of any other θ0 + c·(θ − θ0) is taken after it.
 
 Source: Wang et al. 2025, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", ICLR,
 arXiv 2410.17146.
@@ -31,8 +31,8 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Lines:
-    """a: the coefficient of the first block and of tensors outside blocks, None to take it from the sizes of the changes
-    (see `Automatic`); b: what is added to it up to the last block."""
+    """a: the coefficient of the first block and of tensors outside blocks, None to take it from the sizes of the
+    changes (see `Automatic`); b: what is added to it up to the last block."""
 
     a: float | None
     b: float
@@ -41,8 +41,9 @@ class Lines:
     def of(cls, raw: object) -> Lines:
         """Out of plain data.
 
-        Errors:
-            TwinmergeError: no mapping, an unknown key (with the nearest right one), no b, a value that is no finite number.
+        Raises:
+            TwinmergeError: no mapping, an unknown key (with the nearest right one), no b, a value that is no finite
+                number.
 
         Example:
             >>> Lines.of({"b": 0.5}), Lines.of({"a": 0.125, "b": 0.5})
@@ -81,7 +82,8 @@ def coefficient(name: str, depths: Mapping[str, int], a: float, b: float) -> flo
     """What the merged change of a tensor is multiplied with.
 
     Args:
-        name: canonical; depths: as `stacks` gives them.
+        name: canonical.
+        depths: as `stacks` gives them.
 
     Example:
         >>> round(coefficient("blocks.5.norm.weight", {"blocks": 12}, 0.125, 0.5), 4)

@@ -1,7 +1,8 @@
 """mergekit's recipe files, translated into recipes of this library that mean the same.
 
-What mergekit would ignore in a file is a warning here, what it would refuse is refused, and so is, by name, what is not
-read yet. Numbers are computed in float32 or wider and rounded once, as mergekit does with `dtype: float32` and `out_dtype`.
+What mergekit would ignore in a file is a warning here, what it would refuse is refused, and so is, by name, what is
+not read yet. Numbers are computed in float32 or wider and rounded once, as mergekit does with `dtype: float32` and
+`out_dtype`.
 
 Source: mergekit 0.1.5 as it behaves; the formulas are those of the methods with compat="mergekit".
 """
@@ -93,9 +94,10 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
         where: it comes from, for messages.
         own_keys: whether it may have `OWN_KEYS` too, since it says whose semantics it has.
 
-    Errors:
-        TwinmergeError: an unknown key or parameter (with the nearest right one), a method or a key that is not read yet,
-            what mergekit refuses: a weight that is missing, a model that is listed twice, a wrong number of models.
+    Raises:
+        TwinmergeError: an unknown key or parameter (with the nearest right one), a method or a key that is not read
+            yet, what mergekit refuses: a weight that is missing, a model that is listed twice, a wrong number of
+            models.
 
     Example:
         >>> translated({"merge_method": "linear", "parameters": {"normalize": 1.0}, "models": [
@@ -159,11 +161,13 @@ def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool) -> None:
             raise RecipeError(f"{where}: {key!r} is a key of mergekit that twinmerge does not read yet. {NOT_YET[key]}")
         if key in OF_MOE:
             raise RecipeError(
-                f"{where}: {key!r} is a key of mergekit-moe, whose files twinmerge does not read. Give a recipe of one merged model."
+                f"{where}: {key!r} is a key of mergekit-moe, whose files twinmerge does not read. Give a recipe of one "
+                "merged model."
             )
         if key in OWN_KEYS:
             raise RecipeError(
-                f"{where}: {key!r} is a key of twinmerge, and this file is in mergekit's schema. Add `compat: mergekit` or `compat: paper` "
+                f"{where}: {key!r} is a key of twinmerge, and this file is in mergekit's schema. Add `compat: mergekit` or "
+                "`compat: paper` "
                 "to say whose semantics its method has."
             )
         known = [*TOP_KEYS, *NOT_YET, "compat", "twinmerge", *OWN_KEYS]
@@ -176,14 +180,16 @@ def _ours(method: str, where: str) -> str:
         return ours
     if method in NEAREST:
         raise RecipeError(
-            f"{where}: {method} is a method of mergekit that twinmerge does not have yet. The nearest is {NEAREST[method]}."
+            f"{where}: {method} is a method of mergekit that twinmerge does not have yet. The nearest is "
+            f"{NEAREST[method]}."
         )
     names = method_names()
     if method in names:
         others = [*method_class(method).mergekit]
         instead = f", where this is called {others[0]}" if others else ""
         raise RecipeError(
-            f"{where}: {method} is a method of twinmerge, and this file is in mergekit's schema{instead}. Add `twinmerge: 1` to the file to "
+            f"{where}: {method} is a method of twinmerge, and this file is in mergekit's schema{instead}. Add "
+            "`twinmerge: 1` to the file to "
             "merge by the paper's semantics."
         )
     known = [*names, *NEAREST]

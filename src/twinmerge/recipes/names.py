@@ -32,9 +32,10 @@ def expert_names(refs: Sequence[str], given: Sequence[object], where: str) -> li
     """A name of its own for each model, which depends on the set of them and not on their order.
 
     Args:
-        refs: the models; given: the name that the recipe gives each, or None.
+        refs: the models.
+        given: the name that the recipe gives each, or None.
 
-    Errors:
+    Raises:
         TwinmergeError: a name that is no text, or that is given twice.
 
     Example:

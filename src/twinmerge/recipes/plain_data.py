@@ -1,7 +1,7 @@
 """Plain data out of YAML and JSON that somebody wrote: strictly, and in bounded time and memory.
 
-YAML is read with JSON's idea of a number (`1e-5` is one; `1:30`, `010` and `1_000` are texts), without tags, merge keys and
-dates. A key that is there twice, a key that is no text, and more values than any recipe has are errors.
+YAML is read with JSON's idea of a number (`1e-5` is one; `1:30`, `010` and `1_000` are texts), without tags, merge
+keys and dates. A key that is there twice, a key that is no text, and more values than any recipe has are errors.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read_plain(file: Path, what: str) -> Any:
     Args:
         what: the file is, in messages.
 
-    Errors:
+    Raises:
         TwinmergeError: no such file, no UTF-8, larger than a recipe is; and as `from_yaml` and `from_json`.
     """
     kind = "json" if file.suffix == ".json" else "yaml"
@@ -84,7 +84,7 @@ def from_yaml(text: str, where: str) -> Any:
     Args:
         where: it comes from, at the beginning of messages.
 
-    Errors:
+    Raises:
         TwinmergeError: no YAML, several documents, a key twice, a key that is no text, a tag, too many values.
 
     Example:
@@ -120,7 +120,7 @@ def from_json(text: str, where: str) -> Any:
     Args:
         where: it comes from, at the beginning of messages.
 
-    Errors:
+    Raises:
         TwinmergeError: no JSON, NaN or infinity, a key twice, too many values.
 
     Example:

@@ -1,9 +1,9 @@
 """The one recipe language: what to merge, how, and to what dtype.
 
-A file whose top level has `twinmerge: 1` is a recipe of ours, which is what `describe` writes: the methods by our names and
-with the papers' semantics. Every other file is in mergekit's schema and means what mergekit means (`recipes/mergekit.py`).
-`compat: paper` or `compat: mergekit` at the top level decides otherwise. Both are strict: an unknown key is an error with the
-nearest right one.
+A file whose top level has `twinmerge: 1` is a recipe of ours, which is what `describe` writes: the methods by our
+names and with the papers' semantics. Every other file is in mergekit's schema and means what mergekit means
+(`recipes/mergekit.py`). `compat: paper` or `compat: mergekit` at the top level decides otherwise. Both are strict: an
+unknown key is an error with the nearest right one.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 @strict_class
 @dataclass(frozen=True)
 class Recipe:
-    """method: a name, or a class or object of one's own (an object's parameters go to `parameters`, so that what is kept is a name or a class); base: model or None; experts: name -> model; parameters: field (or expert.field) -> value;
-    dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the seed of
-    stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods that need one;
-    lines: how the merged change is scaled by depth, None for not at all."""
+    """method: a name, or a class or object of one's own (an object's parameters go to `parameters`, so that what is
+    kept is a name or a class); base: model or None; experts: name -> model; parameters: field (or expert.field) ->
+    value; dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the
+    seed of stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods
+    that need one; lines: how the merged change is scaled by depth, None for not at all."""
 
     method: MethodLike
     base: ModelLike | None
@@ -143,7 +144,8 @@ class Recipe:
             for name in self.experts:
                 if name not in self.statistics:
                     raise RecipeError(
-                        f"{short_name(self.method)} needs the {need} statistics of every expert, and {name!r} has none. Take them with `twinmerge "
+                        f"{short_name(self.method)} needs the {need} statistics of every expert, and {name!r} has none. Take them "
+                        "with `twinmerge "
                         f"measure {need} MODEL --data FILE -o {name}.{need}.safetensors`, and add --statistics {name}=that file."
                     )
 
@@ -195,7 +197,7 @@ class Recipe:
     def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
         """The recipe that `describe` wrote down; what was written before it had a mark is read as ours too.
 
-        Errors:
+        Raises:
             TwinmergeError: it is damaged.
         """
         where = "The recipe of this folder"
@@ -217,7 +219,7 @@ class Recipe:
     def varied(self, parameters: Mapping[str, Any]) -> Recipe:
         """The same recipe with other parameters: of the method, and `lines.a` and `lines.b`.
 
-        Errors:
+        Raises:
             TwinmergeError: those of `Lines.of`.
 
         Example:
@@ -235,7 +237,8 @@ class Recipe:
         return replace(self, parameters=own, lines=Lines.of(lines) if lines else None)
 
     def make_method(self) -> Method:
-        """The method; a list of its parameters has a value for each expert, in the order in which the recipe names them."""
+        """The method; a list of its parameters has a value for each expert, in the order in which the recipe names
+        them."""
         values, given = dict(self.parameters), list(self.experts)
         for key in self._per_expert & values.keys():
             value = values[key]
@@ -244,7 +247,8 @@ class Recipe:
         return make_method(self.method, self.order, values)
 
     def resolved(self, method: Method) -> dict[str, Any]:
-        """The parameters of the method with their defaults; lists are in the order in which the recipe names the experts."""
+        """The parameters of the method with their defaults; lists are in the order in which the recipe names the
+        experts."""
         found = method.model_dump()
         for key in self._per_expert:
             if isinstance(found[key], tuple):
@@ -300,7 +304,7 @@ def _plain(value: Any) -> Any:
 def read_recipe(file: str | Path) -> Recipe:
     """Read a recipe in YAML or JSON.
 
-    Errors:
+    Raises:
         TwinmergeError: no such file, no mapping, a key twice, unknown or unsupported keys, an expert named twice.
     """
     file = Path(file)
@@ -313,7 +317,7 @@ def read_recipe(file: str | Path) -> Recipe:
 def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe out of plain data (see the module's text).
 
-    Errors:
+    Raises:
         TwinmergeError: as `read_recipe`.
 
     Example:
@@ -328,7 +332,8 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     compat = raw.get("compat", "paper" if ours else "mergekit")
     if compat not in ("paper", "mergekit"):
         raise RecipeError(
-            f"{where}: compat is {compat!r:.80}.{nearest(str(compat), ['paper', 'mergekit'])} Write compat: paper or compat: mergekit; a "
+            f"{where}: compat is {compat!r:.80}.{nearest(str(compat), ['paper', 'mergekit'])} Write compat: paper or "
+            "compat: mergekit; a "
             "method's own compat goes under parameters."
         )
     if compat == "paper":
@@ -353,7 +358,8 @@ def _is_ours(raw: Mapping[str, Any], where: str) -> bool:
 
 
 def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
-    """A recipe in our schema, or (not `ours`) in mergekit's with the papers' semantics, where the base may be listed."""
+    """A recipe in our schema, or (not `ours`) in mergekit's with the papers' semantics, where the base may be
+    listed."""
     for key in raw:
         if key not in RECIPE_KEYS:
             raise RecipeError(

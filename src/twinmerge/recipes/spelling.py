@@ -43,7 +43,8 @@ def parameters_of(raw: Any, method: str, where: str, ours: bool) -> dict[str, An
             name, value = spelling.field, spelling.of(value)
         if name not in fields:
             raise RecipeError(
-                f"{where}: {method} has no parameter {key!r:.80}.{nearest(str(key), fields)} It has: {', '.join(fields) or 'none'}."
+                f"{where}: {method} has no parameter {key!r:.80}.{nearest(str(key), fields)} It has: "
+                f"{', '.join(fields) or 'none'}."
             )
         to = f"{expert}{dot}{name}"
         if to in found:

@@ -14,17 +14,19 @@ from twinmerge.statistics.watch import Positions, Watched, own_weights
 
 
 class Activations:
-    """Σ y and Σ y² of every feature y of every module with a weight of its own, over all unpadded positions, in float64.
+    """Σ y and Σ y² of every feature y of every module with a weight of its own, over all unpadded positions, in
+    float64.
 
-    Features are the last axis; of convolutions and of batch norms over images, the channels. Modules that answer for all rows
-    of a batch at once (positions) are left out, and so are those that share their weight.
+    Features are the last axis; of convolutions and of batch norms over images, the channels. Modules that answer for
+    all rows of a batch at once (positions) are left out, and so are those that share their weight.
 
     Args:
         module: a transformers model in eval mode.
         names: name of a parameter in the module -> canonical name.
 
     Attributes:
-        tokens: unpadded positions, or images, that were seen; counts: module -> how many y it has summed.
+        tokens: unpadded positions, or images, that were seen.
+        counts: module -> how many y it has summed.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -52,7 +54,7 @@ class Activations:
     def add(self, batch: Batch) -> None:
         """Run a batch and add up what its modules answer.
 
-        Errors:
+        Raises:
             TwinmergeError: NaN or infinity.
         """
         self._watched.run(batch)
@@ -71,7 +73,8 @@ class Activations:
         return found
 
     def warn_left_out(self) -> None:
-        """Say how many modules were not measured; tables of positions, which never answer row by row, go without saying."""
+        """Say how many modules were not measured; tables of positions, which never answer row by row, go without
+        saying."""
         tables = {name for part, name in self._watched.parts.items() if isinstance(part, nn.Embedding)}
         if left := sorted(self._watched.odd - tables):
             warnings.warn(

@@ -25,9 +25,9 @@ IGNORED = -100  # a padded place of targets, as transformers has it
 
 
 class Batch(NamedTuple):
-    """inputs: what the module's forward takes; rows: each row's number in the file, which random draws are keyed by; mask:
-    (rows, positions) bool, where an input is no padding, None for images; targets: (rows, positions) of an encoder-decoder,
-    -100 where padded, None where the data have none. Padding is on the right."""
+    """inputs: what the module's forward takes; rows: each row's number in the file, which random draws are keyed by;
+    mask: (rows, positions) bool, where an input is no padding, None for images; targets: (rows, positions) of an
+    encoder-decoder, -100 where padded, None where the data have none. Padding is on the right."""
 
     inputs: dict[str, Tensor]
     rows: list[int]
@@ -51,19 +51,21 @@ class Data:
 
     Args:
         rows: (start, stop) of the file's rows, blank lines not counted; a stop beyond the end is the end.
-        limit: at most so many of them, drawn at random: those with the smallest keyed random numbers, so that a larger limit
-            only adds rows.
+        limit: at most so many of them, drawn at random: those with the smallest keyed random numbers, so that a
+            larger limit only adds rows.
         max_tokens: of a row; None for what tokenizer and model allow. Longer ones are cut, and counted.
         batch: rows at once; changes memory and speed, no result.
         seed: of `limit`.
         targets: every row must have one (encoder-decoders only).
 
     Attributes:
-        about: what a statistics file says of its data; examples: how many rows a pass gives; max_tokens: the one in force.
+        about: what a statistics file says of its data.
+        examples: how many rows a pass gives.
+        max_tokens: the one in force.
 
-    Errors:
-        TwinmergeError: as `Rows`; no rows in the range; a model without tokenizer or image processor; targets that are
-            missing; an image that cannot be read.
+    Raises:
+        TwinmergeError: as `Rows`; no rows in the range; a model without tokenizer or image processor; targets that
+            are missing; an image that cannot be read.
     """
 
     def __init__(
@@ -92,7 +94,8 @@ class Data:
         start, stop = (0, self.rows.count) if rows is None else (rows[0], min(rows[1], self.rows.count))
         if not 0 <= start < stop:
             raise UsageError(
-                f"There are no rows {start}:{rows[1] if rows else stop} in {file}: it has {self.rows.count}, counted from 0. Choose others."
+                f"There are no rows {start}:{rows[1] if rows else stop} in {file}: it has {self.rows.count}, counted from 0. "
+                "Choose others."
             )
         self._range = start, stop
         self._chosen = _chosen(start, stop, limit, seed)
@@ -189,7 +192,8 @@ class Data:
     def _open_encoder(self, max_tokens: int | None) -> TextEncoder:
         if self.model.folder is None:
             raise ModelError(
-                f"{self.model.name} is in memory and has no tokenizer. Save it with its tokenizer and name the folder, or give rows of "
+                f"{self.model.name} is in memory and has no tokenizer. Save it with its tokenizer and name the folder, or "
+                "give rows of "
                 "input_ids."
             )
         encoder = TextEncoder(self.model.folder, max_tokens, self.model.positions)

@@ -28,8 +28,12 @@ class Statistics:
     """An opened statistics file: its header at once, its tensors on demand.
 
     Attributes:
-        file: where it lies; what: "fisher", "gram" or "activations"; model: fingerprint of the measured model; header: what
-            was measured and how; specs: tensor -> dtype and shape; expected: tensor -> checksum.
+        file: where it lies.
+        what: "fisher", "gram" or "activations".
+        model: fingerprint of the measured model.
+        header: what was measured and how.
+        specs: tensor -> dtype and shape.
+        expected: tensor -> checksum.
     """
 
     def __init__(self, opened: ArtefactFile) -> None:
@@ -50,7 +54,7 @@ class Statistics:
         Args:
             what: the kind that is wanted; None for any.
 
-        Errors:
+        Raises:
             TwinmergeError: no statistics file, another version, or another kind than `what`.
         """
         path = Path(os.path.realpath(file) if os.path.islink(file) else file)  # the user named it, wherever it leads
@@ -59,7 +63,8 @@ class Statistics:
         found = cls(open_artefact(path, KIND, VERSION))
         if what is not None and found.what != what:
             raise DataError(
-                f"{path} holds {found.what} statistics, {what} statistics are needed. Take them with `twinmerge measure {what}`."
+                f"{path} holds {found.what} statistics, {what} statistics are needed. Take them with `twinmerge measure "
+                f"{what}`."
             )
         return found
 
@@ -69,7 +74,7 @@ class Statistics:
     def read(self, name: str) -> Tensor:
         """A whole tensor.
 
-        Errors:
+        Raises:
             TwinmergeError: it is not what was measured.
         """
         return self._opened.read(name)
@@ -81,7 +86,7 @@ class Statistics:
     def require(self, name: str, found: str) -> None:
         """Refuse a tensor whose checksum is not that of the measurement.
 
-        Errors:
+        Raises:
             TwinmergeError: another one.
         """
         self._opened.require(name, found)
@@ -97,10 +102,12 @@ def save_statistics(
 
     Args:
         model: fingerprint of the measured model.
-        header: data, settings, examples, tokens, and what the kind needs; checksums and, for "fisher", squares are added.
-        tensors: the sums; fisher: canonical name -> (the parameter's shape) float32.
+        header: data, settings, examples, tokens, and what the kind needs; checksums and, for "fisher", squares are
+            added.
+        tensors: the sums.
+        fisher: canonical name -> (the parameter's shape) float32.
 
-    Errors:
+    Raises:
         TwinmergeError: the file is there already, or cannot be written.
     """
     specs = in_order({name: Spec(t.dtype, tuple(t.shape)) for name, t in tensors.items()})
@@ -112,7 +119,7 @@ def added(files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
 
     One tensor of each file is in memory at a time.
 
-    Errors:
+    Raises:
         TwinmergeError: fewer than two files; another model, kind, setting or version; data that were counted before.
     """
     if len(files) < 2:
@@ -156,7 +163,8 @@ def _same(first: Statistics, other: Statistics) -> None:
     ):
         if one != two:
             raise DataError(
-                f"{other.file} has {what} than {first.file} ({_difference(one, two)}), so they do not add up. Measure both alike."
+                f"{other.file} has {what} than {first.file} ({_difference(one, two)}), so they do not add up. Measure both "
+                "alike."
             )
 
 
@@ -174,7 +182,8 @@ def _disjoint(data: Sequence[Mapping[str, Any]]) -> None:
         for other_start, other_stop, file in seen.get(piece["sha256"], []):
             if start < other_stop and other_start < stop:
                 raise DataError(
-                    f"Rows {max(start, other_start)} to {min(stop, other_stop) - 1} of {file} are in two of the statistics, and would count "
+                    f"Rows {max(start, other_start)} to {min(stop, other_stop) - 1} of {file} are in two of the statistics, and "
+                    "would count "
                     "twice. Measure parts that do not overlap, with --rows START:STOP."
                 )
         seen.setdefault(piece["sha256"], []).append((start, stop, piece["file"]))

@@ -26,13 +26,14 @@ NOISE = 1e-8  # of the model's largest entry: a tensor below is rounding (a key'
 class Fisher:
     """Σx Σy p(y|x) (∂ log p(y|x) / ∂θ)² for every parameter θ, over the examples that are added.
 
-    The expectation is over the model's own predictions, and every example's gradient is squared by itself: the square of a
-    sum over a batch is another quantity. "exact" takes all classes in, in one backward pass less than there are classes;
-    "sampled" draws y from the prediction. One output is a Gaussian of variance 1, a multi-label head independent Bernoullis.
+    The expectation is over the model's own predictions, and every example's gradient is squared by itself: the square
+    of a sum over a batch is another quantity. "exact" takes all classes in, in one backward pass less than there are
+    classes; "sampled" draws y from the prediction. One output is a Gaussian of variance 1, a multi-label head
+    independent Bernoullis.
 
-    Language models are always sampled: at every position a token is drawn given the data's own prefix, all positions of a text
-    in one backward pass. Draws of different positions are independent and their scores have mean 0, so the square of their sum
-    is an unbiased estimate of the sum over positions.
+    Language models are always sampled: at every position a token is drawn given the data's own prefix, all positions
+    of a text in one backward pass. Draws of different positions are independent and their scores have mean 0, so the
+    square of their sum is an unbiased estimate of the sum over positions.
 
     Args:
         module: a transformers model with logits, in eval mode; its floating parameters get gradients.
@@ -42,9 +43,10 @@ class Fisher:
 
     Attributes:
         sums: canonical name -> sum of squares, float32; parameters that no example reached are not there.
-        settings: what changes the numbers; tokens: unpadded positions that were predicted, or examples.
+        settings: what changes the numbers.
+        tokens: unpadded positions that were predicted, or examples.
 
-    Errors:
+    Raises:
         TwinmergeError: a model without a head.
 
     Source: Matena & Raffel 2022, arXiv 2111.09832, section 3.2 and appendix.
@@ -62,7 +64,8 @@ class Fisher:
     ) -> None:
         if kind == "bare":
             raise ModelError(
-                f"{type(module).__name__} has no head that classifies or writes on, so it makes no prediction whose Fisher information could "
+                f"{type(module).__name__} has no head that classifies or writes on, so it makes no prediction whose Fisher "
+                "information could "
                 "be taken. Name a classifier, a language model, or the expert with its head."
             )
         if labels not in get_args(Labels):
@@ -76,7 +79,8 @@ class Fisher:
         self.by_token = kind != "classifier" or type(module).__name__.endswith("TokenClassification")
         if self.by_token and labels == "exact":
             raise UsageError(
-                f"{type(module).__name__} predicts something at every token, and an exact sum takes a backward pass for each of them. Leave "
+                f"{type(module).__name__} predicts something at every token, and an exact sum takes a backward pass for each "
+                "of them. Leave "
                 "out --labels, or say sampled."
             )
         exact = not self.by_token and (labels == "exact" or (labels == "auto" and self._is_small()))
@@ -126,7 +130,8 @@ class Fisher:
         )
         if not same:
             warnings.warn(
-                f"{type(self.module).__name__} does not answer the examples of a batch apart from each other, so they are taken one by one.",
+                f"{type(self.module).__name__} does not answer the examples of a batch apart from each other, so they are "
+                "taken one by one.",
                 stacklevel=2,
             )
         return same
@@ -147,7 +152,8 @@ class Fisher:
             )
         if not bool(logits.isfinite().all()):
             raise ModelError(
-                f"The model gives NaN or infinite logits among rows {min(batch.rows)} to {max(batch.rows)}. Take a sound checkpoint of it."
+                f"The model gives NaN or infinite logits among rows {min(batch.rows)} to {max(batch.rows)}. Take a sound "
+                "checkpoint of it."
             )
         return logits, self._vectors(logits.detach(), batch)
 

@@ -25,12 +25,12 @@ TOKENS = 4096  # rows that are widened to float64 at a time
 class Gram:
     """Σ x xᵀ over all unpadded positions, for the inputs x of every Linear, Conv1D and Conv2d.
 
-    Products and sums are in float64, so that neither the batches nor their order matter. Modules that are given the very same
-    tensor (queries, keys and values) share one matrix, which is looked after in every pass. A convolution is the matrix (out,
-    in·kh·kw) of its patches. Inputs wider than `block` get a block-diagonal matrix.
+    Products and sums are in float64, so that neither the batches nor their order matter. Modules that are given the
+    very same tensor (queries, keys and values) share one matrix, which is looked after in every pass. A convolution
+    is the matrix (out, in·kh·kw) of its patches. Inputs wider than `block` get a block-diagonal matrix.
 
-    Left out are weights that several modules share (an output layer tied to an embedding too), grouped convolutions, and
-    modules whose inputs are no rows of the batch; RegMean takes their mean.
+    Left out are weights that several modules share (an output layer tied to an embedding too), grouped convolutions,
+    and modules whose inputs are no rows of the batch; RegMean takes their mean.
 
     Args:
         module: a transformers model in eval mode.
@@ -81,7 +81,7 @@ class Gram:
     def add(self, batch: Batch) -> None:
         """Run a batch and add up what its matrices see.
 
-        Errors:
+        Raises:
             TwinmergeError: NaN or infinity.
         """
         self._seen.clear()
@@ -105,20 +105,24 @@ class Gram:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """`gram/<group>` -> (in, in) float64, or (blocks, size, size), the last block filled up with zeros; made when asked for."""
+        """`gram/<group>` -> (in, in) float64, or (blocks, size, size), the last block filled up with zeros; made when
+        asked for."""
         return _Whole({f"gram/{group}": self._sums[group] for group in self.counts})
 
     def warn_left_out(self) -> None:
-        """Say how many matrices that the passes went through were not measured, and what is no Linear, Conv1D or convolution."""
+        """Say how many matrices that the passes went through were not measured, and what is no Linear, Conv1D or
+        convolution."""
         if self._unknown:
             warnings.warn(
-                f"{len(self._unknown)} tensors, the first is {self._unknown[0]!r}, are of kinds of modules whose inputs are not measured (experts "
+                f"{len(self._unknown)} tensors, the first is {self._unknown[0]!r}, are of kinds of modules whose inputs are "
+                "not measured (experts "
                 "that share a tensor, say); a merge takes their mean.",
                 stacklevel=2,
             )
         if left := sorted({*self._group, *self._watched.odd} - set(self.modules)):
             warnings.warn(
-                f"{len(left)} matrices, the first is {left[0]!r}, see inputs that are no rows of the data, so they are not measured; a merge "
+                f"{len(left)} matrices, the first is {left[0]!r}, see inputs that are no rows of the data, so they are not "
+                "measured; a merge "
                 "takes their mean.",
                 stacklevel=2,
             )

@@ -89,18 +89,20 @@ def measure(
 ) -> Measurement:
     """Measure a model on data, and write its statistics file.
 
-    In memory are the model in float32, a few batches, and the sums: as much again for "fisher"; half of in² float64 for each
-    input of a matrix for "gram".
+    In memory are the model in float32, a few batches, and the sums: as much again for "fisher"; half of in² float64
+    for each input of a matrix for "gram".
 
     Args:
         what: "fisher", "gram" or "activations".
         model: a path, a hub id, `base+adapter`, or a model in memory (with a file of `input_ids`).
-        data: a `.jsonl` file of `text` (`text_pair`, `target`), `input_ids` or `image`, or a text file, a text a line.
+        data: a `.jsonl` file of `text` (`text_pair`, `target`), `input_ids` or `image`, or a text file, a text a
+            line.
         out: the file to write; must not exist.
         rows, limit, max_tokens, batch, seed: as `Data`.
-        labels, samples, seed: as `Fisher`; block: as `Gram`.
+        labels, samples, seed: as `Fisher`.
+        block: as `Gram`.
 
-    Errors:
+    Raises:
         TwinmergeError: as `Measured`, `Data` and the statistics' own class say; the output is there already.
 
     Example:
@@ -161,7 +163,7 @@ def add_statistics(files: Sequence[str | os.PathLike[str]], out: str | os.PathLi
         files: two statistics files or more.
         out: the file to write; must not exist.
 
-    Errors:
+    Raises:
         TwinmergeError: another model, kind or settings; data that were counted before; the output is there already.
     """
     started = perf_counter()

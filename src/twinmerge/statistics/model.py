@@ -28,11 +28,14 @@ class Measured:
 
     Attributes:
         module: its own class in eval mode, in float32 whatever is stored, without gradients.
-        names: name of a parameter in the module -> canonical name; tied parameters once, under the name that holds the values.
-        kind: "classifier" (of texts, tokens or images), "causal", "seq2seq", or "bare" for all that predicts nothing of these.
-        fingerprint: of the model as it is stored; folder: where its tokenizer or image processor is, None for one in memory.
+        names: name of a parameter in the module -> canonical name; tied parameters once, under the name that holds
+            the values.
+        kind: "classifier" (of texts, tokens or images), "causal", "seq2seq", or "bare" for all that predicts nothing
+            of these.
+        fingerprint: of the model as it is stored.
+        folder: where its tokenizer or image processor is, None for one in memory.
 
-    Errors:
+    Raises:
         TwinmergeError: no config.json; tensors that the class needs and the model lacks.
 
     Example:
@@ -47,7 +50,8 @@ class Measured:
         opened = open_model(model)
         if opened.architecture is None:
             raise ModelError(
-                f"{opened.name} has no config.json, so there is no class to run it with. Copy the model's config.json into its folder."
+                f"{opened.name} has no config.json, so there is no class to run it with. Copy the model's config.json into "
+                "its folder."
             )
         architecture = opened.architecture
         state = {name: _widened(opened, name) for name in opened.specs}
@@ -63,7 +67,8 @@ class Measured:
         """What the forward of the class has a name for."""
 
     def as_stored(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over the entries of parameters, by canonical name, as those of the tensors that the model is stored in."""
+        """Sums over the entries of parameters, by canonical name, as those of the tensors that the model is stored
+        in."""
         if not self._architecture.converts:
             return dict(sums)
         keys = {canonical: key for key, canonical in self.names.items()}
@@ -90,7 +95,7 @@ class Measured:
         Args:
             targets: (rows, positions), -100 where padded.
 
-        Errors:
+        Raises:
             TwinmergeError: the config does not say what a decoder starts with.
         """
         config = self.module.config
@@ -106,7 +111,8 @@ class Measured:
             found: Tensor = self.module.prepare_decoder_input_ids_from_labels(labels=targets)
         except (ValueError, AttributeError, TypeError) as error:
             raise ModelError(
-                f"{type(self.module).__name__} cannot tell its decoder's input from the targets ({error}). Set decoder_start_token_id "
+                f"{type(self.module).__name__} cannot tell its decoder's input from the targets ({error}). Set "
+                "decoder_start_token_id "
                 "and pad_token_id in its config.json."
             ) from error
         return found

@@ -23,9 +23,10 @@ WIDEST = 4096  # inputs of a module; beyond, only blocks along the diagonal are 
 
 
 class Moments(NamedTuple):
-    """second: E[x xᵀ] of a matrix's inputs, (in, in) float64, or (blocks, size, size) where it is wide; lookups: of an embedding,
-    how often each row is read, as a share, (rows,) float64. One of them. power: the mean square of an input's entries; output:
-    E‖y‖² of what the module answers, which errors of its output are measured against; transposed: stored (in, out)."""
+    """second: E[x xᵀ] of a matrix's inputs, (in, in) float64, or (blocks, size, size) where it is wide; lookups: of
+    an embedding, how often each row is read, as a share, (rows,) float64. One of them. power: the mean square of an
+    input's entries; output: E‖y‖² of what the module answers, which errors of its output are measured against;
+    transposed: stored (in, out)."""
 
     second: Tensor | None
     lookups: Tensor | None
@@ -58,8 +59,9 @@ class _Seen:
 def input_moments(model: HeadedModel, names: Iterable[str], batches: Iterable[Mapping[str, Any]]) -> dict[str, Moments]:
     """Run batches through the body and sum up what its matrices see, padding left out.
 
-    Those of Linear, Conv1D, Conv2d and embeddings are read. A matrix that several modules share, of a grouped convolution or of
-    another kind of module, or whose inputs are no rows of the batch, has no moments, and is named in a warning.
+    Those of Linear, Conv1D, Conv2d and embeddings are read. A matrix that several modules share, of a grouped
+    convolution or of another kind of module, or whose inputs are no rows of the batch, has no moments, and is named
+    in a warning.
 
     Args:
         names: canonical names of the matrices that are of interest.
@@ -106,7 +108,8 @@ def input_moments(model: HeadedModel, names: Iterable[str], batches: Iterable[Ma
     if unread := sorted(wanted - set(found)):
         others = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
         warnings.warn(
-            f"What {unread[0]!r}{others} see was not read (a weight that several modules share, or a kind of module that is not known), so "
+            f"What {unread[0]!r}{others} see was not read (a weight that several modules share, or a kind of module that "
+            "is not known), so "
             "they are weighed as if it were white noise.",
             stacklevel=2,
         )

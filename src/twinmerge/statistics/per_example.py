@@ -1,7 +1,7 @@
 """Squares of per-example gradients for a whole batch: Σb (∂sb/∂θ)², never the square of a sum over examples.
 
-The gradient of one example's score by the weight of a Linear is Σt gt atᵀ over its tokens: inputs a and gradients g of a
-module's outputs, kept for the batch, give every example's own gradient, one module at a time.
+The gradient of one example's score by the weight of a Linear is Σt gt atᵀ over its tokens: inputs a and gradients g
+of a module's outputs, kept for the batch, give every example's own gradient, one module at a time.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ class LeafUse(Use):
 
 
 class FreeUse(Use):
-    """A parameter that a module holds beside its parts (class token, positions), y being its copies for every example."""
+    """A parameter that a module holds beside its parts (class token, positions), y being its copies for every
+    example."""
 
     def gradient(self, attribute: str, g: Tensor, example: int) -> Tensor:
         return g[example : example + 1]
@@ -172,7 +173,7 @@ class PerExample:
         Args:
             run: gives the logits (examples, ...) and the vectors to multiply them with, like the logits.
 
-        Errors:
+        Raises:
             InseparableError: a module whose outputs have no axis of examples.
         """
         with self._watching(examples) as uses:

@@ -15,7 +15,8 @@ from twinmerge.maths.keyed_random import uniform
 
 
 def of_classes(logits: Tensor) -> Tensor:
-    """r with Σk rk rkᵀ = diag(p) − p pᵀ, p = softmax(z): all classes in expectation, one vector less than there are classes.
+    """r with Σk rk rkᵀ = diag(p) − p pᵀ, p = softmax(z): all classes in expectation, one vector less than there are
+    classes.
 
     The columns of the Cholesky factor of the covariance of a multinomial draw. With classes in falling order of p and
     qk = Σj>k pj: r_kk = √(pk qk / qk−1), r_kj = −pj √(pk / (qk−1 qk)) for j > k.
@@ -50,7 +51,8 @@ def of_sampled(logits: Tensor, draws: Tensor) -> Tensor:
     """r = e_y − softmax(z) with y drawn from the model's own prediction: E[r rᵀ] = diag(p) − p pᵀ.
 
     Args:
-        logits: (..., classes); draws: (...) uniform in [0, 1), which y is the quantile of.
+        logits: (..., classes).
+        draws: (...) uniform in [0, 1), which y is the quantile of.
 
     Returns:
         (..., classes).
@@ -68,7 +70,8 @@ def of_sampled(logits: Tensor, draws: Tensor) -> Tensor:
 
 
 def of_bernoullis(logits: Tensor) -> Tensor:
-    """rk = ek √(pk (1 − pk)) with p = sigmoid(z), for labels that are independent of each other: (rows, labels, labels).
+    """rk = ek √(pk (1 − pk)) with p = sigmoid(z), for labels that are independent of each other: (rows, labels,
+    labels).
 
     Example:
         >>> of_bernoullis(torch.zeros(1, 2))
@@ -83,7 +86,9 @@ def draws_of(rows: Sequence[int], counts: Sequence[int], samples: int, seed: int
     """Uniform numbers keyed by the rows' numbers in their file, so that no batch changes them.
 
     Args:
-        rows: numbers; counts: how many positions each has; width: of the longest.
+        rows: numbers.
+        counts: how many positions each has.
+        width: of the longest.
 
     Returns:
         (samples, rows, width) float64; 0 beyond a row's positions.

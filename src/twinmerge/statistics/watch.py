@@ -44,7 +44,8 @@ class Positions:
                 self.masks.append(torch.ones_like(decoder, dtype=torch.bool))
 
     def of(self, x: Tensor) -> Tensor | None:
-        """(rows that count, features) of a tensor whose last axis are features; None where its rows are none of the batch's."""
+        """(rows that count, features) of a tensor whose last axis are features; None where its rows are none of the
+        batch's."""
         if not self.masks:
             samples = self.samples(x)
             return None if samples is None else samples.reshape(-1, x.shape[-1])
@@ -56,13 +57,14 @@ class Positions:
         return x if x.dim() == 2 and len(x) == self.size else None
 
     def samples(self, x: Tensor) -> Tensor | None:
-        """The tensor, where its first axis are the rows of the batch, or as many windows of each; None where it is not."""
+        """The tensor, where its first axis are the rows of the batch, or as many windows of each; None where it is
+        not."""
         own = len(x) == self.size if self.masks else len(x) % self.size == 0
         return x if own and x.dim() > 1 else None
 
     def require_finite(self, x: Tensor, name: str) -> None:
         """
-        Errors:
+        Raises:
             TwinmergeError: NaN or infinity (names module and rows).
         """
         if not bool(x.isfinite().all()):
@@ -74,18 +76,20 @@ class Positions:
 class Watched:
     """A module whose parts are looked at while batches run through it.
 
-    One row cannot tell a tensor with a batch axis from one that all rows share (such as positions), so the first rows run
-    once more before anything is summed. Parts that do not `fit` there are not looked at.
+    One row cannot tell a tensor with a batch axis from one that all rows share (such as positions), so the first rows
+    run once more before anything is summed. Parts that do not `fit` there are not looked at.
 
     Args:
         module: in eval mode.
         parts: those of interest, with their names.
         fits: of positions, part, input and output: whether the rows are the batch's.
         see: what is told name, part, input and output of each pass.
-        last: whether the answer of the output layer is needed; without, a pass ends before it, as a vocabulary is wide.
+        last: whether the answer of the output layer is needed; without, a pass ends before it, as a vocabulary is
+            wide.
 
     Attributes:
-        positions: of the pass that is under way; odd: names of what did not fit.
+        positions: of the pass that is under way.
+        odd: names of what did not fit.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class Watched:
 
     def run(self, batch: Batch) -> None:
         """
-        Errors:
+        Raises:
             TwinmergeError: the class does not take such inputs.
         """
         if not self._probed:
@@ -135,7 +139,8 @@ class Watched:
             pass
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"{type(self.module).__name__} cannot be run on rows {self.positions.rows} ({error}). Give it the rows that its class "
+                f"{type(self.module).__name__} cannot be run on rows {self.positions.rows} ({error}). Give it the rows that "
+                "its class "
                 "takes."
             ) from error
         finally:

@@ -1,6 +1,8 @@
-"""The one format of everything that is not a model: safetensors with a JSON header of kind, version, base and checksums.
+"""The one format of everything that is not a model: safetensors with a JSON header of kind, version, base and
+checksums.
 
-The header carries the checksum of every tensor, and a seal: the checksum of the header's own bytes, names, dtypes and shapes included.
+The header carries the checksum of every tensor, and a seal: the checksum of the header's own bytes, names, dtypes and
+shapes included.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class ArtefactFile(Checkpoint):
     """An opened artefact: what it says at once, its tensors on demand.
 
     Attributes:
-        artefact: without its tensors; sealed: it carries checksums of everything, as all do that this release writes.
+        artefact: without its tensors.
+        sealed: it carries checksums of everything, as all do that this release writes.
     """
 
     def __init__(self, file: Path) -> None:
@@ -82,7 +85,7 @@ class ArtefactFile(Checkpoint):
     def check_all(self) -> None:
         """Read every tensor and compare it with its checksum.
 
-        Errors:
+        Raises:
             TwinmergeError: one that differs.
         """
         for name in self.specs:
@@ -96,8 +99,8 @@ class ArtefactWriter:
 
     Args:
         file: that is made.
-        artefact: what the header says; its tensors are not looked at. Where some of it is not known yet, something that
-            is at least as long as it will be.
+        artefact: what the header says; its tensors are not looked at. Where some of it is not known yet, something
+            that is at least as long as it will be.
         specs: name -> dtype and shape.
 
     Example:
@@ -184,10 +187,10 @@ def _split(sums: Any, specs: Mapping[str, Spec]) -> dict[str, str]:
 
 
 def load_artefact(file: Path, kind: str, version: int, base: str | None = None) -> Artefact:
-    """Read `file` and check its kind, its version (at most `version`), its checksums and, where `base` is given, that it belongs to
-    that model.
+    """Read `file` and check its kind, its version (at most `version`), its checksums and, where `base` is given, that
+    it belongs to that model.
 
-    Errors:
+    Raises:
         TwinmergeError: missing, damaged, another kind, a version this release does not read, another base.
     """
     opened = open_artefact(file, kind, version, base)
@@ -210,7 +213,8 @@ def open_artefact(file: Path, kind: str, version: int, base: str | None = None) 
         raise DataError(f"{file} is a {found.kind!r} artefact, expected {kind!r}. Name the right file.")
     if not 1 <= found.version <= version:
         raise DataError(
-            f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build it again."
+            f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build it "
+            "again."
         )
     if found.version == version and not opened.sealed:
         raise damaged(file)
@@ -237,7 +241,7 @@ def head_of_state(expert: str, checksum: str) -> str:
 def undamaged(file: Path) -> Iterator[None]:
     """Within the context a file's content is put together; whatever does not fit there is damage to the file.
 
-    Errors:
+    Raises:
         TwinmergeError: in place of anything that Python or torch finds wrong; a sentence of our own stays.
 
     Example:

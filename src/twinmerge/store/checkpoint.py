@@ -37,13 +37,15 @@ class Checkpoint:
     Bytes are read into fresh memory: pages of a mapped file would count as this process's own.
 
     Attributes:
-        files: the safetensors files; specs: name -> dtype and shape; metadata: of all files together;
-            expected: name -> the checksum that its tensor had when it was written, where that is known: who reads a tensor whole finds
-            out whether it still has it, who reads ranges calls `check` or compares what was read.
+        files: the safetensors files.
+        specs: name -> dtype and shape.
+        metadata: of all files together.
+        expected: name -> the checksum that its tensor had when it was written, where that is known: who reads a
+            tensor whole finds out whether it still has it, who reads ranges calls `check` or compares what was read.
 
-    Errors:
-        TwinmergeError: no safetensors, only pickles, a missing shard, a link out of the folder, a truncated or corrupt
-            file, an index that does not fit its shards (each named).
+    Raises:
+        TwinmergeError: no safetensors, only pickles, a missing shard, a link out of the folder, a truncated or
+            corrupt file, an index that does not fit its shards (each named).
 
     Example:
         >>> import tempfile
@@ -133,9 +135,10 @@ class Checkpoint:
         return flat.view(spec.shape)
 
     def compare(self, folder: Path, *others: str) -> None:
-        """Hold the files, and others beside them, to the folder's manifest, if it has one; the tensors when they are read.
+        """Hold the files, and others beside them, to the folder's manifest, if it has one; the tensors when they are
+        read.
 
-        Errors:
+        Raises:
             TwinmergeError: a file that is not what was written.
         """
         if (manifest := Manifest.of(folder)) is not None:
@@ -146,7 +149,7 @@ class Checkpoint:
     def check(self, name: str) -> None:
         """Read a tensor and compare it with what was written, where that is known.
 
-        Errors:
+        Raises:
             TwinmergeError: another one.
         """
         if name in self.expected:
@@ -160,12 +163,13 @@ class Checkpoint:
     def require(self, name: str, found: str) -> None:
         """Refuse a tensor whose checksum is not the expected one, where that is known.
 
-        Errors:
+        Raises:
             TwinmergeError: another one.
         """
         if self.expected.get(name, found) != found:
             raise DamagedFile(
-                f"Tensor {name!r} in {self.files[self._place[name][0]]} is not what twinmerge wrote: the file is damaged or was changed. "
+                f"Tensor {name!r} in {self.files[self._place[name][0]]} is not what twinmerge wrote: the file is damaged or "
+                "was changed. "
                 f"{self.advice}"
             )
 
@@ -177,7 +181,7 @@ class Checkpoint:
             start: its first element that is read.
             out: contiguous, 1-D, on the CPU, of the stored dtype; or bytes.
 
-        Errors:
+        Raises:
             TwinmergeError: the file changed or became shorter since its header was read, or the disk fails.
             ValueError: elements that the tensor does not have, or another kind of `out`.
         """
@@ -204,9 +208,10 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[list[int]]:
-        """Within the context the files stay open (their descriptors), so that what takes the name of one is not read for it.
+        """Within the context the files stay open (their descriptors), so that what takes the name of one is not read
+        for it.
 
-        Errors:
+        Raises:
             OSError: a file changed since its header was read.
         """
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,5 @@
-"""Writing the safetensors files of a model: laid out at once, then filled in any order, summed while the bytes are at hand."""
+"""Writing the safetensors files of a model: laid out at once, then filled in any order, summed while the bytes are at
+hand."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ class CheckpointWriter:
             start: its first element that is written.
             flat: contiguous, 1-D, on the CPU, of the dtype laid out; or bytes.
 
-        Errors:
+        Raises:
             ValueError: elements that the tensor does not have, or another kind of `flat`.
             OSError: the disk is full or fails.
         """
@@ -115,7 +116,7 @@ class CheckpointWriter:
     def read_into(self, name: str, start: int, flat: Flat) -> None:
         """Fill `flat` with what lies where `write` would put it; nothing that was written reads as zeros.
 
-        Errors:
+        Raises:
             ValueError, OSError: as `write`.
         """
         handle, offset, spec = self._place[name]

@@ -1,7 +1,7 @@
 """Checksums of tensors: XXH3-128 of each block of 65,536 elements, then of the blocks' checksums in order.
 
-They find damage and mix-ups at the speed of memory, and ranges can be summed in any order by any number of threads. They
-are no signature: who can change a folder can change the checksums in it.
+They find damage and mix-ups at the speed of memory, and ranges can be summed in any order by any number of threads.
+They are no signature: who can change a folder can change the checksums in it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def of_bytes(content: Any) -> str:
 def of_file(file: Path) -> str:
     """XXH3-128 of all bytes of a file, read in pieces.
 
-    Errors:
+    Raises:
         TwinmergeError: a pipe or another thing that is no file.
     """
     found = xxhash.xxh3_128()

@@ -50,8 +50,9 @@ def find(folder: Path, name: str | Path) -> Path | None:
     Args:
         folder: all that is theirs; `name` may lie in a folder below.
 
-    Errors:
-        TwinmergeError: a link out of the folder, to itself or to nothing; a folder, a pipe, a device; no right to look.
+    Raises:
+        TwinmergeError: a link out of the folder, to itself or to nothing; a folder, a pipe, a device; no right to
+            look.
 
     Example:
         >>> import tempfile
@@ -102,7 +103,7 @@ def read_bytes(file: str | os.PathLike[str], most: int = JSON.bytes, advice: str
         most: bytes that it may have.
         advice: the end of the message, of what to do.
 
-    Errors:
+    Raises:
         TwinmergeError: not there, not readable, no regular file, longer.
     """
     try:
@@ -139,7 +140,7 @@ def read_json(
         advice: the end of the message, of what to do.
         finite: whether Infinity and NaN are refused, which configs may hold.
 
-    Errors:
+    Raises:
         TwinmergeError: as `read_bytes` and `parse_json`, or no object.
 
     Example:
@@ -169,9 +170,9 @@ def read_any_json(
 def parse_json(raw: bytes | str, most: Most = JSON, *, finite: bool = True) -> Any:
     """What JSON says, in time and memory that `most` bounds.
 
-    Errors:
-        ValueError: not UTF-8 or no JSON; too long, too many items or too deep; a key twice; a number that no float or 40 digits hold;
-            half of a surrogate pair.
+    Raises:
+        ValueError: not UTF-8 or no JSON; too long, too many items or too deep; a key twice; a number that no float or
+            40 digits hold; half of a surrogate pair.
 
     Example:
         >>> parse_json('{"a": 1, "a": 2}')
@@ -206,7 +207,7 @@ def parse_json(raw: bytes | str, most: Most = JSON, *, finite: bool = True) -> A
 def lines_of(file: Path, most: int = ROW.bytes) -> Iterator[tuple[int, bytes]]:
     """The lines of a file, from 1 on, with the line feeds that end them: no other character does.
 
-    Errors:
+    Raises:
         TwinmergeError: as `read_bytes`, or a longer line.
 
     Example:
@@ -233,7 +234,7 @@ def lines_of(file: Path, most: int = ROW.bytes) -> Iterator[tuple[int, bytes]]:
 def check_settings(folder: Path) -> None:
     """Before transformers opens a folder by itself: every file that it may read is regular, inside, and no giant.
 
-    Errors:
+    Raises:
         TwinmergeError: one that is not, by name.
     """
     for entry in list(os.scandir(folder)):
@@ -258,7 +259,7 @@ def check_settings(folder: Path) -> None:
 def open_regular(file: str | os.PathLike[str]) -> int:
     """A descriptor of a regular file, to read; a pipe or a device is not waited for.
 
-    Errors:
+    Raises:
         TwinmergeError: another kind of file; OSError: it cannot be opened.
     """
     fd = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
@@ -317,7 +318,7 @@ def shown_path(file: str | os.PathLike[str]) -> str:
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The JSON object of these pairs (an `object_pairs_hook`).
 
-    Errors:
+    Raises:
         ValueError: a key stands twice.
 
     Example:

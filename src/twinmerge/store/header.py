@@ -42,7 +42,8 @@ MAX_RANK = 64
 
 # transformers gives a model that it dequantized back in the quantized format unless it is told not to.
 CONVERT = (
-    "import sys, transformers as t; folder, out = sys.argv[1:]; c = t.AutoConfig.from_pretrained(folder, trust_remote_code=False); "
+    "import sys, transformers as t; folder, out = sys.argv[1:]; c = t.AutoConfig.from_pretrained(folder, "
+    "trust_remote_code=False); "
     "q = getattr(c, 'quantization_config', None); q and q.update(dequantize=True); "
     "m = getattr(t, c.architectures[0]).from_pretrained(folder, config=c, dtype='bfloat16', trust_remote_code=False); "
     "m = m.dequantize() if getattr(m, 'is_quantized', False) else m; "
@@ -112,7 +113,7 @@ class Spec(_Spec):
 def code_of(dtype: torch.dtype) -> str:
     """safetensors' code of a dtype.
 
-    Errors:
+    Raises:
         KeyError: a dtype that is not read or written here.
     """
     return CODES[str(dtype).removeprefix("torch.")]
@@ -168,7 +169,7 @@ def read_header(fd: int, file: Path) -> Header:
     Returns:
         The specs of all tensors, which fill the file to its end without hole or overlap.
 
-    Errors:
+    Raises:
         TwinmergeError: not a safetensors file, one of another length than it says, or a dtype that cannot be merged.
     """
     try:
@@ -252,7 +253,8 @@ def _tensor(name: str, value: dict[str, Any], file: Path) -> tuple[Spec, tuple[i
     if dtype not in DTYPES:
         folder, out = shlex.quote(str(file.parent)), shlex.quote(f"./{file.absolute().parent.name}-bfloat16")
         raise ModelError(
-            f"Tensor {shown(name)} in {file} has dtype {shown(dtype)[1:-1]}, which cannot be merged. Convert the model to "
+            f"Tensor {shown(name)} in {file} has dtype {shown(dtype)[1:-1]}, which cannot be merged. Convert the model "
+            "to "
             f'bfloat16 first: python -c "{CONVERT}" {folder} {out}'
         )
     # The product without zeros, so that torch's strides fit too.

@@ -37,7 +37,7 @@ def locate(ref: str | os.PathLike[str], cached: bool = False) -> Located:
     Args:
         cached: download nothing; hub ids are read from the local cache.
 
-    Errors:
+    Raises:
         TwinmergeError: nothing there, or a hub id that cannot be fetched.
 
     Example:
@@ -75,7 +75,8 @@ def _folder(text: str, cached: bool) -> Located:
         raise ModelError(f"{shown(text)} is a file. Name the folder that holds config.json and the safetensors files.")
     if not HUB_ID.match(text) or text.startswith((".", "/", "~")):
         raise ModelError(
-            f"No model at {shown(text)}: it is neither a folder nor a hub id (org/name or org/name@revision). Check the path."
+            f"No model at {shown(text)}: it is neither a folder nor a hub id (org/name or org/name@revision). Check the "
+            "path."
         )
     return _from_hub(text, cached)
 

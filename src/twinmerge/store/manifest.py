@@ -1,8 +1,8 @@
 """The manifest of a folder that was written here: the size and checksum of every file in it, and of every tensor.
 
-`twinmerge.checksums.json` is written last. Of weights it has the checksum of the header and those of the tensors, which the writer
-has anyway; artefacts carry those of their tensors themselves; of any other file all bytes are summed. The seal is the
-checksum of the manifest's own bytes.
+`twinmerge.checksums.json` is written last. Of weights it has the checksum of the header and those of the tensors,
+which the writer has anyway; artefacts carry those of their tensors themselves; of any other file all bytes are
+summed. The seal is the checksum of the manifest's own bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Sums = Mapping[str, Mapping[str, str]]
 
 
 class Manifest(NamedTuple):
-    """folder; files: path in it -> "size" and "sum" of all bytes, or "size" and "header" (its checksum); sums: of tensors."""
+    """folder; files: path in it -> "size" and "sum" of all bytes, or "size" and "header" (its checksum); sums: of
+    tensors."""
 
     folder: Path
     files: dict[str, dict[str, Any]]
@@ -42,7 +43,7 @@ class Manifest(NamedTuple):
     def of(cls, folder: Path) -> Manifest | None:
         """Of a folder; None where it has none, or one without checksums of files, of before the first release.
 
-        Errors:
+        Raises:
             TwinmergeError: a damaged one, or one of a later release.
         """
         file = folder / CHECKSUMS
@@ -60,7 +61,8 @@ class Manifest(NamedTuple):
             return cls(folder, table["files"], table["sums"])
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise DamagedFile(
-                f"{file} cannot be used: {error}. Copy the whole folder again; if it was changed on purpose, remove this file."
+                f"{file} cannot be used: {error}. Copy the whole folder again; if it was changed on purpose, remove this "
+                "file."
             ) from error
 
     def check(self, *names: str) -> None:
@@ -68,13 +70,14 @@ class Manifest(NamedTuple):
 
         Of weights and artefacts that is their header; the rest is checked when it is read.
 
-        Errors:
+        Raises:
             TwinmergeError: a file that changed or is gone.
         """
         for name in names:
             if name in self.files and (said := self.differs(name)):
                 raise DamagedFile(
-                    f"{self.folder / name} {said}. Copy the whole folder again; if it was changed on purpose, remove {CHECKSUMS} beside it."
+                    f"{self.folder / name} {said}. Copy the whole folder again; if it was changed on purpose, remove {CHECKSUMS} "
+                    "beside it."
                 )
 
     def check_all(self, *but: str) -> None:
@@ -115,7 +118,8 @@ def write_manifest(folder: Path, sums: Sums) -> None:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """The paths of all files below the folder, without its manifest and what the hub adds, in order and with slashes."""
+    """The paths of all files below the folder, without its manifest and what the hub adds, in order and with
+    slashes."""
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(set(folders) - HUB_FILES)
         for name in sorted(set(names) - HUB_FILES):
@@ -127,7 +131,7 @@ def files_in(folder: Path) -> Iterator[str]:
 def header_in(file: Path) -> Header:
     """Of a safetensors file.
 
-    Errors:
+    Raises:
         TwinmergeError: as `read_header`.
     """
     with open(open_regular(file), "rb") as content:

@@ -36,10 +36,13 @@ class _Output(ABC):
     A `.partial` without a lock and a journal of ours is somebody else's, and is left alone.
 
     Attributes:
-        before_naming: is called once all is on the disk, just before it gets its name; where it fails, so does the output.
+        before_naming: is called once all is on the disk, just before it gets its name; where it fails, so does the
+            output.
 
     Args:
-        target: what will be there; key: what identifies the work, None for one that is always begun anew; needed_bytes: of space.
+        target: what will be there.
+        key: what identifies the work, None for one that is always begun anew.
+        needed_bytes: of space.
     """
 
     what = "folder"
@@ -72,7 +75,8 @@ class _Output(ABC):
             )
         if not is_ours(self.partial):
             raise UsageError(
-                f"{self.partial}, where the output is written first, is there already and was not made by twinmerge, or by an older release. "
+                f"{self.partial}, where the output is written first, is there already and was not made by twinmerge, or by "
+                "an older release. "
                 "Move it away or name another output."
             )
         if self.partial.exists() and is_in_use(self.partial):
@@ -238,9 +242,9 @@ class _Output(ABC):
 class OutputFolder(_Output):
     """A folder that appears under its name only when everything in it is written.
 
-    Files go to a folder in `<name>.partial`, which gets the name at the end, with a manifest of all files. After an error it is
-    removed; with a `key` it is left, unless the error is the user's, and the next run with the same key goes on from
-    what its journal says is done. One process at a time.
+    Files go to a folder in `<name>.partial`, which gets the name at the end, with a manifest of all files. After an
+    error it is removed; with a `key` it is left, unless the error is the user's, and the next run with the same key
+    goes on from what its journal says is done. One process at a time.
 
     Args:
         folder: the output; not there yet, or empty.
@@ -250,11 +254,12 @@ class OutputFolder(_Output):
         manifest: write one; not for a folder whose files will change.
 
     Attributes:
-        done: inside the `with`, what earlier runs with this key recorded; sums: of tensors, for the manifest (see `store/manifest.py`).
+        done: inside the `with`, what earlier runs with this key recorded.
+        sums: of tensors, for the manifest (see `store/manifest.py`).
 
-    Errors:
-        TwinmergeError: the folder exists and is not empty, cannot be made, another process writes it, its `.partial` is
-            somebody else's, or the disk is full.
+    Raises:
+        TwinmergeError: the folder exists and is not empty, cannot be made, another process writes it, its `.partial`
+            is somebody else's, or the disk is full.
 
     Example:
         >>> import tempfile
@@ -333,7 +338,7 @@ class OutputFile(_Output):
         file: the output.
         replace: a file that has the name gives way at the end; without, it is refused.
 
-    Errors:
+    Raises:
         TwinmergeError: a link or a folder has the name, another process writes it, as `OutputFolder`.
 
     Example:
@@ -362,7 +367,7 @@ class OutputFile(_Output):
 def replace_text(file: Path, text: str) -> None:
     """A file with this text, whole, in the place of one that has the name.
 
-    Errors:
+    Raises:
         TwinmergeError: as `OutputFile`.
     """
     with OutputFile(file, replace=True) as new:

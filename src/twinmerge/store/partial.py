@@ -41,7 +41,7 @@ MARK = b'{"twinmerge": 1, "key": '
 def alone_in(folder: Path) -> Iterator[None]:
     """Within the context no other process changes the folder, if it asks too.
 
-    Errors:
+    Raises:
         TwinmergeError: one does; the disk is full or cannot be written.
     """
     try:
@@ -137,7 +137,7 @@ def lock_file(file: Path, output: Path) -> int | None:
     Returns:
         A descriptor that holds it, or None where the system knows no such locks and the file itself is the lock.
 
-    Errors:
+    Raises:
         TwinmergeError: another process holds it.
     """
     busy = f"The output {output} is being written by another process. Wait for it, or name another folder"

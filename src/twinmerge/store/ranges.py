@@ -37,7 +37,7 @@ def read_into(fd: int, buffer: WriteableBuffer, offset: int) -> None:
         buffer: contiguous memory; of any format.
         offset: of the first byte.
 
-    Errors:
+    Raises:
         EOFError: the file ends before the buffer is full.
 
     Example:
@@ -79,7 +79,7 @@ def begin_to_sync(fd: int, offset: int, size: int) -> None:
 def bytes_of(flat: Flat) -> memoryview:
     """The memory of a contiguous 1-D tensor on the CPU, or of a 1-D array of bytes; not a copy.
 
-    Errors:
+    Raises:
         ValueError: another kind of tensor or array.
 
     Example:
@@ -113,9 +113,9 @@ _sync_file_range = _found()
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file changed: its length, the times of its content and of its entry (which no program sets), and what else
-    moves the latter: links, rights and owner. No inode: some network file systems give a new one each time.
-    """
+    """What tells whether a file changed: its length, the times of its content and of its entry (which no program
+    sets), and what else moves the latter: links, rights and owner. No inode: some network file systems give a new one
+    each time."""
 
     size: int
     content: int
@@ -135,9 +135,9 @@ class Stamp(NamedTuple):
 class OpenFile:
     """A file whose descriptor is opened when it is first needed and kept, for any number of threads.
 
-    Over all objects, at most `MAX_OPEN` descriptors are open: the one that lay idle longest makes room for the next. A descriptor
-    belongs to one object: a copy, in this process or pickled, opens the file by its path, and finds out whether it changed since;
-    of a file that is written there is no copy.
+    Over all objects, at most `MAX_OPEN` descriptors are open: the one that lay idle longest makes room for the next.
+    A descriptor belongs to one object: a copy, in this process or pickled, opens the file by its path, and finds out
+    whether it changed since; of a file that is written there is no copy.
 
     Args:
         path: of the file; it must be there by the time it is used.
@@ -169,7 +169,7 @@ class OpenFile:
     def use(self) -> Iterator[int]:
         """The descriptor, which stays open inside the `with`.
 
-        Errors:
+        Raises:
             OSError: it cannot be opened, or it changed since it was opened first.
         """
         with self._changed:
@@ -224,7 +224,7 @@ class OpenFile:
     def require_same(self, fd: int) -> None:
         """Refuse what was read of a file that is not written here, if it changed since it was opened first.
 
-        Errors:
+        Raises:
             OSError: it did.
         """
         if self.writable or self._stamp is None:

@@ -35,13 +35,14 @@ def draw_courses(
     """Draw the mean over the tasks so far against the number of arrivals: the mean of the orders, and a band of one sd.
 
     Args:
-        courses: method -> its courses, all of one length; file: .png, .svg or .pdf, in a folder that is there; written over;
+        courses: method -> its courses, all of one length.
+        file: .png, .svg or .pdf, in a folder that is there; written over;
         bottom: of the scale; what falls below it leaves the picture, and its name says how far it falls.
 
     Returns:
         The file.
 
-    Errors:
+    Raises:
         TwinmergeError: as `check_picture`; there is nothing to draw.
     """
     check_picture(file)

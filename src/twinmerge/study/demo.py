@@ -125,7 +125,7 @@ def demo(
     Returns:
         what results.json holds.
 
-    Errors:
+    Raises:
         TwinmergeError: an extra is not installed, fewer than one seed, the folder holds something else.
     """
     require_extras()

@@ -60,7 +60,8 @@ class Rows(NamedTuple):
 
 
 def load_splits(seed: int, train: int, validation: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The images (1797, 8, 8) between −1 and 1, their digits, and the disjoint row numbers of train, validation, test."""
+    """The images (1797, 8, 8) between −1 and 1, their digits, and the disjoint row numbers of train, validation,
+    test."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

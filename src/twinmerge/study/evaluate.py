@@ -63,7 +63,7 @@ class StaticRunner:
     def open(cls, folder: Path) -> StaticRunner:
         """The model of a folder.
 
-        Errors:
+        Raises:
             TwinmergeError: no config.json, or nothing that could answer.
         """
         if (manifest := Manifest.of(Path(folder))) is not None:
@@ -166,7 +166,7 @@ def runner_of(
 def tokenizer_folder(merge: Merge) -> Path:
     """The first folder among base and experts that has a tokenizer.
 
-    Errors:
+    Raises:
         TwinmergeError: there is none.
     """
     for model in (merge.base, *merge.experts.values()):
@@ -198,13 +198,14 @@ def evaluate(
     Args:
         model: a folder, a twin, a merge, or an opened runner.
         suite: task -> data, or a suite's folder; the tasks' names are those of the heads.
-        split: which rows; limit: at most so many per task, drawn by `seed`.
+        split: which rows.
+        limit: at most so many per task, drawn by `seed`.
         oracle_biases: hand in the labelled task's biases, as the paper's code does; only to reproduce it.
         tasks: of the suite; the model's own where None.
         experts: their own evaluation on the same rows, or its file: adds normalised scores.
         out: a file to write all answers and scores to, in the place of one that is there.
 
-    Errors:
+    Raises:
         TwinmergeError: a task without a head, labels that are not the head's.
     """
     reference, file = Evaluation.read(experts), check_file(out)
@@ -244,7 +245,10 @@ def name_of(model: str | Path | Twin | Merge | StaticRunner | TwinRunner) -> str
     of = model.twin if isinstance(model, TwinRunner) else model
     if isinstance(of, Merge):
         return f"{of.recipe.method_name} of {', '.join(of.recipe.experts)}"
-    return f"{'twin' if isinstance(of, Twin) else 'model'} of {', '.join(of.experts if isinstance(of, Twin) else of.heads)}"
+    return (
+        f"{'twin' if isinstance(of, Twin) else 'model'} of "
+        f"{', '.join(of.experts if isinstance(of, Twin) else of.heads)}"
+    )
 
 
 def _mixed_batches(questions: Sequence[Question], seed: int) -> list[list[Question]]:
@@ -267,13 +271,15 @@ def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) 
             )
         if len(runner.labels(name)) != len(task.labels):
             raise DataError(
-                f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. Use the model tuned on it."
+                f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. Use the "
+                "model tuned on it."
             )
         own = runner.labels(name)
         unnamed = own == [f"LABEL_{i}" for i in range(len(own))]  # as transformers calls what nobody named
         if not unnamed and (strange := [label for label in task.labels if label not in own]):
             raise DataError(
-                f"The head for {name!r} has no label {strange[0]!r} of the suite's task; it has {', '.join(own)}. Use the model tuned on it, or "
+                f"The head for {name!r} has no label {strange[0]!r} of the suite's task; it has {', '.join(own)}. Use the "
+                "model tuned on it, or "
                 "give the suite the head's names."
             )
         if not unnamed and own != list(task.labels):

@@ -1,4 +1,5 @@
-"""Heat maps of how two models differ, or of what a twin keeps: layers from left to right, kinds of tensor from top to bottom."""
+"""Heat maps of how two models differ, or of what a twin keeps: layers from left to right, kinds of tensor from top to
+bottom."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def _common(lists: Sequence[Sequence[str]]) -> int:
 def check_picture(file: str | Path) -> None:
     """Say before the work what would fail after it.
 
-    Errors:
+    Raises:
         TwinmergeError: a suffix that is not drawn, a folder that is not there, no matplotlib.
     """
     file = Path(file)
@@ -103,7 +104,7 @@ def draw_heatmap(found: Diff, file: str | Path) -> Path:
     Returns:
         The file.
 
-    Errors:
+    Raises:
         TwinmergeError: as `check_picture`; nothing was compared.
     """
     check_picture(file)
@@ -120,7 +121,7 @@ def draw_retained(shares: Mapping[str, float], ranks: Mapping[str, float], title
         ranks: matrix -> the mean of the experts' ranks.
         file: .png, .svg or .pdf, in a folder that is there; written over.
 
-    Errors:
+    Raises:
         TwinmergeError: as `check_picture`; there is no matrix.
     """
     check_picture(file)

@@ -17,8 +17,8 @@ WIDEST = 16  # inches of the picture, about
 def draw_shares(found: Mapping[str, Marks], title: str, file: str | Path) -> Path:
     """Draw for each set of masks a row of bars: the share of the weights that exactly 0, 1, … all tasks marked.
 
-    The first bar is of weights that no task needs ("catastrophic" where they are merged all the same), the second of those
-    that one task needs ("selfish"). Weights where τ is 0 are not counted.
+    The first bar is of weights that no task needs ("catastrophic" where they are merged all the same), the second of
+    those that one task needs ("selfish"). Weights where τ is 0 are not counted.
 
     Args:
         found: what the masks are called -> their marks.
@@ -27,7 +27,7 @@ def draw_shares(found: Mapping[str, Marks], title: str, file: str | Path) -> Pat
     Returns:
         The file.
 
-    Errors:
+    Raises:
         TwinmergeError: as `check_picture`; there is nothing to draw.
 
     Source: Wang et al. 2024, arXiv 2405.07813, the figures of weights by how many tasks mark them.

@@ -37,11 +37,12 @@ def build_masks(
 ) -> BuiltMasks:
     """Keep many experts in little more than two models: θ0, one vector τ, and a bit for each weight and expert.
 
-    θt ≈ θ0 + st · mt ⊙ τ. The folder is a twin: stock transformers loads it as θ0, `Twin.from_pretrained` runs every expert from
-    it, and `extract_masked` writes one of them as a plain model.
+    θt ≈ θ0 + st · mt ⊙ τ. The folder is a twin: stock transformers loads it as θ0, `Twin.from_pretrained` runs every
+    expert from it, and `extract_masked` writes one of them as a plain model.
 
     Args:
-        method: "tall_masks", "emr", or a class or object of your own that gives masks; or a recipe, which says all of the merge.
+        method: "tall_masks", "emr", or a class or object of your own that gives masks; or a recipe, which says all of
+            the merge.
         base: the model that the experts were tuned from.
         experts: name -> path, hub id, `base+adapter`, or a model in memory.
         out: a folder that does not exist or is empty; it is whole or not there.
@@ -55,8 +56,8 @@ def build_masks(
         parameters: of the method; a mapping sets them per expert: threshold={"math": 0.4, "code": 0.5}.
 
     Raises:
-        TwinmergeError: a method of another kind, thresholds that are given and chosen, a split for testing, experts that
-            change nothing at all, an output that is there.
+        TwinmergeError: a method of another kind, thresholds that are given and chosen, a split for testing, experts
+            that change nothing at all, an output that is there.
     """
     if out is None:
         raise UsageError("build_masks has no out, and masks are made on the disk alone. Name a folder.")

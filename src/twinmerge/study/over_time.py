@@ -11,7 +11,8 @@ from twinmerge.errors import UsageError
 
 @dataclass(frozen=True)
 class Course:
-    """One order of arrivals. tasks: in that order; scores: after every arrival, of the tasks so far: scores[t] has t + 1 numbers.
+    """One order of arrivals. tasks: in that order; scores: after every arrival, of the tasks so far: scores[t] has t
+    + 1 numbers.
 
     Example:
         >>> course = Course(("a", "b", "c"), ((90.0,), (85.0, 70.0), (80.0, 60.0, 90.0)))

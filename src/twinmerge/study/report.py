@@ -49,7 +49,7 @@ Tick = Callable[[str, int], object]
 def require_extras() -> None:
     """Say now what would fail later.
 
-    Errors:
+    Raises:
         TwinmergeError: a package of the extra `demo` is not there.
     """
     lacking = [name for name in ("jinja2", "matplotlib", "sklearn") if find_spec(name) is None]
@@ -60,7 +60,7 @@ def require_extras() -> None:
 def check_output(out: Path) -> None:
     """Refuse a folder with anything in it that the demo did not make.
 
-    Errors:
+    Raises:
         TwinmergeError: a file, or a folder with other things.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):

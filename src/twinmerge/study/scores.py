@@ -50,7 +50,7 @@ class Evaluation(Result):
         seconds: of the whole evaluation.
         rows: of all tasks.
 
-    Errors:
+    Raises:
         TwinmergeError: an unknown setting or reading.
 
     Example:
@@ -105,7 +105,8 @@ class Evaluation(Result):
         return {task: score.score for task, score in self.per_task.items()}
 
     def normalised(self, experts: Evaluation) -> float:
-        """100 · mean over tasks of score / score of the task's expert; errors as `twinmerge.tasks.metrics.normalised`."""
+        """100 · mean over tasks of score / score of the task's expert; errors as
+        `twinmerge.tasks.metrics.normalised`."""
         return normalised(self.scores, experts.scores)
 
     def interval(self, experts: Evaluation, draws: int = 2000, seed: int = 0) -> Interval:
@@ -153,7 +154,7 @@ class Evaluation(Result):
     def from_json(cls, text: str | bytes) -> Evaluation:
         """Read what `to_json` wrote.
 
-        Errors:
+        Raises:
             TwinmergeError: no JSON, another kind or version, a field that is missing or wrong.
         """
         try:
@@ -207,7 +208,8 @@ def check_file(out: str | os.PathLike[str] | None) -> Path | None:
 
 
 class Evaluations(Rows[Evaluation]):
-    """A model's evaluations on a suite, one for each setting. As a table: a row for each task, a column for each setting.
+    """A model's evaluations on a suite, one for each setting. As a table: a row for each task, a column for each
+    setting.
 
     Attributes:
         model: what it is called.

@@ -100,8 +100,8 @@ def grid(**values: Sequence[Any]) -> Iterator[dict[str, Any]]:
 
 
 def weightings(experts: Sequence[str], count: int = WEIGHTS, seed: int = 0) -> Iterator[dict[str, float]]:
-    """Weights of the experts that add up to 1: for two, an even grid from (1, 0) to (0, 1); for more, draws from the flat
-    Dirichlet distribution.
+    """Weights of the experts that add up to 1: for two, an even grid from (1, 0) to (0, 1); for more, draws from the
+    flat Dirichlet distribution.
 
     Source: Matena & Raffel 2022, arXiv 2111.09832, as their code searches.
 
@@ -142,7 +142,7 @@ def points(
 def check_split(split: str) -> None:
     """Refuse to choose anything on test rows.
 
-    Errors:
+    Raises:
         TwinmergeError: a split whose name says that it is for testing.
 
     Example:
@@ -154,7 +154,8 @@ Choose on validation rows, with --split validation.
     """
     if "test" in split.lower():
         raise UsageError(
-            f"Nothing is chosen on the split {split!r}: its scores would no longer say anything. Choose on validation rows, with "
+            f"Nothing is chosen on the split {split!r}: its scores would no longer say anything. Choose on validation "
+            "rows, with "
             "--split validation."
         )
 
@@ -183,11 +184,11 @@ def search(
         grid: parameter -> values that are tried, all with all.
         weightings: try so many weightings of the experts, each with every point of the grid.
         split, limit, seed: the rows that decide, as in `evaluate`.
-        experts: their own evaluation on the same rows, or its file: the score is then 100 · mean of score / expert's score,
-            else 100 · mean score.
+        experts: their own evaluation on the same rows, or its file: the score is then 100 · mean of score / expert's
+            score, else 100 · mean score.
         out: a file to write all trials to, in the place of one that is there.
 
-    Errors:
+    Raises:
         TwinmergeError: no candidates, a split for testing, and as `evaluate`.
     """
     check_split(split)

@@ -35,10 +35,10 @@ class Loss(NamedTuple):
 def smoke_check(folder: Path, merged: Merge, file: Path) -> list[Loss]:
     """Load the written folder and compare mean losses on at most 64 texts.
 
-    Language models: loss per token. Classifiers with heads: rows need `label` (a number) and `expert` (whose head); each
-    expert answers its own rows, base and output answer all.
+    Language models: loss per token. Classifiers with heads: rows need `label` (a number) and `expert` (whose head);
+    each expert answers its own rows, base and output answer all.
 
-    Errors:
+    Raises:
         TwinmergeError: the file has no fitting rows; the output is neither kind of model.
     """
     written = open_model(str(folder))

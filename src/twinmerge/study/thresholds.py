@@ -34,8 +34,8 @@ def choose_thresholds(
 ) -> Chosen:
     """Score every task with its own masked expert at every threshold; the best is taken, the smallest of equals.
 
-    One model is held, into which the weights of one expert after the other are put, and all masks at three bits for each
-    weight and expert. What is answered is what `extract_masked` would write.
+    One model is held, into which the weights of one expert after the other are put, and all masks at three bits for
+    each weight and expert. What is answered is what `extract_masked` would write.
 
     Args:
         recipe: base, experts and a method with a threshold.
@@ -43,7 +43,7 @@ def choose_thresholds(
         split, limit, seed: the rows that decide, as in `evaluate`.
         grid: rising thresholds; the paper's where it is not given.
 
-    Errors:
+    Raises:
         TwinmergeError: a split for testing, and as `levels` and `evaluate`.
 
     Source: Wang et al. 2024, arXiv 2405.07813, section 4.

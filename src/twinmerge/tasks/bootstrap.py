@@ -24,7 +24,7 @@ class Scored:
         labels: (rows,) numbers, finite.
         predictions: (rows,) numbers; NaN or a negative number where a label was expected: no answer, wrong.
 
-    Errors:
+    Raises:
         TwinmergeError: an unknown metric, no rows, another shape, an infinite prediction, a label that is no number.
 
     Example:
@@ -81,8 +81,9 @@ def normalised(scores: Mapping[str, float], experts: Mapping[str, float]) -> flo
         scores: of the merged model, by task.
         experts: of each task's own expert, by task; the same unit.
 
-    Errors:
-        TwinmergeError: no tasks, different tasks, an expert's score that is not above zero, a score that is not finite.
+    Raises:
+        TwinmergeError: no tasks, different tasks, an expert's score that is not above zero, a score that is not
+            finite.
 
     Example:
         >>> normalised({"a": 0.4, "b": 0.9}, {"a": 0.8, "b": 0.9})
@@ -124,9 +125,9 @@ def bootstrap_normalised(
         seed: of the draws.
         confidence: share of the draws between the ends.
 
-    Errors:
-        TwinmergeError: as `normalised`; other rows or metrics on the two sides; a draw in which an expert's score is not
-            above zero (too few rows).
+    Raises:
+        TwinmergeError: as `normalised`; other rows or metrics on the two sides; a draw in which an expert's score is
+            not above zero (too few rows).
 
     Example:
         >>> labels = np.zeros(100)

@@ -39,7 +39,7 @@ class TextEncoder:
         positions: how many tokens the model takes, where it has position embeddings
             (`config.max_position_embeddings`; RoBERTa's less its offset of 2).
 
-    Errors:
+    Raises:
         TwinmergeError: no tokenizer there, a maximum that the model or the special tokens do not allow, neither pad
             nor end token.
 
@@ -100,8 +100,9 @@ class TextEncoder:
             tokenizer's own side. A row is cut from the end of its longer text. A text without any token becomes one
             end (or pad) token.
 
-        Errors:
-            TwinmergeError: a single string in place of a list, no rows, or a row that is neither a text nor a pair of texts.
+        Raises:
+            TwinmergeError: a single string in place of a list, no rows, or a row that is neither a text nor a pair of
+                texts.
         """
         if isinstance(rows, (str, Mapping)) or not fits(rows, Sequence[Any]) or not len(rows):
             raise UsageError("Give a list of at least one text to encode.")
@@ -184,7 +185,7 @@ def batches(
     Yields:
         The indices into `rows`, and those rows; every row once.
 
-    Errors:
+    Raises:
         TwinmergeError: a size below one, an unknown order.
 
     Example:
@@ -263,7 +264,7 @@ def _length(row: Input) -> int:
 def _texts(row: str | tuple[str, str] | Row | Any) -> tuple[str, str | None]:
     """The text of a row, and its second one.
 
-    Errors:
+    Raises:
         TwinmergeError: neither a text nor a pair of texts nor a row of a suite.
     """
     if isinstance(row, str):

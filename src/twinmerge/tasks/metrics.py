@@ -124,7 +124,7 @@ METRICS: dict[str, Metric] = {
 def metric(name: str) -> Metric:
     """The metric of that name.
 
-    Errors:
+    Raises:
         TwinmergeError: unknown.
 
     Example:

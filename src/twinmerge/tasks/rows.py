@@ -30,8 +30,8 @@ class Tokens(NamedTuple):
 
 
 class DataRow(NamedTuple):
-    """number: of the row in its file, from 0 on, blank lines not counted; where: how messages call it; one of text (and pair), ids (and attended, 1 or 0
-    each) and image; target: what an encoder-decoder is to answer."""
+    """number: of the row in its file, from 0 on, blank lines not counted; where: how messages call it; one of text
+    (and pair), ids (and attended, 1 or 0 each) and image; target: what an encoder-decoder is to answer."""
 
     number: int
     where: str
@@ -53,8 +53,8 @@ class DataRow(NamedTuple):
 
 
 class Rows:
-    """A `.jsonl` file whose rows have `text` (and `text_pair`), `input_ids` (and `attention_mask`) or `image` (a path inside
-    the file's folder), and maybe `target`; any other file is text, a row a line.
+    """A `.jsonl` file whose rows have `text` (and `text_pair`), `input_ids` (and `attention_mask`) or `image` (a path
+    inside the file's folder), and maybe `target`; any other file is text, a row a line.
 
     Args:
         vocabulary: token ids are below it.
@@ -62,8 +62,9 @@ class Rows:
     Attributes:
         field: which of the three the file has.
 
-    Errors:
-        TwinmergeError: no such file, no rows, another field than the first row's, a wrong value; named by file and line.
+    Raises:
+        TwinmergeError: no such file, no rows, another field than the first row's, a wrong value; named by file and
+            line.
 
     Example:
         >>> import tempfile
@@ -235,7 +236,8 @@ def _attended(found: dict[str, Any], where: str) -> list[int] | None:
     right = isinstance(mask, list) and len(mask) == len(found["input_ids"])
     if not right or any(type(i) is not int or i not in (0, 1) for i in mask) or not any(mask):
         raise DataError(
-            f"{where}: field 'attention_mask' is {_short(mask)}. Give a 1 or a 0 for each of the {len(found['input_ids'])} token ids, "
+            f"{where}: field 'attention_mask' is {_short(mask)}. Give a 1 or a 0 for each of the "
+            f"{len(found['input_ids'])} token ids, "
             "at least one 1, or leave it out."
         )
     return list(mask)

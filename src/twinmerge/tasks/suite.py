@@ -62,7 +62,7 @@ class Task:
                 numbers. So a larger limit only adds rows. None: all rows.
             seed: of that draw.
 
-        Errors:
+        Raises:
             TwinmergeError: no such file, a line that is no JSON object, a field that is missing or of a wrong type, a
                 label out of range, no rows, another number of rows than `tasks.json` states, a limit below one.
 
@@ -132,7 +132,7 @@ def open_suite(folder: str | os.PathLike[str], tasks: Sequence[str] | None = Non
     Returns:
         The tasks by name.
 
-    Errors:
+    Raises:
         TwinmergeError: no suite here, a broken `tasks.json` (names task and field), an unknown or repeated task, an
             unknown metric.
 

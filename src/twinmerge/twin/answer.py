@@ -44,8 +44,8 @@ def positions_of(core: Core, batch: Mapping[str, Any]) -> int:
 
 
 def couples_rows(core: Core) -> bool:
-    """Models with pictures or sounds beside words: what belongs to a row may stand anywhere in their inputs, and models of two
-    towers score every row of one against every row of the other, so rows must keep their order."""
+    """Models with pictures or sounds beside words: what belongs to a row may stand anywhere in their inputs, and
+    models of two towers score every row of one against every row of the other, so rows must keep their order."""
     config = core.model.architecture.config
     return hasattr(config, "vision_config") or hasattr(config, "audio_config")
 
@@ -81,17 +81,18 @@ def planned(
 
 
 def under_autocast(core: Core, strategy: str) -> str:
-    """The strategy that may be used: within torch.autocast only whole weights are exact, since the parts of experts would be added to
-    answers of another dtype.
+    """The strategy that may be used: within torch.autocast only whole weights are exact, since the parts of experts
+    would be added to answers of another dtype.
 
-    Errors:
+    Raises:
         TwinmergeError: a way that adds parts to answers is asked for.
     """
     if not torch.is_autocast_enabled(core.planner.device.type) or strategy in ("folded", "rebuild"):
         return strategy
     if strategy != "auto":
         raise UsageError(
-            f"Within torch.autocast strategy={strategy!r} would add parts in one dtype to answers in another. Leave it out, say "
+            f"Within torch.autocast strategy={strategy!r} would add parts in one dtype to answers in another. Leave it "
+            "out, say "
             'strategy="rebuild", or convert the twin: twin.to(torch.bfloat16).'
         )
     return "rebuild"
@@ -136,7 +137,7 @@ def answer(
 def seeing(core: Core, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
     """A pass under mixtures; where it calls what no look has seen, the model is looked at with this batch first.
 
-    Errors:
+    Raises:
         TwinmergeError: a module that even that does not call.
     """
     try:
@@ -148,7 +149,8 @@ def seeing(core: Core, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
     except UnseenError as unseen:
         told = f"{why} " if why else ""
         raise UsageError(
-            f"{told}The module {str(unseen)!r} is not called in the same way in every pass, so it is not known how it sees the rows. "
+            f"{told}The module {str(unseen)!r} is not called in the same way in every pass, so it is not known how it "
+            "sees the rows. "
             'Give one mixture for the whole batch, or say strategy="rebuild".'
         ) from None
 

@@ -25,8 +25,8 @@ class TwinOutput:
     Attributes:
         logits: (rows, most labels of any head used), −inf beyond a row's own labels; None for models without logits.
         mixture: (rows, experts).
-        expert: of each row, the one of largest weight, or None where all weights are zero (routed: the row is far from
-            every expert's inputs, and the nearest one's head answers).
+        expert: of each row, the one of largest weight, or None where all weights are zero (routed: the row is far
+            from every expert's inputs, and the nearest one's head answers).
         head: the head of each row, or None.
         output: what the model's own class returned (of the first head's class).
         strategy: how the parts were added.
@@ -57,8 +57,8 @@ def call(
     """Answer a batch whose rows may have different mixtures.
 
     Args:
-        mixture: weights by name for all rows, one mapping per row, or (rows, experts), at least 0 with a sum of at most 1;
-            routed where neither this nor `expert` is given.
+        mixture: weights by name for all rows, one mapping per row, or (rows, experts), at least 0 with a sum of at
+            most 1; routed where neither this nor `expert` is given.
         normalize: divide a mixture's weights by their sum first.
         free: take any finite weights, negative ones and larger sums too.
         expert: a name for all rows or one per row: weight 1 for it, and its head.
@@ -66,11 +66,11 @@ def call(
         experts_per_row: of the router; the twin's own `experts_per_row` (1) where not given, None for soft mixtures.
         oracle_biases: one expert per row whose biases are used in full whatever the mixture. Only to reproduce the
             paper's evaluation, which hands the labelled task's biases in.
-        strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/mixing/planner.py`); the fastest
-            by the planner's reckoning where not given. The answers are the same.
+        strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/mixing/planner.py`);
+            the fastest by the planner's reckoning where not given. The answers are the same.
         batch: what the tokenizer or image processor returns.
 
-    Errors:
+    Raises:
         TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
     """
     if unnamed and core.brought:

@@ -1,4 +1,5 @@
-"""Mixtures for servers that hold a few adapters and cannot mix: a code-book of them, and a folder of adapters that never outgrows its cap."""
+"""Mixtures for servers that hold a few adapters and cannot mix: a code-book of them, and a folder of adapters that
+never outgrows its cap."""
 
 from __future__ import annotations
 
@@ -44,14 +45,14 @@ class CodeBook(NamedTuple):
     def fit(cls, twin: Core, mixtures: Tensor, size: int = 64) -> CodeBook:
         """A code-book for mixtures (rows, experts) like these.
 
-        The experts themselves are the first codes. The others start as mixtures that are farthest from all codes so far, and
-        are moved to the means of the mixtures that they stand for (k-means in the norm of the weights that they add) as long
-        as that makes the largest error smaller.
+        The experts themselves are the first codes. The others start as mixtures that are farthest from all codes so
+        far, and are moved to the means of the mixtures that they stand for (k-means in the norm of the weights that
+        they add) as long as that makes the largest error smaller.
 
         Args:
             size: G, at least the number of experts.
 
-        Errors:
+        Raises:
             TwinmergeError: a size out of range, mixtures of another number of experts, negative or not finite.
 
         Source: Gonzalez 1985 for the start; Lloyd 1982.
@@ -85,7 +86,8 @@ class CodeBook(NamedTuple):
         return Coded(code, far / (w @ root).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny))
 
     def _moved(self, weights: Tensor) -> CodeBook:
-        """Every code but the experts at the mean of its mixtures; errors are relative, so a small mixture counts as a large one."""
+        """Every code but the experts at the mean of its mixtures; errors are relative, so a small mixture counts as a
+        large one."""
         code = self.nearest(weights).code
         share = 1 / ((weights @ self.gram) * weights).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
         total = torch.zeros_like(self.codes).index_add(0, code, share[:, None] * weights)
@@ -120,10 +122,11 @@ def gram(parts: Mapping[str, Exclusive]) -> Tensor:
 
 
 class AdapterFolder:
-    """LoRA adapters of mixtures, written when they are first asked for; the least recently used one goes when there are too many.
+    """LoRA adapters of mixtures, written when they are first asked for; the least recently used one goes when there
+    are too many.
 
-    Every adapter is exact for its mixture (`export_lora`); with a code-book, for the code that stands for it. A server's resolver
-    calls `adapter` with the prompt's mixture and loads what it names.
+    Every adapter is exact for its mixture (`export_lora`); with a code-book, for the code that stands for it. A
+    server's resolver calls `adapter` with the prompt's mixture and loads what it names.
 
     Args:
         folder: that does not exist or is empty; nothing outside it is written.
@@ -158,13 +161,14 @@ class AdapterFolder:
     def adapter(self, mixture: MixtureLike) -> Path:
         """The folder of the adapter for one mixture.
 
-        Errors:
+        Raises:
             TwinmergeError: unknown names, weights that are not finite, more than one mixture, or one of no expert.
         """
         weights = mixture_weights(mixture, self.twin.experts, 1)
         if not bool(weights.any()):
             raise UsageError(
-                "The mixture holds no expert: such an input is the shared model's own. Ask the base model, without an adapter."
+                "The mixture holds no expert: such an input is the shared model's own. Ask the base model, without an "
+                "adapter."
             )
         if self.book is not None:
             weights = self.book.codes[self.book.nearest(weights).code]

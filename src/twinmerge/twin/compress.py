@@ -1,9 +1,9 @@
 """Exclusive parts cut to a budget: which singular components of all experts and matrices are worth their bytes.
 
 All components compete in one order, by what they add for each byte, so that a matrix that hardly changed gets no rank
-and one that changed a lot gets much. What a component adds is the squared error of the module's output that leaving it
-out makes, as a share of that output: on inputs of the experts' kinds, where their moments are given (`statistics/moments.py`),
-else on white noise, which is σ² / ‖θs‖².
+and one that changed a lot gets much. What a component adds is the squared error of the module's output that leaving
+it out makes, as a share of that output: on inputs of the experts' kinds, where their moments are given
+(`statistics/moments.py`), else on white noise, which is σ² / ‖θs‖².
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ class Components(NamedTuple):
 def components(factors: Factors, moments: Moments | None = None) -> Components:
     """The components of b·a in the order of what they add.
 
-    Without moments: of the singular value decomposition, worth σ² (yet to be divided by ‖θs‖²). With the moments C of a Linear's inputs, v = b·a and
-    v C^½ = U S Vᵀ: the component i of Uᵢ (Uᵢᵀ v), worth Sᵢ² = E‖Uᵢᵀ v x‖². For an embedding, whose rows are looked up
-    n times each, the same from the other side: diag(n)^½ v = U S Vᵀ gives (v Vᵢ) Vᵢᵀ; so it is with C^½ v for what is stored (in, out). A prefix of either is the best of
-    its rank for the output. Both are divided by E‖y‖² of the module's answers, so that modules can be compared.
+    Without moments: of the singular value decomposition, worth σ² (yet to be divided by ‖θs‖²). With the moments C of
+    a Linear's inputs, v = b·a and v C^½ = U S Vᵀ: the component i of Uᵢ (Uᵢᵀ v), worth Sᵢ² = E‖Uᵢᵀ v x‖². For an
+    embedding, whose rows are looked up n times each, the same from the other side: diag(n)^½ v = U S Vᵀ gives (v Vᵢ)
+    Vᵢᵀ; so it is with C^½ v for what is stored (in, out). A prefix of either is the best of its rank for the output.
+    Both are divided by E‖y‖² of the module's answers, so that modules can be compared.
 
     Example:
         >>> found = components(Factors(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]])))
@@ -158,9 +159,9 @@ def compressed(
         codec: of their numbers on the disk, "none" or one of `maths/codecs/`, such as "int8".
         moments: expert -> matrix -> moments of its inputs; without any they are taken for white noise.
 
-    Errors:
-        TwinmergeError: none of the three is given, or more than one; a value out of range; experts that are masks; a budget below what heads, router
-            and all that is no matrix take.
+    Raises:
+        TwinmergeError: none of the three is given, or more than one; a value out of range; experts that are masks; a
+            budget below what heads, router and all that is no matrix take.
     """
     refuse_masks(package.exclusive.values(), "cut any smaller")
     if sum(limit is not None for limit in (rank, energy, bytes)) != 1:
@@ -230,7 +231,8 @@ def compressed(
     if room > 0:
         return cut
     raise UsageError(
-        f"{bytes:.0f} bytes are too few: heads, router and all that is no matrix take {fixed}. Give more, or a smaller codec."
+        f"{bytes:.0f} bytes are too few: heads, router and all that is no matrix take {fixed}. Give more, or a "
+        "smaller codec."
     )
 
 
@@ -256,7 +258,8 @@ def retained(parts: Mapping[str, Exclusive]) -> dict[str, float]:
 def _measured(
     part: Exclusive, known: Mapping[str, Moments], norms: Mapping[str, float]
 ) -> Iterator[tuple[str, Components]]:
-    """The components of each matrix. Where there are no moments, inputs are taken for white noise: E‖y‖² is then ‖θs‖²."""
+    """The components of each matrix. Where there are no moments, inputs are taken for white noise: E‖y‖² is then
+    ‖θs‖²."""
     for name, factors in part.low.items():
         made = components(factors, known.get(name))
         yield name, made if name in known else made._replace(worth=made.worth / norms[name])

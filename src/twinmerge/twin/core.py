@@ -71,7 +71,8 @@ class Core(nn.Module):
             architecture = architecture_of(package.heads, len(shared.specs))
         if architecture is None:
             raise ModelError(
-                f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json, or give the function that makes "
+                f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json, or give the function "
+                "that makes "
                 "the module as factory."
             )
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)

@@ -1,4 +1,5 @@
-"""Experts come and go: one more is split from the shared part as it is, one less takes its part along; nothing else changes."""
+"""Experts come and go: one more is split from the shared part as it is, one less takes its part along; nothing else
+changes."""
 
 from __future__ import annotations
 
@@ -55,9 +56,9 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
         model: tuned from the base that the others were tuned from.
         rank: of each matrix, at least 1.
 
-    Errors:
-        TwinmergeError: a name that is taken, a model of another kind, one that has a head where the others have none, or
-            experts that are masks, whose vector is made from all of them.
+    Raises:
+        TwinmergeError: a name that is taken, a model of another kind, one that has a head where the others have none,
+            or experts that are masks, whose vector is made from all of them.
     """
     refuse_masks(package.exclusive.values(), "joined by one more expert")
     if name in package.exclusive:
@@ -96,10 +97,10 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
 def without_expert(package: Package, name: str) -> Package:
     """The package without an expert, its head and its place in the router.
 
-    The shared part stays what it is: it was made with the expert if that was there when the twin was built. `rebuild` makes
-    it anew.
+    The shared part stays what it is: it was made with the expert if that was there when the twin was built. `rebuild`
+    makes it anew.
 
-    Errors:
+    Raises:
         TwinmergeError: no such expert, or the last one; a router that keeps no statistics.
     """
     which = index_of(name, list(package.exclusive))
@@ -145,13 +146,13 @@ def routed_to(package: Package, name: str, features: Tensor) -> Package:
 def recipe_of(
     provenance: Mapping[str, Any], base: ModelLike | None = None, experts: Mapping[str, ModelLike] | None = None
 ) -> Recipe:
-    """What the shared part would be made from now: the recipe of the build, with the experts that came and without those
-    that went.
+    """What the shared part would be made from now: the recipe of the build, with the experts that came and without
+    those that went.
 
     Args:
         base, experts: what is to be read in place of what the provenance names.
 
-    Errors:
+    Raises:
         TwinmergeError: a twin without provenance, or a model that is not where it was.
     """
     if "recipe" not in provenance:
@@ -187,7 +188,8 @@ def _with_statistics(package: Package) -> tuple[Router, Statistics]:
     router = package.router
     if router is None or router.statistics is None:
         raise UsageError(
-            "The twin's router keeps no statistics, so it cannot take experts in or out. Fit it again with the inputs of every "
+            "The twin's router keeps no statistics, so it cannot take experts in or out. Fit it again with the inputs of "
+            "every "
             "expert (kind gaussian), or put router.statistics.safetensors back into the folder."
         )
     return router, router.statistics

@@ -29,7 +29,8 @@ class Explanation(Table):
         mixtures: how many different ones.
         chosen: by the planner.
         predicted: strategy -> seconds.
-        measured: strategy -> seconds, the median of some passes, one of each way in turn; weights of `folded` made anew each time.
+        measured: strategy -> seconds, the median of some passes, one of each way in turn; weights of `folded` made
+            anew each time.
         shared: seconds of the shared model alone.
         break_even: tokens of one mixture above which folding takes fewer operations.
         folded_bytes: what dense weights of one mixture take.

@@ -54,8 +54,8 @@ class Exported(Written, _Exported):
     Attributes:
         folder: that was written.
         rank: the largest of an adapter; None of a model.
-        left_out: parameter -> its share of the squared norm of all that the mixture adds to the shared model, for what an
-            adapter cannot carry.
+        left_out: parameter -> its share of the squared norm of all that the mixture adds to the shared model, for
+            what an adapter cannot carry.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,9 +97,10 @@ def export_dense(twin: Core, mixture: Mapping[str, float], out: str | Path, head
     Args:
         mixture: expert -> weight.
         out: a folder that does not exist or is empty.
-        head: the expert whose output layers go with it, in its class; without one, the bare model of twins with heads.
+        head: the expert whose output layers go with it, in its class; without one, the bare model of twins with
+            heads.
 
-    Errors:
+    Raises:
         TwinmergeError: unknown names, weights that are not finite, an output that is there.
     """
     _require_twin(twin)
@@ -141,13 +142,14 @@ def export_lora(
     Args:
         mixture: an expert's name, or expert -> weight; the ranks of several add up, nothing is approximated.
         out: a folder that does not exist or is empty.
-        server: "vllm" leaves out embeddings and heads, which vLLM refuses, and pads to a rank that it takes; what changes the
-            experts of a mixture-of-experts model is refused, since vLLM reads their factors in layouts that differ by model.
+        server: "vllm" leaves out embeddings and heads, which vLLM refuses, and pads to a rank that it takes; what
+            changes the experts of a mixture-of-experts model is refused, since vLLM reads their factors in layouts
+            that differ by model.
         base: what the adapter names as its base model; the twin's own folder where None.
 
-    Errors:
-        TwinmergeError: unknown names, experts that are masks, a rank beyond 512 for vLLM, nothing that an adapter could
-            carry.
+    Raises:
+        TwinmergeError: unknown names, experts that are masks, a rank beyond 512 for vLLM, nothing that an adapter
+            could carry.
 
     Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; PEFT's file layout; vLLM's documentation for its limits.
     """
@@ -157,7 +159,8 @@ def export_lora(
     used = {name: w for name, w in row.items() if w}
     if any(twin.package.exclusive[e].masked for e in used):
         raise UsageError(
-            f"{', '.join(used)}: masks of one vector are no low-rank factors, so no LoRA adapter holds them. Export dense weights."
+            f"{', '.join(used)}: masks of one vector are no low-rank factors, so no LoRA adapter holds them. Export "
+            "dense weights."
         )
     low = {n: _joined(twin, used, n) for n in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].low)}
     head = mixture if isinstance(mixture, str) and mixture in twin.package.heads else None
@@ -177,7 +180,8 @@ def export_lora(
     if server == "vllm":
         if rank > VLLM_RANKS[-1]:
             raise UsageError(
-                f"The adapter has rank {rank}, vLLM takes {VLLM_RANKS[-1]} at most. Mix fewer experts, or compress the twin first."
+                f"The adapter has rank {rank}, vLLM takes {VLLM_RANKS[-1]} at most. Mix fewer experts, or compress the twin "
+                "first."
             )
         rank = next(r for r in VLLM_RANKS if r >= rank)
         modules = {path: one._replace(factors=_padded(one.factors, rank)) for path, one in modules.items()}
@@ -226,7 +230,8 @@ def _refuse_experts(twin: Core, used: Mapping[str, float]) -> None:
         shape = found.parameters.get(name, ()) if found else ()
         if found and (found.fused_into(stored.get(name, name)) or (len(shape) == 3 and "expert" in name)):
             raise UsageError(
-                f"{', '.join(used)} changes the experts' matrices ({name!r}), whose factors vLLM reads in layouts that differ from model to model. "
+                f"{', '.join(used)} changes the experts' matrices ({name!r}), whose factors vLLM reads in layouts that "
+                "differ from model to model. "
                 "Export dense weights (without --lora), or --for peft, which leaves the experts out and says so."
             )
 
@@ -255,7 +260,10 @@ def _left_out(twin: Core, used: Mapping[str, float], low: Mapping[str, Factors],
 
 def _card(used: Mapping[str, float], base: str | None, left: Mapping[str, float]) -> str:
     rows = "".join(f"| `{name}` | {100 * share:.3g} % |\n" for name, share in left.items())
-    lost = f"\nAn adapter cannot carry these; they stay the shared model's:\n\n| parameter | share |\n| --- | ---: |\n{rows}"
+    lost = (
+        "\nAn adapter cannot carry these; they stay the shared model's:\n\n| parameter | share |\n| --- | ---: "
+        f"|\n{rows}"
+    )
     mixed = ", ".join(f"{weight:g} {name}" for name, weight in used.items())
     front = f"---\nlibrary_name: peft\nbase_model: {base}\n---\n\n" if base else ""
     return f"{front}# LoRA adapter of a twin's shared model: {mixed}\n{lost if left else ''}"

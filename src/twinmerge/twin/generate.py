@@ -1,4 +1,5 @@
-"""Generation: each row's mixture is taken from its prompt and kept throughout; the cache of keys and values stays valid."""
+"""Generation: each row's mixture is taken from its prompt and kept throughout; the cache of keys and values stays
+valid."""
 
 from __future__ import annotations
 
@@ -62,8 +63,8 @@ def generate(
 def generated(core: Core, weights: Tensor, strategy: str, inputs: Mapping[str, Any]) -> Any:
     """The model's own `generate` under the mixtures (rows, experts) of the prompts.
 
-    Sampled tokens are drawn in the caller's order of rows, so that a seed gives what rebuilt models of the whole batch would;
-    where rows are rebuilt apart, in the order of the first row of each mixture.
+    Sampled tokens are drawn in the caller's order of rows, so that a seed gives what rebuilt models of the whole
+    batch would; where rows are rebuilt apart, in the order of the first row of each mixture.
 
     Args:
         inputs: all that transformers' `generate` takes, by name.
@@ -106,8 +107,8 @@ def _copies(core: Core, inputs: Mapping[str, Any]) -> int:
 
 
 def _rebuilt(core: Core, weights: Tensor, inputs: Mapping[str, Any], whole: str | None, sampled: bool) -> Any:
-    """By dense weights of one mixture after the other. Where tokens are drawn, and where a row's inputs cannot be told apart, the
-    whole batch runs for each mixture, from the same state of the random numbers.
+    """By dense weights of one mixture after the other. Where tokens are drawn, and where a row's inputs cannot be
+    told apart, the whole batch runs for each mixture, from the same state of the random numbers.
 
     Args:
         whole: an argument that asks for, or sees, all rows at once.
@@ -119,7 +120,8 @@ def _rebuilt(core: Core, weights: Tensor, inputs: Mapping[str, Any], whole: str 
             return _run(core, inputs)
     if whole is not None:
         raise UsageError(
-            f"Rows of different mixtures are generated apart here, so {whole} cannot be told of all of them. Give one mixture for all rows, "
+            f"Rows of different mixtures are generated apart here, so {whole} cannot be told of all of them. Give one "
+            "mixture for all rows, "
             "or leave it out."
         )
     refuse_whole(inputs)
@@ -157,7 +159,7 @@ def named(core: Core, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]
     Args:
         inputs: what is given first and without a name: the prompts.
 
-    Errors:
+    Raises:
         TwinmergeError: a model that does not generate; arguments that a twin cannot serve; prompts given twice.
     """
     if not hasattr(core.model.body, "generate") or core.model.head_specs:
@@ -178,7 +180,8 @@ def named(core: Core, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]
     for name in PROMPT:
         if found.get(name) is not None and not isinstance(found[name], Tensor):
             raise UsageError(
-                f"{name} is a {type(found[name]).__name__}, not a tensor. Pass what the tokenizer returns with return_tensors='pt'."
+                f"{name} is a {type(found[name]).__name__}, not a tensor. Pass what the tokenizer returns with "
+                "return_tensors='pt'."
             )
     return found
 
@@ -192,7 +195,8 @@ def _run(core: Core, inputs: Mapping[str, Any]) -> Any:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UsageError(
-            f"{type(body).__name__}.generate does not take this call: {' '.join(str(error).split())} Change its arguments."
+            f"{type(body).__name__}.generate does not take this call: {' '.join(str(error).split())} Change its "
+            "arguments."
         ) from error
 
 
@@ -242,8 +246,9 @@ def _in_order(tokens: Tensor, order: Tensor, size: int) -> Any:
 class Pinned:
     """A conversation: one mixture, taken from its first prompt or named, for all that follows.
 
-    Its dense weights are made once and kept while no other mixture is folded, so that a turn costs what one model costs;
-    in 16 bits the parts are added in activation form instead, since weights of 16 bits would round small changes away.
+    Its dense weights are made once and kept while no other mixture is folded, so that a turn costs what one model
+    costs; in 16 bits the parts are added in activation form instead, since weights of 16 bits would round small
+    changes away.
     """
 
     def __init__(self, core: Core, weights: Tensor) -> None:

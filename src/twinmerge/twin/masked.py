@@ -31,8 +31,9 @@ def masked(
         masks: expert -> canonical name -> mt, bool, of that shape; a parameter without one stays the shared model's.
         scales: expert -> st; 1 where it is not given.
 
-    Errors:
-        TwinmergeError: a mask of a parameter that has no vector, of another shape or dtype, or a scale that is not finite.
+    Raises:
+        TwinmergeError: a mask of a parameter that has no vector, of another shape or dtype, or a scale that is not
+            finite.
 
     Example:
         >>> parts = masked({"w": torch.tensor([1.0, 2.0])}, {"a": {"w": torch.tensor([True, False])}, "b": {}})
@@ -77,9 +78,10 @@ def pack_masks(parts: Mapping[str, Exclusive], base: str, told: Mapping[str, Any
     """twin.safetensors of masked experts.
 
     Args:
-        base: fingerprint of the shared model; told: more of the header: the method and its fields.
+        base: fingerprint of the shared model.
+        told: more of the header: the method and its fields.
 
-    Errors:
+    Raises:
         TwinmergeError: an expert of another kind among them.
     """
     vectors = shared_vectors(parts.values())
@@ -100,7 +102,7 @@ def pack_masks(parts: Mapping[str, Exclusive], base: str, told: Mapping[str, Any
 def unpack_masks(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive]:
     """The parts of masked experts out of twin.safetensors, strictly.
 
-    Errors:
+    Raises:
         ValueError, LookupError, TypeError: anything that does not fit together, or the shared model's tensors.
     """
     experts: list[str] = artefact.header["experts"]

@@ -50,8 +50,9 @@ class Package(NamedTuple):
     """Everything that a twin folder holds.
 
     shared: the opened shared model; exclusive: expert -> its part, in the router's order; router, layers and the
-    router's report: None, () and None where none is fitted; provenance: as written; codec: of exclusive parts and heads on
-    the disk (see `maths/codec.py`), which their values are already those of; masks: what the file says of masked experts: the method and its fields.
+    router's report: None, () and None where none is fitted; provenance: as written; codec: of exclusive parts and
+    heads on the disk (see `maths/codec.py`), which their values are already those of; masks: what the file says of
+    masked experts: the method and its fields.
     """
 
     shared: OpenedModel
@@ -203,7 +204,7 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
         folder: the twin's.
         factory: makes the module, where it is none of transformers'.
 
-    Errors:
+    Raises:
         TwinmergeError: not a twin folder, parts missing, damaged, of another model or version.
     """
     if not is_twin(folder):
@@ -250,7 +251,8 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
 
 
 def _named(provenance: Mapping[str, Any]) -> list[str] | None:
-    """The experts in their order, by the recipe of the build and what came and went since; None where it does not say."""
+    """The experts in their order, by the recipe of the build and what came and went since; None where it does not
+    say."""
     if "recipe" not in provenance:
         return None
     told = provenance.get("twin", {})
@@ -261,13 +263,15 @@ def _named(provenance: Mapping[str, Any]) -> list[str] | None:
 def _agree(file: Path, names: list[str], other: str, expected: list[str]) -> None:
     if names != expected:
         raise DamagedFile(
-            f"{file} names the experts {', '.join(map(str, names)) or 'nobody'}, {other} beside it {', '.join(map(str, expected)) or 'nobody'}. Copy the whole folder again, "
+            f"{file} names the experts {', '.join(map(str, names)) or 'nobody'}, {other} beside it "
+            f"{', '.join(map(str, expected)) or 'nobody'}. Copy the whole folder again, "
             "or build it again."
         )
 
 
 def extra_bytes(package: Package) -> int:
-    """What the files of the exclusive parts, the heads and the router will take, to within what `about` adds to heads.json."""
+    """What the files of the exclusive parts, the heads and the router will take, to within what `about` adds to
+    heads.json."""
     base = "0" * 64
     sizes = [artefact_bytes(_pack(package, base))]
     sizes += [artefact_bytes(head_artefact(n, head, base, package.codec)) for n, head in package.heads.items()]
@@ -319,7 +323,8 @@ def _unpack(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive]:
                 raise DamagedFile(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
             if tensor.dim() != 2 or a.dim() != 2 or tensor.shape[1] != len(a):
                 raise DamagedFile(
-                    f"{TWIN} holds factors of {name!r} of the shapes {list(tensor.shape)} and {list(a.shape)}, which are no pair. "
+                    f"{TWIN} holds factors of {name!r} of the shapes {list(tensor.shape)} and {list(a.shape)}, which are no "
+                    "pair. "
                     "Build the twin again."
                 )
             part.low[name] = Factors(tensor, a)
@@ -336,7 +341,8 @@ def _fits(name: str, shape: tuple[int, ...], shared: OpenedModel, matrix: bool =
     own = shared.spec(name).shape
     if shape != ((own[0], math.prod(own[1:])) if matrix and own else own):
         raise DamagedFile(
-            f"{TWIN} holds a part of {name!r} of the shape {list(shape)}, the weights beside it are {list(own)}. Build the twin again."
+            f"{TWIN} holds a part of {name!r} of the shape {list(shape)}, the weights beside it are {list(own)}. Build "
+            "the twin again."
         )
 
 

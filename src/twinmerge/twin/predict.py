@@ -24,7 +24,8 @@ class Prediction(Result):
         label: its name.
         expert: whose head answered.
         confidence: softmax of the label.
-        mixture: expert -> weight; all 0 where the text is far from every expert's inputs and the shared model answered alone.
+        mixture: expert -> weight; all 0 where the text is far from every expert's inputs and the shared model
+            answered alone.
     """
 
     label: str

@@ -47,7 +47,7 @@ def read_batches(core: Core, given: Given, name: str, batch_rows: int, progress:
 def check_batch(batch: Any) -> None:
     """Refuse what is no batch of tensors by name.
 
-    Errors:
+    Raises:
         TwinmergeError: texts, lists of numbers, a tensor without a name.
     """
     if not isinstance(batch, Mapping):
@@ -92,11 +92,12 @@ def read_moments(core: Core, given: Given, name: str, batch_rows: int, progress:
 
 @torch.no_grad()
 def input_directions(core: Core, layer: int) -> list[Tensor]:
-    """Of each expert, the directions (width, any number) that its exclusive part reads the layer's input along: the right
-    factors of the matrices that the layer's input goes to first (queries, keys and values).
+    """Of each expert, the directions (width, any number) that its exclusive part reads the layer's input along: the
+    right factors of the matrices that the layer's input goes to first (queries, keys and values).
 
-    Errors:
-        TwinmergeError: a layer that is not there, or whose first matrices no expert changes, or experts that are masks.
+    Raises:
+        TwinmergeError: a layer that is not there, or whose first matrices no expert changes, or experts that are
+            masks.
     """
     refuse_masks(core.package.exclusive.values(), "told apart by their low-rank factors")
     modules = {
@@ -125,7 +126,8 @@ def input_directions(core: Core, layer: int) -> list[Tensor]:
         found.append(torch.cat(reads, 1) if reads else torch.zeros(0, 0))
     if not first or any(not v.numel() for v in found):
         raise UsageError(
-            f"In layer {layer} not every expert changes the first matrices, so inputs cannot be told apart by them. Name another "
+            f"In layer {layer} not every expert changes the first matrices, so inputs cannot be told apart by them. Name "
+            "another "
             "layer, or fit a router on inputs."
         )
     return found

@@ -1,7 +1,9 @@
-"""Exclusive parts made to do as their experts do: the factors, small as they are, fitted to the experts' own last states.
+"""Exclusive parts made to do as their experts do: the factors, small as they are, fitted to the experts' own last
+states.
 
-A cut leaves out what matters least by its size. What is left can do better than its share of the whole: gradient descent on the
-factors alone, towards the last states of the expert on a few hundred inputs of its kind. No label is read.
+A cut leaves out what matters least by its size. What is left can do better than its share of the whole: gradient
+descent on the factors alone, towards the last states of the expert on a few hundred inputs of its kind. No label is
+read.
 """
 
 from __future__ import annotations
@@ -86,15 +88,16 @@ def fitted_part(
 ) -> Exclusive:
     """The exclusive part of one expert, its factors fitted to the expert's last states.
 
-    Adam on b, a and what is no matrix, from what they are; the loss is `gap`. With a codec, the numbers that count are those
-    that it stores (straight through: gradients are taken as if they were not rounded).
+    Adam on b, a and what is no matrix, from what they are; the loss is `gap`. With a codec, the numbers that count
+    are those that it stores (straight through: gradients are taken as if they were not rounded).
 
     Args:
         expert: the model itself.
         batches: of its kind of inputs.
-        steps: of one batch each; rate: of Adam, grows over a tenth of the steps and falls to nothing along a cosine.
+        steps: of one batch each.
+        rate: of Adam, grows over a tenth of the steps and falls to nothing along a cosine.
 
-    Errors:
+    Raises:
         TwinmergeError: states that turn to NaN.
     """
     part, codec = core.package.exclusive[name], core.package.codec
@@ -132,8 +135,8 @@ def fitted_part(
 def gap(states: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
     """‖h − h*‖² / ‖h* − mean h*‖² of last states (rows, positions, width) over the inputs' own positions.
 
-    The answers themselves are not asked for: with their Kullback-Leibler divergence in the loss, as many answers on validation rows of
-    text8 were those of the experts as without it.
+    The answers themselves are not asked for: with their Kullback-Leibler divergence in the loss, as many answers on
+    validation rows of text8 were those of the experts as without it.
 
     Args:
         mask: (rows, positions), 0 where there is padding.
@@ -154,8 +157,8 @@ def _attached(
 ) -> Iterator[None]:
     """Within the context the body is θs + b a and θs + v, and gradients reach b, a and v.
 
-    Linear, Conv1D and embedding add x aᵀ bᵀ to what they answer, so that no gradient of a whole matrix is ever made; in all other places
-    the weights themselves take the parameter's place.
+    Linear, Conv1D and embedding add x aᵀ bᵀ to what they answer, so that no gradient of a whole matrix is ever made;
+    in all other places the weights themselves take the parameter's place.
     """
     factors = {n: _stored(Factors(*f), codec) for n, f in low.items()}
     handles: list[Any] = []
@@ -186,7 +189,8 @@ def _attached(
 
 
 def _adding(module: nn.Module) -> Callable[[Tensor, Factors], Tensor] | None:
-    """What a module's answer to x grows by where its weight grows by b a; None for kinds that are not linear in a simple way."""
+    """What a module's answer to x grows by where its weight grows by b a; None for kinds that are not linear in a
+    simple way."""
     if isinstance(module, nn.Linear):
         return lambda x, f: F.linear(F.linear(x, f.a), f.b)
     if isinstance(module, Conv1D):  # stored (in, out)

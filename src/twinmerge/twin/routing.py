@@ -31,13 +31,17 @@ CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "free")
 PerRow = int | Literal["own"] | None
 """How many experts the router gives a row at most: the twin's own number, or all where None."""
 
-TOP_K = "top_k is an argument of transformers' sampling, for generate alone. How many experts the router mixes is experts_per_row."
+TOP_K = (
+    "top_k is an argument of transformers' sampling, for generate alone. How many experts the router mixes is "
+    "experts_per_row."
+)
 WANTS_ALL_LAYERS = ("output_hidden_states", "output_attentions", "labels")
 
 
 class Routed(NamedTuple):
-    """weights: the mixtures (rows, experts), zeros for rows that are nobody's; nearest: (rows,) the likeliest expert, also of such
-    rows, None where mixtures were named; early: the first layers' states, where routing read them and the pass may go on there."""
+    """weights: the mixtures (rows, experts), zeros for rows that are nobody's; nearest: (rows,) the likeliest expert,
+    also of such rows, None where mixtures were named; early: the first layers' states, where routing read them and
+    the pass may go on there."""
 
     weights: Tensor
     nearest: Tensor | None = None
@@ -79,7 +83,7 @@ def mixtures_for(core: Core, batch: Any, choice: Mapping[str, Any]) -> Tensor:
 def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> None:
     """Refuse what is no choice of a mixture.
 
-    Errors:
+    Raises:
         TwinmergeError: a name that is not known.
     """
     for name in choice:
@@ -90,16 +94,18 @@ def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> No
 
 
 def check_names(core: Core, batch: Mapping[str, Any]) -> None:
-    """Refuse what is neither a choice nor an input of the model: its class may take any name, and a typing error would pass.
+    """Refuse what is neither a choice nor an input of the model: its class may take any name, and a typing error
+    would pass.
 
-    Errors:
+    Raises:
         TwinmergeError: such a name (with the nearest that is known).
     """
     taken = core.takes
     for name, value in batch.items():
         if name not in taken and not isinstance(value, Tensor):
             raise UsageError(
-                f"There is no argument {name!r} of {type(core.model.body).__name__}.{nearest(name, {*CHOICE, 'head', 'strategy', *taken})} "
+                f"There is no argument {name!r} of "
+                f"{type(core.model.body).__name__}.{nearest(name, {*CHOICE, 'head', 'strategy', *taken})} "
                 "Leave it out."
             )
 
@@ -107,14 +113,15 @@ def check_names(core: Core, batch: Mapping[str, Any]) -> None:
 def routed(core: Core, batch: Mapping[str, Any], experts_per_row: int | None) -> Routed:
     """The router's mixtures.
 
-    Errors:
+    Raises:
         TwinmergeError: no router is fitted, or a batch that continues a cache.
     """
     if core.router is None:
         raise UsageError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
     if batch.get("past_key_values") is not None:
         raise UsageError(
-            "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was made under."
+            "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was made "
+            "under."
         )
     with torch.no_grad(), core.lock:
         found, early = _read(core, core.router, core.layers, batch)
@@ -132,8 +139,8 @@ def _read(core: Core, router: Router, layers: Sequence[int], batch: Mapping[str,
 
 
 def _goes_on(core: Core, batch: Mapping[str, Any]) -> bool:
-    """True where a pass may go on from the states that the router read: no expert changes what made them, and the caller wants
-    nothing of the layers below (a cache holds every layer)."""
+    """True where a pass may go on from the states that the router read: no expert changes what made them, and the
+    caller wants nothing of the layers below (a cache holds every layer)."""
     if any(batch.get(name) is not None and batch.get(name) is not False for name in WANTS_ALL_LAYERS):
         return False
     caches = hasattr(core.model.body, "generate") and not core.model.head_specs

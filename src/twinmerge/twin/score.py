@@ -1,4 +1,5 @@
-"""How likely continuations are, each under the mixture of its context alone: the options of one question share a model."""
+"""How likely continuations are, each under the mixture of its context alone: the options of one question share a
+model."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ Tokens = str | Sequence[int]
 
 
 class Score(NamedTuple):
-    """log_likelihood: Σ log p of the continuation's tokens, in nats; greedy: each of them is the likeliest; tokens: how many;
-    mixture: expert -> weight, that of the context."""
+    """log_likelihood: Σ log p of the continuation's tokens, in nats; greedy: each of them is the likeliest; tokens:
+    how many; mixture: expert -> weight, that of the context."""
 
     log_likelihood: float
     greedy: bool

@@ -42,13 +42,15 @@ class Served(Core):
         """Generate with the model's own `generate`; each row's mixture is taken from its prompt and kept throughout.
 
         Args:
-            inputs: the prompts' tokens, as transformers' first argument; or give `input_ids`, `attention_mask`, ... by name.
+            inputs: the prompts' tokens, as transformers' first argument; or give `input_ids`, `attention_mask`, ...
+                by name.
             mixture, expert, experts_per_row, normalize, free, strategy: as in the call of the twin.
-            options: every other argument of transformers' `generate` (`max_new_tokens`, `num_beams`, `top_k`, `streamer`, ...), but
-                for `assistant_model` and `custom_generate`.
+            options: every other argument of transformers' `generate` (`max_new_tokens`, `num_beams`, `top_k`,
+                `streamer`, ...), but for `assistant_model` and `custom_generate`.
 
-        Errors:
-            TwinmergeError: as in the call of the twin; a model that does not generate; arguments that it does not take.
+        Raises:
+            TwinmergeError: as in the call of the twin; a model that does not generate; arguments that it does not
+                take.
         """
         return generate(
             self,
@@ -64,9 +66,10 @@ class Served(Core):
         )
 
     def pin(self, **choice: Any) -> Pinned:
-        """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see `Pinned`).
+        """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see
+        `Pinned`).
 
-        Errors:
+        Raises:
             TwinmergeError: a prompt of several rows, or neither prompt nor mixture.
         """
         return Pinned.of(self, choice)
@@ -86,7 +89,7 @@ class Served(Core):
             contexts, continuations: texts, or lists of tokens; one continuation for each context.
             choice: mixture, normalize, free, expert or experts_per_row, as in the call of the twin.
 
-        Errors:
+        Raises:
             TwinmergeError: no language model, empty texts, numbers that differ.
         """
         return score(self, contexts, continuations, batch_rows, choice)
@@ -115,10 +118,10 @@ class Served(Core):
 
     @strict
     def route(self, batch: Any, experts_per_row: int | None = 1) -> Tensor:
-        """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones; zeros for rows that are far
-        from every expert's inputs, which the shared model answers alone.
+        """The router's mixtures (rows, experts) for a batch: top-1 by default, None for soft ones; zeros for rows
+        that are far from every expert's inputs, which the shared model answers alone.
 
-        Errors:
+        Raises:
             TwinmergeError: no router is fitted.
         """
         check_batch(batch)

@@ -50,8 +50,8 @@ class Exclusive(NamedTuple):
 
     low: canonical name -> (b, a) with b·a ≈ vt as a matrix (out, rest); dense: canonical name -> vt itself, for
     parameters that are no matrix. A matrix that the expert leaves at θs is in neither. energy: canonical name ->
-    ‖vt‖² of each matrix before it was cut, where that is known. masked: canonical name -> vt of any shape as a mask of a
-    vector that all experts share; an expert is either masks alone or none.
+    ‖vt‖² of each matrix before it was cut, where that is known. masked: canonical name -> vt of any shape as a mask
+    of a vector that all experts share; an expert is either masks alone or none.
     """
 
     low: dict[str, Factors]
@@ -91,11 +91,11 @@ def split(
         experts: the opened experts, in the order of the router's outputs.
         names: tensors to split (the merged ones).
         rank: at least 1; None keeps all of vt.
-        linear: coefficients c with θs = θ0 + Σ ci τi, where the shared part is such a sum. LoRA experts are then split in
-            product space: vt = Bt At − Σ ci Bi Ai is put together from the factors and no matrix is made.
+        linear: coefficients c with θs = θ0 + Σ ci τi, where the shared part is such a sum. LoRA experts are then
+            split in product space: vt = Bt At − Σ ci Bi Ai is put together from the factors and no matrix is made.
         base: θ0 of that sum, which the experts' factors have to be on; without it they are taken to be.
 
-    Errors:
+    Raises:
         TwinmergeError: rank below 1.
 
     Source: Lu et al. 2024, "Twin-Merging", arXiv 2406.15479, section 3.2 (and equation 5 for the formula of use).
@@ -167,7 +167,7 @@ def cut(part: Exclusive, rank: int) -> Exclusive:
     """The same part at a lower rank: a prefix where the factors are in the order of their singular values, else (LoRA
     experts kept whole) by an SVD of the product.
 
-    Errors:
+    Raises:
         TwinmergeError: rank below 1, or an expert that is a mask.
 
     Example:
@@ -205,7 +205,7 @@ def shared_vectors(parts: Iterable[Exclusive]) -> dict[str, Tensor]:
 def refuse_masks(parts: Iterable[Exclusive], what: str) -> None:
     """Stop before something is done that only low-rank parts allow.
 
-    Errors:
+    Raises:
         TwinmergeError: an expert is a mask.
 
     Example:
@@ -253,7 +253,9 @@ def official_generative(
     formula, which mixes the products Bt At; kept to reproduce and to compare.
 
     Args:
-        a: (rank, in) per expert; b: (out, rank) per expert; rank: of the truncation, None for none.
+        a: (rank, in) per expert.
+        b: (out, rank) per expert.
+        rank: of the truncation, None for none.
 
     Returns:
         (out, in).

@@ -80,12 +80,13 @@ class Twin(Served):
             base: the model that the experts were tuned from.
             experts: name -> path, hub id, `base+adapter`, PreTrainedModel or PeftModel.
             rank: of each exclusive matrix, at least 1; None keeps everything (exact, and large).
-            shared: the static method of the shared part, by name or as a class or object of your own; "task_arithmetic" is the paper's. The default keeps more of the
-                experts at small ranks (docs/measurements.md has the ladder of both).
+            shared: the static method of the shared part, by name or as a class or object of your own;
+                "task_arithmetic" is the paper's. The default keeps more of the experts at small ranks
+                (docs/measurements.md has the ladder of both).
             heads: patterns of tensors to keep per expert besides those found.
             parameters: of the static method.
 
-        Errors:
+        Raises:
             TwinmergeError: as `twinmerge.merge`, and modules that cannot mix.
         """
         recipe = Recipe(shared, base, dict(experts), parameters, heads=tuple(heads))
@@ -115,8 +116,12 @@ class Twin(Served):
         """The twin whose shared part is there already, as it is.
 
         Args:
-            state: canonical name -> θs, all tensors of the shared model; base: what it stands for (names, config, side files);
-            matched: of the experts with it; provenance: what twinmerge.json will say; rank: as in `build`; linear: as in
+            state: canonical name -> θs, all tensors of the shared model.
+            base: what it stands for (names, config, side files);
+            matched: of the experts with it.
+            provenance: what twinmerge.json will say.
+            rank: as in `build`.
+            linear: as in
             `split`.
         """
         names = [n for n in matched.merged if not is_buffer(base, n)]
@@ -167,7 +172,8 @@ class Twin(Served):
 
     @strict
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the twin's folder to the Hugging Face hub, and give its address; the repository is made if it is not there."""
+        """Upload the twin's folder to the Hugging Face hub, and give its address; the repository is made if it is not
+        there."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -186,14 +192,15 @@ class Twin(Served):
     def single_pass(self, layer: int | None = None) -> Twin:
         """The twin that is routed on the way: experts act from a layer on, and the router reads the states before it.
 
-        What the experts change below `layer` is left to the shared part. The pass stops there, is routed, and goes on: no layer
-        runs twice. A table of words that is the output layer too counts as below. The router is to be fitted again (`fit_router` reads only such states then;
-        kind "logistic" tells most of them), unless it reads no deeper.
+        What the experts change below `layer` is left to the shared part. The pass stops there, is routed, and goes
+        on: no layer runs twice. A table of words that is the output layer too counts as below. The router is to be
+        fitted again (`fit_router` reads only such states then; kind "logistic" tells most of them), unless it reads
+        no deeper.
 
         Args:
             layer: 0 to the number of layers; a sixth of them where None, at least 1.
 
-        Errors:
+        Raises:
             TwinmergeError: a model that is not one stack of layers, or a layer out of range.
         """
         return self.with_package(single_pass(self, layer))
@@ -217,12 +224,13 @@ class Twin(Served):
         Args:
             rank: of every matrix.
             energy: the least share kept, 0 to 1; each matrix gets the rank that is worth its bytes.
-            bytes: of the files beside the shared model (exclusive parts, heads, router), at most; ranks as with `energy`.
+            bytes: of the files beside the shared model (exclusive parts, heads, router), at most; ranks as with
+                `energy`.
             codec: of the numbers on the disk: "none" or one of `maths/codecs/`, such as "int8".
-            inputs: expert -> texts (or a batch of tensors) of its kind, as in `fit_router`. With them, what is kept is what
-                matters for the outputs on such inputs, not for the weights alone.
+            inputs: expert -> texts (or a batch of tensors) of its kind, as in `fit_router`. With them, what is kept
+                is what matters for the outputs on such inputs, not for the weights alone.
 
-        Errors:
+        Raises:
             TwinmergeError: not one limit, out of range, too few bytes, or experts that are masks.
         """
         refuse_masks(self.package.exclusive.values(), "cut any smaller")
@@ -248,17 +256,17 @@ class Twin(Served):
     ) -> Twin:
         """The same twin, as small as it is, whose exclusive parts do more as the experts do (see `twin/refine.py`).
 
-        Makes up for low ranks, few bits and, in a single-pass twin, for what the lower layers leave out. It takes the experts
-        and some seconds to minutes for each; compress first, refine last.
+        Makes up for low ranks, few bits and, in a single-pass twin, for what the lower layers leave out. It takes the
+        experts and some seconds to minutes for each; compress first, refine last.
 
         Args:
-            inputs: expert -> a few hundred texts (or a batch of tensors) of its kind, as in `fit_router`; labels are not read.
-                Experts without inputs stay as they are.
+            inputs: expert -> a few hundred texts (or a batch of tensors) of its kind, as in `fit_router`; labels are
+                not read. Experts without inputs stay as they are.
             experts: where models lie that are no longer where they were.
             steps: of one batch each, for every expert.
             rate: of Adam.
 
-        Errors:
+        Raises:
             TwinmergeError: unknown names, an expert that is not there any more, or no inputs.
         """
         return self.with_package(refined(self, inputs, experts or {}, steps, rate, batch_rows, seed, progress))
@@ -276,7 +284,8 @@ class Twin(Served):
         batch_rows: int = 32,
         progress: bool = True,
     ) -> Twin:
-        """The twin with one more expert: v = θ − θs beside the others; the shared part and their parts stay as they are.
+        """The twin with one more expert: v = θ − θs beside the others; the shared part and their parts stay as they
+        are.
 
         Args:
             name: a new one.
@@ -284,9 +293,9 @@ class Twin(Served):
             inputs: texts (or a batch of tensors) of its kind, as in `fit_router`; needed where the twin has a router.
             rank: of its matrices; that of the twin's build where None.
 
-        Errors:
-            TwinmergeError: a name that is taken, a model of another kind, no inputs for the router, or a router without
-                statistics.
+        Raises:
+            TwinmergeError: a name that is taken, a model of another kind, no inputs for the router, or a router
+                without statistics.
         """
         return self._changed(added(self, name, model, inputs, rank, batch_rows, progress))._acting_from(
             self.first_layer
@@ -296,9 +305,10 @@ class Twin(Served):
     def remove(self, name: str) -> Twin:
         """The twin without an expert; what was added last and is removed leaves the bytes that were there before.
 
-        The shared part stays: an expert that it was built from goes on in it. Build a twin of the others to be rid of it.
+        The shared part stays: an expert that it was built from goes on in it. Build a twin of the others to be rid of
+        it.
 
-        Errors:
+        Raises:
             TwinmergeError: no such expert, the only one, or a router without statistics.
         """
         package = self.package_now()
@@ -327,11 +337,11 @@ class Twin(Served):
         """Build the twin anew, shared part and all, from the experts that it has now. It needs every one of them.
 
         Args:
-            inputs: for the router, which reads the shared part's features and must be fitted again; without them the new
-                twin has none.
+            inputs: for the router, which reads the shared part's features and must be fitted again; without them the
+                new twin has none.
             base, experts: where models lie that are no longer where they were.
 
-        Errors:
+        Raises:
             TwinmergeError: a model that is not there any more (named); and as `build`.
         """
         refuse_masks(self.package.exclusive.values(), "made anew here")
@@ -347,7 +357,8 @@ class Twin(Served):
         return twin.compress(**limits) if limits else twin
 
     def info(self) -> TwinInfo:
-        """What the twin holds, in numbers: experts, bytes beside the shared model, what is kept of each matrix, the router."""
+        """What the twin holds, in numbers: experts, bytes beside the shared model, what is kept of each matrix, the
+        router."""
         return TwinInfo.of(self.package_now(), self.retained()[0])
 
     @strict
@@ -371,8 +382,9 @@ class Twin(Served):
             base: what the adapter names as its base model; the twin's own folder where None.
             head: the expert whose output layers go with a model; that of an expert alone where None.
 
-        Errors:
-            TwinmergeError: unknown names, weights that are not finite, nothing that an adapter could carry, an output that is there.
+        Raises:
+            TwinmergeError: unknown names, weights that are not finite, nothing that an adapter could carry, an output
+                that is there.
         """
         return export(self, mixture, out, lora=lora, server=server, base=base, head=head)
 
@@ -405,19 +417,20 @@ class Twin(Served):
 
         Args:
             inputs: expert -> texts (or pairs, or suite rows), or a batch of tensors such as {"pixel_values": ...}.
-            kind: "gaussian" (closed form, early layers beside the last; experts can come and go); "logistic" (the same layers, often
-                a little better, most of all on early layers); "mlp" (the paper's, last layer); "knn" (keeps examples);
-                "projection" and "entropy", made of the experts alone: with no inputs they are not calibrated.
+            kind: "gaussian" (closed form, early layers beside the last; experts can come and go); "logistic" (the
+                same layers, often a little better, most of all on early layers); "mlp" (the paper's, last layer);
+                "knn" (keeps examples); "projection" and "entropy", made of the experts alone: with no inputs they are
+                not calibrated.
             options: of that kind: option -> value (`twinmerge twin routers` lists them).
-            layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one, "entropy" none but every
-                expert's answer).
-            null: let the shared model answer what is far from every expert's inputs (`twin/routers/kit/novelty.py`); takes 250 inputs or
-                more of an expert. Not for "projection" and "entropy".
+            layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one,
+                "entropy" none but every expert's answer).
+            null: let the shared model answer what is far from every expert's inputs (`twin/routers/kit/novelty.py`);
+                takes 250 inputs or more of an expert. Not for "projection" and "entropy".
 
         Returns:
             how held-out rows were routed; None without inputs.
 
-        Errors:
+        Raises:
             TwinmergeError: an expert without inputs, unknown names, too few of them.
         """
         router = make_router(kind, options)

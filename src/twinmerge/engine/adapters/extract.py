@@ -87,18 +87,21 @@ def extract_lora(
     exact: bool = False,
     progress: bool = True,
 ) -> ExtractedLora:
-    """Write what a model changed in its base as a LoRA adapter: the best low-rank approximation of each matrix's change.
+    """Write what a model changed in its base as a LoRA adapter: the best low-rank approximation of each matrix's
+    change.
 
-    Matrices of Linear, Conv1D, Conv2d and embeddings are carried; a classifier's head, and what else the base lacks, travels
-    in full as `modules_to_save`. Norms, biases and positions cannot be carried: they are listed with their shares. The
-    differences are taken in float32 at least, one matrix per thread in memory; no singular value decomposition of a large
-    matrix is made where a sketch of it holds enough.
+    Matrices of Linear, Conv1D, Conv2d and embeddings are carried; a classifier's head, and what else the base lacks,
+    travels in full as `modules_to_save`. Norms, biases and positions cannot be carried: they are listed with their
+    shares. The differences are taken in float32 at least, one matrix per thread in memory; no singular value
+    decomposition of a large matrix is made where a sketch of it holds enough.
 
     Args:
-        model: what was tuned from `base`; a `base+adapter` gives its own factors, without rounding them to the weights.
+        model: what was tuned from `base`; a `base+adapter` gives its own factors, without rounding them to the
+            weights.
         out: a folder that does not exist or is empty; None computes all and writes nothing.
         rank: so many directions per matrix, or its numerical rank where that is less.
-        energy: instead, the fewest that hold this share of the squared norm of the change; 0.95 where neither is given.
+        energy: instead, the fewest that hold this share of the squared norm of the change; 0.95 where neither is
+            given.
         max_rank: at most so many all the same; 128 where neither rank nor energy is given, which says what it cut.
         dtype: of the factors; float32 where None.
         exact: never sketch; a full decomposition of each matrix.
@@ -106,9 +109,9 @@ def extract_lora(
     Returns:
         what was written, with the rank and the kept share of every matrix.
 
-    Errors:
-        TwinmergeError: another architecture or base, NaN or infinity (names model and tensor), nothing that an adapter could
-            carry, an output that is there.
+    Raises:
+        TwinmergeError: another architecture or base, NaN or infinity (names model and tensor), nothing that an
+            adapter could carry, an output that is there.
 
     Example:
         >>> import tempfile
@@ -158,7 +161,8 @@ def extract_lora(
     modules = {path: Carried(name, module, low[name]) for path, (name, module) in places.items() if name in low}
     if not modules:
         raise ModelError(
-            f"{opened.name} changes no matrix of {origin.name} that an adapter could carry. Name the model that was tuned."
+            f"{opened.name} changes no matrix of {origin.name} that an adapter could carry. Name the model that was "
+            "tuned."
         )
     left = _left_out(changes, set(low))
     saved = {path: {k: _sound(opened, opened.architecture.of_module(k)) for k in keys} for path, keys in whole.items()}
@@ -185,7 +189,7 @@ def change(name: str, model: OpenedModel, base: OpenedModel, limit: Limit | None
     Args:
         limit: of its rank; None for what is only measured.
 
-    Errors:
+    Raises:
         TwinmergeError: NaN or infinity.
     """
     own = model.factors_on(base, name) if limit is not None and model.low_rank(name) else None
@@ -287,7 +291,8 @@ def _text(
     rows = "".join(f"| `{name}` | {100 * part:.3g} % |\n" for name, part in left.items())
     return (
         f"What `{model.name}` changed in its base, made with twinmerge: {', '.join(filter(None, (share, most)))}.\n"
-        f"{len(low)} matrices, ranks {min(ranks)} to {max(ranks)}, with {100 * kept:.4g} % of the squared norm of all changes.\n"
+        f"{len(low)} matrices, ranks {min(ranks)} to {max(ranks)}, with {100 * kept:.4g} % of the squared norm of "
+        "all changes.\n"
         + (f"\nLicence of the model: {licence}.\n" if (licence := licence_of(model.folder)) else "")
         + (f"\nIn full: {', '.join(saved)}.\n" if saved else "")
         + (

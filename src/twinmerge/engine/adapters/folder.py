@@ -42,7 +42,7 @@ class Limit(NamedTuple):
     def of(cls, rank: int | None, energy: float | None) -> Limit:
         """One of the two, checked.
 
-        Errors:
+        Raises:
             TwinmergeError: both, a rank below 1, an energy outside (0, 1].
         """
         if rank is not None and energy is not None:
@@ -75,7 +75,8 @@ def compress(f: Factors, limit: Limit, name: str = "matrix") -> tuple[Factors, f
     """The product in its fewest directions, all of them up to float32's rounding or as the limit says.
 
     Returns:
-        factors in float64, B = U √s and A = √s Vᵀ, and the share of the squared norm that they keep; rank 0 and 1 for zero.
+        factors in float64, B = U √s and A = √s Vᵀ, and the share of the squared norm that they keep; rank 0 and 1 for
+            zero.
 
     Example:
         >>> twice = Factors(torch.ones(2, 2), torch.ones(2, 3))
@@ -130,9 +131,10 @@ def write_lora(
     Args:
         architecture: whose modules `modules` and `saved` are named after.
         dtype: of the factors; float32 where None.
-        saved: module path -> its tensors by their names in the class, for modules that travel in full, in their own dtype.
+        saved: module path -> its tensors by their names in the class, for modules that travel in full, in their own
+            dtype.
 
-    Errors:
+    Raises:
         TwinmergeError: numbers beyond the dtype's range, an output that is there.
     """
     wanted = torch_dtype(CODES[dtype or "float32"])

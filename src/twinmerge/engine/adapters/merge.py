@@ -77,11 +77,11 @@ def merge_lora(
 ) -> MergedLora:
     """Merge LoRA adapters into one: ΔW = λ Σ wt Bt At in every module, for any ranks, weights and kinds of scaling.
 
-    The pairs side by side are the sum exactly; their rank is then cut to the numerical one by a QR decomposition of both sides
-    and a small SVD between them, in float64, so that nothing beyond float32's rounding is lost. Averaging the Bt and the At
-    on their own is another matrix: (Σ wt Bt)(Σ wt At) is off by 70 % for two independent adapters of equal weights, and more
-    for more of them. What an adapter does not change, it adds nothing to. A parameter that the base ties (embeddings and
-    output layer) changes in both places, as in a merged model.
+    The pairs side by side are the sum exactly; their rank is then cut to the numerical one by a QR decomposition of
+    both sides and a small SVD between them, in float64, so that nothing beyond float32's rounding is lost. Averaging
+    the Bt and the At on their own is another matrix: (Σ wt Bt)(Σ wt At) is off by 70 % for two independent adapters
+    of equal weights, and more for more of them. What an adapter does not change, it adds nothing to. A parameter that
+    the base ties (embeddings and output layer) changes in both places, as in a merged model.
 
     Args:
         base: the model that the adapters belong to; the output is an adapter of its class.
@@ -91,15 +91,16 @@ def merge_lora(
         scale: λ; where None, 1 for task_arithmetic and another method's own default.
         rank: at most so many directions per module, the best ones.
         energy: or the fewest whose share of the squared norm is at least this.
-        method: task_arithmetic, one on singular values, which merges the factors in their core space, or a class or object of one's own with
-            `core_space`.
+        method: task_arithmetic, one on singular values, which merges the factors in their core space, or a class or
+            object of one's own with `core_space`.
         parameters: of the method, as in a recipe (`expert.field` sets a field for one expert).
         dtype: of the output; float32 where None.
         drop_heads: leave out what adapters trained in full (heads, biases) instead of refusing it.
 
-    Errors:
-        TwinmergeError: an adapter that is not LoRA, is of another base, holds NaN or infinity, or trained tensors in full; a
-            method that does not know factors; rank and energy at once; an output that is there; nothing to write.
+    Raises:
+        TwinmergeError: an adapter that is not LoRA, is of another base, holds NaN or infinity, or trained tensors in
+            full; a method that does not know factors; rank and energy at once; an output that is there; nothing to
+            write.
 
     Example:
         >>> import tempfile
@@ -190,7 +191,8 @@ def _recipe(
 def _unable(method: str) -> RecipeError:
     able = [name for name in method_names() if method_class(name).core_space]
     return RecipeError(
-        f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge full models "
+        f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge "
+        "full models "
         "with `twinmerge merge`, which takes base+adapter too."
     )
 
@@ -208,14 +210,15 @@ def _open(base: ModelLike, origin: OpenedModel, expert: ModelLike, name: str) ->
             found = adapted(open_model(base, origin.name), read_adapter(Path(ref)))
     if not found.factors:
         raise ModelError(
-            f"The expert {name!r} has no LoRA factors. Give an adapter, or make one of a full model with `twinmerge lora extract`."
+            f"The expert {name!r} has no LoRA factors. Give an adapter, or make one of a full model with `twinmerge lora "
+            "extract`."
         )
     return found
 
 
 def _trained_in_full(expert: OpenedModel, base: OpenedModel) -> list[str]:
-    """What an adapter changes in another way than by one product: whole tensors but for copies of the base's, rows of tables,
-    experts in one tensor."""
+    """What an adapter changes in another way than by one product: whole tensors but for copies of the base's, rows of
+    tables, experts in one tensor."""
     found = []
     for name, change in expert.changes.items():
         if change.low is not None:
@@ -231,7 +234,8 @@ def _tell_dropped(dropped: Mapping[str, list[str]], drop_heads: bool) -> None:
     told = "; ".join(f"{e!r}: {', '.join(n[:3])}{' …' if len(n) > 3 else ''}" for e, n in dropped.items() if n)
     if not drop_heads:
         raise ModelError(
-            f"Adapters hold tensors that were trained in full ({told}), and heads of different labels have no sum. Merge full models "
+            f"Adapters hold tensors that were trained in full ({told}), and heads of different labels have no sum. Merge "
+            "full models "
             "with `twinmerge merge`, which keeps every expert's head, or leave these out with drop_heads (--drop-heads)."
         )
     warnings.warn(f"Left out of the merged adapter, since they were trained in full: {told}.", stacklevel=3)
@@ -250,7 +254,8 @@ def _parts(base: OpenedModel, experts: Mapping[str, OpenedModel]) -> dict[str, l
             shape = base.spec(name).shape
             if factors.shape != (shape[0], math.prod(shape[1:])):
                 raise ModelError(
-                    f"The adapter {expert!r} changes {name!r} as {list(factors.shape)}, in the base {base.name} it is {list(shape)}. "
+                    f"The adapter {expert!r} changes {name!r} as {list(factors.shape)}, in the base {base.name} it is "
+                    f"{list(shape)}. "
                     "Name the base that it was trained on."
                 )
             if not all(bool(side.isfinite().all()) for side in factors):
@@ -274,7 +279,8 @@ def _warn_of_targets(parts: Mapping[str, Sequence[Factors]], experts: Sequence[s
         if lacking:
             names = f"{', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}"
             warnings.warn(
-                f"The adapter {expert!r} does not change {len(lacking)} of the {len(parts)} matrices that others change ({names}); it adds "
+                f"The adapter {expert!r} does not change {len(lacking)} of the {len(parts)} matrices that others change "
+                f"({names}); it adds "
                 "nothing there.",
                 stacklevel=3,
             )
@@ -286,7 +292,8 @@ def _place(origin: OpenedModel, name: str, experts: tuple[str, ...]) -> Place:
 
 
 def _matrices(parts: Mapping[str, Sequence[Factors]], places: Mapping[str, Place]) -> tuple[Shapes, Load, Grains]:
-    """What a run needs to know: the shape of every matrix, its tile in one piece, made of the factors, and that it is in one piece."""
+    """What a run needs to know: the shape of every matrix, its tile in one piece, made of the factors, and that it is
+    in one piece."""
 
     def load(each: Range, digests: Digests) -> Tile:
         own, at = parts[each.name], places[each.name]
@@ -304,4 +311,7 @@ def _text(recipe: Recipe, experts: Mapping[str, OpenedModel], dropped: Mapping[s
     )
     lost = "".join(f"\nLeft out of {e}, trained in full: {', '.join(n)}.\n" for e, n in dropped.items() if n)
     values = json.dumps(dict(recipe.parameters), ensure_ascii=False)
-    return f"Made with twinmerge by `{recipe.method_name}`, parameters `{values}`.\n\n| part | adapter | licence |\n| --- | --- | --- |\n{lines}\n{lost}"
+    return (
+        f"Made with twinmerge by `{recipe.method_name}`, parameters `{values}`.\n\n| part | adapter | licence |\n| "
+        f"--- | --- | --- |\n{lines}\n{lost}"
+    )

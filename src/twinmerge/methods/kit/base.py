@@ -47,8 +47,8 @@ PerExpert = float | tuple[float, ...]
 class Method(BaseModel, ABC):
     """Base of all methods; the fields of a subclass are its parameters, everywhere (command, recipe, docs).
 
-    What a method is and can do is asked of its class; `methods/kit/registry.py` refuses what does not go together, and the conformance
-    test holds a class to what it says.
+    What a method is and can do is asked of its class; `methods/kit/registry.py` refuses what does not go together,
+    and the conformance test holds a class to what it says.
 
     Class attributes
         space: "deltas" (τt = θt − θ0) or "parameters" (θt).
@@ -57,15 +57,14 @@ class Method(BaseModel, ABC):
         laws: which algebraic laws the conformance test holds the method to, out of "idempotent" (equal experts give
             that expert, at scale 1), "symmetric" (the experts' order is irrelevant), "odd" (negated deltas give the
             negated change) and "homogeneous" (deltas times c give the change times c).
-        needs: statistics of every expert that the formula reads besides the weights.
-        outputs: "model", or "masks": one vector and a mask for each expert, which `twinmerge masks build` writes.
-        linear: what comes out is a sum of the experts, by numbers that their values do not change (`coefficients`).
-        core_space: it merges low-rank factors into low-rank factors (`merge_factors`), as adapters are merged.
-        scales_last: its field `scale` multiplies the merged change and does nothing else, so that a tensor may have another one.
-        paper: the source, as printed by `twinmerge methods`.
-        aliases: other names of the method in recipes of ours.
-        spellings: other names, or values, of its parameters there, beside `dialect.SPELLINGS`.
-        mergekit: name of a method of mergekit that this is -> how mergekit says it; recipes of mergekit set the field compat to "mergekit".
+        needs: statistics of every expert that the formula reads besides the weights. outputs: "model", or "masks":
+        one vector and a mask for each expert, which `twinmerge masks build` writes. linear: what comes out is a sum
+        of the experts, by numbers that their values do not change (`coefficients`). core_space: it merges low-rank
+        factors into low-rank factors (`merge_factors`), as adapters are merged. scales_last: its field `scale`
+        multiplies the merged change and does nothing else, so that a tensor may have another one. paper: the source,
+        as printed by `twinmerge methods`. aliases: other names of the method in recipes of ours. spellings: other
+        names, or values, of its parameters there, beside `dialect.SPELLINGS`. mergekit: name of a method of mergekit
+        that this is -> how mergekit says it; recipes of mergekit set the field compat to "mergekit".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -90,7 +89,8 @@ class Method(BaseModel, ABC):
         return ()
 
     def grain_of(self, at: Place) -> Grain:
-        """Which tiles of one tensor the method can work on. Blocks of rows have the tensor's shape but for their number."""
+        """Which tiles of one tensor the method can work on. Blocks of rows have the tensor's shape but for their
+        number."""
         return self.grain
 
     @abstractmethod
@@ -98,7 +98,8 @@ class Method(BaseModel, ABC):
         """The merged tile (*tile) in float32."""
 
     def rule(self, at: Place, known: Known) -> Rule | None:
-        """The same as data, which the compiled library runs in one pass to the same bits; None where it has no such rule."""
+        """The same as data, which the compiled library runs in one pass to the same bits; None where it has no such
+        rule."""
         return None
 
     @classmethod
@@ -124,14 +125,17 @@ class Method(BaseModel, ABC):
         """
 
     def coefficients(self, experts: int) -> tuple[float, ...]:
-        """ct of a `linear` method: the merged change is Σt ct τt, or of space "parameters" the merged model Σt ct θt."""
+        """ct of a `linear` method: the merged change is Σt ct τt, or of space "parameters" the merged model Σt ct
+        θt."""
         raise AssertionError(f"{type(self).__name__} is not linear")
 
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
         """The merged change of low-rank experts as a low-rank product again, of a method with `core_space`.
 
         Args:
-            parts: of every expert, rank 0 where it has none; at: of the matrix that they change; known: what the passes found.
+            parts: of every expert, rank 0 where it has none.
+            at: of the matrix that they change.
+            known: what the passes found.
         """
         raise AssertionError(f"{type(self).__name__} merges no factors")
 
@@ -142,7 +146,8 @@ class Method(BaseModel, ABC):
 
 
 def require_divisor(weights: Sequence[float], negative: bool = False) -> None:
-    """Refuse weights whose sum a mean cannot be divided by: none, but for what rounding left of 0, or (unless allowed) a negative one.
+    """Refuse weights whose sum a mean cannot be divided by: none, but for what rounding left of 0, or (unless
+    allowed) a negative one.
 
     Raises:
         ValueError: such weights.

@@ -17,8 +17,8 @@ class Number:
 
 @dataclass(frozen=True)
 class Switch:
-    """A parameter that is true or false. field: its name here, None where false changes nothing; on, off: its values here;
-    default: mergekit's; refused: what is said where it is true and no method here does that."""
+    """A parameter that is true or false. field: its name here, None where false changes nothing; on, off: its values
+    here; default: mergekit's; refused: what is said where it is true and no method here does that."""
 
     field: str | None
     on: Any = True
@@ -35,9 +35,9 @@ class Switch:
 class Dialect:
     """How mergekit says a method.
 
-    own: parameters that each model may have, by mergekit's names; shared: those that all models share; fixed: parameters here that the
-    method of mergekit has always so; idle: parameters that it has and that change nothing; refuse: number of models, and whether there is
-    a base_model -> why mergekit takes no such recipe, or None.
+    own: parameters that each model may have, by mergekit's names; shared: those that all models share; fixed:
+    parameters here that the method of mergekit has always so; idle: parameters that it has and that change nothing;
+    refuse: number of models, and whether there is a base_model -> why mergekit takes no such recipe, or None.
 
     Example:
         >>> Dialect(own={"weight": Number("weights")}, shared={"lambda": Number("scale", 1.0)}).shared["lambda"].field

@@ -16,8 +16,8 @@ State = Mapping[str, "Tensor"]
 
 
 class Seen(NamedTuple):
-    """What is known of the whole model. experts: how many so far; mean_norm: mean of their ‖τt‖; state_norm: ‖state‖, the norm
-    of all parts of all tensors."""
+    """What is known of the whole model. experts: how many so far; mean_norm: mean of their ‖τt‖; state_norm: ‖state‖,
+    the norm of all parts of all tensors."""
 
     experts: int
     mean_norm: float
@@ -27,8 +27,9 @@ class Seen(NamedTuple):
 class Fold(ABC):
     """A method that takes in one expert after the other. Deltas are float64 here, and so is the state.
 
-    keeps_sums: the state is a sum over the experts, so that the order has no meaning and an expert can be taken out again (`release`);
-    unremovable: else, why it cannot; all_at_once: parameters that only a merge of all experts at once can have otherwise than by default.
+    keeps_sums: the state is a sum over the experts, so that the order has no meaning and an expert can be taken out
+    again (`release`); unremovable: else, why it cannot; all_at_once: parameters that only a merge of all experts at
+    once can have otherwise than by default.
     """
 
     keeps_sums: ClassVar[bool] = False
@@ -52,7 +53,9 @@ class Fold(ABC):
         """The state after one more expert.
 
         Args:
-            state: of this tensor, empty for the first expert; delta: τ, of the tensor's shape; at: which tensor.
+            state: of this tensor, empty for the first expert.
+            delta: τ, of the tensor's shape.
+            at: which tensor.
         """
 
     def release(self, state: State, delta: Tensor, at: Place) -> State:

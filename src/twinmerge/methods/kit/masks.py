@@ -1,4 +1,5 @@
-"""What TALL-masks, Consensus and EMR share: which weights matter to which task, how many matter to how many, and the bits."""
+"""What TALL-masks, Consensus and EMR share: which weights matter to which task, how many matter to how many, and the
+bits."""
 
 from __future__ import annotations
 
@@ -22,10 +23,13 @@ GRID = (0.2, 0.3, 0.4, 0.5, 0.6)  # of λt, searched by the paper
 def important(delta: Tensor, vector: Tensor, threshold: float) -> Tensor:
     """mt = 1{|τt| > λt |τ − τt|}, element by element: the weights that task t needs.
 
-    No division, so that 0 against 0 is not marked and nothing is NaN. λ = 1 minimises ‖m ⊙ τ − τt‖₁; a smaller λ marks more.
+    No division, so that 0 against 0 is not marked and nothing is NaN. λ = 1 minimises ‖m ⊙ τ − τt‖₁; a smaller λ
+    marks more.
 
     Args:
-        delta: τt; vector: τ, of the same shape; threshold: λt.
+        delta: τt.
+        vector: τ, of the same shape.
+        threshold: λt.
 
     Returns:
         bool, of that shape.
@@ -55,8 +59,8 @@ def beyond(size: Tensor, distance: Tensor, threshold: float) -> Tensor:
 class Marks(NamedTuple):
     """How many weights how many tasks marked, counted where τ is not 0: elsewhere a mark changes nothing.
 
-    by_count: (tasks + 1,) weights that exactly 0, 1, … all tasks marked; by_task: (tasks,) weights that each task marked;
-    trained: weights that at least one expert changed.
+    by_count: (tasks + 1,) weights that exactly 0, 1, … all tasks marked; by_task: (tasks,) weights that each task
+    marked; trained: weights that at least one expert changed.
     """
 
     by_count: tuple[int, ...]
@@ -68,7 +72,9 @@ class Marks(NamedTuple):
         """The marks of one tile.
 
         Args:
-            x: (experts, *tile) deltas; vector: (*tile); masks: (experts, *tile) bool.
+            x: (experts, *tile) deltas.
+            vector: (*tile).
+            masks: (experts, *tile) bool.
 
         Example:
             >>> import torch
@@ -160,7 +166,8 @@ class MaskMethod(Method):
 
 
 class Marking(Method):
-    """The fields of TALL-masks and Consensus: how task vectors add up to τ, and from which λt on a weight is a task's."""
+    """The fields of TALL-masks and Consensus: how task vectors add up to τ, and from which λt on a weight is a
+    task's."""
 
     threshold: PerExpert = Field(
         default=0.4, description="λt: a weight is task t's where |τt| > λt |τ − τt|; 0.2 to 0.6 are searched"
@@ -212,8 +219,8 @@ def storage_bits(trained: int, frozen: int, tasks: int, form: Form, number_bits:
     """Bits that hold a model for every task, without heads.
 
     With P trained and F frozen weights, b bits a number and T tasks: merged b(P + F); fine_tuned b(TP + F); masks
-    b(2P + F) + TP, which is θ0, τ and one bit for each trained weight and task. In float32 masks are the smaller from three
-    tasks on, and at most 32 times smaller.
+    b(2P + F) + TP, which is θ0, τ and one bit for each trained weight and task. In float32 masks are the smaller from
+    three tasks on, and at most 32 times smaller.
 
     Source: Wang et al. 2024, arXiv 2405.07813, whose tables count gigabits.
 

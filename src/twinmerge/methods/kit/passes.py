@@ -20,7 +20,8 @@ Scope = Literal["model", "tensor"]
 
 
 class Pass(ABC, Generic[T_co]):
-    """One exact reduction over tiles before the last read; `Pass[T]` finds a T, which `Known.of` gives to what comes later.
+    """One exact reduction over tiles before the last read; `Pass[T]` finds a T, which `Known.of` gives to what comes
+    later.
 
     name: by which `Known` has it, one of its own in each method.
     scope: "tensor" starts afresh for each tensor, "model" runs over all merged tensors first.

@@ -1,4 +1,5 @@
-"""Methods by name, as a class or as an object: a file of `methods/`, an entry point of `twinmerge.methods`, or a class of one's own."""
+"""Methods by name, as a class or as an object: a file of `methods/`, an entry point of `twinmerge.methods`, or a
+class of one's own."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def method_names() -> list[str]:
 def method_class(given: MethodLike) -> type[Method]:
     """The class of a method; of a name only its own file is imported.
 
-    Errors:
+    Raises:
         TwinmergeError: unknown name (with the nearest right one), or a class that lacks something.
 
     Example:
@@ -54,8 +55,9 @@ def method_class(given: MethodLike) -> type[Method]:
 
 
 def method_name(given: MethodLike) -> str:
-    """The name of a method in recipes and provenance: that of `twinmerge methods` where it has one, else "module:Class", or "<Class of
-    module>" where that leads to no class in another process, as for one that was defined in a notebook or a function.
+    """The name of a method in recipes and provenance: that of `twinmerge methods` where it has one, else
+    "module:Class", or "<Class of module>" where that leads to no class in another process, as for one that was
+    defined in a notebook or a function.
 
     Example:
         >>> method_name("ties"), method_name(method_class("ties")(density=0.5))
@@ -109,8 +111,8 @@ def given_to(given: MethodLike) -> dict[str, Any]:
 def said_otherwise(word: str, says: Callable[[type[Method]], bool]) -> str | None:
     """The name of the method whose class says that a word stands for it, or None.
 
-    The file of that name is asked first, then those that have the word in quotes, then other packages, so that PyTorch is not imported
-    for a name that needs none.
+    The file of that name is asked first, then those that have the word in quotes, then other packages, so that
+    PyTorch is not imported for a name that needs none.
 
     Example:
         >>> said_otherwise("linear", lambda method: "linear" in method.aliases)
@@ -140,13 +142,15 @@ def _named(name: str) -> type[Method]:
     """The class of "module:Class". Nothing is imported for a name, which may stand in a stranger's recipe."""
     if name.startswith("<"):
         raise RecipeError(
-            f"The method {name} was a class that no name leads to, since it was defined in a notebook, a script or a function. Put it in a "
+            f"The method {name} was a class that no name leads to, since it was defined in a notebook, a script or a "
+            "function. Put it in a "
             "module of its own, and give the class instead: merge(Class, …)."
         )
     module, _, cls = name.partition(":")
     if module not in sys.modules:
         raise RecipeError(
-            f"The method {name!r:.80} is a class of the module {module!r:.80}, and no module is imported because a recipe names it. Import it "
+            f"The method {name!r:.80} is a class of the module {module!r:.80}, and no module is imported because a "
+            "recipe names it. Import it "
             "first, or let its package offer the class as an entry point of twinmerge.methods."
         )
     found = _at(name)
@@ -182,9 +186,9 @@ def make_method(given: MethodLike, experts: tuple[str, ...], parameters: Mapping
         experts: names, in the order of the stack.
         parameters: field -> value; `expert.field` sets the field for one expert.
 
-    Errors:
-        TwinmergeError: unknown method, parameter or expert (with the nearest right one), a value out of its range,
-            a number of experts that the method is not defined for.
+    Raises:
+        TwinmergeError: unknown method, parameter or expert (with the nearest right one), a value out of its range, a
+            number of experts that the method is not defined for.
 
     Example:
         >>> make_method("ties", ("a", "b"), {"density": 0.2, "b.density": 0.5}).density
@@ -265,7 +269,8 @@ def _check_sizes(name: str, method: Method) -> None:
                 continue
             if abs(number) > LARGEST or (field == "weights" and abs(number) < 1 / LARGEST):
                 raise RecipeError(
-                    f"{name}: {field}={number:g} is out of range. Give 0, or a number between {1 / LARGEST:g} and {LARGEST:g} in size."
+                    f"{name}: {field}={number:g} is out of range. Give 0, or a number between {1 / LARGEST:g} and {LARGEST:g} in "
+                    "size."
                 )
 
 
@@ -291,7 +296,7 @@ def _check_count(name: str, cls: type[Method], method: Method, experts: tuple[st
 def require_model(method: MethodLike) -> None:
     """Refuse a method that gives masks where one model is wanted.
 
-    Errors:
+    Raises:
         TwinmergeError: such a method.
 
     Example:

@@ -1,4 +1,5 @@
-"""What the methods on singular values share: which tensors are matrices, what happens to the others, and the core space."""
+"""What the methods on singular values share: which tensors are matrices, what happens to the others, and the core
+space."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ PIECE = 1 << 16  # entries
 def elementwise_field(default: str = "") -> Any:
     return Field(
         default=default,
-        description="matrices to treat like vectors: name patterns with *, separated by spaces; `tables` is all tables of embeddings",
+        description="matrices to treat like vectors: name patterns with *, separated by spaces; `tables` is all tables of "
+        "embeddings",
     )
 
 
@@ -67,13 +69,15 @@ def names_tables(patterns: str) -> bool:
 class Spectral(Method):
     """Matrices: θ = θ0 + λ f(w1 τ1, …, wT τT), f being the subclass's `combine`; all other tensors by `rest`.
 
-    Convolution kernels are matrices (out, in·kh·kw), experts in one tensor a matrix each; the authors' codes of TSV-Merge and Iso-C
-    average tensors of more than two axes (`elementwise` names them). `combine` must not depend on the orthonormal bases that its matrices
-    are written in, so that low-rank experts are merged in their core space (`maths/core_space.py`), exactly and without
-    a decomposition of a matrix of the model's size. Numerical ranks there are float32's too, to which factors are
-    rounded as deltas are: experts that share a direction but for rounding must not be given one each.
+    Convolution kernels are matrices (out, in·kh·kw), experts in one tensor a matrix each; the authors' codes of
+    TSV-Merge and Iso-C average tensors of more than two axes (`elementwise` names them). `combine` must not depend on
+    the orthonormal bases that its matrices are written in, so that low-rank experts are merged in their core space
+    (`maths/core_space.py`), exactly and without a decomposition of a matrix of the model's size. Numerical ranks
+    there are float32's too, to which factors are rounded as deltas are: experts that share a direction but for
+    rounding must not be given one each.
 
-    Tables of words and other tall matrices come in blocks of rows where the subclass has passes that find their `Coefficients`.
+    Tables of words and other tall matrices come in blocks of rows where the subclass has passes that find their
+    `Coefficients`.
     """
 
     grain = "matrix"
@@ -125,7 +129,8 @@ class Spectral(Method):
         return moved(tile, self.as_stored(merged, tile.at), self.scale)
 
     def turns(self, at: Place) -> bool:
-        """Whether a matrix is transposed before anything is made of it: it is stored (in, out), and the formula knows its sides."""
+        """Whether a matrix is transposed before anything is made of it: it is stored (in, out), and the formula knows
+        its sides."""
         return at.transposed and (self.sided or self.calibration > 0)
 
     def matrices(self, tile: Tile) -> Tensor:
@@ -154,12 +159,14 @@ class Spectral(Method):
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
         """f of the deltas times their weights.
 
-        Weights come in where sums are taken, in float64: a product rounded to float32 has other singular vectors than its equals,
-        wherever singular values are alike.
+        Weights come in where sums are taken, in float64: a product rounded to float32 has other singular vectors than
+        its equals, wherever singular values are alike.
 
         Args:
-            deltas: (experts, m, n), outputs and inputs where `sided`, in float32, or in float64 in the core space, where m and n are
-                the core's; weights: one for each; at: of the whole matrix, whose shape the formula's sizes are to be taken from.
+            deltas: (experts, m, n), outputs and inputs where `sided`, in float32, or in float64 in the core space,
+                where m and n are the core's.
+            weights: one for each.
+            at: of the whole matrix, whose shape the formula's sizes are to be taken from.
         """
 
     def decomposes(self, at: Place) -> bool:
@@ -203,8 +210,8 @@ def total_of(deltas: Tensor, weights: Weights) -> Tensor:
 
 
 def product(deltas: Tensor, weights: Weights, coefficients: Tensor, work: torch.dtype) -> Tensor:
-    """In `work`, of rows (experts, rows, n): Σt τt Ct, the weights being in the coefficients (experts, n, n); or (Σt wt τt) C with
-    coefficients (n, n) that are the same for all.
+    """In `work`, of rows (experts, rows, n): Σt τt Ct, the weights being in the coefficients (experts, n, n); or (Σt
+    wt τt) C with coefficients (n, n) that are the same for all.
 
     Example:
         >>> product(torch.ones(2, 1, 1), (1.0, 0.5), torch.tensor([[[2.0]], [[3.0]]]), torch.float32).tolist()
@@ -227,17 +234,20 @@ def short_side(at: Place) -> int:
 def calibrate(svd: SVD, deltas: Tensor, least: float, weights: PerExpert = 1.0) -> Tensor:
     """Singular value calibration: directions that several experts share are counted once, not once for each.
 
-    With M = U diag(s) Vᵀ, direction r answers u_rᵀ M = s_r v_rᵀ; of it p_rt = ⟨u_rᵀ M, u_rᵀ τt⟩ / ‖u_rᵀ τt‖² is how many times
-    expert t's own answer is in it, and
+    With M = U diag(s) Vᵀ, direction r answers u_rᵀ M = s_r v_rᵀ; of it p_rt = ⟨u_rᵀ M, u_rᵀ τt⟩ / ‖u_rᵀ τt‖² is how
+    many times expert t's own answer is in it, and
 
         s_r ← s_r · T / Σt max(α, p_rt).
 
     Args:
-        svd: U (m, k), s (k,), Vᵀ (k, n) of M; deltas: τt (experts, m, n); least: α > 0, which also bounds what is made larger;
-            weights: of the experts, whose τt are wt τt then.
+        svd: U (m, k), s (k,), Vᵀ (k, n) of M.
+        deltas: τt (experts, m, n).
+        least: α > 0, which also bounds what is made larger.
+        weights: of the experts, whose τt are wt τt then.
 
     Returns:
-        (m, n) in float64, of the same singular vectors; an expert that has no part in a direction, but for rounding, counts as p = 0.
+        (m, n) in float64, of the same singular vectors; an expert that has no part in a direction, but for rounding,
+            counts as p = 0.
 
     Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv 2602.05536.
 

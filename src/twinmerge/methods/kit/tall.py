@@ -1,7 +1,8 @@
-"""Tall matrices, such as tables of words, in blocks of rows: memory that does not grow with the table, and all threads on one of them.
+"""Tall matrices, such as tables of words, in blocks of rows: memory that does not grow with the table, and all
+threads on one of them.
 
-With m ≥ n every merge of the family is θ0 + λ Σt wt τt Ct: what is decomposed are n × n Gram matrices, which add up over the rows, and
-what comes out of them are n × n coefficients.
+With m ≥ n every merge of the family is θ0 + λ Σt wt τt Ct: what is decomposed are n × n Gram matrices, which add up
+over the rows, and what comes out of them are n × n coefficients.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class RowPass(Pass[T_co]):
 
 
 class Coefficients(RowPass["Tensor"]):
-    """Ct of every expert with its weight, (experts, n, n), or one C for all, (n, n), in float64: the last pass of its method."""
+    """Ct of every expert with its weight, (experts, n, n), or one C for all, (n, n), in float64: the last pass of its
+    method."""
 
     name = "coefficients"
 

@@ -27,9 +27,9 @@ class Place(NamedTuple):
     """Where a tile lies.
 
     name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
-    element; experts: names in the order of the stack; transposed: the matrix is stored (in, out), as GPT-2's Conv1D does, and not as
-    Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as `OpenedModel.table` says;
-    stack: it holds matrices along its first axis, as `OpenedModel.stacked` says.
+    element; experts: names in the order of the stack; transposed: the matrix is stored (in, out), as GPT-2's Conv1D
+    does, and not as Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as
+    `OpenedModel.table` says; stack: it holds matrices along its first axis, as `OpenedModel.stacked` says.
     """
 
     name: str
@@ -58,7 +58,8 @@ class Place(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """True for tensors that act as a matrix (convolution kernels as (out, rest)) with both sides above 1, or are a stack of such."""
+        """True for tensors that act as a matrix (convolution kernels as (out, rest)) with both sides above 1, or are
+        a stack of such."""
         shape = self.shape[1:] if self.stack else self.shape
         return len(shape) >= 2 and shape[0] > 1 and math.prod(shape[1:]) > 1
 
@@ -92,11 +93,14 @@ class Tile:
         at: where it lies.
         work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least: float32 for
             checkpoints of 16 bits, else float64 (None).
-        fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over `examples`.
-        grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was measured.
-        factors: of every expert's delta where all are low-rank adapters of this base, rank 0 where one does not change the
-            tensor; else None.
-        examples: how many each expert's `fisher` is summed over, which is not the same for all; 1 each where none are given.
+        fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over
+            `examples`.
+        grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was
+            measured.
+        factors: of every expert's delta where all are low-rank adapters of this base, rank 0 where one does not
+            change the tensor; else None.
+        examples: how many each expert's `fisher` is summed over, which is not the same for all; 1 each where none are
+            given.
 
     Attributes:
         stored: the tile as it lies in the files, where the compiled library may work on it.

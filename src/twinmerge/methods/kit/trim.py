@@ -1,12 +1,14 @@
 """Trimming by magnitude, exactly k entries of each expert: the passes that TIES and its kin run before they combine.
 
-A method may have several thresholds for each expert, such as one above which entries are cut and one below which they are: one set of
-passes finds them all. Threshold j of expert e is row e · J + j wherever something is kept for each *row*; with one, rows are experts.
+A method may have several thresholds for each expert, such as one above which entries are cut and one below which they
+are: one set of passes finds them all. Threshold j of expert e is row e · J + j wherever something is kept for each
+*row*; with one, rows are experts.
 
-Over the whole model the inputs are read once and a bit: a small sample brackets each expert's threshold, one pass counts
-what is above the bracket and what lies inside it, and the threshold follows exactly. Where the bracket misses, two
-histograms of 65,536 bins find it. Entries equal to a threshold, the normal case for bfloat16, are counted tensor by
-tensor in the same pass as long as the sample named the right value, and tile by tile in the one tensor where they run out.
+Over the whole model the inputs are read once and a bit: a small sample brackets each expert's threshold, one pass
+counts what is above the bracket and what lies inside it, and the threshold follows exactly. Where the bracket misses,
+two histograms of 65,536 bins find it. Entries equal to a threshold, the normal case for bfloat16, are counted tensor
+by tensor in the same pass as long as the sample named the right value, and tile by tile in the one tensor where they
+run out.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def write_masks(
     """Write θ0, τ and a bit for each weight and expert: θt ≈ θ0 + st · mt ⊙ τ. `twinmerge.build_masks` calls it.
 
     The folder is a twin: stock transformers loads it as θ0, `Twin.from_pretrained` runs every expert from it, and
-    `extract_masked` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert changes
-    are kept once and have no mask.
+    `extract_masked` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert
+    changes are kept once and have no mask.
 
     Args:
         recipe: base, experts and a method that gives masks; without a dtype, since θ0 stays what it is.
@@ -68,7 +68,7 @@ def write_masks(
         about: expert -> more keys of its entry in heads.json.
         tile: as of `Merge`; it changes no byte.
 
-    Errors:
+    Raises:
         TwinmergeError: a method of another kind, experts that change nothing at all, and as `Merge.save` says.
     """
     merge = mask_merge(recipe, progress, tile)
@@ -101,7 +101,7 @@ def write_masks(
 def mask_merge(recipe: Recipe, progress: bool = True, tile: int | None = None) -> Merge:
     """The merge of a method that gives masks.
 
-    Errors:
+    Raises:
         TwinmergeError: it gives something else, or a dtype is asked for.
     """
     if method_class(recipe.method).outputs != "masks":
@@ -118,7 +118,7 @@ def changed_tensors(merge: Merge) -> list[str]:
 
     What is changed shows in the first elements; what is not is read once here, and never again but to be copied.
 
-    Errors:
+    Raises:
         TwinmergeError: there is none.
     """
 

@@ -51,7 +51,7 @@ class MaskFile(NamedTuple):
 def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
     """Open the masks beside the weights; only the scales are read.
 
-    Errors:
+    Raises:
         TwinmergeError: no twin folder, none with masks, masks of another model, or that do not fit its tensors.
     """
     if not is_twin(folder):
@@ -87,7 +87,7 @@ def extract_masked(folder: str | Path, task: str, out: str | Path) -> ExtractedE
         task: the name of an expert.
         out: a folder that does not exist or is empty; it is whole or not there.
 
-    Errors:
+    Raises:
         TwinmergeError: as `open_masks` says, an unknown task, an output that is there.
     """
     folder = Path(folder)

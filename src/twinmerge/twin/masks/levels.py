@@ -23,8 +23,8 @@ from twinmerge.twin.masks.build import changed_tensors, in_given_order, mask_mer
 class MaskLevels(NamedTuple):
     """The masks at every threshold of a grid.
 
-    merge: what they are of; grid: rising thresholds; vectors: canonical name -> τ in the base's dtype; planes: canonical
-    name -> (experts, 3, bytes) uint8, as `bits.planes`, experts as given.
+    merge: what they are of; grid: rising thresholds; vectors: canonical name -> τ in the base's dtype; planes:
+    canonical name -> (experts, 3, bytes) uint8, as `bits.planes`, experts as given.
     """
 
     merge: Merge
@@ -52,7 +52,7 @@ def levels(
     Args:
         grid: 1 to 7 thresholds, rising, above 0 and at most 1.
 
-    Errors:
+    Raises:
         TwinmergeError: another grid, a method without a threshold, and as `build_masks` says.
     """
     if not grid or list(grid) != sorted(set(grid)) or not 0 < grid[0] <= grid[-1] <= 1 or len(grid) > 7:

@@ -1,4 +1,5 @@
-"""What is said of masks that were written, of thresholds that were chosen, and of an expert that was written out again."""
+"""What is said of masks that were written, of thresholds that were chosen, and of an expert that was written out
+again."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str,
 def tensors_of(name: str, value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors in an argument, tuples included.
 
-    Errors:
+    Raises:
         TwinmergeError: it is something else than tensors and plain values (a cache).
     """
     if isinstance(value, Tensor):
@@ -42,7 +42,8 @@ def tensors_of(name: str, value: Any, path: str) -> Iterator[tuple[str, Tensor]]
             yield from tensors_of(f"{name}.{i}", one, path)
     elif value is not None and not isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
         raise CacheError(
-            f"The module {path!r} is given a {type(value).__name__}, which cannot be told apart by rows. Say use_cache=False, give "
+            f"The module {path!r} is given a {type(value).__name__}, which cannot be told apart by rows. Say "
+            "use_cache=False, give "
             'one mixture for the whole batch, or say strategy="rebuild".'
         )
 

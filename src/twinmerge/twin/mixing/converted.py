@@ -1,6 +1,7 @@
 """Parameters that a class puts together of several stored tensors: what experts change of those, folded into the one.
 
-Each stored tensor, the matrix of one expert of a mixture of experts, keeps its own low-rank part; only the sum is put together.
+Each stored tensor, the matrix of one expert of a mixture of experts, keeps its own low-rank part; only the sum is put
+together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class Converted(nn.Module):
 
     Args:
         name: canonical name of the parameter.
-        conversion: what makes it of its stored parts; shapes: of all of them.
+        conversion: what makes it of its stored parts.
+        shapes: of all of them.
         parts: canonical name of a stored part -> what the experts change of it.
     """
 
@@ -77,7 +79,8 @@ def converted(
     """Canonical name of each parameter that is put together of some of these stored tensors, how, and of which of them.
 
     Args:
-        found: canonical name of a stored part -> its conversion; shapes: of all parts.
+        found: canonical name of a stored part -> its conversion.
+        shapes: of all parts.
         names: of what experts change.
     """
     groups: dict[str, list[str]] = {}

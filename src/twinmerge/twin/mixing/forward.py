@@ -1,4 +1,5 @@
-"""What every module that adds rows' parts shares: the mixture of the pass, the rows of an activation, the biases of each row."""
+"""What every module that adds rows' parts shares: the mixture of the pass, the rows of an activation, the biases of
+each row."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ from twinmerge.twin.mixing.parts import Dense, Part
 class Layout(NamedTuple):
     """How the leading axis of an input follows from the rows of the batch.
 
-    times: how many entries each row has, side by side; None where lengths decide it, empty where the input is one for all.
-    shared: it may come once for all rows (a leading axis of 1, or ids without an axis of rows) and is spread over them.
+    times: how many entries each row has, side by side; None where lengths decide it, empty where the input is one for
+    all. shared: it may come once for all rows (a leading axis of 1, or ids without an axis of rows) and is spread
+    over them.
     """
 
     times: frozenset[int] | None = frozenset({1})
@@ -37,10 +39,11 @@ class UnseenError(Exception):
 class State:
     """What the modules see.
 
-    mixture: of the pass under way; biases: the one for biases where it differs; copies: how many entries a row may stand for
-    side by side (the beams of a generation); entries: of the modules above that were watched, the length of the leading axis;
-    layouts: (path, argument) -> its layout, None before a look; spread: path -> axes between rows and a vector, of modules whose
-    free parameters can have an axis of rows; glance: a look that is under way; refused: path -> why it cannot mix row by row.
+    mixture: of the pass under way; biases: the one for biases where it differs; copies: how many entries a row may
+    stand for side by side (the beams of a generation); entries: of the modules above that were watched, the length of
+    the leading axis; layouts: (path, argument) -> its layout, None before a look; spread: path -> axes between rows
+    and a vector, of modules whose free parameters can have an axis of rows; glance: a look that is under way;
+    refused: path -> why it cannot mix row by row.
     """
 
     def __init__(self) -> None:
@@ -91,7 +94,8 @@ class Seen:
         times = self.state.layout(self.path, argument).times
         if rest or (times is not None and each not in {t * copies for t in times for copies in self.state.copies}):
             raise UsageError(
-                f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, which do not follow the rows as they "
+                f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, which do not follow the rows as "
+                "they "
                 'did when it was looked at. Give one mixture for the whole batch, or say strategy="rebuild".'
             )
         return each
@@ -166,8 +170,8 @@ class Forward(Seen, ABC):
     # ------------------------------------------------------------------ any module at all
 
     def apart(self, args: Sequence[Any], kwargs: Mapping[str, Any], mixture: Mixture) -> Any:
-        """The module with the dense weights of each mixture, for the rows that have it: exact whatever it computes, as long as
-        rows do not meet in it."""
+        """The module with the dense weights of each mixture, for the rows that have it: exact whatever it computes,
+        as long as rows do not meet in it."""
         biases = self.state.biases
         if mixture.uniform and (biases is None or biases.uniform):
             return self.with_weights(args, kwargs, mixture.weights[0], None if biases is None else biases.weights[0])
@@ -203,7 +207,8 @@ class Forward(Seen, ABC):
     def with_weights(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], weights: Tensor, biases: Tensor | None = None
     ) -> Any:
-        """The module's own answer with the dense weights of one mixture, weights (experts,); what lies within mixes it too."""
+        """The module's own answer with the dense weights of one mixture, weights (experts,); what lies within mixes
+        it too."""
         one = Mixture.of(weights[None])
         values = {
             (m, a): part.mixed(
@@ -265,8 +270,9 @@ class Forward(Seen, ABC):
 
 
 class Apart(Forward):
-    """A module that has no closed form here: each mixture's rows run through it with their own weights. Free parameters that
-    have an axis of rows to spare, or none at all, take one instead, where a look found that this computes the same.
+    """A module that has no closed form here: each mixture's rows run through it with their own weights. Free
+    parameters that have an axis of rows to spare, or none at all, take one instead, where a look found that this
+    computes the same.
 
     Args:
         parts: (module, attribute) -> the experts' part, of this module or of those within whose parameters it reads.

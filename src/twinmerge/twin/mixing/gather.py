@@ -58,7 +58,8 @@ def gather(name: str, experts: Sequence[Exclusive], place: Place) -> Part:
 
 
 def _gather_masks(name: str, masks: Sequence[Masked | None], place: Place, parameter: Tensor) -> Masks | Dense:
-    """Masks as they are, τ once; a parameter that is a vector, or has an axis of rows to spare, is small and made dense."""
+    """Masks as they are, τ once; a parameter that is a vector, or has an axis of rows to spare, is small and made
+    dense."""
     multiplied = place.attribute == "weight" and takes_factors(place.module)
     if (parameter.dim() == 1 or parameter.shape[0] == 1) and not multiplied:
         dense = [torch.zeros_like(parameter) if m is None else m.dense().to(parameter) for m in masks]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 
 class Call(NamedTuple):
-    """shape: of an input; prints: four numbers of each entry of its leading axis, that tell entries apart; eps: of its dtype."""
+    """shape: of an input; prints: four numbers of each entry of its leading axis, that tell entries apart; eps: of
+    its dtype."""
 
     shape: tuple[int, ...]
     prints: Tensor
@@ -26,8 +27,10 @@ class Glance:
     """A pass.
 
     Args:
-        rows: of the batch; row: the one that was changed, None where none was.
-        spread: path -> axes: what comes once for all rows is given an axis of rows there, and the changed row's is changed.
+        rows: of the batch.
+        row: the one that was changed, None where none was.
+        spread: path -> axes: what comes once for all rows is given an axis of rows there, and the changed row's is
+            changed.
         originals: (module, attribute) -> the parameter, of those that stand aside meanwhile.
         times: (path, argument) -> entries of a row, by an earlier pass.
 

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 
 def multiplies(module: nn.Module) -> bool:
-    """True for nn.Linear and Conv1D, which stores its matrix transposed, and for subclasses that compute the same by other means
-    (Falcon's), which is checked on numbers once."""
+    """True for nn.Linear and Conv1D, which stores its matrix transposed, and for subclasses that compute the same by
+    other means (Falcon's), which is checked on numbers once."""
     if runs(module, nn.Linear) or isinstance(module, Conv1D):
         return True
     if not isinstance(module, nn.Linear):
@@ -61,7 +61,8 @@ def rows_with_biases(module: Any, x: Tensor, biases: Tensor | None) -> Tensor:
     """What the rows' products of a Linear or Conv1D are added to: the bias of each row in the answer's shape, or zeros.
 
     Args:
-        x: the module's input (rows, ..., in); biases: w · db (rows or 1, out).
+        x: the module's input (rows, ..., in).
+        biases: w · db (rows or 1, out).
     """
     own: Tensor | None = module.bias
     if own is None:
@@ -73,6 +74,7 @@ def rows_with_biases(module: Any, x: Tensor, biases: Tensor | None) -> Tensor:
 
 
 def matrix_of(module: Any, weight: Tensor | None = None) -> Tensor:
-    """The matrix (in, out) that a Linear or Conv1D multiplies its input by; that of another weight where one is given."""
+    """The matrix (in, out) that a Linear or Conv1D multiplies its input by; that of another weight where one is
+    given."""
     found: Tensor = module.weight if weight is None else weight
     return found if isinstance(module, Conv1D) else found.T

@@ -1,10 +1,11 @@
 """How each module's input follows the rows of a batch, found by looking: passes in which one row was changed.
 
-Two batches of different numbers of rows (and lengths) run as they are and again with one row changed. An input follows the rows where
-its leading axis is rows × something and exactly the changed row's entries, side by side, are other numbers. What comes once for all
-rows (positions) is spread over the rows in the second pass and the changed row's copy is changed, so what the model does with it is
-seen too. In a pass of its own every parameter that experts change is another one, except while its module runs: what changes the answer
-then is read by somebody else, and is handed to the module above.
+Two batches of different numbers of rows (and lengths) run as they are and again with one row changed. An input
+follows the rows where its leading axis is rows × something and exactly the changed row's entries, side by side, are
+other numbers. What comes once for all rows (positions) is spread over the rows in the second pass and the changed
+row's copy is changed, so what the model does with it is seen too. In a pass of its own every parameter that experts
+change is another one, except while its module runs: what changes the answer then is read by somebody else, and is
+handed to the module above.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Sample(NamedTuple):
 
 
 class Look(NamedTuple):
-    """layouts: (path, argument) -> how it follows the rows; spread: as in `State`; wrong: path -> why it cannot mix row by row,
-    empty where its input does not follow the rows."""
+    """layouts: (path, argument) -> how it follows the rows; spread: as in `State`; wrong: path -> why it cannot mix
+    row by row, empty where its input does not follow the rows."""
 
     layouts: dict[tuple[str, str], Layout]
     spread: dict[str, int]
@@ -93,7 +94,9 @@ def look(
     """Look at a model.
 
     Args:
-        forwards: path -> what adds the experts' parts there; run: answers a batch; samples: two;
+        forwards: path -> what adds the experts' parts there.
+        run: answers a batch.
+        samples: two;
         coupled: rows meet in the answer (of two towers), so that it says nothing.
 
     Returns:
@@ -212,7 +215,8 @@ def _is_once(call: Call, lookup: bool, fixed: bool) -> bool:
 
 
 def _once(plain: Sequence[Glance], samples: Sequence[Sample], forwards: Mapping[str, Forward]) -> set[str]:
-    """Paths of modules that are given something once for all rows: a leading axis of 1, or ids that do not follow the rows."""
+    """Paths of modules that are given something once for all rows: a leading axis of 1, or ids that do not follow the
+    rows."""
     found = set()
     for (path, argument), calls in plain[0].calls.items():
         if argument or isinstance(forwards[path], Apart):

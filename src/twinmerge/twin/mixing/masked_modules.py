@@ -1,8 +1,8 @@
 """How modules add the parts of masked experts: θs + Σt wt st mt ⊙ τ is made for one module at a time and let go.
 
-Rows of one mixture take one product with the sum, so that a batch whose rows have one expert each costs no more products
-than one model. Where rows of few experts have many mixtures, each expert's st mt ⊙ τ is made once and multiplied with all
-its rows instead. Both are exact; in 16 bits a sum is rounded to 16 bits, as `extract` writes it.
+Rows of one mixture take one product with the sum, so that a batch whose rows have one expert each costs no more
+products than one model. Where rows of few experts have many mixtures, each expert's st mt ⊙ τ is made once and
+multiplied with all its rows instead. Both are exact; in 16 bits a sum is rounded to 16 bits, as `extract` writes it.
 """
 
 from __future__ import annotations

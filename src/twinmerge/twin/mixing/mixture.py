@@ -34,10 +34,9 @@ class Stretch(NamedTuple):
 class Mixture:
     """The weights (rows, experts) of a batch whose rows are already in the order of `order`.
 
-    blocks: rectangles of `weights` that hold every weight that is not 0: the work of a pass. An expert that no row uses is in
-    none of them.
-    uniform: every row has the same weights.
-    owner: (rows,) the one expert of each row (any where a row has none); None where a row has several.
+    blocks: rectangles of `weights` that hold every weight that is not 0: the work of a pass. An expert that no row
+    uses is in none of them. uniform: every row has the same weights. owner: (rows,) the one expert of each row (any
+    where a row has none); None where a row has several.
     """
 
     weights: Tensor
@@ -79,8 +78,8 @@ class Mixture:
 
         Args:
             weights: (rows, experts), finite.
-            grouped: rows of like experts are brought together and each expert works on its own rows; without it all experts
-                that are used work on all rows at once.
+            grouped: rows of like experts are brought together and each expert works on its own rows; without it all
+                experts that are used work on all rows at once.
             reorder: allow another order of the rows.
 
         Example:
@@ -104,11 +103,12 @@ class Mixture:
         return cls(weights, tuple(blocks), order, uniform, owner)
 
     def columns(self, block: Block, widths: tuple[int, ...], kind: Tensor) -> Tensor:
-        """The weights of a block, one for each column of the experts' factors: (rows, columns), or (1, columns) where all
-        rows are alike.
+        """The weights of a block, one for each column of the experts' factors: (rows, columns), or (1, columns) where
+        all rows are alike.
 
         Args:
-            widths: columns of each expert; kind: an activation, for device and dtype.
+            widths: columns of each expert.
+            kind: an activation, for device and dtype.
         """
         key = (block.rows.start, block.experts.start, block.experts.stop, widths, kind.dtype)
         if (found := self._columns.get(key)) is None:
@@ -148,7 +148,8 @@ def _runs(used: np.ndarray) -> list[slice]:
 
 
 def _cover(used: np.ndarray) -> list[Block]:
-    """Rectangles that cover (rows, experts): an expert's stretches of rows; neighbours that share their rows are one."""
+    """Rectangles that cover (rows, experts): an expert's stretches of rows; neighbours that share their rows are
+    one."""
     blocks: list[Block] = []
     for expert in range(used.shape[1]):
         for rows in _runs(used[:, expert]):
@@ -163,7 +164,7 @@ def _cover(used: np.ndarray) -> list[Block]:
 def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> Tensor:
     """(rows, experts) float32 out of what a caller gives: one mapping for all rows, one per row, or a tensor.
 
-    Errors:
+    Raises:
         TwinmergeError: unknown expert (with the nearest right one), wrong number of rows, NaN.
 
     Example:
@@ -208,7 +209,7 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
         weights: (rows, experts), finite.
         normalize: divide each row by its sum first.
 
-    Errors:
+    Raises:
         TwinmergeError: a negative weight or a sum above 1; with `normalize`, a sum that is not positive.
 
     Example:
@@ -227,7 +228,8 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
         worst = sums[int(sums.argmax())] if bool((sums > 1 + 1e-4).any()) else weights.min()
         what = "add up to" if bool((sums > 1 + 1e-4).any()) else "hold"
         raise UsageError(
-            f"The mixture's weights {what} {float(worst):.4g}; they must be at least 0 and add up to 1 at most. Say normalize=True "
+            f"The mixture's weights {what} {float(worst):.4g}; they must be at least 0 and add up to 1 at most. Say "
+            "normalize=True "
             "to divide by their sum, or free=True to mix with any weights."
         )
     return weights

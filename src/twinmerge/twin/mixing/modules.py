@@ -1,9 +1,9 @@
-"""How each kind of module adds each row's part: y = W x + b + Σt wt [Bt (At x) + dbt], never a dense weight; masks are in
-`masked_modules.py`.
+"""How each kind of module adds each row's part: y = W x + b + Σt wt [Bt (At x) + dbt], never a dense weight; masks
+are in `masked_modules.py`.
 
-The forward of a module that experts change is replaced by one that runs the module's own and adds to what it gave; with no
-mixture set it is the module's own. Everything that is linear in a parameter is exact. Any other module takes the weights of each
-mixture in turn, for the rows that have it (`Apart`).
+The forward of a module that experts change is replaced by one that runs the module's own and adds to what it gave;
+with no mixture set it is the module's own. Everything that is linear in a parameter is exact. Any other module takes
+the weights of each mixture in turn, for the rows that have it (`Apart`).
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class _Embedding(Forward):
 
 
 class _Lookups:
-    """The forward of a subclass of nn.Embedding (positions from a mask, a scale): what it looks up in its table is mixed."""
+    """The forward of a subclass of nn.Embedding (positions from a mask, a scale): what it looks up in its table is
+    mixed."""
 
     def __init__(self, lookups: Forward, module: nn.Module) -> None:
         self.lookups, self.module, self.own = lookups, module, lookups.own
@@ -186,8 +187,8 @@ class _Conv2d(Forward):
 
 
 class _Norm(Forward):
-    """y = x̂ · (o + g + w · dg) + (b + w · db), with x̂ the input normalised without any affine part; nn.LayerNorm (o = 0) and
-    RMSNorm's kind."""
+    """y = x̂ · (o + g + w · dg) + (b + w · db), with x̂ the input normalised without any affine part; nn.LayerNorm (o
+    = 0) and RMSNorm's kind."""
 
     def __init__(
         self, state: State, path: str, module: nn.Module, weight: Dense | None, bias: Dense | None, offset: float
@@ -225,8 +226,8 @@ class _BatchNorm2d(Forward):
 
 
 class _RelativeBias:
-    """A table of relative positions: the bias (1, ..., heads, q, k) that its owner computes is linear in the table, so each
-    expert's table is looked up the same way and added to its rows.
+    """A table of relative positions: the bias (1, ..., heads, q, k) that its owner computes is linear in the table,
+    so each expert's table is looked up the same way and added to its rows.
 
     While the owner's method runs, the table is read as it is.
     """

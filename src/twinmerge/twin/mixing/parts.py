@@ -83,7 +83,8 @@ class Masks(nn.Module):
 
     Args:
         vector: τ, in the parameter's shape and dtype.
-        bits: of each expert (⌈numel / 8⌉,) uint8; None where it leaves the parameter at θs. They are held as they are given.
+        bits: of each expert (⌈numel / 8⌉,) uint8; None where it leaves the parameter at θs. They are held as they are
+            given.
         scales: st of each expert.
     """
 

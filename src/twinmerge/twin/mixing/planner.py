@@ -1,8 +1,8 @@
 """Which way to mix a batch: a cost model of operations and bytes, with what this machine does of each measured once.
 
-All ways compute the same function. `stacked`: every expert in use works on all rows at once. `grouped`: each expert works on its
-own rows, which are brought together for the pass. `folded`: one mixture for all rows is added to the weights first. `rebuild`:
-the same for each mixture of the batch, one after the other; the reference.
+All ways compute the same function. `stacked`: every expert in use works on all rows at once. `grouped`: each expert
+works on its own rows, which are brought together for the pass. `folded`: one mixture for all rows is added to the
+weights first. `rebuild`: the same for each mixture of the batch, one after the other; the reference.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ WORTH = 0.95  # a way that touches all weights must be predicted this much faste
 
 
 class Machine(NamedTuple):
-    """What a device does with a dtype: operations of a wide and of a thin product and bytes of memory, each in a second, and the
-    seconds that a module's call and one more operation take."""
+    """What a device does with a dtype: operations of a wide and of a thin product and bytes of memory, each in a
+    second, and the seconds that a module's call and one more operation take."""
 
     wide: float
     thin: float
@@ -79,7 +79,8 @@ def _many(run: Callable[[], Tensor]) -> Tensor:
 
 
 class Site(NamedTuple):
-    """A matrix that experts change: (out, in), the columns of each expert; lookup: rows are looked up, not multiplied."""
+    """A matrix that experts change: (out, in), the columns of each expert; lookup: rows are looked up, not
+    multiplied."""
 
     shape: tuple[int, int]
     ends: tuple[int, ...]
@@ -134,7 +135,8 @@ class Planner:
         return self.dtype.itemsize
 
     def base(self, tokens: int) -> float:
-        """Seconds of the shared model alone: products or the bytes of their weights, whichever takes longer, and calls."""
+        """Seconds of the shared model alone: products or the bytes of their weights, whichever takes longer, and
+        calls."""
         m = self.machine
         return max(2 * tokens * self.multiplied / m.wide, self.size * self.multiplied / m.bytes) + self.calls * m.call
 
@@ -159,7 +161,8 @@ class Planner:
         return self.mixing(mixture.blocks, positions) + (self.masking(mixture, positions) if self.masked else 0.0)
 
     def masking(self, mixture: Mixture, positions: int) -> float:
-        """Seconds that masked experts add to a pass: making st mt ⊙ τ, and the products that go beyond the shared model's."""
+        """Seconds that masked experts add to a pass: making st mt ⊙ τ, and the products that go beyond the shared
+        model's."""
         m, seconds = self.machine, 0.0
         own = apart(mixture, positions)
         blocks = [(b.rows.stop - b.rows.start, b.experts.stop - b.experts.start) for b in mixture.blocks]
@@ -174,7 +177,8 @@ class Planner:
         return seconds
 
     def making(self, numel: int) -> float:
-        """Seconds to make W + w s m ⊙ τ for one expert: of what is read and written, τ, W and the sum are not in the cache."""
+        """Seconds to make W + w s m ⊙ τ for one expert: of what is read and written, τ, W and the sum are not in the
+        cache."""
         return numel * (3 + 3 * self.size) / self.machine.bytes + 6 * self.machine.operation
 
     def folding(self, weights: Tensor) -> float:
@@ -193,8 +197,8 @@ class Planner:
         return seconds
 
     def break_even(self) -> float:
-        """Tokens of one mixture above which folding takes fewer operations than mixing: dm / (d + m), whatever the rank; 0 for
-        masks, whose mixing is no less work than folding."""
+        """Tokens of one mixture above which folding takes fewer operations than mixing: dm / (d + m), whatever the
+        rank; 0 for masks, whose mixing is no less work than folding."""
         products = [(shape, times) for (shape, _, lookup), times in self.sites.items() if not lookup]
         both = sum(times * (m + n) for (m, n), times in products)
         return sum(times * m * n for (m, n), times in products) / max(1, both)
@@ -251,7 +255,7 @@ class Planner:
 
         In 16 bits only mixing is chosen by itself, since weights of 16 bits round small changes away.
 
-        Errors:
+        Raises:
             TwinmergeError: a strategy that is not known, or that this batch does not allow.
         """
         if strategy != "auto" and strategy not in STRATEGIES:

@@ -45,7 +45,8 @@ def passed(
 
 
 def _logits(output: Any) -> Any:
-    """Of a model of transformers its logits; what a module of one's own gives is no more than a tensor where it is one."""
+    """Of a model of transformers its logits; what a module of one's own gives is no more than a tensor where it is
+    one."""
     return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
 
@@ -59,11 +60,12 @@ def rebuilt(
 ) -> Answered:
     """Answer each group of rows by the model that its mixture makes.
 
-    Where the inputs are rows of all tensors alike, a group runs alone; else (pictures that stand anywhere, two towers) the whole
-    batch runs for each mixture, and each row is taken from the run of its own. Models of two towers score the rows that all the
-    mixtures gave against each other, each row by the free parameters (a scale) of its own mixture.
+    Where the inputs are rows of all tensors alike, a group runs alone; else (pictures that stand anywhere, two
+    towers) the whole batch runs for each mixture, and each row is taken from the run of its own. Models of two towers
+    score the rows that all the mixtures gave against each other, each row by the free parameters (a scale) of its own
+    mixture.
 
-    Errors:
+    Raises:
         TwinmergeError: labels or a cache beside several mixtures.
     """
     if len(groups) == 1:
@@ -104,12 +106,14 @@ def refuse_whole(batch: Mapping[str, Any]) -> None:
     """Refuse what belongs to a whole batch."""
     if batch.get("labels") is not None:
         raise UsageError(
-            "A loss is the mean of a whole batch, and the rows of different mixtures are answered apart. Leave the labels out and "
+            "A loss is the mean of a whole batch, and the rows of different mixtures are answered apart. Leave the "
+            "labels out and "
             "take it from the logits."
         )
     if any(batch.get(name) is not None for name in CACHES):
         raise UsageError(
-            "A cache holds the rows of a whole batch, and the rows of different mixtures are answered apart. Give one mixture."
+            "A cache holds the rows of a whole batch, and the rows of different mixtures are answered apart. Give one "
+            "mixture."
         )
 
 
@@ -152,7 +156,8 @@ def _towers(model: HeadedModel, runtime: Runtime, batch: Mapping[str, Any], grou
     given = {name: _chosen([f[name] for f in found], groups, size) for name in found[0]}
     if any(_lacks(whole, found[0][name]) for name, whole in given.items()):
         raise UsageError(
-            "This model scores rows of one kind against rows of another, and there are not as many of both, so it is not known whose "
+            "This model scores rows of one kind against rows of another, and there are not as many of both, so it is not "
+            "known whose "
             "mixtures the others have. Give one mixture."
         )
     outputs = []

@@ -1,7 +1,8 @@
 """Whether a module that somebody brings along answers every row of a batch apart from the others.
 
-Of transformers' models it is known how a batch lies. Of any other module it is tried: its last row alone must get the answer
-that it gets in the batch. A module that takes time first and rows second, or one that mixes rows, does not pass.
+Of transformers' models it is known how a batch lies. Of any other module it is tried: its last row alone must get the
+answer that it gets in the batch. A module that takes time first and rows second, or one that mixes rows, does not
+pass.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def _compare(model: HeadedModel, whole: Any, one: Any, size: int, what: str) -> 
 
 def _refused(model: HeadedModel, why: str) -> TwinmergeError:
     return UsageError(
-        f"Rows of {type(model.body).__name__} cannot have different mixtures: {why}. Put the rows first (batch_first=True), or give "
+        f"Rows of {type(model.body).__name__} cannot have different mixtures: {why}. Put the rows first "
+        "(batch_first=True), or give "
         "one mixture for the whole batch."
     )

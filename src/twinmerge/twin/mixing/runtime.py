@@ -1,4 +1,5 @@
-"""The exclusive parts of all experts, attached to the shared model: mixed row by row, or folded into one set of weights.
+"""The exclusive parts of all experts, attached to the shared model: mixed row by row, or folded into one set of
+weights.
 
 The modules, their names and their weights stay as transformers made them.
 """
@@ -32,10 +33,11 @@ class Runtime(nn.Module):
         experts: in the order of the mixture's columns.
 
     Attributes:
-        refused: path -> why this module cannot mix row by row, in a sentence; such a twin takes one mixture at a time.
+        refused: path -> why this module cannot mix row by row, in a sentence; such a twin takes one mixture at a
+            time.
         broken: names of parameters that hold NaN or infinity, by expert.
 
-    Errors:
+    Raises:
         TwinmergeError: a parameter that the body does not have.
     """
 
@@ -115,7 +117,8 @@ class Runtime(nn.Module):
         if samples is not None and self._look(samples):
             return None
         return (
-            f"The rows of this batch ({', '.join(sorted(kind))}) cannot be told apart by its tensors, so it cannot be seen how this "
+            f"The rows of this batch ({', '.join(sorted(kind))}) cannot be told apart by its tensors, so it cannot be "
+            "seen how this "
             "model lays them out."
         )
 
@@ -220,7 +223,8 @@ class Runtime(nn.Module):
         names = sorted({part.name for part in self.forwards[path].parts.values()})
         told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return (
-            f"The module {path!r} ({type(self._modules_by_path[path]).__name__}) uses {told} in a way that has no exact mixture per "
+            f"The module {path!r} ({type(self._modules_by_path[path]).__name__}) uses {told} in a way that has no exact "
+            "mixture per "
             "row."
         )
 
@@ -239,7 +243,8 @@ class Runtime(nn.Module):
         alike = mixture.uniform and (biases is None or biases.uniform)
         if self.refused and mixture.used and not alike:
             raise UsageError(
-                f'{next(iter(self.refused.values()))} Give one mixture for the whole batch, say strategy="rebuild", or keep these '
+                f'{next(iter(self.refused.values()))} Give one mixture for the whole batch, say strategy="rebuild", or keep '
+                "these "
                 "parameters with the heads (--head)."
             )
         state = self.state
@@ -278,8 +283,8 @@ class Runtime(nn.Module):
     def folded(self, weights: Tensor) -> Iterator[None]:
         """Within the context the body has the dense weights θs + Σ wt vt of one mixture, weights (experts,).
 
-        The parameters themselves are not touched: others take their place meanwhile. The weights of the last mixture are
-        kept, so that the next call with it starts at once.
+        The parameters themselves are not touched: others take their place meanwhile. The weights of the last mixture
+        are kept, so that the next call with it starts at once.
         """
         self.check(weights.nonzero()[:, 0].tolist())
         dense = self._dense_weights(weights)
@@ -331,7 +336,8 @@ def _deepest_first(paths: Iterable[str]) -> list[str]:
 
 
 def two_towers(model: HeadedModel) -> bool:
-    """Whether rows of one kind of input are scored against every row of another (CLIP), so that rows meet in the answer."""
+    """Whether rows of one kind of input are scored against every row of another (CLIP), so that rows meet in the
+    answer."""
     config: Any = model.architecture.config
     towers = hasattr(config, "vision_config") or hasattr(config, "audio_config")
     return towers and not getattr(model.body, "can_generate", lambda: False)()

@@ -1,4 +1,5 @@
-"""Batches to look at a model with (see `twin/mixing/layout.py`): made up from its config, or a caller's with one row changed."""
+"""Batches to look at a model with (see `twin/mixing/layout.py`): made up from its config, or a caller's with one row
+changed."""
 
 from __future__ import annotations
 

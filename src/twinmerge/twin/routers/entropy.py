@@ -15,10 +15,12 @@ UNFITTED = 0.05  # temperature, as entropies are shares of the highest one
 
 
 class EntropyRouter(Router):
-    """logit_k = −H_k, how unsure expert k's own answer is; nothing but the temperature is fitted, and no data is needed.
+    """logit_k = −H_k, how unsure expert k's own answer is; nothing but the temperature is fitted, and no data is
+    needed.
 
-    H_k: of classifiers the entropy of the answer, divided by the logarithm of its number of labels; of language models the
-    mean negative log-likelihood of the prompt's own tokens, in nats. Every expert answers every input: K passes for one.
+    H_k: of classifiers the entropy of the answer, divided by the logarithm of its number of labels; of language
+    models the mean negative log-likelihood of the prompt's own tokens, in nats. Every expert answers every input: K
+    passes for one.
 
     Source: Oh et al. 2025 (DaWin, ICLR), which mixes by the entropy of each expert's prediction.
 
@@ -63,12 +65,13 @@ def unsureness(logits: Tensor, ids: Tensor | None = None, mask: Tensor | None = 
 
     Args:
         logits: (rows, labels), −∞ where a row has fewer labels; or (rows, positions, words) of a language model.
-        ids: (rows, positions), its words; mask: the same, 0 where they are padding.
+        ids: (rows, positions), its words.
+        mask: the same, 0 where they are padding.
 
     Returns:
         (rows,).
 
-    Errors:
+    Raises:
         TwinmergeError: answers of one label, or of a model that is neither.
 
     Example:
@@ -85,6 +88,7 @@ def unsureness(logits: Tensor, ids: Tensor | None = None, mask: Tensor | None = 
         own = torch.ones_like(logs) if mask is None else mask[:, 1:].to(logs) * mask[:, :-1].to(logs)
         return -(logs * own).sum(1) / own.sum(1).clamp(min=1)
     raise UsageError(
-        "The entropy router reads the answers of classifiers of two labels or more, or of language models with a prompt of two tokens "
+        "The entropy router reads the answers of classifiers of two labels or more, or of language models with a "
+        "prompt of two tokens "
         "or more. Choose another router."
     )

@@ -19,8 +19,8 @@ DRAWN = 2000  # rows of each expert, where a temperature is fitted on drawn ones
 class GaussianRouter(LinearRouter):
     """One Gaussian per expert with a common covariance, in closed form (linear discriminant analysis).
 
-    logit_k = μkᵀ P z − ½ μkᵀ P μk, P the inverse of (1 − s) Σ + s diag(Σ), s = 0.05, Σ the covariance inside the experts.
-    Equal priors. Coefficients and aggregates are kept, no text and no feature of one.
+    logit_k = μkᵀ P z − ½ μkᵀ P μk, P the inverse of (1 − s) Σ + s diag(Σ), s = 0.05, Σ the covariance inside the
+    experts. Equal priors. Coefficients and aggregates are kept, no text and no feature of one.
 
     Source: Fisher 1936; Friedman 1989 for the shrinkage.
 
@@ -51,8 +51,8 @@ class GaussianRouter(LinearRouter):
         return self.of(weight.float(), bias.float())
 
     def changed(self, statistics: Statistics) -> Self:
-        """The router after experts came or went; its temperature is that of rows drawn from the aggregates, or the fitted one
-        where the experts are the first ones again.
+        """The router after experts came or went; its temperature is that of rows drawn from the aggregates, or the
+        fitted one where the experts are the first ones again.
 
         Example:
             >>> z = torch.tensor([[-1.0, 0.0], [-1.2, 0.4], [1.0, 0.1], [1.1, -0.3]])
@@ -71,7 +71,8 @@ class GaussianRouter(LinearRouter):
         return router
 
     def _drawn(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """Logits of rows drawn around each mean with the common covariance: logits are linear, so they are drawn as such."""
+        """Logits of rows drawn around each mean with the common covariance: logits are linear, so they are drawn as
+        such."""
         weight, bias = self.weight.double(), self.bias.double()
         values, vectors = torch.linalg.eigh(weight @ statistics.covariance() @ weight.T)
         root = vectors * values.clamp(min=0).sqrt()

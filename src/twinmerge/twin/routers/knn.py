@@ -18,9 +18,10 @@ FLOOR = 1e-6  # votes of an expert that no neighbour is of
 class KnnRouter(Router):
     """k nearest neighbours in a bank of examples, by cosine.
 
-    logit_k = log(Σ e^(10 cos(z, zᵢ)) / Σ e^(10 cos) + 10⁻⁶), the upper sum over those of the 10 nearest rows zᵢ that are expert
-    k's, the lower over all ten; features are centered and divided by their spread first. At most 256 rows of each expert are
-    kept, in 16 bits: unlike the others this router holds features of the inputs that it was fitted on.
+    logit_k = log(Σ e^(10 cos(z, zᵢ)) / Σ e^(10 cos) + 10⁻⁶), the upper sum over those of the 10 nearest rows zᵢ that
+    are expert k's, the lower over all ten; features are centered and divided by their spread first. At most 256 rows
+    of each expert are kept, in 16 bits: unlike the others this router holds features of the inputs that it was fitted
+    on.
 
     Source: the feature bank of T-Switch (CVPR 2025) for the choice of experts; Cover and Hart 1967.
 

@@ -16,9 +16,9 @@ from twinmerge.twin.routers.kit.linear import LinearRouter
 class LogisticRouter(LinearRouter):
     """Multinomial logistic regression on means and spreads of the states, standardised; every expert weighs the same.
 
-    min over W, b of the mean over experts of the mean −log softmax(W z + b) of their rows, plus (ridge / 2) ‖W‖². It tells inputs apart
-    better than the Gaussian where features are far from Gaussian, as those of the first layers are; but it keeps no
-    statistics, so that experts cannot come and go without a new fit.
+    min over W, b of the mean over experts of the mean −log softmax(W z + b) of their rows, plus (ridge / 2) ‖W‖². It
+    tells inputs apart better than the Gaussian where features are far from Gaussian, as those of the first layers
+    are; but it keeps no statistics, so that experts cannot come and go without a new fit.
 
     Source: Cox 1966; Liu and Nocedal 1989 for LBFGS.
 

@@ -19,8 +19,8 @@ UNFITTED = 0.05  # temperature of residuals where no inputs are there to fit it
 class ProjectionRouter(Router):
     """Data-free: the expert whose own input directions explain an input best.
 
-    logit_k = −‖z − Vk Vkᵀ z‖ / ‖z‖, Vk an orthonormal basis of the right singular vectors of expert k's exclusive part in the
-    matrices that read z. An expert changes a matrix along the directions that its own inputs have.
+    logit_k = −‖z − Vk Vkᵀ z‖ / ‖z‖, Vk an orthonormal basis of the right singular vectors of expert k's exclusive
+    part in the matrices that read z. An expert changes a matrix along the directions that its own inputs have.
 
     Source: the projection residual of MASS (ICLR 2026).
 
@@ -36,7 +36,8 @@ class ProjectionRouter(Router):
     bases: Tensor
 
     def from_bases(self, vectors: Sequence[Tensor]) -> Self:
-        """Of each expert's directions (width, any number), as long as they matter: those that hold most of the energy."""
+        """Of each expert's directions (width, any number), as long as they matter: those that hold most of the
+        energy."""
         found = []
         for v in vectors:
             u, s, _ = torch.linalg.svd(v.double(), full_matrices=False)

@@ -1,7 +1,8 @@
 """What a Gaussian router was made of: counts, means and scatters, which add, so that experts can come and go.
 
-Aggregates of features only; no text and no feature of one is kept. The scatter of the experts that were there first is one
-matrix; each expert that came later has its own, so that taking it out again leaves the very bytes that were there before.
+Aggregates of features only; no text and no feature of one is kept. The scatter of the experts that were there first
+is one matrix; each expert that came later has its own, so that taking it out again leaves the very bytes that were
+there before.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ FIRST = ""  # names the scatter of the experts that were there first
 
 
 class Statistics(NamedTuple):
-    """first: the experts that were fitted together; temperature, report: what their held-out rows gave; counts: expert ->
-    rows; means: expert -> (width,); scatters: `FIRST` or an expert that came later -> Σ (z − μ)(z − μ)ᵀ inside the experts,
-    (width, width); freedoms: of each scatter, its rows less the means taken off; limits: expert -> how many times the mean squared
-    distance of its group's rows a row may be away before it is nobody's, `novel` the last features that this is taken in (0:
-    none). Means and scatters are float32: a router is made of what is kept, never of more."""
+    """first: the experts that were fitted together; temperature, report: what their held-out rows gave; counts:
+    expert -> rows; means: expert -> (width,); scatters: `FIRST` or an expert that came later -> Σ (z − μ)(z − μ)ᵀ
+    inside the experts, (width, width); freedoms: of each scatter, its rows less the means taken off; limits: expert
+    -> how many times the mean squared distance of its group's rows a row may be away before it is nobody's, `novel`
+    the last features that this is taken in (0: none). Means and scatters are float32: a router is made of what is
+    kept, never of more."""
 
     first: tuple[str, ...]
     temperature: float
@@ -61,12 +63,14 @@ class Statistics(NamedTuple):
         return total / sum(self.freedoms.values())
 
     def own_covariance(self, expert: str) -> Tensor:
-        """The covariance of the rows that an expert's scatter was made of, float64: its own, or that of all the first ones."""
+        """The covariance of the rows that an expert's scatter was made of, float64: its own, or that of all the first
+        ones."""
         group = expert if expert in self.scatters else FIRST
         return self.scatters[group].double() / self.freedoms[group]
 
     def shrunk_covariance(self, last: int | None = None) -> Tensor:
-        """(1 − s) Σ + s diag(Σ), s = 0.05, of all features or of the last ones, with a floor that keeps it invertible, float64.
+        """(1 − s) Σ + s diag(Σ), s = 0.05, of all features or of the last ones, with a floor that keeps it
+        invertible, float64.
 
         Source: Friedman 1989, "Regularized discriminant analysis", with the diagonal as the target.
         """
@@ -87,8 +91,8 @@ class Statistics(NamedTuple):
         )
 
     def without(self, name: str) -> Statistics:
-        """Without an expert. The scatter of the first ones stays whole: it is the covariance of them all, and a sum cannot be
-        taken apart to the bit."""
+        """Without an expert. The scatter of the first ones stays whole: it is the covariance of them all, and a sum
+        cannot be taken apart to the bit."""
         return self._replace(
             first=tuple(e for e in self.first if e != name),
             counts={e: n for e, n in self.counts.items() if e != name},

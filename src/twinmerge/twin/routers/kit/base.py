@@ -23,9 +23,9 @@ from twinmerge.twin.routers.kit.novelty import Novelty
 class Router(nn.Module, ABC):
     """Features (rows, width) -> logits (rows, experts); `temperature` turns them into weights.
 
-    A router is one file of `twin/routers/` with one class. Of its annotated fields those of type Tensor are what it learns
-    and stores; the others are its options, each with a default. It gives `shape`, `_logits`, and, by what it `needs_inputs`
-    and `reads`, some of `fit`, `of_experts` and `read_answer`.
+    A router is one file of `twin/routers/` with one class. Of its annotated fields those of type Tensor are what it
+    learns and stores; the others are its options, each with a default. It gives `shape`, `_logits`, and, by what it
+    `needs_inputs` and `reads`, some of `fit`, `of_experts` and `read_answer`.
 
     Args:
         kind: the name that it is found by; that of its file where None.
@@ -94,8 +94,8 @@ class Router(nn.Module, ABC):
     # ------------------------------------------------------------------ made
 
     def fit(self, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0) -> Self:
-        """Fit on features (rows, width) and the number of the expert that each row belongs to (rows,); for kinds that need
-        inputs."""
+        """Fit on features (rows, width) and the number of the expert that each row belongs to (rows,); for kinds that
+        need inputs."""
         raise UsageError(
             f"The {self.kind} router is made from the experts, not from inputs: call fit_router of a twin."
         )
@@ -107,7 +107,8 @@ class Router(nn.Module, ABC):
 
         Args:
             layers: that it reads.
-            directions: layer -> of each expert, the directions (width, any number) that it reads the layer's input along.
+            directions: layer -> of each expert, the directions (width, any number) that it reads the layer's input
+                along.
         """
         raise UsageError(f"The {self.kind} router is fitted on inputs. Give a few hundred for each expert.")
 
@@ -147,7 +148,8 @@ class Router(nn.Module, ABC):
 
         Args:
             logits: (rows, labels), −∞ where a row has fewer labels; or (rows, positions, words) of a language model.
-            ids: (rows, positions), its words; mask: the same, 0 where they are padding.
+            ids: (rows, positions), its words.
+            mask: the same, 0 where they are padding.
         """
         raise UsageError(f"The {self.kind} router reads no answers.")
 
@@ -169,12 +171,14 @@ class Router(nn.Module, ABC):
         if features.shape[-1:] != self.shape[1:]:
             found = features.shape[-1] if features.dim() else 0
             raise DataError(
-                f"The router reads {self.shape[1]} features of each input, got {found}. Fit it again on this model and these layers."
+                f"The router reads {self.shape[1]} features of each input, got {found}. Fit it again on this model and these "
+                "layers."
             )
         return self._logits(features.float())
 
     def weights(self, features: Tensor, experts_per_row: int | None = 1) -> Tensor:
-        """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `experts_per_row` largest, renormalised."""
+        """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `experts_per_row`
+        largest, renormalised."""
         return top_weights(torch.softmax(self.logits(features) / self.temperature, -1), experts_per_row)
 
     def far(self, features: Tensor) -> Tensor:
@@ -196,7 +200,8 @@ class Fields(NamedTuple):
 
 @cache
 def fields_of(kind: type[Router]) -> Fields:
-    """The annotated fields of a router and of the classes between it and `Router`; names with an underscore are its own affair.
+    """The annotated fields of a router and of the classes between it and `Router`; names with an underscore are its
+    own affair.
 
     Example:
         >>> class Nearest(Router):
@@ -239,7 +244,8 @@ def _checked(name: str, kind: type[Router], options: Mapping[str, Any]) -> BaseM
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(
-            f"{name}: {first['loc'][0]}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge twin routers {name}`."
+            f"{name}: {first['loc'][0]}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge twin "
+            f"routers {name}`."
         ) from error
 
 

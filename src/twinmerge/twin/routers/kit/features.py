@@ -15,8 +15,8 @@ from twinmerge.models.rows import batch_size
 
 
 def features(model: HeadedModel, batch: Mapping[str, Any], layers: Sequence[int], spreads: bool = False) -> Tensor:
-    """(rows, Σ widths) float32: for each layer the mean over the positions that are not padding; with `spreads` twice as many, the
-    standard deviations over the same positions first."""
+    """(rows, Σ widths) float32: for each layer the mean over the positions that are not padding; with `spreads` twice
+    as many, the standard deviations over the same positions first."""
     return read_states(model, batch, layers, spreads)[0]
 
 
@@ -25,7 +25,7 @@ def read_states(
 ) -> tuple[Tensor, Early | None]:
     """The features, and what the first layers gave where the pass could stop at the deepest one that is read.
 
-    Errors:
+    Raises:
         TwinmergeError: a batch of no rows, or a layer that the model does not have.
     """
     batch_size(batch)
@@ -37,7 +37,8 @@ def read_states(
     states = early.states if early is not None else model.hidden_states(batch)
     if max(layers) >= len(states):
         raise UsageError(
-            f"The router reads layer {max(layers)}, the model's last is {len(states) - 1}. Name other layers and fit it again."
+            f"The router reads layer {max(layers)}, the model's last is {len(states) - 1}. Name other layers and fit it "
+            "again."
         )
     mask, read = batch.get("attention_mask"), [states[layer] for layer in layers]
     found = [masked_spread(s, mask) for s in read] if spreads else []

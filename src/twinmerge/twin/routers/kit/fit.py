@@ -33,7 +33,8 @@ def fit_router(
     for k, name in enumerate(experts):
         if (owners == k).sum() < 5:
             raise UsageError(
-                f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least 5, better a few hundred."
+                f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least 5, better a few "
+                "hundred."
             )
     train, held = held_out_split(owners, seed)
     router.fit(features[train], owners[train], experts, seed)
@@ -57,7 +58,8 @@ def calibrated(router: Router, features: Tensor, owners: Tensor, experts: Sequen
     logits = router.logits(features)
     if logits.shape != (len(features), len(experts)) or not bool(logits.isfinite().all()):
         raise UsageError(
-            f"The {router.kind} router gives {list(logits.shape)} logits for {len(features)} rows and {len(experts)} experts, or "
+            f"The {router.kind} router gives {list(logits.shape)} logits for {len(features)} rows and {len(experts)} "
+            "experts, or "
             "some that are not finite. Fit it on other inputs or layers, or choose another router."
         )
     router.temperature.fill_(fit_temperature(logits, owners))
@@ -68,7 +70,7 @@ def calibrated(router: Router, features: Tensor, owners: Tensor, experts: Sequen
 def router_from(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Router:
     """A router out of its saved tensors.
 
-    Errors:
+    Raises:
         TwinmergeError: an unknown kind, tensors that are not those of its kind, NaN, or a temperature that is none.
     """
     if not is_router(kind):

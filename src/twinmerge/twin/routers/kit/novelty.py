@@ -15,10 +15,11 @@ ENOUGH = 50  # held-out rows of an expert; such a quantile cannot be told from f
 
 
 class Novelty(nn.Module):
-    """How far a row is from the nearest expert: min over k of (z − μk)ᵀ P (z − μk), in the last layer that the router reads.
+    """How far a row is from the nearest expert: min over k of (z − μk)ᵀ P (z − μk), in the last layer that the router
+    reads.
 
-    P is the inverse of the shrunk covariance inside the experts, kept as its Cholesky factor in 16 bits; an expert's limit is
-    the 99.5 % quantile of its own held-out rows, infinite where there were fewer than 50.
+    P is the inverse of the shrunk covariance inside the experts, kept as its Cholesky factor in 16 bits; an expert's
+    limit is the 99.5 % quantile of its own held-out rows, infinite where there were fewer than 50.
 
     Source: the Mahalanobis score of Lee et al. 2018, arXiv 1807.03888, equation 2, with one layer.
 
@@ -81,6 +82,7 @@ class Novelty(nn.Module):
 
 
 def limits_of(novelty: Novelty, experts: Sequence[str]) -> dict[str, float]:
-    """Expert -> its limit over the mean distance of its group, of those that have one: what stays when others come or go."""
+    """Expert -> its limit over the mean distance of its group, of those that have one: what stays when others come or
+    go."""
     found = (novelty.limits / novelty.usual).tolist()
     return {e: v for e, v in zip(experts, found, strict=True) if math.isfinite(v)}
