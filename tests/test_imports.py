@@ -12,6 +12,13 @@ OPEN: tuple[set[str], ...] = ()
 """Circles that are still to be opened: none may be added."""
 
 
+def test_files_are_short_or_say_why() -> None:
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > 400:
+            assert "Longer than other files:" in (ast.get_docstring(ast.parse(text)) or ""), path
+
+
 def imported() -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports anywhere."""
     files = {".".join(("twinmerge", *p.relative_to(ROOT).with_suffix("").parts)): p for p in ROOT.rglob("*.py")}

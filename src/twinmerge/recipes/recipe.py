@@ -4,6 +4,8 @@ A file whose top level has `twinmerge: 1` is a recipe of ours, which is what `de
 names and with the papers' semantics. Every other file is in mergekit's schema and means what mergekit means
 (`recipes/mergekit.py`). `compat: paper` or `compat: mergekit` at the top level decides otherwise. Both are strict: an
 unknown key is an error with the nearest right one.
+
+Longer than other files: what is read, checked and written down again is one schema.
 """
 
 from __future__ import annotations

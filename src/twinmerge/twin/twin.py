@@ -1,4 +1,7 @@
-"""The Twin: a shared model, exclusive parts, heads and a router as one module."""
+"""The Twin: a shared model, exclusive parts, heads and a router as one module.
+
+Longer than other files: it is the facade, and most of it says what each call takes.
+"""
 
 from __future__ import annotations
 
