@@ -1,4 +1,7 @@
-"""Continual merging: experts come one by one, and the merged model of now can be had at any time."""
+"""Continual merging: experts come one by one, and the merged model of now can be had at any time.
+
+Longer than other files: a state has one class, and half of it says what each call takes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The base and the experts of a merge, read range by range."""
+"""The base and the experts of a merge, read range by range.
+
+Longer than other files: all that a tile is made of is read in one class.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ bits.
 `fused.c` is compiled when the package is installed, if there is a C compiler; `available` says whether it was. It reads
 and writes the bytes of checkpoints (bfloat16, float16, float32) without a float32 copy of them. Calls let other threads
 run, and any number of them may run at once.
+
+Longer than other files: each call of the compiled library has its description here, field by field.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A body with many heads: each head is the expert's own model class around one shared body."""
+"""A body with many heads: each head is the expert's own model class around one shared body.
+
+Longer than other files: one class puts a body and its heads together, and each kind of head is a method.
+"""
 
 from __future__ import annotations
 

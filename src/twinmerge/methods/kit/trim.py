@@ -9,6 +9,8 @@ counts what is above the bracket and what lies inside it, and the threshold foll
 two histograms of 65,536 bins find it. Entries equal to a threshold, the normal case for bfloat16, are counted tensor
 by tensor in the same pass as long as the sample named the right value, and tile by tile in the one tensor where they
 run out.
+
+Longer than other files: the passes of one trim belong together.
 """
 
 from __future__ import annotations
