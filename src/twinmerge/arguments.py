@@ -126,6 +126,8 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is Iterable:
         plain = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
         return plain and getattr(value, "shape", None) != ()
+    if isinstance(origin, type) and issubclass(origin, os.PathLike):
+        return isinstance(value, os.PathLike)  # whatever names a file or folder
     return isinstance(value, origin) if isinstance(origin, type) else True
 
 

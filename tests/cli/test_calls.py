@@ -291,6 +291,21 @@ def test_results_are_still_what_they_were(zoo: Any) -> None:
     assert only.setting == "head given"
 
 
+def test_what_is_a_folder_or_a_file_goes_wherever_a_path_does(zoo: Any, made: Any, tmp_path: Path) -> None:
+    quiet = {"progress": False}
+    mood, kind = (tm.extract_masked(made.masks, name, tmp_path / name) for name in ("mood", "kind"))
+    assert tm.verify(mood, **quiet).ok and str(mood) == str(tmp_path / "mood") and (mood / "config.json").is_file()
+    assert tm.evaluate(mood, zoo.suite, tasks=["mood"], limit=4, **quiet).model == str(mood)
+    grams = {
+        name: tm.measure("gram", model, zoo.data[name], tmp_path / f"{name}.gram", **quiet)
+        for name, model in (("mood", mood), ("kind", kind))
+    }
+    merged = tm.merge("regmean", zoo.base, {"mood": mood, "kind": kind}, tmp_path / "merged", statistics=grams, **quiet)
+    assert merged.recipe.describe()["models"][0]["model"] == str(mood) and tm.verify(tmp_path / "merged", **quiet).ok
+    adapter = tm.Twin.from_pretrained(zoo.twin).export("kind", tmp_path / "model")
+    assert tm.diff(adapter, kind, **quiet).differs
+
+
 def test_a_table_in_its_forms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Some(Listing):
         """Some."""

@@ -94,7 +94,7 @@ def test_a_recipe_or_plan_that_is_not_there(fails: Any, words: list[str]) -> Non
 
 
 def test_an_expert_that_a_twin_does_not_have(fails: Any, zoo: Any) -> None:
-    assert "Did you mean 'mood'?" in fails(tm.UsageError, 2, "twin", "run", zoo.twin, "w3", "--expert", "mod")
+    assert "Did you mean 'mood'?" in fails(tm.UsageError, 2, "twin", "predict", zoo.twin, "w3", "--expert", "mod")
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_a_truncated_file(fails: Any, zoo: Any, copied: Any, tmp_path: Path) -> 
 def test_an_output_that_was_damaged(fails: Any, zoo: Any, copied: Any) -> None:
     twin = copied(zoo.twin)
     flip(twin / "twin.safetensors", -3)
-    assert "is not what twinmerge wrote" in fails(tm.DamagedFile, 3, "twin", "run", twin, "w3", "--expert", "mood")
+    assert "is not what twinmerge wrote" in fails(tm.DamagedFile, 3, "twin", "predict", twin, "w3", "--expert", "mood")
 
 
 def test_a_part_that_is_missing(fails: Any, zoo: Any, copied: Any) -> None:
     twin = copied(zoo.twin)
     (twin / "router.safetensors").unlink()
-    assert "is missing" in fails(tm.DamagedFile, 3, "twin", "run", twin, "w3")
+    assert "is missing" in fails(tm.DamagedFile, 3, "twin", "predict", twin, "w3")
 
 
 def test_statistics_of_another_model(command: Any, fails: Any, zoo: Any, tmp_path: Path) -> None:

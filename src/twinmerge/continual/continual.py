@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -144,7 +145,7 @@ class Continual:
                 raise UsageError(
                     f"The state has an expert {name!r} already. Give the new one another name, or remove that one."
                 )
-            expert = open_model(model, name if not isinstance(model, str | Path) else None)
+            expert = open_model(model, name if not isinstance(model, (str, os.PathLike)) else None)
             names, head = self._matched(state, name, expert)
             print_of = expert.fingerprint()
             for other in about.experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ def _twin_of(
     for entry in about.experts:
         model = experts.get(entry.name, entry.model)
         try:
-            opened[entry.name] = open_model(model, None if isinstance(model, str | Path) else entry.name)
+            opened[entry.name] = open_model(model, None if isinstance(model, (str, os.PathLike)) else entry.name)
         except TwinmergeError as error:
             raise type(error)(
                 f"A twin needs every expert itself, and {entry.name!r} cannot be read: {error} Say where it is with --expert "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from twinmerge.engine.plan import Entry, Plan
 from twinmerge.errors import ModelError
@@ -97,4 +97,4 @@ class Models:
 
 
 def _open(model: ModelLike, name: str) -> OpenedModel:
-    return open_model(model, None if isinstance(model, (str, Path)) else name)
+    return open_model(model, None if isinstance(model, (str, os.PathLike)) else name)

@@ -7,6 +7,7 @@ other, and the configs say the same: everything is merged, under its own canonic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,7 @@ def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
 
     A head, an adapter, a tie that is stored twice, another task or config, a tensor too many or too few ask for it.
     """
-    if not all(isinstance(model, (str, Path)) for model in models):
+    if not all(isinstance(model, (str, os.PathLike)) for model in models):
         return None
     places = [locate(model) for model in models]
     if any(place.adapter for place in places):

@@ -281,7 +281,7 @@ class Recipe:
 
 
 def _ref(model: ModelLike) -> str:
-    return str(model) if isinstance(model, (str, Path)) else f"<{type(model).__name__} in memory>"
+    return str(model) if isinstance(model, (str, os.PathLike)) else f"<{type(model).__name__} in memory>"
 
 
 def _once_read(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

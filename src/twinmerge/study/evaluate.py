@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def runner_of(
         return model
     if isinstance(model, Twin):
         return TwinRunner(model, oracle_biases)
-    if isinstance(model, (str, Path)):
+    if isinstance(model, (str, os.PathLike)):
         found_at = locate(model)
         if found_at.adapter is not None:
             raise UsageError(f"{model} is a base and an adapter. Merge it into one folder first, and evaluate that.")
@@ -240,7 +241,7 @@ def evaluate(
 
 def name_of(model: str | Path | Twin | Merge | StaticRunner | TwinRunner) -> str:
     """What a model is called in results."""
-    if isinstance(model, (str, Path)):
+    if isinstance(model, (str, os.PathLike)):
         return str(model)
     of = model.twin if isinstance(model, TwinRunner) else model
     if isinstance(of, Merge):
