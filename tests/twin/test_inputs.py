@@ -79,8 +79,13 @@ def test_a_router_of_token_ids_is_that_of_the_same_batch(of_words: tuple[tm.Twin
     assert all(torch.allclose(routers[0][n], t, atol=1e-5) for n, t in routers[1].items())
 
 
-def test_the_command_takes_token_ids(of_words: tuple[tm.Twin, Path], tmp_path: Path) -> None:
+def test_the_command_takes_token_ids(
+    of_words: tuple[tm.Twin, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from typer.testing import CliRunner
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the next test's threads are not to change
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     from twinmerge.cli import app
 

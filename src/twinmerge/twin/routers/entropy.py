@@ -15,8 +15,7 @@ UNFITTED = 0.05  # temperature, as entropies are shares of the highest one
 
 
 class EntropyRouter(Router):
-    """logit_k = −H_k, how unsure expert k's own answer is; nothing but the temperature is fitted, and no data is
-    needed.
+    """logit_k = −H_k, how unsure expert k's own answer is; only the temperature is fitted, and no data is needed.
 
     H_k: of classifiers the entropy of the answer, divided by the logarithm of its number of labels; of language
     models the mean negative log-likelihood of the prompt's own tokens, in nats. Every expert answers every input: K
