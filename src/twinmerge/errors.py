@@ -28,13 +28,11 @@ class UsageError(TwinmergeError):
 
 
 class RecipeError(UsageError):
-    """A recipe or plan that cannot be followed, or a method, router or codec by a name or parameter that it does not
-    have."""
+    """A recipe or plan that cannot be followed; a method, router or codec by a name or parameter that is not there."""
 
 
 class DataError(TwinmergeError):
-    """What was read is missing, does not fit or cannot be used: statistics, rows, suites, artefacts, and the two
-    kinds below."""
+    """What was read is missing, does not fit or cannot be used: statistics, rows, suites, and the two kinds below."""
 
 
 class ModelError(DataError):
@@ -46,8 +44,7 @@ class DamagedFile(DataError):  # noqa: N818
 
 
 class ResourceError(TwinmergeError):
-    """What the machine does not give: a file that it refuses to read, the network, an optional package, and outputs
-    (below)."""
+    """What the machine does not give: a file that may not be read, the network, an optional package, outputs (below)."""
 
 
 class OutputError(ResourceError):
