@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import pickle
@@ -386,3 +387,44 @@ def test_a_plan_that_is_not_understood_is_refused(family: dict[str, Path], tmp_p
     file = edited(quiet(recipe(family)), tmp_path / "plan.json", change)
     with pytest.raises(TwinmergeError, match=said):
         Merge.from_plan(file, progress=False)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda merge: pickle.loads(pickle.dumps(merge))])
+def test_an_edited_plan_stays_edited(family: dict[str, Path], tmp_path: Path, way: Callable[[Merge], Merge]) -> None:
+    """In copies too; what would fall back to the recipe is refused."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["rules"][0]["parameters"]["scale"] = 2.0
+
+    merge = Merge.from_plan(edited(quiet(recipe(family, scale=0.5)), tmp_path / "plan.json", change), progress=False)
+    want = quiet(recipe(family, scale=2.0)).state_dict()
+    got = way(merge).state_dict()
+    assert merge.edited and all(torch.equal(got[name], tensor) for name, tensor in want.items())
+    with pytest.raises(TwinmergeError, match="An edited plan says every parameter itself"):
+        merge.varied(scale=1.0)
+    card = (way(merge).save(tmp_path / "out") / "README.md").read_text()
+    assert "rules of an edited plan" in card
+
+
+def test_an_edited_plan_is_what_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tiny = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 16,
+    }
+    model = BertModel(BertConfig(**tiny))
+    model.save_pretrained(tmp_path / "base")
+    for p in model.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    model.save_pretrained(tmp_path / "a")
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["rules"][0]["parameters"]["scale"] = 0.0
+
+    given = Recipe("task_arithmetic", str(tmp_path / "base"), {"a": str(tmp_path / "a")}, {"scale": 1.0})
+    loaded = Merge.from_plan(edited(quiet(given), tmp_path / "plan.json", change), progress=False).load()
+    base = BertModel.from_pretrained(tmp_path / "base").state_dict()
+    assert all(torch.equal(t, base[n]) for n, t in loaded.body.state_dict().items())  # type: ignore[union-attr]

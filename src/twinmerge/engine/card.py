@@ -61,13 +61,22 @@ def model_card(
         f"---\n{to_yaml(front)}---\n\n# {_title(kind)} of {', '.join(experts)}\n\n"
         f"Made with twinmerge by `{provenance['recipe']['merge_method']}`{_semantics(provenance)}.\n\n"
         f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{mixed}{heads}\n"
-        f"## Recipe\n\n```yaml\n{recipe}```\n\n"
+        f"## Recipe\n\n```yaml\n{recipe}```\n\n{_edited(provenance)}"
         f"Parameters after defaults: `{json.dumps(provenance['parameters'], ensure_ascii=False)}`\n"
     )
 
 
 def _semantics(provenance: Mapping[str, Any]) -> str:
     return f", {SEMANTICS[provenance['semantics']]}" if provenance.get("semantics") in SEMANTICS else ""
+
+
+def _edited(provenance: Mapping[str, Any]) -> str:
+    """Where a plan was edited the recipe alone would give another model."""
+    return (
+        "The rules of an edited plan were followed in its place; `twinmerge.json` has them.\n\n"
+        if "rules" in provenance
+        else ""
+    )
 
 
 def _title(kind: str) -> str:

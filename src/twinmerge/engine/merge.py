@@ -119,7 +119,8 @@ class Merge:
             "output",
             "lines",
         )
-        return {name: self.__dict__[name] for name in kept} | {"spread": None}
+        plan = {"plan": self.plan} if self.edited else {}
+        return {name: self.__dict__[name] for name in kept} | {"spread": None} | plan
 
     @classmethod
     def from_plan(cls, file: str | Path, progress: bool = True, **how: Any) -> Merge:
@@ -137,6 +138,11 @@ class Merge:
         merge = cls(recipe, progress, **how)
         merge.__dict__["plan"] = plan_from(raw, merge.plan, merge.models, str(file))
         return merge
+
+    @property
+    def edited(self) -> bool:
+        """Whether its plan was read from a file whose rules are not those that the recipe gives."""
+        return "plan" in self.__dict__ and self.plan.edited
 
     @cached_property
     def models(self) -> Models:
@@ -293,7 +299,7 @@ class Merge:
         """The merged model with the experts' heads, whatever its class."""
         whole = self if self.architecture else Merge(self.recipe, self.progress, architecture=True, device=self.device)
         whole.matched.warn()
-        return headed(whole.base, whole.experts, whole.canonical_state(), whole.heads())
+        return headed(whole.base, whole.experts, self.canonical_state(), whole.heads())  # by the plan of this one
 
     @strict
     def save(self, out: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
@@ -343,6 +349,8 @@ class Merge:
         Raises:
             TwinmergeError: unknown parameters, values out of range.
         """
+        if self.edited:
+            raise UsageError("An edited plan says every parameter itself. Edit the plan, or take a merge of a recipe.")
         other = copy.copy(self)
         other.recipe = self.recipe.varied(parameters)
         other.method, other.lines = other.recipe.make_method(), other.recipe.lines

@@ -204,6 +204,10 @@ def search(
         raise UsageError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
     for candidate in candidates:  # before the first of them takes its time
         merge.recipe.varied(candidate).make_method()
+    if merge.edited:
+        raise UsageError(
+            "An edited plan says every parameter itself, so there is nothing to search. Take a merge of a recipe."
+        )
     if not merge.architecture:  # to run it
         merge = Merge(merge.recipe, merge.progress, architecture=True, device=merge.device)
     encoder: TextEncoder | None = None
