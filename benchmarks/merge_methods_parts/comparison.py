@@ -151,7 +151,7 @@ class Comparison:
         scored, size = Evaluation.of(predictions, "task given"), bytes_of(self.work / "masks")
         without_heads = sum(f.stat().st_size for f in (self.work / "masks").glob("*.safetensors"))
         told = {
-            **found.told(),
+            **found.record(),
             "bytes_without_heads": without_heads,
             "over_formula": without_heads / found.formula("masks"),
         }

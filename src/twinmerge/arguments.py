@@ -189,8 +189,8 @@ def at_least_one(name: str, value: Any) -> int:
         twinmerge.errors.UsageError: batch_rows is 0. Give a whole number from 1 on.
     """
     if not fits(value, int) or value < 1:
-        told = value if fits(value, int) else shown(value)
-        raise UsageError(f"{name} is {told}. Give a whole number from 1 on.")
+        given_as = value if fits(value, int) else shown(value)
+        raise UsageError(f"{name} is {given_as}. Give a whole number from 1 on.")
     return int(value)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MOVED = {
     "engine.lines": "recipes.lines",
@@ -73,6 +77,9 @@ NAMES = {
 COMMANDS = {"compress": "masks build", "extract": "masks extract", "twin run": "twin predict"}
 """Old command -> command of today."""
 
+KEYWORDS = {"free": "unconstrained"}
+"""Old argument of the calls of a twin -> argument of today."""
+
 
 def old_name(module: str, name: str) -> Any:
     """What a module's `__getattr__` gives for an old name.
@@ -106,6 +113,20 @@ def new_command(words: Sequence[str]) -> tuple[list[str], str | None]:
             said = f"`twinmerge {old}` is `twinmerge {new}` now. The old name goes with 0.1.0."
             return [*new.split(), *words[len(own) :]], said
     return list(words), None
+
+
+def with_old_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, which takes an old argument as the one of today, with a warning."""
+
+    @wraps(function)
+    def renamed(*args: P.args, **kwargs: P.kwargs) -> T:
+        for old, new in KEYWORDS.items():
+            if old in kwargs and new not in kwargs:
+                warnings.warn(f"{old}= is {new}= now. The old name goes with 0.1.0.", DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+        return function(*args, **kwargs)
+
+    return renamed
 
 
 class _Finder(MetaPathFinder):

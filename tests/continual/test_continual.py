@@ -339,8 +339,8 @@ def test_a_materialised_folder_loads_in_transformers_and_verifies(zoo, started, 
     found = verify(out, progress=False)
     assert found.ok and found.tensors == len(open_model(zoo.base).specs)
     assert (out / "tokenizer.json").is_file() and "apache" not in (out / "twinmerge.json").read_text()
-    told = json.loads((out / "twinmerge.json").read_text())["continual"]
-    assert told["method"] == "iso_c" and [e["name"] for e in told["experts"]] == ["a", "b"]
+    record = json.loads((out / "twinmerge.json").read_text())["continual"]
+    assert record["method"] == "iso_c" and [e["name"] for e in record["experts"]] == ["a", "b"]
     raw = bytearray((out / "model.safetensors").read_bytes())
     raw[-3] ^= 1
     (out / "model.safetensors").write_bytes(raw)

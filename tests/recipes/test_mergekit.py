@@ -319,17 +319,17 @@ def test_the_recipe_on_the_card_gives_the_same_bytes(models, tmp_path, kind):
         warnings.simplefilter("ignore")
         recipe = recipe_from(recipes(models)[kind])
         out = Merge(recipe, progress=False).save(tmp_path / "out")
-        told = json.loads((out / "twinmerge.json").read_text())
+        record = json.loads((out / "twinmerge.json").read_text())
         card = (out / "README.md").read_text()
         (tmp_path / "card.yaml").write_text(card.split("```yaml\n")[1].split("```")[0])
-        (tmp_path / "told.json").write_text(json.dumps(told["recipe"]))
+        (tmp_path / "told.json").write_text(json.dumps(record["recipe"]))
         again = [read_recipe(tmp_path / "card.yaml"), read_recipe(tmp_path / "told.json")]
-        again.append(Recipe.from_description(told["recipe"]))
-        again.append(Recipe.from_description({k: v for k, v in told["recipe"].items() if k != "twinmerge"}))
+        again.append(Recipe.from_description(record["recipe"]))
+        again.append(Recipe.from_description({k: v for k, v in record["recipe"].items() if k != "twinmerge"}))
         assert all(each == again[0] for each in again) and again[0].describe() == recipe.describe()
-        assert told["recipe"]["twinmerge"] == 1
+        assert record["recipe"]["twinmerge"] == 1
         semantics = "mergekit" if kind.startswith("mergekit") else "paper"
-        assert {recipe.semantics, again[0].semantics, told["semantics"]} == {semantics}
+        assert {recipe.semantics, again[0].semantics, record["semantics"]} == {semantics}
         assert f"{'mergekit' if semantics == 'mergekit' else 'the papers'}'" in card
         Merge(again[0], progress=False).save(tmp_path / "again")
         assert verify(out, progress=False).ok
@@ -368,14 +368,14 @@ def test_output_of_before_the_mark_still_verifies(models, tmp_path):
     paths = {n: str(models.root / n) for n in MODELS}
     out = merge("ties", base=paths.pop("base"), experts=paths, density=0.5, scale=1.0).save(tmp_path / "out")
     file = out / "twinmerge.json"
-    told = json.loads(file.read_text())
-    del told["recipe"]["twinmerge"], told["semantics"]
-    told["recipe"]["parameters"] = {"density": "5e-1", "scale": True, "x.weights": "1"}
-    file.write_text(json.dumps(told))
+    record = json.loads(file.read_text())
+    del record["recipe"]["twinmerge"], record["semantics"]
+    record["recipe"]["parameters"] = {"density": "5e-1", "scale": True, "x.weights": "1"}
+    file.write_text(json.dumps(record))
     sums = out / "twinmerge.checksums.json"  # which had no checksums of files then
     sums.write_text(json.dumps(json.loads(sums.read_text())["sums"]))
     assert verify(out, progress=False).ok
-    again = Recipe.from_description(told["recipe"])
+    again = Recipe.from_description(record["recipe"])
     assert again.parameters == {"density": 0.5, "scale": 1.0, "x.weights": 1.0} and again.semantics == "paper"
     assert load_file(out / "model.safetensors").keys() == SHAPES.keys()
 

@@ -337,9 +337,20 @@ def test_weights_outside_the_simplex_are_asked_for(lab: Any, mixture: dict[str, 
         assert torch.equal(
             twin(**case.batch, mixture=mixture, normalize=True).logits, twin(**case.batch, mixture=scaled).logits
         )
-    assert twin(**case.batch, mixture=mixture, free=True).mixture[0, 1] == pytest.approx(mixture["e1"])
+    assert twin(**case.batch, mixture=mixture, unconstrained=True).mixture[0, 1] == pytest.approx(mixture["e1"])
     with pytest.raises(TwinmergeError, match="add up to nothing above 0"):
         twin(**case.batch, mixture={}, normalize=True)
+
+
+def test_the_old_name_of_unconstrained_warns(lab: Any) -> None:
+    case, twin, mixture = lab.case("llama", torch.float32), lab.twin("llama", torch.float32), {"e1": -0.5}
+    now = twin(**case.batch, mixture=mixture, unconstrained=True).logits
+    with pytest.warns(DeprecationWarning, match="free= is unconstrained= now"):
+        assert torch.equal(twin(**case.batch, mixture=mixture, free=True).logits, now)
+    with pytest.warns(DeprecationWarning, match="free= is unconstrained= now"):
+        assert float(twin.mixtures(case.batch, mixture=mixture, free=True)[0, 1]) == -0.5
+    with pytest.raises(TwinmergeError, match="free"):
+        twin(**case.batch, mixture=mixture, free=True, unconstrained=True)
 
 
 # ---------------------------------------------------------------------------------------- another dtype or device

@@ -107,14 +107,14 @@ def test_only_mixtures_of_the_simplex_are_taken(routed: Twin, weights: list[floa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_no_numbers_are_never_taken(lab: Any, routed: Twin, tmp_path: Path, value: float) -> None:
-    """Not with `free`, not with `normalize`, and no export leaves anything behind."""
+    """Not with `unconstrained`, not with `normalize`, and no export leaves anything behind."""
     batch = lab.case("bert", torch.float32).batch
     bad = {"e0": 0.5, "e1": value}
     for call in (
-        lambda: routed(**batch, mixture=bad, free=True),
+        lambda: routed(**batch, mixture=bad, unconstrained=True),
         lambda: routed(**batch, mixture=bad, normalize=True),
         lambda: routed(**batch, mixture=[bad] * 5, head="e0"),
-        lambda: routed(**batch, mixture=torch.tensor([0.5, value, 0.0]), free=True),
+        lambda: routed(**batch, mixture=torch.tensor([0.5, value, 0.0]), unconstrained=True),
         lambda: routed.weights_for(bad),
         lambda: export_dense(routed, bad, tmp_path / "dense"),
         lambda: export_lora(routed, bad, tmp_path / "lora"),

@@ -62,7 +62,7 @@ def test_serving11_no_layer_runs_twice_and_answers_are_those_of_two_passes(
     count = Count(twin)
     out = twin(**case.batch, experts_per_row=experts_per_row, strategy=strategy, **options)
     assert count.ran.count(0) == 1 and count.ran.count(1) >= 1
-    again = twin(**case.batch, mixture=out.mixture, free=True, strategy=strategy, **options)
+    again = twin(**case.batch, mixture=out.mixture, unconstrained=True, strategy=strategy, **options)
     assert count.ran.count(0) >= 2
     assert lab.relative(lab.answer(out).nan_to_num(neginf=0), lab.answer(again).nan_to_num(neginf=0)) <= 1e-12
     if experts_per_row == 1:

@@ -16,7 +16,7 @@ from twinmerge.cli.continual import twin as twin_of_state
 from twinmerge.cli.demo import demo
 from twinmerge.cli.diff import diff
 from twinmerge.cli.evaluate import evaluate
-from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, say, told
+from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, message_and_code, say
 from twinmerge.cli.lora import extract as extract_lora
 from twinmerge.cli.lora import merge as merge_lora
 from twinmerge.cli.masks import build as build_masks
@@ -118,7 +118,7 @@ def main() -> None:
             failed = error
         failed = flushed() or failed
         if failed is not None:
-            said, code = told(failed)
+            said, code = message_and_code(failed)
             say(said)
         sys.exit(code)
 

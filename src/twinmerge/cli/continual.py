@@ -102,7 +102,7 @@ def add(
     if json:
         print_json(opened.status())
     else:
-        said(f"{_told(opened)}{'' if output is None else f', and the twin {output}'}")
+        said(f"{_summary(opened)}{'' if output is None else f', and the twin {output}'}")
 
 
 def remove(
@@ -127,7 +127,7 @@ def remove(
     if json:
         print_json(opened.status())
     else:
-        said(_told(opened))
+        said(_summary(opened))
 
 
 def materialise(
@@ -150,7 +150,7 @@ def materialise(
     if json:
         print_json({**opened.status(), "output": str(output)})
     else:
-        said(f"{_told(opened)} -> {output}")
+        said(f"{_summary(opened)} -> {output}")
 
 
 def status(state: State, json: Json = False) -> None:
@@ -206,7 +206,7 @@ def twin(
         said(f"A twin of {', '.join(built.experts)} around the state's merged model -> {output}")
 
 
-def _told(continual: Continual) -> str:
+def _summary(continual: Continual) -> str:
     found = continual.status()
     count = len(found["experts"])
     return (

@@ -19,16 +19,16 @@ PACKAGES = ("twinmerge", "torch", "transformers", "peft", "safetensors", "huggin
 LONGEST = 500  # characters of an error's own message in a report: files speak there
 
 
-def told(error: BaseException) -> tuple[str, int]:
-    """What the user is told of an error, and the exit code.
+def message_and_code(error: BaseException) -> tuple[str, int]:
+    """What is said to the user of an error, and the exit code.
 
     A TwinmergeError speaks for itself, and its class has the code. What the system refuses, memory among it, is a
     sentence (4); so is anything else, with a file to report it with (4).
 
     Example:
-        >>> told(UsageError("density is 1.5. Give 0 to 1."))
+        >>> message_and_code(UsageError("density is 1.5. Give 0 to 1."))
         ('Error: density is 1.5. Give 0 to 1.', 2)
-        >>> told(OSError(errno.EFBIG, "File too large", "out/model.safetensors"))
+        >>> message_and_code(OSError(errno.EFBIG, "File too large", "out/model.safetensors"))
         ('Error: The system says of out/model.safetensors: File too large. Name a place on another disk, or raise the limit (ulimit -f).', 4)
     """
     if isinstance(error, TwinmergeError):

@@ -158,8 +158,8 @@ def _report(found: Measurement, json: bool) -> None:
     if json:
         print_json(found.to_dict())
         return
-    told = {name: getattr(found, name) for name in ("examples", "tokens", "tensors", "bytes", "seconds")}
-    shown = {key: f"{value:,}" if isinstance(value, int) else str(value) for key, value in told.items()}
+    figures = {name: getattr(found, name) for name in ("examples", "tokens", "tensors", "bytes", "seconds")}
+    shown = {key: f"{value:,}" if isinstance(value, int) else str(value) for key, value in figures.items()}
     print_table(str(found.file), ["what", found.what], [*(shown | {"bytes": size(found.bytes)}).items()])
 
 

@@ -30,7 +30,7 @@ def methods(
     about = found[name]
     typer.echo(f"{name}\n\n{(inspect.getdoc(method_class(name)) or '').split('Example:')[0].strip()}\n")
     typer.echo(f"Needs: {', '.join(about['needs'])}. Gives: {_gives(about)}. Paper: {about['paper']}.\n")
-    lines = [(f, str(told["default"]), told["about"] or "") for f, told in about["parameters"].items()]
+    lines = [(f, str(parameter["default"]), parameter["about"] or "") for f, parameter in about["parameters"].items()]
     print_table("Parameters", ["name", "default", "meaning"], lines)
 
 

@@ -36,7 +36,7 @@ def routers(
     found = classes[name]
     typer.echo(f"{name}\n\n{(inspect.getdoc(found) or '').split('Example:')[0].strip()}\n")
     typer.echo(f"Needs: {_needs(found)}. Experts come and go without a new fit: {'yes' if _stays(found) else 'no'}.\n")
-    lines = [(o, str(told["default"]), str(told["about"] or "")) for o, told in listed[name]["options"].items()]
+    lines = [(o, str(option["default"]), str(option["about"] or "")) for o, option in listed[name]["options"].items()]
     print_table("Options (--router-option NAME=VALUE)", ["name", "default", "meaning"], lines)
 
 

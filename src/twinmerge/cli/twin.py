@@ -33,8 +33,8 @@ from twinmerge.cli.twin_common import (
     compressed,
     draw,
     print_twin,
+    size_line,
     texts_of,
-    told,
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -137,7 +137,7 @@ def build(
         print_twin(info, output)
         return
     at = "" if chosen else f" at rank {rank}"
-    said(f"Built a twin of {len(experts)} experts{at}: {told(info)} -> {output}")
+    said(f"Built a twin of {len(experts)} experts{at}: {size_line(info)} -> {output}")
     if twin.router is None:
         said("It has no router: name the expert in each call, or build again with --data or --suite.")
     elif info.router is None:

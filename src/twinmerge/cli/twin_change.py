@@ -18,8 +18,8 @@ from twinmerge.cli.twin_common import (
     compressed,
     draw,
     print_twin,
+    size_line,
     texts_of,
-    told,
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -56,7 +56,7 @@ def compress(
     if json:
         print_twin(info, output)
     else:
-        said(f"{told(info)} -> {output}")
+        said(f"{size_line(info)} -> {output}")
 
 
 def refine(

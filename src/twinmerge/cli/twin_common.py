@@ -61,7 +61,7 @@ def compressed(
     return twin.compress(rank=rank, energy=energy, bytes=limit, codec=codec, inputs=inputs)
 
 
-def told(info: TwinInfo) -> str:
+def size_line(info: TwinInfo) -> str:
     """What a twin takes and keeps, in words."""
     if info.kept is None:  # refined parts are no share of what there was
         return f"{size(info.bytes_extra)} beside the shared model"

@@ -36,7 +36,7 @@ Digests = dict[str, list[str]]
 
 
 class Told(NamedTuple):
-    """What is told of a piece once it is written. old: of the state before; content: of the expert; square:
+    """The report of a piece once it is written. old: of the state before; content: of the expert; square:
     ‖τ‖² of the piece; size: the same of what is kept."""
 
     old: Digests
@@ -91,12 +91,12 @@ class Change:
         with next_state(self.state.folder, self.state.base, self.about, specs) as writer:
             title = f"{'adding' if self.kind == 'absorb' else 'removing'} {self.entry.name}"
             todo = list(pieces(self.places, self.fold.absorbs_whole))
-            for each, told in worked(todo, lambda each: self._piece(each, writer), title, progress):
-                for part, found in told.old.items():
+            for each, piece in worked(todo, lambda each: self._piece(each, writer), title, progress):
+                for part, found in piece.old.items():
                     before.add(f"{part}/{each.name}", found)
-                read.add(each.name, told.content)
-                squares.append(told.square)
-                sizes.append(told.size)
+                read.add(each.name, piece.content)
+                squares.append(piece.square)
+                sizes.append(piece.size)
             before.check()
             entry = replace(self.entry, content=read.of_all(), norm=math.sqrt(math.fsum(squares)))
             norm = math.sqrt(math.fsum(sizes)) if self.about.experts else 0.0

@@ -62,12 +62,12 @@ def write_folder(
             output.sums[OUTPUT] = writer.finish()
         finally:
             writer.close()
-        told = {"continual": _told(status()), "versions": {package: version(package) for package in PACKAGES}}
-        Beside(base, base.folder, told, _card(state.about), dtype, heads=heads).write(folder)
+        record = {"continual": _record(status()), "versions": {package: version(package) for package in PACKAGES}}
+        Beside(base, base.folder, record, _card(state.about), dtype, heads=heads).write(folder)
     return out
 
 
-def _told(status: Mapping[str, Any]) -> dict[str, Any]:
+def _record(status: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: status[key] for key in ("base", "method", "parameters", "experts", "removed", "mean_norm", "state_norm")
     }

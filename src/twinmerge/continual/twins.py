@@ -83,12 +83,12 @@ def _twin_of(
     recipe = Recipe(
         about.method, about.base_model, {n: m.name for n, m in opened.items()}, parameters, heads=about.heads
     )
-    told: dict[str, Any] = {
+    record: dict[str, Any] = {
         "recipe": recipe.describe(),
         "parameters": about.parameters,
         "twin": {"rank": rank, "shared": about.method},
     }
-    return Twin.around(state, base, opened, matched, told, rank, None, progress)
+    return Twin.from_shared(state, base, opened, matched, record, rank, None, progress)
 
 
 def add_to_both(

@@ -17,7 +17,7 @@ def tables_of(plan: Plan, models: Models) -> dict[str, object] | None:
     if not plan.method.asks_for_tables:
         return None
     names = [name for name, entry in plan.merged.items() if entry.place.table]
-    return {"told_by": "class" if models.told.knows_class else "names", "names": names}
+    return {"told_by": "class" if models.named_by_class.knows_class else "names", "names": names}
 
 
 def warn_of_names(method: Method, model: OpenedModel, names: Iterable[str], stacklevel: int) -> None:
@@ -46,10 +46,10 @@ def warn_of_names(method: Method, model: OpenedModel, names: Iterable[str], stac
 
 def _warn_of_tables(model: OpenedModel, names: Sequence[str], stacklevel: int) -> None:
     found = sorted(name for name in names if model.table(name))
-    told = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}" if found else "none has such a name"
+    listed = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}" if found else "none has such a name"
     warnings.warn(
         f"{model.name} has no config.json, so tables of embeddings, which are not merged as matrices, are told by "
         "their usual names: "
-        f"{told}. Add its config.json, or name them with elementwise.",
+        f"{listed}. Add its config.json, or name them with elementwise.",
         stacklevel=stacklevel + 1,
     )

@@ -61,14 +61,14 @@ class Models:
         return [*self.experts.values(), *([self.base] if self.has_base else [])]
 
     @property
-    def told(self) -> OpenedModel:
+    def named_by_class(self) -> OpenedModel:
         """Whose class says what each tensor is: models without a config.json have none."""
         return next((model for model in self.inputs if model.knows_class), next(iter(self.experts.values())))
 
     @property
     def knows_class(self) -> bool:
         """Whether some model's class says what each tensor is for."""
-        return self.told.knows_class
+        return self.named_by_class.knows_class
 
     def of_source(self, entry: Entry, label: str) -> OpenedModel:
         """The model that a label of an entry's sources names; an expert may be called "base" where the base is not

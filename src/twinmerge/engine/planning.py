@@ -113,8 +113,8 @@ def entry_of(
             f"{list(shapes[odd])}. "
             "Give parts of one shape."
         )
-    told = models.told
-    place = Place(out, shape, 0, tuple(models.experts), *_meant(told, name, shape))
+    model = models.named_by_class
+    place = Place(out, shape, 0, tuple(models.experts), *_meant(model, name, shape))
     sources = tuple(source for source, _ in experts)
     grain = method.grain_of(place)
     if grain == "rows" and not views and any(model.low_rank(name) for model in models.experts.values()):
@@ -134,12 +134,12 @@ def _source(model: OpenedModel, label: str, name: str, view: View) -> tuple[Sour
     return Source(name, model.range_code(name), view), view.shape(model.spec(name).shape)
 
 
-def _meant(told: OpenedModel, name: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
+def _meant(model: OpenedModel, name: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
     """Whether a tensor is stored (in, out), is a table, is a stack; of a part of one what still holds."""
-    if not told.has(name):
+    if not model.has(name):
         return False, False, False
-    same = len(told.spec(name).shape) == len(shape)
-    return told.transposed(name), told.table(name), told.stacked(name) and same
+    same = len(model.spec(name).shape) == len(shape)
+    return model.transposed(name), model.table(name), model.stacked(name) and same
 
 
 def _input(model: OpenedModel, ref: ModelLike) -> Input:

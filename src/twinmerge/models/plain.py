@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 class Plain(NamedTuple):
     """suffix: of the class; prefix: of the bare model inside it, which canonical names are without; tables: canonical
-    names of its embeddings; each_layer, around: the shapes of the tensors of one layer and of all others, of a
+    names of its embeddings; each_layer, outside: the shapes of the tensors of one layer and of all others, of a
     config; layers: what the names of a layer begin with."""
 
     suffix: str
@@ -33,7 +33,7 @@ class Plain(NamedTuple):
     tables: frozenset[str]
     layers: str
     each_layer: Callable[[Mapping[str, Any]], Shapes]
-    around: Callable[[Mapping[str, Any]], Shapes]
+    outside: Callable[[Mapping[str, Any]], Shapes]
 
 
 def _decoder_layer(config: Mapping[str, Any]) -> Shapes:
@@ -140,10 +140,10 @@ def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
 def _shapes(kind: Plain, config: Mapping[str, Any], count: int) -> Shapes | None:
     """What a model of this config has; None where it is not that many tensors, or the config does not say it all."""
     try:
-        layer, around, depth = kind.each_layer(config), kind.around(config), config["num_hidden_layers"]
-        if type(depth) is not int or depth * len(layer) + len(around) != count:
+        layer, outside, depth = kind.each_layer(config), kind.outside(config), config["num_hidden_layers"]
+        if type(depth) is not int or depth * len(layer) + len(outside) != count:
             return None
-        return around | {f"{kind.layers}{i}.{n}": shape for i in range(depth) for n, shape in layer.items()}
+        return outside | {f"{kind.layers}{i}.{n}": shape for i in range(depth) for n, shape in layer.items()}
     except (KeyError, TypeError, ZeroDivisionError):
         return None
 

@@ -301,8 +301,8 @@ def evaluate_twin(twin: Twin, rows: Rows, setting: Setting) -> tuple[Evaluation,
 
     With nothing given, an answer of another task's head is wrong, whatever its label.
     """
-    told = {"task given": {"expert": rows.tasks}, "head given": {"head": rows.tasks}, "nothing given": {}}[setting]
-    output = twin(pixel_values=rows.pixels, **told)
+    sent = {"task given": {"expert": rows.tasks}, "head given": {"head": rows.tasks}, "nothing given": {}}[setting]
+    output = twin(pixel_values=rows.pixels, **sent)
     answers = output.logits.argmax(-1)
     right_head = torch.tensor([head == task for head, task in zip(output.head, rows.tasks, strict=True)])
     went = [[0] * len(NAMES) for _ in NAMES]

@@ -17,7 +17,7 @@ from twinmerge.twin.mixing.arguments import CacheError
 from twinmerge.twin.mixing.forward import UnseenError
 from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.mixing.planner import distinct_mixtures
-from twinmerge.twin.mixing.rebuilt import CACHES, Answered, passed, rebuilt
+from twinmerge.twin.mixing.rebuilt import CACHES, Answered, one_pass, rebuilt
 from twinmerge.twin.mixing.rows import require_rows, signature_of
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def planned(
         strategy: the way, or "auto" for the planner's; the twin's own where None. With biases it is "stacked".
         heads, weights, biases, early: as in `answer`.
     """
-    if core.brought and len(distinct_mixtures(weights)) > 1 and (signature := signature_of(batch)) not in core.apart:
+    if core.own_module and len(distinct_mixtures(weights)) > 1 and (signature := signature_of(batch)) not in core.apart:
         require_rows(core.model, batch)
         core.apart.add(signature)
     way = "stacked" if biases is not None else under_autocast(core, core.strategy if strategy is None else strategy)
@@ -123,18 +123,18 @@ def answer(
 
     def mixed(batch: Mapping[str, Any] = batch) -> Answered:
         with core.runtime.mixing(plan, others):
-            return passed(core.model, batch, heads, early, plan.order)
+            return one_pass(core.model, batch, heads, early, plan.order)
 
     try:
-        answered = seeing(core, batch, mixed)
+        answered = with_look(core, batch, mixed)
     except CacheError:
         if batch.get("use_cache") is not None:
             raise
-        answered = seeing(core, batch, partial(mixed, {**batch, "use_cache": False}))
+        answered = with_look(core, batch, partial(mixed, {**batch, "use_cache": False}))
     return answered if plan.order is None else _back(answered, plan.order)
 
 
-def seeing(core: Core, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
+def with_look(core: Core, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
     """A pass under mixtures; where it calls what no look has seen, the model is looked at with this batch first.
 
     Raises:
@@ -147,9 +147,9 @@ def seeing(core: Core, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
     try:
         return run()
     except UnseenError as unseen:
-        told = f"{why} " if why else ""
+        lead = f"{why} " if why else ""
         raise UsageError(
-            f"{told}The module {str(unseen)!r} is not called in the same way in every pass, so it is not known how it "
+            f"{lead}The module {str(unseen)!r} is not called in the same way in every pass, so it is not known how it "
             "sees the rows. "
             'Give one mixture for the whole batch, or say strategy="rebuild".'
         ) from None

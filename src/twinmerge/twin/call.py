@@ -49,7 +49,7 @@ def call(
     head: str | Sequence[str] | None = None,
     experts_per_row: PerRow = "own",
     normalize: bool = False,
-    free: bool = False,
+    unconstrained: bool = False,
     oracle_biases: Sequence[str] | None = None,
     strategy: str | None = None,
     **batch: Any,
@@ -60,7 +60,7 @@ def call(
         mixture: weights by name for all rows, one mapping per row, or (rows, experts), at least 0 with a sum of at
             most 1; routed where neither this nor `expert` is given.
         normalize: divide a mixture's weights by their sum first.
-        free: take any finite weights, negative ones and larger sums too.
+        unconstrained: take any finite weights, negative ones and larger sums too.
         expert: a name for all rows or one per row: weight 1 for it, and its head.
         head: a name for all rows or one per row; by default that of the expert of largest weight.
         experts_per_row: of the router; the twin's own `experts_per_row` (1) where not given, None for soft mixtures.
@@ -73,7 +73,7 @@ def call(
     Raises:
         TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
     """
-    if unnamed and core.brought:
+    if unnamed and core.own_module:
         batch = _named(core, unnamed, batch)
     elif unnamed:
         check_batch(unnamed[0])
@@ -88,7 +88,7 @@ def call(
         )
     size = batch_size(batch)
     batch = for_each_row(batch, size)
-    weights, nearest, early = mixtures(core, batch, mixture, expert, experts_per_row, normalize, free)
+    weights, nearest, early = mixtures(core, batch, mixture, expert, experts_per_row, normalize, unconstrained)
     chosen = [core.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
     likely = chosen if nearest is None else [core.experts[k] for k in nearest.tolist()]
     heads = heads_of_rows(core, head, likely)

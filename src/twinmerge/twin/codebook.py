@@ -173,8 +173,8 @@ class AdapterFolder:
         if self.book is not None:
             weights = self.book.codes[self.book.nearest(weights).code]
         chosen = {e: round(w, DIGITS) for e, w in zip(self.twin.experts, weights[0].tolist(), strict=True) if w}
-        told = ",".join(f"{e}={w}" for e, w in chosen.items())
-        name = f"mix-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        listed = ",".join(f"{e}={w}" for e, w in chosen.items())
+        name = f"mix-{hashlib.sha256(listed.encode()).hexdigest()[:12]}"
         with self._lock:
             if name in self._held:
                 self._held.move_to_end(name)

@@ -194,9 +194,13 @@ def compressed(
             "weighted": moments is not None,
             "retained": retained(parts),
         }
-        told = {**package.provenance.get("twin", {}), **({} if rank is not None else {"rank": None}), "compressed": how}
+        record = {
+            **package.provenance.get("twin", {}),
+            **({} if rank is not None else {"rank": None}),
+            "compressed": how,
+        }
         return package._replace(
-            exclusive=parts, heads=heads, codec=codec, provenance={**package.provenance, "twin": told}
+            exclusive=parts, heads=heads, codec=codec, provenance={**package.provenance, "twin": record}
         )
 
     if rank is not None:

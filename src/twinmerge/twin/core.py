@@ -156,7 +156,7 @@ class Core(nn.Module):
         return state
 
     @property
-    def brought(self) -> bool:
+    def own_module(self) -> bool:
         """Whether the model is somebody's own module, and none of transformers'."""
         return self.model.architecture.config is None
 

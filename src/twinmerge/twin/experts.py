@@ -21,7 +21,7 @@ from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
 from twinmerge.twin.core import Core
-from twinmerge.twin.masked import told_without
+from twinmerge.twin.masked import record_without
 from twinmerge.twin.mixing.mixture import index_of
 from twinmerge.twin.package import Package
 from twinmerge.twin.reading import Given, read_features
@@ -126,7 +126,7 @@ def without_expert(package: Package, name: str) -> Package:
         layers=layers,
         report=report,
         provenance={**package.provenance, "twin": twin},
-        masks=told_without(package.masks, which, len(package.exclusive)),
+        masks=record_without(package.masks, which, len(package.exclusive)),
     )
 
 
@@ -177,10 +177,10 @@ def models_of(provenance: Mapping[str, Any]) -> dict[str, ModelLike]:
     """Where the experts of now were read from, by name; empty where the provenance does not say."""
     if "recipe" not in provenance:
         return {}
-    told = provenance.get("twin", {})
+    record = provenance.get("twin", {})
     models = dict(Recipe.from_description(provenance["recipe"]).experts)
-    models |= {entry["name"]: entry["model"] for entry in told.get("added", ())}
-    return {name: model for name, model in models.items() if name not in told.get("removed", ())}
+    models |= {entry["name"]: entry["model"] for entry in record.get("added", ())}
+    return {name: model for name, model in models.items() if name not in record.get("removed", ())}
 
 
 def _with_statistics(package: Package) -> tuple[Router, Statistics]:

@@ -64,9 +64,9 @@ class Explanation(Table):
         for name in self.predicted:
             mark = " <- chosen" if name == self.chosen else ""
             took = self.measured.get(name)
-            told = "-" if took is None else f"{1000 * took:.1f} ms"
+            measured = "-" if took is None else f"{1000 * took:.1f} ms"
             ratio = "-" if took is None else f"{took / self.shared:.2f}"
-            lines.append(f"{name:10s} {1000 * self.predicted[name]:9.1f} ms {told:>12s} {ratio:>10s}{mark}")
+            lines.append(f"{name:10s} {1000 * self.predicted[name]:9.1f} ms {measured:>12s} {ratio:>10s}{mark}")
         lines.append(
             f"folding takes fewer operations than mixing above {self.break_even:.0f} tokens of one mixture, and "
             f"{self.folded_bytes / 1e6:.0f} MB"

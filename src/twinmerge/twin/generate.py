@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import TwinmergeError, UsageError
 from twinmerge.models.rows import batch_size, rows_of, rows_of_batch
-from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, seeing, under_autocast
+from twinmerge.twin.answer import PROMPT, keeps_order, positions_of, under_autocast, with_look
 from twinmerge.twin.call import TwinOutput, call
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.arguments import CacheError
@@ -48,14 +48,14 @@ def generate(
     expert: str | Sequence[str] | None = None,
     experts_per_row: PerRow = "own",
     normalize: bool = False,
-    free: bool = False,
+    unconstrained: bool = False,
     strategy: str | None = None,
     **options: Any,
 ) -> Any:
     """The model's own `generate`; each row's mixture is taken from its prompt (see `Twin.generate`)."""
     given = options if generation_config is None else {**options, "generation_config": generation_config}
     given = named(core, inputs, given)
-    weights = mixtures(core, prompt_of(given), mixture, expert, experts_per_row, normalize, free).weights
+    weights = mixtures(core, prompt_of(given), mixture, expert, experts_per_row, normalize, unconstrained).weights
     with core.lock:
         return generated(core, weights, under_autocast(core, core.strategy if strategy is None else strategy), given)
 
@@ -90,12 +90,12 @@ def generated(core: Core, weights: Tensor, strategy: str, inputs: Mapping[str, A
             return _run(core, {**given, **more})
 
     try:
-        tokens = seeing(core, prompt, mixed)
+        tokens = with_look(core, prompt, mixed)
     except CacheError as error:  # a layer that is answered row group by row group would write into the cache of all
         if inputs.get("use_cache") is not None or any(inputs.get(name) is not None for name in CACHES):
             raise
         try:
-            tokens = seeing(core, prompt, partial(mixed, use_cache=False))
+            tokens = with_look(core, prompt, partial(mixed, use_cache=False))
         except RuntimeError:  # nor does it go without one
             raise error from None
     return tokens if mixture.order is None else _in_order(tokens, mixture.order, size)
@@ -278,4 +278,4 @@ class Pinned:
 
     def _choice(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         rows = batch_size(prompt_of(inputs))
-        return {"strategy": self.strategy, **inputs, "mixture": self.weights.expand(rows, -1), "free": True}
+        return {"strategy": self.strategy, **inputs, "mixture": self.weights.expand(rows, -1), "unconstrained": True}

@@ -74,12 +74,12 @@ def _none(vector: Tensor) -> Tensor:
     return torch.zeros(byte_count(vector.numel()), dtype=torch.uint8)
 
 
-def pack_masks(parts: Mapping[str, Exclusive], base: str, told: Mapping[str, Any]) -> Artefact:
+def pack_masks(parts: Mapping[str, Exclusive], base: str, record: Mapping[str, Any]) -> Artefact:
     """twin.safetensors of masked experts.
 
     Args:
         base: fingerprint of the shared model.
-        told: more of the header: the method and its fields.
+        record: more of the header: the method and its fields.
 
     Raises:
         TwinmergeError: an expert of another kind among them.
@@ -95,7 +95,7 @@ def pack_masks(parts: Mapping[str, Exclusive], base: str, told: Mapping[str, Any
         scales.append(next((m.scale for m in part.masked.values()), 1.0))
     tensors[SCALES] = torch.tensor(scales, dtype=torch.float64)
     lengths = {name: vector.numel() for name, vector in vectors.items()}
-    masks = {"method": "masks", **told, "lengths": lengths}
+    masks = {"method": "masks", **record, "lengths": lengths}
     return Artefact("twin", TWIN_VERSION, base, {"experts": list(parts), "masks": masks}, tensors)
 
 
@@ -131,13 +131,13 @@ def unpack_masks(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive
 
 def told_of(artefact: Artefact) -> dict[str, Any]:
     """What the header says of the masks beside their lengths: the method and its fields."""
-    told = {key: value for key, value in artefact.header["masks"].items() if key != "lengths"}
-    if not isinstance(told["method"], str):
+    record = {key: value for key, value in artefact.header["masks"].items() if key != "lengths"}
+    if not isinstance(record["method"], str):
         raise ValueError("method")
-    return told
+    return record
 
 
-def told_without(told: Mapping[str, Any], expert: int, count: int) -> dict[str, Any]:
+def record_without(record: Mapping[str, Any], expert: int, count: int) -> dict[str, Any]:
     """The same where an expert is gone: fields of one value for each expert lose its own.
 
     Example:
@@ -146,5 +146,5 @@ def told_without(told: Mapping[str, Any], expert: int, count: int) -> dict[str, 
     """
     return {
         key: value[:expert] + value[expert + 1 :] if isinstance(value, list) and len(value) == count else value
-        for key, value in told.items()
+        for key, value in record.items()
     }

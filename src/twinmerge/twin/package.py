@@ -97,8 +97,8 @@ class TwinInfo(Table, _TwinInfo):
     @classmethod
     def of(cls, package: Package, retained: dict[str, float]) -> TwinInfo:
         """What a package holds."""
-        told = package.provenance.get("twin", {})
-        shared = told.get("shared") or package.provenance.get("recipe", {}).get("merge_method")
+        record = package.provenance.get("twin", {})
+        shared = record.get("shared") or package.provenance.get("recipe", {}).get("merge_method")
         kind = None if package.router is None else package.router.kind
         bytes_extra = extra_bytes(package)
         return cls(list(package.exclusive), shared, package.codec, bytes_extra, retained, package.report, kind)
@@ -129,11 +129,11 @@ def about_of(folder: Path | None) -> dict[str, dict[str, Any]]:
 
 def card_of_now(card: str, provenance: Mapping[str, Any]) -> str:
     """The model card of the build, with what experts came and went since then."""
-    told = provenance.get("twin", {})
+    record = provenance.get("twin", {})
     lines = [
-        f"- `{entry['name']}` came from `{entry['model']}`, rank {entry['rank']}." for entry in told.get("added", ())
+        f"- `{entry['name']}` came from `{entry['model']}`, rank {entry['rank']}." for entry in record.get("added", ())
     ]
-    lines += [f"- `{name}` went; the shared part was built with it." for name in told.get("removed", ())]
+    lines += [f"- `{name}` went; the shared part was built with it." for name in record.get("removed", ())]
     return card.partition(SINCE)[0] + (SINCE + "\n".join(lines) + "\n" if lines else "")
 
 
@@ -159,7 +159,7 @@ def write(
     else:
         readme = find(side_files, "README.md") if side_files else None
         card = read_text(readme, advice="Mend it, or take it away.") if readme else "# Twin\n"
-    known = {name: told for name, told in about_of(side_files).items() if name in package.exclusive}
+    known = {name: record for name, record in about_of(side_files).items() if name in package.exclusive}
     for name, more in about.items():
         known[name] = {**known.get(name, {}), **more}
     return save(output, package, side_files, card_of_now(card, provenance), known)
@@ -255,9 +255,11 @@ def _named(provenance: Mapping[str, Any]) -> list[str] | None:
     say."""
     if "recipe" not in provenance:
         return None
-    told = provenance.get("twin", {})
+    record = provenance.get("twin", {})
     first = [entry["name"] for entry in provenance["recipe"]["models"]]
-    return [n for n in first if n not in told.get("removed", ())] + [entry["name"] for entry in told.get("added", ())]
+    return [n for n in first if n not in record.get("removed", ())] + [
+        entry["name"] for entry in record.get("added", ())
+    ]
 
 
 def _agree(file: Path, names: list[str], other: str, expected: list[str]) -> None:

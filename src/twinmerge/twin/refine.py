@@ -71,8 +71,8 @@ def refined(
         )
         with core.lock:
             parts[name] = fitted_part(core, name, opened, batches, steps, rate, seed, progress)
-    told = {"experts": list(inputs), "steps": steps, "rate": rate}
-    provenance = {**package.provenance, "twin": {**package.provenance.get("twin", {}), "refined": told}}
+    record = {"experts": list(inputs), "steps": steps, "rate": rate}
+    provenance = {**package.provenance, "twin": {**package.provenance.get("twin", {}), "refined": record}}
     return package._replace(exclusive=parts, provenance=provenance)
 
 

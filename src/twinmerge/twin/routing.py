@@ -25,7 +25,7 @@ from twinmerge.twin.routers.kit.features import read_states
 from twinmerge.twin.routers.kit.fit import calibrated, fit_router
 from twinmerge.twin.split import without_parameters
 
-CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "free")
+CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "unconstrained")
 """What a caller may say of mixtures."""
 
 PerRow = int | Literal["own"] | None
@@ -55,7 +55,7 @@ def mixtures(
     expert: str | Sequence[str] | None = None,
     experts_per_row: PerRow = "own",
     normalize: bool = False,
-    free: bool = False,
+    unconstrained: bool = False,
 ) -> Routed:
     """What a call with these choices uses (see `Twin.forward`); one row where the batch is empty."""
     per_row_most = core.experts_per_row if experts_per_row == "own" else experts_per_row
@@ -70,7 +70,7 @@ def mixtures(
         return Routed(one_hot(per_row(expert, size, "expert"), core.experts).to(core.planner.device))
     assert mixture is not None
     weights = mixture_weights(mixture, core.experts, size).to(core.planner.device)
-    return Routed(weights if free else on_simplex(weights, normalize))
+    return Routed(weights if unconstrained else on_simplex(weights, normalize))
 
 
 def mixtures_for(core: Core, batch: Any, choice: Mapping[str, Any]) -> Tensor:
@@ -163,8 +163,8 @@ def single_pass(core: Core, layer: int | None) -> Package:
     exclusive = {e: without_parameters(part, below) for e, part in package.exclusive.items()}
     if core.layers and max(core.layers) > layer:
         package = package._replace(router=None, layers=(), report=None)
-    told = {**package.provenance.get("twin", {}), "single_pass": layer}
-    return package._replace(exclusive=exclusive, provenance={**package.provenance, "twin": told})
+    record = {**package.provenance.get("twin", {}), "single_pass": layer}
+    return package._replace(exclusive=exclusive, provenance={**package.provenance, "twin": record})
 
 
 def acts_above(core: Core, layer: int) -> bool:

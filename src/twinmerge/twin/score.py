@@ -52,14 +52,14 @@ def score(
         at = by_length[start : start + batch_rows]
         weights = torch.stack([mixtures[tuple(rows[i][0])] for i in at])
         batch = _batch([rows[i][0] + rows[i][1] for i in at])
-        logits = call(core, mixture=weights, free=True, use_cache=False, **batch).logits
+        logits = call(core, mixture=weights, unconstrained=True, use_cache=False, **batch).logits
         assert logits is not None
         for i, row, w in zip(at, logits, weights, strict=True):
             context, tokens = rows[i]
-            told = row[len(context) - 1 : len(context) - 1 + len(tokens)].float().log_softmax(-1)
-            wanted = torch.tensor(tokens, device=told.device)
-            total = told.gather(1, wanted[:, None]).sum().item()
-            greedy = bool((told.argmax(-1) == wanted).all())
+            logp = row[len(context) - 1 : len(context) - 1 + len(tokens)].float().log_softmax(-1)
+            wanted = torch.tensor(tokens, device=logp.device)
+            total = logp.gather(1, wanted[:, None]).sum().item()
+            greedy = bool((logp.argmax(-1) == wanted).all())
             scores[i] = Score(total, greedy, len(tokens), dict(zip(core.experts, w.tolist(), strict=True)))
     return [s for s in scores if s is not None]
 

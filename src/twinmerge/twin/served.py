@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one, strict
+from twinmerge.moved import with_old_keywords
 from twinmerge.twin.call import call
 from twinmerge.twin.core import Core
 from twinmerge.twin.explain import Explanation, explain
@@ -23,8 +24,9 @@ from twinmerge.twin.score import Score, score
 class Served(Core):
     """A twin that answers. `Twin` adds how one is made, changed and written."""
 
-    forward = call
+    forward = with_old_keywords(call)
 
+    @with_old_keywords
     @strict
     def generate(
         self,
@@ -35,7 +37,7 @@ class Served(Core):
         expert: str | Sequence[str] | None = None,
         experts_per_row: PerRow = "own",
         normalize: bool = False,
-        free: bool = False,
+        unconstrained: bool = False,
         strategy: str | None = None,
         **options: Any,
     ) -> Any:
@@ -44,7 +46,7 @@ class Served(Core):
         Args:
             inputs: the prompts' tokens, as transformers' first argument; or give `input_ids`, `attention_mask`, ...
                 by name.
-            mixture, expert, experts_per_row, normalize, free, strategy: as in the call of the twin.
+            mixture, expert, experts_per_row, normalize, unconstrained, strategy: as in the call of the twin.
             options: every other argument of transformers' `generate` (`max_new_tokens`, `num_beams`, `top_k`,
                 `streamer`, ...), but for `assistant_model` and `custom_generate`.
 
@@ -60,11 +62,12 @@ class Served(Core):
             expert=expert,
             experts_per_row=experts_per_row,
             normalize=normalize,
-            free=free,
+            unconstrained=unconstrained,
             strategy=strategy,
             **options,
         )
 
+    @with_old_keywords
     def pin(self, **choice: Any) -> Pinned:
         """A conversation under one mixture: that of a prompt of one row, or a named one (mixture, expert; see
         `Pinned`).
@@ -74,11 +77,13 @@ class Served(Core):
         """
         return Pinned.of(self, choice)
 
+    @with_old_keywords
     @strict
     def mixtures(self, batch: Any, **choice: Any) -> Tensor:
         """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
         return mixtures_for(self, batch, choice)
 
+    @with_old_keywords
     @strict
     def score(
         self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_rows: int = 32, **choice: Any
@@ -87,23 +92,25 @@ class Served(Core):
 
         Args:
             contexts, continuations: texts, or lists of tokens; one continuation for each context.
-            choice: mixture, normalize, free, expert or experts_per_row, as in the call of the twin.
+            choice: mixture, normalize, unconstrained, expert or experts_per_row, as in the call of the twin.
 
         Raises:
             TwinmergeError: no language model, empty texts, numbers that differ.
         """
         return score(self, contexts, continuations, batch_rows, choice)
 
+    @with_old_keywords
     @strict
     def explain(self, batch: Any, *, measure: bool = True, repeats: int = 5, **choice: Any) -> Explanation:
         """What each way of mixing this batch is expected to take and takes, and which one is chosen. Print it.
 
         Args:
             measure: run each way; `repeats` times.
-            choice: mixture, expert, experts_per_row, normalize or free, as in the call of the twin.
+            choice: mixture, expert, experts_per_row, normalize or unconstrained, as in the call of the twin.
         """
         return explain(self, batch, measure, repeats, choice)
 
+    @with_old_keywords
     @torch.no_grad()
     @strict
     def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> Any:
@@ -111,7 +118,7 @@ class Served(Core):
 
         Args:
             texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
-            choice: mixture, normalize, free, expert, head or experts_per_row, as in the call of the twin.
+            choice: mixture, normalize, unconstrained, expert, head or experts_per_row, as in the call of the twin.
         """
         found = predict(self, texts, batch_rows, choice)
         return found if detail else [p.label for p in found]

@@ -100,12 +100,12 @@ class Twin(Served):
         linear = linear_coefficients(merge.method, merge.recipe.order, list(experts))
         provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": recipe.method_name}}
         merge.matched.warn()
-        return cls.around(
+        return cls.from_shared(
             merge.canonical_state(), merge.base, opened, merge.matched, provenance, rank, linear, progress
         )
 
     @classmethod
-    def around(
+    def from_shared(
         cls,
         state: Mapping[str, Tensor],
         base: OpenedModel,
@@ -349,9 +349,9 @@ class Twin(Served):
         """
         refuse_masks(self.package.exclusive.values(), "made anew here")
         recipe = recipe_of(self.package.provenance, base, experts)
-        told = self.package.provenance.get("twin", {})
-        limits = {k: v for k, v in told.get("compressed", {}).items() if k in ("rank", "energy", "bytes", "codec")}
-        rank = told.get("rank") or (CHOSEN_FROM if limits else None)
+        record = self.package.provenance.get("twin", {})
+        limits = {k: v for k, v in record.get("compressed", {}).items() if k in ("rank", "energy", "bytes", "codec")}
+        rank = record.get("rank") or (CHOSEN_FROM if limits else None)
         options = {"shared": recipe.method, "heads": recipe.heads, "progress": progress, **recipe.parameters}
         twin = Twin.build(recipe.base, recipe.experts, rank, **options)._acting_from(self.first_layer)
         if inputs is not None:
@@ -440,6 +440,6 @@ class Twin(Served):
         layers, report = fitted(self, inputs or {}, router, layers, null, seed, batch_rows, progress)
         self.router, self.layers = router, layers
         self.warn_truncated()
-        told = report._asdict() if report else None
-        self.package = self.package._replace(router=self.router, layers=self.layers, report=told)
+        record = report._asdict() if report else None
+        self.package = self.package._replace(router=self.router, layers=self.layers, report=record)
         return report

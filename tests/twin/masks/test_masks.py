@@ -142,10 +142,10 @@ def test_the_folder_and_every_expert_out_of_it_are_the_reference_s(
     flat |= {f"{e}.threshold": v for e, v in given.get("threshold", {}).items()}
     found = write_masks(recipe(lab, method, **flat), tmp_path / "out", progress=False)
     want = reference(lab, method, **chosen)
-    stored, told = load_file(tmp_path / "out" / "twin.safetensors"), header(tmp_path / "out")
-    assert (told["kind"], told["version"], told["experts"]) == ("twin", 4, TASKS)
-    assert told["base"] == folder_fingerprint(tmp_path / "out") and told["masks"]["method"] == method
-    assert told["masks"]["lengths"] == {n: lab.zero[n].numel() for n in names(lab)}
+    stored, record = load_file(tmp_path / "out" / "twin.safetensors"), header(tmp_path / "out")
+    assert (record["kind"], record["version"], record["experts"]) == ("twin", 4, TASKS)
+    assert record["base"] == folder_fingerprint(tmp_path / "out") and record["masks"]["method"] == method
+    assert record["masks"]["lengths"] == {n: lab.zero[n].numel() for n in names(lab)}
     assert stored["scales"].dtype == torch.float64 and stored["scales"].tolist() == pytest.approx(want.scales, rel=1e-6)
     assert set(stored) == {
         "scales",
@@ -216,12 +216,12 @@ def test_shares_are_those_of_the_reference_without_what_nobody_changes(lab: Any,
     assert list(found.marks.by_task) == own
     moved = sum(int(stack(lab, n).ne(0).any(0).sum()) for n in names(lab))
     assert found.marks.trained == moved and found.trained == sum(lab.zero[n].numel() for n in names(lab))
-    told = found.told()
-    assert told["shares"]["catastrophic"] == found.marks.by_count[0] / len(times)
-    assert told["formula_bytes"]["masks"] * 8 == 32 * (2 * found.trained + found.frozen) + 3 * found.trained
+    record = found.record()
+    assert record["shares"]["catastrophic"] == found.marks.by_count[0] / len(times)
+    assert record["formula_bytes"]["masks"] * 8 == 32 * (2 * found.trained + found.frozen) + 3 * found.trained
     disk = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert (
-        0 < disk - told["formula_bytes"]["masks"] < 25_000
+        0 < disk - record["formula_bytes"]["masks"] < 25_000
     )  # headers with their checksums, padding to bytes, integer buffers
 
 
@@ -409,11 +409,11 @@ def copied(made: Path, to: Path, change: Any) -> Path:
     for file in (f for f in made.rglob("*") if f.is_file()):
         (to / file.relative_to(made)).parent.mkdir(parents=True, exist_ok=True)
         (to / file.relative_to(made)).write_bytes(file.read_bytes())
-    tensors, told = load_file(made / "twin.safetensors"), header(made)
+    tensors, record = load_file(made / "twin.safetensors"), header(made)
     (to / "twinmerge.checksums.json").unlink()
-    told = {k: v for k, v in told.items() if k != "checksums"} | {"version": 3}  # as before there were checksums
-    change(tensors, told)
-    save_file(tensors, to / "twin.safetensors", {"twinmerge": json.dumps(told)})
+    record = {k: v for k, v in record.items() if k != "checksums"} | {"version": 3}  # as before there were checksums
+    change(tensors, record)
+    save_file(tensors, to / "twin.safetensors", {"twinmerge": json.dumps(record)})
     return to
 
 

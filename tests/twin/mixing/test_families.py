@@ -142,7 +142,7 @@ def check(name: str, sizes: Sequence[tuple[int, int]]) -> str | None:
         for strategy in ("stacked", "grouped", "rebuild"):
             torch.manual_seed(0)
             try:
-                found = answers(twin(**batch, mixture=weights, free=True, strategy=strategy).output)
+                found = answers(twin(**batch, mixture=weights, unconstrained=True, strategy=strategy).output)
             except TwinmergeError as error:
                 if strategy == "rebuild":
                     raise
@@ -187,7 +187,7 @@ def test_beams_and_several_sequences_keep_each_rows_mixture(name: str) -> None:
         for i, row in enumerate(weights)
     ]
     for strategy in ("stacked", "grouped", "rebuild"):
-        found = twin.generate(**batch, **options, mixture=weights, free=True, strategy=strategy)
+        found = twin.generate(**batch, **options, mixture=weights, unconstrained=True, strategy=strategy)
         assert torch.equal(found, torch.cat(expected)), strategy
 
 
@@ -210,7 +210,7 @@ def test_every_way_of_generating(name: str, beams: int, returned: int, sampled: 
     for strategy in ("stacked", "grouped", "rebuild"):
         torch.manual_seed(0)
         try:
-            found = twin.generate(**batch, **options, mixture=weights, free=True, strategy=strategy)
+            found = twin.generate(**batch, **options, mixture=weights, unconstrained=True, strategy=strategy)
         except TwinmergeError as error:
             if strategy == "rebuild" or "'" not in str(error):
                 raise
@@ -223,12 +223,12 @@ def test_rows_generate_without_a_cache_where_it_cannot_be_told_apart() -> None:
     family, base, experts, twin = built("jamba")
     batch, weights = family.batch(base, 3, 5), some_weights(3)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
-    found = twin.generate(**batch, **options, mixture=weights, free=True, strategy="stacked")
+    found = twin.generate(**batch, **options, mixture=weights, unconstrained=True, strategy="stacked")
     for i, row in enumerate(weights):
         model = dense(base, twin.model.body, experts, row)
         assert torch.equal(found[i], model.generate(**batch, **options)[i])
     with pytest.raises(TwinmergeError, match="^The module .* is given a DynamicCache"):
-        twin.generate(**batch, **options, use_cache=True, mixture=weights, free=True, strategy="stacked")
+        twin.generate(**batch, **options, use_cache=True, mixture=weights, unconstrained=True, strategy="stacked")
 
 
 def test_what_a_class_never_stores_is_made_by_it(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_every_row_is_answered_by_its_own_dense_model(lab_key: Any, name: str, k
     """Exact: mixed batches, rows of no expert, of an empty mask, of several, whatever the way."""
     case, twin, weights = lab_key.case(name), made(lab_key, name), lab_key.mixtures(kind)
     heads = HEADS if case.heads else None
-    answer = lab_key.answer(twin(**case.batch, mixture=weights, free=True, head=heads, strategy=strategy))
+    answer = lab_key.answer(twin(**case.batch, mixture=weights, unconstrained=True, head=heads, strategy=strategy))
     bound = 1e-6 if case.family.float32_inside else 1e-10
     for row, w in enumerate(weights):
         head = HEADS[row] if case.heads else "e0"

@@ -49,7 +49,7 @@ def test_check8_batched_equals_rebuilt(lab: Any, name: str, dtype: torch.dtype, 
     for kind in kinds:
         weights = lab.mixtures(kind)
         heads = [case.names[row % 2] for row in range(len(weights))] if case.heads else None
-        answer = lab.answer(twin(**case.batch, mixture=weights, free=True, head=heads))
+        answer = lab.answer(twin(**case.batch, mixture=weights, unconstrained=True, head=heads))
         for row, w in enumerate(weights):
             model = case.rebuilt(w.tolist(), case.names[row % 2], rank)
             expected = case.alone(model, row)
@@ -121,7 +121,7 @@ def test_check9_companions_and_padding_change_nothing(lab: Any, name: str) -> No
     head = "e1" if case.heads else None
 
     def row0(batch: dict[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-        answer = lab.answer(twin(**batch, mixture=weights, free=True, head=head))[0]
+        answer = lab.answer(twin(**batch, mixture=weights, unconstrained=True, head=head))[0]
         return answer if case.heads else answer[:length]
 
     alone = row0({k: v[:1, :length] for k, v in batch.items()}, weights[:1])
@@ -293,18 +293,18 @@ def test_check22_unselected_experts_are_never_touched(lab: Any, kind: str) -> No
         weights[~weights.bool().any(1), 2] = 1
     if kind == "uniform":
         weights = weights[:1].expand(5, 3)
-    before = twin(**case.batch, mixture=weights, free=True, head="e0").logits
+    before = twin(**case.batch, mixture=weights, unconstrained=True, head="e0").logits
     for part in twin.runtime.parts.values():
         if hasattr(part, "stack"):
             part.stack[1] = torch.nan
         else:
             for factor in part.of(1):
                 factor.fill_(torch.nan)
-    assert torch.equal(twin(**case.batch, mixture=weights, free=True, head="e0").logits, before)
+    assert torch.equal(twin(**case.batch, mixture=weights, unconstrained=True, head="e0").logits, before)
     assert before.isfinite().all()
     weights = weights.clone()
     weights[:, 1] = 0.1
-    assert not twin(**case.batch, mixture=weights, free=True, head="e0").logits.isfinite().all()
+    assert not twin(**case.batch, mixture=weights, unconstrained=True, head="e0").logits.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------- two towers
@@ -333,7 +333,7 @@ def test_check8_clip_with_one_mixture(lab: Any) -> None:
     base, experts, batch = clip()
     twin = Twin.build(base, experts, rank=None, shared="task_arithmetic", progress=False)
     w = [0.2, -0.3, 0.9]
-    answer = twin(**batch, mixture=torch.tensor(w, dtype=torch.float64), free=True).output
+    answer = twin(**batch, mixture=torch.tensor(w, dtype=torch.float64), unconstrained=True).output
     model = CLIPModel(base.config).double().eval()
     shared = twin.package.shared
     model.load_state_dict(
@@ -349,7 +349,7 @@ def test_check8_clip_with_one_mixture(lab: Any) -> None:
     with pytest.raises(TwinmergeError, match="logit_scale.*Give one mixture for the whole batch"):
         twin(**batch, expert=["e0", "e1", "e2"])
     after = twin(
-        **batch, mixture=torch.tensor(w, dtype=torch.float64), free=True
+        **batch, mixture=torch.tensor(w, dtype=torch.float64), unconstrained=True
     ).output  # the refusal left nothing behind
     assert torch.equal(after.logits_per_image, answer.logits_per_image)
 

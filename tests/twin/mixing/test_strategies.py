@@ -32,7 +32,7 @@ def test_serving01_every_strategy_is_one_function(lab: Any, name: str, kind: str
     weights = lab.mixtures(kind)
     heads = ["e1", "e0", "e2", "e0", "e1"] if case.heads else None
     found = {
-        s: twin(**case.batch, mixture=weights, free=True, head=heads, strategy=s)
+        s: twin(**case.batch, mixture=weights, unconstrained=True, head=heads, strategy=s)
         for s in ("stacked", "grouped", "rebuild")
     }
     reference = lab.answer(found["rebuild"])
@@ -40,7 +40,7 @@ def test_serving01_every_strategy_is_one_function(lab: Any, name: str, kind: str
         assert out.strategy == strategy and out.head == heads
         assert lab.relative(lab.answer(out).nan_to_num(neginf=0), reference.nan_to_num(neginf=0)) <= bound
     one = weights[:1].expand(5, 3)
-    folded = [twin(**case.batch, mixture=one, free=True, head=heads, strategy=s) for s in STRATEGIES]
+    folded = [twin(**case.batch, mixture=one, unconstrained=True, head=heads, strategy=s) for s in STRATEGIES]
     for out in folded[1:]:
         answers = [lab.answer(o).nan_to_num(neginf=0) for o in (out, folded[0])]
         assert lab.relative(*answers) <= bound

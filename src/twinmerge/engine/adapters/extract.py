@@ -168,7 +168,7 @@ def extract_lora(
     saved = {path: {k: _sound(opened, opened.architecture.of_module(k)) for k in keys} for path, keys in whole.items()}
     ranks = {name: factors.rank for name, factors in sorted(low.items())}
     kept = {name: changes[name].kept for name in ranks}
-    told = {
+    record = {
         **limit._asdict(),
         "model": opened.name,
         "ranks": ranks,
@@ -177,7 +177,7 @@ def extract_lora(
         "saved": [*saved],
     }
     text = _text(opened, limit, changes, low, left, list(saved))
-    about = About(f"LoRA adapter extracted from {opened.name}", text, {"lora_extract": told}, {MODEL: opened})
+    about = About(f"LoRA adapter extracted from {opened.name}", text, {"lora_extract": record}, {MODEL: opened})
     if out is not None:
         write_lora(out, origin, opened.architecture, modules, about, dtype, saved)
     return ExtractedLora(None if out is None else Path(out), ranks, kept, left, sorted(saved))

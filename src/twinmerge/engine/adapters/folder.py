@@ -107,13 +107,13 @@ class About(NamedTuple):
 
     Args:
         title, text: of its card.
-        told: its provenance.
+        record: its provenance.
         inputs: label -> model that it was made from, besides the base.
     """
 
     title: str
     text: str
-    told: Mapping[str, Any]
+    record: Mapping[str, Any]
     inputs: Mapping[str, OpenedModel]
 
 
@@ -147,12 +147,12 @@ def write_lora(
     name = base.name if base.folder is not None else str(getattr(base.config, "_name_or_path", ""))
     commits = {label: model.commit for label, model in {"base": base, **about.inputs}.items() if model.commit}
     versions = {package: version(package) for package in PACKAGES}
-    told = {**about.told, "base": name, "commits": commits, "versions": versions}
+    record = {**about.record, "base": name, "commits": commits, "versions": versions}
     config = adapter_config(architecture, modules, list(whole), name)
     output = OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values()))
     with output as folder:
         output.sums[OUTPUT] = write_adapter(folder, tensors, config)
-        write_about(folder, told, _card(base, name, about))
+        write_about(folder, record, _card(base, name, about))
     return Path(out)
 
 

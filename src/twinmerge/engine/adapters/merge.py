@@ -129,7 +129,7 @@ def merge_lora(
     opened = {name: _open(base, origin, recipe.experts[name], name) for name in recipe.order}
     dropped = {name: _trained_in_full(model, origin) for name, model in opened.items()}
     if any(dropped.values()):
-        _tell_dropped(dropped, drop_heads)
+        _report_dropped(dropped, drop_heads)
     parts = _parts(origin, opened)
     _warn_of_targets(parts, list(opened))
 
@@ -154,9 +154,9 @@ def merge_lora(
     ranks = {name: factors.rank for name, (factors, _) in found.items()}
     kept = {name: share for name, (_, share) in found.items()}
     if out is not None:
-        told = {**recipe.describe(), **limit._asdict(), "ranks": ranks, "energy": kept, "dropped": dropped}
+        record = {**recipe.describe(), **limit._asdict(), "ranks": ranks, "energy": kept, "dropped": dropped}
         title, text = f"LoRA adapter merged from {', '.join(experts)}", _text(recipe, opened, dropped)
-        about = About(title, text, {"lora_merge": told}, opened)
+        about = About(title, text, {"lora_merge": record}, opened)
         write_lora(out, origin, origin.architecture, modules, about, dtype)
     return MergedLora(None if out is None else Path(out), ranks, kept, {e: n for e, n in dropped.items() if n})
 
@@ -230,15 +230,15 @@ def _trained_in_full(expert: OpenedModel, base: OpenedModel) -> list[str]:
     return sorted(found)
 
 
-def _tell_dropped(dropped: Mapping[str, list[str]], drop_heads: bool) -> None:
-    told = "; ".join(f"{e!r}: {', '.join(n[:3])}{' …' if len(n) > 3 else ''}" for e, n in dropped.items() if n)
+def _report_dropped(dropped: Mapping[str, list[str]], drop_heads: bool) -> None:
+    record = "; ".join(f"{e!r}: {', '.join(n[:3])}{' …' if len(n) > 3 else ''}" for e, n in dropped.items() if n)
     if not drop_heads:
         raise ModelError(
-            f"Adapters hold tensors that were trained in full ({told}), and heads of different labels have no sum. Merge "
+            f"Adapters hold tensors that were trained in full ({record}), and heads of different labels have no sum. Merge "
             "full models "
             "with `twinmerge merge`, which keeps every expert's head, or leave these out with drop_heads (--drop-heads)."
         )
-    warnings.warn(f"Left out of the merged adapter, since they were trained in full: {told}.", stacklevel=3)
+    warnings.warn(f"Left out of the merged adapter, since they were trained in full: {record}.", stacklevel=3)
 
 
 def _parts(base: OpenedModel, experts: Mapping[str, OpenedModel]) -> dict[str, list[Factors]]:

@@ -91,7 +91,7 @@ def write_masks(
         finally:
             model.close()
             twin.close()
-        described = {**provenance(merge.plan), "masks": found.told()}
+        described = {**provenance(merge.plan), "masks": found.record()}
         card = model_card(described, merge.base, merge.experts, sorted(merge.matched.head_names), "twin")
         heads = merge.heads()
         Beside(merge.base, merge.base.folder, described, card, heads=heads, about=about or {}).write(folder)

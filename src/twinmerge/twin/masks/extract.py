@@ -158,12 +158,12 @@ def _copy(each: Range, name: str, shared: OpenedModel, masks: MaskFile, expert: 
 
 def _described(folder: Path, task: str) -> tuple[dict[str, Any], str]:
     """Provenance and card."""
-    told: Mapping[str, Any] = {}
+    record: Mapping[str, Any] = {}
     if file := find(folder, PROVENANCE):
-        told = read_json(file, advice=AGAIN)
-    method = told.get("recipe", {}).get("merge_method", "masks")
+        record = read_json(file, advice=AGAIN)
+    method = record.get("recipe", {}).get("merge_method", "masks")
     text = f"# {task}\n\nOne of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
-    return {"extract": {"task": task}, "from": told}, text
+    return {"extract": {"task": task}, "from": record}, text
 
 
 def __getattr__(name: str) -> Any:

@@ -59,7 +59,7 @@ class BuiltMasks(Table, _BuiltMasks):
         """Bytes by the paper's formula, which counts no heads."""
         return storage_bits(self.trained, self.frozen, len(self.experts), form, self.number_bits) / 8
 
-    def told(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What the provenance says of it, as plain data."""
         return {
             "thresholds": dict(zip(self.experts, self.thresholds, strict=False)),
@@ -77,7 +77,7 @@ class BuiltMasks(Table, _BuiltMasks):
         """Plain data: what `twinmerge masks build --json` prints."""
         scores = self.chosen and {t: {f"{c:g}": s for c, s in by.items()} for t, by in self.chosen.scores.items()}
         where = {"output": os.fspath(self.folder), "bytes": bytes_of(self.folder)}
-        return {**where, **plain(self.told()), "scores": plain(scores)}
+        return {**where, **plain(self.record()), "scores": plain(scores)}
 
     def _summary(self) -> str:
         return f"{len(self.experts)} experts, {self.trained} weights, in {self.folder}"

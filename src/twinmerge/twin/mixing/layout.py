@@ -21,7 +21,7 @@ from twinmerge.twin.mixing.forward import Apart, Forward, Layout, State
 from twinmerge.twin.mixing.glance import Call, Glance
 
 LEAK = 1e-4  # of the change in the changed row's entries that may be seen elsewhere, beside what is rounded differently
-AXES = (1, 2, 0)  # between an axis of rows and a vector that is free: (rows, positions, width), pictures, (rows, width)
+AXES = (1, 2, 0)  # between an axis of rows and a vector that takes an axis of rows: (rows, positions, width), pictures, (rows, width)
 
 Batch = dict[str, Any]
 
@@ -134,8 +134,8 @@ def look(
 
     changed: list[Glance] = []
     once = _once(plain, samples, forwards)
-    free = {p for p, f in forwards.items() if isinstance(f, Apart) and f.spreads and p in plain[0].called}
-    spread = dict.fromkeys(once | free, 1)
+    shaped = {p for p, f in forwards.items() if isinstance(f, Apart) and f.spreads and p in plain[0].called}
+    spread = dict.fromkeys(once | shaped, 1)
     base: dict[str, str] | None = None
     wrong = tried(spread)
     if wrong or wrong is None:
@@ -144,11 +144,11 @@ def look(
         base = base if base is not None else dict.fromkeys(forwards, "")
     if base is not None and (wrong is None or set(wrong) - set(base)):
         kinds: dict[Any, list[str]] = {}
-        for path in once | free:
-            kinds.setdefault((type(forwards[path].module), path in free, path.rpartition(".")[2]), []).append(path)
+        for path in once | shaped:
+            kinds.setdefault((type(forwards[path].module), path in shaped, path.rpartition(".")[2]), []).append(path)
         spread = {}
-        for (_, is_free, _), paths in kinds.items():
-            for axes in AXES if is_free else (1,):
+        for (_, is_shaped, _), paths in kinds.items():
+            for axes in AXES if is_shaped else (1,):
                 more = tried(dict.fromkeys(paths, axes))
                 if more is not None and not (set(more) - set(base)):
                     spread |= dict.fromkeys(paths, axes)
@@ -177,7 +177,7 @@ def look(
             wrong.setdefault(path, "")  # it is given something once for all rows, or nothing that has rows
         elif main is not None and main.times is not None and not main.times:
             wrong.setdefault(path, "")
-    return Look(layouts, {p: a for p, a in spread.items() if p in free}, wrong)
+    return Look(layouts, {p: a for p, a in spread.items() if p in shaped}, wrong)
 
 
 def _answer(state: State, glance: Glance, run: Run, batch: Batch) -> dict[str, Call] | None:

@@ -230,7 +230,7 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
         raise UsageError(
             f"The mixture's weights {what} {float(worst):.4g}; they must be at least 0 and add up to 1 at most. Say "
             "normalize=True "
-            "to divide by their sum, or free=True to mix with any weights."
+            "to divide by their sum, or unconstrained=True to mix with any weights."
         )
     return weights
 

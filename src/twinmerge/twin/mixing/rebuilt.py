@@ -30,7 +30,7 @@ class Answered(NamedTuple):
     logits: Tensor | None
 
 
-def passed(
+def one_pass(
     model: HeadedModel, batch: Mapping[str, Any], heads: Sequence[str] | None, early: Early | None, rows: Tensor | None
 ) -> Answered:
     """One pass over some rows, in an order; None for all as they are."""
@@ -62,7 +62,7 @@ def rebuilt(
 
     Where the inputs are rows of all tensors alike, a group runs alone; else (pictures that stand anywhere, two
     towers) the whole batch runs for each mixture, and each row is taken from the run of its own. Models of two towers
-    score the rows that all the mixtures gave against each other, each row by the free parameters (a scale) of its own
+    score the rows that all the mixtures gave against each other, each row by the parameters that no module holds (a scale) of its own
     mixture.
 
     Raises:
@@ -70,7 +70,7 @@ def rebuilt(
     """
     if len(groups) == 1:
         with runtime.folded(groups[0][0]):
-            return passed(model, batch, heads, early, None)
+            return one_pass(model, batch, heads, early, None)
     refuse_whole(batch)
     size = batch_size(batch)
     if runtime.coupled:
@@ -79,7 +79,7 @@ def rebuilt(
     apart = heads is not None or separable(model, batch)
     for mixture, rows in groups:
         with runtime.folded(mixture):
-            found.append(passed(model, batch, heads, early, rows if apart else None))
+            found.append(one_pass(model, batch, heads, early, rows if apart else None))
     if not apart:
         output = _chosen([f.output for f in found], groups, size)
         return Answered(output, _logits(output))
@@ -148,7 +148,7 @@ def _towers(model: HeadedModel, runtime: Runtime, batch: Mapping[str, Any], grou
         ]
         try:
             with runtime.folded(mixture):
-                passed(model, batch, None, None, None)
+                one_pass(model, batch, None, None, None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -163,7 +163,7 @@ def _towers(model: HeadedModel, runtime: Runtime, batch: Mapping[str, Any], grou
     outputs = []
     for mixture, _ in groups:
         with runtime.folded(mixture), _giving({child: given[name] for name, child in children if name in given}):
-            outputs.append(passed(model, batch, None, None, None).output)
+            outputs.append(one_pass(model, batch, None, None, None).output)
     output = _chosen(outputs, groups, size)
     return Answered(output, getattr(output, "logits", None))
 

@@ -221,9 +221,9 @@ class Runtime(nn.Module):
         if why:
             return why.partition(" Say ")[0]
         names = sorted({part.name for part in self.forwards[path].parts.values()})
-        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return (
-            f"The module {path!r} ({type(self._modules_by_path[path]).__name__}) uses {told} in a way that has no exact "
+            f"The module {path!r} ({type(self._modules_by_path[path]).__name__}) uses {listed} in a way that has no exact "
             "mixture per "
             "row."
         )
