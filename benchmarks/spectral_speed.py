@@ -5,15 +5,15 @@ Table: docs/performance.md, "Spectra, low rank, and a state".
 
     python benchmarks/spectral_speed.py --work DIR [--only factorise,core,state] [--size 0.2e9] [--out FILE.json]
 
-- factorise: RoBERTas in bfloat16 (hidden size 768, 12 layers, as many tokens as the size asks for), a base and `--experts`.
-  `twinmerge merge` as a process from start to end, and by turns with it a process that has the deltas in memory and
+- factorise: RoBERTas in bfloat16 (hidden size 768, 12 layers, as many tokens as the size asks for), a base and
+  `--experts`. `twinmerge merge` as a process from start to end, and by turns with it a process that has the deltas in memory and
   takes the time of the decompositions alone, those of the largest matrices first, one BLAS thread each. Then where
   the command's threads spend their time, and what each decomposition takes on one thread beside gesdd in float32. CPU
   seconds stand beside wall seconds because they are what a busy machine leaves comparable.
-- core: experts of rank 16 on one matrix, merged in their core space, against the same rule on the dense products: the error against
-  float64, the time against float64 and against float32, which is what a merge of dense experts uses.
-- state: one expert after the other into a `twinmerge.continual` state, a process each; peak memory is the kernel's, less that of
-  a process that only imports torch and transformers. Experts are made on the way and deleted again.
+- core: experts of rank 16 on one matrix, merged in their core space, against the same rule on the dense products:
+  the error against float64, the time against float64 and against float32, which is what a merge of dense experts uses.
+- state: one expert after the other into a `twinmerge.continual` state, a process each; peak memory is the kernel's,
+  less that of a process that only imports torch and transformers. Experts are made on the way and deleted again.
 
 Prints tables; medians of the repeats. Needs 1.7 GB (factorise) and 9 GB (state) of disk at 0.2e9. Linux only.
 """

@@ -1,7 +1,8 @@
 """Tiny random models of the families that transformers has, and batches for them.
 
-`FAMILIES["bert"].model()` is a model of some ten thousand parameters with every vector away from its start (0 or 1), so that no
-bias, gain or scale can be lost unseen; `.batch(model, rows, length)` is what it takes. Nothing is downloaded.
+`FAMILIES["bert"].model()` is a model of some ten thousand parameters with every vector away from its start (0 or 1),
+so that no bias, gain or scale can be lost unseen; `.batch(model, rows, length)` is what it takes. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Maker = Callable[[Any, int, int, torch.Generator], Batch]
 
 @dataclass(frozen=True)
 class Family:
-    """kind: "encoder", "decoder", "seq2seq", "vision", "audio" or "multimodal"; model_class, config_class: names in transformers;
+    """kind: "encoder", "decoder", "seq2seq", "vision", "audio" or "multimodal"; model_class, config_class: names in
+    transformers;
     settings: of the config; make: (model, rows, length, generator) -> a batch."""
 
     name: str

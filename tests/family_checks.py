@@ -2,8 +2,9 @@
 
     python tests/family_checks.py [NAME ...]        # checks and prints; without names it writes docs/families.md
 
-A cell is "yes" where what twinmerge gives equals what is computed without it, else "no", and the sentence with which it is refused stands
-beside it. Whatever is neither is wrong. `make test-all` checks every family, and that the page says what was found.
+A cell is "yes" where what twinmerge gives equals what is computed without it, else "no", and the sentence with which
+it is refused stands beside it. Whatever is neither is wrong. `make test-all` checks every family, and that the page
+says what was found.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ STEP = 0.01  # of a tuned weight
 
 @dataclass
 class Checked:
-    """What was found of one family. Each cell: "yes", "by rebuild", "no: …" (a refusal), "–" (nothing to check) or "WRONG: …"."""
+    """What was found of one family. Each cell: "yes", "by rebuild", "no: …" (a refusal), "–" (nothing to check) or
+    "WRONG: …"."""
 
     name: str
     static: str = "–"

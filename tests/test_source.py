@@ -85,7 +85,8 @@ def test_lines_end_at_line_feeds_only():
 
 
 def test_files_are_read_through_the_one_door():
-    """A pipe, a giant or a link in a stranger's folder is met once, in `store/foreign.py`. A new reader uses what is there."""
+    """A pipe, a giant or a link in a stranger's folder is met once, in `store/foreign.py`. A new reader uses what is
+    there."""
     found = [
         f"{file}: {ast.unparse(call)}"
         for file in sorted((ROOT / "src" / "twinmerge").rglob("*.py"))

@@ -75,7 +75,8 @@ class Bench:
         read = family.bytes * len(models)
         if read + 3 * family.bytes > 0.9 * MEMORY:  # the output in mergekit's memory and in the cache, and some more
             print(
-                f"{read / 1e9:.1f} GB of inputs may not stay in the page cache beside a merge: see what was read from disk",
+                f"{read / 1e9:.1f} GB of inputs may not stay in the page cache beside a merge: see what was read from "
+                "disk",
                 flush=True,
             )
         runs: dict[str, list[Run]] = {way: [] for way in ways}
@@ -93,7 +94,8 @@ class Bench:
                 runs[way].append(found)
                 result = found["error"].strip().split("\n")[-1] if "error" in found else f"{found['wall_s']:.2f} s"
                 print(
-                    f"{family.parameters / 1e9:.3f} billion, {method}, pair {pair + 1} of {pairs}, {LABELS[way]}: {result}",
+                    f"{family.parameters / 1e9:.3f} billion, {method}, pair {pair + 1} of {pairs}, {LABELS[way]}: "
+                    f"{result}",
                     flush=True,
                 )
                 if pair + 1 < pairs or method not in EXACT or way not in ("ours", "peer"):

@@ -59,9 +59,8 @@ def table(cells: list[dict[str, Any]], routed: list[dict[str, Any]]) -> str:
     for c in [c for c in cells if "extra_memory_mb" in c]:
         extra = c["extra_memory_mb"]
         lines.append(
-            f"{c['model']}, K = {c['experts']}, r = {c['rank']}, {c['rows']} × {c['tokens']}: beyond the static model's "
-            "pass Arrow holds "
-            f"{extra['PEFT Arrow']:.0f} MB, top-1 {extra['top-1']:.1f} MB."
+            f"{c['model']}, K = {c['experts']}, r = {c['rank']}, {c['rows']} × {c['tokens']}: beyond the static "
+            f"model's pass Arrow holds {extra['PEFT Arrow']:.0f} MB, top-1 {extra['top-1']:.1f} MB."
         )
     if routed:
         heads = ["routing, K = 8, r = 16", "rows × tokens", "single pass adds", "two passes add"]

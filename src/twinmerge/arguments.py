@@ -90,7 +90,8 @@ def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind, by an annotation.
 
     Example:
-        >>> fits(1, float), fits(True, int), fits("abc", Sequence[str]), fits({"a": 1}, Mapping[str, str]), fits("x", Any)
+        >>> (fits(1, float), fits(True, int), fits("abc", Sequence[str]),
+        ...  fits({"a": 1}, Mapping[str, str]), fits("x", Any))
         (True, False, False, False, True)
     """
     origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
@@ -240,6 +241,7 @@ def _no_call(name: str, signature: inspect.Signature, kwargs: Mapping[str, Any],
     strange = [n for n in kwargs if n not in known]
     if strange and not takes_all:
         return UsageError(
-            f"{name} has no argument {strange[0]!r}.{nearest(strange[0], known) or ' It has: ' + ', '.join(known) + '.'}"
+            f"{name} has no argument "
+            f"{strange[0]!r}.{nearest(strange[0], known) or ' It has: ' + ', '.join(known) + '.'}"
         )
     return UsageError(f"{name} cannot be called like this: {error}. Its arguments are {', '.join(known)}.")

@@ -18,7 +18,8 @@ class TwinmergeError(ValueError):
     Example:
         >>> str(TwinmergeError("density is 1.5: give a number between 0 and 1"))
         'density is 1.5: give a number between 0 and 1'
-        >>> issubclass(RecipeError, UsageError), issubclass(DamagedFile, DataError), issubclass(OutputError, ResourceError)
+        >>> (issubclass(RecipeError, UsageError), issubclass(DamagedFile, DataError),
+        ...  issubclass(OutputError, ResourceError))
         (True, True, True)
     """
 
@@ -44,7 +45,8 @@ class DamagedFile(DataError):  # noqa: N818
 
 
 class ResourceError(TwinmergeError):
-    """What the machine does not give: a file that may not be read, the network, an optional package, outputs (below)."""
+    """What the machine does not give: a file that may not be read, the network, an optional package, outputs
+    (below)."""
 
 
 class OutputError(ResourceError):
@@ -55,7 +57,8 @@ def unreadable(error: Exception) -> type[TwinmergeError]:
     """Of which class it is that a file cannot be read: it is not there, or the machine refuses it.
 
     Example:
-        >>> unreadable(FileNotFoundError(errno.ENOENT, "No such file")), unreadable(OSError(errno.EIO, "Input/output error"))
+        >>> (unreadable(FileNotFoundError(errno.ENOENT, "No such file")),
+        ...  unreadable(OSError(errno.EIO, "Input/output error")))
         (<class 'twinmerge.errors.DataError'>, <class 'twinmerge.errors.ResourceError'>)
     """
     refused = isinstance(error, OSError) and error.errno not in (None, *_GONE)

@@ -99,8 +99,8 @@ class Plugins(Generic[T]):
             found = entry.load()
         except Exception as error:  # whatever the import of a stranger's file raises
             raise ResourceError(
-                f"The {self.kind} {name!r} of another package cannot be loaded: {type(error).__name__}: {error}. Mend or "
-                "uninstall that package."
+                f"The {self.kind} {name!r} of another package cannot be loaded: {type(error).__name__}: {error}. Mend "
+                "or uninstall that package."
             ) from error
         return self.require(found, name)
 
@@ -144,8 +144,8 @@ class Plugins(Generic[T]):
             own = sorted((c for c in classes if issubclass(c, self.base)), key=inspect.isabstract)
             if not own:
                 raise UsageError(
-                    f"The file {self.files()[name]} has no {self.base.__name__} class. Add one, or take the file out of its "
-                    "folder."
+                    f"The file {self.files()[name]} has no {self.base.__name__} class. Add one, or take the file out "
+                    "of its folder."
                 )
             self._files[name] = self.require(own[0], name)
         return self._files[name]

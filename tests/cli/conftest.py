@@ -124,8 +124,8 @@ def write_suite(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Folders, read only: base, experts (mood, kind, size) and data for each; lm with alice and bob; suite; merged (with
-    heads); twin (rank 4, with a router) and plain (without)."""
+    """Folders, read only: base, experts (mood, kind, size) and data for each; lm with alice and bob; suite; merged
+    (with heads); twin (rank 4, with a router) and plain (without)."""
     root: Path = tmp_path_factory.mktemp("zoo")
     torch.manual_seed(0)  # the classes draw their first weights
     base = drawn(BertModel(BertConfig(**BERT)), 0)

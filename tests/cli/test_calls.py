@@ -1,4 +1,5 @@
-"""Every command has a call of the same name, and both give the same plain data; what calls give is shown in every form."""
+"""Every command has a call of the same name, and both give the same plain data; what calls give is shown in every
+form."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ VOLATILE = {
 
 
 class Pair(NamedTuple):
-    """words: of a command, without --json and -o; call: the same in Python, given the output; where: the command has -o."""
+    """words: of a command, without --json and -o; call: the same in Python, given the output; where: the command has
+    -o."""
 
     words: list[Any]
     call: Callable[[Path], Any]
@@ -58,7 +60,8 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(zoo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """What some commands start from: masks, a tuned language model, an adapter, two statistics files, a state, a merge."""
+    """What some commands start from: masks, a tuned language model, an adapter, two statistics files, a state, a
+    merge."""
     root = tmp_path_factory.mktemp("made")
     tm.build_masks("tall_masks", str(zoo.base), zoo.experts, root / "masks", progress=False)
     adapter = tm.extract_lora(str(zoo.alice), str(zoo.lm), root / "adapter", rank=2, progress=False).folder

@@ -1,4 +1,5 @@
-"""Every mistake: an exit code by what it is about (2 the call, 3 what was read, 4 the machine), one line on stderr that starts with "Error: ", and nothing written."""
+"""Every mistake: an exit code by what it is about (2 the call, 3 what was read, 4 the machine), one line on stderr
+that starts with "Error: ", and nothing written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What strangers send: every file of their folders as a pipe, a link to itself, a link out, a folder, junk, or a giant."""
+"""What strangers send: every file of their folders as a pipe, a link to itself, a link out, a folder, junk, or a
+giant."""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ def write_suite(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Models and their paths, read only: base, experts a ... f, classifiers mood and kind; suite: the classifiers' data."""
+    """Models and their paths, read only: base, experts a ... f, classifiers mood and kind; suite: the classifiers'
+    data."""
     root: Path = tmp_path_factory.mktemp("zoo")
     base = make_base()
     made = {"base": base, **{name: tuned(base, seed) for seed, name in enumerate("abcdef", 1)}}

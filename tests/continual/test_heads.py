@@ -118,7 +118,8 @@ def test_readers_see_the_old_or_the_new_state(zoo, both):
 
 
 def test_a_state_that_is_read_stays_what_it_was(zoo, both, tmp_path, monkeypatch):
-    """An expert leaves while the merged model is being written: the folder is the model with it, and so are its heads."""
+    """An expert leaves while the merged model is being written: the folder is the model with it, and so are its
+    heads."""
     wanted = both.materialise(tmp_path / "before")
     of_model, left = module.of_model, []
 

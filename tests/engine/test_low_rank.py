@@ -1,4 +1,5 @@
-"""Adapters of one base are merged by their factors, in the core space; whatever is not of that kind, as full matrices."""
+"""Adapters of one base are merged by their factors, in the core space; whatever is not of that kind, as full
+matrices."""
 
 from __future__ import annotations
 

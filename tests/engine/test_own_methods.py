@@ -1,4 +1,5 @@
-"""Methods of one's own, given as a class or as an object: what they merge, how they are named, and what is said of those that lack something."""
+"""Methods of one's own, given as a class or as an object: what they merge, how they are named, and what is said of
+those that lack something."""
 
 from __future__ import annotations
 
@@ -321,7 +322,8 @@ def test_what_lacks_something_is_named_at_its_first_use(models, given, message):
         (lambda: 3, "^broken is no method: 3 does not derive from Method"),
         (
             lambda: (_ for _ in ()).throw(ImportError("no module named x")),
-            "^The method 'broken' of another package cannot be loaded: ImportError: no module named x. Mend or uninstall",
+            "^The method 'broken' of another package cannot be loaded: ImportError: no module named x. Mend or "
+            "uninstall",
         ),
     ],
 )

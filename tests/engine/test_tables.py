@@ -1,5 +1,5 @@
-"""Tables of embeddings are told by class: methods for linear layers leave them alone whatever their names, and take linear layers
-whose names have the word."""
+"""Tables of embeddings are told by class: methods for linear layers leave them alone whatever their names, and take
+linear layers whose names have the word."""
 
 from __future__ import annotations
 

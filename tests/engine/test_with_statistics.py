@@ -116,7 +116,8 @@ def by_hand(
 def test_the_number_of_examples_has_no_part_in_the_merge(
     family, monkeypatch, tmp_path, normalize, compat, favor_target, compiled
 ):
-    """6 examples, and 60 with the same mean: the same merge, and the formula's, with a floor that many entries are below."""
+    """6 examples, and 60 with the same mean: the same merge, and the formula's, with a floor that many entries are
+    below."""
     if not compiled:
         monkeypatch.setattr(fused, "available", lambda: False)
     given = {

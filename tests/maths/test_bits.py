@@ -1,4 +1,5 @@
-"""One bit for each entry, and levels in three: every length, NumPy's own bytes, and masks that come back as they were."""
+"""One bit for each entry, and levels in three: every length, NumPy's own bytes, and masks that come back as they
+were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Four bits, eight bits and half precision: bounded errors, and bytes that do not change when they are written again."""
+"""Four bits, eight bits and half precision: bounded errors, and bytes that do not change when they are written
+again."""
 
 from __future__ import annotations
 

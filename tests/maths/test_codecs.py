@@ -25,7 +25,8 @@ def rows_of(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def check(name: str, x: torch.Tensor, dim: int) -> None:
-    """The bytes are as many as the codec says, no number is off by more than it says, and what is read encodes to the same bytes."""
+    """The bytes are as many as the codec says, no number is off by more than it says, and what is read encodes to
+    the same bytes."""
     codec = codec_of(name)
     stored, scales = encode(x, name, dim)
     slices, length = rows_of(x, dim).shape

@@ -94,7 +94,8 @@ def test_ranks_that_are_all_zero_leave_the_base(name):
 @pytest.mark.parametrize("rank", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_matrix_by_other_factors_is_no_direction_of_its_own(name, rank, scale):
-    """Two adapters alike but for a factor and rounding: merged as dense experts are, whose rounding has no rank either."""
+    """Two adapters alike but for a factor and rounding: merged as dense experts are, whose rounding has no rank
+    either."""
     one, own = factors(48, 36, rank, rank), factors(48, 36, 2, 99)
     turn = torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(7)))[0]
     same = Factors(scale * one.b @ turn, turn.mT @ one.a)

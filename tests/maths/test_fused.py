@@ -152,7 +152,8 @@ Kind = Literal["near", "bits", "huge"]
 
 
 def models(seed: int, size: int, codes: Sequence[str], kind: Kind) -> list[Values]:
-    """near: fine-tuned from the first, with equal and zero entries; bits: any finite numbers; huge: also such that overflow."""
+    """near: fine-tuned from the first, with equal and zero entries; bits: any finite numbers; huge: also such that
+    overflow."""
     rng = np.random.default_rng(seed)
     if kind != "near":
         random = [Values(rng.integers(0, 256, size * DTYPES[c].itemsize, np.uint8), c) for c in codes]

@@ -1,4 +1,5 @@
-"""The decomposition by the Gram matrix: its stated error, its rank rule, and that nothing hangs on LAPACK's null spaces."""
+"""The decomposition by the Gram matrix: its stated error, its rank rule, and that nothing hangs on LAPACK's null
+spaces."""
 
 from __future__ import annotations
 

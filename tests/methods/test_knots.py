@@ -131,7 +131,8 @@ def test_signs_are_elected_in_the_aligned_space(density, want):
 
 
 def test_the_density_counts_the_entries_of_all_matrices(combine):
-    """Two entries a matrix and half of four kept: both of the large one, none of the small one, whose change is a hundredth."""
+    """Two entries a matrix and half of four kept: both of the large one, none of the small one, whose change is a
+    hundredth."""
     tall = torch.diag(torch.tensor([4.0, 3.0]))
     experts = {e: {"a": tall, "b": tall / 100} for e in "xy"}
     base = {n: torch.zeros(2, 2) for n in "ab"}

@@ -1,4 +1,5 @@
-"""OPCM: O1 to O13 and the checks of the specification (continual and optimised, 1.8) on its operator and its recursion."""
+"""OPCM: O1 to O13 and the checks of the specification (continual and optimised, 1.8) on its operator and its
+recursion."""
 
 from __future__ import annotations
 

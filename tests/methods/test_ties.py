@@ -38,7 +38,8 @@ def test_the_official_count_is_that_of_floating_point(merge_rows, size, density,
 
 
 def test_where_no_sign_has_a_majority_the_official_maximum_is_zero(merge_rows):
-    """Its mean takes the negative entries of cancelled votes then; its maximum is multiplied with the sign, which is 0."""
+    """Its mean takes the negative entries of cancelled votes then; its maximum is multiplied with the sign, which is
+    0."""
     rows = [[2.0], [-2.0]]
     assert merge_rows("ties", rows, density=1.0, compat="official").item() == -2.0
     assert merge_rows("ties", rows, density=1.0, compat="official", merge="max").item() == 0.0

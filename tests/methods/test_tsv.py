@@ -89,7 +89,8 @@ def alike(kind, m, n, rng):
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12), (24, 24)])
 @pytest.mark.parametrize("weights", [(0.3, 0.7, 1.7), (0.1, 0.2, -0.7), (0.0, 1.0, 0.3)])
 def test_equal_experts_are_one_whatever_their_weights(shape, kind, work, weights):
-    """U, V of equal experts are the same columns: the merge is their own k leading triplets times Σ ±|w| over the number of them."""
+    """U, V of equal experts are the same columns: the merge is their own k leading triplets times Σ ±|w| over the
+    number of them."""
     at, x = Place("w", shape, 0, tuple("abc")), alike(kind, *shape, torch.Generator().manual_seed(1)).expand(3, *shape)
     base, used = torch.zeros(shape), [w for w in weights if w]
     one = tsv.Tsv().apply(Tile(x, base, at, work), Known()).double().numpy()

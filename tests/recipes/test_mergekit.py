@@ -1,4 +1,5 @@
-"""mergekit's files merge as mergekit merges: against NumPy transcriptions of its formulas, written apart from the methods."""
+"""mergekit's files merge as mergekit merges: against NumPy transcriptions of its formulas, written apart from the
+methods."""
 
 from __future__ import annotations
 

@@ -143,7 +143,8 @@ def test_long_form_of_models():
             "lambda of 'a', which all models share",
         ),
         (
-            "{merge_method: task_arithmetic, base_model: b, models: [{model: a, parameters: {weight: 1, density: 0.2}}]}",
+            "{merge_method: task_arithmetic, base_model: b, models: [{model: a, parameters: {weight: 1, density: "
+            "0.2}}]}",
             "density of 'a', which task_arithmetic does not use",
         ),
         (
@@ -323,12 +324,14 @@ def test_other_methods_of_mergekit_are_refused_by_name(method):
 
 def test_own_keys():
     recipe = ours(
-        "{merge_method: linear, models: [{model: a, name: '1'}, {model: b}], heads: [classifier], out_dtype: float16, dtype: float32}"
+        "{merge_method: linear, models: [{model: a, name: '1'}, {model: b}], heads: [classifier], out_dtype: float16, "
+        "dtype: float32}"
     )
     assert recipe.heads == ("classifier",) and recipe.dtype == "float16" and list(recipe.experts) == ["1", "b"]
     assert merge("average", experts={"a": "a"}, heads="classifier").recipe.heads == ("classifier",)
     mixed = parse(
-        "{compat: mergekit, merge_method: linear, models: [{model: a}], parameters: {weight: 1}, heads: [x], stochastic: 3}"
+        "{compat: mergekit, merge_method: linear, models: [{model: a}], parameters: {weight: 1}, heads: [x], "
+        "stochastic: 3}"
     )
     assert mixed.heads == ("x",) and mixed.stochastic == 3 and mixed.semantics == "mergekit"
 
@@ -568,7 +571,8 @@ def test_a_list_of_weights_merges_the_expert_that_it_names():
 def test_one_parameter_by_two_names(parameters, said):
     with pytest.raises(TwinmergeError, match=said):
         ours(
-            f"{{merge_method: ties, base_model: b, parameters: {parameters}, models: [{{name: a, model: m, parameters: {{density: 1}}}}]}}"
+            f"{{merge_method: ties, base_model: b, parameters: {parameters}, models: [{{name: a, model: m, parameters: "
+            "{density: 1}}]}"
         )
 
 
@@ -576,7 +580,8 @@ def test_one_parameter_by_two_names(parameters, said):
 def test_a_wrong_out_dtype_beside_a_right_dtype(value):
     with pytest.raises(TwinmergeError, match="dtype"):
         parse(
-            f"{{merge_method: linear, dtype: float32, out_dtype: {value}, models: [{{model: m, parameters: {{weight: 1}}}}]}}"
+            f"{{merge_method: linear, dtype: float32, out_dtype: {value}, models: [{{model: m, parameters: {{weight: "
+            "1}}]}"
         )
 
 

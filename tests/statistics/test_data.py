@@ -337,7 +337,8 @@ def test_an_image_processor_of_their_own_code(vit, jsonl, pictures, monkeypatch)
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):
-    """U+2028, U+0085, form feeds and a lone carriage return are part of a text; the carriage return of a CRLF is not."""
+    """U+2028, U+0085, form feeds and a lone carriage return are part of a text; the carriage return of a CRLF is
+    not."""
     texts = ["a\u2028b", "c\u0085d", "e\x0cf", "g\rh", "i"]
     (tmp_path / "x.txt").write_bytes("\r\n".join(texts).encode())
     assert [row.text for row in Rows(tmp_path / "x.txt").between(0, 9)] == texts == read_inputs(tmp_path / "x.txt")

@@ -208,7 +208,8 @@ def test_sharing_is_looked_after_in_every_pass():
 
 
 def test_matrices_that_see_no_rows_of_the_batch_are_left_out(make, ids):
-    """Relative positions of DeBERTa go through the matrices of its keys: in a batch of one row that looks like a row."""
+    """Relative positions of DeBERTa go through the matrices of its keys: in a batch of one row that looks like a
+    row."""
     for batches in ([batch_of([i]) for i in ids], [batch_of(ids)]):
         gram = measured(make("DebertaV2ForSequenceClassification", share_att_key=True), batches)
         assert "deberta.encoder.layer.0.attention.self.key_proj.weight" not in gram.modules

@@ -1,4 +1,5 @@
-"""Second moments against the inputs that stock transformers shows, for each kind of matrix; what is not read is named."""
+"""Second moments against the inputs that stock transformers shows, for each kind of matrix; what is not read is
+named."""
 
 from __future__ import annotations
 

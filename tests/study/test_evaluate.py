@@ -172,7 +172,8 @@ def test_the_settings_of_a_twin(lab: Any, experts_per_row: int | None, oracle: b
 
 
 def test_check30_the_oracle_is_off_unless_asked_and_changes_the_score(lab: Any) -> None:
-    """Check 30: the evaluation hands no bias in by default; with the switch the scores of the paper's setting differ."""
+    """Check 30: the evaluation hands no bias in by default; with the switch the scores of the paper's setting
+    differ."""
     assert inspect.signature(evaluate).parameters["oracle_biases"].default is False
     assert inspect.signature(tm.Twin.forward).parameters["oracle_biases"].default is None
     given: list[Any] = []
@@ -189,8 +190,8 @@ def test_check30_the_oracle_is_off_unless_asked_and_changes_the_score(lab: Any) 
 
 
 def test_serving12_nothing_of_a_task_enters_its_answer(lab: Any) -> None:
-    """Serving 12: with nothing given, mixture and head of every row are those that its text alone is routed to, whichever
-    task it is asked under; both that number and the oracle's are there."""
+    """Serving 12: with nothing given, mixture and head of every row are those that its text alone is routed to,
+    whichever task it is asked under; both that number and the oracle's are there."""
     twin = tm.Twin.from_pretrained(lab.twin)
     asked: dict[tuple[int, ...], set[str]] = {}
 

@@ -121,7 +121,8 @@ def test_wrong_arguments_are_one_sentence(lab: Any, call: Callable[[Any], Any], 
 
 
 def test_what_is_natural_is_taken(lab: Any, tmp_path: Path) -> None:
-    """A twin, a merge and a suite's folder go to evaluate as they are; pairs are tuples or lists; base and experts go by place."""
+    """A twin, a merge and a suite's folder go to evaluate as they are; pairs are tuples or lists; base and experts
+    go by place."""
     expected = tm.evaluate(lab.merge.save(tmp_path / "merged"), lab.suite, progress=False)[0].scores
     assert tm.evaluate(lab.merge, lab.root / "suite", progress=False)[0].scores == expected
     lab.twin.save_pretrained(tmp_path / "twin")

@@ -1,4 +1,5 @@
-"""Metrics against scikit-learn and SciPy, the normalised score against published tables, the bootstrap against theory."""
+"""Metrics against scikit-learn and SciPy, the normalised score against published tables, the bootstrap against
+theory."""
 
 from __future__ import annotations
 
@@ -163,7 +164,8 @@ def test_seeds_and_the_order_of_tasks() -> None:
 
 
 def test_the_interval_covers() -> None:
-    """A model that is right on 70 % of all rows, its expert on 90 %: the truth lies inside for about 95 % of test sets."""
+    """A model that is right on 70 % of all rows, its expert on 90 %: the truth lies inside for about 95 % of test
+    sets."""
     rng, inside = np.random.default_rng(1), 0
     for seed in range(300):
         shared = rng.random(200)

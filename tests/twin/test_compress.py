@@ -1,4 +1,5 @@
-"""Cuts to a rank, a share of energy or a number of bytes: what is kept is worth the most, and the files are as long as said."""
+"""Cuts to a rank, a share of energy or a number of bytes: what is kept is worth the most, and the files are as long
+as said."""
 
 from __future__ import annotations
 
@@ -229,8 +230,8 @@ def test_one_order_of_all_components_beats_a_uniform_rank_at_the_same_bytes(whol
 
 
 def spectral(seed: int, **sizes: int) -> tuple[Any, dict[str, Any]]:
-    """A BERT of these sizes and two experts whose changes have spectra of real fine-tunes: σi falls as i^-p, p from .5 to 1.5,
-    and some matrices changed ten times as much as others."""
+    """A BERT of these sizes and two experts whose changes have spectra of real fine-tunes: σi falls as i^-p, p from
+    .5 to 1.5, and some matrices changed ten times as much as others."""
     torch.manual_seed(seed)
     base = BertModel(BertConfig(**{**SIZES, **sizes})).eval()
     experts = {}

@@ -29,7 +29,8 @@ TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.sta
 
 @pytest.fixture(scope="module")
 def folders(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """classifiers: with heads and a router; writers: language models without; small: the classifiers in int8; masks: of the classifiers."""
+    """classifiers: with heads and a router; writers: language models without; small: the classifiers in int8; masks:
+    of the classifiers."""
     case, root = lab.new_case("bert", torch.float32), tmp_path_factory.mktemp("folders")
     twin = Twin.build(case.base, case.experts, 3, progress=False)
     generator = torch.Generator().manual_seed(0)

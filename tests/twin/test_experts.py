@@ -1,4 +1,5 @@
-"""Experts come and go (check 31): nothing else changes, and adding and removing leaves the bytes that were there before."""
+"""Experts come and go (check 31): nothing else changes, and adding and removing leaves the bytes that were there
+before."""
 
 from __future__ import annotations
 

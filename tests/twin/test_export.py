@@ -210,7 +210,8 @@ def loaded(case: Any, twin: Twin, folder: Path, where: Path, **options: Any) -> 
 
 
 def test_check24_serving20_cat_is_the_sum_and_linear_is_not(lab: Any, exact: Any, tmp_path: Path) -> None:
-    """Check 24, serving 20: our mixture is Σ wt Δt in every matrix to 1e-6, where PEFT's "linear" is off by 70 % or more."""
+    """Check 24, serving 20: our mixture is Σ wt Δt in every matrix to 1e-6, where PEFT's "linear" is off by 70 % or
+    more."""
     case, twin, folder = exact["llama"]
     weights = [0.5, 0.3, 0.2]
     model = loaded(case, twin, folder, tmp_path)
@@ -333,7 +334,8 @@ def test_push_to_hub_uploads_the_folder(cases: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.experts.1.up_proj.weight", "layers.0.mlp.experts.down_proj"])
 def test_experts_are_not_exported_for_vllm(lab: Any, name: str) -> None:
-    """vLLM reads factors of experts in layouts that differ by model, so none is written; other matrices are no matter."""
+    """vLLM reads factors of experts in layouts that differ by model, so none is written; other matrices are no
+    matter."""
     import transformers
 
     sizes = {

@@ -91,7 +91,8 @@ def test_a_conversation_keeps_the_mixture_of_its_first_prompt(lab: Any) -> None:
 
 
 def test_serving22_continuations_are_scored_under_their_contexts_mixture(lab: Any) -> None:
-    """Serving 22: options of one question share its mixture, whatever they say; equal to the rebuilt model's likelihood."""
+    """Serving 22: options of one question share its mixture, whatever they say; equal to the rebuilt model's
+    likelihood."""
     case = lab.new_case("llama")
     twin = routed(case.twin())
     contexts = [PROMPTS[i // 3].tolist() for i in range(9)]

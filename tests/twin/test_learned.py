@@ -1,7 +1,8 @@
-"""Checks 28 and 29, serving 9 and 12: experts that learned something, merged: pretrained < task arithmetic < rank 1 < Twin.
+"""Checks 28 and 29, serving 9 and 12: experts that learned something, merged: pretrained < task arithmetic < rank 1
+< Twin.
 
-Four tasks of 16 words each; the answer of task t is the class of its t-th word. The base was trained on all of them with
-other tables of classes, so it knows where to look; each expert learned its own table. Thresholds are the
+Four tasks of 16 words each; the answer of task t is the class of its t-th word. The base was trained on all of them
+with other tables of classes, so it knows where to look; each expert learned its own table. Thresholds are the
 specification's and are never loosened.
 """
 

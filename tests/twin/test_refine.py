@@ -1,4 +1,5 @@
-"""Refined exclusive parts: closer to the experts on inputs that were not shown, at the same ranks, and nothing else changes."""
+"""Refined exclusive parts: closer to the experts on inputs that were not shown, at the same ranks, and nothing else
+changes."""
 
 from __future__ import annotations
 

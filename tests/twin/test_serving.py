@@ -75,7 +75,8 @@ def routed(lab: Any, samples: Any) -> Twin:
 
 
 def worst(twin: Twin, samples: Any, batches: list[Tensor], experts_per_row: int | None) -> tuple[float, bool]:
-    """Between each sample alone and in these batches: the largest relative difference, and whether routing is the same."""
+    """Between each sample alone and in these batches: the largest relative difference, and whether routing is the
+    same."""
     batch, _ = samples
     largest, same = 0.0, True
     for rows in batches:
@@ -100,7 +101,8 @@ def ways(owners: Tensor) -> dict[str, list[Tensor]]:
 def test_serving02_each_of_64_samples_alone_and_in_company(
     routed: Twin, samples: Any, experts_per_row: int | None, way: str
 ) -> None:
-    """Serving 2: alone without padding, in shuffled and in single-task batches: the same routing, and answers to 1e-5."""
+    """Serving 2: alone without padding, in shuffled and in single-task batches: the same routing, and answers to
+    1e-5."""
     difference, same = worst(routed, samples, ways(samples[1])[way], experts_per_row)
     assert same and difference <= 1e-5
     if experts_per_row is None:
@@ -166,8 +168,8 @@ def peak(call: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("strategy", ["stacked", "grouped"])
 @pytest.mark.parametrize("kind", ["soft", "one_hot"])
 def test_serving03_memory_is_that_of_the_factors(lab: Any, eight: Twin, kind: str, strategy: str) -> None:
-    """Serving 3: what a mixed batch holds beyond the shared model's own pass, its factors among it, is ≤ 1.3 × the factors;
-    a rebuild for every row would hold another model."""
+    """Serving 3: what a mixed batch holds beyond the shared model's own pass, its factors among it, is ≤ 1.3 × the
+    factors; a rebuild for every row would hold another model."""
     mixture = lab.mixtures(kind, ROWS, EXPERTS).float()
     factors = sum(b.numel() * b.element_size() for b in eight.runtime.buffers())
     by_hand = 4 * EXPERTS * RANK * LAYERS * (4 * 2 * WIDTH + 2 * (WIDTH + INNER))
@@ -196,7 +198,8 @@ def flops(twin: Twin, **choice: Any) -> int:
 
 
 def test_serving09_work_grows_with_the_experts_of_a_row(eight: Twin) -> None:
-    """Serving 9: gates are top-1 unless asked; the adapters' operations are a times those of one expert, so 1 against 8 is ⅛."""
+    """Serving 9: gates are top-1 unless asked; the adapters' operations are a times those of one expert, so 1
+    against 8 is ⅛."""
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(EXPERTS, WIDTH, generator=generator)
     with torch.no_grad():

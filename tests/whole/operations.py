@@ -1,8 +1,8 @@
 """Every kind of output on tiny models, and a process that dies, or whose disk is full, at any system call that writes.
 
-`python operations.py kill|full|kill,full FOLDER SHARE [NAME ...]` tries `SHARE` in every hundred of the calls of each operation and prints what
-went wrong as JSON. Runs are forks of one process that has imported everything, each in a process group of its own; OMP_NUM_THREADS must be
-1, since a pool of threads does not survive a fork.
+`python operations.py kill|full|kill,full FOLDER SHARE [NAME ...]` tries `SHARE` in every hundred of the calls of
+each operation and prints what went wrong as JSON. Runs are forks of one process that has imported everything, each
+in a process group of its own; OMP_NUM_THREADS must be 1, since a pool of threads does not survive a fork.
 """
 
 from __future__ import annotations

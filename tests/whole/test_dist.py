@@ -1,4 +1,5 @@
-"""What `python -m build` makes installs into an empty environment and works there: the wheel, and the source distribution.
+"""What `python -m build` makes installs into an empty environment and works there: the wheel, and the source
+distribution.
 
 `make dist` sets DIST to the folder that it has built into; otherwise it is built here, from a copy of the tree.
 """

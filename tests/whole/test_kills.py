@@ -1,4 +1,5 @@
-"""Every writing command, killed or out of space at system calls that write: the old or the new, and the same bytes when run again."""
+"""Every writing command, killed or out of space at system calls that write: the old or the new, and the same bytes
+when run again."""
 
 from __future__ import annotations
 

@@ -142,14 +142,15 @@ def build(
         said("It has no router: name the expert in each call, or build again with --data or --suite.")
     elif info.router is None:
         said(
-            "Its router was made from the experts alone; nothing was measured. Name --data or --suite to see how it does."
+            "Its router was made from the experts alone; nothing was measured. Name --data or --suite to see how it "
+            "does."
         )
     else:
         report = info.router
         lines = [(name, f"{100 * share:.1f} %") for name, share in report["right_by_expert"].items()]
         print_table(
-            f"Router on {report['rows']} held-out inputs: {100 * report['right']:.1f} % right, "
-            f"calibration error {report['ece_calibrated']:.3f}, {100 * report['refused']:.1f} % left to the shared model",
+            f"Router on {report['rows']} held-out inputs: {100 * report['right']:.1f} % right, calibration error "
+            f"{report['ece_calibrated']:.3f}, {100 * report['refused']:.1f} % left to the shared model",
             ["expert", "routed right"],
             lines,
         )

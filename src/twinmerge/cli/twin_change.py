@@ -127,8 +127,8 @@ def add(
         print_twin(info, output)
     else:
         said(
-            f"Added {name}: the twin has {', '.join(more.experts)}, {size(info.bytes_extra)} beside the shared model -> "
-            f"{output}"
+            f"Added {name}: the twin has {', '.join(more.experts)}, {size(info.bytes_extra)} beside the shared model "
+            f"-> {output}"
         )
 
 

@@ -110,9 +110,8 @@ class Change:
             return (*self.about.experts[:-1], read)
         if read.content != self.entry.content:
             raise ModelError(
-                f"The weights of {self.expert.name} are not those that were added as {self.entry.name!r}: taking them out "
-                "would leave a "
-                "difference. Name the model that was added with --expert."
+                f"The weights of {self.expert.name} are not those that were added as {self.entry.name!r}: taking them "
+                "out would leave a difference. Name the model that was added with --expert."
             )
         return self.about.experts
 

@@ -185,9 +185,9 @@ class Continual:
             about = state.about
             if not self.method.keeps_sums:
                 raise UsageError(
-                    f"{about.method} cannot take {name!r} out again: {self.method.unremovable}. Start a new state from the "
-                    "experts that are to "
-                    "stay, or use a method whose state is a sum (iso_c, wudi, task_arithmetic, average)."
+                    f"{about.method} cannot take {name!r} out again: {self.method.unremovable}. Start a new state from "
+                    "the experts that are to stay, or use a method whose state is a sum (iso_c, wudi, task_arithmetic, "
+                    "average)."
                 )
             entry = next((e for e in about.experts if e.name == name), None)
             if entry is None:
@@ -367,9 +367,9 @@ class Continual:
         if have and have != matched.merged:
             other = sorted(set(have) ^ set(matched.merged))
             raise ModelError(
-                f"{expert.name} is no expert of the kind that the state has: {other[0]!r} is merged in one of them only "
-                f"({len(other)} such "
-                "tensors). Give --head when the state is made, for what differs between the experts."
+                f"{expert.name} is no expert of the kind that the state has: {other[0]!r} is merged in one of them "
+                f"only ({len(other)} such tensors). Give --head when the state is made, for what differs between the "
+                "experts."
             )
         return matched.merged, heads_of(opened, matched, [name]).get(name)
 
@@ -379,8 +379,8 @@ class Continual:
             return open_model(entry.model if model is None else model)
         except TwinmergeError as error:
             raise type(error)(
-                f"Taking {entry.name!r} out needs the expert itself, and it cannot be read: {error} Say where it is with "
-                "--expert."
+                f"Taking {entry.name!r} out needs the expert itself, and it cannot be read: {error} Say where it is "
+                "with --expert."
             ) from error
 
 

@@ -73,8 +73,8 @@ def with_heads(folder: Path) -> Iterator[tuple[StateFile, dict[str, HeadSpec]]]:
                 if isinstance(error, TwinmergeError):
                     raise
                 raise DamagedFile(
-                    f"The state {folder} lacks the head {error.filename}. Restore it from a copy of the state, or make the state "
-                    "again."
+                    f"The state {folder} lacks the head {error.filename}. Restore it from a copy of the state, or make "
+                    "the state again."
                 ) from error
             yield state, heads
             return

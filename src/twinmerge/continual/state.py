@@ -109,9 +109,8 @@ class StateFile:
             opened = open_artefact(self.file, KIND, VERSION)
             if opened.artefact.version < VERSION:
                 raise DataError(
-                    f"{self.file} has version {opened.artefact.version} of its layout, which does not name the heads of its "
-                    "experts. Make the "
-                    "state again."
+                    f"{self.file} has version {opened.artefact.version} of its layout, which does not name the heads "
+                    "of its experts. Make the state again."
                 )
             try:
                 (self._fd,) = self._open.enter_context(opened.held())

@@ -68,13 +68,13 @@ def _twin_of(
             opened[entry.name] = open_model(model, None if isinstance(model, (str, os.PathLike)) else entry.name)
         except TwinmergeError as error:
             raise type(error)(
-                f"A twin needs every expert itself, and {entry.name!r} cannot be read: {error} Say where it is with --expert "
-                f"{entry.name}=MODEL."
+                f"A twin needs every expert itself, and {entry.name!r} cannot be read: {error} Say where it is with "
+                f"--expert {entry.name}=MODEL."
             ) from error
         if opened[entry.name].fingerprint() != entry.fingerprint:
             raise ModelError(
-                f"{opened[entry.name].name} is not the model that was added as {entry.name!r}. Say where that one is with "
-                "--expert."
+                f"{opened[entry.name].name} is not the model that was added as {entry.name!r}. Say where that one is "
+                "with --expert."
             )
     base = continual.base
     state = continual.canonical_state_of(now)

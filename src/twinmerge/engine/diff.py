@@ -147,7 +147,9 @@ def diff(a: ModelLike, b: ModelLike, base: ModelLike | None = None, rank: bool =
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+        >>> config = BertConfig(
+        ...     vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        ... )
         >>> a, b = BertModel(config), BertModel(config)
         >>> b.load_state_dict({name: -2 * tensor for name, tensor in a.state_dict().items()})
         <All keys matched successfully>

@@ -319,8 +319,8 @@ class Inputs:
         """A sum that is not finite: say whose tensor it is, unless large numbers only overflowed the sum."""
         if stored.base is not None and not bool(_numbers(stored.base).isfinite().all()):
             raise ModelError(
-                f"Tensor {each.name!r} of the base {self.models.base.name} holds NaN or infinity. Take a sound checkpoint of "
-                "it."
+                f"Tensor {each.name!r} of the base {self.models.base.name} holds NaN or infinity. Take a sound "
+                "checkpoint of it."
             )
         for expert, values in zip(self.models.experts, stored.experts, strict=True):
             if not bool(_numbers(values).isfinite().all()):
@@ -339,8 +339,8 @@ def open_statistics(plan: Plan, models: Models) -> dict[str, Statistics]:
         statistics = Statistics.open(Path(plan.recipe.statistics[name]), plan.method.needs[0])
         if statistics.model != models.experts[name].fingerprint():
             raise DataError(
-                f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or name the "
-                "right file."
+                f"{statistics.file} was measured on another model than the expert {name!r}. Measure that model, or "
+                "name the right file."
             )
         found[name] = statistics
     for out, entry in plan.merged.items():

@@ -68,7 +68,9 @@ class Merge:
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+        >>> config = BertConfig(
+        ...     vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        ... )
         >>> base = BertModel(config)
         >>> merged = Merge(Recipe("task_arithmetic", base, {"a": base, "b": base}))
         >>> bool((merged.state_dict()["pooler.dense.weight"] == base.pooler.dense.weight).all())
@@ -233,7 +235,8 @@ class Merge:
         for label, found in self.plan.inputs.items():
             if not found.files:
                 raise UsageError(
-                    f"{found.name} ({label}) is in memory, so workers elsewhere cannot open it. Save it, and name its folder."
+                    f"{found.name} ({label}) is in memory, so workers elsewhere cannot open it. Save it, and name its "
+                    "folder."
                 )
         return self.inputs.with_plan(replace(self.models.seal(self.plan), key=secrets.token_hex(16)))
 

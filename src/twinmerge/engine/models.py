@@ -91,8 +91,8 @@ class Models:
         for label, found in plan.inputs.items():
             if found.fingerprint is not None and self.labels[label].fingerprint() != found.fingerprint:
                 raise ModelError(
-                    f"The plan was made for another model than {self.labels[label].name} ({label}) is now. Make it again with "
-                    "`twinmerge check … --plan FILE`."
+                    f"The plan was made for another model than {self.labels[label].name} ({label}) is now. Make it "
+                    "again with `twinmerge check … --plan FILE`."
                 )
 
 

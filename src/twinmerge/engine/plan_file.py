@@ -270,7 +270,8 @@ def _read_tensors(raw: Any, plan: Plan, at: str) -> Iterator[tuple[str, Spec, di
         for name in names_of(item["name"]):
             if name not in plan.entries:
                 raise RecipeError(
-                    f"{at}: the output has no tensor {name!r}.{nearest(name, list(plan.entries))} Name those that it has."
+                    f"{at}: the output has no tensor {name!r}.{nearest(name, list(plan.entries))} Name those that it "
+                    "has."
                 )
             was = plan.entries[name].spec
             if item.get("shape") != list(was.shape):

@@ -88,9 +88,9 @@ class Run:
             leading, rule.trailing = rule.trailing[: last_model + 1], rule.trailing[last_model + 1 :]
             if leading and len(self.rules) > 1:
                 raise RecipeError(
-                    f"{type(rule.method).__name__} looks at the whole model before it merges a tensor, so its parameters cannot "
-                    "differ "
-                    "between tensors. Give one value for all, or compat: mergekit where the method has it."
+                    f"{type(rule.method).__name__} looks at the whole model before it merges a tensor, so its "
+                    "parameters cannot differ between tensors. Give one value for all, or compat: mergekit where the "
+                    "method has it."
                 )
             self.leading = leading
         self.known = Known()
@@ -109,9 +109,8 @@ class Run:
         """
         if len(self.rules) > 1:
             raise RecipeError(
-                f"{step.name} looks at the whole merged model, so the method's parameters cannot differ between tensors. "
-                "Give one "
-                f"value for all, or say what {step.name} is to find."
+                f"{step.name} looks at the whole merged model, so the method's parameters cannot differ between "
+                f"tensors. Give one value for all, or say what {step.name} is to find."
             )
         self.leading = [*self.leading, *self.rules[0].trailing, step]
         self.rules[0].trailing = []

@@ -31,7 +31,8 @@ class View:
         order: the axes of what was taken, in the order in which the view has them; empty for as they are.
 
     Example:
-        >>> View((2,)).shape((8, 4, 3)), View((range(1, 3),)).shape((8, 4)), View((None, (3, 0, 1)), (1, 0)).shape((8, 4))
+        >>> (View((2,)).shape((8, 4, 3)), View((range(1, 3),)).shape((8, 4)),
+        ...  View((None, (3, 0, 1)), (1, 0)).shape((8, 4)))
         ((4, 3), (2, 4), (3, 8))
     """
 

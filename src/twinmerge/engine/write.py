@@ -25,7 +25,8 @@ from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
 
 Line = dict[str, Any]
-"""What the journal keeps of one group of ranges: tensor -> input or "output" -> checksums; changed and erased entries."""
+"""What the journal keeps of one group of ranges: tensor -> input or "output" -> checksums; changed and erased
+entries."""
 
 
 class Journal:

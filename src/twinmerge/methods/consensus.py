@@ -20,8 +20,8 @@ class Consensus(Marking):
     former only, k = 0 none, and k above the number of experts gives θ0. The paper chooses λ in 0.1, 0.2, …, 1 on
     validation data, after λt; without any, λ = 0.3 is what task arithmetic, which this is at k = 0, takes.
 
-    Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", arXiv 2405.07813,
-    section 5.
+    Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", arXiv
+    2405.07813, section 5.
 
     Example:
         >>> import torch

@@ -152,9 +152,9 @@ class Fisher(Method):
                 raise RecipeError(f"fisher: the weight of {name!r} is {weight:g}. Give 0 or more.")
             if self.normalize and not size.squares > 0:
                 raise DataError(
-                    f"The Fisher information of {name!r} is 0 in all merged tensors, so it has no norm to divide by. Measure it "
-                    "again "
-                    "on data that the model is not certain of, leave the expert out, or set normalize=false."
+                    f"The Fisher information of {name!r} is 0 in all merged tensors, so it has no norm to divide by. "
+                    "Measure it again on data that the model is not certain of, leave the expert out, or set "
+                    "normalize=false."
                 )
             factors.append(weight / (size.squares**0.5 if self.normalize else size.examples))
             mean = size.examples if self.compat == "official" else size.total / max(size.entries, 1)

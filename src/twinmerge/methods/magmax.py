@@ -27,7 +27,8 @@ class Magmax(Method, Fold):
     Made for experts that were tuned one after the other, each from the one before; on independent experts it is weak.
     The order of the experts has a meaning only where magnitudes are equal.
 
-    Source: Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual Learning", ECCV, arXiv 2407.06322.
+    Source: Marczak et al. 2024, "MagMax: Leveraging Model Merging for Seamless Continual Learning", ECCV, arXiv
+    2407.06322.
 
     Example:
         >>> import torch

@@ -30,14 +30,15 @@ class Opcm(Method, Fold):
     With A = U diag(s) Vᵀ of numerical rank k and r the number of directions whose cumulative share of Σ s is at most
     `alpha` (all k for alpha = 1), the three forms in circulation take out of Uᵀ τ V
 
-    - released: the leading r × r block (the authors' code; its removal of the diagonal has no effect). ⟨A, P(τ)⟩ is not 0.
+    - released: the leading r × r block (the authors' code; its removal of the diagonal has no effect). ⟨A, P(τ)⟩ is
+      not 0.
     - fixed: that block, and the diagonal up to k (FusionBench since 2025-03).
     - paper: all rows and columns below r, and the diagonal up to k (equation 6).
 
     Singular vectors beyond the numerical rank are never used. While A is 0, P(τ) = τ.
 
-    Source: Tang et al. 2025, "Merging Models on the Fly Without Retraining", NeurIPS, arXiv 2501.09522; the forms as the
-    project's specification found them.
+    Source: Tang et al. 2025, "Merging Models on the Fly Without Retraining", NeurIPS, arXiv 2501.09522; the forms as
+    the project's specification found them.
 
     Example:
         >>> from twinmerge.methods.kit.fold import Seen

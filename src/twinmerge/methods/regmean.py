@@ -36,7 +36,8 @@ class Regmean(Method):
     expert. Gt is a mean over tokens, so experts weigh alike whatever their data. Convolution kernels are matrices
     (out, in·kh·kw). A block-diagonal Gram is solved block by block.
 
-    Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849, equation 2.
+    Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849,
+    equation 2.
 
     Example:
         >>> from twinmerge.methods.kit.base import Place
@@ -101,14 +102,14 @@ class Regmean(Method):
         least = (blocks - 1) * size + 1 if blocks > 1 else size
         if size != width or not least <= inputs <= blocks * size:
             raise DataError(
-                f"The Gram matrix of {expert!r} for {tensor!r} is {list(gram.second.shape)}, the matrix has {inputs} inputs. "
-                "Measure it again."
+                f"The Gram matrix of {expert!r} for {tensor!r} is {list(gram.second.shape)}, the matrix has {inputs} "
+                "inputs. Measure it again."
             )
         diagonal = second.diagonal(dim1=1, dim2=2)
         if not bool(second.isfinite().all()) or bool((diagonal < 0).any()):
             raise DataError(
-                f"The Gram matrix of {expert!r} for {tensor!r} has NaN, infinite or negative entries where none can be. "
-                "Measure it again."
+                f"The Gram matrix of {expert!r} for {tensor!r} has NaN, infinite or negative entries where none can "
+                "be. Measure it again."
             )
         kept = diagonal.clone()
         second.mul_(self.alpha).diagonal(dim1=1, dim2=2).copy_(kept)

@@ -15,8 +15,8 @@ class Svc(Spectral):
     Task arithmetic in which directions that several experts share count once. `calibration` is α, the least number of
     times that an expert is taken to be in a direction. The other methods on singular values take the same parameter.
 
-    Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv 2602.05536;
-    `twinmerge.methods.kit.spectral.calibrate` has the formula.
+    Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv
+    2602.05536; `twinmerge.methods.kit.spectral.calibrate` has the formula.
 
     Example:
         >>> import torch

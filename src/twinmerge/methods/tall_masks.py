@@ -15,8 +15,8 @@ class TallMasks(Marking, MaskMethod):
     The paper writes ≥ and its code >, which is used: they differ where nothing is changed, and there in the counts
     only. TIES trims with the exact count of `ties`; entries whose votes cancel are 0.
 
-    Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", arXiv 2405.07813,
-    section 4.
+    Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", arXiv
+    2405.07813, section 4.
 
     Example:
         >>> import torch

@@ -115,8 +115,8 @@ class Ties(Method):
         for field, own in decided.items():
             if values.get(field, own) != own:
                 raise ValueError(
-                    f"compat={values['compat']} goes with {field}={own}, got {field}={values[field]!r:.80}. Leave one of them "
-                    "out."
+                    f"compat={values['compat']} goes with {field}={own}, got {field}={values[field]!r:.80}. Leave one "
+                    "of them out."
                 )
         return {**values, **decided}
 

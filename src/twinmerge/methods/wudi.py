@@ -35,7 +35,8 @@ class Wudi(Spectral, SumFold):
     `inputs`: which axis of the stored matrix the layer reads, columns for Linear, rows for GPT-2's Conv1D; auto asks
     the model's class, and takes columns where there is none.
 
-    Source: Cheng et al. 2025, "Whoever Started the Interference Should End It", ICML, arXiv 2503.08099; the closed form is ours.
+    Source: Cheng et al. 2025, "Whoever Started the Interference Should End It", ICML, arXiv 2503.08099; the closed
+    form is ours.
 
     Example:
         >>> from twinmerge.methods.kit.base import Tile
@@ -169,6 +170,6 @@ def solve(normal: Tensor, grams: Tensor, ridge: float, inputs: int, name: str = 
         ridge *= 100
         if ridge > LARGEST_RIDGE:
             raise ModelError(
-                f"The equations of {name!r} have no solution by Cholesky. Look for damage in the experts, or set a larger "
-                "ridge."
+                f"The equations of {name!r} have no solution by Cholesky. Look for damage in the experts, or set a "
+                "larger ridge."
             )

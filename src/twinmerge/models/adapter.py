@@ -161,9 +161,8 @@ def _pair(name: str, module: str, sides: Mapping[str, Tensor], embedding: bool) 
         )
     if a.dim() < 2 or b.dim() < 2 or not a.numel() or not b.numel() or a.shape[0] != b.shape[1] or "Abias" in sides:
         raise ModelError(
-            f"The adapter {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)} for {unwrapped(module)!r}, which "
-            "do not fit "
-            "together. Save it again, with all parts of sharded tensors gathered."
+            f"The adapter {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)} for {unwrapped(module)!r}, "
+            "which do not fit together. Save it again, with all parts of sharded tensors gathered."
         )
     return Pair(a, b, embedding, sides.get("Bbias"))
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 LEAF = ("weight", "bias")
 TABLE = ("embed", "bias", "token", "rel_pos", "latent", "probe", "scale", "A_log", "time_")
-"""In the names of parameters that a class holds itself, in no module of their own, and multiplies no inputs with (`pos_embed`,
-`relative_position_bias_table`, `pos_bias_u`, the biases of experts in one tensor, the decay of a state-space layer)."""
+"""In the names of parameters that a class holds itself, in no module of their own, and multiplies no inputs with
+(`pos_embed`, `relative_position_bias_table`, `pos_bias_u`, the biases of experts in one tensor, the decay of a
+state-space layer)."""
 
 
 class Architecture(ABC):
@@ -227,7 +228,9 @@ class Architecture(ABC):
         Example:
             >>> from transformers import MixtralConfig, MixtralForCausalLM
             >>> from twinmerge.models.transformers_class import TransformersArchitecture
-            >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=6, num_attention_heads=2, num_key_value_heads=2)
+            >>> sizes = dict(
+            ...     vocab_size=8, hidden_size=4, intermediate_size=6, num_attention_heads=2, num_key_value_heads=2
+            ... )
             >>> tiny = MixtralConfig(num_hidden_layers=1, num_local_experts=3, **sizes)
             >>> TransformersArchitecture(tiny, MixtralForCausalLM).stacks
             {'layers.0.mlp.experts.gate_up_proj': False, 'layers.0.mlp.experts.down_proj': False}

@@ -34,9 +34,8 @@ def check_counts(raw: Mapping[str, Any], file: Path, tensors: Mapping[str, Spec]
     for key, number in _numbers(raw):
         if abs(number) > (most if COUNT.search(key) else NUMBER):
             raise ModelError(
-                f"{file} says {key} = {number:,}, which its tensors cannot be ({len(tensors or {})} of them). Restore the "
-                "config.json "
-                "that was saved with them."
+                f"{file} says {key} = {number:,}, which its tensors cannot be ({len(tensors or {})} of them). Restore "
+                "the config.json that was saved with them."
             )
 
 

@@ -118,7 +118,8 @@ HARMLESS = frozenset(
         *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
     )
 )
-"""Keys that two models of one base may differ in. Every other key, known or not, counts as one that changes what is computed."""
+"""Keys that two models of one base may differ in. Every other key, known or not, counts as one that changes what is
+computed."""
 
 
 FORMER = {

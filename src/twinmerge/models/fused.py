@@ -90,9 +90,8 @@ def stack_of(
     rank = a.shape[0] // experts
     if config.unsloth and rank > 1 and experts > 1:
         raise ModelError(
-            f"Unsloth wrote the adapter {config.name}, whose factors of the experts {name!r} it lays out in another way "
-            "than PEFT, under the "
-            "same names. Merge it there (save_pretrained_merged) and give the full model."
+            f"Unsloth wrote the adapter {config.name}, whose factors of the experts {name!r} it lays out in another "
+            "way than PEFT, under the same names. Merge it there (save_pretrained_merged) and give the full model."
         )
     now, before = (a.shape[1], b.shape[0]) == (n, m), (a.shape[1], b.shape[0]) == (m, n)
     if transposed:
@@ -100,8 +99,8 @@ def stack_of(
     elif now and before:
         if config.peft is None:
             raise ModelError(
-                f"The adapter {config.name} changes the experts {name!r}, whose sides are equal, and PEFT swapped the sides "
-                "in version 0.19. Add "
+                f"The adapter {config.name} changes the experts {name!r}, whose sides are equal, and PEFT swapped the "
+                "sides in version 0.19. Add "
                 '"peft_version" with the version that wrote it to its adapter_config.json.'
             )
         now = config.peft >= SIDES_SWAPPED

@@ -128,9 +128,8 @@ class HeadedModel(nn.Module):
             shapes = {tuple(head.tensors[name].shape) for head in self.head_specs.values() if name in head.tensors}
             if shapes and tuple(own.shape) not in shapes:
                 raise ModelError(
-                    f"The heads hold {name!r} as {list(min(shapes))}, {type(skeleton).__name__} takes {list(own.shape)} by its "
-                    "config. "
-                    "Restore its config.json, or build the output again."
+                    f"The heads hold {name!r} as {list(min(shapes))}, {type(skeleton).__name__} takes "
+                    f"{list(own.shape)} by its config. Restore its config.json, or build the output again."
                 )
         return found
 
@@ -190,8 +189,8 @@ class HeadedModel(nn.Module):
                 continue
             if any(True for _ in module.children()):
                 raise RecipeError(
-                    f"The tensor {next(iter(inner.values()))!r} cannot be a head: its module {path!r} has parts of its own. Name "
-                    "whole layers with --head."
+                    f"The tensor {next(iter(inner.values()))!r} cannot be a head: its module {path!r} has parts of its "
+                    "own. Name whole layers with --head."
                 )
             module.register_forward_hook(partial(self._by_head, inner))
             inside.update(inner.values())
@@ -309,8 +308,8 @@ class HeadedModel(nn.Module):
         module = next(iter(self._outer.values())) if self._outer else self.body
         if self.architecture.config is None:
             raise ModelError(
-                f"{type(module).__name__} is none of transformers' models, and gives no hidden states to route on. Name the "
-                "mixture yourself."
+                f"{type(module).__name__} is none of transformers' models, and gives no hidden states to route on. "
+                "Name the mixture yourself."
             )
         try:
             with known_tokens(self.body, batch):
@@ -351,9 +350,8 @@ def known_tokens(body: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
         if rows is None or not isinstance(ids, Tensor) or not ids.numel() or int(ids.max()) < rows:
             raise
         raise ModelError(
-            f"The tokenizer gives the token {int(ids.max())}, and the model has embeddings of {rows}. Take the tokenizer "
-            "that belongs to "
-            "the model, or a base whose embeddings were resized to it."
+            f"The tokenizer gives the token {int(ids.max())}, and the model has embeddings of {rows}. Take the "
+            "tokenizer that belongs to the model, or a base whose embeddings were resized to it."
         ) from error
 
 

@@ -29,15 +29,15 @@ def adapter_of(model: Any, name: str) -> Adapter:
     active = list(getattr(model, "active_adapters", None) or [])
     if len(active) != 1:
         raise ModelError(
-            f"{name} has {len(active)} active adapters ({', '.join(map(str, active)) or 'none'}), one can be merged at a "
-            "time. Choose it "
-            "with set_adapter, or give every adapter as a model of its own."
+            f"{name} has {len(active)} active adapters ({', '.join(map(str, active)) or 'none'}), one can be merged at "
+            "a time. Choose it with set_adapter, or give every adapter as a model of its own."
         )
     config = checked_config(model.peft_config[active[0]].to_dict(), name, in_memory=True)
     layers = [(path, m) for path, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
     if any(layer.merged for _, layer in layers):
         raise ModelError(
-            f"In {name} an adapter is merged into the base already. Call unmerge_adapter() first, or merge_and_unload()."
+            f"In {name} an adapter is merged into the base already. Call unmerge_adapter() first, or "
+            "merge_and_unload()."
         )
     if any(layer.disable_adapters for _, layer in layers):
         raise ModelError(

@@ -47,9 +47,9 @@ class Matched(NamedTuple):
         for name, differences in self.configs.items():
             if differences:
                 warnings.warn(
-                    f"The expert {name!r} computes otherwise than the base with the same weights: {said(differences)}. What is "
-                    "merged runs "
-                    "with the base's config, so check that this is meant, or merge models of one config.",
+                    f"The expert {name!r} computes otherwise than the base with the same weights: "
+                    f"{said(differences)}. What is merged runs with the base's config, so check that this is meant, "
+                    "or merge models of one config.",
                     stacklevel=3,
                 )
 
@@ -72,8 +72,8 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
         configs[e] = _same_sizes(base, expert, head_patterns)
     if not any(base.has(name) for expert in experts.values() for name in expert.names):
         raise ModelError(
-            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were "
-            "tuned from."
+            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they "
+            "were tuned from."
         )
     heads: dict[str, set[str]] = {}
     ignored: dict[str, list[str]] = {}
@@ -95,15 +95,15 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
             merged.append(name)
         elif (lacking := _expected_by(experts, name)) is not None:
             raise ModelError(
-                f"{lacking.name} lacks the tensor {name!r} that the base {base.name} has. Check that the expert's folder "
-                "is complete and was tuned from this base."
+                f"{lacking.name} lacks the tensor {name!r} that the base {base.name} has. Check that the expert's "
+                "folder is complete and was tuned from this base."
             )
         else:
             from_base.append(name)
     if not merged:
         raise ModelError(
-            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they were "
-            "tuned from."
+            f"No tensor of the experts has a name and shape that the base {base.name} has. Name the base that they "
+            "were tuned from."
         )
     return Matched(merged, {e: sorted(h) for e, h in heads.items()}, from_base, ignored, configs)
 
@@ -125,9 +125,9 @@ def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
         elif base.has(name):
             if spec.is_float != base.spec(name).is_float:
                 raise ModelError(
-                    f"Tensor {name!r} is {spec.code} in {expert.name} and {base.spec(name).code} in the base {base.name}: whole "
-                    "numbers and "
-                    "fractions do not merge. If one is quantised, restore it to 16 or 32 bits first."
+                    f"Tensor {name!r} is {spec.code} in {expert.name} and {base.spec(name).code} in the base "
+                    f"{base.name}: whole numbers and fractions do not merge. If one is quantised, restore it to 16 or "
+                    "32 bits first."
                 )
             if spec.is_float and base.spec(name).shape != spec.shape:
                 _other_shape(base, expert, name)
@@ -155,10 +155,9 @@ def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     if not _is_part(expert, name):
         raise ModelError(
             f"Tensor {name!r} of {expert.name} is neither in the base {base.name} nor a part of "
-            f"{known.model_class.__name__}, so that "
-            "transformers does not load it either. Name the right class under `architectures` in its config.json; where "
-            "this one is "
-            "right, load the model in transformers and save it again."
+            f"{known.model_class.__name__}, so that transformers does not load it either. Name the right class under "
+            "`architectures` in its config.json; where this one is right, load the model in transformers and save it "
+            "again."
         )
     part = known.filled(expert.stored.get(name, name))
     if known.shape(expert.stored.get(name, name)) is None and base.has(part[0]):
@@ -262,7 +261,8 @@ def matches(pattern: str, name: str) -> bool:
     """A glob, or whole dotted components anywhere in the name.
 
     Example:
-        >>> matches("layers.1", "model.layers.1.bias"), matches("layers.1", "layers.12.bias"), matches("*.bias", "a.bias")
+        >>> (matches("layers.1", "model.layers.1.bias"), matches("layers.1", "layers.12.bias"),
+        ...  matches("*.bias", "a.bias"))
         (True, False, True)
     """
     if any(c in pattern for c in "*?["):
@@ -323,9 +323,8 @@ def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     if _in_body(expert, name):
         raise ModelError(
             f"Tensor {name!r} is {list(expert.spec(name).shape)} in {expert.name} and {list(base.spec(name).shape)} in "
-            "the base "
-            f"{base.name}. Give every model the same size (resize_token_embeddings for another vocabulary), or name the "
-            "tensor as a head with --head."
+            f"the base {base.name}. Give every model the same size (resize_token_embeddings for another vocabulary), "
+            "or name the tensor as a head with --head."
         )
 
 
@@ -336,9 +335,8 @@ def _untied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     source = base.aliases[name]
     if not expert.has(source) or not torch.equal(expert.read(name), expert.read(source)):
         raise ModelError(
-            f"Tensor {name!r} of {expert.name} has its own values, and the base {base.name} ties it to {source!r}. Take "
-            "a base "
-            "with tie_word_embeddings=false, or name the tensor as a head with --head."
+            f"Tensor {name!r} of {expert.name} has its own values, and the base {base.name} ties it to {source!r}. "
+            "Take a base with tie_word_embeddings=false, or name the tensor as a head with --head."
         )
 
 

@@ -102,9 +102,8 @@ def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | No
         shape = architecture.shape(original) if architecture else None
         if shape is not None and specs[original].shape != tuple(shape):
             raise ModelError(
-                f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is {list(shape)}. "
-                "Restore the "
-                "config.json that was saved with it."
+                f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is "
+                f"{list(shape)}. Restore the config.json that was saved with it."
             )
     return _tied(name, specs, stored, architecture, source)
 
@@ -240,8 +239,8 @@ def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
 
     if opened.changes:
         raise ModelError(
-            f"{opened.name} has an adapter already, so {adapter.name} cannot be put on it. Merge the first one into its "
-            "base (merge_and_unload)."
+            f"{opened.name} has an adapter already, so {adapter.name} cannot be put on it. Merge the first one into "
+            "its base (merge_and_unload)."
         )
     opened.architecture = class_for(adapter, opened.architecture)
     base = Base(opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)

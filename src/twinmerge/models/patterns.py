@@ -50,7 +50,8 @@ class Patterns:
                 steps += its_steps
                 if steps > MOST_STEPS or len(self._expressions) > MOST_EXPRESSIONS:
                     raise ModelError(
-                        f"The expressions of the {where} could take very long to match. Write the modules' names instead."
+                        f"The expressions of the {where} could take very long to match. Write the modules' names "
+                        "instead."
                     )
 
     def get(self, module: str, default: float) -> float:

@@ -168,8 +168,8 @@ class _Placing:
             name, change = self._of_rows(module, rows)
             if name in found:
                 raise ModelError(
-                    f"The adapter {self.adapter.name} changes {name!r} in two ways, by rows or under two names. Untie the base "
-                    "(tie_word_embeddings=False), or merge the adapter into it first (merge_and_unload)."
+                    f"The adapter {self.adapter.name} changes {name!r} in two ways, by rows or under two names. Untie "
+                    "the base (tie_word_embeddings=False), or merge the adapter into it first (merge_and_unload)."
                 )
             found[name] = change
         return tied(found, self.base.specs, self.base.aliases, self.adapter.name, self.base.name, self._values())
@@ -206,9 +206,9 @@ class _Placing:
             and (body or name in self.adapter.copies)
         ):
             raise ModelError(
-                f"The adapter {self.adapter.name} holds {own!r} as {list(tensor.shape)}, in its base {self.base.name} it is "
-                f"{list(spec.shape)}. "
-                "Name the base that the adapter was trained on (resize_token_embeddings and save it, if its vocabulary grew)."
+                f"The adapter {self.adapter.name} holds {own!r} as {list(tensor.shape)}, in its base {self.base.name} "
+                f"it is {list(spec.shape)}. Name the base that the adapter was trained on (resize_token_embeddings and "
+                "save it, if its vocabulary grew)."
             )
         if own not in self.base.specs and own in self.other_forms:
             raise self._other_form(own)
@@ -238,18 +238,17 @@ class _Placing:
             name = attention if attention in self.base.specs else name
         if self.config.rslora and name in self.fused_several:
             raise ModelError(
-                f"The adapter {self.adapter.name} scales {name!r} by alpha / √r (use_rslora), which PEFT reads as another "
-                "number since "
-                "transformers 5 put such matrices together. Merge it into its base first, with the versions that trained it."
+                f"The adapter {self.adapter.name} scales {name!r} by alpha / √r (use_rslora), which PEFT reads as "
+                "another number since transformers 5 put such matrices together. Merge it into its base first, with "
+                "the versions that trained it."
             )
         whose = module.removesuffix(ATTENTION_OUTPUT) if doubled else plain
         if not any(
             self.config.targeted(path) for path in (whose, self.path(name).removesuffix(".out_proj"), self.path(name))
         ):
             raise ModelError(
-                f"The adapter {self.adapter.name} has factors of {whose!r}, which its target_modules do not name, and PEFT "
-                "leaves such out. Take "
-                "the adapter_config.json that was saved with it."
+                f"The adapter {self.adapter.name} has factors of {whose!r}, which its target_modules do not name, and "
+                "PEFT leaves such out. Take the adapter_config.json that was saved with it."
             )
         scaling = self._scaling(whose, self.path(name).removesuffix(".out_proj" if doubled else ""), pair.a.shape[0])
         if doubled:
@@ -272,15 +271,14 @@ class _Placing:
         ours, theirs = config.rank_of(path), config.rank_of(written)
         if rank not in (ours, theirs):
             raise ModelError(
-                f"The adapter {self.adapter.name} has factors of rank {rank} for {written!r}, by its adapter_config.json it "
-                f"is {ours} (r, "
-                "rank_pattern). Take the adapter_config.json that was saved with it."
+                f"The adapter {self.adapter.name} has factors of rank {rank} for {written!r}, by its "
+                f"adapter_config.json it is {ours} (r, rank_pattern). Take the adapter_config.json that was saved with "
+                "it."
             )
         if ours == theirs and config.scaling(path) != config.scaling(written):
             raise ModelError(
-                f"The alpha_pattern of the adapter {self.adapter.name} gives {written!r} another alpha than {path!r}, as "
-                "transformers calls it "
-                "now. Save the adapter again with these versions."
+                f"The alpha_pattern of the adapter {self.adapter.name} gives {written!r} another alpha than {path!r}, "
+                "as transformers calls it now. Save the adapter again with these versions."
             )
         return config.scaling(path if rank == ours else written)
 
@@ -292,9 +290,8 @@ class _Placing:
             odd = "dilation" if any(d != 1 for d in module.dilation) else odd
             if odd:
                 raise ModelError(
-                    f"The adapter {self.adapter.name} changes the convolution {plain!r}, whose {odd} PEFT's factors do not have, "
-                    "so "
-                    "that they are no sum on its weight. Leave this module out of target_modules."
+                    f"The adapter {self.adapter.name} changes the convolution {plain!r}, whose {odd} PEFT's factors do "
+                    "not have, so that they are no sum on its weight. Leave this module out of target_modules."
                 )
         transposed = (
             isinstance(module, Conv1D) if isinstance(module, (nn.Linear, Conv1D)) else self.config.fan_in_fan_out
@@ -367,9 +364,8 @@ class _Placing:
                 return None
             if len(here) > 1:
                 raise ModelError(
-                    f"The adapter {self.adapter.name} has factors of {', '.join(here)} of {plain!r}, and without the base's "
-                    "config.json "
-                    "their order is not known. Add its config.json."
+                    f"The adapter {self.adapter.name} has factors of {', '.join(here)} of {plain!r}, and without the "
+                    "base's config.json their order is not known. Add its config.json."
                 )
             return here[0]
         own: list[str] = [
@@ -440,8 +436,9 @@ class _Placing:
         shape = self.base.specs[name].shape if name in self.base.specs else ()
         if at is None or len(at) != len(rows) or rows.shape[1:] != shape[1:] or max(at, default=0) >= shape[0]:
             raise ModelError(
-                f"The adapter {self.adapter.name} has {list(rows.shape)} numbers for rows of {name!r}, which do not fit its "
-                f"trainable_token_indices and the base's {list(shape)}. Name the base that the adapter was trained on."
+                f"The adapter {self.adapter.name} has {list(rows.shape)} numbers for rows of {name!r}, which do not "
+                f"fit its trainable_token_indices and the base's {list(shape)}. Name the base that the adapter was "
+                "trained on."
             )
         return name, Change(rows=Rows(torch.tensor(at, dtype=torch.long), rows))
 

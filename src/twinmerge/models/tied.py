@@ -43,8 +43,8 @@ def tied(
             if not same_change(found[changed[0]], found[other]):
                 raise ModelError(
                     f"The adapter {adapter} changes {changed[0]!r} and {other!r} each in its own way, but the base "
-                    f"{base} ties them: one tensor cannot hold both. Untie the base (tie_word_embeddings), or train one "
-                    "that changes both alike."
+                    f"{base} ties them: one tensor cannot hold both. Untie the base (tie_word_embeddings), or train "
+                    "one that changes both alike."
                 )
         if len(changed) < len(names) and not all(n in values for n in changed):
             rest = next(n for n in names if n not in found)

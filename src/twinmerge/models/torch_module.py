@@ -134,12 +134,13 @@ def tensors_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(
-                f"The state of {name} holds {key!r}, a {type(value).__name__}, which cannot be merged. Leave it out of the "
-                "state."
+                f"The state of {name} holds {key!r}, a {type(value).__name__}, which cannot be merged. Leave it out of "
+                "the state."
             )
         if value.is_sparse or value.is_quantized or value.is_complex():
             raise ModelError(
-                f"Tensor {key!r} of {name} is sparse, quantised or complex, which is not merged. Give it dense and real."
+                f"Tensor {key!r} of {name} is sparse, quantised or complex, which is not merged. Give it dense and "
+                "real."
             )
     return {key: value.detach() for key, value in state.items()}
 
@@ -166,8 +167,8 @@ def _check(module: nn.Module) -> None:
         if normed or (hasattr(part, "parametrizations") and len(part.parametrizations)):
             raise ModelError(
                 f"The weights of {path or type(module).__name__!r} are computed from other tensors "
-                f"({', '.join(sorted(normed)) or 'a parametrization'}), "
-                "which do not merge as they do. Take that off first (torch.nn.utils.parametrize.remove_parametrizations)."
+                f"({', '.join(sorted(normed)) or 'a parametrization'}), which do not merge as they do. Take that off "
+                "first (torch.nn.utils.parametrize.remove_parametrizations)."
             )
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):

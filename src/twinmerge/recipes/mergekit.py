@@ -122,7 +122,8 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
     for name, entry in models.items():
         at = f"{where}, model {entry.model!r}"
         ignored += [
-            f"{key} of {entry.model!r}, which {'all models share' if key in dialect.shared else f'{method} does not use'}"
+            f"{key} of {entry.model!r}, which "
+            f"{'all models share' if key in dialect.shared else f'{method} does not use'}"
             for key in entry.settings
             if key in dialect.shared or _is_idle(key, dialect)
         ]
@@ -130,7 +131,8 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
             value = entry.settings.get(key, general.get(key, number.default))
             if value is None:
                 raise RecipeError(
-                    f"{at}: {method} needs a {key} for every model. Add parameters: {{{key}: 1.0}} to it, or to the whole recipe."
+                    f"{at}: {method} needs a {key} for every model. Add parameters: {{{key}: 1.0}} to it, or to the "
+                    "whole recipe."
                 )
             parameters[f"{name}.{number.field}"] = _number(key, value, at)
     if ignored:
@@ -166,9 +168,8 @@ def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool) -> None:
             )
         if key in OWN_KEYS:
             raise RecipeError(
-                f"{where}: {key!r} is a key of twinmerge, and this file is in mergekit's schema. Add `compat: mergekit` or "
-                "`compat: paper` "
-                "to say whose semantics its method has."
+                f"{where}: {key!r} is a key of twinmerge, and this file is in mergekit's schema. Add `compat: "
+                "mergekit` or `compat: paper` to say whose semantics its method has."
             )
         known = [*TOP_KEYS, *NOT_YET, "compat", "twinmerge", *OWN_KEYS]
         raise RecipeError(f"{where}: unknown key {key!r:.80}.{nearest(key, known)} Known: {', '.join(known)}.")
@@ -279,7 +280,8 @@ def _settings(raw: Any, dialect: Dialect, where: str) -> dict[str, Any]:
     for key, value in raw.items():
         if key not in known:
             raise RecipeError(
-                f"{where}: mergekit has no parameter {key!r:.80}.{nearest(key, known)} It has: {', '.join(sorted(known))}."
+                f"{where}: mergekit has no parameter {key!r:.80}.{nearest(key, known)} It has: "
+                f"{', '.join(sorted(known))}."
             )
         if isinstance(value, (list, dict)):
             raise RecipeError(

@@ -94,7 +94,8 @@ class Recipe:
         taken = {"output", *(["base"] if reads_base else [])}
         if clash := taken & set(self.experts):
             raise RecipeError(
-                f"The expert name {clash.pop()!r} stands for something else in checksums and messages. Give it another one."
+                f"The expert name {clash.pop()!r} stands for something else in checksums and messages. Give it another "
+                "one."
             )
         if self.stochastic is not None and (isinstance(self.stochastic, bool) or not isinstance(self.stochastic, int)):
             raise RecipeError(
@@ -106,7 +107,8 @@ class Recipe:
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise RecipeError(
-                f"Cannot write dtype {self.dtype!r:.80}.{nearest(str(self.dtype), DTYPES)} Choose from {', '.join(DTYPES)}."
+                f"Cannot write dtype {self.dtype!r:.80}.{nearest(str(self.dtype), DTYPES)} Choose from "
+                f"{', '.join(DTYPES)}."
             )
         if self.base is None and method_class(self.method).space == "deltas":
             raise RecipeError(f"{short_name(self.method)} works on changes to a base. Name the base with --base.")
@@ -146,9 +148,9 @@ class Recipe:
             for name in self.experts:
                 if name not in self.statistics:
                     raise RecipeError(
-                        f"{short_name(self.method)} needs the {need} statistics of every expert, and {name!r} has none. Take them "
-                        "with `twinmerge "
-                        f"measure {need} MODEL --data FILE -o {name}.{need}.safetensors`, and add --statistics {name}=that file."
+                        f"{short_name(self.method)} needs the {need} statistics of every expert, and {name!r} has "
+                        f"none. Take them with `twinmerge measure {need} MODEL --data FILE -o "
+                        f"{name}.{need}.safetensors`, and add --statistics {name}=that file."
                     )
 
     @classmethod

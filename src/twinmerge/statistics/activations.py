@@ -30,7 +30,9 @@ class Activations:
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> tiny = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6)
+        >>> tiny = BertConfig(
+        ...     vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6
+        ... )
         >>> bert = BertModel(tiny).eval()
         >>> activations = Activations(bert, {name: name for name, _ in bert.named_parameters()})
         >>> ids = torch.tensor([[1, 2, 3], [4, 5, 0]])

@@ -94,8 +94,8 @@ class Data:
         start, stop = (0, self.rows.count) if rows is None else (rows[0], min(rows[1], self.rows.count))
         if not 0 <= start < stop:
             raise UsageError(
-                f"There are no rows {start}:{rows[1] if rows else stop} in {file}: it has {self.rows.count}, counted from 0. "
-                "Choose others."
+                f"There are no rows {start}:{rows[1] if rows else stop} in {file}: it has {self.rows.count}, counted "
+                "from 0. Choose others."
             )
         self._range = start, stop
         self._chosen = _chosen(start, stop, limit, seed)
@@ -124,7 +124,8 @@ class Data:
             cut, seen = cut + self._encoder.truncated, seen + self._encoder.seen
         if cut:
             warnings.warn(
-                f"{cut} of {seen} texts were longer than the {self.max_tokens} tokens that the model takes and were cut.",
+                f"{cut} of {seen} texts were longer than the {self.max_tokens} tokens that the model takes and were "
+                "cut.",
                 stacklevel=2,
             )
 
@@ -192,9 +193,8 @@ class Data:
     def _open_encoder(self, max_tokens: int | None) -> TextEncoder:
         if self.model.folder is None:
             raise ModelError(
-                f"{self.model.name} is in memory and has no tokenizer. Save it with its tokenizer and name the folder, or "
-                "give rows of "
-                "input_ids."
+                f"{self.model.name} is in memory and has no tokenizer. Save it with its tokenizer and name the folder, "
+                "or give rows of input_ids."
             )
         encoder = TextEncoder(self.model.folder, max_tokens, self.model.positions)
         encoder.tokenizer.padding_side = "right"
@@ -225,6 +225,7 @@ def _padded(lists: Sequence[Sequence[int]], other: int) -> Tensor:
 def _open_images(model: Measured) -> ImageEncoder:
     if model.folder is None:
         raise ModelError(
-            f"{model.name} is in memory and has no image processor. Save it with its image processor and name the folder."
+            f"{model.name} is in memory and has no image processor. Save it with its image processor and name the "
+            "folder."
         )
     return ImageEncoder(model.folder)

@@ -63,8 +63,8 @@ class Statistics:
         found = cls(open_artefact(path, KIND, VERSION))
         if what is not None and found.what != what:
             raise DataError(
-                f"{path} holds {found.what} statistics, {what} statistics are needed. Take them with `twinmerge measure "
-                f"{what}`."
+                f"{path} holds {found.what} statistics, {what} statistics are needed. Take them with `twinmerge "
+                f"measure {what}`."
             )
         return found
 
@@ -163,8 +163,8 @@ def _same(first: Statistics, other: Statistics) -> None:
     ):
         if one != two:
             raise DataError(
-                f"{other.file} has {what} than {first.file} ({_difference(one, two)}), so they do not add up. Measure both "
-                "alike."
+                f"{other.file} has {what} than {first.file} ({_difference(one, two)}), so they do not add up. Measure "
+                "both alike."
             )
 
 
@@ -182,9 +182,8 @@ def _disjoint(data: Sequence[Mapping[str, Any]]) -> None:
         for other_start, other_stop, file in seen.get(piece["sha256"], []):
             if start < other_stop and other_start < stop:
                 raise DataError(
-                    f"Rows {max(start, other_start)} to {min(stop, other_stop) - 1} of {file} are in two of the statistics, and "
-                    "would count "
-                    "twice. Measure parts that do not overlap, with --rows START:STOP."
+                    f"Rows {max(start, other_start)} to {min(stop, other_stop) - 1} of {file} are in two of the "
+                    "statistics, and would count twice. Measure parts that do not overlap, with --rows START:STOP."
                 )
         seen.setdefault(piece["sha256"], []).append((start, stop, piece["file"]))
 

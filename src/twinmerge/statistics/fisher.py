@@ -64,9 +64,8 @@ class Fisher:
     ) -> None:
         if kind == "bare":
             raise ModelError(
-                f"{type(module).__name__} has no head that classifies or writes on, so it makes no prediction whose Fisher "
-                "information could "
-                "be taken. Name a classifier, a language model, or the expert with its head."
+                f"{type(module).__name__} has no head that classifies or writes on, so it makes no prediction whose "
+                "Fisher information could be taken. Name a classifier, a language model, or the expert with its head."
             )
         if labels not in get_args(Labels):
             raise UsageError(f"labels is {shown(labels)}. Choose from {', '.join(get_args(Labels))}.")
@@ -79,9 +78,8 @@ class Fisher:
         self.by_token = kind != "classifier" or type(module).__name__.endswith("TokenClassification")
         if self.by_token and labels == "exact":
             raise UsageError(
-                f"{type(module).__name__} predicts something at every token, and an exact sum takes a backward pass for each "
-                "of them. Leave "
-                "out --labels, or say sampled."
+                f"{type(module).__name__} predicts something at every token, and an exact sum takes a backward pass "
+                "for each of them. Leave out --labels, or say sampled."
             )
         exact = not self.by_token and (labels == "exact" or (labels == "auto" and self._is_small()))
         self.labels = "exact" if exact else "sampled"
@@ -130,8 +128,8 @@ class Fisher:
         )
         if not same:
             warnings.warn(
-                f"{type(self.module).__name__} does not answer the examples of a batch apart from each other, so they are "
-                "taken one by one.",
+                f"{type(self.module).__name__} does not answer the examples of a batch apart from each other, so they "
+                "are taken one by one.",
                 stacklevel=2,
             )
         return same
@@ -148,12 +146,13 @@ class Fisher:
             logits = getattr(self.module(**inputs), "logits", None)
         if logits is None:
             raise ModelError(
-                f"{type(self.module).__name__} gives no logits, so there is no prediction to take the Fisher information of."
+                f"{type(self.module).__name__} gives no logits, so there is no prediction to take the Fisher "
+                "information of."
             )
         if not bool(logits.isfinite().all()):
             raise ModelError(
-                f"The model gives NaN or infinite logits among rows {min(batch.rows)} to {max(batch.rows)}. Take a sound "
-                "checkpoint of it."
+                f"The model gives NaN or infinite logits among rows {min(batch.rows)} to {max(batch.rows)}. Take a "
+                "sound checkpoint of it."
             )
         return logits, self._vectors(logits.detach(), batch)
 

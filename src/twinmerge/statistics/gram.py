@@ -40,11 +40,14 @@ class Gram:
     Attributes:
         tokens: unpadded positions, or images, that were seen.
 
-    Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849, section 3.
+    Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849,
+    section 3.
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> tiny = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6)
+        >>> tiny = BertConfig(
+        ...     vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6
+        ... )
         >>> bert = BertModel(tiny).eval()
         >>> gram = Gram(bert, {name: name for name, _ in bert.named_parameters()})
         >>> ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
@@ -114,16 +117,14 @@ class Gram:
         convolution."""
         if self._unknown:
             warnings.warn(
-                f"{len(self._unknown)} tensors, the first is {self._unknown[0]!r}, are of kinds of modules whose inputs are "
-                "not measured (experts "
-                "that share a tensor, say); a merge takes their mean.",
+                f"{len(self._unknown)} tensors, the first is {self._unknown[0]!r}, are of kinds of modules whose "
+                "inputs are not measured (experts that share a tensor, say); a merge takes their mean.",
                 stacklevel=2,
             )
         if left := sorted({*self._group, *self._watched.odd} - set(self.modules)):
             warnings.warn(
-                f"{len(left)} matrices, the first is {left[0]!r}, see inputs that are no rows of the data, so they are not "
-                "measured; a merge "
-                "takes their mean.",
+                f"{len(left)} matrices, the first is {left[0]!r}, see inputs that are no rows of the data, so they "
+                "are not measured; a merge takes their mean.",
                 stacklevel=2,
             )
 

@@ -108,7 +108,9 @@ def measure(
     Example:
         >>> import json, tempfile
         >>> from transformers import BertConfig, BertModel
-        >>> tiny = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6)
+        >>> tiny = BertConfig(
+        ...     vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=6
+        ... )
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = (folder / "data.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}))
         >>> measure("gram", BertModel(tiny), folder / "data.jsonl", folder / "a.gram.safetensors").file.name

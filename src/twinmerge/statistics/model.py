@@ -40,7 +40,9 @@ class Measured:
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> tiny = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+        >>> tiny = BertConfig(
+        ...     vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        ... )
         >>> measured = Measured(BertForSequenceClassification(tiny).bfloat16())
         >>> measured.kind, measured.names["bert.pooler.dense.weight"], next(measured.module.parameters()).dtype
         ('classifier', 'pooler.dense.weight', torch.float32)
@@ -50,8 +52,8 @@ class Measured:
         opened = open_model(model)
         if opened.architecture is None:
             raise ModelError(
-                f"{opened.name} has no config.json, so there is no class to run it with. Copy the model's config.json into "
-                "its folder."
+                f"{opened.name} has no config.json, so there is no class to run it with. Copy the model's config.json "
+                "into its folder."
             )
         architecture = opened.architecture
         state = {name: _widened(opened, name) for name in opened.specs}

@@ -108,9 +108,8 @@ def input_moments(model: HeadedModel, names: Iterable[str], batches: Iterable[Ma
     if unread := sorted(wanted - set(found)):
         others = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
         warnings.warn(
-            f"What {unread[0]!r}{others} see was not read (a weight that several modules share, or a kind of module that "
-            "is not known), so "
-            "they are weighed as if it were white noise.",
+            f"What {unread[0]!r}{others} see was not read (a weight that several modules share, or a kind of module "
+            "that is not known), so they are weighed as if it were white noise.",
             stacklevel=2,
         )
     return found

@@ -139,9 +139,8 @@ class Watched:
             pass
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"{type(self.module).__name__} cannot be run on rows {self.positions.rows} ({error}). Give it the rows that "
-                "its class "
-                "takes."
+                f"{type(self.module).__name__} cannot be run on rows {self.positions.rows} ({error}). Give it the rows "
+                "that its class takes."
             ) from error
         finally:
             for handle in handles:

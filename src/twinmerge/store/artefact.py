@@ -213,8 +213,8 @@ def open_artefact(file: Path, kind: str, version: int, base: str | None = None) 
         raise DataError(f"{file} is a {found.kind!r} artefact, expected {kind!r}. Name the right file.")
     if not 1 <= found.version <= version:
         raise DataError(
-            f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build it "
-            "again."
+            f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build "
+            "it again."
         )
     if found.version == version and not opened.sealed:
         raise damaged(file)

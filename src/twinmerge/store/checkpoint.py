@@ -83,8 +83,8 @@ class Checkpoint:
             for name in header.specs:
                 if name in self._place:
                     raise ModelError(
-                        f"Tensor {name!r} stands in both {self.files[self._place[name][0]]} and {file}. Remove the file "
-                        "that is not the model's."
+                        f"Tensor {name!r} stands in both {self.files[self._place[name][0]]} and {file}. Remove the "
+                        "file that is not the model's."
                     )
                 self._place[name] = (i, header.offsets[name])
             self.specs.update(header.specs)
@@ -168,9 +168,8 @@ class Checkpoint:
         """
         if self.expected.get(name, found) != found:
             raise DamagedFile(
-                f"Tensor {name!r} in {self.files[self._place[name][0]]} is not what twinmerge wrote: the file is damaged or "
-                "was changed. "
-                f"{self.advice}"
+                f"Tensor {name!r} in {self.files[self._place[name][0]]} is not what twinmerge wrote: the file is "
+                f"damaged or was changed. {self.advice}"
             )
 
     def read_into(self, name: str, start: int, out: Flat) -> None:

@@ -57,7 +57,8 @@ def locate(ref: str | os.PathLike[str], cached: bool = False) -> Located:
         left, right = _folder(base, cached), _folder(adapter, cached)
         if not os.path.lexists(right.folder / "adapter_config.json"):
             raise ModelError(
-                f"{adapter!r} is no PEFT adapter: it has no adapter_config.json. Write base+adapter with an adapter folder."
+                f"{adapter!r} is no PEFT adapter: it has no adapter_config.json. Write base+adapter with an adapter "
+                "folder."
             )
         commits = "+".join(c for c in (left.commit, right.commit) if c)
         return Located(text, left.folder, right.folder, commits or None)
@@ -75,8 +76,8 @@ def _folder(text: str, cached: bool) -> Located:
         raise ModelError(f"{shown(text)} is a file. Name the folder that holds config.json and the safetensors files.")
     if not HUB_ID.match(text) or text.startswith((".", "/", "~")):
         raise ModelError(
-            f"No model at {shown(text)}: it is neither a folder nor a hub id (org/name or org/name@revision). Check the "
-            "path."
+            f"No model at {shown(text)}: it is neither a folder nor a hub id (org/name or org/name@revision). Check "
+            "the path."
         )
     return _from_hub(text, cached)
 

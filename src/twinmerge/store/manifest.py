@@ -61,8 +61,8 @@ class Manifest(NamedTuple):
             return cls(folder, table["files"], table["sums"])
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise DamagedFile(
-                f"{file} cannot be used: {error}. Copy the whole folder again; if it was changed on purpose, remove this "
-                "file."
+                f"{file} cannot be used: {error}. Copy the whole folder again; if it was changed on purpose, remove "
+                "this file."
             ) from error
 
     def check(self, *names: str) -> None:
@@ -76,8 +76,8 @@ class Manifest(NamedTuple):
         for name in names:
             if name in self.files and (said := self.differs(name)):
                 raise DamagedFile(
-                    f"{self.folder / name} {said}. Copy the whole folder again; if it was changed on purpose, remove {CHECKSUMS} "
-                    "beside it."
+                    f"{self.folder / name} {said}. Copy the whole folder again; if it was changed on purpose, remove "
+                    f"{CHECKSUMS} beside it."
                 )
 
     def check_all(self, *but: str) -> None:

@@ -75,13 +75,13 @@ class _Output(ABC):
             )
         if not is_ours(self.partial):
             raise UsageError(
-                f"{self.partial}, where the output is written first, is there already and was not made by twinmerge, or by "
-                "an older release. "
-                "Move it away or name another output."
+                f"{self.partial}, where the output is written first, is there already and was not made by twinmerge, "
+                "or by an older release. Move it away or name another output."
             )
         if self.partial.exists() and is_in_use(self.partial):
             raise UsageError(
-                f"{self.partial}, where the output is written first, holds an input. Move that away or name another output."
+                f"{self.partial}, where the output is written first, holds an input. Move that away or name another "
+                "output."
             )
         needed, free = self._space()
         if free < needed:

@@ -272,16 +272,15 @@ def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) 
             )
         if len(runner.labels(name)) != len(task.labels):
             raise DataError(
-                f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. Use the "
-                "model tuned on it."
+                f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. "
+                "Use the model tuned on it."
             )
         own = runner.labels(name)
         unnamed = own == [f"LABEL_{i}" for i in range(len(own))]  # as transformers calls what nobody named
         if not unnamed and (strange := [label for label in task.labels if label not in own]):
             raise DataError(
-                f"The head for {name!r} has no label {strange[0]!r} of the suite's task; it has {', '.join(own)}. Use the "
-                "model tuned on it, or "
-                "give the suite the head's names."
+                f"The head for {name!r} has no label {strange[0]!r} of the suite's task; it has {', '.join(own)}. Use "
+                "the model tuned on it, or give the suite the head's names."
             )
         if not unnamed and own != list(task.labels):
             raise DataError(

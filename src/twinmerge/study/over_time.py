@@ -41,7 +41,8 @@ class Course:
     def backward_transfer(self) -> float:
         """Σi<T (ai(θT) − ai(θi)) / (T − 1): what later arrivals did to earlier tasks; 0 for a single task.
 
-        Source: Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory", arXiv 1706.08840, section 2; the divisor is T − 1.
+        Source: Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory", arXiv 1706.08840, section 2; the divisor is
+        T − 1.
         """
         last = len(self.tasks) - 1
         return math.fsum(self.scores[-1][i] - self.scores[i][i] for i in range(last)) / last if last else 0.0

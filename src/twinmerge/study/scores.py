@@ -165,7 +165,8 @@ class Evaluation(Result):
             raise DataError("This JSON is no evaluation of twinmerge. Name the right file, or evaluate again.")
         if found.get("version") != VERSION:
             raise DataError(
-                f"The evaluation has version {found.get('version')!r}, this release reads version {VERSION}. Evaluate again."
+                f"The evaluation has version {found.get('version')!r}, this release reads version {VERSION}. Evaluate "
+                "again."
             )
         try:
             right = found["routed_right"]

@@ -24,7 +24,8 @@ from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.suite import Task, open_suite
 
 WEIGHTS = 51
-"""Candidates of the Fisher paper's search: 1.00, 0.98, ... 0.00 for the first of two experts, or so many random draws."""
+"""Candidates of the Fisher paper's search: 1.00, 0.98, ... 0.00 for the first of two experts, or so many random
+draws."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -186,8 +186,8 @@ def _bootstrap(
         scores = _draw(sides, draws, np.random.default_rng(key))
         if scores[0].min() <= 0:
             raise DataError(
-                f"The expert of task {task!r} scores zero or less in some draws of {len(sides[0].labels)} rows, so there "
-                "is no interval. Evaluate on more rows."
+                f"The expert of task {task!r} scores zero or less in some draws of {len(sides[0].labels)} rows, so "
+                "there is no interval. Evaluate on more rows."
             )
         ratios.append(scores[1:] / scores[0])
     return np.array(points), 100 * np.mean(ratios, axis=0)

@@ -67,7 +67,8 @@ class TextEncoder:
         special = int(self.tokenizer.num_special_tokens_to_add(pair=True))
         if max_tokens is not None and max_tokens <= special:
             raise UsageError(
-                f"max_tokens is {max_tokens}, but the special tokens of a pair take {special}. Give {special + 1} or more."
+                f"max_tokens is {max_tokens}, but the special tokens of a pair take {special}. Give {special + 1} or "
+                "more."
             )
         if max_tokens is not None and positions is not None and max_tokens > positions:
             raise UsageError(f"max_tokens is {max_tokens}, but the model takes {positions}. Give {positions} or less.")

@@ -49,7 +49,8 @@ class ImageEncoder:
             )
         except Exception as error:  # transformers raises many kinds here; the user needs one sentence
             raise ModelError(
-                f"{folder} has no image processor that can be read ({reason(error)}). Copy preprocessor_config.json into it."
+                f"{folder} has no image processor that can be read ({reason(error)}). Copy preprocessor_config.json "
+                "into it."
             ) from error
 
     def encode(self, rows: Sequence[ImageFile]) -> dict[str, Tensor]:

@@ -213,7 +213,8 @@ def compressed(
             total = math.fsum(float(worth[k].sum()) if v is None else v / norms[k[1]] for k, v in whole.items())
         if there < energy * total * (1 - 1e-6):
             raise UsageError(
-                f"The twin holds {there / total:.1%} of the energy, less than {energy:.1%}. Build it at a higher rank first."
+                f"The twin holds {there / total:.1%} of the energy, less than {energy:.1%}. Build it at a higher rank "
+                "first."
             )
         return at(ranks_for_energy(worth, cost, total, energy))
     assert bytes is not None

@@ -71,9 +71,8 @@ class Core(nn.Module):
             architecture = architecture_of(package.heads, len(shared.specs))
         if architecture is None:
             raise ModelError(
-                f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json, or give the function "
-                "that makes "
-                "the module as factory."
+                f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json, or give the "
+                "function that makes the module as factory."
             )
         self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
         self.runtime = Runtime(self.model, list(package.exclusive.values()))
@@ -197,7 +196,8 @@ class Core(nn.Module):
         most = position_limit(self.model.architecture.config)
         if most is not None and (long := sum(len(row.ids) > most for row in tokens)):
             warnings.warn(
-                f"{long} of {len(tokens)} rows of token ids were longer than the {most} that the model takes and were cut.",
+                f"{long} of {len(tokens)} rows of token ids were longer than the {most} that the model takes and were "
+                "cut.",
                 stacklevel=3,
             )
         return padded_tokens(tokens, most)

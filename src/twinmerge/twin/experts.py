@@ -166,8 +166,8 @@ def recipe_of(
                 locate(model)
             except TwinmergeError as error:
                 raise type(error)(
-                    f"The shared part is made from the base and every expert, and the {label} is not at {model!r} any more. "
-                    "Say where it is."
+                    f"The shared part is made from the base and every expert, and the {label} is not at {model!r} any "
+                    "more. Say where it is."
                 ) from error
     parameters = {k: v for k, v in recipe.parameters.items() if "." not in k or k.rpartition(".")[0] in models}
     return replace(recipe, base=whole["base"], experts=models, parameters=parameters)
@@ -188,9 +188,8 @@ def _with_statistics(package: Package) -> tuple[Router, Statistics]:
     router = package.router
     if router is None or router.statistics is None:
         raise UsageError(
-            "The twin's router keeps no statistics, so it cannot take experts in or out. Fit it again with the inputs of "
-            "every "
-            "expert (kind gaussian), or put router.statistics.safetensors back into the folder."
+            "The twin's router keeps no statistics, so it cannot take experts in or out. Fit it again with the inputs "
+            "of every expert (kind gaussian), or put router.statistics.safetensors back into the folder."
         )
     return router, router.statistics
 

@@ -180,8 +180,8 @@ def export_lora(
     if server == "vllm":
         if rank > VLLM_RANKS[-1]:
             raise UsageError(
-                f"The adapter has rank {rank}, vLLM takes {VLLM_RANKS[-1]} at most. Mix fewer experts, or compress the twin "
-                "first."
+                f"The adapter has rank {rank}, vLLM takes {VLLM_RANKS[-1]} at most. Mix fewer experts, or compress the "
+                "twin first."
             )
         rank = next(r for r in VLLM_RANKS if r >= rank)
         modules = {path: one._replace(factors=_padded(one.factors, rank)) for path, one in modules.items()}

@@ -239,7 +239,8 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
             layers, report = tuple(map(operator.index, found.header["layers"])), found.header["report"]
         if router.shape[0] != len(exclusive):
             raise DamagedFile(
-                f"{folder / ROUTER} chooses between {router.shape[0]} experts, the twin has {len(exclusive)}. Fit it again."
+                f"{folder / ROUTER} chooses between {router.shape[0]} experts, the twin has {len(exclusive)}. Fit it "
+                "again."
             )
     if router is not None and router.keeps_statistics and find(folder, STATISTICS):
         kept = load_artefact(folder / STATISTICS, "router statistics", STATISTICS_VERSION, base)
@@ -325,9 +326,8 @@ def _unpack(artefact: Artefact, shared: OpenedModel) -> dict[str, Exclusive]:
                 raise DamagedFile(f"{TWIN} lacks one factor of {name!r}. Build the twin again.")
             if tensor.dim() != 2 or a.dim() != 2 or tensor.shape[1] != len(a):
                 raise DamagedFile(
-                    f"{TWIN} holds factors of {name!r} of the shapes {list(tensor.shape)} and {list(a.shape)}, which are no "
-                    "pair. "
-                    "Build the twin again."
+                    f"{TWIN} holds factors of {name!r} of the shapes {list(tensor.shape)} and {list(a.shape)}, which "
+                    "are no pair. Build the twin again."
                 )
             part.low[name] = Factors(tensor, a)
             _fits(name, part.low[name].shape, shared, matrix=True)

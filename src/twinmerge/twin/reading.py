@@ -23,7 +23,8 @@ from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import refuse_masks
 
 Given = Sequence[Any] | Mapping[str, Tensor]
-"""Texts, (text, text_pair) tuples, rows of a suite or token ids; or a batch of tensors such as {"pixel_values": ...}."""
+"""Texts, (text, text_pair) tuples, rows of a suite or token ids; or a batch of tensors such as {"pixel_values":
+...}."""
 
 
 def read_batches(core: Core, given: Given, name: str, batch_rows: int, progress: bool) -> Iterator[Mapping[str, Any]]:
@@ -126,9 +127,8 @@ def input_directions(core: Core, layer: int) -> list[Tensor]:
         found.append(torch.cat(reads, 1) if reads else torch.zeros(0, 0))
     if not first or any(not v.numel() for v in found):
         raise UsageError(
-            f"In layer {layer} not every expert changes the first matrices, so inputs cannot be told apart by them. Name "
-            "another "
-            "layer, or fit a router on inputs."
+            f"In layer {layer} not every expert changes the first matrices, so inputs cannot be told apart by them. "
+            "Name another layer, or fit a router on inputs."
         )
     return found
 

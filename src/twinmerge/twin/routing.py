@@ -120,8 +120,8 @@ def routed(core: Core, batch: Mapping[str, Any], experts_per_row: int | None) ->
         raise UsageError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
     if batch.get("past_key_values") is not None:
         raise UsageError(
-            "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was made "
-            "under."
+            "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was "
+            "made under."
         )
     with torch.no_grad(), core.lock:
         found, early = _read(core, core.router, core.layers, batch)

@@ -32,7 +32,8 @@ def small(monkeypatch):
 
 
 def stack(ranks=(None, None, None), seed=0):
-    """Deltas of full rank (None) or a low one, with a column and rows that none has changed, and rows that one has not."""
+    """Deltas of full rank (None) or a low one, with a column and rows that none has changed, and rows that one has
+    not."""
     rng = torch.Generator().manual_seed(seed)
 
     def one(rank):
@@ -131,7 +132,8 @@ def test_what_cannot_go_by_rows_does_not(name, parameters):
 
 
 def test_a_varied_merge_cuts_tensors_as_its_own_method_asks(tmp_path):
-    """A search goes from blocks of rows to calibration, which needs a matrix in one piece, or to tables as vectors, and back."""
+    """A search goes from blocks of rows to calibration, which needs a matrix in one piece, or to tables as vectors,
+    and back."""
     rng = torch.Generator().manual_seed(2)
     base = {"words.weight": torch.randn(M, N, generator=rng)}
     for folder in ("base", "one", "two"):
@@ -183,7 +185,8 @@ def test_kernels_are_tall_too():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_files_with_a_table_vectors_and_matrices(name, tmp_path, monkeypatch):
-    """Tall, square and wide matrices, a vector and a lone number; stopped between two blocks of rows, the same call goes on."""
+    """Tall, square and wide matrices, a vector and a lone number; stopped between two blocks of rows, the same call
+    goes on."""
     rng = torch.Generator().manual_seed(3)
     shapes = {"words.weight": (M, N), "square.weight": (N, N), "wide.weight": (N, 5 * N), "bias": (N,), "number": ()}
     base = {k: torch.randn(s, generator=rng) for k, s in shapes.items()}

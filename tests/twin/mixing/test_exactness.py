@@ -1,4 +1,5 @@
-"""Exact in float32 too, for weights that leave a rest to the shared model, and for a convolutional net (checks 2, 3, 8)."""
+"""Exact in float32 too, for weights that leave a rest to the shared model, and for a convolutional net (checks 2, 3,
+8)."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_check3_the_rest_of_a_row_is_the_shared_models(lab: Any, name: str) -> N
 @pytest.mark.parametrize("strategy", ["stacked", "grouped", "rebuild"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_check8_small_resnet(lab: Any, rank: int | None, strategy: str) -> None:
-    """Check 8: convolutions and the affine part of batch norms mix exactly; running statistics stay the shared model's."""
+    """Check 8: convolutions and the affine part of batch norms mix exactly; running statistics stay the shared
+    model's."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2]}
     base = ResNetModel(ResNetConfig(**sizes)).double().eval()

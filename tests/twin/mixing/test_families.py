@@ -1,7 +1,8 @@
-"""Families of transformers under mixed batches: exact row by row, or refused by name and exact by a rebuild; never silently wrong.
+"""Families of transformers under mixed batches: exact row by row, or refused by name and exact by a rebuild; never
+silently wrong.
 
-The reference is a stock model with the dense weights θs + Σ wt (θt − θs) of one row's mixture, which runs the whole batch; that a row does
-not depend on its neighbours is the model's own affair.
+The reference is a stock model with the dense weights θs + Σ wt (θt − θs) of one row's mixture, which runs the whole
+batch; that a row does not depend on its neighbours is the model's own affair.
 """
 
 from __future__ import annotations

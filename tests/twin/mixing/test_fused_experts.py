@@ -1,4 +1,5 @@
-"""Models whose classes hold the experts of a mixture in one tensor, stored one by one: stock transformers is the reference."""
+"""Models whose classes hold the experts of a mixture in one tensor, stored one by one: stock transformers is the
+reference."""
 
 from __future__ import annotations
 

@@ -184,7 +184,8 @@ def test_convolutions_and_batch_norms(lab: Any) -> None:
 def test_layers_of_any_shape(
     kind: str, out: int, into: int, rows: int, positions: int, experts: int, seed: int
 ) -> None:
-    """Widths that are no multiple of 8, one position, one row, few and many mixtures: against a dense rebuild in float64."""
+    """Widths that are no multiple of 8, one position, one row, few and many mixtures: against a dense rebuild in
+    float64."""
     rng = torch.Generator().manual_seed(seed)
     layer: Any = nn.Linear(into, out, bias=bool(seed % 2)) if kind == "linear" else nn.Embedding(out, into)
     layer.double().requires_grad_(False)
@@ -248,7 +249,8 @@ def test_masks_take_a_bit_for_each_weight_and_expert_and_the_vector_is_held_once
 
 
 def test_a_pass_makes_one_module_s_weights_at_a_time(lab_key: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each expert's mask of a matrix is unpacked once in a grouped batch of one expert a row, and not at all where unused."""
+    """Each expert's mask of a matrix is unpacked once in a grouped batch of one expert a row, and not at all where
+    unused."""
     twin, unpacked = made(lab_key, "bert", torch.float32), []
     mask = Masks.mask
     monkeypatch.setattr(Masks, "mask", lambda self, e: unpacked.append((self.name, e)) or mask(self, e))

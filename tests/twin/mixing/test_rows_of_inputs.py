@@ -1,4 +1,5 @@
-"""Inputs that rows do not sort: caches, places, what comes once for all rows; the model of each row's mixture is the reference."""
+"""Inputs that rows do not sort: caches, places, what comes once for all rows; the model of each row's mixture is the
+reference."""
 
 from __future__ import annotations
 

@@ -370,7 +370,8 @@ def test_clip_zero_shot_keeps_the_order_of_texts(lab: Any) -> None:
 
 
 def test_deberta_is_exact(lab: Any) -> None:
-    """DeBERTa reads its table of relative positions without calling it, and gives it to its queries once for all rows."""
+    """DeBERTa reads its table of relative positions without calling it, and gives it to its queries once for all
+    rows."""
     torch.manual_seed(0)
     relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
     relative |= {"max_relative_positions": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True}
@@ -393,7 +394,8 @@ def test_deberta_is_exact(lab: Any) -> None:
 
 @pytest.mark.parametrize("rows", [2, 3, 6])
 def test_mpnet_positions_are_not_rows(lab: Any, rows: int) -> None:
-    """MPNet's table gives (positions, positions): as many positions as rows, or a multiple, are not mistaken for rows."""
+    """MPNet's table gives (positions, positions): as many positions as rows, or a multiple, are not mistaken for
+    rows."""
     case, twin = lab.case("mpnet"), lab.twin("mpnet")
     ids = torch.randint(3, 50, (rows, 6), generator=torch.Generator().manual_seed(0))
     for owners in (["e1", "e0", "e2", "e1", "e0", "e2"][:rows], ["e1"] * rows):
@@ -475,7 +477,8 @@ class Odd(PreTrainedModel):
 @pytest.mark.parametrize("rows", [2, 3])
 @pytest.mark.parametrize("part", ["attention", "gate", "norm of two"])
 def test_modules_of_any_kind_are_exact(lab: Any, part: str, rows: int) -> None:
-    """No closed form here: each mixture's rows run through the module with their own weights (3 rows of 3 positions too)."""
+    """No closed form here: each mixture's rows run through the module with their own weights (3 rows of 3 positions
+    too)."""
     torch.manual_seed(0)
     base = lab.nudged(Odd(OddConfig(part)), 0.3, 9)
     experts = {f"e{i}": lab.nudged(base, 0.1, i) for i in range(2)}
@@ -496,8 +499,8 @@ def test_modules_of_any_kind_are_exact(lab: Any, part: str, rows: int) -> None:
 
 @pytest.mark.parametrize("part", ["turned", "recurrent"])
 def test_unknown_use_of_a_parameter_is_refused_by_name(lab: Any, part: str) -> None:
-    """A layer that sees positions before rows, or whose second answer has, with nothing above it but the model; refused also where
-    both are 3."""
+    """A layer that sees positions before rows, or whose second answer has, with nothing above it but the model;
+    refused also where both are 3."""
     torch.manual_seed(0)
     base = lab.nudged(Odd(OddConfig(part)), 0.3, 9)
     experts = {f"e{i}": lab.nudged(base, 0.1, i) for i in range(2)}

@@ -48,7 +48,8 @@ def test_serving01_every_strategy_is_one_function(lab: Any, name: str, kind: str
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_serving01_layers_of_any_shape(lab: Any, dtype: torch.dtype, bound: float) -> None:
-    """Serving 1: 200 random layers, experts of ragged ranks, some without a part, against a dense rebuild in float64."""
+    """Serving 1: 200 random layers, experts of ragged ranks, some without a part, against a dense rebuild in
+    float64."""
     random = np.random.default_rng(0)
     for case in range(200):
         torch.manual_seed(case)
@@ -156,8 +157,8 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_serving07_the_planner_follows_the_operations(lab: Any, steady: Machine) -> None:
-    """Serving 7: one mixture of many tokens is folded, of few it is mixed; rows of one expert each are grouped where ranks are
-    large; the break-even is dm / (d + m) for any rank."""
+    """Serving 7: one mixture of many tokens is folded, of few it is mixed; rows of one expert each are grouped where
+    ranks are large; the break-even is dm / (d + m) for any rank."""
     twin = lab.twin("bert", torch.float32, 3)
     planner = twin.planner
     soft, one = lab.mixtures("soft", 32).float(), torch.tensor([[0.5, 0.3, 0.2]]).expand(32, 3)

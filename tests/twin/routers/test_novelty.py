@@ -90,8 +90,8 @@ def test_serving13_a_twin_leaves_strange_inputs_to_the_shared_model(lab: Any, tm
 
 
 def test_limits_keep_their_unit_when_an_expert_of_another_spread_comes() -> None:
-    """An expert whose rows change the covariance must not make the others' rows strange: limits are distances, not numbers in
-    the unit of one fit."""
+    """An expert whose rows change the covariance must not make the others' rows strange: limits are distances, not
+    numbers in the unit of one fit."""
     z, owners = blobs(400, 5)
     two = owners < 2
     router, _ = fitted("gaussian", z[two], owners[two], ["a", "b"], novel=16)

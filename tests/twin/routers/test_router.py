@@ -413,7 +413,8 @@ def test_knn_router_of_a_twin_comes_back_from_its_folder(lab: Any, tmp_path: Pat
 
 
 def test_logistic_router_reads_means_and_spreads(lab: Any, tmp_path: Path) -> None:
-    """Two kinds of rows with the same mean word and another spread: the Gaussian on means sees nothing, the logistic one does."""
+    """Two kinds of rows with the same mean word and another spread: the Gaussian on means sees nothing, the logistic
+    one does."""
     twin = lab.new_case("bert", torch.float32).twin(3)
     batch = inputs(lab, 8)["e0"]
     states = twin.model.hidden_states(batch)

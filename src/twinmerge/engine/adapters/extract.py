@@ -116,13 +116,18 @@ def extract_lora(
     Example:
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+        >>> config = BertConfig(
+        ...     vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        ... )
         >>> base, model = BertModel(config), BertModel(config)
-        >>> _ = model.load_state_dict({name: tensor + (name == "pooler.dense.weight") for name, tensor in base.state_dict().items()})
+        >>> _ = model.load_state_dict(
+        ...     {name: tensor + (name == "pooler.dense.weight") for name, tensor in base.state_dict().items()}
+        ... )
         >>> extract_lora(model, base, Path(tempfile.mkdtemp()) / "lora", energy=0.99, progress=False).ranks
         {'pooler.dense.weight': 1}
 
-    Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; Eckart and Young 1936; Halko, Martinsson and Tropp 2011, as in `truncate`.
+    Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; Eckart and Young 1936; Halko, Martinsson and Tropp 2011, as in
+    `truncate`.
     """
     most = MOST if rank is None and energy is None and max_rank is None else max_rank
     limit = Limit.of(rank, ENERGY if rank is None and energy is None else energy)

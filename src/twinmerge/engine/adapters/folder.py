@@ -61,7 +61,8 @@ class Limit(NamedTuple):
 
         Example:
             >>> s = torch.tensor([3.0, 1.0, 1.0])
-            >>> Limit(energy=0.81).keep(s, 11.0), Limit(energy=0.9).keep(s, 11.0), Limit(rank=2, energy=1.0).keep(s, 11.0)
+            >>> (Limit(energy=0.81).keep(s, 11.0), Limit(energy=0.9).keep(s, 11.0),
+            ...  Limit(rank=2, energy=1.0).keep(s, 11.0))
             (1, 2, 2)
         """
         most = len(s) if self.rank is None else min(self.rank, len(s))

@@ -106,15 +106,19 @@ def merge_lora(
         >>> import tempfile
         >>> from transformers import BertConfig, BertModel
         >>> from twinmerge.engine.adapters.extract import extract_lora
-        >>> config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+        >>> config = BertConfig(
+        ...     vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        ... )
         >>> base, model, folder = BertModel(config), BertModel(config), Path(tempfile.mkdtemp())
-        >>> _ = model.load_state_dict({name: tensor + (name == "pooler.dense.weight") for name, tensor in base.state_dict().items()})
+        >>> _ = model.load_state_dict(
+        ...     {name: tensor + (name == "pooler.dense.weight") for name, tensor in base.state_dict().items()}
+        ... )
         >>> one = extract_lora(model, base, folder / "one", energy=0.99, progress=False).folder
         >>> merge_lora(base, {"a": one, "b": one}, folder / "merged", weights={"b": -0.5}, progress=False).ranks
         {'pooler.dense.weight': 1}
 
-    Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; the 70 % is ‖(Σ wt Bt)(Σ wt At) − Σ wt Bt At‖ / ‖Σ wt Bt At‖, computed for
-    random factors.
+    Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; the 70 % is ‖(Σ wt Bt)(Σ wt At) − Σ wt Bt At‖ / ‖Σ wt Bt At‖,
+    computed for random factors.
     """
     limit = Limit.of(rank, energy)
     recipe = _recipe(method, base, experts, weights, scale, parameters or {}, dtype)
@@ -210,8 +214,8 @@ def _open(base: ModelLike, origin: OpenedModel, expert: ModelLike, name: str) ->
             found = adapted(open_model(base, origin.name), read_adapter(Path(ref)))
     if not found.factors:
         raise ModelError(
-            f"The expert {name!r} has no LoRA factors. Give an adapter, or make one of a full model with `twinmerge lora "
-            "extract`."
+            f"The expert {name!r} has no LoRA factors. Give an adapter, or make one of a full model with `twinmerge "
+            "lora extract`."
         )
     return found
 
@@ -234,9 +238,9 @@ def _report_dropped(dropped: Mapping[str, list[str]], drop_heads: bool) -> None:
     record = "; ".join(f"{e!r}: {', '.join(n[:3])}{' …' if len(n) > 3 else ''}" for e, n in dropped.items() if n)
     if not drop_heads:
         raise ModelError(
-            f"Adapters hold tensors that were trained in full ({record}), and heads of different labels have no sum. Merge "
-            "full models "
-            "with `twinmerge merge`, which keeps every expert's head, or leave these out with drop_heads (--drop-heads)."
+            f"Adapters hold tensors that were trained in full ({record}), and heads of different labels have no sum. "
+            "Merge full models with `twinmerge merge`, which keeps every expert's head, or leave these out with "
+            "drop_heads (--drop-heads)."
         )
     warnings.warn(f"Left out of the merged adapter, since they were trained in full: {record}.", stacklevel=3)
 
@@ -279,9 +283,8 @@ def _warn_of_targets(parts: Mapping[str, Sequence[Factors]], experts: Sequence[s
         if lacking:
             names = f"{', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}"
             warnings.warn(
-                f"The adapter {expert!r} does not change {len(lacking)} of the {len(parts)} matrices that others change "
-                f"({names}); it adds "
-                "nothing there.",
+                f"The adapter {expert!r} does not change {len(lacking)} of the {len(parts)} matrices that others "
+                f"change ({names}); it adds nothing there.",
                 stacklevel=3,
             )
 

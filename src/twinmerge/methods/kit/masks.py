@@ -34,7 +34,8 @@ def important(delta: Tensor, vector: Tensor, threshold: float) -> Tensor:
     Returns:
         bool, of that shape.
 
-    Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", arXiv 2405.07813.
+    Source: Wang et al. 2024, "Localizing Task Information for Improved Model Merging and Compression", arXiv
+    2405.07813.
 
     Example:
         >>> import torch

@@ -269,8 +269,8 @@ def _check_sizes(name: str, method: Method) -> None:
                 continue
             if abs(number) > LARGEST or (field == "weights" and abs(number) < 1 / LARGEST):
                 raise RecipeError(
-                    f"{name}: {field}={number:g} is out of range. Give 0, or a number between {1 / LARGEST:g} and {LARGEST:g} in "
-                    "size."
+                    f"{name}: {field}={number:g} is out of range. Give 0, or a number between {1 / LARGEST:g} and "
+                    f"{LARGEST:g} in size."
                 )
 
 
@@ -305,5 +305,6 @@ def require_model(method: MethodLike) -> None:
     if method_class(method).outputs != "model":
         name = short_name(method)
         raise RecipeError(
-            f"{name} makes a mask for each expert, and no one model of them. Use `twinmerge masks build --method {name}`."
+            f"{name} makes a mask for each expert, and no one model of them. Use `twinmerge masks build --method "
+            f"{name}`."
         )

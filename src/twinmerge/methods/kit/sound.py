@@ -37,7 +37,8 @@ def check_class(cls: type[Method], name: str) -> None:
         values = getattr(cls, attribute)
         if isinstance(values, str) or not isinstance(values, (frozenset, set, tuple, list)):
             raise UsageError(
-                f"{name}: {attribute} is {values!r:.80}, which is no list of names. Write {attribute} = ({known[0]!r},)."
+                f"{name}: {attribute} is {values!r:.80}, which is no list of names. Write {attribute} = "
+                f"({known[0]!r},)."
             )
         for value in values:
             _known(value, attribute, known, name)
@@ -70,8 +71,8 @@ def check_object(method: Method, name: str) -> None:
     for field, value in method.model_dump().items():
         if not _is_plain(value):
             raise UsageError(
-                f"{name}: {field} is {value!r:.80}, which a recipe cannot hold. Let it be a number, a text, or a list of "
-                "them."
+                f"{name}: {field} is {value!r:.80}, which a recipe cannot hold. Let it be a number, a text, or a list "
+                "of them."
             )
     passes = method.passes()
     if isinstance(passes, Pass) or not isinstance(passes, Sequence):
@@ -103,9 +104,8 @@ def _check_counts(cls: type[Method], name: str) -> None:
     least, most = cls.experts_min, cls.experts_max
     if type(least) is not int or least < 1 or not (most is None or (type(most) is int and most >= least)):
         raise UsageError(
-            f"{name}: it merges at least {least!r:.40} and at most {most!r:.40} experts. Give experts_min from 1 on, and "
-            "experts_max from there "
-            "on or None."
+            f"{name}: it merges at least {least!r:.40} and at most {most!r:.40} experts. Give experts_min from 1 on, "
+            "and experts_max from there on or None."
         )
 
 

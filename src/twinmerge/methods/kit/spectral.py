@@ -249,7 +249,8 @@ def calibrate(svd: SVD, deltas: Tensor, least: float, weights: PerExpert = 1.0) 
         (m, n) in float64, of the same singular vectors; an expert that has no part in a direction, but for rounding,
             counts as p = 0.
 
-    Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv 2602.05536.
+    Source: Li et al. 2026, "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", ICML, arXiv
+    2602.05536.
 
     Example:
         >>> same = torch.diag(torch.tensor([2.0, 1.0]))

@@ -106,7 +106,8 @@ def mask_merge(recipe: Recipe, progress: bool = True, tile: int | None = None) -
     """
     if method_class(recipe.method).outputs != "masks":
         raise RecipeError(
-            f"{short_name(recipe.method)} gives one model and no masks. Use `twinmerge merge`, or name tall_masks or emr."
+            f"{short_name(recipe.method)} gives one model and no masks. Use `twinmerge merge`, or name tall_masks or "
+            "emr."
         )
     if recipe.dtype is not None or recipe.stochastic is not None:
         raise RecipeError("Masks belong to the base as it is. Leave the dtype and stochastic rounding out.")

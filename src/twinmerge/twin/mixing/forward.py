@@ -94,8 +94,8 @@ class Seen:
         times = self.state.layout(self.path, argument).times
         if rest or (times is not None and each not in {t * copies for t in times for copies in self.state.copies}):
             raise UsageError(
-                f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, which do not follow the rows as "
-                "they "
+                f"The module {self.path!r} sees {leading} entries for {mixture.rows} rows, which do not follow the "
+                "rows as they "
                 'did when it was looked at. Give one mixture for the whole batch, or say strategy="rebuild".'
             )
         return each

@@ -95,7 +95,8 @@ def prints(x: Tensor) -> Tensor:
 
 
 LONGEST = 1 << 16
-"""Numbers of an entry after which the waves begin anew, of other heights: cosines take longer than a small model does."""
+"""Numbers of an entry after which the waves begin anew, of other heights: cosines take longer than a small model
+does."""
 
 
 @lru_cache(maxsize=4)

@@ -21,7 +21,7 @@ from twinmerge.twin.mixing.forward import Apart, Forward, Layout, State
 from twinmerge.twin.mixing.glance import Call, Glance
 
 LEAK = 1e-4  # of the change in the changed row's entries that may be seen elsewhere, beside what is rounded differently
-AXES = (1, 2, 0)  # between an axis of rows and a vector that takes an axis of rows: (rows, positions, width), pictures, (rows, width)
+AXES = (1, 2, 0)  # between an axis of rows and a vector: (rows, positions, width), pictures, (rows, width)
 
 Batch = dict[str, Any]
 

@@ -179,7 +179,8 @@ def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> 
         given = [mixture] * rows if isinstance(mixture, Mapping) else mixture
         if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(g, Mapping) for g in given):
             raise UsageError(
-                "A mixture is expert -> weight for all rows, a list of such mappings with one for each row, or a tensor."
+                "A mixture is expert -> weight for all rows, a list of such mappings with one for each row, or a "
+                "tensor."
             )
         weights = torch.zeros(len(given), len(experts))
         for row, chosen in zip(weights, given, strict=True):
@@ -187,7 +188,8 @@ def mixture_weights(mixture: MixtureLike, experts: Sequence[str], rows: int) -> 
                 row[index_of(name, experts)] = _number(name, value)
     if weights.shape != (rows, len(experts)):
         raise UsageError(
-            f"The mixture is {list(weights.shape)}, expected one row of {len(experts)} weights for each of {rows} inputs."
+            f"The mixture is {list(weights.shape)}, expected one row of {len(experts)} weights for each of {rows} "
+            "inputs."
         )
     if not bool(weights.isfinite().all()):
         raise UsageError("The mixture holds NaN or infinity. Give finite weights.")
@@ -220,7 +222,8 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
     if normalize:
         if not bool(((sums > 0) & sums.isfinite()).all()):
             raise UsageError(
-                "A row's weights add up to nothing above 0, or to infinity, so they cannot be normalised. Give other weights."
+                "A row's weights add up to nothing above 0, or to infinity, so they cannot be normalised. Give other "
+                "weights."
             )
         weights = weights / sums[:, None]
         sums = torch.ones_like(sums)

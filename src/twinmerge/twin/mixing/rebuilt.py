@@ -62,8 +62,8 @@ def rebuilt(
 
     Where the inputs are rows of all tensors alike, a group runs alone; else (pictures that stand anywhere, two
     towers) the whole batch runs for each mixture, and each row is taken from the run of its own. Models of two towers
-    score the rows that all the mixtures gave against each other, each row by the parameters that no module holds (a scale) of its own
-    mixture.
+    score the rows that all the mixtures gave against each other, each row by the parameters that no module holds (a
+    scale) of its own mixture.
 
     Raises:
         TwinmergeError: labels or a cache beside several mixtures.
@@ -156,9 +156,8 @@ def _towers(model: HeadedModel, runtime: Runtime, batch: Mapping[str, Any], grou
     given = {name: _chosen([f[name] for f in found], groups, size) for name in found[0]}
     if any(_lacks(whole, found[0][name]) for name, whole in given.items()):
         raise UsageError(
-            "This model scores rows of one kind against rows of another, and there are not as many of both, so it is not "
-            "known whose "
-            "mixtures the others have. Give one mixture."
+            "This model scores rows of one kind against rows of another, and there are not as many of both, so it is "
+            "not known whose mixtures the others have. Give one mixture."
         )
     outputs = []
     for mixture, _ in groups:

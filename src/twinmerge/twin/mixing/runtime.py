@@ -56,8 +56,8 @@ class Runtime(nn.Module):
         names = sorted({n for e in experts for n in e.names})
         if missing := [n for n in names if n not in owners and n not in model.conversions]:
             raise ModelError(
-                f"The model has no parameter {missing[0]!r}, which the experts change. Build the twin on the model that "
-                "they were tuned from."
+                f"The model has no parameter {missing[0]!r}, which the experts change. Build the twin on the model "
+                "that they were tuned from."
             )
         finite = {id(v): bool(v.isfinite().all()) for v in shared_vectors(experts).values()}  # each looked at once
         self.broken = {
@@ -223,9 +223,8 @@ class Runtime(nn.Module):
         names = sorted({part.name for part in self.forwards[path].parts.values()})
         listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return (
-            f"The module {path!r} ({type(self._modules_by_path[path]).__name__}) uses {listed} in a way that has no exact "
-            "mixture per "
-            "row."
+            f"The module {path!r} ({type(self._modules_by_path[path]).__name__}) uses {listed} in a way that has no "
+            "exact mixture per row."
         )
 
     # ------------------------------------------------------------------ mixing
@@ -327,7 +326,8 @@ class Runtime(nn.Module):
         for expert in used:
             if expert in self.broken:
                 raise ModelError(
-                    f"The part of expert number {expert} for {self.broken[expert]!r} holds NaN or infinity. Build the twin again."
+                    f"The part of expert number {expert} for {self.broken[expert]!r} holds NaN or infinity. Build the "
+                    "twin again."
                 )
 
 

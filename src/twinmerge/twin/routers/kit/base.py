@@ -171,8 +171,8 @@ class Router(nn.Module, ABC):
         if features.shape[-1:] != self.shape[1:]:
             found = features.shape[-1] if features.dim() else 0
             raise DataError(
-                f"The router reads {self.shape[1]} features of each input, got {found}. Fit it again on this model and these "
-                "layers."
+                f"The router reads {self.shape[1]} features of each input, got {found}. Fit it again on this model and "
+                "these layers."
             )
         return self._logits(features.float())
 

@@ -37,8 +37,8 @@ def read_states(
     states = early.states if early is not None else model.hidden_states(batch)
     if max(layers) >= len(states):
         raise UsageError(
-            f"The router reads layer {max(layers)}, the model's last is {len(states) - 1}. Name other layers and fit it "
-            "again."
+            f"The router reads layer {max(layers)}, the model's last is {len(states) - 1}. Name other layers and fit "
+            "it again."
         )
     mask, read = batch.get("attention_mask"), [states[layer] for layer in layers]
     found = [masked_spread(s, mask) for s in read] if spreads else []

@@ -33,8 +33,8 @@ def fit_router(
     for k, name in enumerate(experts):
         if (owners == k).sum() < 5:
             raise UsageError(
-                f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least 5, better a few "
-                "hundred."
+                f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least 5, better a "
+                "few hundred."
             )
     train, held = held_out_split(owners, seed)
     router.fit(features[train], owners[train], experts, seed)
