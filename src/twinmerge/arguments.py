@@ -181,7 +181,7 @@ def at_least_one(name: str, value: Any) -> int:
     """A count.
 
     Raises:
-        TwinmergeError: no whole number from 1 on.
+        UsageError: no whole number from 1 on.
 
     Example:
         >>> at_least_one("batch_rows", 0)
@@ -206,7 +206,7 @@ def device_known(device: Any) -> None:
     """Refuse a device that PyTorch does not know.
 
     Raises:
-        TwinmergeError: a name that is none.
+        UsageError: a name that is none.
     """
     if str(device) == "cpu":
         return

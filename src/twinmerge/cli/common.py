@@ -136,7 +136,7 @@ def byte_count(text: str, whole: int) -> float:
         whole: what a percentage is of.
 
     Raises:
-        TwinmergeError: no number of bytes.
+        UsageError: no number of bytes.
 
     Example:
         >>> byte_count("3.5MB", 0), byte_count("4%", 1000), byte_count("12", 0)
@@ -158,7 +158,7 @@ def device_of(name: str) -> str:
     """The device that --device names.
 
     Raises:
-        TwinmergeError: it is not there.
+        UsageError: it is not there.
     """
     if name == "cpu":
         return name

@@ -73,7 +73,7 @@ def check_words(words: list[str]) -> None:
     """Refuse what was given on the command line and is not UTF-8: no file that names it could be written.
 
     Raises:
-        TwinmergeError: one is not.
+        UsageError: one is not.
 
     Example:
         >>> check_words(["merge", "\\udcff.yaml"])

@@ -61,7 +61,7 @@ def with_heads(folder: Path) -> Iterator[tuple[StateFile, dict[str, HeadSpec]]]:
     meanwhile.
 
     Raises:
-        TwinmergeError: a head is missing or damaged.
+        DamagedFile: a head is missing or damaged.
     """
     while True:
         with StateFile(folder) as state:

@@ -70,7 +70,7 @@ def of_model(model: OpenedModel, each: Range, label: str) -> Read:
     """A range of a model's tensor.
 
     Raises:
-        TwinmergeError: NaN or infinity in it.
+        ModelError: NaN or infinity in it.
     """
     code = model.range_code(each.name)
     out = np.empty(each.size * SIZES[code], np.uint8)
@@ -131,7 +131,7 @@ class Sums:
         """Refuse a state that is not what was written.
 
         Raises:
-            TwinmergeError: a part with another checksum.
+            DamagedFile: a part with another checksum.
         """
         found = self.found()
         for key, wanted in (self.expected or {}).items():
@@ -150,7 +150,7 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Once, and refused where it does not fit.
 
     Raises:
-        TwinmergeError: NaN or infinity.
+        ModelError: NaN or infinity.
     """
     out = values.to(dtype)
     if not math.isfinite(out.sum().item()) and not bool(out.isfinite().all()):

@@ -86,7 +86,7 @@ class Models:
         """Refuse a plan that was made for other models.
 
         Raises:
-            TwinmergeError: a model whose fingerprint is not the plan's.
+            ModelError: a model whose fingerprint is not the plan's.
         """
         for label, found in plan.inputs.items():
             if found.fingerprint is not None and self.labels[label].fingerprint() != found.fingerprint:

@@ -21,7 +21,7 @@ def patterns_of(names: Iterable[str]) -> list[str]:
         names: dotted ones, each once.
 
     Raises:
-        TwinmergeError: a name with a brace.
+        ModelError: a name with a brace.
 
     Example:
         >>> patterns_of(["layers.0.a", "layers.1.a", "layers.2.a", "layers.4.a", "norm"])

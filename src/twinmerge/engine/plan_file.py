@@ -84,7 +84,7 @@ def read_plan(file: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that a plan file is of, and what else is in it.
 
     Raises:
-        TwinmergeError: it is no plan file.
+        RecipeError: it is no plan file.
     """
     try:
         raw = read_json(Path(file), MOST, "Write it again with `twinmerge check … --plan FILE`.")

@@ -62,7 +62,7 @@ def require_same(before: list[list[Any]], after: list[list[Any]]) -> None:
     """Refuse inputs that changed between two looks: what was read of them may be of two models.
 
     Raises:
-        TwinmergeError: one did.
+        ModelError: one did.
     """
     for one, two in zip(before, after, strict=True):
         if one[:-1] != two[:-1]:  # rights and links may change; whoever reads looks at the last, the time of that, too

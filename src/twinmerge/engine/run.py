@@ -105,7 +105,7 @@ class Run:
         """Run one more pass over the whole model when all others have run, so that it knows all.
 
         Raises:
-            TwinmergeError: parameters that differ between tensors.
+            RecipeError: parameters that differ between tensors.
         """
         if len(self.rules) > 1:
             raise RecipeError(

@@ -51,7 +51,7 @@ class View:
             stored: the tensor's shape.
 
         Raises:
-            TwinmergeError: the tensor has no such axis or index.
+            RecipeError: the tensor has no such axis or index.
         """
         self._check(stored)
         axes = self._axes(stored)
@@ -111,7 +111,7 @@ class View:
         """Out of plain data.
 
         Raises:
-            TwinmergeError: it is no view.
+            RecipeError: it is no view.
 
         Example:
             >>> View.of({"axes": [2, None, {"from": 0, "to": 4}]}, "here")

@@ -248,7 +248,7 @@ def half(x: Tensor) -> Tensor:
     """Numbers in half precision.
 
     Raises:
-        TwinmergeError: numbers beyond it.
+        ModelError: numbers beyond it.
     """
     found = x.half()
     if not bool(found.isfinite().all()):

@@ -156,7 +156,7 @@ def solve(normal: Tensor, grams: Tensor, ridge: float, inputs: int, name: str = 
     A ridge that rounding leaves without a Cholesky factor is raised a hundredfold at a time.
 
     Raises:
-        TwinmergeError: no ridge up to 1 is enough.
+        ModelError: no ridge up to 1 is enough.
     """
     level = grams.trace() / max(inputs, 1)
     if not level > 0:

@@ -33,7 +33,7 @@ def layer_count(config: Any) -> int:
     """How many layers a model has.
 
     Raises:
-        TwinmergeError: its config does not say.
+        ModelError: its config does not say.
     """
     if (count := _count(config)) is None:
         raise ModelError(f"{type(config).__name__} does not say how many layers it has. Name the router's layers.")

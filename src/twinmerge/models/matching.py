@@ -230,7 +230,7 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
     first million entries of one matrix of the body.
 
     Raises:
-        TwinmergeError: the cosine of base and expert is below 0.2.
+        ModelError: the cosine of base and expert is below 0.2.
     """
     matrices = [n for n in merged if len(base.spec(n).shape) >= 2 and base.spec(n).numel >= 64]
     if not matrices:

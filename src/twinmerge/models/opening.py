@@ -233,7 +233,7 @@ def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
     """The model with the adapter on top; its class becomes that of the adapter's task.
 
     Raises:
-        TwinmergeError: as `placed` says.
+        ModelError: as `placed` says.
     """
     from twinmerge.models.placing import Base, class_for, placed
 

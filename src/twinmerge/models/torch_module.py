@@ -69,7 +69,7 @@ class ModuleArchitecture(Architecture):
         """Of the module that a function makes.
 
         Raises:
-            TwinmergeError: it makes none.
+            UsageError: it makes none.
         """
         made = factory()
         if not isinstance(made, nn.Module):
@@ -129,7 +129,7 @@ def tensors_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """The tensors of a state dict.
 
     Raises:
-        TwinmergeError: it holds something else.
+        ModelError: it holds something else.
     """
     for key, value in state.items():
         if not isinstance(value, Tensor):

@@ -199,7 +199,7 @@ class TransformersArchitecture(Architecture):
         """The same class with another config, as `to_dict` gives it.
 
         Raises:
-            TwinmergeError: it is no config of this class.
+            ModelError: it is no config of this class.
         """
         try:
             made = type(self.config).from_dict(config)

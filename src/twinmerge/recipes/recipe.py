@@ -322,7 +322,7 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe out of plain data (see the module's text).
 
     Raises:
-        TwinmergeError: as `read_recipe`.
+        RecipeError: as `read_recipe`.
 
     Example:
         >>> recipe = recipe_from({"merge_method": "dare_ties", "base_model": "x/base", "models": [

@@ -98,7 +98,7 @@ class Measured:
             targets: (rows, positions), -100 where padded.
 
         Raises:
-            TwinmergeError: the config does not say what a decoder starts with.
+            ModelError: the config does not say what a decoder starts with.
         """
         config = self.module.config
         if targets is None:

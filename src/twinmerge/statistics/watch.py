@@ -65,7 +65,7 @@ class Positions:
     def require_finite(self, x: Tensor, name: str) -> None:
         """
         Raises:
-            TwinmergeError: NaN or infinity (names module and rows).
+            ModelError: NaN or infinity (names module and rows).
         """
         if not bool(x.isfinite().all()):
             raise ModelError(

@@ -164,7 +164,7 @@ class Checkpoint:
         """Refuse a tensor whose checksum is not the expected one, where that is known.
 
         Raises:
-            TwinmergeError: another one.
+            DamagedFile: another one.
         """
         if self.expected.get(name, found) != found:
             raise DamagedFile(

@@ -71,7 +71,7 @@ class Manifest(NamedTuple):
         Of weights and artefacts that is their header; the rest is checked when it is read.
 
         Raises:
-            TwinmergeError: a file that changed or is gone.
+            DamagedFile: a file that changed or is gone.
         """
         for name in names:
             if name in self.files and (said := self.differs(name)):

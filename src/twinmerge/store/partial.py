@@ -138,7 +138,7 @@ def lock_file(file: Path, output: Path) -> int | None:
         A descriptor that holds it, or None where the system knows no such locks and the file itself is the lock.
 
     Raises:
-        TwinmergeError: another process holds it.
+        OutputError: another process holds it.
     """
     busy = f"The output {output} is being written by another process. Wait for it, or name another folder"
     flags = os.O_RDWR | os.O_CREAT | disk.NO_LINK | (0 if fcntl else os.O_EXCL)

@@ -168,7 +168,7 @@ def tokenizer_folder(merge: Merge) -> Path:
     """The first folder among base and experts that has a tokenizer.
 
     Raises:
-        TwinmergeError: there is none.
+        ModelError: there is none.
     """
     for model in (merge.base, *merge.experts.values()):
         if model.folder is not None and any(model.folder.glob("tokenizer*.json")):

@@ -50,7 +50,7 @@ def require_extras() -> None:
     """Say now what would fail later.
 
     Raises:
-        TwinmergeError: a package of the extra `demo` is not there.
+        ResourceError: a package of the extra `demo` is not there.
     """
     lacking = [name for name in ("jinja2", "matplotlib", "sklearn") if find_spec(name) is None]
     if lacking:

@@ -197,7 +197,7 @@ def check_file(out: str | os.PathLike[str] | None) -> Path | None:
     """A file that is to be written at the end, refused at the beginning where it cannot be.
 
     Raises:
-        TwinmergeError: it cannot.
+        UsageError: it cannot.
     """
     if out is None:
         return None

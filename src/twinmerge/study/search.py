@@ -144,7 +144,7 @@ def check_split(split: str) -> None:
     """Refuse to choose anything on test rows.
 
     Raises:
-        TwinmergeError: a split whose name says that it is for testing.
+        UsageError: a split whose name says that it is for testing.
 
     Example:
         >>> check_split("test")

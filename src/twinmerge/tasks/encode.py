@@ -266,7 +266,7 @@ def _texts(row: str | tuple[str, str] | Row | Any) -> tuple[str, str | None]:
     """The text of a row, and its second one.
 
     Raises:
-        TwinmergeError: neither a text nor a pair of texts nor a row of a suite.
+        UsageError: neither a text nor a pair of texts nor a row of a suite.
     """
     if isinstance(row, str):
         return row, None

@@ -125,7 +125,7 @@ def metric(name: str) -> Metric:
     """The metric of that name.
 
     Raises:
-        TwinmergeError: unknown.
+        UsageError: unknown.
 
     Example:
         >>> metric("acuracy")

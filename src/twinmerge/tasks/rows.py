@@ -211,7 +211,7 @@ def json_row(line: bytes, where: str) -> dict[str, Any]:
         where: how messages call it.
 
     Raises:
-        TwinmergeError: it is none.
+        DataError: it is none.
     """
     try:
         found = parse_json(line, ROW)

@@ -85,7 +85,7 @@ def under_autocast(core: Core, strategy: str) -> str:
     would be added to answers of another dtype.
 
     Raises:
-        TwinmergeError: a way that adds parts to answers is asked for.
+        UsageError: a way that adds parts to answers is asked for.
     """
     if not torch.is_autocast_enabled(core.planner.device.type) or strategy in ("folded", "rebuild"):
         return strategy
@@ -138,7 +138,7 @@ def with_look(core: Core, batch: Mapping[str, Any], run: Callable[[], T]) -> T:
     """A pass under mixtures; where it calls what no look has seen, the model is looked at with this batch first.
 
     Raises:
-        TwinmergeError: a module that even that does not call.
+        UsageError: a module that even that does not call.
     """
     try:
         return run()

@@ -82,7 +82,7 @@ def pack_masks(parts: Mapping[str, Exclusive], base: str, record: Mapping[str, A
         record: more of the header: the method and its fields.
 
     Raises:
-        TwinmergeError: an expert of another kind among them.
+        UsageError: an expert of another kind among them.
     """
     vectors = shared_vectors(parts.values())
     tensors: dict[str, Tensor] = {f"vector/{name}": vector for name, vector in vectors.items()}

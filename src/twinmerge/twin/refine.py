@@ -98,7 +98,7 @@ def fitted_part(
         rate: of Adam, grows over a tenth of the steps and falls to nothing along a cosine.
 
     Raises:
-        TwinmergeError: states that turn to NaN.
+        UsageError: states that turn to NaN.
     """
     part, codec = core.package.exclusive[name], core.package.codec
     teacher = HeadedModel(_class_of(expert), {n: expert.read(n) for n in expert.specs})

@@ -84,7 +84,7 @@ def check_choice(choice: Mapping[str, Any], known: Sequence[str] = CHOICE) -> No
     """Refuse what is no choice of a mixture.
 
     Raises:
-        TwinmergeError: a name that is not known.
+        UsageError: a name that is not known.
     """
     for name in choice:
         if name == "top_k":
@@ -98,7 +98,7 @@ def check_names(core: Core, batch: Mapping[str, Any]) -> None:
     would pass.
 
     Raises:
-        TwinmergeError: such a name (with the nearest that is known).
+        UsageError: such a name (with the nearest that is known).
     """
     taken = core.takes
     for name, value in batch.items():

@@ -96,7 +96,7 @@ def split(
         base: θ0 of that sum, which the experts' factors have to be on; without it they are taken to be.
 
     Raises:
-        TwinmergeError: rank below 1.
+        UsageError: rank below 1.
 
     Source: Lu et al. 2024, "Twin-Merging", arXiv 2406.15479, section 3.2 (and equation 5 for the formula of use).
     """
@@ -206,7 +206,7 @@ def refuse_masks(parts: Iterable[Exclusive], what: str) -> None:
     """Stop before something is done that only low-rank parts allow.
 
     Raises:
-        TwinmergeError: an expert is a mask.
+        UsageError: an expert is a mask.
 
     Example:
         >>> refuse_masks([Exclusive({}, {}, {}, {"w": Masked(torch.ones(1), torch.ones(1, dtype=torch.uint8), 1.0)})], "refined")

@@ -297,7 +297,7 @@ def require_model(method: MethodLike) -> None:
     """Refuse a method that gives masks where one model is wanted.
 
     Raises:
-        TwinmergeError: such a method.
+        RecipeError: such a method.
 
     Example:
         >>> require_model("ties")

@@ -120,7 +120,7 @@ def changed_tensors(merge: Merge) -> list[str]:
     What is changed shows in the first elements; what is not is read once here, and never again but to be copied.
 
     Raises:
-        TwinmergeError: there is none.
+        ModelError: there is none.
     """
 
     def is_changed(name: str) -> bool:

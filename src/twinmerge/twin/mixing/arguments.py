@@ -32,7 +32,7 @@ def tensors_of(name: str, value: Any, path: str) -> Iterator[tuple[str, Tensor]]
     """The tensors in an argument, tuples included.
 
     Raises:
-        TwinmergeError: it is something else than tensors and plain values (a cache).
+        CacheError: it is something else than tensors and plain values (a cache).
     """
     if isinstance(value, Tensor):
         if value.dim():

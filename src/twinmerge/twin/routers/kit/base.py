@@ -166,7 +166,7 @@ class Router(nn.Module, ABC):
         """(rows, experts), before the temperature.
 
         Raises:
-            TwinmergeError: features of another width than the router reads.
+            DataError: features of another width than the router reads.
         """
         if features.shape[-1:] != self.shape[1:]:
             found = features.shape[-1] if features.dim() else 0
@@ -253,7 +253,7 @@ def top_weights(weights: Tensor, experts_per_row: int | None) -> Tensor:
     """Keep the k largest of each row (the first among equals) and divide by their sum; None or all keeps every one.
 
     Raises:
-        TwinmergeError: experts_per_row below 1.
+        UsageError: experts_per_row below 1.
 
     Example:
         >>> top_weights(torch.tensor([[0.5, 0.3, 0.2]]), 2)
