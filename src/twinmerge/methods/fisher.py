@@ -90,8 +90,8 @@ def squares_of(by_tensor: Iterable[tuple[float, float, int]], examples: int = 1)
 class Fisher(Method):
     """θ = Σt ct Dt θt / Σt ct Dt, element by element, with ct = λt / ‖Ft‖ and Dt = max(Ft, floor).
 
-    Ft is the diagonal of expert t's Fisher information, the mean over the examples that `twinmerge measure fisher`
-    sums up, so that experts measured on different numbers of examples compare; ‖Ft‖ is its Euclidean norm over all
+    Ft is the diagonal of expert t's Fisher information: the mean over the examples that `twinmerge measure fisher`
+    sums up, so that experts measured on different numbers of examples compare. ‖Ft‖ is its Euclidean norm over all
     merged tensors, before the floor (normalize=False leaves it out: ct = λt). No base is needed.
 
     The floor is `floor` times the mean of Ft over all merged entries, so that the result does not depend on the scale

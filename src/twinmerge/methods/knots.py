@@ -32,10 +32,10 @@ from twinmerge.methods.ties import Majority, Tie, Ties
 class Knots(Spectral):
     """Matrices: [w1 τ1 … wT τT] = U diag(s) [V1ᵀ … VTᵀ]; θ = θ0 + λ U · ties(diag(s) V1ᵀ, …); all other tensors: mean.
 
-    TIES is that of `ties` on each expert's diag(s) Vtᵀ: it keeps the `density` largest entries of those of all
+    TIES is that of `ties` on each expert's diag(s) Vtᵀ. It keeps the `density` largest entries of those of all
     matrices together (scope "model", the paper; an exact count, equals in the order of name and index) or of each
-    matrix ("tensor"), elects the sign of their sum, "majority" being the sign of most entries of the model where
-    votes cancel, and takes the mean of what agrees. With low-rank adapters the decomposition is that of their
+    matrix ("tensor"). It elects the sign of their sum, and takes the mean of what agrees; "majority" is the sign of
+    most entries of the model where votes cancel. With low-rank adapters the decomposition is that of their
     factors, and the merge is an adapter of at most the summed rank. Singular values that are alike leave U to
     LAPACK's choice, which TIES sees. Directions below s1 · max(m, n) · eps are left out; the authors' code cuts at
     1e-5, whatever the scale of the deltas, keeps one entry more and every one that equals the threshold.

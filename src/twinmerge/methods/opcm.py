@@ -27,8 +27,8 @@ class Opcm(Method, Fold):
     directions and their shares, which no rescaling changes. Nothing but A and n̄ has to be kept between experts.
     Experts are taken in their order, which has a meaning.
 
-    With A = U diag(s) Vᵀ of numerical rank k and r the number of directions whose cumulative share of Σ s is at most
-    `alpha` (all k for alpha = 1), the three forms in circulation take out of Uᵀ τ V
+    Let A = U diag(s) Vᵀ have the numerical rank k, and r be the number of directions whose cumulative share of Σ s is
+    at most `alpha` (all k for alpha = 1). The three forms in circulation take out of Uᵀ τ V
 
     - released: the leading r × r block (the authors' code; its removal of the diagonal has no effect). ⟨A, P(τ)⟩ is
       not 0.

@@ -57,8 +57,8 @@ class Matched(NamedTuple):
 def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: Sequence[str] = ()) -> Matched:
     """Sort all tensors by the rules of docs/rules.md.
 
-    A float tensor outside the body that the base lacks or has in another shape, a part that the base's class does not
-    have (a pooler), or what `head_patterns` names (globs, or whole dotted components), is a head. A head travels
+    A head is a float tensor outside the body that the base lacks or has in another shape, a part that the base's class
+    does not have (a pooler), or what `head_patterns` names (globs, or whole dotted components). A head travels
     whole: with one tensor of its class, all outside the body are.
 
     Raises:

@@ -193,8 +193,8 @@ def evaluate(
     """Answer every row of the suite, tasks shuffled into common batches.
 
     A twin is read in its settings: *task given* (the right expert and head), *head given* (the router mixes, the caller
-    names the head), *nothing given* (expert and head routed), the last strictly (right task and label) and leniently
-    (right label name, whichever head said it). Rows that two settings ask in the same way are answered once.
+    names the head), *nothing given* (expert and head routed). The last is counted strictly (right task and label) and
+    leniently (right label name, whichever head said it). Rows that two settings ask in the same way are answered once.
 
     Args:
         model: a folder, a twin, a merge, or an opened runner.

@@ -46,7 +46,7 @@ class CodeBook(NamedTuple):
         """A code-book for mixtures (rows, experts) like these.
 
         The experts themselves are the first codes. The others start as mixtures that are farthest from all codes so
-        far, and are moved to the means of the mixtures that they stand for (k-means in the norm of the weights that
+        far. They are moved to the means of the mixtures that they stand for (k-means in the norm of the weights that
         they add) as long as that makes the largest error smaller.
 
         Args:

@@ -7,8 +7,8 @@ are: one set of passes finds them all. Threshold j of expert e is row e · J + j
 Over the whole model the inputs are read once and a bit: a small sample brackets each expert's threshold, one pass
 counts what is above the bracket and what lies inside it, and the threshold follows exactly. Where the bracket misses,
 two histograms of 65,536 bins find it. Entries equal to a threshold, the normal case for bfloat16, are counted tensor
-by tensor in the same pass as long as the sample named the right value, and tile by tile in the one tensor where they
-run out.
+by tensor in the same pass as long as the sample named the right value. In the one tensor where they run out they are
+counted tile by tile.
 
 Longer than other files: the passes of one trim belong together.
 """
