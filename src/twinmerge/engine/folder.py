@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.errors import ModelError
@@ -44,6 +45,7 @@ class Beside:
         heads: expert -> its output layers.
         about: expert -> more keys of its entry in heads.json.
         codec: that the heads' numbers are stored with.
+        changes: what the config says otherwise than the model's.
     """
 
     model: OpenedModel
@@ -55,12 +57,13 @@ class Beside:
     heads: Mapping[str, HeadSpec] = field(default_factory=dict)
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     codec: str = "none"
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write it into a folder whose weights are there."""
         copy_side_files(self.side_files, folder)
         if self.architecture is None:
-            write_config(self.model, folder, self.dtype)
+            write_config(self.model, folder, self.dtype, self.changes)
         elif self.architecture.config is not None:
             _write_class(self.architecture, folder)
         if self.heads:
@@ -114,8 +117,11 @@ def copy_side_files(source: Path | None, folder: Path) -> None:
         )
 
 
-def write_config(model: OpenedModel, folder: Path, dtype: str | None) -> None:
-    """The model's config where none was copied, naming its class and the dtype that is written."""
+def write_config(
+    model: OpenedModel, folder: Path, dtype: str | None, changes: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """The model's config where none was copied, naming its class and the dtype that is written, and what else it is to
+    say."""
     file = folder / "config.json"
     if (
         model.architecture is not None and model.config is not None and not file.exists()
@@ -123,11 +129,12 @@ def write_config(model: OpenedModel, folder: Path, dtype: str | None) -> None:
         config = copy.deepcopy(model.architecture.config)
         config.architectures = [model.architecture.model_class.__name__]
         disk.write_text(file, config.to_json_string())
-    if dtype is not None and file.is_file():
+    if (dtype is not None or changes) and file.is_file():
         raw = read_json(file, finite=False)
-        raw.pop("torch_dtype", None)
-        raw["dtype"] = dtype
-        disk.write_json(file, raw)
+        if dtype is not None:
+            raw.pop("torch_dtype", None)
+            raw["dtype"] = dtype
+        disk.write_json(file, raw | changes)
 
 
 def _write_class(architecture: Architecture, folder: Path) -> None:

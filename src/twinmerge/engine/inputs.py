@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from twinmerge.engine.models import Models
-from twinmerge.engine.plan import BASE, Entries, Entry, Plan, Source, needs_of, shapes_of
+from twinmerge.engine.plan import Entries, Entry, Plan, Source, needs_of, shapes_of
 from twinmerge.engine.ranges import PIECE, Range
 from twinmerge.engine.seen import Digests, Seen
 from twinmerge.engine.written import check_tensors, require_read
@@ -169,7 +169,8 @@ class Inputs:
             for expert, measured in zip(self.models.experts, fisher, strict=False):
                 if self.statistics[expert].has(entry.tensor):
                     digests[f"{FISHER}{expert}"] = block_digests(measured.memory, SIZES[measured.code])
-        return Stored(values.pop(BASE) if entry.base is not None else None, tuple(values.values()), fisher)
+        base = None if entry.base is None else values.pop(entry.base_label)
+        return Stored(base, tuple(values.values()), fisher)
 
     def place(self, each: Range) -> Place:
         """Where a range lies."""
@@ -263,7 +264,8 @@ class Inputs:
 
     def _factors(self, entry: Entry) -> list[Factors] | None:
         """Of every expert's delta, where all are adapters of this base's very tensor."""
-        base, experts = self.models.base, self.models.experts
+        base = self.models.labelled(entry.base_label)
+        experts = {label: self.models.experts[label] for label in entry.place.experts}
         deltas = entry.base is not None and entry.rule.space == "deltas"
         whole = all(source.view.whole and source.tensor == entry.tensor for source in entry.sources.values())
         if not deltas or not whole or not any(expert.low_rank(entry.tensor) for expert in experts.values()):
@@ -317,12 +319,13 @@ class Inputs:
 
     def _require_finite(self, each: Range, stored: Stored) -> None:
         """A sum that is not finite: say whose tensor it is, unless large numbers only overflowed the sum."""
+        entry = self.entries[each.name]
         if stored.base is not None and not bool(_numbers(stored.base).isfinite().all()):
             raise ModelError(
-                f"Tensor {each.name!r} of the base {self.models.base.name} holds NaN or infinity. Take a sound "
-                "checkpoint of it."
+                f"Tensor {each.name!r} of the base {self.models.labelled(entry.base_label).name} holds NaN or infinity. "
+                "Take a sound checkpoint of it."
             )
-        for expert, values in zip(self.models.experts, stored.experts, strict=True):
+        for expert, values in zip(entry.place.experts, stored.experts, strict=True):
             if not bool(_numbers(values).isfinite().all()):
                 raise ModelError(_not_finite(each.name, expert))
 

@@ -26,6 +26,7 @@ from twinmerge.engine.provenance import plan_key, provenance, require_same, stat
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
+from twinmerge.engine.slicing import Sliced, sliced
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.base import Known, Method
@@ -96,7 +97,7 @@ class Merge:
         self._tile = tile
         self.processes = processes and str(device) == "cpu"
         self.spread = spread
-        self.method: Method = recipe.make_method()
+        self.method: Method = recipe.typical_method()
         self.report: Report | None = None  # of the last `save`: checksums, and what rounding erased
         self.output: Path | None = None  # where the last `save` wrote
         self.lines: Lines | None = recipe.lines  # with the a that was found last, where it was asked for
@@ -164,14 +165,21 @@ class Merge:
     @cached_property
     def matched(self) -> Matched:
         """Which tensor goes where; computed from the headers and the beginning of one matrix."""
+        if self.sliced is not None:
+            return self.sliced.matched
         found = match(self.base, self.experts, self.recipe.heads)
         check_ancestry(self.base, self.experts, found.merged)
         return found
 
     @cached_property
+    def sliced(self) -> Sliced | None:
+        """The tensors of a model that is put together out of layers; None where whole models are merged."""
+        return sliced(self.recipe, self.models) if self.recipe.slices else None
+
+    @cached_property
     def plan(self) -> Plan:
         """What every tensor of the output is made of, and by which rule."""
-        plan = planned(self.recipe, self.models, self.matched, self.architecture, self._tile)
+        plan = planned(self.recipe, self.models, self.matched, self.architecture, self._tile, self.sliced)
         if not self.models.knows_class:
             warn_of_names(self.method, self.base, [entry.tensor for entry in plan.merged.values()], stacklevel=3)
         return plan
@@ -302,7 +310,7 @@ class Merge:
         """The merged model with the experts' heads, whatever its class."""
         whole = self if self.architecture else Merge(self.recipe, self.progress, architecture=True, device=self.device)
         whole.matched.warn()
-        return headed(whole.base, whole.experts, self.canonical_state(), whole.heads())  # by the plan of this one
+        return headed(whole.base, whole.experts, self.canonical_state(), whole.heads(), self.plan.config)
 
     @strict
     def save(self, out: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
@@ -337,7 +345,10 @@ class Merge:
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
             card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
             dtype, heads = self.recipe.dtype, self.heads()
-            Beside(self.base, self.base.folder, described, card, dtype, heads=heads, about=about or {}).write(folder)
+            beside = Beside(
+                self.base, self.base.folder, described, card, dtype, heads=heads, about=about or {}, changes=plan.config
+            )
+            beside.write(folder)
             require_same(read, states_of(plan))
         self.report, self.output = report, Path(out)
         return self.output
@@ -356,7 +367,7 @@ class Merge:
             raise UsageError("An edited plan says every parameter itself. Edit the plan, or take a merge of a recipe.")
         other = copy.copy(self)
         other.recipe = self.recipe.varied(parameters)
-        other.method, other.lines = other.recipe.make_method(), other.recipe.lines
+        other.method, other.lines = other.recipe.typical_method(), other.recipe.lines
         other.report = other.output = None
         for made in ("plan", "inputs", "_sealed"):  # for this method: which tensors come in which pieces is its to say
             other.__dict__.pop(made, None)

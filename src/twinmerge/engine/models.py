@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from twinmerge.engine.plan import Entry, Plan
+from twinmerge.engine.plan import BASE, Entry, Plan
 from twinmerge.errors import ModelError
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
@@ -73,7 +73,11 @@ class Models:
     def of_source(self, entry: Entry, label: str) -> OpenedModel:
         """The model that a label of an entry's sources names; an expert may be called "base" where the base is not
         read."""
-        return self.experts[label] if label in entry.place.experts else self.base
+        return self.labelled(label) if label not in entry.place.experts else self.experts[label]
+
+    def labelled(self, label: str) -> OpenedModel:
+        """The model of a label: the base is "base"."""
+        return self.base if label == BASE else self.experts[label]
 
     def seal(self, plan: Plan) -> Plan:
         """The plan with the fingerprint of every model, which who opens it again compares."""

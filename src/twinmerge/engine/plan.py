@@ -51,6 +51,7 @@ class Entry:
         tensor: its canonical name, under which statistics and masks are kept.
         experts: what each expert gives, in the order of `place.experts`; empty for what is copied.
         base: what the base gives, None where the method does not read it.
+        base_label: which model that is: "base", or the name of an expert where a slice has a base of its own.
         method: the rule, with the parameters that hold for this tensor; None for what is copied from the base.
         grain: which tiles the rule can work on.
     """
@@ -62,6 +63,7 @@ class Entry:
     base: Source | None = None
     method: Method | None = None
     grain: Grain = "element"
+    base_label: str = BASE
 
     @property
     def name(self) -> str:
@@ -75,9 +77,9 @@ class Entry:
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Label of the input -> what it gives; the base is "base"."""
+        """Label of the input -> what it gives."""
         found = dict(zip(self.place.experts, self.experts, strict=True)) if self.experts else {}
-        return found if self.base is None else {**found, BASE: self.base}
+        return found if self.base is None else {**found, self.base_label: self.base}
 
     @property
     def rule(self) -> Method:
@@ -128,6 +130,7 @@ class Plan:
         lines: LiNeS, with the a that is used once it is known; None where it is not asked for.
         architecture: the models' classes were asked what their tensors are.
         tile: elements that are read and written at once.
+        config: what the output's config says otherwise than the base's.
         edited: it was read from a file whose rules are not those that the recipe gives.
         key: of a sealed plan, under which a worker keeps what it has opened.
     """
@@ -145,6 +148,7 @@ class Plan:
     lines: Lines | None = None
     architecture: bool = False
     tile: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
     edited: bool = False
     key: str | None = None
 

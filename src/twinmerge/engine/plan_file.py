@@ -15,12 +15,14 @@ from typing import Any
 
 from twinmerge.engine.models import Models
 from twinmerge.engine.patterns import names_of, patterns_of
-from twinmerge.engine.plan import Entry, Plan, Source
+from twinmerge.engine.plan import BASE, Entry, Plan, Source
 from twinmerge.engine.planning import copied_of, entry_of
+from twinmerge.engine.targets import Target
 from twinmerge.engine.view import View
 from twinmerge.errors import DataError, RecipeError, UsageError, nearest
 from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.registry import is_per_expert, make_method
+from twinmerge.models.blocks import block_of, in_block
 from twinmerge.recipes.lines import Scaled
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint import Spec
@@ -32,6 +34,7 @@ MARK, VERSION = "twinmerge_plan", 1
 KEYS = (MARK, "recipe", "models", "rules", "copied", "heads")
 MOST = Most(64_000_000, 4_000_000)
 WIDTH = 120
+LAYER = "layer"
 FLOATS = tuple(DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
 
 
@@ -70,14 +73,16 @@ def described(plan: Plan) -> dict[str, Any]:
 
 def rules_of(plan: Plan) -> list[dict[str, Any]]:
     """Every rule with its parameters, and the tensors that it merges."""
-    groups: list[tuple[Method, list[Entry]]] = []
+    groups: list[list[Entry]] = []
+    found: dict[tuple[Any, ...], list[tuple[Method, list[Entry]]]] = {}
     for entry in plan.merged.values():
-        group = next((entries for method, entries in groups if method == entry.method), None)
+        alike = found.setdefault((entry.place.experts, entry.base_label, type(entry.method)), [])
+        group = next((entries for method, entries in alike if method == entry.method), None)
         if group is None:
-            groups.append((entry.rule, [entry]))
-        else:
-            group.append(entry)
-    return [{**_rule(plan, method), "tensors": _tensors(plan, entries)} for method, entries in groups]
+            alike.append((entry.rule, group := []))
+            groups.append(group)
+        group.append(entry)
+    return [{**_rule(plan, entries[0]), "tensors": _tensors(plan, entries)} for entries in groups]
 
 
 def read_plan(file: str | Path) -> tuple[Recipe, dict[str, Any]]:
@@ -137,11 +142,10 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
     entries = _read_entries(raw, plan, models, where)
     if missing := plan.entries.keys() - entries.keys():
         raise RecipeError(f"{where} says nothing of the tensor {min(missing)!r}. Name it in a rule, or as copied.")
-    first = next(iter(models.experts.values()))
     merged = [entry for entry in entries.values() if entry.method is not None]
     if not merged:
         raise RecipeError(f"{where} merges no tensor. Name some in a rule.")
-    merged.sort(key=lambda entry: (first.place(entry.experts[0].tensor), entry.name))
+    merged.sort(key=lambda entry: (models.experts[entry.place.experts[0]].place(entry.experts[0].tensor), entry.name))
     read = replace(
         sealed,
         merged={entry.name: entry for entry in merged},
@@ -168,11 +172,15 @@ def _text(value: Any, indent: str = "") -> str:
     return f"{opening}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{closing}"
 
 
-def _rule(plan: Plan, method: Method) -> dict[str, Any]:
+def _rule(plan: Plan, entry: Entry) -> dict[str, Any]:
+    method, experts = entry.rule, entry.place.experts
     by = {"by": method.by} if isinstance(method, Scaled) else {}
+    if experts != tuple(plan.experts):
+        by["experts"] = list(experts)
+    if entry.base_label != BASE:
+        by["base"] = entry.base_label
     own = method.method if isinstance(method, Scaled) else method
     fields = own.model_dump()
-    experts = list(plan.experts)
     for key, value in fields.items():
         if is_per_expert(type(own), key) and isinstance(value, tuple):
             fields[key] = dict(zip(experts, value, strict=True))
@@ -185,7 +193,10 @@ def _tensors(plan: Plan, entries: Sequence[Entry]) -> list[dict[str, Any]]:
     said: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in entries:
         parts = {label: _part(entry, source) for label, source in entry.sources.items() if _part(entry, source)}
-        key = (entry.spec, repr(sorted(parts.items())) + (entry.name if parts else ""))
+        own = "" if all(part.keys() == {LAYER} for part in parts.values()) else entry.name
+        if own == "" and parts:
+            own = str(block_of(entry.name))
+        key = (entry.spec, repr(sorted(parts.items())) + own)
         alike.setdefault(key, []).append(entry.name)
         said[key] = {"dtype": entry.spec.name, "shape": list(entry.spec.shape)} | ({"sources": parts} if parts else {})
     return [{"name": name, **said[key]} for key, names in alike.items() for name in patterns_of(names)]
@@ -193,7 +204,10 @@ def _tensors(plan: Plan, entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def _part(entry: Entry, source: Source) -> dict[str, Any]:
     """What of a source is not as in the output: another tensor, a part of it."""
-    other = {} if source.tensor == entry.tensor else {"tensor": source.tensor}
+    other: dict[str, Any] = {} if source.tensor == entry.tensor else {"tensor": source.tensor}
+    found = block_of(source.tensor)
+    if other and found is not None and in_block(entry.tensor, found[1]) == source.tensor:
+        other = {LAYER: found[1]}
     return other | source.view.to_dict()
 
 
@@ -214,25 +228,36 @@ def _read_entries(raw: Mapping[str, Any], plan: Plan, models: Models, where: str
     reads_base = {entry.base is not None for entry in plan.merged.values()} == {True}
     for number, rule in enumerate(rules, 1):
         at = f"{where}, rule {number}"
-        method = _method(rule, plan, at)
-        for name, spec, views in _read_tensors(rule.get("tensors"), plan, at):
-            reading = reads_base or "base" in views or isinstance(method, Scaled)
+        method, experts, base = _method(rule, plan, at)
+        for name, spec, raw_views in _read_tensors(rule.get("tensors"), plan, at):
+            reading = reads_base or base in raw_views or isinstance(method, Scaled)
             canonical = plan.entries[name].tensor
-            entry = entry_of(
-                models, name, canonical, method, reading and models.has_base, spec, _views(views, canonical, plan, at)
-            )
-            add(_fitting(entry, plan, at))
+            views = _views(raw_views, canonical, experts, base, at)
+            tensors = {label: views[label][0] if label in views else canonical for label in (*experts, base)}
+            target = Target(name, canonical, spec, experts, tensors, base)
+            own = {label: view for label, (_, view) in views.items() if not view.whole}
+            add(_fitting(entry_of(models, target, method, reading and models.has_base, spec, own), plan, at))
     for name, spec, views in _read_tensors(raw.get("copied"), plan, f"{where}, copied"):
         if views:
             raise RecipeError(f"{where}: {name!r} is copied from the base, whole. Leave its sources out.")
-        add(copied_of(models, name, plan.entries[name].tensor, spec))
+        was = plan.entries[name]
+        tensors = {was.base_label: was.base.tensor if was.base is not None else was.tensor}
+        add(copied_of(models, Target(name, was.tensor, spec, (), tensors, was.base_label), spec))
     return found
 
 
-def _method(rule: Any, plan: Plan, at: str) -> Method:
+def _method(rule: Any, plan: Plan, at: str) -> tuple[Method, tuple[str, ...], str]:
+    """A rule's method, the experts that it merges, and the model that changes are taken against."""
     if not isinstance(rule, dict):
         raise RecipeError(f"{at} is {rule!r:.80}, which is no rule. Write the plan again.")
-    _known_keys(rule, ("method", "parameters", "by", "tensors"), at)
+    _known_keys(rule, ("method", "parameters", "by", "experts", "base", "tensors"), at)
+    experts, base = rule.get("experts", list(plan.experts)), rule.get("base", BASE)
+    if not isinstance(experts, list) or not experts or not set(map(str, experts)) <= plan.experts.keys():
+        raise RecipeError(f"{at}: experts is {experts!r:.80}. Name models of the plan: {', '.join(plan.experts)}.")
+    if len(set(experts)) < len(experts):
+        raise RecipeError(f"{at}: experts names a model twice. Name it once.")
+    if base != BASE and base not in plan.experts:
+        raise RecipeError(f"{at}: base is {base!r:.80}, which is no model of the plan.")
     if rule.get("method") != plan.recipe.method_name:
         raise RecipeError(
             f"{at}: method is {rule.get('method')!r:.80}, and the recipe's is {plan.recipe.method_name!r}."
@@ -243,17 +268,17 @@ def _method(rule: Any, plan: Plan, at: str) -> Method:
     flat: dict[str, Any] = {}
     for key, value in parameters.items():
         flat |= {f"{e}.{key}": number for e, number in value.items()} if isinstance(value, dict) else {key: value}
-    method = make_method(plan.recipe.method, tuple(plan.experts), flat)
+    method = make_method(plan.recipe.method, tuple(experts), flat)
     if method.semantics != plan.method.semantics:
         raise RecipeError(
             f"{at}: compat is another one than the recipe's. Change the recipe, and write the plan again."
         )
     by = rule.get("by")
     if by is None:
-        return method
+        return method, tuple(experts), base
     if plan.recipe.base is None or isinstance(by, bool) or not isinstance(by, (int, float)):
         raise RecipeError(f"{at}: by is {by!r:.80}. It is a number that scales the change to a base.")
-    return Scaled(method=method, by=float(by))
+    return Scaled(method=method, by=float(by)), tuple(experts), base
 
 
 def _read_tensors(raw: Any, plan: Plan, at: str) -> Iterator[tuple[str, Spec, dict[str, Any]]]:
@@ -285,16 +310,25 @@ def _read_tensors(raw: Any, plan: Plan, at: str) -> Iterator[tuple[str, Spec, di
             yield name, Spec(CODES[str(dtype)], was.shape), views
 
 
-def _views(raw: Mapping[str, Any], canonical: str, plan: Plan, at: str) -> dict[str, tuple[str, View]]:
+def _views(
+    raw: Mapping[str, Any], canonical: str, experts: Sequence[str], base: str, at: str
+) -> dict[str, tuple[str, View]]:
     found = {}
     for label, view in raw.items():
-        if label not in (*plan.experts, "base"):
-            raise RecipeError(f"{at}: sources names {label!r:.80}, which is no model.{nearest(label, plan.experts)}")
-        _known_keys(view, ("tensor", "axes", "order"), f"{at}, {label}")
+        if label not in (*experts, base):
+            raise RecipeError(f"{at}: sources names {label!r:.80}, which is no model.{nearest(label, experts)}")
+        _known_keys(view, ("tensor", LAYER, "axes", "order"), f"{at}, {label}")
         tensor = view.get("tensor", canonical)
+        if LAYER in view:
+            if "tensor" in view or type(view[LAYER]) is not int or block_of(canonical) is None:
+                raise RecipeError(
+                    f"{at}, {label}: layer is {view[LAYER]!r:.80}. Write the number of a layer, or a tensor."
+                )
+            tensor = in_block(canonical, view[LAYER])
         if not isinstance(tensor, str):
             raise RecipeError(f"{at}, {label}: tensor is {tensor!r:.80}, which is no name.")
-        found[label] = tensor, View.of({k: v for k, v in view.items() if k != "tensor"}, f"{at}, {label}")
+        own = {k: v for k, v in view.items() if k not in ("tensor", LAYER)}
+        found[label] = tensor, View.of(own, f"{at}, {label}")
     return found
 
 

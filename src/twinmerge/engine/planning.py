@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from twinmerge.engine.models import Models
-from twinmerge.engine.plan import BASE, Entry, Input, Plan, Source, element_bytes
+from twinmerge.engine.plan import Entry, Input, Plan, Source, element_bytes
 from twinmerge.engine.ranges import tile_of
+from twinmerge.engine.slicing import Sliced
+from twinmerge.engine.targets import Target, whole
 from twinmerge.engine.view import WHOLE, View
 from twinmerge.errors import RecipeError
 from twinmerge.methods.kit.base import Method, Place
@@ -15,11 +18,19 @@ from twinmerge.models.blocks import stacks
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.rules import Rules
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.header import CODES
 
 
-def planned(recipe: Recipe, models: Models, matched: Matched, architecture: bool, tile: int | None) -> Plan:
+def planned(
+    recipe: Recipe,
+    models: Models,
+    matched: Matched,
+    architecture: bool,
+    tile: int | None,
+    sliced: Sliced | None = None,
+) -> Plan:
     """The plan of a recipe.
 
     Args:
@@ -28,42 +39,48 @@ def planned(recipe: Recipe, models: Models, matched: Matched, architecture: bool
         matched: which tensor of each goes where.
         architecture: the models' classes were asked.
         tile: elements that are read and written at once; by their bytes where None.
+        sliced: the tensors of a model that is put together out of layers; whole models are merged where None.
 
     Raises:
-        TwinmergeError: dtypes that differ where the recipe says not which is written.
+        TwinmergeError: dtypes that differ where the recipe says not which is written; a parameter that some tensor
+            has no value of.
     """
-    base, method = models.base, recipe.make_method()
+    base, rules = models.base, Rules(recipe)
     code = CODES[recipe.dtype] if recipe.dtype else None
+    targets = list(whole(recipe, models, matched)) if sliced is None else sliced.targets
     if code is None and recipe.semantics == "mergekit":
-        _require_one_dtype(models, matched)
+        _require_one_dtype(models, targets)
 
-    def spec_of(name: str) -> Spec:
-        spec = base.spec(name)
+    def spec_of(spec: Spec) -> Spec:
         return Spec(code, spec.shape) if code and spec.is_float else spec
 
-    first = next(iter(models.experts.values()))
-    order = sorted(matched.merged, key=first.place)
-    reads_base = models.has_base and (method.space == "deltas" or recipe.lines is not None)
-    merged = {
-        base.stored[name]: entry_of(models, base.stored[name], name, method, reads_base, spec_of(name))
-        for name in order
-    }
-    copied = {
-        base.stored[name]: copied_of(models, base.stored[name], name, spec_of(name)) for name in matched.from_base
-    }
+    def place_of(target: Target) -> tuple[int, int]:
+        first = target.experts[0]
+        return models.experts[first].place(target.tensors[first])
+
+    reads_base = models.has_base and (rules.method.space == "deltas" or recipe.lines is not None)
+    merged: dict[str, Entry] = {}
+    copied = [target for target in targets if not target.experts]
+    for target in sorted(
+        (target for target in targets if target.experts), key=lambda target: (place_of(target), target.out)
+    ):
+        stored = {label: models.experts[label].stored_name(target.tensors[label]) for label in target.experts}
+        method = rules.of(target.out, target.experts, stored, target.depth, target.parameters)
+        merged[target.out] = entry_of(models, target, method, reads_base, spec_of(target.spec))
     blocks: Mapping[str, int] = {}
     if recipe.lines is not None:
         blocks = stacks(base.specs)
         if not blocks and recipe.lines.b:
             _warn_of_no_blocks(base)
-    specs = {name: entry.spec for name, entry in {**merged, **copied}.items()}
+    as_is = {target.out: copied_of(models, target, spec_of(target.spec)) for target in copied}
+    specs = {name: entry.spec for name, entry in {**merged, **as_is}.items()}
     plan = Plan(
         recipe,
-        method,
+        rules.method,
         _input(base, recipe.base if recipe.base is not None else next(iter(recipe.experts.values()))),
         {name: _input(model, recipe.experts[name]) for name, model in models.experts.items()},
         merged,
-        copied,
+        as_is,
         matched.heads,
         matched.ignored,
         matched.configs,
@@ -71,6 +88,7 @@ def planned(recipe: Recipe, models: Models, matched: Matched, architecture: bool
         recipe.lines,
         architecture,
         tile or tile_of(element_bytes(merged, specs)),
+        config={} if sliced is None else sliced.config,
     )
     known = plan.lines is not None and plan.lines.a is not None
     return plan.with_lines(plan.lines.a) if known else plan  # type: ignore[union-attr,arg-type]
@@ -78,54 +96,52 @@ def planned(recipe: Recipe, models: Models, matched: Matched, architecture: bool
 
 def entry_of(
     models: Models,
-    out: str,
-    name: str,
+    target: Target,
     method: Method,
     reads_base: bool,
-    spec: Spec | None = None,
-    views: Mapping[str, tuple[str, View]] | None = None,
+    spec: Spec,
+    views: Mapping[str, View] | None = None,
 ) -> Entry:
     """What one merged tensor is made of.
 
     Args:
         models: the opened models.
-        out: its name in the output.
-        name: its canonical name.
+        target: which tensor of which model goes into which of the output.
         method: its rule.
         reads_base: whether the base is read.
-        spec: what is written; what the base has where None.
-        views: label of an input -> canonical name of the tensor there and which part of it, where that is not `name`,
-            whole.
+        spec: what is written.
+        views: label of an input -> which part of its tensor, where that is not all of it.
 
     Raises:
         TwinmergeError: a tensor that a model lacks, a view that it does not have, parts of several shapes.
     """
     views = views or {}
-    experts = [_source(model, label, *views.get(label, (name, WHOLE))) for label, model in models.experts.items()]
-    shapes = {label: shape for (_, shape), label in zip(experts, models.experts, strict=True)}
-    base = None
-    if reads_base:
-        base, shapes[BASE] = _source(models.base, BASE, *views.get(BASE, (name, WHOLE)))
-    shape = next(iter(shapes.values()))
+    read = target.models(models, reads_base)
+    found = {
+        label: _source(model, label, target.tensors[label], views.get(label, WHOLE)) for label, model in read.items()
+    }
+    shapes = {label: shape for label, (_, shape) in found.items()}
+    first, shape = next(iter(shapes.items()))
     if odd := next((label for label, other in shapes.items() if other != shape), None):
         raise RecipeError(
-            f"For {out!r}, {next(iter(shapes))!r} gives a tensor of shape {list(shape)} and {odd!r} one of "
-            f"{list(shapes[odd])}. "
-            "Give parts of one shape."
+            f"For {target.out!r}, {first!r} gives a tensor of shape {list(shape)} and {odd!r} one of "
+            f"{list(shapes[odd])}. Give parts of one shape."
         )
-    model = models.named_by_class
-    place = Place(out, shape, 0, tuple(models.experts), *_meant(model, name, shape))
-    sources = tuple(source for source, _ in experts)
+    known = target.models(models, models.has_base)
+    label = next((label for label, model in known.items() if model.knows_class), first)
+    place = Place(target.out, shape, 0, target.experts, *_meant(known[label], target.tensors[label], shape))
     grain = method.grain_of(place)
-    if grain == "rows" and not views and any(model.low_rank(name) for model in models.experts.values()):
+    if grain == "rows" and not views and any(models.experts[e].low_rank(target.tensors[e]) for e in target.experts):
         grain = "matrix"  # a core space is that of a tensor in one piece
-    return Entry(place, spec or models.base.spec(name), name, sources, base, method, grain)
+    sources = {label: source for label, (source, _) in found.items()}
+    base = sources.pop(target.base) if reads_base else None
+    return Entry(place, spec, target.name, tuple(sources.values()), base, method, grain, target.base)
 
 
-def copied_of(models: Models, out: str, name: str, spec: Spec) -> Entry:
-    """A tensor of the base as it is."""
-    source, shape = _source(models.base, BASE, name, WHOLE)
-    return Entry(Place(out, shape), spec, name, base=source)
+def copied_of(models: Models, target: Target, spec: Spec) -> Entry:
+    """A tensor of the base, or of the model that stands for it, as it is."""
+    source, shape = _source(models.labelled(target.base), target.base, target.tensors[target.base], WHOLE)
+    return Entry(Place(target.out, shape), spec, target.name, base=source, base_label=target.base)
 
 
 def _source(model: OpenedModel, label: str, name: str, view: View) -> tuple[Source, tuple[int, ...]]:
@@ -136,8 +152,6 @@ def _source(model: OpenedModel, label: str, name: str, view: View) -> tuple[Sour
 
 def _meant(model: OpenedModel, name: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
     """Whether a tensor is stored (in, out), is a table, is a stack; of a part of one what still holds."""
-    if not model.has(name):
-        return False, False, False
     same = len(model.spec(name).shape) == len(shape)
     return model.transposed(name), model.table(name), model.stacked(name) and same
 
@@ -146,14 +160,15 @@ def _input(model: OpenedModel, ref: ModelLike) -> Input:
     return Input(ref, model.name, model.commit, model.files)
 
 
-def _require_one_dtype(models: Models, matched: Matched) -> None:
+def _require_one_dtype(models: Models, targets: Sequence[Target]) -> None:
     """mergekit writes the widest dtype of the inputs where the recipe names none; here that is the base's."""
-    for name in matched.merged:
-        if len(found := sorted({model.spec(name).name for model in models.inputs})) > 1:
+    for target in targets:
+        read = target.models(models, models.has_base)
+        found = sorted({model.spec(target.tensors[label]).name for label, model in read.items()})
+        if len(found) > 1:
             raise RecipeError(
-                f"The models have different dtypes ({', '.join(found)} for {name!r}), and the recipe says not which is "
-                "written. Add "
-                "dtype: to it."
+                f"The models have different dtypes ({', '.join(found)} for {target.name!r}), and the recipe says not "
+                "which is written. Add dtype: to it."
             )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from twinmerge.engine.combine import combine
 from twinmerge.engine.inputs import Inputs
-from twinmerge.engine.plan import BASE, Entry, Plan
+from twinmerge.engine.plan import Entry, Plan
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.rounding import Rounding
 from twinmerge.engine.run import Run
@@ -172,9 +172,9 @@ def _line(group: list[Range], written: list[_Written]) -> Line:
 
 
 def _copy(plan: Plan, inputs: Inputs, entry: Entry, writer: CheckpointWriter, report: Report) -> None:
-    """A tensor of the base, byte for byte where the dtype stays."""
+    """A tensor of the base, or of the model that stands for it, byte for byte where the dtype stays."""
     assert entry.base is not None
-    code, wanted, base = entry.base.code, entry.spec.code, inputs.models.base
+    code, wanted, base = entry.base.code, entry.spec.code, inputs.models.labelled(entry.base_label)
     for each in ranges([entry.name], {entry.name: entry.place.shape}, plan.tile):
         stored = np.empty(each.size * SIZES[code], np.uint8)
         base.read_range(entry.base.tensor, each.start, stored)
@@ -183,6 +183,6 @@ def _copy(plan: Plan, inputs: Inputs, entry: Entry, writer: CheckpointWriter, re
             rounded = as_tensor(stored, torch_dtype(code)).to(torch_dtype(wanted))
             out = np.frombuffer(bytes_of(rounded), np.uint8)
         writer.write(entry.name, each.start, out)
-        digests = {BASE: block_digests(stored, SIZES[code]), OUTPUT: block_digests(out, SIZES[wanted])}
+        digests = {entry.base_label: block_digests(stored, SIZES[code]), OUTPUT: block_digests(out, SIZES[wanted])}
         report.extend(entry.name, digests)
     report.close(entry.name)

@@ -17,6 +17,18 @@ def block_of(name: str) -> tuple[str, int] | None:
     return None if at is None else (".".join(parts[:at]), int(parts[at]))
 
 
+def in_block(name: str, block: int) -> str:
+    """The name with another number of the block.
+
+    Example:
+        >>> in_block("layers.3.norm.weight", 12)
+        'layers.12.norm.weight'
+    """
+    parts = name.split(".")
+    at = next(i for i, part in enumerate(parts) if part.isdecimal())
+    return ".".join([*parts[:at], str(block), *parts[at + 1 :]])
+
+
 def stacks(names: Iterable[str]) -> dict[str, int]:
     """Path -> L of every stack of blocks among the tensors of a model; an encoder and a decoder have one each.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from twinmerge.errors import ModelError
 from twinmerge.models.matching import Matched
@@ -40,12 +41,22 @@ def heads_of(experts: Mapping[str, OpenedModel], matched: Matched, order: list[s
 
 
 def headed(
-    base: OpenedModel, experts: Mapping[str, OpenedModel], state: Mapping[str, Tensor], heads: Mapping[str, HeadSpec]
+    base: OpenedModel,
+    experts: Mapping[str, OpenedModel],
+    state: Mapping[str, Tensor],
+    heads: Mapping[str, HeadSpec],
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> HeadedModel:
-    """A runnable model out of merged tensors and heads."""
+    """A runnable model out of merged tensors and heads.
+
+    Args:
+        changes: what its config says otherwise than the base's.
+    """
     from twinmerge.models.headed import HeadedModel
 
     architecture = next(iter(experts.values())).architecture if heads else base.architecture
     if architecture is None:
         raise ModelError(f"{base.name} has no config.json, so it cannot be run. Use state_dict() or save().")
+    if changes and architecture.config is not None:
+        architecture = architecture.with_config({**architecture.config.to_dict(), **changes})
     return HeadedModel(architecture, state, heads)

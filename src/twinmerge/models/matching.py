@@ -89,7 +89,7 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
     merged, from_base = [], []
     for name, spec in sorted(base.specs.items()):
         holders = [expert for expert in experts.values() if expert.has(name)]
-        if not spec.is_float or name in all_heads or _is_dropped(base, name):
+        if not spec.is_float or name in all_heads or is_dropped(base, name):
             from_base.append(name)
         elif len(holders) == len(experts):
             merged.append(name)
@@ -115,7 +115,7 @@ def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
     for name in expert.names:
         spec = expert.spec(name)
         named = any(matches(pattern, name) for pattern in head_patterns)
-        if name in expert.specs and _is_dropped(expert, name):
+        if name in expert.specs and is_dropped(expert, name):
             if not base.has(name):
                 ignored.append(name)
         elif named and (_is_part(expert, name) or expert.architecture is None or expert.architecture.is_bare):
@@ -133,7 +133,7 @@ def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
                 _other_shape(base, expert, name)
                 heads.add(name)
             elif name not in base.specs:
-                _untied(base, expert, name)
+                require_tied(base, expert, name)
                 ignored.append(name)
         elif not spec.is_float:
             ignored.append(name)
@@ -328,8 +328,13 @@ def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
         )
 
 
-def _untied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
-    """A tensor that the base ties to another: an expert's own copy must say the same, or it would be lost."""
+def require_tied(base: OpenedModel, expert: OpenedModel, name: str) -> None:
+    """Refuse an expert's own copy of a tensor that the base ties to another, where it says something else: it would be
+    lost.
+
+    Raises:
+        ModelError: it does.
+    """
     import torch
 
     source = base.aliases[name]
@@ -371,6 +376,6 @@ def _expected_by(experts: Mapping[str, OpenedModel], name: str) -> OpenedModel |
     return None
 
 
-def _is_dropped(model: OpenedModel, name: str) -> bool:
+def is_dropped(model: OpenedModel, name: str) -> bool:
     """Tensors that the class passes over on loading (old checkpoints store them)."""
     return model.architecture is not None and model.architecture.drops(model.stored.get(name, name))

@@ -222,6 +222,10 @@ class OpenedModel:
         """The canonical name that a tensor's values are kept under: another one where it is tied."""
         return self.aliases[name] if name not in self.specs and name in self.aliases else name
 
+    def stored_name(self, name: str) -> str:
+        """How its files call a tensor; a tied one is called as what it is tied to."""
+        return self.stored[self.own(name)]
+
     def fingerprint(self) -> str:
         return fingerprint(self.specs, self.beginning)
 

@@ -36,6 +36,8 @@ from twinmerge.recipes.lines import KEY, KEYS, Lines
 from twinmerge.recipes.mergekit import NOT_YET, translated
 from twinmerge.recipes.names import EXPERT_NAME, expert_names
 from twinmerge.recipes.plain_data import read_plain
+from twinmerge.recipes.setting import Setting, is_setting
+from twinmerge.recipes.slices import BASE, SLICE_KEYS, SOURCE_KEYS, Slice, check_slice, known_keys, span_of
 from twinmerge.recipes.spelling import by_our_name, parameters_of
 
 MARK = "twinmerge"
@@ -56,6 +58,7 @@ RECIPE_KEYS = (
         "heads",
         "stochastic",
         KEY,
+        "slices",
         MARK,
         "compat",
     ),
@@ -71,7 +74,8 @@ class Recipe:
     kept is a name or a class); base: model or None; experts: name -> model; parameters: field (or expert.field) ->
     value; dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the
     seed of stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods
-    that need one; lines: how the merged change is scaled by depth, None for not at all."""
+    that need one; lines: how the merged change is scaled by depth, None for not at all; slices: the layers that the
+    output is put together of, empty for whole models."""
 
     method: MethodLike
     base: ModelLike | None
@@ -82,9 +86,11 @@ class Recipe:
     stochastic: int | None = None
     statistics: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
     lines: Lines | None = None
+    slices: tuple[Slice, ...] = ()
 
     def __post_init__(self) -> None:
         self._take_method()
+        object.__setattr__(self, "parameters", _read_settings(self.parameters))
         if not self.experts:
             raise RecipeError("There is no expert to merge. Name at least one with --expert name=path.")
         for name in self.experts:
@@ -119,6 +125,7 @@ class Recipe:
                 f"{short_name(self.method)} makes masks, whose vector LiNeS cannot scale. Leave lines out."
             )
         self._check_statistics()
+        self._check_varying()
 
     def _take_method(self) -> None:
         """Keep a method by its name where it has one, else its class, and an object's parameters among the others."""
@@ -134,6 +141,20 @@ class Recipe:
     def method_name(self) -> str:
         """The method as provenance names it (see `registry.method_name`)."""
         return method_name(self.method)
+
+    def _check_varying(self) -> None:
+        name, cls = short_name(self.method), method_class(self.method)
+        if self.slices and (self.lines is not None or self.heads or cls.needs):
+            what = "lines" if self.lines is not None else "heads" if self.heads else f"{name}, which reads statistics,"
+            raise RecipeError(f"{what} and slices do not go together. Merge whole models, or leave one of them out.")
+        if self.varies and cls.outputs != "model":
+            raise RecipeError(f"{name} makes masks, whose parameters cannot differ between tensors. Give one value.")
+        for slice_ in self.slices:
+            for span in slice_.sources:
+                if span.model not in self.experts and not (span.model == BASE and self.base is not None):
+                    raise RecipeError(
+                        f"A slice names {span.model!r}, which is no model of the recipe.{nearest(span.model, self.experts)}"
+                    )
 
     def _check_statistics(self) -> None:
         needs = method_class(self.method).needs
@@ -240,10 +261,27 @@ class Recipe:
                 own[key] = value
         return replace(self, parameters=own, lines=Lines.of(lines) if lines else None)
 
+    @property
+    def varies(self) -> bool:
+        """Whether some parameter differs between tensors."""
+        return bool(self.slices) or any(isinstance(value, Setting) for value in self.parameters.values())
+
     def make_method(self) -> Method:
         """The method; a list of its parameters has a value for each expert, in the order in which the recipe names
-        them."""
-        values, given = dict(self.parameters), list(self.experts)
+        them.
+
+        Raises:
+            RecipeError: a parameter that differs between tensors, or a value that the method does not take.
+        """
+        if self.varies:
+            key = next((key for key, value in self.parameters.items() if isinstance(value, Setting)), "slices")
+            raise RecipeError(f"{key} differs between tensors, and one value is needed here. Give one.")
+        return self.typical_method()
+
+    def typical_method(self) -> Method:
+        """The method of some tensor: what is asked of its class holds for all."""
+        given = list(self.experts)
+        values = {k: v.example if isinstance(v, Setting) else v for k, v in self.parameters.items()}
         for key in self._per_expert & values.keys():
             value = values[key]
             if isinstance(value, (list, tuple)) and len(value) == len(given):
@@ -257,7 +295,7 @@ class Recipe:
         for key in self._per_expert:
             if isinstance(found[key], tuple):
                 found[key] = tuple(found[key][self.order.index(name)] for name in self.experts)
-        return found
+        return found | {k: v.describe() for k, v in self.parameters.items() if isinstance(v, Setting)}
 
     @property
     def _per_expert(self) -> frozenset[str]:
@@ -267,19 +305,42 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data, for the provenance of an output."""
         refs = {n: m if isinstance(m, str) else _ref(m) for n, m in self.experts.items()}
+        return (
+            {
+                MARK: VERSION,
+                "merge_method": self.method_name,
+                "base_model": None if self.base is None else _ref(self.base),
+                "models": [
+                    {"name": n, "model": ref}
+                    | ({"statistics": str(self.statistics[n])} if n in self.statistics else {})
+                    for n, ref in refs.items()
+                ],
+                "parameters": {key: _plain(value) for key, value in self.parameters.items()},
+                "dtype": self.dtype,
+                "heads": list(self.heads),
+                "stochastic": self.stochastic,
+            }
+            | ({} if self.lines is None else {KEY: self.lines.describe()})
+            | self._described_slices()
+        )
+
+    def _described_slices(self) -> dict[str, Any]:
+        if not self.slices:
+            return {}
         return {
-            MARK: VERSION,
-            "merge_method": self.method_name,
-            "base_model": None if self.base is None else _ref(self.base),
-            "models": [
-                {"name": n, "model": ref} | ({"statistics": str(self.statistics[n])} if n in self.statistics else {})
-                for n, ref in refs.items()
-            ],
-            "parameters": {key: _plain(value) for key, value in self.parameters.items()},
-            "dtype": self.dtype,
-            "heads": list(self.heads),
-            "stochastic": self.stochastic,
-        } | ({} if self.lines is None else {KEY: self.lines.describe()})
+            "slices": [
+                s.describe() | ({"parameters": {k: _plain(v) for k, v in s.parameters.items()}} if s.parameters else {})
+                for s in self.slices
+            ]
+        }
+
+
+def _read_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Choices by filters as a `Setting`."""
+    read = {k: Setting.of(v, k).plain if is_setting(v) else v for k, v in parameters.items()}
+    if empty := next((k for k, v in read.items() if isinstance(v, Setting) and not v.choices), None):
+        raise RecipeError(f"{empty} has no value. Write {{filter: TEXT, value: NUMBER}}.")
+    return read
 
 
 def _ref(model: ModelLike) -> str:
@@ -299,6 +360,8 @@ def _once_read(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Python's own numbers and lists for those of NumPy, as files have them."""
+    if isinstance(value, Setting):
+        return value.describe()
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return value.item() if hasattr(value, "item") else value
@@ -418,7 +481,38 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
         raw.get("stochastic"),
         statistics,
         None if raw.get(KEY) is None else Lines.of(raw[KEY]),
+        tuple(_slice(each, method, f"{where}, slice {i}") for i, each in enumerate(_list(raw, "slices", where), 1)),
     )
+
+
+def _list(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    if raw.get(key) is None:
+        return []
+    if not isinstance(raw[key], list):
+        raise RecipeError(f"{where}: {key} must be a list, got {raw[key]!r:.80}.")
+    return list(raw[key])
+
+
+def _slice(raw: Any, method: str, where: str) -> Slice:
+    """A slice whose sources name experts, or "base"."""
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where} is {raw!r:.80}. Give it sources: a list of models with their layers.")
+    known_keys(raw, SLICE_KEYS, where)
+    parameters, spans = dict(parameters_of(raw.get("parameters"), method, where, True)), []
+    for each in _list(raw, "sources", where):
+        if not isinstance(each, dict) or not isinstance(each.get("model"), str):
+            raise RecipeError(f"{where}: every source needs the name of a model, got {each!r:.80}.")
+        known_keys(each, SOURCE_KEYS, where)
+        spans.append(span_of(each["model"], each.get("layer_range"), where))
+        own = parameters_of(each.get("parameters"), method, where, True)
+        parameters |= {f"{each['model']}.{key}": value for key, value in own.items()}
+    if not spans:
+        raise RecipeError(f"{where} has no sources. Name a model and its layers.")
+    check_slice(spans, where)
+    base = raw.get("base_model")
+    if base is not None and (not isinstance(base, str) or base not in [span.model for span in spans]):
+        raise RecipeError(f"{where}: base_model is {base!r:.80}, which is none of its sources.")
+    return Slice(tuple(spans), base, _read_settings(parameters))
 
 
 def _instead(key: str, ours: bool) -> str:

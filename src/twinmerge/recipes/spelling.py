@@ -6,6 +6,7 @@ from typing import Any
 
 from twinmerge.errors import RecipeError, nearest
 from twinmerge.methods.kit.dialect import SPELLINGS, Number, Switch
+from twinmerge.recipes.setting import is_setting
 from twinmerge.methods.kit.registry import METHODS, is_own, is_per_expert, method_class, said_otherwise
 
 IDLE = ("int8_mask",)  # what saves memory in mergekit: our masks never stay there
@@ -33,9 +34,15 @@ def parameters_of(raw: Any, method: str, where: str, ours: bool) -> dict[str, An
         spelling = cls.spellings.get(name, SPELLINGS.get(name))
         if name not in fields and isinstance(spelling, Number):
             name = spelling.field
-        if isinstance(value, (list, tuple)) and not (ours and name in fields and is_per_expert(cls, name)):
+        per_expert = ours and name in fields and is_per_expert(cls, name)
+        if isinstance(value, (list, tuple)) and not per_expert and not is_setting(value):
+            if not ours:
+                raise RecipeError(
+                    f"{where}: {key} is a list. Write {key}: [{{value: {list(value)}}}] for a gradient over the layers."
+                )
             raise RecipeError(
-                f"{where}: {key} is a list (a gradient or filters), which is not read yet. Give one number."
+                f"{where}: {key} is a list, and {method} has one value of it for all experts. Write {key}: [{{value: "
+                f"{list(value)}}}] for a gradient over the layers."
             )
         if name in IDLE:
             continue

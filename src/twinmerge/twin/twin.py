@@ -97,7 +97,7 @@ class Twin(Served):
         if len(experts) < 1:
             raise UsageError("A twin needs experts. Name at least one.")
         opened = {name: merge.experts[name] for name in experts}
-        linear = linear_coefficients(merge.method, merge.recipe.order, list(experts))
+        linear = None if recipe.varies else linear_coefficients(merge.method, merge.recipe.order, list(experts))
         provenance = {**merge.provenance(), "twin": {"rank": rank, "shared": recipe.method_name}}
         merge.matched.warn()
         return cls.from_shared(
