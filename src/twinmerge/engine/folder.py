@@ -134,7 +134,7 @@ def write_config(
         if dtype is not None:
             raw.pop("torch_dtype", None)
             raw["dtype"] = dtype
-        disk.write_json(file, raw | changes)
+        disk.write_json(file, {**raw, **changes})
 
 
 def _write_class(architecture: Architecture, folder: Path) -> None:

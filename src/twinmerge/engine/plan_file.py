@@ -174,7 +174,7 @@ def _text(value: Any, indent: str = "") -> str:
 
 def _rule(plan: Plan, entry: Entry) -> dict[str, Any]:
     method, experts = entry.rule, entry.place.experts
-    by = {"by": method.by} if isinstance(method, Scaled) else {}
+    by: dict[str, Any] = {"by": method.by} if isinstance(method, Scaled) else {}
     if experts != tuple(plan.experts):
         by["experts"] = list(experts)
     if entry.base_label != BASE:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import Entry, Input, Plan, Source, element_bytes

@@ -69,7 +69,7 @@ def sliced(recipe: Recipe, models: Models) -> Sliced:
         name: {k: v for k, v in differing(own, config_of(model)).items() if k not in of_depth}
         for name, model in models.experts.items()
     }
-    for name, model in models.experts.items():
+    for model in models.experts.values():
         if (kind := config_of(model).get("model_type")) != own.get("model_type"):
             raise ModelError(
                 f"{model.name} is a {kind} model, and {models.base.name}, whose config is written, is a "

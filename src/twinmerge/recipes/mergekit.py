@@ -10,26 +10,28 @@ Source: mergekit 0.1.5 as it behaves; the formulas are those of the methods with
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from twinmerge.errors import RecipeError, TwinmergeError, nearest
-from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.dialect import Dialect
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
+from twinmerge.recipes.mergekit_parameters import PARAMETERS, Scope, idle, own, scope, shared
 from twinmerge.recipes.names import expert_names
-from twinmerge.recipes.plain_data import same_number
+from twinmerge.recipes.slices import BASE
 
 OWN_KEYS = ("heads", "stochastic", LINES)
 """What a recipe says beside mergekit's schema, if it says whose semantics it has."""
 
-TOP_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
+TOP_KEYS = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype")
 MODEL_KEYS = ("model", "name", "parameters")
+SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
+SOURCE_KEYS = ("model", "layer_range", "parameters")
+MODULE_KEYS = ("slices", "models", "parameters")
 NOT_YET = {
-    "slices": "List whole models under models.",
-    "modules": "List whole models under models.",
     "tokenizer": "Remove it where all models have one tokenizer.",
     "tokenizer_source": "Remove it where all models have one tokenizer.",
     "chat_template": "Remove it to keep the base's template.",
@@ -53,109 +55,211 @@ NEAREST = {
     "ramplus_tl": "task_arithmetic",
 }
 """A method of mergekit -> the nearest that there is, as long as no class here says that it is that method."""
-SWITCHES = (
-    "normalize",
-    "rescale",
-    "int8_mask",
-    "filter_wise",
-    "nuslerp_flatten",
-    "nuslerp_row_wise",
-    "normalize_weights",
-)
-WORDS = {
-    **dict.fromkeys(("1", "on", "t", "true", "y", "yes"), True),
-    **dict.fromkeys(("0", "off", "f", "false", "n", "no"), False),
-}
-"""Texts that mergekit takes for a switch."""
-PARAMETERS = {
-    *SWITCHES,
-    *(
-        "weight",
-        "density",
-        "lambda",
-        "t",
-        "scale",
-        "gamma",
-        "epsilon",
-        "select_topk",
-        "max_iter",
-        "tol",
-        "eps",
-        "r",
-        "alpha",
-    ),
-}  # of any method of mergekit
 
 
 def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, Any]:
     """A recipe in mergekit's schema as one of ours.
 
     Args:
+        raw: the file's data.
         where: it comes from, for messages.
         own_keys: whether it may have `OWN_KEYS` too, since it says whose semantics it has.
 
     Raises:
-        TwinmergeError: an unknown key or parameter (with the nearest right one), a method or a key that is not read
+        TwinmergeError: nearly the name of a key or parameter (with the right one), a method or a key that is not read
             yet, what mergekit refuses: a weight that is missing, a model that is listed twice, a wrong number of
             models.
 
     Example:
         >>> translated({"merge_method": "linear", "parameters": {"normalize": 1.0}, "models": [
-        ...     {"model": "x/a", "parameters": {"weight": "3e-1"}}, {"model": "x/b", "parameters": {"weight": 1}}]}, "it", False)
+        ...     {"model": "x/a", "parameters": {"weight": "3e-1"}},
+        ...     {"model": "x/b", "parameters": {"weight": 1}}]}, "it", False)
         {'merge_method': 'average', 'base_model': None, 'models': [{'name': 'a', 'model': 'x/a'}, {'name': 'b', \
 'model': 'x/b'}], 'parameters': {'compat': 'mergekit', 'normalize': True, 'a.weights': 0.3, 'b.weights': 1.0}}
     """
-    _check_keys(raw, where, own_keys)
+    ignored: list[str] = []
+    _check_keys(raw, where, own_keys, ignored)
     if not isinstance(raw.get("merge_method"), str):
         raise RecipeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
+    forms = [key for key in ("models", "slices", "modules") if raw.get(key) is not None]
+    if len(forms) != 1:
+        raise RecipeError(
+            f"{where} has {' and '.join(forms) or 'no list of models'}. Give one of models, slices and modules."
+        )
     method = raw["merge_method"]
     ours = _ours(method, where)
-    dialect = method_class(ours).mergekit[method]
-    base = None if raw.get("base_model") is None else _reference(raw["base_model"], f"{where}, base_model")
-    models, ignored = _models(raw, dialect, method_class(ours).space == "deltas", base, where)
-    general = _settings(raw.get("parameters"), dialect, where)
+    reader = _Reader(method, method_class(ours).mergekit[method], method_class(ours).space == "deltas", where, ignored)
+    outer = [scope(raw.get("parameters"), reader.dialect, where, ignored)]
     if "name" in raw:
         ignored.append("name, which only mergekit-multi reads")
-    shared = _shared(general, method, dialect, where)
-    ignored += [f"{key}, which {method} does not use" for key in general if _is_idle(key, dialect)]
-    parameters: dict[str, Any] = {"compat": "mergekit", **shared}
-    for name, entry in models.items():
-        at = f"{where}, model {entry.model!r}"
-        ignored += [
-            f"{key} of {entry.model!r}, which "
-            f"{'all models share' if key in dialect.shared else f'{method} does not use'}"
-            for key in entry.settings
-            if key in dialect.shared or _is_idle(key, dialect)
-        ]
-        for key, number in dialect.own.items():
-            value = entry.settings.get(key, general.get(key, number.default))
-            if value is None:
-                raise RecipeError(
-                    f"{at}: {method} needs a {key} for every model. Add parameters: {{{key}: 1.0}} to it, or to the "
-                    "whole recipe."
-                )
-            parameters[f"{name}.{number.field}"] = _number(key, value, at)
+    body = raw
+    if forms == ["modules"]:
+        body, at = _module(raw["modules"], where, ignored)
+        outer.insert(0, scope(body.get("parameters"), reader.dialect, at, ignored))
+    base = None if raw.get("base_model") is None else _reference(raw["base_model"], f"{where}, base_model")
+    found = (
+        reader.sliced(body["slices"], base, outer)
+        if body.get("slices") is not None
+        else reader.whole(body["models"], base, outer)
+    )
     if ignored:
-        warnings.warn(f"{where}: ignored, as by mergekit: {'; '.join(ignored)}.", stacklevel=2)
-    listed = [{"name": name, "model": entry.model} for name, entry in models.items()]
-    found: dict[str, Any] = {
-        "merge_method": ours,
-        "base_model": base,
-        "models": listed,
-        "parameters": parameters,
-    }
-    return found | {key: raw[key] for key in ("dtype", "out_dtype", *OWN_KEYS) if key in raw}
+        warnings.warn(f"{where}: ignored, as by mergekit: {'; '.join(dict.fromkeys(ignored))}.", stacklevel=2)
+    kept = {key: raw[key] for key in ("dtype", "out_dtype", *OWN_KEYS) if key in raw}
+    return {"merge_method": ours, **found, **kept}
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A model that is merged, and what is set for it alone."""
+class _Source:
+    """A model as it stands in a list: `name` that the recipe gives it; span: its layers, of a slice."""
 
     model: str
-    settings: Mapping[str, Any]
+    scope: Scope
+    name: str | None = None
+    span: Any = None
 
 
-def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool) -> None:
+@dataclass
+class _Reader:
+    """Reads the models and parameters of one method.
+
+    Attributes:
+        ignored: what mergekit would ignore, which is warned of.
+    """
+
+    method: str
+    dialect: Dialect
+    on_deltas: bool
+    where: str
+    ignored: list[str]
+
+    def whole(self, raw: Any, base: str | None, outer: list[Scope]) -> dict[str, Any]:
+        """Models as they are: a base that is not among them is one of the inputs, where there is no change to it."""
+        if not isinstance(raw, list):
+            raise RecipeError(f"{self.where} has no list of models. Add models: with one '- model: path' per expert.")
+        listed = [self._source(each, MODEL_KEYS, "every entry of models", self.where) for each in raw]
+        if self.on_deltas and base is None:
+            raise RecipeError(f"{self.where}: {self.method} works on changes to a base. Add base_model: its path.")
+        if not self.on_deltas and base is not None and base not in [source.model for source in listed]:
+            listed.append(_Source(base, Scope({}, self.where)))  # mergekit adds it to the inputs
+        merged = self._merged(listed, base, self.where)
+        names = expert_names([source.model for source in merged], [source.name for source in merged], self.where)
+        parameters = self._parameters(dict(zip(names, merged, strict=True)), outer, self.where)
+        models = [{"name": name, "model": source.model} for name, source in zip(names, merged, strict=True)]
+        return {"base_model": base, "models": models, "parameters": parameters}
+
+    def sliced(self, raw: Any, base: str | None, outer: list[Scope]) -> dict[str, Any]:
+        """Layers of models, one slice after the other."""
+        if not isinstance(raw, list) or not raw:
+            raise RecipeError(f"{self.where}: slices is no list. Write slices: with '- sources:' for each.")
+        read = [self._slice(each, base, f"{self.where}, slice {i}") for i, each in enumerate(raw, 1)]
+        bases = [own for _, own, _, _ in read]
+        if self.on_deltas and None in bases:
+            raise RecipeError(f"{self.where}: {self.method} works on changes to a base. Add base_model: its path.")
+        base = base or (bases[0] if self.on_deltas else None)
+        refs = list(dict.fromkeys(
+            source.model
+            for _, own, listed, _ in read
+            for source in listed
+            if not (self.on_deltas and source.model == own == base)
+        ))  # fmt: skip
+        label = dict(zip(refs, expert_names(refs, [None] * len(refs), self.where), strict=True))
+        slices = []
+        for at, own, listed, inner in read:
+            names = {s.model: BASE if self.on_deltas and s.model == own == base else label[s.model] for s in listed}
+            merged = self._merged(listed, own, at)
+            parameters = self._parameters({names[s.model]: s for s in merged}, [inner, *outer], at)
+            in_order = [*merged, *(s for s in listed if s not in merged)]
+            sources = [{"model": names[s.model], "layer_range": s.span} for s in in_order]
+            found = {"sources": sources, "parameters": parameters}
+            slices.append(
+                found
+                | ({"base_model": names[own]} if self.on_deltas and own is not None and names[own] != BASE else {})
+            )
+        models = [{"name": name, "model": ref} for ref, name in label.items()]
+        return {"base_model": base, "models": models, "parameters": {"compat": "mergekit"}, "slices": slices}
+
+    def _slice(self, raw: Any, base: str | None, at: str) -> tuple[str, str | None, list[_Source], Scope]:
+        """Where it stands, its base, its sources, its parameters."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("sources"), list) or not raw["sources"]:
+            raise RecipeError(f"{at} is {raw!r:.80}. Give it sources: a list of models with their layers.")
+        _near_miss(raw, SLICE_KEYS, at, self.ignored)
+        own = base if raw.get("base_model") is None else _reference(raw["base_model"], f"{at}, base_model")
+        listed = [self._source(each, SOURCE_KEYS, "every source", at) for each in raw["sources"]]
+        if (
+            own is not None
+            and own not in [source.model for source in listed]
+            and (self.on_deltas or raw.get("base_model"))
+        ):
+            raise RecipeError(f"{at}: the base {own!r} is none of the sources. List it, with its layers.")
+        return at, own, listed, scope(raw.get("parameters"), self.dialect, at, self.ignored)
+
+    def _source(self, raw: Any, known: Sequence[str], what: str, at: str) -> _Source:
+        if not isinstance(raw, dict) or "model" not in raw:
+            raise RecipeError(f"{at}: {what} needs a 'model: path', got {raw!r:.80}.")
+        model = _reference(raw["model"], f"{at}, {what}")
+        at = f"{at}, model {model!r}"
+        for key in raw:
+            if key in PARAMETERS and key not in known:
+                raise RecipeError(
+                    f"{at}: unknown key {key!r:.80}. It is a parameter: write parameters: {{{key}: …}} below the model."
+                )
+        _near_miss(raw, known, at, self.ignored)
+        return _Source(
+            model, scope(raw.get("parameters"), self.dialect, at, self.ignored), raw.get("name"), raw.get("layer_range")
+        )
+
+    def _merged(self, listed: list[_Source], base: str | None, at: str) -> list[_Source]:
+        """What the method sees, in its order: not the base that changes are taken against, and another base first."""
+        models = [source.model for source in listed]
+        if twice := next((model for model in models if models.count(model) > 1), None):
+            raise RecipeError(f"{at} lists the model {twice!r} twice. List it once.")
+        if self.on_deltas:
+            self.ignored += [f"{key} of the base" for s in listed if s.model == base for key in s.scope.settings]
+            merged = [source for source in listed if source.model != base]
+        else:
+            merged = sorted(listed, key=lambda source: source.model != base)
+        if not merged:
+            raise RecipeError(
+                f"{at}: There is no expert to merge. Add one '- model: path' per expert besides the base."
+            )
+        if (why := self.dialect.refuse(len(merged), base is not None)) is not None:
+            raise RecipeError(f"{at}: {why}")
+        return merged
+
+    def _parameters(self, merged: Mapping[str, _Source], outer: list[Scope], at: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"compat": "mergekit", **shared(outer, self.method, self.dialect, at)}
+        self.ignored += [
+            f"{key}, which {self.method} does not use" for s in outer for key in s.settings if idle(key, self.dialect)
+        ]
+        for name, source in merged.items():
+            for key in source.scope.settings:
+                if key in self.dialect.shared:
+                    self.ignored.append(f"{key} of {source.model!r}, which all models share")
+                elif idle(key, self.dialect):
+                    self.ignored.append(f"{key} of {source.model!r}, which {self.method} does not use")
+            found |= own(name, source.model, [source.scope, *outer], self.method, self.dialect, at)
+        return found
+
+
+def _module(raw: Any, where: str, ignored: list[str]) -> tuple[dict[str, Any], str]:
+    """The one module of a model that has one."""
+    if not isinstance(raw, dict) or not raw:
+        raise RecipeError(f"{where}: modules is {raw!r:.80}. Write modules: {{default: {{slices: …}}}}.")
+    if len(raw) > 1:
+        raise RecipeError(
+            f"{where}: modules names {', '.join(map(str, raw))}; models of several modules are not read yet."
+        )
+    name, body = next(iter(raw.items()))
+    at = f"{where}, module {name}"
+    if not isinstance(body, dict):
+        raise RecipeError(f"{at} is {body!r:.80}. Give it slices or models.")
+    _near_miss(body, MODULE_KEYS, at, ignored)
+    if len([key for key in ("slices", "models") if body.get(key) is not None]) != 1:
+        raise RecipeError(f"{at}: give it one of slices and models.")
+    return body, at
+
+
+def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool, ignored: list[str]) -> None:
     for key in raw:
         if key in TOP_KEYS or key == "name" or (own_keys and key in OWN_KEYS):
             continue
@@ -172,7 +276,22 @@ def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool) -> None:
                 "mergekit` or `compat: paper` to say whose semantics its method has."
             )
         known = [*TOP_KEYS, *NOT_YET, "compat", "twinmerge", *OWN_KEYS]
-        raise RecipeError(f"{where}: unknown key {key!r:.80}.{nearest(key, known)} Known: {', '.join(known)}.")
+        if key in PARAMETERS:
+            raise RecipeError(f"{where}: unknown key {key!r:.80}. It is a parameter: write parameters: {{{key}: …}}.")
+        if near := nearest(str(key), known):
+            raise RecipeError(f"{where}: unknown key {key!r:.80}.{near} Known: {', '.join(known)}.")
+        ignored.append(f"{key!r}, which is no key of mergekit")
+
+
+def _near_miss(raw: Mapping[str, Any], known: Sequence[str], at: str, ignored: list[str]) -> None:
+    """Refuse what is nearly a known key; note what mergekit ignores."""
+    for key in raw:
+        if key in known:
+            continue
+        if near := nearest(str(key), known):
+            raise RecipeError(f"{at}: unknown key {key!r:.80}.{near} Known: {', '.join(known)}.")
+        more = " (write model: PATH@REVISION)" if key == "revision" else ""
+        ignored.append(f"{key!r} of {at.rpartition(', ')[2]}{more}")
 
 
 def _ours(method: str, where: str) -> str:
@@ -200,61 +319,6 @@ def _ours(method: str, where: str) -> str:
     raise RecipeError(f"{where}: Unknown method {method!r:.80}.{nearest(method, known)} See `twinmerge methods`.")
 
 
-def _models(
-    raw: Mapping[str, Any], dialect: Dialect, on_deltas: bool, base: str | None, where: str
-) -> tuple[dict[str, _Entry], list[str]]:
-    """The models that are merged, by their names, the base first where it is one of them; and what is ignored."""
-    listed = raw.get("models")
-    method = raw["merge_method"]
-    if not isinstance(listed, list):
-        raise RecipeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")
-    entries: list[_Entry] = []
-    names: list[str | None] = []
-    ignored: list[str] = []
-    seen: set[str] = set()
-    for each in listed:
-        if not isinstance(each, dict) or "model" not in each:
-            raise RecipeError(f"{where}: every entry of models needs a 'model: path', got {each!r:.80}.")
-        model = _reference(each["model"], f"{where}, models")
-        at = f"{where}, model {model!r}"
-        for key in each:
-            if key not in MODEL_KEYS:
-                raise RecipeError(
-                    f"{at}: unknown key {key!r:.80}.{_instead(key, model)} Known: {', '.join(MODEL_KEYS)}."
-                )
-        if model in seen:
-            raise RecipeError(f"{where} lists the model {model!r} twice. List it once.")
-        seen.add(model)
-        settings = _settings(each.get("parameters"), dialect, at)
-        if on_deltas and model == base:
-            ignored += [f"{key} of the base" for key in settings]
-            continue
-        entries.append(_Entry(model, settings))
-        names.append(each.get("name"))
-    if on_deltas and base is None:
-        raise RecipeError(f"{where}: {method} works on changes to a base. Add base_model: its path.")
-    if not on_deltas and base is not None:
-        first = next((i for i, entry in enumerate(entries) if entry.model == base), None)
-        if first is None:  # mergekit adds it to the inputs
-            entries, names = [_Entry(base, {}), *entries], [None, *names]
-        else:
-            entries.insert(0, entries.pop(first))
-            names.insert(0, names.pop(first))
-    if not entries:
-        raise RecipeError(f"{where}: There is no expert to merge. Add one '- model: path' per expert besides the base.")
-    if (why := dialect.refuse(len(entries), base is not None)) is not None:
-        raise RecipeError(f"{where}: {why}")
-    return dict(zip(expert_names([entry.model for entry in entries], names, where), entries, strict=True)), ignored
-
-
-def _instead(key: str, model: str) -> str:
-    if key in PARAMETERS:
-        return f" It is a parameter: write parameters: {{{key}: …}} below the model."
-    if key == "revision":
-        return f" Write model: {model}@REVISION."
-    return nearest(key, MODEL_KEYS)
-
-
 def _reference(raw: Any, where: str) -> str:
     """A model as text; mergekit's long form is {model: {path, revision}, lora: {path, revision}}."""
     if isinstance(raw, str) and raw:
@@ -268,72 +332,3 @@ def _reference(raw: Any, where: str) -> str:
             parts = [raw["model"], *([raw["lora"]] if raw.get("lora") is not None else [])]
             return "+".join(_reference(part, where) for part in parts)
     raise RecipeError(f"{where}: {raw!r:.80} is no model. Write a path or hub id, in quotes if it looks like a number.")
-
-
-def _settings(raw: Any, dialect: Dialect, where: str) -> dict[str, Any]:
-    """Parameters as they are written; all are known to mergekit."""
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{where}: parameters must be a mapping, got {raw!r:.80}.")
-    known = {*PARAMETERS, *dialect.own, *dialect.shared}
-    for key, value in raw.items():
-        if key not in known:
-            raise RecipeError(
-                f"{where}: mergekit has no parameter {key!r:.80}.{nearest(key, known)} It has: "
-                f"{', '.join(sorted(known))}."
-            )
-        if isinstance(value, (list, dict)):
-            raise RecipeError(
-                f"{where}: {key} is a list (a gradient or filters), which is not read yet. Give one number."
-            )
-        if key in SWITCHES or isinstance(dialect.shared.get(key), Switch):
-            _switch(key, value, where)
-        else:
-            _number(key, value, where)
-    return dict(raw)
-
-
-def _is_idle(key: str, dialect: Dialect) -> bool:
-    """A parameter that would be missed if the method used it."""
-    return key not in dialect.own and key not in dialect.shared and key not in dialect.idle
-
-
-def _shared(general: Mapping[str, Any], method: str, dialect: Dialect, where: str) -> dict[str, Any]:
-    """The parameters that all models share, under our names."""
-    found = dict(dialect.fixed)
-    for key, said in dialect.shared.items():
-        value = general.get(key, said.default)
-        if value is None:
-            raise RecipeError(
-                f"{where}: {method} needs {key}, for all models together. Add parameters: {{{key}: 0.5}}."
-            )
-        if isinstance(said, Number):
-            found[said.field] = _number(key, value, where)
-            continue
-        on = _switch(key, value, where)
-        if on and said.refused:
-            raise RecipeError(f"{where}: {said.refused}")
-        if said.field is not None:
-            found[said.field] = said.of(on)
-    return found
-
-
-def _number(key: str, value: Any, where: str) -> float:
-    """A number, or the text of one."""
-    number = same_number(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise RecipeError(f"{where}: {key} is {value!r:.80}, which is no number. Write {key}: 0.5.")
-    try:
-        return float(number)
-    except OverflowError as error:
-        raise RecipeError(f"{where}: {key} is no number of a size that can be used. Write {key}: 0.5.") from error
-
-
-def _switch(key: str, value: Any, where: str) -> bool:
-    """True or false, or a number or a word of it."""
-    if isinstance(value, (bool, int, float)) and value in (0, 1):
-        return bool(value)
-    if isinstance(value, str) and value.lower() in WORDS:
-        return WORDS[value.lower()]
-    raise RecipeError(f"{where}: {key} is {value!r:.80}, which is neither true nor false. Write {key}: true.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -280,8 +280,12 @@ class Recipe:
 
     def typical_method(self) -> Method:
         """The method of some tensor: what is asked of its class holds for all."""
-        given = list(self.experts)
-        values = {k: v.example if isinstance(v, Setting) else v for k, v in self.parameters.items()}
+        if self.slices:
+            first = self.slices[0]
+            deltas = method_class(self.method).space == "deltas"
+            merged = tuple(span.model for span in first.sources if not deltas or span.model != (first.base or BASE))
+            return make_method(self.method, merged, _examples(first.parameters or self.parameters, merged))
+        given, values = list(self.experts), _examples(self.parameters, self.experts)
         for key in self._per_expert & values.keys():
             value = values[key]
             if isinstance(value, (list, tuple)) and len(value) == len(given):
@@ -293,7 +297,7 @@ class Recipe:
         experts."""
         found = method.model_dump()
         for key in self._per_expert:
-            if isinstance(found[key], tuple):
+            if isinstance(found[key], tuple) and not self.slices:
                 found[key] = tuple(found[key][self.order.index(name)] for name in self.experts)
         return found | {k: v.describe() for k, v in self.parameters.items() if isinstance(v, Setting)}
 
@@ -341,6 +345,12 @@ def _read_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
     if empty := next((k for k, v in read.items() if isinstance(v, Setting) and not v.choices), None):
         raise RecipeError(f"{empty} has no value. Write {{filter: TEXT, value: NUMBER}}.")
     return read
+
+
+def _examples(parameters: Mapping[str, Any], experts: Iterable[str]) -> dict[str, Any]:
+    """Values that some tensor may have, of these experts."""
+    found = {k: v.example if isinstance(v, Setting) else v for k, v in parameters.items()}
+    return {k: v for k, v in found.items() if not k.rpartition(".")[0] or k.rpartition(".")[0] in experts}
 
 
 def _ref(model: ModelLike) -> str:

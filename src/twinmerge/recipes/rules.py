@@ -59,10 +59,10 @@ class Rules:
                     )
             if value is not None:
                 found[key] = value
-        key = (tuple(experts), tuple(sorted(found.items(), key=lambda item: item[0])))
-        if key not in self._made:
-            self._made[key] = make_method(self.recipe.method, tuple(experts), found)
-        return self._made[key]
+        of = (tuple(experts), tuple(sorted(found.items())))
+        if of not in self._made:
+            self._made[of] = make_method(self.recipe.method, tuple(experts), found)
+        return self._made[of]
 
     def _needed(self, field: str) -> bool:
         """Whether a parameter has no default, or the recipe is mergekit's, which says its defaults itself."""

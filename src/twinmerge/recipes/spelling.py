@@ -6,8 +6,8 @@ from typing import Any
 
 from twinmerge.errors import RecipeError, nearest
 from twinmerge.methods.kit.dialect import SPELLINGS, Number, Switch
-from twinmerge.recipes.setting import is_setting
 from twinmerge.methods.kit.registry import METHODS, is_own, is_per_expert, method_class, said_otherwise
+from twinmerge.recipes.setting import is_setting
 
 IDLE = ("int8_mask",)  # what saves memory in mergekit: our masks never stay there
 
