@@ -156,24 +156,34 @@ class _Reader:
         if self.on_deltas and None in bases:
             raise RecipeError(f"{self.where}: {self.method} works on changes to a base. Add base_model: its path.")
         base = base or (bases[0] if self.on_deltas else None)
-        refs = list(dict.fromkeys(
-            source.model
-            for _, own, listed, _ in read
-            for source in listed
-            if not (self.on_deltas and source.model == own == base)
-        ))  # fmt: skip
-        label = dict(zip(refs, expert_names(refs, [None] * len(refs), self.where), strict=True))
+        at_top = {id(listed): base if self.on_deltas and own == base else None for _, own, listed, _ in read}
+        refs = [s.model for _, _, listed, _ in read for s in listed if s.model != at_top[id(listed)]]
+        label = dict(
+            zip(
+                dict.fromkeys(refs),
+                expert_names([*dict.fromkeys(refs)], [None] * len({*refs}), self.where),
+                strict=True,
+            )
+        )
         slices = []
         for at, own, listed, inner in read:
-            names = {s.model: BASE if self.on_deltas and s.model == own == base else label[s.model] for s in listed}
+            names = {s.model: BASE if s.model == at_top[id(listed)] else label[s.model] for s in listed}
             merged = self._merged(listed, own, at)
-            parameters = self._parameters({names[s.model]: s for s in merged}, [inner, *outer], at)
-            in_order = [*merged, *(s for s in listed if s not in merged)]
-            sources = [{"model": names[s.model], "layer_range": s.span} for s in in_order]
-            found = {"sources": sources, "parameters": parameters}
-            slices.append(
-                found
-                | ({"base_model": names[own]} if self.on_deltas and own is not None and names[own] != BASE else {})
+            sources = [{"model": names[s.model], "layer_range": s.span} for s in merged]
+            sources += [{"model": names[s.model], "layer_range": s.span} for s in listed if s not in merged]
+            found = {
+                "sources": sources,
+                "parameters": self._parameters({names[s.model]: s for s in merged}, [inner, *outer], at),
+            }
+            if self.on_deltas and own is not None and names[own] != BASE:
+                found["base_model"] = names[own]
+            slices.append(found)
+        if len(read[-1][2]) > len(read[0][2]) and [s["model"] for s in slices[-1]["sources"]] != [
+            names[s.model] for s in read[-1][2]
+        ]:
+            raise RecipeError(
+                f"{self.where}: the last slice has more sources than the first, and mergekit leaves the last ones out of "
+                "what comes after the layers. List its base first, or give both slices as many sources."
             )
         models = [{"name": name, "model": ref} for ref, name in label.items()]
         return {"base_model": base, "models": models, "parameters": {"compat": "mergekit"}, "slices": slices}
