@@ -6,6 +6,8 @@ import copy
 import json
 import multiprocessing
 import pickle
+import shutil
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +25,7 @@ from twinmerge.engine.merge import Merge
 from twinmerge.engine.plan import BASE
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.verify import verify
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import ModelError, OutputError, RecipeError, TwinmergeError
 from twinmerge.methods.kit.registry import method_class, method_names
 from twinmerge.recipes.lines import Lines
 from twinmerge.recipes.recipe import Recipe
@@ -67,6 +69,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def edited(merge: Merge, file: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    file.unlink(missing_ok=True)
     raw = json.loads(merge.write_plan(file).read_text())
     change(raw)
     file.write_text(json.dumps(raw))
@@ -428,3 +431,160 @@ def test_an_edited_plan_is_what_is_loaded(tmp_path: Path) -> None:
     loaded = Merge.from_plan(edited(quiet(given), tmp_path / "plan.json", change), progress=False).load()
     base = BertModel.from_pretrained(tmp_path / "base").state_dict()
     assert all(torch.equal(t, base[n]) for n, t in loaded.body.state_dict().items())  # type: ignore[union-attr]
+
+
+# -------------------------------------------------------------------- what an attack on plans found
+
+
+def test_a_plan_never_takes_the_place_of_a_file(family: dict[str, Path], tmp_path: Path) -> None:
+    weights = family["base"] / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(OutputError, match="is there already"):
+        quiet(recipe(family)).write_plan(weights)
+    assert weights.read_bytes() == before
+
+
+def test_no_expert_is_called_base_beside_a_base(family: dict[str, Path]) -> None:
+    """A plan may add the read of a base that the recipe's method does without."""
+    with pytest.raises(RecipeError, match="'base' stands for something else"):
+        Recipe("average", str(family["base"]), {"x": str(family["x"]), "base": str(family["y"])})
+
+
+@pytest.mark.parametrize("part", ["parameters", "dtype", "compat"])
+def test_a_recipe_that_was_changed_beside_its_rules_is_refused(
+    family: dict[str, Path], tmp_path: Path, part: str
+) -> None:
+    change: dict[str, Callable[[dict[str, Any]], None]] = {
+        "parameters": lambda raw: raw["recipe"]["parameters"].update(scale=2.0),
+        "dtype": lambda raw: raw["recipe"].update(dtype="float16"),
+        "compat": lambda raw: raw["recipe"].update(compat="mergekit"),
+    }
+    file = edited(quiet(recipe(family, scale=0.5)), tmp_path / "plan.json", change[part])
+    with pytest.raises(RecipeError, match="its recipe was changed, and its rules are of the one before"):
+        Merge.from_plan(file, progress=False)
+
+
+def test_a_merge_by_an_edited_plan_says_what_was_merged(family: dict[str, Path], tmp_path: Path) -> None:
+    """Parameters, dtype and checksums are those of the rules, and `verify` knows it."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["rules"][0]["parameters"]["scale"] = 7.0
+        for tensor in (t for rule in raw["rules"] for t in rule["tensors"]):
+            tensor["dtype"] = "float64"
+        tensors = raw["rules"][0]["tensors"]
+        raw["copied"].append(tensors.pop())
+
+    merge = quiet(recipe(family, scale=0.5, weights=1.0))
+    again = Merge.from_plan(edited(merge, tmp_path / "plan.json", change), progress=False)
+    assert again.check()["parameters"]["scale"] == 7.0
+    out = again.save(tmp_path / "out")
+    assert json.loads((out / "twinmerge.json").read_text())["parameters"]["scale"] == 7.0
+    assert '"scale": 7.0' in (out / "README.md").read_text().rpartition("Parameters after defaults")[2]
+    assert again.plan.written_dtype == "float64"  # which the config says where there is one
+    found = verify(out, progress=False)
+    assert found.ok and found.tensors > len(again.plan.entries)
+
+
+def test_an_input_that_an_edited_plan_read_under_another_name_is_compared(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    own = tmp_path / "y"
+    shutil.copytree(family["y"], own)
+
+    def change(raw: dict[str, Any]) -> None:
+        for tensor in raw["rules"][0]["tensors"]:
+            if tensor["name"] == "layers.{0-2}.a.weight":
+                tensor["sources"] = {"y": {"tensor": "layers.0.a.weight"}}
+
+    merge = quiet(recipe({**family, "y": own}))
+    out = Merge.from_plan(edited(merge, tmp_path / "plan.json", change), progress=False).save(tmp_path / "out")
+    assert verify(out, progress=False).ok
+    tensors = load_file(own / "model.safetensors")
+    tensors["layers.0.a.weight"] *= 2
+    save_file(tensors, own / "model.safetensors")
+    assert verify(out, progress=False).changed["y"] == [f"layers.{i}.a.weight" for i in range(3)]
+
+
+def test_a_copied_number_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    for name in ("base", "x"):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(2, 2), "v": torch.full((2,), 1e6)}, tmp_path / name / "model.safetensors")
+
+    def change(raw: dict[str, Any]) -> None:
+        tensors = raw["rules"][0]["tensors"]
+        raw["copied"] += [t for t in tensors if t["name"] == "v"]
+        raw["rules"][0]["tensors"] = [t for t in tensors if t["name"] != "v"]
+
+    given = Recipe("average", str(tmp_path / "base"), {"x": str(tmp_path / "x")}, dtype="float16")
+    merge = Merge.from_plan(edited(quiet(given), tmp_path / "plan.json", change), progress=False)
+    assert "v" in merge.plan.copied
+    with pytest.raises(ModelError, match="'v' does not fit torch.float16"):
+        merge.save(tmp_path / "out")
+    with pytest.raises(ModelError, match="'v' does not fit torch.float16"):
+        merge.state_dict()
+
+
+def test_lists_and_halves_of_mappings_are_refused_in_rules(family: dict[str, Path], tmp_path: Path) -> None:
+    for value, said in {(0.1, 0.9): "weights is a list", (): "a value for each of x, y"}.items():
+
+        def change(raw: dict[str, Any], value: Any = value) -> None:
+            raw["rules"][0]["parameters"]["weights"] = list(value) if value else {"x": 1.0}
+
+        file = edited(quiet(recipe(family, weights=(0.5, 0.5))), tmp_path / "plan.json", change)
+        with pytest.raises(RecipeError, match=said):
+            Merge.from_plan(file, progress=False)
+
+
+def test_a_huge_range_is_refused_at_once(family: dict[str, Path], tmp_path: Path) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        raw["rules"][0]["tensors"][0]["sources"] = {"x": {"axes": [{"from": 0, "to": 10**30}]}}
+
+    file = edited(quiet(recipe(family)), tmp_path / "plan.json", change)
+    with pytest.raises(RecipeError, match="asks for index 9+ of an axis of"):
+        Merge.from_plan(file, progress=False)
+
+
+def test_a_pickled_edited_merge_looks_at_its_models_again(family: dict[str, Path], tmp_path: Path) -> None:
+    own = tmp_path / "y"
+    shutil.copytree(family["y"], own)
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["rules"][0]["parameters"]["scale"] = 7.0
+
+    made = pickle.dumps(
+        Merge.from_plan(edited(quiet(recipe({**family, "y": own})), tmp_path / "plan.json", change), progress=False)
+    )
+    shutil.rmtree(own)
+    shutil.copytree(family["x"], own)
+    with pytest.raises(ModelError, match="made for another model"):
+        pickle.loads(made).save(tmp_path / "out")
+
+
+def test_a_plan_of_masks_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    merge = Merge(recipe(family, "emr"), progress=False)
+    with pytest.raises(RecipeError, match="makes a mask for each expert"):
+        Merge.from_plan(merge.write_plan(tmp_path / "plan.json"), progress=False)
+
+
+def test_many_rules_take_no_longer_than_many_tensors(tmp_path: Path) -> None:
+    """A rule for each of 2,000 tensors: groups are found by hash and not by looking at all others."""
+    for name in ("base", "x"):
+        (tmp_path / name).mkdir()
+        save_file({f"t{i}": torch.ones(2, 2) for i in range(2000)}, tmp_path / name / "model.safetensors")
+
+    def change(raw: dict[str, Any]) -> None:
+        rule, tensor = raw["rules"][0], raw["rules"][0]["tensors"][0]
+        raw["rules"] = [
+            {
+                **rule,
+                "parameters": {**rule["parameters"], "scale": 1.0 + i / 1000},
+                "tensors": [{**tensor, "name": f"t{i}"}],
+            }
+            for i in range(2000)
+        ]
+
+    merge = quiet(Recipe("task_arithmetic", str(tmp_path / "base"), {"x": str(tmp_path / "x")}))
+    file = edited(merge, tmp_path / "plan.json", change)
+    start = time.monotonic()
+    assert len(Merge.from_plan(file, progress=False).new_run().rules) == 1  # they differ by the last scale alone
+    assert time.monotonic() - start < 20

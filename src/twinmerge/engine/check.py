@@ -55,7 +55,7 @@ def checked(
     found: dict[str, Any] = {
         "method": plan.recipe.method_name,
         "semantics": plan.recipe.semantics,
-        "parameters": plan.recipe.resolved(plan.method),
+        "parameters": plan.parameters,
         "merged_tensors": len(plan.merged),
         "merged_parameters": sum(entry.size for entry in plan.merged.values()),
         "heads": plan.heads,

@@ -24,12 +24,14 @@ from twinmerge.engine.plan_file import plan_from, read_plan, write_plan
 from twinmerge.engine.planning import planned
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
 from twinmerge.engine.ranges import Range
+from twinmerge.engine.rounding import narrowed
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
 from twinmerge.engine.slicing import Sliced, sliced
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.base import Known, Method
+from twinmerge.methods.kit.registry import require_model
 from twinmerge.models.heads import headed, heads_of
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import OpenedModel, as_tensor
@@ -138,6 +140,7 @@ class Merge:
             TwinmergeError: it is no plan, was made for other models, or says what is not understood.
         """
         recipe, raw = read_plan(file)
+        require_model(recipe.method)
         merge = cls(recipe, progress, **how)
         merge.__dict__["plan"] = plan_from(raw, merge.plan, merge.models, str(file))
         return merge
@@ -150,7 +153,10 @@ class Merge:
     @cached_property
     def models(self) -> Models:
         """The opened models."""
-        return Models.of(self.recipe, self.architecture)
+        models = Models.of(self.recipe, self.architecture)
+        if "plan" in self.__dict__:  # it came along, and was made for models of that time
+            models.require(self.plan)
+        return models
 
     @property
     def experts(self) -> Mapping[str, OpenedModel]:
@@ -275,7 +281,7 @@ class Merge:
                 report.extend(each.name, digests)
                 if each.stop == math.prod(shapes[each.name]):
                     report.close(each.name)
-        kept = {name: self.base.read(e.tensor).to(e.spec.dtype) for name, e in plan.copied.items()}
+        kept = {name: narrowed(self.base.read(e.tensor), e.spec.code, name) for name, e in plan.copied.items()}
         order = sorted(plan.entries.values(), key=lambda entry: (entry.name in kept, entry.tensor))
         return {entry.name: {**merged, **kept}[entry.name] for entry in order}
 
@@ -344,7 +350,7 @@ class Merge:
             if self.lines is not None:  # with the a that was found
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
             card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
-            dtype, heads = self.recipe.dtype, self.heads()
+            dtype, heads = plan.written_dtype, self.heads()
             beside = Beside(
                 self.base, self.base.folder, described, card, dtype, heads=heads, about=about or {}, changes=plan.config
             )

@@ -18,7 +18,7 @@ from twinmerge.engine.rounding import Rounding
 from twinmerge.engine.view import WHOLE, View
 from twinmerge.methods.kit.base import Grain, Method, Need, Place
 from twinmerge.models.opened import ModelLike
-from twinmerge.recipes.lines import Lines, at_depth, coefficient
+from twinmerge.recipes.lines import Lines, Scaled, at_depth, coefficient
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.header import SIZES
@@ -176,6 +176,25 @@ class Plan:
     def output_bytes(self) -> int:
         """Of all tensors that are written."""
         return sum(spec.bytes for spec in self.specs.values())
+
+    @property
+    def written_dtype(self) -> str | None:
+        """What the output's config is to say: the recipe's, or the widest that an edited plan writes, so that loading
+        rounds nothing off; None for the base's."""
+        if not self.edited:
+            return self.recipe.dtype
+        written = [entry.spec for entry in self.entries.values() if entry.spec.is_float]
+        return max(written, key=lambda spec: (spec.itemsize, spec.code == "BF16")).name
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters with their defaults: the recipe's, or those of an edited plan's rules, and "by
+        tensor" for those that differ between them."""
+        if not self.edited:
+            return self.recipe.resolved(self.method)
+        own = {rule.method if isinstance(rule, Scaled) else rule for rule in methods_of(self.merged)}
+        found = [self.recipe.resolved(method) for method in own]
+        return {key: value if all(f[key] == value for f in found) else "by tensor" for key, value in found[0].items()}
 
     def rounding(self, name: str) -> Rounding:
         """How a tensor of the output is rounded."""

@@ -7,7 +7,9 @@ reading are not in it, since the models themselves say that.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +21,9 @@ from twinmerge.engine.plan import BASE, Entry, Plan, Source
 from twinmerge.engine.planning import copied_of, entry_of
 from twinmerge.engine.targets import Target
 from twinmerge.engine.view import View
-from twinmerge.errors import DataError, RecipeError, UsageError, nearest
+from twinmerge.errors import DataError, OutputError, RecipeError, UsageError, nearest
 from twinmerge.methods.kit.base import Method
-from twinmerge.methods.kit.registry import is_per_expert, make_method
+from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class
 from twinmerge.models.blocks import block_of, in_block
 from twinmerge.recipes.lines import Scaled
 from twinmerge.recipes.recipe import Recipe
@@ -31,7 +33,7 @@ from twinmerge.store.header import CODES, DTYPES
 from twinmerge.store.output import replace_text
 
 MARK, VERSION = "twinmerge_plan", 1
-KEYS = (MARK, "recipe", "models", "rules", "copied", "heads")
+KEYS = (MARK, "recipe", "recipe_sum", "models", "rules", "copied", "heads")
 MOST = Most(64_000_000, 4_000_000)
 WIDTH = 120
 LAYER = "layer"
@@ -43,11 +45,13 @@ def write_plan(plan: Plan, file: str | Path) -> Path:
 
     Args:
         plan: with the fingerprints of its models.
-        file: to write, whole or not at all; one that is there gives way.
+        file: to write, whole or not at all.
 
     Raises:
-        TwinmergeError: models in memory, which no file can name.
+        TwinmergeError: models in memory, which no file can name; a file that is there.
     """
+    if os.path.lexists(file):
+        raise OutputError(f"{file} is there already. Move it away, or name another file for the plan.")
     for label, found in plan.inputs.items():
         if not found.files:
             raise UsageError(
@@ -61,28 +65,27 @@ def described(plan: Plan) -> dict[str, Any]:
     """A plan as plain data."""
     return {
         MARK: VERSION,
-        "recipe": plan.recipe.describe(),
+        "recipe": (recipe := plan.recipe.describe()),
+        "recipe_sum": _sum(recipe),
         "models": {
             label: {"model": str(found.model), "fingerprint": found.fingerprint} for label, found in plan.inputs.items()
         },
-        "rules": rules_of(plan),
-        "copied": _tensors(plan, list(plan.copied.values())),
+        **rules_and_copied(plan),
         "heads": dict(plan.heads),
     }
 
 
+def rules_and_copied(plan: Plan) -> dict[str, Any]:
+    """What of a plan may be edited."""
+    return {"rules": rules_of(plan), "copied": _tensors(plan, list(plan.copied.values()))}
+
+
 def rules_of(plan: Plan) -> list[dict[str, Any]]:
     """Every rule with its parameters, and the tensors that it merges."""
-    groups: list[list[Entry]] = []
-    found: dict[tuple[Any, ...], list[tuple[Method, list[Entry]]]] = {}
+    groups: dict[tuple[Method, tuple[str, ...], str], list[Entry]] = {}
     for entry in plan.merged.values():
-        alike = found.setdefault((entry.place.experts, entry.base_label, type(entry.method)), [])
-        group = next((entries for method, entries in alike if method == entry.method), None)
-        if group is None:
-            alike.append((entry.rule, group := []))
-            groups.append(group)
-        group.append(entry)
-    return [{**_rule(plan, entries[0]), "tensors": _tensors(plan, entries)} for entries in groups]
+        groups.setdefault((entry.rule, entry.place.experts, entry.base_label), []).append(entry)
+    return [{**_rule(plan, entries[0]), "tensors": _tensors(plan, entries)} for entries in groups.values()]
 
 
 def read_plan(file: str | Path) -> tuple[Recipe, dict[str, Any]]:
@@ -101,6 +104,11 @@ def read_plan(file: str | Path) -> tuple[Recipe, dict[str, Any]]:
     _known_keys(raw, KEYS, where)
     if not isinstance(raw.get("recipe"), dict):
         raise RecipeError(f"{where} has no recipe. Write it again with `twinmerge check … --plan FILE`.")
+    if raw.get("recipe_sum") != _sum(raw["recipe"]):
+        raise RecipeError(
+            f"{where}: its recipe was changed, and its rules are of the one before. Change the rules, or change the "
+            "recipe and write the plan again with `twinmerge check … --plan FILE`."
+        )
     return Recipe.from_description(raw["recipe"]), raw
 
 
@@ -112,9 +120,6 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
         plan: what the recipe of the file gives with the models as they are.
         models: the opened models.
         where: how messages call the file.
-
-    Returns:
-        `plan` itself where the file says the same.
 
     Raises:
         TwinmergeError: other models; tensors that the output does not have, or that are missing or named twice; a
@@ -139,6 +144,21 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
         raise RecipeError(
             f"{where}: heads are not those of its recipe. Change `heads` there, and write the plan again."
         )
+    return planned_as(raw, sealed, models, where)
+
+
+def planned_as(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) -> Plan:
+    """A plan with other rules.
+
+    Args:
+        raw: plain data that says "rules" and "copied".
+        plan: what the recipe gives.
+        models: the opened models.
+        where: how messages call what says it.
+
+    Raises:
+        TwinmergeError: as `plan_from`, but for the models.
+    """
     entries = _read_entries(raw, plan, models, where)
     if missing := plan.entries.keys() - entries.keys():
         raise RecipeError(f"{where} says nothing of the tensor {min(missing)!r}. Name it in a rule, or as copied.")
@@ -147,7 +167,7 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
         raise RecipeError(f"{where} merges no tensor. Name some in a rule.")
     merged.sort(key=lambda entry: (models.experts[entry.place.experts[0]].place(entry.experts[0].tensor), entry.name))
     read = replace(
-        sealed,
+        plan,
         merged={entry.name: entry for entry in merged},
         copied={name: entries[name] for name in sorted(entries) if entries[name].method is None},
     )
@@ -156,6 +176,11 @@ def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) ->
 
 
 # ------------------------------------------------------------------------------------------ writing
+
+
+def _sum(recipe: Mapping[str, Any]) -> str:
+    """Tells a recipe from one that was edited beside its rules."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _text(value: Any, indent: str = "") -> str:
@@ -232,7 +257,8 @@ def _read_entries(raw: Mapping[str, Any], plan: Plan, models: Models, where: str
         for name, spec, raw_views in _read_tensors(rule.get("tensors"), plan, at):
             reading = reads_base or base in raw_views or isinstance(method, Scaled)
             canonical = plan.entries[name].tensor
-            views = _views(raw_views, canonical, experts, base, at)
+            known = [*experts, *([base] if models.has_base else [])]
+            views = _views(raw_views, canonical, known, models, at)
             tensors = {label: views[label][0] if label in views else canonical for label in (*experts, base)}
             target = Target(name, canonical, spec, experts, tensors, base)
             own = {label: view for label, (_, view) in views.items() if not view.whole}
@@ -266,7 +292,14 @@ def _method(rule: Any, plan: Plan, at: str) -> tuple[Method, tuple[str, ...], st
     if not isinstance(parameters, dict):
         raise RecipeError(f"{at} has no parameters. Write parameters: {{}} for the defaults.")
     flat: dict[str, Any] = {}
+    fields = method_class(plan.recipe.method).model_fields
     for key, value in parameters.items():
+        if isinstance(value, list) and key in fields and is_per_expert(method_class(plan.recipe.method), key):
+            raise RecipeError(f"{at}: {key} is a list. Write {key}: {{{experts[0]}: …}}, expert by expert.")
+        if isinstance(value, dict) and value.keys() != {*experts}:
+            raise RecipeError(f"{at}: {key} is to have a value for each of {', '.join(experts)}.")
+        if "." in str(key):
+            raise RecipeError(f"{at}: unknown parameter {key!r:.80}. Write a mapping: {{expert: value}}.")
         flat |= {f"{e}.{key}": number for e, number in value.items()} if isinstance(value, dict) else {key: value}
     method = make_method(plan.recipe.method, tuple(experts), flat)
     if method.semantics != plan.method.semantics:
@@ -311,12 +344,12 @@ def _read_tensors(raw: Any, plan: Plan, at: str) -> Iterator[tuple[str, Spec, di
 
 
 def _views(
-    raw: Mapping[str, Any], canonical: str, experts: Sequence[str], base: str, at: str
+    raw: Mapping[str, Any], canonical: str, known: Sequence[str], models: Models, at: str
 ) -> dict[str, tuple[str, View]]:
     found = {}
     for label, view in raw.items():
-        if label not in (*experts, base):
-            raise RecipeError(f"{at}: sources names {label!r:.80}, which is no model.{nearest(label, experts)}")
+        if label not in known:
+            raise RecipeError(f"{at}: sources names {label!r:.80}, which is no model.{nearest(label, known)}")
         _known_keys(view, ("tensor", LAYER, "axes", "order"), f"{at}, {label}")
         tensor = view.get("tensor", canonical)
         if LAYER in view:
@@ -327,6 +360,9 @@ def _views(
             tensor = in_block(canonical, view[LAYER])
         if not isinstance(tensor, str):
             raise RecipeError(f"{at}, {label}: tensor is {tensor!r:.80}, which is no name.")
+        model = models.labelled(label)
+        if not model.has(tensor):  # by its name in the files, as the tensors of the output are named
+            tensor = next((own for own, stored in model.stored.items() if stored == tensor), tensor)
         own = {k: v for k, v in view.items() if k not in ("tensor", LAYER)}
         found[label] = tensor, View.of(own, f"{at}, {label}")
     return found

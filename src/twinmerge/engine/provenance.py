@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.engine.plan import Plan
-from twinmerge.engine.plan_file import rules_of
+from twinmerge.engine.plan_file import rules_and_copied
 from twinmerge.errors import ModelError, unreadable
 from twinmerge.methods.kit.registry import is_own
 
@@ -22,7 +22,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
     described = {
         "recipe": plan.recipe.describe(),
         "semantics": plan.recipe.semantics,
-        "parameters": plan.recipe.resolved(plan.method),
+        "parameters": plan.parameters,
         "commits": {label: model.commit for label, model in plan.inputs.items() if model.commit},
         "versions": {package: version(package) for package in PACKAGES},
         "tensors": {
@@ -33,7 +33,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
     }
     if plan.recipe.lines is not None:
         described["blocks"] = plan.blocks
-    return described | ({"rules": rules_of(plan)} if plan.edited else {})
+    return described | (rules_and_copied(plan) if plan.edited else {})
 
 
 def plan_key(plan: Plan) -> str | None:

@@ -60,6 +60,19 @@ class Rounding(NamedTuple):
         return math.isfinite(out.sum().item()) or bool(out.isfinite().all())
 
 
+def narrowed(tensor: Tensor, code: str, name: str) -> Tensor:
+    """A tensor that is copied, in the output's dtype.
+
+    Raises:
+        ModelError: a finite number that does not fit it.
+    """
+    out = tensor.to(torch_dtype(code))
+    if bool((out.isinf() & tensor.isfinite()).any()):
+        largest = tensor[tensor.isfinite()].abs().max().item()
+        raise ModelError(_too_large(name, out.dtype, largest))
+    return out
+
+
 def erased(merged: Tensor, out: Tensor, tile: Tile, rounding: Rounding) -> tuple[int, int]:
     """How many entries the method changed, and how many of them rounding put back to the base's value."""
     if tile.base is None:
@@ -85,7 +98,11 @@ def _refuse(merged: Tensor, dtype: torch.dtype, name: str, method: Method) -> No
             f"{type(method).__name__} gives NaN or infinity in tensor {name!r}. Lower its scale, or leave that tensor "
             "out as a head."
         )
-    raise ModelError(
-        f"Tensor {name!r} does not fit {dtype}: its largest value is {merged.abs().max().item():.4g}. Choose a wider "
-        "--dtype, such as bfloat16 or float32."
+    raise ModelError(_too_large(name, dtype, merged.abs().max().item()))
+
+
+def _too_large(name: str, dtype: torch.dtype, largest: float) -> str:
+    return (
+        f"Tensor {name!r} does not fit {dtype}: its largest value is {largest:.4g}. Choose a wider --dtype, such as "
+        "bfloat16 or float32."
     )

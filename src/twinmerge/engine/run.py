@@ -302,18 +302,16 @@ def _joined(known: Known, own: Known) -> Known:
 
 def _shared(methods: Mapping[str, Method]) -> list[_Rule]:
     """The tensors whose methods have the same passes together: equal methods, but for what LiNeS scales after all."""
-    groups: list[tuple[Method, _Rule]] = []
+    groups: dict[Method, _Rule] = {}
     of: dict[int, _Rule] = {}
     for name, method in methods.items():
         if id(method) not in of:
             key = unscaled(method)
-            found = next((rule for other, rule in groups if other == key), None)
-            if found is None:
-                found = _Rule(method, set(), list(method.passes()))
-                groups.append((key, found))
-            of[id(method)] = found
+            if key not in groups:
+                groups[key] = _Rule(method, set(), list(method.passes()))
+            of[id(method)] = groups[key]
         of[id(method)].names.add(name)
-    return [rule for _, rule in groups]
+    return list(groups.values())
 
 
 def _off(progress: bool) -> bool | None:

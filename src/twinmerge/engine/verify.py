@@ -14,6 +14,9 @@ from tqdm.auto import tqdm
 
 from twinmerge.engine.folder import PROVENANCE
 from twinmerge.engine.merge import Merge
+from twinmerge.engine.models import Models
+from twinmerge.engine.plan import Plan
+from twinmerge.engine.plan_file import planned_as
 from twinmerge.errors import DataError, TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.recipes.recipe import Recipe
@@ -178,8 +181,12 @@ class _Found:
     def add_inputs(self, folder: Path, wanted: Mapping[str, Mapping[str, str]]) -> None:
         """The base and the experts of a merge."""
         try:
-            recipe = Recipe.from_description(_read(folder / PROVENANCE)["recipe"])
-            self.jobs += _of_inputs(Merge(recipe, progress=False), wanted)
+            described = _read(folder / PROVENANCE)
+            merge = Merge(Recipe.from_description(described["recipe"]), progress=False)
+            plan = merge.plan
+            if "copied" in described:  # an edited plan was merged
+                plan = planned_as(described, plan, merge.models, str(folder / PROVENANCE))
+            self.jobs += _of_inputs(plan, merge.models, wanted)
             self.wanted |= {source: sums for source, sums in wanted.items() if source != OUTPUT}
         except (TwinmergeError, KeyError, TypeError) as error:
             self.unreadable["inputs"] = str(error)
@@ -228,13 +235,13 @@ def _is_left(file: Path) -> bool:
         return False
 
 
-def _of_inputs(merge: Merge, wanted: Mapping[str, Mapping[str, str]]) -> list[Job]:
+def _of_inputs(plan: Plan, models: Models, wanted: Mapping[str, Mapping[str, str]]) -> list[Job]:
     """One job for every tensor of every input that the merge read."""
     found: list[Job] = []
-    for name, entry in merge.plan.entries.items():
+    for name, entry in plan.entries.items():
         for label, source in entry.sources.items():
             if source.view.whole and name in wanted.get(label, {}):
-                model = merge.models.of_source(entry, label)
+                model = models.of_source(entry, label)
                 read = partial(model.read_range, source.tensor)
                 job = partial(streamed, read, SIZES[source.code], model.spec(source.tensor).numel)
                 found.append((label, name, job))

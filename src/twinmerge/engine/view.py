@@ -145,6 +145,8 @@ WHOLE = View()
 
 
 def _bounds(axis: int | range | tuple[int, ...]) -> tuple[int, int]:
+    if isinstance(axis, range):  # of step 1, and maybe longer than any loop
+        return axis.start, axis.stop - 1
     return (axis, axis) if isinstance(axis, int) else (min(axis), max(axis))
 
 

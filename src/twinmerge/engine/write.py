@@ -12,7 +12,7 @@ from twinmerge.engine.combine import combine
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.plan import Entry, Plan
 from twinmerge.engine.ranges import Range, ranges
-from twinmerge.engine.rounding import Rounding
+from twinmerge.engine.rounding import Rounding, narrowed
 from twinmerge.engine.run import Run
 from twinmerge.engine.seen import Digests
 from twinmerge.methods.kit.base import Known
@@ -180,8 +180,7 @@ def _copy(plan: Plan, inputs: Inputs, entry: Entry, writer: CheckpointWriter, re
         base.read_range(entry.base.tensor, each.start, stored)
         out = stored
         if code != wanted:
-            rounded = as_tensor(stored, torch_dtype(code)).to(torch_dtype(wanted))
-            out = np.frombuffer(bytes_of(rounded), np.uint8)
+            out = np.frombuffer(bytes_of(narrowed(as_tensor(stored, torch_dtype(code)), wanted, entry.name)), np.uint8)
         writer.write(entry.name, each.start, out)
         digests = {entry.base_label: block_digests(stored, SIZES[code]), OUTPUT: block_digests(out, SIZES[wanted])}
         report.extend(entry.name, digests)

@@ -168,5 +168,5 @@ def at_depth(method: Method, by: float) -> Method:
 def unscaled(method: Method) -> Method:
     """What methods that only differ by their depths have in common."""
     if isinstance(method, Scaled):
-        return method.method
+        return unscaled(method.method)
     return method.model_copy(update={"scale": 1.0}) if method.scales_last else method

@@ -19,7 +19,7 @@ from twinmerge.errors import RecipeError, TwinmergeError, nearest
 from twinmerge.methods.kit.dialect import Dialect
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
-from twinmerge.recipes.mergekit_parameters import PARAMETERS, Scope, idle, own, scope, shared
+from twinmerge.recipes.mergekit_parameters import PARAMETERS, Scope, idle, of_model, scope, shared
 from twinmerge.recipes.names import expert_names
 from twinmerge.recipes.slices import BASE
 
@@ -247,7 +247,7 @@ class _Reader:
                     self.ignored.append(f"{key} of {source.model!r}, which all models share")
                 elif idle(key, self.dialect):
                     self.ignored.append(f"{key} of {source.model!r}, which {self.method} does not use")
-            found |= own(name, source.model, [source.scope, *outer], self.method, self.dialect, at)
+            found |= of_model(name, source.model, [source.scope, *outer], self.method, self.dialect, at)
         return found
 
 

@@ -115,7 +115,9 @@ def shared(scopes: Sequence[Scope], method: str, dialect: Dialect, where: str) -
     return found
 
 
-def own(name: str, model: str, scopes: Sequence[Scope], method: str, dialect: Dialect, where: str) -> dict[str, Any]:
+def of_model(
+    name: str, model: str, scopes: Sequence[Scope], method: str, dialect: Dialect, where: str
+) -> dict[str, Any]:
     """The parameters of one model, under our names.
 
     Raises:

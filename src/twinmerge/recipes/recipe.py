@@ -96,8 +96,7 @@ class Recipe:
         for name in self.experts:
             if not EXPERT_NAME.fullmatch(name):
                 raise RecipeError(f"The expert name {name!r:.80} is not usable. Use letters, digits, '_', '-' and '.'.")
-        reads_base = method_class(self.method).space == "deltas" or self.lines is not None
-        taken = {"output", *(["base"] if reads_base else [])}
+        taken = {"output", *(["base"] if self.base is not None else [])}
         if clash := taken & set(self.experts):
             raise RecipeError(
                 f"The expert name {clash.pop()!r} stands for something else in checksums and messages. Give it another "
