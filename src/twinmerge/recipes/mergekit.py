@@ -165,7 +165,7 @@ class _Reader:
                 strict=True,
             )
         )
-        slices = []
+        slices: list[dict[str, Any]] = []
         for at, own, listed, inner in read:
             names = {s.model: BASE if s.model == at_top[id(listed)] else label[s.model] for s in listed}
             merged = self._merged(listed, own, at)
@@ -178,9 +178,8 @@ class _Reader:
             if self.on_deltas and own is not None and names[own] != BASE:
                 found["base_model"] = names[own]
             slices.append(found)
-        if len(read[-1][2]) > len(read[0][2]) and [s["model"] for s in slices[-1]["sources"]] != [
-            names[s.model] for s in read[-1][2]
-        ]:
+        last: list[dict[str, Any]] = slices[-1]["sources"]
+        if len(last) > len(read[0][2]) and [each["model"] for each in last] != [names[s.model] for s in read[-1][2]]:
             raise RecipeError(
                 f"{self.where}: the last slice has more sources than the first, and mergekit leaves the last ones out of "
                 "what comes after the layers. List its base first, or give both slices as many sources."
