@@ -147,6 +147,9 @@ class _Stack:
                 f"comes after the layers is merged of {', '.join(s.model for s in ends)} alone.",
                 stacklevel=6,
             )
+            deltas = method_class(self.recipe.method).space == "deltas"
+            if deltas and (last.base or BASE) not in [span.model for span in ends]:
+                raise RecipeError("The last slice's base would be left out of them. List it first in that slice.")
         base = self.models.base
         for label in {span.model for slice_ in (first, last) for span in slice_.sources}:
             self._require_same_ends(self.models.labelled(label))

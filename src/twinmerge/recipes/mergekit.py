@@ -169,10 +169,9 @@ class _Reader:
         for at, own, listed, inner in read:
             names = {s.model: BASE if s.model == at_top[id(listed)] else label[s.model] for s in listed}
             merged = self._merged(listed, own, at)
-            sources = [{"model": names[s.model], "layer_range": s.span} for s in merged]
-            sources += [{"model": names[s.model], "layer_range": s.span} for s in listed if s not in merged]
-            found = {
-                "sources": sources,
+            in_order = listed if self.on_deltas else merged  # of changes the base stays where it stands
+            found: dict[str, Any] = {
+                "sources": [{"model": names[s.model], "layer_range": s.span} for s in in_order],
                 "parameters": self._parameters({names[s.model]: s for s in merged}, [inner, *outer], at),
             }
             if self.on_deltas and own is not None and names[own] != BASE:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,6 +149,9 @@ class Recipe:
         if self.varies and cls.outputs != "model":
             raise RecipeError(f"{name} makes masks, whose parameters cannot differ between tensors. Give one value.")
         for slice_ in self.slices:
+            for key in slice_.parameters:
+                if (of := key.rpartition(".")[0]) and of not in [span.model for span in slice_.sources]:
+                    raise RecipeError(f"{key} names no source of its slice.{nearest(of, self.experts)}")
             for span in slice_.sources:
                 if span.model not in self.experts and not (span.model == BASE and self.base is not None):
                     raise RecipeError(
@@ -283,8 +286,11 @@ class Recipe:
             first = self.slices[0]
             deltas = method_class(self.method).space == "deltas"
             merged = tuple(span.model for span in first.sources if not deltas or span.model != (first.base or BASE))
-            return make_method(self.method, merged, _examples(first.parameters or self.parameters, merged))
-        given, values = list(self.experts), _examples(self.parameters, self.experts)
+            own = _examples(first.parameters or self.parameters)
+            return make_method(
+                self.method, merged, {k: v for k, v in own.items() if k.rpartition(".")[0] in ("", *merged)}
+            )
+        given, values = list(self.experts), _examples(self.parameters)
         for key in self._per_expert & values.keys():
             value = values[key]
             if isinstance(value, (list, tuple)) and len(value) == len(given):
@@ -346,10 +352,9 @@ def _read_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _examples(parameters: Mapping[str, Any], experts: Iterable[str]) -> dict[str, Any]:
-    """Values that some tensor may have, of these experts."""
-    found = {k: v.example if isinstance(v, Setting) else v for k, v in parameters.items()}
-    return {k: v for k, v in found.items() if not k.rpartition(".")[0] or k.rpartition(".")[0] in experts}
+def _examples(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that some tensor may have."""
+    return {k: v.example if isinstance(v, Setting) else v for k, v in parameters.items()}
 
 
 def _ref(model: ModelLike) -> str:
@@ -499,6 +504,8 @@ def _list(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
         return []
     if not isinstance(raw[key], list):
         raise RecipeError(f"{where}: {key} must be a list, got {raw[key]!r:.80}.")
+    if not raw[key]:
+        raise RecipeError(f"{where}: {key} is an empty list. Leave it out, or fill it.")
     return list(raw[key])
 
 
