@@ -70,7 +70,7 @@ def merge(recipe: Path, out: Path, threads: int) -> dict[str, float]:
     start = time.perf_counter()
     from twinmerge.engine.merge import Merge
     from twinmerge.maths.threads import use_threads
-    from twinmerge.recipes.recipe import read_recipe
+    from twinmerge.recipes.documents import read_recipe
 
     imported = time.perf_counter()
     use_threads(threads)

@@ -53,7 +53,7 @@ _WHERE = {
     "merge": "engine.calls",
     "merge_lora": "engine.adapters.merge",
     "open_suite": "tasks.suite",
-    "read_recipe": "recipes.recipe",
+    "read_recipe": "recipes.documents",
     "search": "study.search",
     "smoke_check": "study.smoke",
     "verify": "engine.verify",
@@ -80,8 +80,8 @@ if TYPE_CHECKING:
     from twinmerge.maths.codec import list_codecs as list_codecs
     from twinmerge.methods.kit.listing import list_methods as list_methods
     from twinmerge.models.torch_module import TorchModel as TorchModel
+    from twinmerge.recipes.documents import read_recipe as read_recipe
     from twinmerge.recipes.recipe import Recipe as Recipe
-    from twinmerge.recipes.recipe import read_recipe as read_recipe
     from twinmerge.statistics.measure import add_statistics as add_statistics
     from twinmerge.statistics.measure import measure as measure
     from twinmerge.study.demo import demo as demo

@@ -31,7 +31,8 @@ from transformers import (
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.verify import verify
 from twinmerge.errors import ModelError, RecipeError, TwinmergeError
-from twinmerge.recipes.recipe import Recipe, read_recipe, recipe_from
+from twinmerge.recipes.documents import read_recipe
+from twinmerge.recipes.recipe import Recipe, recipe_from
 
 SIZES: dict[str, Any] = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
 State = dict[str, Tensor]

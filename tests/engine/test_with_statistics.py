@@ -17,7 +17,8 @@ from twinmerge.maths import fused
 from twinmerge.methods.fisher import Fisher, FisherSquares
 from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.models.opening import open_model
-from twinmerge.recipes.recipe import Recipe, read_recipe
+from twinmerge.recipes.documents import read_recipe
+from twinmerge.recipes.recipe import Recipe
 from twinmerge.statistics.file import Statistics, save_statistics
 
 SHAPES = {"a.weight": (300, 257), "b.bias": (6,), "c.scalar": (), "d.never": (4, 5)}

@@ -25,7 +25,8 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.keyed_random import kept_bits
 from twinmerge.methods.kit.base import Method, PerExpert
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
-from twinmerge.recipes.recipe import Recipe, read_recipe, recipe_from
+from twinmerge.recipes.documents import read_recipe
+from twinmerge.recipes.recipe import Recipe, recipe_from
 
 SHAPES = {"a.weight": (9, 11), "b.bias": (7,), "c.one": (1,), "d.zero": (3, 4), "e.kernel": (4, 3, 2)}
 MODELS = ("base", "x", "y", "z")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.recipes.documents import read_recipe
 from twinmerge.recipes.plain_data import BYTES, from_json, from_yaml, read_plain, to_yaml
-from twinmerge.recipes.recipe import read_recipe
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n"

@@ -11,9 +11,10 @@ from transformers import BertConfig, BertModel
 
 from twinmerge.engine.calls import merge
 from twinmerge.errors import TwinmergeError
+from twinmerge.recipes.documents import read_recipe
 from twinmerge.recipes.names import EXPERT_NAME, expert_name, expert_names
 from twinmerge.recipes.plain_data import from_yaml, to_yaml
-from twinmerge.recipes.recipe import Recipe, read_recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe, recipe_from
 
 
 def parse(text: str) -> Recipe:

@@ -203,8 +203,9 @@ def recipe_of(
 ) -> tuple[Recipe, Path | None]:
     """The recipe and the output that the options name."""
     from twinmerge.methods.kit.registry import require_model
+    from twinmerge.recipes.documents import read_recipe
     from twinmerge.recipes.lines import Lines
-    from twinmerge.recipes.recipe import Recipe, read_recipe
+    from twinmerge.recipes.recipe import Recipe
 
     if method is not None and recipe is not None and out is None:
         recipe, out = None, recipe  # `twinmerge merge --method … OUT`

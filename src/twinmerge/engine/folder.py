@@ -63,7 +63,7 @@ class Beside:
         """Write it into a folder whose weights are there."""
         copy_side_files(self.side_files, folder)
         if self.architecture is None:
-            write_config(self.model, folder, self.dtype, self.changes)
+            write_config(self.model, folder, self.dtype, {**self.model.config_changes, **self.changes})
         elif self.architecture.config is not None:
             _write_class(self.architecture, folder)
         if self.heads:

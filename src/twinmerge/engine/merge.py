@@ -19,9 +19,11 @@ from twinmerge.engine.combine import combine
 from twinmerge.engine.folder import Beside
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.models import Models
-from twinmerge.engine.plan import Plan, grains_of
+from twinmerge.engine.nested import with_nested
+from twinmerge.engine.plan import Plan
 from twinmerge.engine.plan_file import plan_from, read_plan, write_plan
 from twinmerge.engine.planning import planned
+from twinmerge.engine.prepare import matched_models, new_run, surveyed
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.rounding import narrowed
@@ -33,11 +35,11 @@ from twinmerge.errors import UsageError
 from twinmerge.methods.kit.base import Known, Method
 from twinmerge.methods.kit.registry import require_model
 from twinmerge.models.heads import headed, heads_of
-from twinmerge.models.matching import Matched, check_ancestry, match
+from twinmerge.models.matching import Matched
 from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.models.vocabulary import other_tokens, warn_of_tokens
 from twinmerge.moved import old_name
-from twinmerge.recipes.lines import KEY, Automatic, Lines
+from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import WIDTH, some
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
@@ -92,7 +94,7 @@ class Merge:
         spread: Map[Any, Any] | None = None,
     ) -> None:
         device_known(device)
-        self.recipe = recipe
+        self.recipe = recipe = with_nested(recipe)
         self.progress = progress
         self.architecture = architecture
         self.device = device
@@ -171,11 +173,7 @@ class Merge:
     @cached_property
     def matched(self) -> Matched:
         """Which tensor goes where; computed from the headers and the beginning of one matrix."""
-        if self.sliced is not None:
-            return self.sliced.matched
-        found = match(self.base, self.experts, self.recipe.heads)
-        check_ancestry(self.base, self.experts, found.merged)
-        return found
+        return matched_models(self.recipe, self.models, self.sliced)
 
     @cached_property
     def sliced(self) -> Sliced | None:
@@ -207,38 +205,15 @@ class Merge:
 
     def new_run(self, spread: Map[Any, Any] | None = None) -> Run:
         """The rules over all merged tensors, in the order that they lie on the disk; nothing is read yet."""
-        plan, inputs = self.plan, self.inputs if spread is None else self._sealed
-        methods = {name: entry.rule for name, entry in plan.merged.items()}
-        run = Run(
-            methods,
-            list(plan.merged),
-            inputs.shapes,
-            inputs.load,
-            grains_of(plan.merged),
-            plan.tile,
-            self.progress,
-            self.processes,
-            inputs.seen,
-            spread,
-        )
-        run.known |= inputs.from_headers()
-        if plan.lines is not None and plan.lines.a is None:
-            import torch  # noqa: F401  as in `Inputs`
-
-            run.survey_last(Automatic(methods))
-        return run
+        inputs = self.inputs if spread is None else self._sealed
+        return new_run(self.plan, inputs, self.progress, self.processes, spread)
 
     def surveyed(self, spread: Map[Any, Any] | None = None) -> tuple[Run, Inputs]:
         """The run with all that must be known before the first tensor is merged, and the inputs with their rules
         settled."""
         inputs = self.inputs if spread is None else self._sealed
-        inputs.check_parts()
         run = self.new_run(spread)
-        run.survey()
-        if KEY in run.known:
-            plan = inputs.plan
-            assert plan is not None
-            inputs = inputs.with_plan(plan.with_lines(run.known.pop(KEY)))
+        inputs = surveyed(run, inputs)
         assert inputs.plan is not None
         self.lines = inputs.plan.lines
         return run, inputs

@@ -95,6 +95,7 @@ class Run:
             self.leading = leading
         self.known = Known()
         self.known_of = {name: Known() for name in names}
+        self._settled: set[str] = set()
 
     @property
     def has_trailing(self) -> bool:
@@ -114,6 +115,13 @@ class Run:
             )
         self.leading = [*self.leading, *self.rules[0].trailing, step]
         self.rules[0].trailing = []
+
+    def settled(self, name: str) -> Known:
+        """What is known of a tensor, after its own passes; for who merges tensors in an order of his own."""
+        if name not in self._settled:
+            self._sweep_tensors([name])
+            self._settled.add(name)
+        return self._of(name)
 
     def survey(self) -> None:
         """All passes that must be over before the first tensor is merged."""

@@ -42,7 +42,7 @@ def config_of(model: OpenedModel) -> dict[str, Any]:
     if model.config is not None:
         return model.config.to_dict()
     file = find(model.folder, "config.json") if model.folder is not None else None
-    return read_json(file, CONFIG, finite=False) if file is not None else {}
+    return {**(read_json(file, CONFIG, finite=False) if file is not None else {}), **model.config_changes}
 
 
 def depth_key(config: Mapping[str, Any]) -> str | None:

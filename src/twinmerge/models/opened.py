@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +38,18 @@ USUAL_TABLES = (
 """Ends of the names that embeddings have in most families."""
 
 
+class Openable(ABC):
+    """What makes an opened model of itself."""
+
+    @abstractmethod
+    def opened(self, name: str | None) -> OpenedModel:
+        """The opened model.
+
+        Args:
+            name: how messages call it.
+        """
+
+
 class InMemory:
     """The tensors of a module."""
 
@@ -62,7 +75,8 @@ class OpenedModel:
     name: how messages call it; specs: canonical name -> dtype and shape; stored: canonical -> name in its files;
     architecture: None for bare checkpoints; folder: where its side files are; commit: hub commit; labels: label names
     of a classifier; files: what is read, empty for models in memory; changes: canonical name -> what an adapter makes
-    of the tensor; tables: its embeddings, where they are known without an architecture.
+    of the tensor; tables: its embeddings, where they are known without an architecture; config_changes: what its config
+    says otherwise than the config.json in its folder.
     """
 
     name: str
@@ -75,6 +89,7 @@ class OpenedModel:
     files: tuple[Path, ...] = ()
     changes: Mapping[str, Change] = field(default_factory=dict)
     tables: frozenset[str] | None = None
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> PretrainedConfig | None:
@@ -244,6 +259,13 @@ class OpenedModel:
         out = np.empty(count * SIZES[spec.code], np.uint8)
         self.source.read_into(self.stored[self.own(name)], 0, out)
         return out, spec.code
+
+
+def as_bytes(flat: Flat) -> NDArray[np.uint8]:
+    """The memory of a 1-D tensor as bytes, without a copy."""
+    import torch
+
+    return flat if isinstance(flat, np.ndarray) else flat.view(torch.uint8).numpy()
 
 
 def as_tensor(flat: Flat, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twinmerge.errors import ModelError, UsageError
-from twinmerge.models.opened import InMemory, ModelLike, OpenedModel
+from twinmerge.models.opened import InMemory, ModelLike, Openable, OpenedModel
 from twinmerge.models.source import Source
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import find
@@ -38,6 +38,8 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
     """
     if isinstance(model, (str, os.PathLike)):
         return _open_folder(os.fspath(model), name)
+    if isinstance(model, Openable):
+        return model.opened(name)
     if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel):
         return _open_module(model, name or type(model).__name__)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):

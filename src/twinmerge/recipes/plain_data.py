@@ -68,6 +68,23 @@ def read_plain(file: Path, what: str) -> Any:
     Raises:
         TwinmergeError: no such file, no UTF-8, larger than a recipe is; and as `from_yaml` and `from_json`.
     """
+    text, kind = _text(file, what)
+    return (from_json if kind == "json" else from_yaml)(text, f"The {what} {file}")
+
+
+def read_documents(file: Path, what: str) -> list[Any]:
+    """The data of every document in a YAML or (by its suffix) JSON file, which has one.
+
+    Raises:
+        TwinmergeError: as `read_plain`, but for several documents.
+    """
+    text, kind = _text(file, what)
+    where = f"The {what} {file}"
+    return [from_json(text, where)] if kind == "json" else all_from_yaml(text, where)
+
+
+def _text(file: Path, what: str) -> tuple[str, str]:
+    """What a file says, and in which language."""
     kind = "json" if file.suffix == ".json" else "yaml"
     try:
         text = read_bytes(file, BYTES[kind], f"Give a {what}.").decode("utf-8-sig")
@@ -75,7 +92,7 @@ def read_plain(file: Path, what: str) -> Any:
         raise RecipeError(str(error)) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"The {what} {file} cannot be read: {error}. Write plain YAML or JSON.") from error
-    return (from_json if kind == "json" else from_yaml)(text, f"The {what} {file}")
+    return text, kind
 
 
 def from_yaml(text: str, where: str) -> Any:
@@ -95,15 +112,30 @@ def from_yaml(text: str, where: str) -> Any:
         ...
         twinmerge.errors.RecipeError: it cannot be read: line 1 has the key 'density' a second time. Keep one of them.
     """
-    loader = None
+    found = all_from_yaml(text, where)
+    if len(found) > 1:
+        raise RecipeError(f"{where} cannot be read: it has several documents. Give a file for each.")
+    return found[0] if found else None
+
+
+def all_from_yaml(text: str, where: str) -> list[Any]:
+    """The data of every document in a YAML text.
+
+    Raises:
+        TwinmergeError: as `from_yaml`, but for several documents.
+
+    Example:
+        >>> all_from_yaml("a: 1\\n---\\nb: 2", "it")
+        [{'a': 1}, {'b': 2}]
+    """
+    loader, found, reader = None, [], _Reader()
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        return None if node is None else _Reader().value(node, 0)
-    except yaml.composer.ComposerError as error:
-        if "single document" in str(error):
-            raise RecipeError(f"{where} cannot be read: it has several documents. Give a file for each.") from error
-        raise RecipeError(f"{where} cannot be read: {_said(error)}. Write plain YAML or JSON.") from error
+        while loader.check_node():
+            node = loader.get_node()
+            if node is not None and not (isinstance(node, yaml.ScalarNode) and node.value == "" and node.tag == _NULL):
+                found.append(reader.value(node, 0))
+        return found
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} cannot be read: {_said(error)}. Write plain YAML or JSON.") from error
     except (_UnreadableError, RecursionError) as error:

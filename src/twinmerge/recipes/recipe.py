@@ -15,10 +15,9 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from twinmerge.arguments import strict, strict_class
+from twinmerge.arguments import strict_class
 from twinmerge.errors import RecipeError, nearest
 from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.registry import (
@@ -35,7 +34,6 @@ from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.lines import KEY, KEYS, Lines
 from twinmerge.recipes.mergekit import NOT_YET, translated
 from twinmerge.recipes.names import EXPERT_NAME, expert_names
-from twinmerge.recipes.plain_data import read_plain
 from twinmerge.recipes.setting import Setting, is_setting
 from twinmerge.recipes.slices import BASE, SLICE_KEYS, SOURCE_KEYS, Slice, check_slice, known_keys, span_of
 from twinmerge.recipes.spelling import by_our_name, parameters_of
@@ -313,7 +311,7 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data, for the provenance of an output."""
-        refs = {n: m if isinstance(m, str) else _ref(m) for n, m in self.experts.items()}
+        refs = {n: _ref(m) for n, m in self.experts.items()}
         return (
             {
                 MARK: VERSION,
@@ -357,7 +355,10 @@ def _examples(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.example if isinstance(v, Setting) else v for k, v in parameters.items()}
 
 
-def _ref(model: ModelLike) -> str:
+def _ref(model: ModelLike) -> Any:
+    inner = getattr(model, "recipe", model)
+    if isinstance(inner, Recipe):
+        return {"recipe": inner.describe()}
     return str(model) if isinstance(model, (str, os.PathLike)) else f"<{type(model).__name__} in memory>"
 
 
@@ -379,20 +380,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return value.item() if hasattr(value, "item") else value
-
-
-@strict
-def read_recipe(file: str | Path) -> Recipe:
-    """Read a recipe in YAML or JSON.
-
-    Raises:
-        TwinmergeError: no such file, no mapping, a key twice, unknown or unsupported keys, an expert named twice.
-    """
-    file = Path(file)
-    raw = read_plain(file, "recipe")
-    if not isinstance(raw, dict):
-        raise RecipeError(f"The recipe {file} is no mapping of keys to values. Start with merge_method: and models:.")
-    return recipe_from(raw, str(file))
 
 
 def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -463,7 +450,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
                 raise RecipeError(
                     f"{at}: unknown key {key!r:.80}.{nearest(key, MODEL_KEYS)} Known: {', '.join(MODEL_KEYS)}."
                 )
-        _model(entry["model"], at)
+        entry = {**entry, "model": _model(entry["model"], at)}
         if ours or not deltas or entry["model"] != base:
             entries.append((entry, at))
         elif own := parameters_of(entry.get("parameters"), method, at, ours):
@@ -540,4 +527,6 @@ def _instead(key: str, ours: bool) -> str:
 def _model(raw: Any, where: str) -> Any:
     if raw is None or isinstance(raw, os.PathLike) or (isinstance(raw, str) and raw):
         return raw
+    if isinstance(raw, dict) and raw.keys() == {"recipe"} and isinstance(raw["recipe"], dict):
+        return _own(raw["recipe"], f"{where}, recipe", ours=_is_ours(raw["recipe"], where))
     raise RecipeError(f"{where}: {raw!r:.80} is no model. Write a path or hub id, in quotes if it looks like a number.")

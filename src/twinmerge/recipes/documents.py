@@ -1,0 +1,135 @@
+"""Several recipes in one file, of which one names another where a model stands: the models on the way need no folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from twinmerge.arguments import strict
+from twinmerge.errors import RecipeError
+from twinmerge.models.opened import ModelLike
+from twinmerge.recipes.names import EXPERT_NAME
+from twinmerge.recipes.plain_data import read_documents
+from twinmerge.recipes.recipe import Recipe, recipe_from
+
+NAME = "name"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The recipes of a file.
+
+    Attributes:
+        named: name -> recipe, each after those that it names.
+        last: the recipe without a name, None where all have one.
+    """
+
+    named: Mapping[str, Recipe]
+    last: Recipe | None
+
+    @property
+    def nested(self) -> Recipe:
+        """The last recipe, in which the others stand where it names them.
+
+        Raises:
+            RecipeError: every document has a name, so that none is the last.
+        """
+        if self.last is None:
+            raise RecipeError(
+                f"Every document has a name ({', '.join(self.named)}), so none is the model to write. Leave out the "
+                "name of that one, or say where all go with --intermediate-dir."
+            )
+        made: dict[str, ModelLike] = {}
+        for name, recipe in self.named.items():
+            made[name] = with_models(recipe, made)
+        return with_models(self.last, made)
+
+
+@strict
+def read_recipe(file: str | Path) -> Recipe:
+    """Read a recipe in YAML or JSON; of a file of several, the one without a name, with the others inside it.
+
+    Raises:
+        TwinmergeError: no such file, no mapping, a key twice, unknown or unsupported keys, an expert named twice; of
+            several documents as `documents_from` and `Documents.nested`.
+    """
+    file = Path(file)
+    raw = read_documents(file, "recipe")
+    if len(raw) > 1:
+        return documents_from(raw, str(file)).nested
+    if not raw or not isinstance(raw[0], dict):
+        raise RecipeError(f"The recipe {file} is no mapping of keys to values. Start with merge_method: and models:.")
+    return recipe_from(raw[0], str(file))
+
+
+def documents_from(raw: Sequence[Any], where: str) -> Documents:
+    """Recipes out of plain data.
+
+    Raises:
+        RecipeError: two documents without a name or with one name, recipes that name each other in a circle.
+    """
+    named: dict[str, Recipe] = {}
+    last: list[Recipe] = []
+    for number, each in enumerate(raw, 1):
+        at = f"{where}, document {number}"
+        if not isinstance(each, dict):
+            raise RecipeError(f"{at} is no mapping of keys to values. Start with merge_method: and models:.")
+        name = each.get(NAME)
+        recipe = recipe_from({key: value for key, value in each.items() if key != NAME}, at)
+        if name is None:
+            last.append(recipe)
+            continue
+        if not isinstance(name, str) or not EXPERT_NAME.fullmatch(name):
+            raise RecipeError(f"{at}: the name {name!r:.80} is not usable. Use letters, digits, '_', '-' and '.'.")
+        if name in named:
+            raise RecipeError(f"{where} has two documents of the name {name!r}. Give one of them another.")
+        named[name] = recipe
+    if len(last) > 1:
+        raise RecipeError(f"{where} has {len(last)} documents without a name. Give all but one a name.")
+    return Documents(_in_order(named, where), last[0] if last else None)
+
+
+def with_models(recipe: Recipe, made: Mapping[str, ModelLike]) -> Recipe:
+    """The recipe with models in the place of names.
+
+    Args:
+        recipe: that may name some.
+        made: name -> what stands for it.
+
+    Raises:
+        RecipeError: an adapter on such a name.
+    """
+
+    def of(model: ModelLike | None) -> ModelLike | None:
+        if isinstance(model, str):
+            base, plus, _ = model.partition("+")
+            if plus and base in made:
+                raise RecipeError(
+                    f"{model!r} puts an adapter on a model that is merged on the way. Write that one first."
+                )
+            return made.get(model, model)
+        return model
+
+    return replace(recipe, base=of(recipe.base), experts={name: of(model) for name, model in recipe.experts.items()})
+
+
+def names_in(recipe: Recipe) -> list[str]:
+    """What stands where models stand, as far as it is text."""
+    return [model.partition("+")[0] for model in (recipe.base, *recipe.experts.values()) if isinstance(model, str)]
+
+
+def _in_order(named: Mapping[str, Recipe], where: str) -> dict[str, Recipe]:
+    found: dict[str, Recipe] = {}
+    while len(found) < len(named):
+        ready = [
+            name
+            for name, recipe in named.items()
+            if name not in found and not (set(names_in(recipe)) & named.keys()) - found.keys()
+        ]
+        if not ready:
+            left = ", ".join(name for name in named if name not in found)
+            raise RecipeError(f"{where}: {left} name each other in a circle. Take one of them out of it.")
+        found |= {name: named[name] for name in ready}
+    return found
