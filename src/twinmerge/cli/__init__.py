@@ -31,6 +31,7 @@ from twinmerge.cli.twin import build, explain, export, info, predict
 from twinmerge.cli.twin_change import add, compress, rebuild, refine, remove
 from twinmerge.cli.verify import verify
 from twinmerge.moved import new_command
+from twinmerge.recipes.mergekit_options import translated_options
 
 app = typer.Typer(
     name="twinmerge",
@@ -110,6 +111,11 @@ def main() -> None:
             words, renamed = new_command(sys.argv[1:])
             if renamed is not None:
                 say(f"Warning: {renamed}")
+            if words[:1] == ["merge"]:
+                own, notes = translated_options(words[1:])
+                words = [*words[:1], *own]
+                for note in notes:
+                    say(f"Note: {note}")
             app(args=words, prog_name="twinmerge")
         except SystemExit as left:
             code = left.code

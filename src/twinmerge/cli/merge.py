@@ -15,6 +15,7 @@ from twinmerge.cli.common import (
     Json,
     Parameters,
     Threads,
+    byte_count,
     device_of,
     numbers,
     pairs,
@@ -73,6 +74,16 @@ def merge(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Run a plan that `twinmerge check --plan` wrote.")
     ] = None,
+    intermediate_dir: Annotated[
+        Path | None,
+        typer.Option("--intermediate-dir", help="Write the named recipes of a file of several here, too."),
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", metavar="BYTES", help="Of a file, at most: 5GB, 500MB. [5GB]")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take the place of an output that twinmerge wrote.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     device: Device = "cpu",
     threads: Threads = None,
@@ -102,7 +113,9 @@ def merge(
         merged, target = Merge.from_plan(plan, **how), output or recipe
     else:
         described, target = recipe_of(
-            recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines
+            *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
+            intermediate_dir=intermediate_dir,
+            dry_run=dry_run,
         )
         merged = Merge(described, **how)
     described = merged.recipe
@@ -112,7 +125,7 @@ def merge(
         _checked(merged, target, json, "Nothing is written (--dry-run)")
         return
     assert target is not None
-    merged.save(target)
+    merged.save(target, shard_bytes=_shard_bytes(shard_size), overwrite=overwrite)
     report = merged.report
     assert report is not None
     found = merged.check()
@@ -200,10 +213,11 @@ def recipe_of(
     dtype: str | None,
     stochastic: int | None,
     lines: str | None = None,
+    intermediate_dir: Path | None = None,
+    dry_run: bool = False,
 ) -> tuple[Recipe, Path | None]:
     """The recipe and the output that the options name."""
     from twinmerge.methods.kit.registry import require_model
-    from twinmerge.recipes.documents import read_recipe
     from twinmerge.recipes.lines import Lines
     from twinmerge.recipes.recipe import Recipe
 
@@ -229,12 +243,35 @@ def recipe_of(
         return found, output or out
     if recipe is None:
         raise UsageError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
-    given = expert or base or weight or parameter or statistics or head or dtype or lines is not None
-    if given or stochastic is not None:
-        raise UsageError("A recipe file and options are both given. Put everything into the recipe, or use --method.")
-    read = read_recipe(recipe)
+    if expert or base or weight or statistics or head or lines is not None or stochastic is not None:
+        raise UsageError(
+            "A recipe file and options are both given. Put everything into the recipe (-p and --dtype alone may say "
+            "something else than it does), or use --method."
+        )
+    read = _read(recipe, None if dry_run else intermediate_dir)
     require_model(read.method)
+    if parameter or dtype:
+        from twinmerge.recipes.override import overridden
+
+        read, changes = overridden(read, values(parameter, "-p"), dtype)
+        for change in changes:
+            said(f"By an option: {change}.")
     return read, output or out
+
+
+def _read(file: Path, intermediate_dir: Path | None) -> Recipe:
+    """The recipe of a file; of several, the last, with the others inside it or written where the option says."""
+    from twinmerge.recipes.documents import read_all
+
+    documents = read_all(file)
+    if intermediate_dir is None:
+        return documents.nested
+    from twinmerge.engine.steps import written
+
+    last = written(documents, intermediate_dir, processes=True)
+    if last is None:
+        raise typer.Exit  # all have names, and all are written
+    return last
 
 
 def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
@@ -247,6 +284,15 @@ def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
         print_json(found)
     else:
         print_table(title, ["what", "value"], [(key, _short(value, key)) for key, value in found.items()])
+
+
+def _shard_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    found = int(byte_count(text, 0))
+    if found < 1 or "%" in text:
+        raise UsageError(f"--shard-size is {text!r}, which is no size of a file. Write 5GB or 500MB.")
+    return found
 
 
 def _short(value: object, key: str = "") -> str:

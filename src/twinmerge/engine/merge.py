@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinmerge.arguments import device_known, strict, strict_class
+from twinmerge.arguments import at_least_one, device_known, strict, strict_class
 from twinmerge.engine.by_names import warn_of_names
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import Checked, checked
@@ -42,7 +42,7 @@ from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import WIDTH, some
-from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
+from twinmerge.store.checkpoint_writer import SHARD_BYTES, CheckpointWriter, layout
 from twinmerge.store.output import OutputFolder
 
 if TYPE_CHECKING:
@@ -294,19 +294,28 @@ class Merge:
         return headed(whole.base, whole.experts, self.canonical_state(), whole.heads(), self.plan.config)
 
     @strict
-    def save(self, out: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+    def save(
+        self,
+        out: str | Path,
+        about: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        shard_bytes: int | None = None,
+        overwrite: bool = False,
+    ) -> Path:
         """Write the merged model folder, whole or not at all; after a kill the same call goes on where it stopped.
 
         Args:
             out: a folder that does not exist or is empty.
             about: expert -> more keys of its entry in heads.json, such as its task and metric.
+            shard_bytes: of a file of weights, at most; 5 GB where None.
+            overwrite: take the place of a folder that twinmerge wrote, once the new one is whole.
 
         Raises:
             TwinmergeError: as said by `check`, `OutputFolder` and the method.
         """
         plan, spread = self.plan, self.spread
-        files = layout(plan.specs)
-        output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files)
+        files = layout(plan.specs, SHARD_BYTES if shard_bytes is None else at_least_one("shard_bytes", shard_bytes))
+        output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files, overwrite=overwrite)
         output.check()
         read = states_of(plan)
         self.matched.warn()

@@ -55,13 +55,23 @@ def read_recipe(file: str | Path) -> Recipe:
         TwinmergeError: no such file, no mapping, a key twice, unknown or unsupported keys, an expert named twice; of
             several documents as `documents_from` and `Documents.nested`.
     """
+    return read_all(file).nested
+
+
+@strict
+def read_all(file: str | Path) -> Documents:
+    """Read all recipes of a file, which may be one.
+
+    Raises:
+        TwinmergeError: as `read_recipe`.
+    """
     file = Path(file)
     raw = read_documents(file, "recipe")
     if len(raw) > 1:
-        return documents_from(raw, str(file)).nested
+        return documents_from(raw, str(file))
     if not raw or not isinstance(raw[0], dict):
         raise RecipeError(f"The recipe {file} is no mapping of keys to values. Start with merge_method: and models:.")
-    return recipe_from(raw[0], str(file))
+    return Documents({}, recipe_from(raw[0], str(file)))
 
 
 def documents_from(raw: Sequence[Any], where: str) -> Documents:

@@ -22,6 +22,7 @@ from twinmerge.store.partial import (
     HELD,
     JOURNAL,
     LOCK,
+    REPLACED,
     first_line,
     is_no_folder,
     is_ours,
@@ -162,11 +163,13 @@ class _Output(ABC):
         if self.partial.is_symlink() or not self.partial.is_dir() or not is_ours(self.partial):
             return
         with contextlib.suppress(OSError, TwinmergeError):  # it is somebody's who is at work
-            if {path.name for path in self.partial.iterdir()} - {LOCK, JOURNAL}:
+            if {path.name for path in self.partial.iterdir()} - {LOCK, JOURNAL, REPLACED}:
                 return
             self._lock = lock_file(self.partial / LOCK, self.target)
             try:
                 if not os.path.lexists(self.content):
+                    if os.path.lexists(self.target):
+                        disk.remove_tree(self.partial / REPLACED)
                     disk.remove(self.partial / JOURNAL)
             finally:
                 self._unlock()
@@ -252,6 +255,8 @@ class OutputFolder(_Output):
         key: what identifies the work: same key, same bytes.
         kept: the files that a journal speaks of; whatever else an earlier run left is removed and written anew.
         manifest: write one; not for a folder whose files will change.
+        overwrite: a folder that has the name and was written here gives way at the end. Where a process dies between
+            the two renames, it lies in `<name>.partial/replaced`, and gets its name back at the next run.
 
     Attributes:
         done: inside the `with`, what earlier runs with this key recorded.
@@ -290,9 +295,10 @@ class OutputFolder(_Output):
         *,
         kept: Collection[str] = (),
         manifest: bool = True,
+        overwrite: bool = False,
     ) -> None:
         super().__init__(folder, key, needed_bytes)
-        self.folder, self._kept, self._manifest = self.target, set(kept), manifest
+        self.folder, self._kept, self._manifest, self._overwrite = self.target, set(kept), manifest, overwrite
         self.sums: dict[str, Mapping[str, str]] = {}
 
     def finish(self) -> bool:
@@ -315,8 +321,33 @@ class OutputFolder(_Output):
         return whole
 
     def _check_target(self) -> None:
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return
+        if not self._overwrite:
             raise UsageError(f"The output {self.folder} is there already and not empty. Name another one or remove it.")
+        if not self.folder.is_dir() or Manifest.of(self.folder) is None:
+            raise UsageError(f"{self.folder} was not written by twinmerge, so it is not overwritten. Move it away.")
+        if is_in_use(self.folder):
+            raise UsageError(f"The output {self.folder} is one of the inputs. Name another one.")
+
+    def _begin(self) -> None:
+        replaced = self.partial / REPLACED
+        if self._overwrite and replaced.is_dir() and not os.path.lexists(self.target):
+            disk.rename(replaced, self.target)  # a process died between the two renames
+        super()._begin()
+
+    def _appear(self) -> None:
+        replaced = self.partial / REPLACED
+        if not self._overwrite or not self.folder.exists():
+            super()._appear()
+            return
+        with contextlib.suppress(FileNotFoundError):
+            disk.remove_tree(replaced)
+        disk.rename(self.folder, replaced)
+        super()._appear()
+        with contextlib.suppress(OSError):
+            disk.remove_tree(replaced)
+            disk.remove_folder(self.partial)
 
     def _tidy(self) -> None:
         if self.content.is_symlink() or not self.content.is_dir():

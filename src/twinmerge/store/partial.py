@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-JOURNAL, LOCK, CONTENT = "journal", "lock", "output"
+JOURNAL, LOCK, CONTENT, REPLACED = "journal", "lock", "output", "replaced"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 HELD: set[int] = set()  # descriptors of locks; a forked worker must not keep a lock that its parent lost by dying
 

@@ -1,0 +1,47 @@
+"""The recipes of one file, each written to a folder of its own, as mergekit-multi does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twinmerge.engine.folder import PROVENANCE
+from twinmerge.engine.merge import Merge
+from twinmerge.errors import OutputError, TwinmergeError
+from twinmerge.models.opened import ModelLike
+from twinmerge.recipes.documents import Documents, with_models
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.store.foreign import read_json
+
+
+def written(documents: Documents, folder: str | Path, progress: bool = True, **how: Any) -> Recipe | None:
+    """Write every named recipe into `folder`/name, and give the last one, which reads them there.
+
+    A folder that is there with the same recipe is taken as it is.
+
+    Args:
+        documents: of a file.
+        folder: where the models on the way go.
+        progress: show how far it is.
+        how: as of `Merge`.
+
+    Raises:
+        OutputError: a folder with another recipe has the name.
+    """
+    made: dict[str, ModelLike] = {}
+    for name, recipe in documents.named.items():
+        to, whole = Path(folder) / name, with_models(recipe, made)
+        if _recipe_in(to) != whole.describe():
+            if to.is_dir() and any(to.iterdir()):
+                raise OutputError(f"{to} is there already and was made by another recipe. Move it away.")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            Merge(whole, progress, **how).save(to)
+        made[name] = str(to)
+    return None if documents.last is None else with_models(documents.last, made)
+
+
+def _recipe_in(folder: Path) -> Any:
+    try:
+        return read_json(folder / PROVENANCE, finite=False).get("recipe")
+    except TwinmergeError:
+        return None

@@ -1,0 +1,139 @@
+"""What people type with a recipe: options that say something else than it does, mergekit's own options, several
+documents, outputs that are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from twinmerge.errors import UsageError
+from twinmerge.recipes.mergekit_options import OPTIONS, translated_options
+
+TINY: dict[str, Any] = {
+    "vocab_size": 12,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("zoo")
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**TINY))
+    base.save_pretrained(root / "base")
+    for name in "ab":
+        model = LlamaForCausalLM(LlamaConfig(**TINY))
+        model.load_state_dict({n: t + 0.02 * torch.randn_like(t) for n, t in base.state_dict().items()})
+        model.save_pretrained(root / name)
+    (root / "r.yaml").write_text(
+        f"merge_method: ties\nbase_model: {root}/base\ndtype: float32\nmodels:\n"
+        f"- {{model: {root}/a, parameters: {{weight: 0.5, density: [0.2, 0.8]}}}}\n"
+        f"- {{model: {root}/b, parameters: {{weight: 0.5, density: 0.3}}}}\n"
+    )
+    (root / "same.yaml").write_text(
+        f"merge_method: ties\nbase_model: {root}/base\ndtype: bfloat16\nmodels:\n"
+        f"- {{model: {root}/a, parameters: {{weight: 0.5, density: 0.9}}}}\n"
+        f"- {{model: {root}/b, parameters: {{weight: 0.5, density: 0.9}}}}\n"
+    )
+    return root
+
+
+def test_options_take_the_place_of_what_the_recipe_says(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    done = command("merge", zoo / "r.yaml", tmp_path / "out", "-p", "density=0.9", "--dtype", "bfloat16")
+    assert "By an option: density = 0.9 in the place of a.density =" in (done.out + done.err).replace("\n", " ")
+    command("merge", zoo / "same.yaml", tmp_path / "same")
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "same"))
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_mergekits_options_are_understood(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    words = [
+        "--lazy-unpickle",
+        "--out-shard-size",
+        "1M",
+        "--copy-tokenizer",
+        "--lora-merge-cache",
+        "x",
+        "--num-threads",
+        "1",
+    ]
+    done = command("merge", zoo / "r.yaml", tmp_path / "out", *words)
+    assert "Note: --lazy-unpickle: tensors are read as they are needed." in done.err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_mergekit_is_translated_noted_or_refused(name: str) -> None:
+    option = OPTIONS[name]
+    words = ["r", name, *(["5B"] if option.takes else []), "out"]
+    if option.refused:
+        with pytest.raises(UsageError, match=f"{name}, an option of mergekit, is not taken"):
+            translated_options(words)
+        return
+    found, said = translated_options(words)
+    assert found[0] == "r" and found[-1] == "out" and len(found) == 2 + len(option.here)
+    assert bool(said) == bool(option.said)
+
+
+def test_shards_have_the_size_that_is_asked_for(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    command("merge", zoo / "r.yaml", tmp_path / "out", "--shard-size", "2kB")
+    shards = sorted(tmp_path.glob("out/model-*.safetensors"))
+    assert len(shards) > 2 and (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    done = command("merge", zoo / "r.yaml", tmp_path / "x", "--shard-size", "4%")
+    assert done.code == 2 and "is no size of a file" in done.err
+
+
+def test_an_output_is_overwritten_when_asked_and_only_if_it_is_ours(
+    zoo: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    command("merge", zoo / "r.yaml", out)
+    before = (out / "model.safetensors").read_bytes()
+    assert "there already" in command("merge", zoo / "same.yaml", out).err
+    assert (out / "model.safetensors").read_bytes() == before
+    command("merge", zoo / "same.yaml", out, "--overwrite")
+    assert (out / "model.safetensors").read_bytes() != before and not (tmp_path / "out.partial").exists()
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("mine")
+    assert "was not written by twinmerge" in command("merge", zoo / "r.yaml", own, "--overwrite").err
+    assert (own / "thesis.txt").read_text() == "mine"
+
+
+def test_a_file_of_several_recipes_with_and_without_folders_on_the_way(
+    zoo: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    text = f"""
+name: mid
+merge_method: linear
+models: [{{model: {zoo}/a}}, {{model: {zoo}/b}}]
+parameters: {{weight: 0.5}}
+---
+merge_method: task_arithmetic
+base_model: {zoo}/base
+models: [{{model: mid, parameters: {{weight: 0.5}}}}]
+"""
+    (tmp_path / "two.yaml").write_text(text)
+    command("merge", tmp_path / "two.yaml", tmp_path / "one")
+    command("merge", tmp_path / "two.yaml", tmp_path / "two", "--intermediate-dir", tmp_path / "on_the_way")
+    assert (tmp_path / "on_the_way" / "mid" / "model.safetensors").is_file()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+    recipe = json.loads((tmp_path / "one" / "twinmerge.json").read_text())["recipe"]
+    assert recipe["models"][0]["model"]["recipe"]["merge_method"] == "average"
+    (tmp_path / "two.yaml").write_text(text.replace("weight: 0.5}\n---", "weight: 0.4}\n---"))
+    done = command("merge", tmp_path / "two.yaml", tmp_path / "three", "--intermediate-dir", tmp_path / "on_the_way")
+    assert done.code == 4 and "was made by another recipe" in done.err
