@@ -27,7 +27,7 @@ import torch
 from kit.command import command_line
 from kit.family import SEED, make_family
 from kit.machine import machine
-from merge_speed_parts.mergekit import mergekit_yaml, peer_versions
+from kit.mergekit import mergekit_yaml, peer_versions
 from merge_speed_parts.methods import recipe
 from merge_speed_parts.report import markdown, picture
 from merge_speed_parts.runs import Bench

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kit.mergekit import MERGEKIT
 from kit.table import shown, table
-from merge_speed_parts.mergekit import MERGEKIT
 from merge_speed_parts.runs import LABELS
 
 COLOURS = {"ours": "#0d9488", "peer": "#d97706", "copy": "#64748b"}
