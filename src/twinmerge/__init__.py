@@ -44,6 +44,7 @@ _WHERE = {
     "demo": "study.demo",
     "diff": "engine.diff",
     "evaluate": "study.evaluate",
+    "explain_recipe": "engine.explain",
     "extract_lora": "engine.adapters.extract",
     "extract_masked": "twin.masks.extract",
     "list_codecs": "maths.codec",
@@ -51,9 +52,11 @@ _WHERE = {
     "list_routers": "twin.routers.kit.listing",
     "measure": "statistics.measure",
     "merge": "engine.calls",
+    "merge_checkpoints": "engine.checkpoints",
     "merge_lora": "engine.adapters.merge",
     "open_suite": "tasks.suite",
     "read_recipe": "recipes.documents",
+    "recipe_template": "recipes.template",
     "search": "study.search",
     "smoke_check": "study.smoke",
     "verify": "engine.verify",
@@ -66,7 +69,9 @@ if TYPE_CHECKING:
     from twinmerge.engine.adapters.merge import merge_lora as merge_lora
     from twinmerge.engine.calls import check as check
     from twinmerge.engine.calls import merge as merge
+    from twinmerge.engine.checkpoints import merge_checkpoints as merge_checkpoints
     from twinmerge.engine.diff import diff as diff
+    from twinmerge.engine.explain import explain_recipe as explain_recipe
     from twinmerge.engine.merge import Merge as Merge
     from twinmerge.engine.verify import verify as verify
     from twinmerge.errors import DamagedFile as DamagedFile
@@ -82,6 +87,7 @@ if TYPE_CHECKING:
     from twinmerge.models.torch_module import TorchModel as TorchModel
     from twinmerge.recipes.documents import read_recipe as read_recipe
     from twinmerge.recipes.recipe import Recipe as Recipe
+    from twinmerge.recipes.template import recipe_template as recipe_template
     from twinmerge.statistics.measure import add_statistics as add_statistics
     from twinmerge.statistics.measure import measure as measure
     from twinmerge.study.demo import demo as demo

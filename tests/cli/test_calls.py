@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -97,6 +98,12 @@ def pairs(zoo: Any, made: Any, tmp: Path) -> dict[str, Pair]:
         if number:
             state(zoo, folder, "mood", "kind")
     tm.merge("average", None, experts, tmp / "merged", **quiet)
+    run = tmp / "run"
+    for step, folder in enumerate((zoo.lm, zoo.alice)):
+        shutil.copytree(folder, run / f"step-{step}")
+    (tmp / "r.yaml").write_text(
+        f"merge_method: ties\nbase_model: {zoo.lm}\nmodels: [{{model: {zoo.alice}, parameters: {{weight: [0, 1], density: 0.5}}}}]"
+    )
 
     def built(out: Path) -> Any:
         found = tm.Twin.build(base, experts, 2, **quiet)
@@ -112,6 +119,10 @@ def pairs(zoo: Any, made: Any, tmp: Path) -> dict[str, Pair]:
     return {
         "merge": Pair(["--method", "ties", *given], lambda out: {**tm.merge("ties", base, experts, out, **quiet).to_dict(), "smoke": None}, True),
         "check": Pair(["--method", "ties", *given], lambda out: tm.check("ties", base, experts, **quiet)),
+        "checkpoints": Pair([run], lambda out: tm.merge_checkpoints(run, out, **quiet).to_dict(), True),
+        "recipe new": Pair(["ties"], lambda out: {"recipe": tm.recipe_template("ties")}),
+        "recipe check": Pair([tmp / "r.yaml"], lambda out: tm.read_recipe(tmp / "r.yaml").describe()),
+        "recipe explain": Pair([tmp / "r.yaml"], lambda out: tm.explain_recipe(tmp / "r.yaml")),
         "search": Pair(["--method", "task_arithmetic", *given, *suite, "--split", "train", "--rows", 6, "--grid", "scale=0.1,0.5"],
                        lambda out: tm.search(tm.merge("task_arithmetic", base, experts), zoo.suite, grid={"scale": [0.1, 0.5]}, split="train", limit=6, **quiet)),
         "verify": Pair([tmp / "merged"], lambda out: tm.verify(tmp / "merged", **quiet)),

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.checkpoints import checkpoints
 from twinmerge.cli.continual import add as add_arrived
 from twinmerge.cli.continual import init, materialise, status
 from twinmerge.cli.continual import remove as remove_arrived
@@ -25,6 +26,9 @@ from twinmerge.cli.measure import activations, fisher, gram
 from twinmerge.cli.measure import add as add_statistics
 from twinmerge.cli.merge import check, merge
 from twinmerge.cli.methods import methods
+from twinmerge.cli.recipe import check as check_recipe
+from twinmerge.cli.recipe import explain as explain_recipe
+from twinmerge.cli.recipe import new as new_recipe
 from twinmerge.cli.routers import routers
 from twinmerge.cli.search import search
 from twinmerge.cli.twin import build, explain, export, info, predict
@@ -51,6 +55,10 @@ measure.command()(fisher)
 measure.command()(gram)
 measure.command()(activations)
 measure.command("add")(add_statistics)
+recipe = typer.Typer(no_args_is_help=True, help="Recipes: a template, a check, what each tensor gets.")
+recipe.command("new")(new_recipe)
+recipe.command("check")(check_recipe)
+recipe.command("explain")(explain_recipe)
 masks = typer.Typer(no_args_is_help=True, help="Many experts as one vector and a mask each, and one of them back.")
 masks.command("build")(build_masks)
 masks.command("extract")(extract_masked)
@@ -69,9 +77,11 @@ lora.command("merge")(merge_lora)
 lora.command("extract")(extract_lora)
 app.command()(merge)
 app.command()(check)
+app.command()(checkpoints)
 app.command()(search)
 app.command()(verify)
 app.add_typer(twin, name="twin")
+app.add_typer(recipe, name="recipe")
 app.add_typer(masks, name="masks")
 app.add_typer(measure, name="measure")
 app.add_typer(lora, name="lora")

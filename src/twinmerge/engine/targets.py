@@ -49,7 +49,11 @@ class Target:
             base: with the base.
         """
         found = {label: models.experts[label] for label in self.experts}
-        return {**found, self.base: models.labelled(self.base)} if base and self.base not in found else found
+        return (
+            {**found, self.base: models.labelled(self.base)}
+            if base and self.base in self.tensors.keys() - found
+            else found
+        )
 
 
 def whole(recipe: Recipe, models: Models, matched: Matched) -> Iterator[Target]:

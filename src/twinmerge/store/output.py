@@ -1,4 +1,7 @@
-"""Outputs that appear under their name only when they are whole: folders with a manifest, and single files."""
+"""Outputs that appear under their name only when they are whole: folders with a manifest, and single files.
+
+Longer than other files: folders and files appear in one way, step by step.
+"""
 
 from __future__ import annotations
 

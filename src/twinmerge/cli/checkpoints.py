@@ -1,0 +1,37 @@
+"""`twinmerge checkpoints`: the checkpoints of one training run as one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinmerge.cli.common import Json, Threads, print_json, said, size
+from twinmerge.maths.threads import use_threads
+
+
+def checkpoints(
+    folder: Annotated[Path, typer.Argument(help="The run: it has checkpoint-500, checkpoint-1000, … inside.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="linear (the mean), cosine, minus_sqrt, or ema.")
+    ] = "linear",
+    last: Annotated[int | None, typer.Option("--last", min=1, help="How many of the last ones. [all]")] = None,
+    decay: Annotated[float, typer.Option("--decay", help="Of ema.")] = 0.9,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the output: float32, bfloat16, float16.")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Merge the checkpoints of one training run, in the place of a decay of its learning rate.
+
+    twinmerge checkpoints RUN --schedule minus_sqrt --last 10 -o OUT
+    """
+    from twinmerge.engine.checkpoints import merge_checkpoints
+
+    use_threads(threads)
+    merge = merge_checkpoints(folder, output, schedule=schedule, last=last, decay=decay, dtype=dtype)
+    found = merge.check()
+    said(f"Merged {len(merge.recipe.experts)} checkpoints, {size(found['output_bytes'])} -> {output}")
+    if json:
+        print_json(merge.to_dict())

@@ -1,0 +1,67 @@
+"""`twinmerge recipe`: a template, a check, and what a recipe gives each tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinmerge.cli.common import Json, print_json, print_table, said
+
+File = Annotated[Path, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.")]
+
+
+def new(
+    method: Annotated[str, typer.Argument(help="See `twinmerge methods`.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file to write; else it is printed.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a recipe to fill in: every parameter of a method with its default and what it is for.
+
+    twinmerge recipe new ties -o ties.yaml
+    """
+    from twinmerge.recipes.template import recipe_template
+
+    text = recipe_template(method, output)
+    if json:
+        print_json({"recipe": text})
+    elif output is None:
+        typer.echo(text, nl=False)
+    else:
+        said(f"Fill in the models, then: twinmerge merge {output} OUT")
+
+
+def check(recipe: File, json: Json = False) -> None:
+    """Read a recipe and say what it means, without a look at its models.
+
+    twinmerge recipe check RECIPE.yaml
+    """
+    from twinmerge.recipes.documents import read_recipe
+
+    found = read_recipe(recipe)
+    described = found.describe()
+    if json:
+        print_json(described)
+        return
+    rows = [(key, str(value)) for key, value in described.items() if value not in (None, [], {})]
+    print_table(f"{recipe} by {found.semantics}'s semantics", ["what", "value"], rows)
+
+
+def explain(recipe: File, json: Json = False) -> None:
+    """Say what each tensor of the output is made of: models, layers, parameters.
+
+    twinmerge recipe explain RECIPE.yaml
+    """
+    from twinmerge.engine.explain import explain_recipe
+
+    found = explain_recipe(recipe)
+    if json:
+        print_json(found.to_dict())
+        return
+    columns, rows = found._table()
+    print_table(f"{found.method}, by {found.semantics}'s semantics", columns, [[str(c) for c in row] for row in rows])
+    if found.copied:
+        said(f"{len(found.copied)} tensors are copied as they are.")
