@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,12 @@ def test_every_room_is_in_the_architecture() -> None:
     for path in (ROOT / "src" / "twinmerge").iterdir():
         if path.is_dir() and (path / "__init__.py").exists():
             assert f"| `{path.name}/` |" in text, path.name
+
+
+def test_the_page_on_mergekit_is_what_the_tables_of_the_code_say() -> None:
+    spec = spec_from_file_location("mergekit_page", ROOT / "docs" / "mergekit_page.py")
+    assert spec is not None and spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    written = (ROOT / "docs" / "mergekit.md").read_text(encoding="utf-8")
+    assert script.page(script.by_hand()) == written, "Run python docs/mergekit_page.py."
