@@ -43,7 +43,7 @@ def planned(recipe: Recipe, models: Models, matched: Matched, architecture: bool
 
     first = next(iter(models.experts.values()))
     order = sorted(matched.merged, key=first.place)
-    reads_base = models.has_base and (method.space == "deltas" or recipe.lines is not None)
+    reads_base = models.has_base and (method.space != "parameters" or recipe.lines is not None)
     merged = {
         base.stored[name]: entry_of(models, base.stored[name], name, method, reads_base, spec_of(name))
         for name in order

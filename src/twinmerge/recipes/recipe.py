@@ -371,7 +371,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
     if not isinstance(raw.get("merge_method"), str):
         raise RecipeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
     method = by_our_name(raw["merge_method"])
-    deltas = method_class(method).space == "deltas"
+    deltas = method_class(method).space != "parameters"
     base, models = _model(raw.get("base_model"), f"{where}, base_model"), raw.get("models")
     if not isinstance(models, list):
         raise RecipeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")
