@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinmerge.errors import RecipeError, TwinmergeError, nearest
+from twinmerge.methods.kit.base import Space
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
@@ -38,17 +39,11 @@ OF_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 
 
 NEAREST = {
-    "model_stock": "linear",
-    "nuslerp": "slerp",
-    "multislerp": "slerp",
-    "karcher": "slerp",
     "della": "dare_ties",
     "della_linear": "dare_linear",
     "breadcrumbs": "task_arithmetic",
     "breadcrumbs_ties": "ties",
     "sce": "ties",
-    "nearswap": "slerp",
-    "arcee_fusion": "slerp",
     "ram": "task_arithmetic",
     "ramplus_tl": "task_arithmetic",
 }
@@ -112,7 +107,7 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
     ours = _ours(method, where)
     dialect = method_class(ours).mergekit[method]
     base = None if raw.get("base_model") is None else _reference(raw["base_model"], f"{where}, base_model")
-    models, ignored = _models(raw, dialect, method_class(ours).space == "deltas", base, where)
+    models, ignored = _models(raw, dialect, method_class(ours).space, base, where)
     general = _settings(raw.get("parameters"), dialect, where)
     if "name" in raw:
         ignored.append("name, which only mergekit-multi reads")
@@ -201,7 +196,7 @@ def _ours(method: str, where: str) -> str:
 
 
 def _models(
-    raw: Mapping[str, Any], dialect: Dialect, on_deltas: bool, base: str | None, where: str
+    raw: Mapping[str, Any], dialect: Dialect, space: Space, base: str | None, where: str
 ) -> tuple[dict[str, _Entry], list[str]]:
     """The models that are merged, by their names, the base first where it is one of them; and what is ignored."""
     listed = raw.get("models")
@@ -226,14 +221,14 @@ def _models(
             raise RecipeError(f"{where} lists the model {model!r} twice. List it once.")
         seen.add(model)
         settings = _settings(each.get("parameters"), dialect, at)
-        if on_deltas and model == base:
+        if space != "parameters" and model == base:
             ignored += [f"{key} of the base" for key in settings]
             continue
         entries.append(_Entry(model, settings))
         names.append(each.get("name"))
-    if on_deltas and base is None:
+    if space == "deltas" and base is None:
         raise RecipeError(f"{where}: {method} works on changes to a base. Add base_model: its path.")
-    if not on_deltas and base is not None:
+    if space == "parameters" and base is not None:
         first = next((i for i, entry in enumerate(entries) if entry.model == base), None)
         if first is None:  # mergekit adds it to the inputs
             entries, names = [_Entry(base, {}), *entries], [None, *names]
