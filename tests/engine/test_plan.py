@@ -56,7 +56,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def recipe(family: dict[str, Path], method: str = "task_arithmetic", **given: Any) -> Recipe:
     lines = given.pop("lines", None)
-    experts = {n: str(family[n]) for n in "xy"}
+    experts = {n: str(family[n]) for n in "xy"[: method_class(method).experts_max]}
     return Recipe(method, str(family["base"]), experts, given, lines=lines)
 
 

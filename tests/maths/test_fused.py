@@ -399,8 +399,10 @@ def test_any_number_of_threads_at_once() -> None:
         lambda x, out: merge(Rule((1.0,), False), None, [x], Values(np.frombuffer(bytes(8), np.uint8), "F32")),
         lambda x, out: merge(Rule((1.0,), False, trim=Trim((1, 2), (1, 2))), None, [x], out),
         lambda x, out: in_bracket(x, None, 0, 1, [0, 1, 2, 3, 4]),
-        lambda x, out: gram(x, stored([1.0], "F32")),
-        lambda x, out: gram(Values(x.memory, "I8"), x),
+        lambda x, out: gram(None, [x, stored([1.0], "F32")]),
+        lambda x, out: gram(stored([1.0], "F32"), [x]),
+        lambda x, out: gram(None, [Values(x.memory, "I8"), x]),
+        lambda x, out: gram(None, []),
     ],
 )
 def test_what_does_not_fit_together_is_refused(wrong: Any) -> None:
@@ -412,7 +414,7 @@ def test_without_the_library_calls_say_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fused, "_library", lambda: None)
     assert not fused.available()
     with pytest.raises(RuntimeError, match="compiled"):
-        gram(stored([1.0], "F32"), stored([1.0], "F32"))
+        gram(None, [stored([1.0], "F32")])
 
 
 @compiled
@@ -425,22 +427,35 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
 
 
 @compiled
+def test_a_rule_may_leave_it_to_the_base_what_it_works_on() -> None:
+    base, *experts = models(1, 2000, ["BF16", "F32", "BF16"], "near")
+    for theirs in (base, None):
+        found = {}
+        for deltas in (None, theirs is not None):
+            out = empty(2000, "F32")
+            assert merge(Rule((0.3, 0.6), deltas), theirs, experts, out).sound
+            found[deltas] = out.memory.tobytes()
+        assert len(found) == 2 and len(set(found.values())) == 1
+
+
+@compiled
 @FEW
 @given(
     seed=st.integers(0, 1 << 32),
     size=st.sampled_from([0, 1, 63, 64, 65, 65_535, 65_536, 65_537, 200_001]) | st.integers(0, 3000),
-    codes=st.tuples(st.sampled_from(CODES), st.sampled_from(CODES)),
+    codes=st.lists(st.sampled_from(CODES), min_size=2, max_size=11),
+    with_base=st.booleans(),
     kind=st.sampled_from(["near", "bits"]),
 )
-def test_gram(seed: int, size: int, codes: tuple[str, str], kind: Kind) -> None:
-    a, b = models(seed, size, codes, kind)
-    found = gram(a, b)
-    if not size:
-        assert found.shape == (3, 0)
-        return
-    expected = sums.blocked_gram(torch.stack([numbers(a).float(), numbers(b).float()]))
-    expected = torch.stack([expected[0, 0], expected[0, 1], expected[1, 1]])
-    np.testing.assert_array_equal(found, expected.numpy())
+def test_gram(seed: int, size: int, codes: list[str], with_base: bool, kind: Kind) -> None:
+    """Of more experts than a panel has, too."""
+    base, *experts = models(seed, size, codes, kind)
+    theirs = base if with_base else None
+    found = gram(theirs, experts)
+    assert found.shape == (len(experts), len(experts), -(-size // sums.BLOCK))
+    if size:
+        x = deltas(theirs, experts)[0]
+        np.testing.assert_array_equal(found, sums.blocked_gram(x.reshape(len(x), -1)).numpy())
 
 
 @compiled

@@ -83,17 +83,18 @@ def measured(name: str, expert: str, folder: str) -> list[Path]:
 
 def prepare(
     name: str, experts: Mapping[str, State], parameters: Mapping[str, Any]
-) -> tuple[Method, Callable[[State, str], Tile]]:
-    """The method, and what makes the whole tile of one tensor; a mapping is a parameter per expert."""
+) -> tuple[Method, Callable[[State | None, str], Tile]]:
+    """The method, and what makes the whole tile of one tensor, out of a base or None where the method can do without; a
+    mapping is a parameter per expert."""
     flat = {}
     for key, value in parameters.items():
         flat.update({f"{e}.{key}": v for e, v in value.items()} if isinstance(value, Mapping) else {key: value})
     names = order(name, experts)
     method = make_method(name, names, flat)
 
-    def load(base: State, tensor: str) -> Tile:
+    def load(base: State | None, tensor: str) -> Tile:
         x = torch.stack([experts[e][tensor].float() for e in names])
-        if method.space == "parameters":
+        if method.space == "parameters" or base is None:
             fisher, grams = None, []
             if "fisher" in method.needs:
                 fisher = torch.stack([fisher_of(e, tensor, tuple(x.shape[1:])) for e in names])
@@ -132,9 +133,9 @@ def through(method: Method, tiles: Mapping[str, Tile]) -> State:
     return merged
 
 
-def combine(name: str, base: State, experts: Mapping[str, State], **parameters: Any) -> State:
+def combine(name: str, base: State | None, experts: Mapping[str, State], **parameters: Any) -> State:
     method, load = prepare(name, experts, parameters)
-    return through(method, {tensor: load(base, tensor) for tensor in base})
+    return through(method, {tensor: load(base, tensor) for tensor in next(iter(experts.values()))})
 
 
 def piece(method: Method, tile: Tile, start: int, stop: int) -> Tile:
@@ -157,6 +158,8 @@ def rows(tile: Tile, start: int, stop: int) -> Tile:
 
 
 def split(method: Method, tile: Tile, step: int) -> list[Tile]:
+    if method.grain_of(tile.at) != "element":
+        return [tile]
     return [piece(method, tile, at, at + step) for at in range(0, tile.x[0].numel(), step)]
 
 
@@ -184,7 +187,9 @@ def combine_tiled(
             for tensor in group:
                 known[tensor][each.name] = found
     return {
-        tensor: torch.cat([method.apply(tile, known[tensor]) for tile in tiles[tensor]]).reshape(base[tensor].shape)
+        tensor: torch.cat([method.apply(tile, known[tensor]).flatten() for tile in tiles[tensor]]).reshape(
+            base[tensor].shape
+        )
         for tensor in base
     }
 
@@ -568,13 +573,13 @@ def of_its_tests(name: str, what: str) -> Any:
     return getattr(module, what, None)
 
 
-def transcribe(name: str, base: State, experts: Mapping[str, State], **parameters: Any) -> Arrays:
+def transcribe(name: str, base: State | None, experts: Mapping[str, State], **parameters: Any) -> Arrays:
     """The merged tensors in float64, by an independent few lines of NumPy."""
     transcription = TRANSCRIPTIONS.get(name) or of_its_tests(name, "transcription")
     if transcription is None:
         pytest.fail(f"write the NumPy transcription of {name} as `transcription` in tests/methods/test_{name}.py")
     method, load = prepare(name, experts, parameters)
-    tiles = {n: load(base, n) for n in base}
+    tiles = {n: load(base, n) for n in next(iter(experts.values()))}
     x = {n: tile.x.double().numpy() for n, tile in tiles.items()}
     merged = transcription(x, order(name, experts), SimpleNamespace(**method.model_dump()))
     return {n: v if tiles[n].base is None else tiles[n].base.double().numpy() + v for n, v in merged.items()}

@@ -40,6 +40,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dare": [{"rescale": "l1", "scale": 1.0}, {"rescale": "none", "density": 0.9, "seed": 7}, {"density": 0.0}],
     "dare_ties": [{"rescale": "l1"}, {"trim_density": 0.3}, {"trim_density": 0.5, "scope": "tensor", "density": 0.3}],
     "slerp": [{"t": 0.3}, {"t": 1.0}],
+    "model_stock": [{"filter_wise": True}, {"compat": "mergekit"}],
+    "nuslerp": [{"flatten": False}, {"flatten": False, "row_wise": True, "compat": "mergekit"}],
+    "multislerp": [{"normalize_weights": False, "eps": 1e-3, "compat": "mergekit"}],
+    "karcher": [{"compat": "mergekit", "max_iter": 2, "tol": 1e-5}],
+    "nearswap": [{"t": 0.05}],
     "tsv": [{"scale": 0.5}, {"calibration": 0.2}],
     "svc": [{"calibration": 0.5, "scale": 0.5}],
     "iso_c": [{"mean_over": "rank", "scale": 1.5}, {"calibration": 0.1}],
@@ -188,7 +193,7 @@ def test_a_number_that_is_not_finite_is_an_error_with_its_place(methods, name, b
         return inputs.load(Range("a.weight", 0, 63)).x
 
     assert load().isfinite().all()
-    culprit = list(experts)[1]
+    culprit = list(experts)[-1]
     experts[culprit]["a.weight"][3, 2] = bad
     with pytest.raises(TwinmergeError, match=rf"'a\.weight'.*'{culprit}'"):
         load()
@@ -269,7 +274,7 @@ def test_idempotent(methods, name, parameters, same_bits):
     base, experts = methods.problem(count(name), seed=3)
     one = next(iter(experts.values()))
     full = {"scale": 1.0} if "scale" in method_class(name).model_fields else {}
-    got = methods.combine(name, base, dict.fromkeys(experts, one), **full, **parameters)
+    got = methods.combine(name, base, dict.fromkeys(experts, one), **{**parameters, **full})
     assert all(same_bits(got[tensor], one[tensor]) for tensor in base)
 
 
@@ -328,6 +333,13 @@ def test_homogeneous(methods, name, parameters):
         )
 
 
+@pytest.mark.parametrize("name, parameters", [c for c in ALL if method_class(c.values[0]).space == "either"])
+def test_either_without_a_base_is_what_it_is_on_a_base_of_zeros(methods, name, parameters):
+    base, experts = methods.problem(count(name), seed=15, zero_base=True)
+    one, other = (methods.combine(name, start, experts, **parameters) for start in (base, None))
+    assert all(torch.equal(one[tensor], other[tensor]) for tensor in base)
+
+
 # ---------------------------------------------------------------------------------------- abilities
 
 
@@ -339,7 +351,8 @@ def able(ability: str, table: list[Any] = ALL) -> list[Any]:
 def test_linear_is_the_sum_that_its_coefficients_say(methods, name, parameters):
     base, experts = methods.problem(count(name), seed=9)
     by = {e: (i + 2) / 8 for i, e in enumerate(sorted(experts))}
-    for chosen in (parameters, {**parameters, "weights": by}):
+    weighed = {"weights": by} if "weights" in method_class(name).model_fields else {}
+    for chosen in (parameters, {**parameters, **weighed}):
         method, load = methods.prepare(name, experts, chosen)
         coefficients = np.array(method.coefficients(len(experts)))
         got = methods.combine(name, base, experts, **chosen)

@@ -454,10 +454,11 @@ def test_mergekits_names_that_need_no_torch_import_none():
     code = """
 import sys
 from twinmerge.recipes.recipe import recipe_from
-for name in ("linear", "passthrough", "slerp", "task_arithmetic", "dare_linear"):
+alone = ("linear", "passthrough", "karcher", "nuslerp", "multislerp")
+for name in (*alone, "slerp", "task_arithmetic", "dare_linear", "model_stock"):
     count = 1 if name == "passthrough" else 2
     models = [{"model": f"x/{i}", "parameters": {"weight": 0.5}} for i in range(count)]
-    base = {} if name in ("linear", "passthrough") else {"base_model": "x/0" if name == "slerp" else "x/base"}
+    base = {} if name in alone else {"base_model": "x/0" if name == "slerp" else "x/base"}
     recipe_from({"merge_method": name, "models": models, **base, "parameters": {"t": 0.5}}).make_method()
     assert "torch" not in sys.modules, name
 """

@@ -266,7 +266,7 @@ class Inputs:
         """Of every expert's delta, where all are adapters of this base's very tensor."""
         base = self.models.labelled(entry.base_label)
         experts = {label: self.models.experts[label] for label in entry.place.experts}
-        deltas = entry.base is not None and entry.rule.space == "deltas"
+        deltas = entry.base is not None and entry.rule.space != "parameters"
         whole = all(source.view.whole and source.tensor == entry.tensor for source in entry.sources.values())
         if not deltas or not whole or not any(expert.low_rank(entry.tensor) for expert in experts.values()):
             return None
@@ -299,7 +299,7 @@ class Inputs:
         """x, base and the dtype of sums."""
         import torch
 
-        deltas = self.entries[each.name].rule.space == "deltas"
+        deltas = self.entries[each.name].rule.space != "parameters"
         x = torch.empty((len(stored.experts), each.size), dtype=torch.float32)
         for row, values in zip(x, stored.experts, strict=True):
             row.copy_(_numbers(values))
@@ -385,9 +385,11 @@ def gram(statistics: Statistics, name: str) -> Gram | None:
 
 
 def _needs_torch(entry: Entry) -> bool:
-    """Whether the compiled library does not know the rule, or not what is done with its result."""
+    """Whether the compiled library does not know the rule, or not what is done with its result; it knows nothing of
+    rows and matrices."""
     method = entry.rule
-    return not method.has_rule() or (method.space == "parameters" and entry.base is not None)
+    scaled_after = method.space == "parameters" and entry.base is not None
+    return not method.has_rule() or entry.grain != "element" or scaled_after
 
 
 def _not_finite(tensor: str, expert: str) -> str:

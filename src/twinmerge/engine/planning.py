@@ -57,7 +57,7 @@ def planned(
         first = target.experts[0]
         return models.experts[first].place(target.tensors[first])
 
-    reads_base = models.has_base and (rules.method.space == "deltas" or recipe.lines is not None)
+    reads_base = models.has_base and (rules.method.space != "parameters" or recipe.lines is not None)
     merged: dict[str, Entry] = {}
     copied = [target for target in targets if not target.experts]
     for target in sorted(

@@ -147,8 +147,7 @@ class _Stack:
                 f"comes after the layers is merged of {', '.join(s.model for s in ends)} alone.",
                 stacklevel=6,
             )
-            deltas = method_class(self.recipe.method).space == "deltas"
-            if deltas and (last.base or BASE) not in [span.model for span in ends]:
+            if self.recipe.on_changes and (last.base or BASE) not in [span.model for span in ends]:
                 raise RecipeError("The last slice's base would be left out of them. List it first in that slice.")
         base = self.models.base
         for label in {span.model for slice_ in (first, last) for span in slice_.sources}:
@@ -190,7 +189,7 @@ class _Stack:
         self, slice_: Slice, sources: Sequence[Span], name: str, tensors: Mapping[str, str], depth: float
     ) -> Target:
         method, base = method_class(self.recipe.method), slice_.base or BASE
-        experts = [span.model for span in sources if method.space != "deltas" or span.model != base]
+        experts = [span.model for span in sources if not self.recipe.on_changes or span.model != base]
         first = sources[0].model
         model, own = self.models.labelled(first), tensors[first]
         target = Target(

@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 3
+#define VERSION 4
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -72,7 +72,8 @@ typedef struct {
 
 /* A block is 1024 rows of 64. Folding it in half again and again adds row r and row r + 512, then r and r + 256, ...:
  * eight rows 128 apart are one branch of that tree, and the branches join like the carries of a counter. */
-enum { COLUMNS = 64, ROWS = BLOCK / COLUMNS, BRANCH = 8, BRANCHES = ROWS / BRANCH };
+enum { COLUMNS = 64, ROWS = BLOCK / COLUMNS, BRANCH = 8, BRANCHES = ROWS / BRANCH, LEVELS = 8 /* 1 + log2(BRANCHES) */ };
+enum { PANEL = 8 }; /* experts whose products with all others are summed up at once */
 
 typedef struct {
     uint32_t changed, differing, worst;
@@ -154,7 +155,7 @@ INLINE uint64_t high_product(uint64_t x, uint64_t y, bool pieces) {
 typedef struct {
     void (*merge[2])(const Rule *, const Range *, Outcome *); /* sums in float, in double */
     void (*weigh)(const Rule *, const Range *, const void *const *, Outcome *);
-    void (*gram)(const void *, int, const void *, int, size_t, double *);
+    void (*gram)(const Range *, size_t, size_t, float *, double *, double *);
     void (*norms)(const void *, int, const void *, int, size_t, const uint64_t *, uint32_t, uint64_t, double *);
     size_t (*bracket)(const void *, int, const void *, int, size_t, int32_t, uint32_t, const int32_t *, int64_t *, int32_t *);
 } Level;
@@ -368,55 +369,67 @@ INLINE void NAME(products)(const float a[BRANCH][COLUMNS], const float b[BRANCH]
     }
 }
 
-/* Rows `row`, `row` + 128, ... of a block of n elements, zeros beyond its end. */
-INLINE void NAME(branch)(const void *x, int code, size_t n, size_t row, float to[BRANCH][COLUMNS]) {
+/* Rows `row`, `row` + 128, ... of a block of n elements, less the base's where there is a base; zeros beyond its end. */
+INLINE void NAME(branch)(const void *x, int code, const float (*base)[COLUMNS], size_t n, size_t row, float to[BRANCH][COLUMNS]) {
     for (size_t r = 0; r < BRANCH; r++) {
         size_t at = (row + r * BRANCHES) * COLUMNS, here = at < n ? least(n - at, COLUMNS) : 0;
+        const float *theirs = base ? base[r] : NULL;
         if (here == COLUMNS) {
-            NAME(load)(from(x, code, at), code, NULL, COLUMNS, to[r]);
+            NAME(load)(from(x, code, at), code, theirs, COLUMNS, to[r]);
             continue;
         }
         memset(to[r], 0, sizeof to[r]);
-        NAME(load)(from(x, code, at), code, NULL, here, to[r]);
+        NAME(load)(from(x, code, at), code, theirs, here, to[r]);
     }
 }
 
-/* <a, a>, <a, b> and <b, b> of one block. */
-static TARGET void NAME(gram)(const void *a, int of_a, const void *b, int of_b, size_t n, double *found) {
-    double sums[8][3 * COLUMNS]; /* branches that wait for their partner, and the newest: 1 + log2(BRANCHES) */
-    float rows[2][BRANCH][COLUMNS];
-    int waiting = 0;
-    for (size_t number = 0; number < BRANCHES; number++, waiting++) {
-        size_t row = 0; /* the number's bits in reverse */
-        for (size_t bit = 1; bit < BRANCHES; bit *= 2)
-            row = row * 2 + (number & bit ? 1 : 0);
-        NAME(branch)(a, of_a, n, row, rows[0]);
-        NAME(branch)(b, of_b, n, row, rows[1]);
-        for (int k = 0; k < 3; k++)
-            NAME(products)(rows[k / 2], rows[(k + 1) / 2], sums[waiting] + k * COLUMNS);
-        for (size_t carry = number; carry & 1; carry /= 2, waiting--)
-            for (int i = 0; i < 3 * COLUMNS; i++)
-                sums[waiting - 1][i] += sums[waiting][i];
-    }
-    for (int k = 0; k < 3; k++) {
-        double *sum = sums[0] + k * COLUMNS;
-        for (int width = COLUMNS / 2; width; width /= 2)
-            for (int i = 0; i < width; i++)
-                sum[i] += sum[i + width];
-        found[k] = sum[0];
+/* <x_i, x_j>, i <= j, row by row, of the block of n elements from `at` on; x = stored - base where there is a base.
+ * rows, sums: room for the branches of all experts, and for the sums of a panel on every level. */
+static TARGET void NAME(gram)(const Range *range, size_t count, size_t at, float *rows, double *sums, double *found) {
+    size_t n = least(BLOCK, range->size - at);
+    const uint8_t *codes = range->codes;
+    float(*x)[BRANCH][COLUMNS] = (float(*)[BRANCH][COLUMNS])rows, base[BRANCH][COLUMNS];
+    for (size_t first = 0; first < count; first += PANEL) {
+        size_t last = least(first + PANEL, count), pairs = 0;
+        for (size_t i = first; i < last; i++)
+            pairs += count - i;
+        size_t width = pairs * COLUMNS;
+        int waiting = 0;
+        for (size_t number = 0; number < BRANCHES; number++, waiting++) {
+            size_t row = 0; /* the number's bits in reverse */
+            for (size_t bit = 1; bit < BRANCHES; bit *= 2)
+                row = row * 2 + (number & bit ? 1 : 0);
+            if (range->base)
+                NAME(branch)(from(range->base, codes[0], at), codes[0], NULL, n, row, base);
+            for (size_t e = first; e < count; e++)
+                NAME(branch)(from(range->experts[e], codes[e + 1], at), codes[e + 1], range->base ? base : NULL, n, row, x[e]);
+            double *to = sums + waiting * width;
+            for (size_t i = first; i < last; i++)
+                for (size_t j = i; j < count; j++, to += COLUMNS)
+                    NAME(products)(x[i], x[j], to);
+            for (size_t carry = number; carry & 1; carry /= 2, waiting--)
+                for (size_t i = 0; i < width; i++)
+                    sums[(waiting - 1) * width + i] += sums[waiting * width + i];
+        }
+        for (double *sum = sums; sum < sums + width; sum += COLUMNS, found++) {
+            for (int half = COLUMNS / 2; half; half /= 2)
+                for (int i = 0; i < half; i++)
+                    sum[i] += sum[i + half];
+            *found = sum[0];
+        }
     }
 }
 
 /* The sum of |x| over one block of n elements. */
 static TARGET double NAME(block_size)(const float *x, size_t n) {
-    double sums[8][COLUMNS]; /* as in gram */
+    double sums[LEVELS][COLUMNS]; /* branches that wait for their partner, and the newest */
     float rows[BRANCH][COLUMNS];
     int waiting = 0;
     for (size_t number = 0; number < BRANCHES; number++, waiting++) {
         size_t row = 0;
         for (size_t bit = 1; bit < BRANCHES; bit *= 2)
             row = row * 2 + (number & bit ? 1 : 0);
-        NAME(branch)(x, F32, n, row, rows);
+        NAME(branch)(x, F32, NULL, n, row, rows);
         for (int i = 0; i < COLUMNS; i++) {
             double p[BRANCH];
             for (int r = 0; r < BRANCH; r++)
@@ -725,10 +738,12 @@ EXPORT void twinmerge_fused_weigh(const Rule *rule, const void *const *experts, 
     found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;
 }
 
-/* found: three sums for each block. */
-EXPORT void twinmerge_fused_gram(const void *a, int of_a, const void *b, int of_b, size_t size, double *found) {
-    for (size_t at = 0; at < size; at += BLOCK, found += 3)
-        levels[level]->gram(from(a, of_a, at), of_a, from(b, of_b, at), of_b, least(BLOCK, size - at), found);
+/* found: a sum for each pair of experts, block by block; rows, sums: as of `gram` above. */
+EXPORT void twinmerge_fused_gram(const void *base, const void *const *experts, const char *codes, size_t count, size_t size,
+                                 float *rows, double *sums, double *found) {
+    Range range = {base, experts, NULL, (const uint8_t *)codes, size, 0};
+    for (size_t at = 0; at < size; at += BLOCK, found += count * (count + 1) / 2)
+        levels[level]->gram(&range, count, at, rows, sums, found);
 }
 
 /* found: two sums for each block; offset: index of the first element in its tensor. */

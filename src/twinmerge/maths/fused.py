@@ -28,8 +28,9 @@ CODES = ("BF16", "F16", "F32")
 
 SHARED = 4  # values that `in_bracket` counts apart, at most
 MOST = 1024  # experts, at most
-_VERSION = 3  # of fused.c
+_VERSION = 4  # of fused.c
 _BLOCK = 65_536
+_BRANCH, _LEVELS, _PANEL, _COLUMNS = 8, 8, 8, 64  # of fused.c: how the sums of a block are put together
 _CODE = {name: number for number, name in enumerate(CODES)}
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _COMBINE = {"mean": 1, "sum": 2, "max": 3}
@@ -87,13 +88,13 @@ class Importance(NamedTuple):
 class Rule(NamedTuple):
     """What is done with the values; whatever is used again is prepared once.
 
-    deltas: x_t = θt - θ0, and the result is θ0 + scale · s; else x_t = θt, and it is s / divisor. s = Σt wt x_t, or
-    what `elect` makes of x_t. First x_t is dropped, then trimmed, where that is asked for. importance: the result is
+    deltas: x_t = θt - θ0, and the result is θ0 + scale · s; else x_t = θt, and it is s / divisor; None: the one where
+    there is a base, the other where there is none. s = Σt wt x_t, or what `elect` makes of x_t. First x_t is dropped, then trimmed, where that is asked for. importance: the result is
     Σ It θt / Σ It with It = factor · max(Ft, floor), and Σ wt θt / divisor where all It are 0.
     """
 
     weights: tuple[float, ...]
-    deltas: bool
+    deltas: bool | None
     scale: float = 1.0
     divisor: float = 1.0
     drop: Drop | None = None
@@ -136,7 +137,7 @@ def merge(
     Sums over the experts are taken in float32 where all inputs have 16 bits, else in float64 (`Tile.work`).
 
     Args:
-        base: θ0; not read where the rule works on parameters.
+        base: θ0; not read where the rule says that it works on parameters.
         experts: θt, one for each weight, at most 1024.
         out: its memory is written.
         offset: index of the first element in its tensor, which the random draws of `Drop` are keyed with.
@@ -153,6 +154,8 @@ def merge(
         ...     assert merge(rule, None, [x, y], Values(merged.view(np.uint8), "F32")) == (0, 0, True, True)
         ...     assert merged.tolist() == [3.5, 6.0]
     """
+    if rule.deltas is None:
+        rule = rule._replace(deltas=base is not None)
     library, prepared = _required(), _prepared(rule)
     if len(experts) != len(rule.weights):
         raise ValueError(f"{len(experts)} experts for {len(rule.weights)} weights")
@@ -181,11 +184,12 @@ def merge(
     return Outcome(changed, erased, bool(sound), bool(fits))
 
 
-def gram(a: Values, b: Values) -> NDArray[np.float64]:
-    """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of each block of 65,536 elements, as `sums.blocked_gram` adds them.
+def gram(base: Values | None, experts: Sequence[Values]) -> NDArray[np.float64]:
+    """⟨x_i, x_j⟩ of each block of 65,536 elements, as `sums.blocked_gram` adds them; x_t = θt - θ0, or θt without a
+    base.
 
     Returns:
-        (3, ceil(size / 65536)).
+        (experts, experts, ceil(size / 65536)).
 
     Raises:
         ValueError, RuntimeError: as `merge`.
@@ -193,12 +197,26 @@ def gram(a: Values, b: Values) -> NDArray[np.float64]:
     Example:
         >>> x, y = (Values(np.array(row, np.float32).view(np.uint8), "F32") for row in ([1, 0], [1, 2]))
         >>> if available():
-        ...     assert gram(x, y).tolist() == [[1.0], [1.0], [5.0]]
+        ...     assert gram(None, [x, y])[:, :, 0].tolist() == [[1.0, 1.0], [1.0, 5.0]]
+        ...     assert gram(x, [y])[:, :, 0].tolist() == [[4.0]]
     """
-    size = _size(a)
-    found = np.empty((-(-size // _BLOCK), 3))
-    _required().twinmerge_fused_gram(*_stored(a, size), *_stored(b, size), size, found.ctypes.data)
-    return found.T
+    library, count = _required(), len(experts)
+    if not 1 <= count <= MOST:
+        raise ValueError(f"{count} experts; 1 to {MOST} can be compared")
+    size = _size(experts[0])
+    at, of_base = _stored(base, size)
+    addresses = (ctypes.c_void_p * count)(*[_address(each, size) for each in experts])
+    codes = bytes([of_base, *[_CODE[each.code] for each in experts]])
+    rows = np.empty((count, _BRANCH, _COLUMNS), np.float32)
+    sums = np.empty((_LEVELS, min(count, _PANEL) * count, _COLUMNS))
+    upper = [(i, j) for i in range(count) for j in range(i, count)]
+    pairs = np.empty((-(-size // _BLOCK), len(upper)))
+    room = (rows.ctypes.data, sums.ctypes.data, pairs.ctypes.data)
+    library.twinmerge_fused_gram(at, addresses, codes, count, size, *room)
+    found = np.empty((count, count, len(pairs)))
+    for (i, j), products in zip(upper, pairs.T, strict=True):
+        found[i, j] = found[j, i] = products
+    return found
 
 
 def norms(
@@ -314,7 +332,7 @@ def _prepared(rule: Rule) -> _Prepared:
         kept.append(array)
         return array.ctypes.data
 
-    filled = _Rule(experts=count, scale=rule.scale, divisor=rule.divisor, deltas=rule.deltas)
+    filled = _Rule(experts=count, scale=rule.scale, divisor=rule.divisor, deltas=bool(rule.deltas))
     filled.weights = pointer([rule.weights[e] for e in rank], np.float64)
     if rule.importance is not None:
         filled.importances = pointer([rule.importance.factors[e] for e in rank], np.float64)
@@ -392,7 +410,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
     for name, arguments, answer in [
         ("merge", [address, address, address, address, ctypes.c_char_p, count, ctypes.c_uint64, address], None),
         ("weigh", [address, address, address, address, ctypes.c_char_p, count, address], None),
-        ("gram", [*values, address], None),
+        ("gram", [address, address, ctypes.c_char_p, count, count, address, address, address], None),
         ("norms", [*values, address, ctypes.c_uint32, ctypes.c_uint64, address], None),
         ("bracket", [*values, ctypes.c_int32, ctypes.c_uint32, address, address, address], count),
         ("level", [code], code),

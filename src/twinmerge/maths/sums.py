@@ -76,6 +76,23 @@ def block_sums(x: Tensor) -> Tensor:
     return torch.cat([_halve(a.double()) for a in x.flatten().split(_CHUNK)])
 
 
+def folded_sum(x: Tensor, axis: int) -> Tensor:
+    """The sum along an axis by folding it in half: the same bits whatever the other axes and the number of threads.
+
+    Example:
+        >>> import torch
+        >>> folded_sum(torch.tensor([[1.0, 2.0, 4.0], [8.0, 0.0, 0.0]]), -1).tolist()
+        [7.0, 8.0]
+    """
+    import torch
+
+    while (width := x.shape[axis]) > 1:
+        half, odd = divmod(width, 2)
+        added = x.narrow(axis, 0, half) + x.narrow(axis, half, half)
+        x = torch.cat([added, x.narrow(axis, width - 1, 1)], axis) if odd else added
+    return x.sum(axis)
+
+
 def total(*partials: Tensor | Iterable[float]) -> float:
     """The sum of all partial sums, rounded once (so their order does not matter either); 0.0 for none.
 

@@ -26,16 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def unless_one(count: int, based: bool) -> str | None:
-    """mergekit's passthrough takes one model."""
-    return None if count == 1 else f"passthrough takes one model as it is, got {count}, base_model counted. List one."
-
-
 class Average(Method, SumFold):
     """θ = Σt wt θt / Σt wt, element by element. No base is needed.
 
     With `normalize` false it is the sum Σt wt θt itself. The weights must add up to more than 0; compat="mergekit" (its
-    `linear`, and `passthrough` of one model) also takes those that add up to less.
+    `linear`) also takes those that add up to less.
 
     Source: Wortsman et al. 2022, "Model soups", arXiv 2203.05482 (uniform soup); the `linear` of other tools.
 
@@ -53,8 +48,7 @@ class Average(Method, SumFold):
     linear = True
     aliases = ("linear",)
     mergekit: ClassVar[Mapping[str, Dialect]] = {
-        "linear": Dialect({"weight": Number("weights")}, {"normalize": Switch("normalize", default=True)}),
-        "passthrough": Dialect({"scale": Number("weights", 1.0)}, fixed={"normalize": False}, refuse=unless_one),
+        "linear": Dialect({"weight": Number("weights")}, {"normalize": Switch("normalize", default=True)})
     }
 
     weights: PerExpert = weights_field()

@@ -8,48 +8,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from twinmerge.maths import fused
 from twinmerge.maths.fused import Rule
-from twinmerge.maths.sums import blocked_gram, total
-from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile, weighted_sum
-from twinmerge.methods.kit.dialect import Dialect, Number
+from twinmerge.methods.kit.base import Known, Method, Place, Tile, weighted_sum
+from twinmerge.methods.kit.dialect import Dialect, Number, base_and_one
+from twinmerge.methods.kit.inner_products import Products, Shares
+from twinmerge.methods.kit.sphere import arc
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LERP_ABOVE = 0.9995  # beyond this |cosine| the sphere is flat to float32 and sin(angle) loses its digits
-
-
-class InnerProducts(Pass[list[float]]):
-    """⟨a,a⟩, ⟨a,b⟩ and ⟨b,b⟩ of the two experts' whole tensor, in float64 over fixed blocks."""
-
-    name = "inner_products"
-    scope = "tensor"
-
-    def observe(self, tile: Tile, known: Known) -> Partial:
-        if tile.stored is not None:
-            blocks = fused.gram(*tile.stored.experts).tolist()
-        else:
-            gram = blocked_gram(tile.x.reshape(2, -1))
-            blocks = [gram[0, 0].tolist(), gram[0, 1].tolist(), gram[1, 1].tolist()]
-        return {f"{product} {tile.at.offset}": of for product, of in zip(("aa", "ab", "bb"), blocks, strict=True)}
-
-    def finish(self, total_: Partial, known: Known) -> list[float]:
-        return [
-            total(*(blocks for key, blocks in total_.items() if key.startswith(product)))
-            for product in ("aa", "ab", "bb")
-        ]
-
-
-def unless_two(count: int, based: bool) -> str | None:
-    """mergekit's slerp starts from its base_model."""
-    if count == 2 and based:
-        return None
-    return (
-        f"slerp is between base_model (t = 0) and one other model, got {count} models and {'a' if based else 'no'} "
-        "base_model. "
-        "Name the first of two models as base_model."
-    )
 
 
 class Slerp(Method):
@@ -64,10 +32,11 @@ class Slerp(Method):
     Example:
         >>> import torch
         >>> from twinmerge.methods.kit.base import Place, Tile
-        >>> slerp, tile = Slerp(t=0.5), Tile(torch.eye(2), None, Place("w", (2,)))
-        >>> products, known = InnerProducts(), Known()
-        >>> known[products.name] = products.finish(products.observe(tile, known), known)
-        >>> slerp.apply(tile, known)
+        >>> tile = Tile(torch.eye(2), None, Place("w", (2,)))
+        >>> method, known = Slerp(t=0.5), Known()
+        >>> for step in method.passes():
+        ...     known[step.name] = step.finish(step.observe(tile, known), known)
+        >>> method.apply(tile, known)
         tensor([0.7071, 0.7071])
     """
 
@@ -75,30 +44,30 @@ class Slerp(Method):
     experts_min = experts_max = 2
     laws = frozenset({"idempotent", "odd", "homogeneous"})
     paper = "Shoemake 1985"
-    mergekit: ClassVar[Mapping[str, Dialect]] = {"slerp": Dialect(shared={"t": Number("t")}, refuse=unless_two)}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "slerp": Dialect(shared={"t": Number("t")}, refuse=base_and_one("slerp"))
+    }
 
     t: float = Field(default=0.5, ge=0.0, le=1.0, description="where on the way from the first expert to the second")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
 
-    def passes(self) -> Sequence[InnerProducts]:
-        return (InnerProducts(),)
+    def passes(self) -> Sequence[Shares[tuple[float, float]]]:
+        return (Shares(self.space, self.shares),)
 
-    def shares(self, known: Known) -> tuple[float, float]:
+    def shares(self, products: Products) -> tuple[float, float]:
         """What θa and θb are multiplied with."""
-        aa, ab, bb = known.of(InnerProducts)
-        flat = 0.0 if self.compat == "mergekit" else 1.0
-        cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else flat
-        if abs(cosine) > LERP_ABOVE or self.t in (0.0, 1.0):
-            return 1.0 - self.t, self.t
-        angle = math.acos(cosine)
-        return math.sin((1.0 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle)
+        aa, ab, bb = (float(products[pair]) for pair in ((0, 0), (0, 1), (1, 1)))
+        none = 0.0 if self.compat == "mergekit" else 1.0
+        cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else none
+        of_a, of_b = arc(self.t, cosine, LERP_ABOVE).tolist()
+        return (of_a, of_b) if 0.0 < self.t < 1.0 else (1.0 - self.t, self.t)
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        of_a, of_b = self.shares(known)
+        of_a, of_b = known.of(Shares)
         if of_b in (0.0, 1.0):
             return tile.x[int(of_b)].clone()
         return weighted_sum((of_a, of_b), tile.x, tile.work).to(tile.x.dtype)
 
     def rule(self, at: Place, known: Known) -> Rule | None:
-        of_a, of_b = self.shares(known)
+        of_a, of_b = known.of(Shares)
         return None if of_b in (0.0, 1.0) else Rule((of_a, of_b), deltas=False)

@@ -12,13 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import SerializeAsAny
 
 from twinmerge.errors import ModelError, RecipeError, nearest
 from twinmerge.maths.sums import block_sums, total
-from twinmerge.methods.kit.base import Grain, Known, Method, Need, Partial, Pass, Place, Tile, moved, weighted_sum
+from twinmerge.methods.kit.base import (
+    Grain,
+    Known,
+    Method,
+    Need,
+    Partial,
+    Pass,
+    Place,
+    Space,
+    Tile,
+    moved,
+    weighted_sum,
+)
 from twinmerge.models.blocks import block_of
 
 if TYPE_CHECKING:
@@ -113,7 +125,7 @@ class Automatic(Pass[float]):
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         base, method = tile.require_base(), self.methods[tile.at.name]
-        x = tile.x if method.space == "deltas" else tile.x - base
+        x = tile.x - base if method.space == "parameters" else tile.x
         together = weighted_sum(1.0, x, base.double().dtype)
         merged = method.apply(tile, known).double() - base.double()
         key = f"{tile.at.name}\0{tile.at.offset}"
@@ -136,7 +148,7 @@ class Scaled(Method):
     by: float
 
     @property
-    def space(self) -> Literal["deltas", "parameters"]:  # type: ignore[override]
+    def space(self) -> Space:  # type: ignore[override]
         return self.method.space
 
     @property

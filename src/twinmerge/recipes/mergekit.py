@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinmerge.errors import RecipeError, TwinmergeError, nearest
+from twinmerge.methods.kit.base import Space
 from twinmerge.methods.kit.dialect import Dialect
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
@@ -40,17 +41,11 @@ OF_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 
 
 NEAREST = {
-    "model_stock": "linear",
-    "nuslerp": "slerp",
-    "multislerp": "slerp",
-    "karcher": "slerp",
     "della": "dare_ties",
     "della_linear": "dare_linear",
     "breadcrumbs": "task_arithmetic",
     "breadcrumbs_ties": "ties",
     "sce": "ties",
-    "nearswap": "slerp",
-    "arcee_fusion": "slerp",
     "ram": "task_arithmetic",
     "ramplus_tl": "task_arithmetic",
 }
@@ -88,7 +83,7 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
         )
     method = raw["merge_method"]
     ours = _ours(method, where)
-    reader = _Reader(method, method_class(ours).mergekit[method], method_class(ours).space == "deltas", where, ignored)
+    reader = _Reader(method, method_class(ours).mergekit[method], method_class(ours).space, where, ignored)
     outer = [scope(raw.get("parameters"), reader.dialect, where, ignored)]
     if "name" in raw:
         ignored.append("name, which only mergekit-multi reads")
@@ -128,15 +123,17 @@ class _Reader:
 
     method: str
     dialect: Dialect
-    on_deltas: bool
+    space: Space
     where: str
     ignored: list[str]
+    on_deltas: bool = False
 
     def whole(self, raw: Any, base: str | None, outer: list[Scope]) -> dict[str, Any]:
         """Models as they are: a base that is not among them is one of the inputs, where there is no change to it."""
         if not isinstance(raw, list):
             raise RecipeError(f"{self.where} has no list of models. Add models: with one '- model: path' per expert.")
         listed = [self._source(each, MODEL_KEYS, "every entry of models", self.where) for each in raw]
+        self.on_deltas = self.space == "deltas" or (self.space == "either" and base is not None)
         if self.on_deltas and base is None:
             raise RecipeError(f"{self.where}: {self.method} works on changes to a base. Add base_model: its path.")
         if not self.on_deltas and base is not None and base not in [source.model for source in listed]:
@@ -151,6 +148,8 @@ class _Reader:
         """Layers of models, one slice after the other."""
         if not isinstance(raw, list) or not raw:
             raise RecipeError(f"{self.where}: slices is no list. Write slices: with '- sources:' for each.")
+        based = base is not None or any(isinstance(each, dict) and each.get("base_model") for each in raw)
+        self.on_deltas = self.space == "deltas" or (self.space == "either" and based)
         read = [self._slice(each, base, f"{self.where}, slice {i}") for i, each in enumerate(raw, 1)]
         bases = [own for _, own, _, _ in read]
         if self.on_deltas and None in bases:

@@ -262,6 +262,12 @@ class Recipe:
         return replace(self, parameters=own, lines=Lines.of(lines) if lines else None)
 
     @property
+    def on_changes(self) -> bool:
+        """Whether the method works on changes to a base."""
+        space = method_class(self.method).space
+        return space == "deltas" or (space == "either" and self.base is not None)
+
+    @property
     def varies(self) -> bool:
         """Whether some parameter differs between tensors."""
         return bool(self.slices) or any(isinstance(value, Setting) for value in self.parameters.values())
@@ -282,8 +288,8 @@ class Recipe:
         """The method of some tensor: what is asked of its class holds for all."""
         if self.slices:
             first = self.slices[0]
-            deltas = method_class(self.method).space == "deltas"
-            merged = tuple(span.model for span in first.sources if not deltas or span.model != (first.base or BASE))
+            base = first.base or BASE
+            merged = tuple(s.model for s in first.sources if not self.on_changes or s.model != base)
             own = _examples(first.parameters or self.parameters)
             return make_method(
                 self.method, merged, {k: v for k, v in own.items() if k.rpartition(".")[0] in ("", *merged)}
@@ -436,7 +442,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
     if not isinstance(raw.get("merge_method"), str):
         raise RecipeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
     method = by_our_name(raw["merge_method"])
-    deltas = method_class(method).space == "deltas"
+    deltas = method_class(method).space != "parameters"
     base, models = _model(raw.get("base_model"), f"{where}, base_model"), raw.get("models")
     if not isinstance(models, list):
         raise RecipeError(f"{where} has no list of models. Add models: with one '- model: path' per expert.")

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from twinmerge.methods import Known, Pass, Place, Tile
+from twinmerge.methods.kit.inner_products import Shares
 from twinmerge.methods.kit.tall import Coefficients
-from twinmerge.methods.slerp import InnerProducts
 from twinmerge.methods.tsv import Orthogonal
 
 
 def test_what_a_pass_found_is_looked_up_by_class_object_or_name() -> None:
-    step, known = InnerProducts(), Known()
+    step, known = Shares("parameters", lambda products: products.tolist()), Known()
     tile = Tile(torch.eye(2), None, Place("w", (2,)))
-    assert known.maybe(step) is None and known.maybe(InnerProducts) is None
+    assert known.maybe(step) is None and known.maybe(Shares) is None
     known[step.name] = step.finish(step.observe(tile, known), known)
-    assert known.of(step) == known.of(InnerProducts) == known["inner_products"] == [1.0, 0.0, 1.0]
+    assert known.of(step) == known.of(Shares) == known["shares"] == [[1.0, 0.0], [0.0, 1.0]]
     again = pickle.loads(pickle.dumps(known))
     assert type(again) is Known and again == known
 
@@ -30,8 +30,8 @@ def test_what_a_derived_pass_found_is_looked_up_by_the_class_that_names_it() -> 
 
 
 def test_what_has_not_run_is_an_error_with_its_name() -> None:
-    with pytest.raises(KeyError, match="inner_products"):
-        Known().of(InnerProducts)
+    with pytest.raises(KeyError, match="shares"):
+        Known().of(Shares)
 
 
 def test_passes_of_before_they_said_what_they_find_still_do() -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from twinmerge.maths.lowrank import Factors
 
-Space = Literal["deltas", "parameters"]
+Space = Literal["deltas", "parameters", "either"]
 Outputs = Literal["model", "masks"]
 Law = Literal["idempotent", "symmetric", "odd", "homogeneous"]
 Need = Literal["fisher", "gram"]
@@ -51,7 +51,8 @@ class Method(BaseModel, ABC):
     and the conformance test holds a class to what it says.
 
     Class attributes
-        space: "deltas" (τt = θt − θ0) or "parameters" (θt).
+        space: "deltas" (τt = θt − θ0), "parameters" (θt), or "either": deltas where the recipe names a base, and
+            parameters where it names none.
         grain: "element" (any tile) or "matrix" (the whole tensor as one tile, or what `grain_of` says).
         experts_min, experts_max: how many experts the formula is defined for.
         laws: which algebraic laws the conformance test holds the method to. "idempotent": equal experts give that
@@ -199,6 +200,18 @@ def summed_factors(weights: Sequence[float], parts: Sequence[Factors]) -> Factor
     from twinmerge.maths.lowrank import Factors, truncate_product
 
     return truncate_product([Factors(part.b.double(), part.a.double()) for part in parts], weights)
+
+
+def on_base(tile: Tile, total: Tensor) -> Tensor:
+    """A sum of what `space = "either"` sees, rounded once to float32: θ0 + total, or where there is no base the total.
+
+    Example:
+        >>> import torch
+        >>> x, at = torch.ones(1, 2), Place("w", (2,))
+        >>> [on_base(Tile(x, base, at), x[0]).tolist() for base in (None, torch.tensor([0.5, 1.0]))]
+        [[1.0, 1.0], [1.5, 2.0]]
+    """
+    return total.to(tile.x.dtype) if tile.base is None else moved(tile, total, 1.0)
 
 
 NEGATIVE_ZERO = -(1 << 31)  # the bits of -0.0: the least integer

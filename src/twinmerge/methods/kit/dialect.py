@@ -51,5 +51,26 @@ class Dialect:
     refuse: Callable[[int, bool], str | None] = lambda count, based: None
 
 
+def base_and_one(method: str) -> Callable[[int, bool], str | None]:
+    """`Dialect.refuse` of a method of mergekit that goes from its base_model to one other model.
+
+    Example:
+        >>> base_and_one("slerp")(2, True) is None
+        True
+        >>> base_and_one("slerp")(2, False)
+        'slerp goes from base_model to one other model, got 2 models and no base_model. Name one of two as base_model.'
+    """
+
+    def refuse(count: int, based: bool) -> str | None:
+        if count == 2 and based:
+            return None
+        return (
+            f"{method} goes from base_model to one other model, got {count} models and {'a' if based else 'no'} "
+            "base_model. Name one of two as base_model."
+        )
+
+    return refuse
+
+
 SPELLINGS: Mapping[str, Number | Switch] = {"weight": Number("weights"), "lambda": Number("scale")}
 """Other names that recipes of ours may have for parameters of any method."""

@@ -278,7 +278,8 @@ def _check_count(name: str, cls: type[Method], method: Method, experts: tuple[st
     count = len(experts)
     if count < cls.experts_min or (cls.experts_max is not None and count > cls.experts_max):
         wanted = f"exactly {cls.experts_min}" if cls.experts_min == cls.experts_max else f"at least {cls.experts_min}"
-        raise RecipeError(f"{name} merges {wanted} experts, got {count}. Name them with --expert name=path.")
+        experts_ = "expert" if cls.experts_max == 1 else "experts"
+        raise RecipeError(f"{name} merges {wanted} {experts_}, got {count}. Name them with --expert name=path.")
     for field in cls.model_fields:
         value = getattr(method, field)
         if is_per_expert(cls, field) and isinstance(value, tuple) and len(value) != count:

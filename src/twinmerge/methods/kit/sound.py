@@ -29,7 +29,7 @@ def check_class(cls: type[Method], name: str) -> None:
         >>> check_class(Odd, "Odd")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.UsageError: Odd: space is 'delta'. Did you mean 'deltas'? Choose from deltas, parameters.
+        twinmerge.errors.UsageError: Odd: space is 'delta'. Did you mean 'deltas'? Choose from deltas, parameters, either.
     """
     for attribute, known in ONE_OF.items():
         _known(getattr(cls, attribute), attribute, known, name)
