@@ -45,8 +45,7 @@ class DamagedFile(DataError):  # noqa: N818
 
 
 class ResourceError(TwinmergeError):
-    """What the machine does not give: a file that may not be read, the network, an optional package, outputs
-    (below)."""
+    """What the machine does not give: a file that may not be read, the network, a package, outputs (below)."""
 
 
 class OutputError(ResourceError):

@@ -111,7 +111,7 @@ class Merge:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy or a pickle keeps: the recipe and how it is run. It opens its models anew."""
-        kept = (
+        kept = [
             "recipe",
             "progress",
             "architecture",
@@ -122,7 +122,7 @@ class Merge:
             "report",
             "output",
             "lines",
-        )
+        ]
         plan = {"plan": self.plan} if self.edited else {}
         return {name: self.__dict__[name] for name in kept} | {"spread": None} | plan
 
