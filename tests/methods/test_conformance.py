@@ -113,6 +113,23 @@ def test_equals_its_transcription(methods, name, parameters, dtype, spread):
         assert_within_ulp(name, got[tensor], want[tensor])
 
 
+@pytest.mark.parametrize("spread", [1e-5, 1.0])  # a change of 1e-5 has two digits in float32
+@pytest.mark.parametrize("name, parameters", TRANSCRIBED)
+def test_float64_is_merged_in_float64(methods, name, parameters, spread):
+    base, experts = methods.problem(count(name), spread=spread, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(5)
+    for each in (base, *experts.values()):  # digits that no float32 has
+        each.update({n: t * (1 + 1e-8 * torch.rand(t.shape, generator=rng, dtype=t.dtype)) for n, t in each.items()})
+    got = methods.combine(name, base, experts, **parameters)
+    for tensor, want in methods.transcribe(name, base, experts, **parameters).items():
+        assert got[tensor].dtype == torch.float64 and got[tensor].shape == want.shape
+        start = base[tensor].numpy()
+        change = np.abs(want - start).max(initial=0.0)
+        error = np.abs(got[tensor].numpy() - want)
+        digits = 1e-12 if method_class(name).grain == "matrix" else 1e-14  # singular vectors of near values have fewer
+        assert (error <= digits * change + 4 * np.spacing(np.abs(start) + np.abs(want))).all()
+
+
 @pytest.mark.parametrize("name, parameters", TRANSCRIBED)
 def test_selects_what_its_transcription_selects(methods, name, parameters):
     base, experts = methods.problem(count(name), seed=1, dtype=torch.bfloat16, zero_base=True)
@@ -226,7 +243,7 @@ def merge(
     return Merge(Recipe(name, base, experts, flat, statistics=statistics), progress=False, tile=tile)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", method_names())
 def test_checkpoints_keep_dtype_and_integers_and_odd_shapes(methods, tmp_path, name, dtype):
     base, experts = methods.problem(count(name), dtype=dtype)
@@ -241,10 +258,12 @@ def test_checkpoints_keep_dtype_and_integers_and_odd_shapes(methods, tmp_path, n
     for tensor, value in got.items():
         assert value.dtype == dtype and value.shape == base[tensor].shape
         error = np.abs(value.double().numpy() - want[tensor])
-        largest = (
-            np.abs(want[tensor]).max(initial=0.0) if method_class(name).grain == "matrix" else np.abs(want[tensor])
-        )
-        assert (error <= (4 if method_class(name).grain == "matrix" else 1) * ulp(largest, dtype)).all()
+        matrix = method_class(name).grain == "matrix"
+        largest = np.abs(want[tensor]).max(initial=0.0) if matrix else np.abs(want[tensor])
+        if dtype == torch.float64:  # whose sums are no wider than the inputs
+            largest = np.abs(base[tensor].numpy()).max(initial=0.0) + largest
+        units = {(False, True): 4, (True, True): 500, (True, False): 8}.get((dtype == torch.float64, matrix), 1)
+        assert (error <= units * ulp(largest, dtype)).all()
 
 
 # --------------------------------------------------------------------------------------------- laws

@@ -116,6 +116,7 @@ def entry_of(
     model = models.named_by_class
     place = Place(out, shape, 0, tuple(models.experts), *_meant(model, name, shape))
     sources = tuple(source for source, _ in experts)
+    place = place._replace(wide="F64" in {source.code for source in filter(None, (*sources, base))})
     grain = method.grain_of(place)
     if grain == "rows" and not views and any(model.low_rank(name) for model in models.experts.values()):
         grain = "matrix"  # a core space is that of a tensor in one piece

@@ -1,6 +1,6 @@
 """Passes and tiles: run one method over all merged tensors.
 
-A range of every input is read, made into one float32 tile, given to the method's rule and handed on; threads share
+A range of every input is read, made into one widened tile, given to the method's rule and handed on; threads share
 the ranges and memory holds a few tiles for each. Passes that a later one, or the first tensor, must wait for sweep
 over all tensors; those of one tensor that come last are run just before it is merged, so that most methods read every
 input once.

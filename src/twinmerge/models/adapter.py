@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import ModelError
-from twinmerge.maths.lowrank import Factors
+from twinmerge.maths.lowrank import Factors, in_full
 from twinmerge.models.adapter_config import AdapterConfig, checked_config
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.foreign import CONFIG, find, read_json
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 
     def factors(self, scaling: float, transposed: bool) -> Factors:
         """ΔW = scaling · B A as the module stores its weight; A and B of convolutions are over (in·kh·kw)."""
-        a, b = self.a.float().flatten(1), self.b.float().flatten(1) * scaling
+        a, b = in_full(self.a).flatten(1), in_full(self.b).flatten(1) * scaling
         return Factors(a.T.contiguous(), b.T.contiguous()) if self.embedding or transposed else Factors(b, a)
 
 

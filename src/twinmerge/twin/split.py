@@ -112,6 +112,7 @@ def split(
             reference = shared[name]
             matrix = Place(name, tuple(reference.shape)).is_matrix
             if matrix and linear is not None and (factors := _products(experts, base, name)) is not None:
+                factors = [each.to(torch.promote_types(each.b.dtype, reference.dtype)) for each in factors]
                 for i, expert in enumerate(experts):
                     weights = [float(i == j) - c for j, c in enumerate(linear)]
                     energies[expert] |= _positive(name, truncate_product(factors, weights).energy())

@@ -95,7 +95,7 @@ class Method(BaseModel, ABC):
 
     @abstractmethod
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        """The merged tile (*tile) in float32."""
+        """The merged tile (*tile), in the dtype of `tile.x`."""
 
     def rule(self, at: Place, known: Known) -> Rule | None:
         """The same as data, which the compiled library runs in one pass to the same bits; None where it has no such
@@ -201,11 +201,8 @@ def summed_factors(weights: Sequence[float], parts: Sequence[Factors]) -> Factor
     return truncate_product([Factors(part.b.double(), part.a.double()) for part in parts], weights)
 
 
-NEGATIVE_ZERO = -(1 << 31)  # the bits of -0.0: the least integer
-
-
 def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
-    """θ0 + λ·change, rounded once to float32; the base's own bits (-0.0 too) where nothing changes.
+    """θ0 + λ·change, rounded once to the base's dtype; the base's own bits (-0.0 too) where nothing changes.
 
     Example:
         >>> import torch
@@ -219,7 +216,8 @@ def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
     if scale == 0:
         return base.clone()
     out = torch.add(base.to(change.dtype), change, alpha=scale).to(base.dtype)
-    if base.numel() and base.view(torch.int32).amin().item() == NEGATIVE_ZERO:  # -0.0 + 0.0 is 0.0
+    bits = torch.int64 if base.dtype == torch.float64 else torch.int32
+    if base.numel() and base.view(bits).amin().item() == torch.iinfo(bits).min:  # -0.0, and -0.0 + 0.0 is 0.0
         return torch.where(change.eq(0), base, out)
     return out
 

@@ -29,7 +29,8 @@ class Place(NamedTuple):
     name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
     element; experts: names in the order of the stack; transposed: the matrix is stored (in, out), as GPT-2's Conv1D
     does, and not as Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as
-    `OpenedModel.table` says; stack: it holds matrices along its first axis, as `OpenedModel.stacked` says.
+    `OpenedModel.table` says; stack: it holds matrices along its first axis, as `OpenedModel.stacked` says; wide: an
+    input is float64, and so is all that is made of it.
     """
 
     name: str
@@ -39,6 +40,19 @@ class Place(NamedTuple):
     transposed: bool = False
     table: bool = False
     stack: bool = False
+    wide: bool = False
+
+    @property
+    def rounded(self) -> torch.dtype:
+        """What the inputs were rounded to at best, whose eps sets numerical ranks: float32, float64 where `wide`.
+
+        Example:
+            >>> Place("w", (2, 2)).rounded, Place("w", (2, 2), wide=True).rounded
+            (torch.float32, torch.float64)
+        """
+        import torch
+
+        return torch.float64 if self.wide else torch.float32
 
     @property
     def turned(self) -> bool:
@@ -88,11 +102,11 @@ class Tile:
     """One tile of one output tensor; methods read it and leave it as it is.
 
     Args:
-        x: (experts, *tile) float32: deltas or parameters, as the method's `space` says.
-        base: (*tile) float32 or None.
+        x: (experts, *tile): deltas or parameters, as the method's `space` says; float32, or float64 where an input is.
+        base: (*tile) of x's dtype, or None.
         at: where it lies.
         work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least: float32 for
-            checkpoints of 16 bits, else float64 (None).
+            checkpoints of 16 bits, else float64 (None), which is no wider than inputs that are float64 themselves.
         fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over
             `examples`.
         grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was
