@@ -200,3 +200,69 @@ def test_a_codec_that_lacks_something_is_named_at_its_first_use(name, message):
 def test_a_file_whose_codec_is_gone_with_its_package():
     with pytest.raises(TwinmergeError, match="The codec 'thirds' is unknown to this release"):
         unpack({"w": torch.ones(1)}, {"codec": "thirds", "dims": {}})
+
+
+class Sound(Codec):
+    """Sixteen bits, as another package could have them."""
+
+    def encode(self, rows):
+        return rows.half(), rows.new_ones(len(rows))
+
+    def decode(self, stored, scales, length):
+        return stored.float()
+
+    def slice_bytes(self, length):
+        return 2 * length + 4
+
+    def bound(self, rows):
+        return rows.abs() * 2**-10 + 1e-7
+
+
+WRONG = {
+    "fewer": ("decode", lambda self, s, c, n: s.float()[:, :-1], "decodes a float32 tensor of shape"),
+    "one slice": ("decode", lambda self, s, c, n: s.float()[:1], "decodes a float32 tensor of shape"),
+    "half": ("decode", lambda self, s, c, n: s, "decodes a float16 tensor"),
+    "double": ("decode", lambda self, s, c, n: s.double(), "decodes a float64 tensor"),
+    "nothing": ("decode", lambda self, s, c, n: None, "decodes nothing"),
+    "fails": ("decode", lambda self, s, c, n: 1 / 0, "fails on 1 slices of 1 numbers .ZeroDivisionError"),
+    "NaN": (
+        "decode",
+        lambda self, s, c, n: s.float() * torch.nan,
+        "reads numbers that are further off than its bound says",
+    ),
+    "zero": ("decode", lambda self, s, c, n: s.float() * 0, "reads numbers that are further off than its bound says"),
+    "no pair": ("encode", lambda self, x: x.half(), "encodes .* numbers as nothing"),
+    "few stored": ("encode", lambda self, x: (x.half()[:, :1], x.new_ones(len(x))), "encodes .* numbers as a float16"),
+    "no scales": ("encode", lambda self, x: (x.half(), None), "gives nothing for scales"),
+    "few scales": (
+        "encode",
+        lambda self, x: (x.half(), x.new_ones(1)),
+        "gives a float32 tensor of shape .1. for scales",
+    ),
+    "large": ("encode", lambda self, x: (x.double(), x.new_ones(len(x))), "stores .* bytes for .* and says"),
+    "drifts": ("decode", lambda self, s, c, n: s.float() * (1 + 2**-10), "stores what it has read as other bytes"),
+}
+
+
+@pytest.mark.parametrize("name, what, says", WRONG.values(), ids=WRONG)
+def test_one_of_another_package_is_tried_before_it_is_used(monkeypatch, name, what, says):
+    def entry(found):
+        return SimpleNamespace(name="own", value="own:Own", load=lambda: found)
+
+    codec_of.cache_clear()
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry(Sound)])
+    x = torch.randn(3, 5)
+    assert torch.equal(projected(x, "own", 0), x.half().float())
+    codec_of.cache_clear()
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry(type("Wrong", (Sound,), {name: what}))])
+    with pytest.raises(TwinmergeError, match=f"^The codec 'own' {says}"):
+        projected(x, "own", 0)
+    codec_of.cache_clear()
+
+
+@pytest.mark.parametrize("name, what, says", [w for w in WRONG.values() if w[2][0] in "deg"])
+def test_nor_is_what_it_gives_later_believed(monkeypatch, name, what, says):
+    """Its answers are looked at each time: shapes may fit when it is tried, and not later."""
+    monkeypatch.setattr("twinmerge.maths.codec.codec_of", lambda _: type("Wrong", (Sound,), {name: what})())
+    with pytest.raises(TwinmergeError, match=f"^The codec 'own' {says}"):
+        projected(torch.randn(3, 5), "own", 0)

@@ -22,7 +22,7 @@ from twinmerge.twin.reading import Given, check_batch, input_directions, probe, 
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.calibration import RouterReport
 from twinmerge.twin.routers.kit.features import read_states
-from twinmerge.twin.routers.kit.fit import calibrated, fit_router
+from twinmerge.twin.routers.kit.fit import calibrated, fit_router, read_of, require_experts
 from twinmerge.twin.split import without_parameters
 
 CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "unconstrained")
@@ -125,9 +125,9 @@ def routed(core: Core, batch: Mapping[str, Any], experts_per_row: int | None) ->
         )
     with torch.no_grad(), core.lock:
         found, early = _read(core, core.router, core.layers, batch)
-        weights = core.router.weights(found, experts_per_row)
+        weights, far = core.router.mixtures(found, len(core.experts), experts_per_row)
         nearest = weights.argmax(1)
-        weights = torch.where(core.router.far(found)[:, None], 0, weights)
+        weights = torch.where(far[:, None], 0, weights)
         return Routed(weights, nearest, early if early is not None and _goes_on(core, batch) else None)
 
 
@@ -213,6 +213,7 @@ def fitted(
     whose = torch.tensor(owners)
     if not router.needs_inputs:
         router.of_experts(core.experts, layers, partial(input_directions, core))
+        require_experts(router, len(core.experts))
         return layers, calibrated(router, torch.cat(rows), whose, core.experts) if rows else None
     if not rows:
         raise UsageError("The router has no inputs to fit on. Give a few hundred for each expert.")
@@ -242,7 +243,9 @@ def answers(core: Core, batch: Mapping[str, Any], router: Router) -> Tensor:
             raise UsageError(
                 f"The {router.kind} router reads answers, and this twin gives none. Choose another router."
             )
-        found.append(router.read_answer(logits, given.get("input_ids"), given.get("attention_mask")))
+        found.append(
+            read_of(router, router.read_answer(logits, given.get("input_ids"), given.get("attention_mask")), size)
+        )
     return torch.stack(found, 1)
 
 

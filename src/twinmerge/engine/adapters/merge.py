@@ -21,6 +21,7 @@ from twinmerge.engine.seen import Digests
 from twinmerge.errors import ModelError, RecipeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.methods.kit.base import Known, Place, Tile
+from twinmerge.methods.kit.given import factors_of
 from twinmerge.methods.kit.registry import MethodLike, given_to, method_class, method_name, method_names, short_name
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
@@ -142,7 +143,9 @@ def merge_lora(
 
     def work(each: Range, known: Known) -> tuple[str, Factors, float]:
         name = names[each.name]
-        return name, *compress(rule.merge_factors(parts[name], places[each.name], known), limit, name)
+        at = places[each.name]
+        factors = factors_of(rule.merge_factors(parts[name], at, known), at.shape, name, rule)
+        return name, *compress(factors, limit, name)
 
     run = Run(
         rule, list(names), *_matrices({out: parts[name] for out, name in names.items()}, places), progress=progress

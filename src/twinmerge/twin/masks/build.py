@@ -28,6 +28,7 @@ from twinmerge.maths.bits import byte_count, pack
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import Known
+from twinmerge.methods.kit.given import masks_of, masses_of, scales_of, vector_of
 from twinmerge.methods.kit.masks import Marks, MaskMethod, described
 from twinmerge.methods.kit.registry import method_class, short_name
 from twinmerge.models.opened import as_tensor
@@ -171,7 +172,7 @@ def _write(
             masses[each.name] = [[total(*(part[p, e] for part in held)) for e in range(count)] for p in (0, 1)]
             held.clear()
     method = _method(merge)
-    scales = in_given_order(merge, method.scales(masses, sizes, count))
+    scales = in_given_order(merge, scales_of(method.scales(masses, sizes, count), count, method))
     twin.write(SCALES, 0, torch.tensor(scales, dtype=torch.float64))
     by_task = tuple(in_given_order(merge, marks.by_task))
     trained = sum(sizes.values())
@@ -196,14 +197,14 @@ def _write_range(merge: Merge, model: CheckpointWriter, twin: ArtefactWriter, ea
     bits = np.empty((len(merge.experts), byte_count(each.size)), np.uint8)
     seen = _Seen(Marks.none(len(bits)), [])
     for tile in inputs.pieces(each, stored):  # each starts at a multiple of 65,536 elements, so at a whole byte
-        vector = method.one_vector(tile, known)
-        masks = method.masks(tile, vector)
+        vector = vector_of(method.one_vector(tile, known), tile, method)
+        masks = masks_of(method.masks(tile, vector), tile, method)
         twin.write(f"vector/{name}", tile.at.offset, rounding.of(vector, tile, method))
         start = (tile.at.offset - each.start) // 8
         for row, mask in zip(bits, masks, strict=True):
             row[start : start + byte_count(mask.numel())] = pack(mask).numpy()
         seen = seen._replace(marks=seen.marks.plus(Marks.of(tile.x, vector, masks)))
-        if (masses := method.masses(tile, vector, masks)) is not None:
+        if (masses := masses_of(method.masses(tile, vector, masks), tile, method)) is not None:
             seen.masses.append(masses)
     for i, row in enumerate(in_given_order(merge, list(bits))):
         twin.write(f"{i}/m/{name}", each.start // 8, row)

@@ -55,16 +55,41 @@ def fit_router(
 
 def calibrated(router: Router, features: Tensor, owners: Tensor, experts: Sequence[str]) -> RouterReport:
     """Set a router's temperature on rows that it was not made from, and report on them."""
+    require_experts(router, len(experts))
     logits = router.logits(features)
-    if logits.shape != (len(features), len(experts)) or not bool(logits.isfinite().all()):
-        raise UsageError(
-            f"The {router.kind} router gives {list(logits.shape)} logits for {len(features)} rows and {len(experts)} "
-            "experts, or "
-            "some that are not finite. Fit it on other inputs or layers, or choose another router."
-        )
     router.temperature.fill_(fit_temperature(logits, owners))
     refused = router.far(features).double().mean().item()
     return report_of(logits, owners, experts, float(router.temperature))._replace(refused=refused)
+
+
+def require_experts(router: Router, experts: int) -> None:
+    """Refuse a router that does not choose between so many experts.
+
+    Raises:
+        UsageError: its shape says another number.
+    """
+    shape: object = router.shape
+    numbers = isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(n, int) for n in shape)
+    if not numbers or router.shape[0] != experts:
+        raise UsageError(
+            f"The {router.kind} router is of shape {shape!r:.80}, and the twin has {experts} experts. Let its shape be "
+            "(experts, features)."
+        )
+
+
+def read_of(router: Router, found: object, rows: int) -> Tensor:
+    """What a router reads of an expert's answers, if it is a finite number for each row.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if isinstance(found, Tensor) and found.shape == (rows,) and bool(found.isfinite().all()):
+        return found
+    what = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise UsageError(
+        f"The {router.kind} router reads {what} of an expert's answers to {rows} rows. Let read_answer give a finite "
+        "number for each."
+    )
 
 
 def router_from(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Router:
@@ -80,10 +105,10 @@ def router_from(kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tens
         router.novelty = Novelty(*tensors["novelty.means"].shape)
     try:
         router.load_state_dict(dict(tensors))
+        sound = not any(bool(t.isnan().any()) for t in router.state_dict().values())
+        if not sound or not 0 < float(router.temperature) < math.inf:
+            raise DamagedFile("The router holds NaN, or a temperature that is not above 0. Fit it again.")
         router.eval().logits(torch.zeros(1, router.shape[1]))
-    except RuntimeError as error:
+    except (RuntimeError, UsageError) as error:
         raise DamagedFile(f"The router's tensors do not fit its kind {kind!r}: fit it again.") from error
-    sound = not any(bool(t.isnan().any()) for t in router.state_dict().values())
-    if not sound or not 0 < float(router.temperature) < math.inf:
-        raise DamagedFile("The router holds NaN, or a temperature that is not above 0. Fit it again.")
     return router
