@@ -4,13 +4,14 @@ point."""
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from twinmerge.errors import RecipeError, ResourceError, UsageError, nearest
+from twinmerge.errors import RecipeError, ResourceError, TwinmergeError, UsageError, nearest
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -103,6 +104,16 @@ class Plugins(Generic[T]):
                 "or uninstall that package."
             ) from error
         return self.require(found, name)
+
+    def all(self) -> dict[str, type[T]]:
+        """Every class by its name; one that cannot be loaded is a warning, and hides no other."""
+        found = {}
+        for name in self.names():
+            try:
+                found[name] = self.find(name)
+            except TwinmergeError as error:
+                warnings.warn(f"Left out: {error}", stacklevel=3)
+        return found
 
     def mentioned(self, word: str) -> Iterator[str]:
         """Names of the files that have the word in double quotes, then of what other packages offer: where an alias

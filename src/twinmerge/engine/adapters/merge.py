@@ -22,7 +22,7 @@ from twinmerge.errors import ModelError, RecipeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.given import factors_of
-from twinmerge.methods.kit.registry import MethodLike, given_to, method_class, method_name, method_names, short_name
+from twinmerge.methods.kit.registry import METHODS, MethodLike, given_to, method_name, short_name
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
 from twinmerge.models.matching import check_ancestry
@@ -196,7 +196,7 @@ def _recipe(
 
 
 def _unable(method: str) -> RecipeError:
-    able = [name for name in method_names() if method_class(name).core_space]
+    able = [name for name, cls in METHODS.all().items() if cls.core_space]
     return RecipeError(
         f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge "
         "full models "
