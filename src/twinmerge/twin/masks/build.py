@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from twinmerge.arguments import strict
 from twinmerge.engine.card import model_card
 from twinmerge.engine.folder import Beside
 from twinmerge.engine.merge import Merge
+from twinmerge.engine.plan import Plan
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.written import check_written
@@ -43,6 +45,7 @@ from twinmerge.store.ranges import bytes_of
 from twinmerge.twin.masked import SCALES, TWIN_VERSION
 from twinmerge.twin.masks.results import BuiltMasks
 from twinmerge.twin.package import TWIN
+from twinmerge.twin.split import is_buffer
 
 Bytes = NDArray[np.uint8]
 Answer = TypeVar("Answer")
@@ -112,7 +115,20 @@ def mask_merge(recipe: Recipe, progress: bool = True, tile: int | None = None) -
         )
     if recipe.dtype is not None or recipe.stochastic is not None:
         raise RecipeError("Masks belong to the base as it is. Leave the dtype and stochastic rounding out.")
-    return Merge(recipe, progress, architecture=True, tile=tile)
+    return MaskMerge(recipe, progress, architecture=True, tile=tile)
+
+
+class MaskMerge(Merge):
+    """One whose running statistics are the base's: a twin has no mixture of them."""
+
+    @cached_property
+    def plan(self) -> Plan:
+        """As of `Merge`, with buffers copied from the base."""
+        plan = super().plan
+        kept = {n: e for n, e in plan.merged.items() if is_buffer(self.base, e.tensor)}
+        copied = {n: replace(e, experts=(), method=None, grain="element") for n, e in kept.items()}
+        merged = {n: e for n, e in plan.merged.items() if n not in kept}
+        return replace(plan, merged=merged, copied={**plan.copied, **copied})
 
 
 def changed_tensors(merge: Merge) -> list[str]:
