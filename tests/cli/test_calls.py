@@ -319,7 +319,7 @@ def test_a_table_in_its_forms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert found.to_latex(tmp_path / "t.tex").splitlines()[2:5] == [
         "name & x & y \\\\",
         "\\hline",
-        'a\\_b & 1.235 & 1 \\& <2>, "q" \\\\',
+        'a\\_b & 1.235 & 1 \\& \\textless{}2\\textgreater{}, "q" \\\\',
     ]
     assert (tmp_path / "t.tex").read_text() == found.to_latex() and "{lrl}" in found.to_latex()
     assert "1 &amp; &lt;2&gt;" in found._repr_html_()
