@@ -40,6 +40,8 @@ def verify(
         print_json(found.to_dict())
     elif found.ok:
         said(f"{found.tensors} tensors, and all files beside them, are what was read and written.")
+    if found.uncompared and not json:
+        said("Not compared: " + "; ".join(f"{label}, {why}" for label, why in found.uncompared.items()) + ".")
     if not found.ok:
         say(f"Error: {_what_differs(folder, found)}")
         raise typer.Exit(FOUND)

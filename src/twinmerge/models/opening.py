@@ -141,6 +141,18 @@ def _open_torch_model(model: TorchModel, name: str | None) -> OpenedModel:
     return opened
 
 
+def open_tensors(file: Path, name: str) -> OpenedModel:
+    """A file of tensors alone, by their own names.
+
+    Raises:
+        TwinmergeError: it cannot be read.
+    """
+    checkpoint = Checkpoint([file])
+    opened = _named(name, checkpoint.specs, None, checkpoint)
+    opened.files = checkpoint.files
+    return opened
+
+
 def _in_memory(name: str, architecture: Architecture, tensors: Mapping[str, Tensor]) -> OpenedModel:
     """The tensors of a module, as a checkpoint of it would have them."""
     from twinmerge.models.conversion import as_stored

@@ -11,6 +11,7 @@ Longer than other files: what is read, checked and written down again is one sch
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -265,11 +266,11 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data, for the provenance of an output."""
-        refs = {n: m if isinstance(m, str) else _ref(m) for n, m in self.experts.items()}
+        refs = {n: reference(m) for n, m in self.experts.items()}
         return {
             MARK: VERSION,
             "merge_method": self.method_name,
-            "base_model": None if self.base is None else _ref(self.base),
+            "base_model": None if self.base is None else reference(self.base),
             "models": [
                 {"name": n, "model": ref} | ({"statistics": str(self.statistics[n])} if n in self.statistics else {})
                 for n, ref in refs.items()
@@ -281,8 +282,21 @@ class Recipe:
         } | ({} if self.lines is None else {KEY: self.lines.describe()})
 
 
-def _ref(model: ModelLike) -> str:
-    return str(model) if isinstance(model, (str, os.PathLike)) else f"<{type(model).__name__} in memory>"
+def reference(model: ModelLike) -> str:
+    """What the provenance calls a model: where it is, of a `TorchModel` where its weights are.
+
+    Example:
+        >>> reference("x/base"), is_reference("x/base"), is_reference("<BertModel in memory>")
+        ('x/base', True, False)
+    """
+    own = sys.modules.get("twinmerge.models.torch_module")  # there is a TorchModel only where that is imported
+    place = model.weights if own is not None and isinstance(model, own.TorchModel) else model
+    return os.fspath(place) if isinstance(place, (str, os.PathLike)) else f"<{type(model).__name__} in memory>"
+
+
+def is_reference(recorded: str) -> bool:
+    """Whether what `reference` gave leads to the model: it was not in memory."""
+    return not (recorded.startswith("<") and recorded.endswith(" in memory>"))
 
 
 def _once_read(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

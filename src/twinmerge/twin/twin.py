@@ -348,7 +348,7 @@ class Twin(Served):
             TwinmergeError: a model that is not there any more (named); and as `build`.
         """
         refuse_masks(self.package.exclusive.values(), "made anew here")
-        recipe = recipe_of(self.package.provenance, base, experts)
+        recipe = recipe_of(self.package, base, experts)
         record = self.package.provenance.get("twin", {})
         limits = {k: v for k, v in record.get("compressed", {}).items() if k in ("rank", "energy", "bytes", "codec")}
         rank = record.get("rank") or (CHOSEN_FROM if limits else None)
