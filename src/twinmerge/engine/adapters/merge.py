@@ -21,7 +21,7 @@ from twinmerge.engine.seen import Digests
 from twinmerge.errors import ModelError, RecipeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.methods.kit.base import Known, Place, Tile
-from twinmerge.methods.kit.registry import MethodLike, given_to, method_class, method_name, method_names, short_name
+from twinmerge.methods.kit.registry import METHODS, MethodLike, given_to, method_name, short_name
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
 from twinmerge.models.matching import check_ancestry
@@ -160,7 +160,7 @@ def merge_lora(
     if out is not None:
         record = {**recipe.describe(), **limit._asdict(), "ranks": ranks, "energy": kept, "dropped": dropped}
         title, text = f"LoRA adapter merged from {', '.join(experts)}", _text(recipe, opened, dropped)
-        about = About(title, text, {"lora_merge": record}, opened)
+        about = About(title, text, {"lora_merge": record}, opened, (type(rule),))
         write_lora(out, origin, origin.architecture, modules, about, dtype)
     return MergedLora(None if out is None else Path(out), ranks, kept, {e: n for e, n in dropped.items() if n})
 
@@ -193,7 +193,7 @@ def _recipe(
 
 
 def _unable(method: str) -> RecipeError:
-    able = [name for name in method_names() if method_class(name).core_space]
+    able = [name for name, cls in METHODS.all().items() if cls.core_space]
     return RecipeError(
         f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge "
         "full models "

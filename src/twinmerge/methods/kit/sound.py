@@ -1,18 +1,27 @@
-"""What a class of a method must have: what is missing, or unknown, is named when the method is first used."""
+"""What a class of a method must have: what is missing, or unknown, is named when the method is first used; what goes
+wrong in one that is not ours is one sentence."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, get_args
 
-from twinmerge.errors import UsageError, nearest
-from twinmerge.methods.kit.base import Grain, Law, Method, Need, Outputs, Pass, Scope, Space
+from pydantic import ValidationError
+
+from twinmerge.errors import TwinmergeError, UsageError, nearest
+from twinmerge.methods.kit.base import NO_BASE, Grain, Known, Law, Method, Need, Outputs, Pass, Scope, Space, Tile
+from twinmerge.origin import is_ours
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ONE_OF = {"space": get_args(Space), "grain": get_args(Grain), "outputs": get_args(Outputs)}
 SOME_OF = {"laws": get_args(Law), "needs": get_args(Need)}
 ABLE = {"linear": "coefficients", "core_space": "merge_factors"}
 """What a class says it can -> the function that does it."""
+ALIKE = 0.85  # of two names: one is a typing error of the other
 
 
 def check_class(cls: type[Method], name: str) -> None:
@@ -60,6 +69,8 @@ def check_class(cls: type[Method], name: str) -> None:
         inspect.signature(cls.apply).bind(None, None, None)
     except TypeError as error:
         raise UsageError(f"{name}: apply takes other arguments. Write def apply(self, tile, known).") from error
+    _check_names(cls, name)
+    _check_defaults(cls, name)
 
 
 def check_object(method: Method, name: str) -> None:
@@ -91,6 +102,77 @@ def check_object(method: Method, name: str) -> None:
             raise UsageError(f"{name}: two of its passes are named {own!r}. Give each a name of its own.")
         seen.add(own)
         _known(getattr(step, "scope", None), "scope", get_args(Scope), f"{name}: its pass {kind}")
+
+
+def applied(method: Method, tile: Tile, known: Known) -> Tensor:
+    """What a method makes of a tile.
+
+    Raises:
+        UsageError: a method that is not ours fails, or changes the tile that it was given.
+    """
+    try:
+        merged = method.apply(tile, known)
+    except TwinmergeError:
+        raise
+    except Exception as error:
+        if is_ours(type(method)):
+            raise
+        raise failed(method, "apply", tile, error) from error
+    if (what := tile.written_to) is not None:
+        raise UsageError(
+            f"{type(method).__name__}: apply changes tile.{what} in place (add_, mul_, [...] = and their like). Tiles "
+            f"are only read: write into a new tensor, such as tile.{what}.clone()."
+        )
+    return merged
+
+
+def failed(method: Method, function: str, tile: Tile, error: Exception) -> UsageError:
+    """A method's own error as a sentence."""
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    hint = f" {NO_BASE}" if tile.base is None and method.space == "parameters" else " Mend the method."
+    what = f"{type(error).__name__}: {said:.200}".removesuffix(": ")
+    return UsageError(f"{type(method).__name__}: {function} fails on {tile.at.name!r}: {what}.{hint}")
+
+
+def _check_names(cls: type[Method], name: str) -> None:
+    """Refuse a name that is nearly one of `Method`: it would do nothing. Our own classes are looked at by tests."""
+    own = {key for key, value in vars(Method).items() if key[0] != "_"}
+    verbs = {key for key in own if callable(getattr(Method, key)) or isinstance(vars(Method)[key], property)}
+    for given, is_verb in _given(cls):
+        if given in cls.model_fields and given in own:
+            raise UsageError(
+                f"{name}: {given} is annotated, and so a parameter. Write {given} = … without an annotation, or take "
+                "another name for the parameter."
+            )
+        close = get_close_matches(given, verbs if is_verb else own - verbs, n=1, cutoff=ALIKE)
+        if given not in own and close:
+            raise UsageError(f"{name}: {given} is no attribute of a method. Did you mean {close[0]!r}?")
+
+
+def _given(cls: type[Method]) -> Iterator[tuple[str, bool]]:
+    """Public names of a class and of those between it and ours, and whether each is a function."""
+    for each in cls.__mro__:
+        if issubclass(each, Method) and not is_ours(each):
+            for key in {**inspect.get_annotations(each), **vars(each)}:
+                value: object = vars(each).get(key)
+                if key[0] != "_" and not key.startswith("model_"):
+                    yield key, isinstance(value, (Callable, property, classmethod, staticmethod))  # type: ignore[arg-type]
+
+
+def _check_defaults(cls: type[Method], name: str) -> None:
+    """Refuse a parameter whose default is outside its own bounds."""
+    fields = {key: field for key, field in cls.model_fields.items() if not field.is_required()}
+    defaults = {key: field.get_default(call_default_factory=True, validated_data={}) for key, field in fields.items()}
+    try:
+        cls.model_validate(defaults, strict=True)
+    except ValidationError as error:
+        wrong = [each for each in error.errors() if each["loc"] and each["loc"][0] in defaults]
+        if wrong:
+            field = wrong[0]["loc"][0]
+            raise UsageError(
+                f"{name}: the default of {field}, {defaults[str(field)]!r:.80}, is not allowed: {wrong[0]['msg']}. "
+                "Give one that is."
+            ) from error
 
 
 def _known(value: object, attribute: str, known: Sequence[str], name: str) -> None:
