@@ -119,7 +119,9 @@ def test_our_own_methods_are_told_by_their_files(tmp_path: Path, monkeypatch: py
 
 
 def test_provenance_names_the_package_and_its_release(site: Path, models: dict[str, Any], tmp_path: Path) -> None:
-    merge = tm.merge("third", lines={"a": 0.5, "b": 0.0}, progress=False, **models)  # LiNeS puts a class of ours around it
+    merge = tm.merge(
+        "third", lines={"a": 0.5, "b": 0.0}, progress=False, **models
+    )  # LiNeS puts a class of ours around it
     assert [each.__name__ for each in classes_of(merge.plan)] == ["Third"]
     written = json.loads((merge.save(tmp_path / "out") / "twinmerge.json").read_text())
     assert written["versions"]["third-party"] == "1.0" and written["versions"]["twinmerge"] == tm.__version__

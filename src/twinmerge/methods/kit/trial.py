@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.base import Gram, Known, Method, Partial, Pass, Place, Tile
+from twinmerge.methods.kit.masks import MaskMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +25,17 @@ Tiles = Mapping[str, Sequence[Tile]]
 """Tensor -> the tiles that it is read in, in order."""
 
 
-def through(method: Method, tiles: Tiles) -> dict[str, list[Tensor]]:
-    """What a method gives for each tile, all of its passes first; what `engine/run.py` does with models, in memory."""
+def through(
+    method: Method, tiles: Tiles, answer: Callable[[Tile, Known], Tensor] | None = None
+) -> dict[str, list[Tensor]]:
+    """What a method gives for each tile, all of its passes first; what `engine/run.py` does with models, in memory.
+
+    Args:
+        method: with its parameters.
+        tiles: tensor by tensor.
+        answer: what is asked of each tile; the method's `apply` where None.
+    """
+    ask = answer or method.apply
     shared, own = Known(), {name: Known() for name in tiles}
 
     def known(name: str) -> Known:
@@ -47,7 +57,7 @@ def through(method: Method, tiles: Tiles) -> dict[str, list[Tensor]]:
                     Pass.add(step, total, part)
             if seen:
                 (own[group[0]] if step.scope == "tensor" else shared)[step.name] = step.finish(total, before)
-    return {name: [method.apply(tile, known(name)) for tile in each] for name, each in tiles.items()}
+    return {name: [ask(tile, known(name)) for tile in each] for name, each in tiles.items()}
 
 
 def made_up(method: Method, experts: Sequence[str]) -> dict[str, Tile]:
@@ -171,19 +181,26 @@ be known of the whole tensor by a Pass, or say grain = 'matrix'.
 
 
 def _tried(method: Method, tiles: Tiles) -> dict[str, Tensor] | None:
-    """The merged tensors, flat; None where it fails, or gives something that the merge refuses."""
+    """The merged tensors, (1, elements), with the vector and masks of a method that gives those in more rows; None
+    where it fails, or gives something that the merge refuses."""
     import torch
 
+    def answer(tile: Tile, known: Known) -> Tensor:
+        rows = [method.apply(tile, known)]
+        if isinstance(method, MaskMethod):
+            vector, masks = method.vector_and_masks(tile, known)
+            rows += [vector, *masks]
+        if any(row.shape != tile.x.shape[1:] or row.is_complex() for row in rows):
+            raise ValueError("shape")
+        return torch.stack([row.double() for row in rows]).flatten(1)
+
     try:
-        found = through(method, tiles)
+        found = through(method, tiles, answer)
     except Exception:  # whatever a stranger's method raises
         return None
     joined = {}
     for name, each in found.items():
-        for merged, tile in zip(each, tiles[name], strict=True):
-            if not isinstance(merged, torch.Tensor) or merged.shape != tile.x.shape[1:] or merged.is_complex():
-                return None
-        joined[name] = torch.cat([merged.reshape(-1) for merged in each]).double()
+        joined[name] = torch.cat(each, 1)
         if not bool(joined[name].isfinite().all()):
             return None
     return joined
@@ -229,7 +246,7 @@ def _check_linear(
 
 def _moved(merged: Tensor, tile: Tile) -> Tensor:
     """θ − θ0, or θ where there is no base."""
-    return merged if tile.base is None else merged - tile.base.reshape(-1).double()
+    return merged[0] if tile.base is None else merged[0] - tile.base.reshape(-1).double()
 
 
 def _change(merged: Tensor, tile: Tile) -> float:
