@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor
 
 import twinmerge as tm
 from twinmerge.errors import TwinmergeError
-from twinmerge.methods import Known, Method, Partial, Pass, PerExpert, Tile, moved, weighted_sum
+from twinmerge.maths.fused import Rule
+from twinmerge.methods import Known, Method, Partial, Pass, PerExpert, Place, Tile, moved, weighted_sum
 from twinmerge.methods.kit import registry
 from twinmerge.methods.kit.masks import MaskMethod
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
@@ -118,7 +121,19 @@ class Parameters(Simple):
         return weighted_sum(1.0, tile.x, tile.work).float() / len(tile.x)
 
 
-@pytest.mark.parametrize("cls", [Simple, WholeNorm, Rows, Whole, Chosen, Particular, Derived, Parameters])
+class Ruled(Simple):
+    """The sum, with its rule as data."""
+
+    laws = frozenset({"symmetric"})
+
+    def rule(self, at: Place, known: Known) -> Rule:
+        return Rule((1.0,) * len(at.experts), deltas=True, scale=self.scale)
+
+    def apply(self, tile: Tile, known: Known) -> Tensor:
+        return moved(tile, weighted_sum(1.0, tile.x, tile.work), self.scale)
+
+
+@pytest.mark.parametrize("cls", [Ruled, Simple, WholeNorm, Rows, Whole, Chosen, Particular, Derived, Parameters])
 def test_what_is_right_passes(cls: type[Method]) -> None:
     try_method(cls(), cls.__name__, ("a", "b"))
 
@@ -167,6 +182,15 @@ CHANGES = "Wrong changes the tile that it is given.*Tiles are only read: write i
             wrong(lambda t: t.base + t.x.mean(0), scales_last=True),
             "Wrong says that it scales last, and half its scale does not give half its change",
         ),
+        (
+            wrong(lambda t: t.base + t.x[0], laws=frozenset({"symmetric"})),
+            "Wrong says that it is symmetric, and gives another result in another order of the experts",
+        ),
+        (
+            wrong(lambda t: t.base + t.x.sum(0), rule=lambda self, at, known: Rule((1.0, 2.0), deltas=True)),
+            "Wrong: its rule does not say what its apply does. Mend rule, or leave it out",
+        ),
+        (wrong(lambda t: t.base + t.x.sum(0), rule=lambda self, at, known: "sum"), "Wrong: its rule does not say"),
     ],
 )
 def test_what_cannot_be_right_is_refused(cls: type[Method], message: str | None) -> None:
@@ -201,10 +225,12 @@ def test_pieces_put_together_are_the_whole() -> None:
     whole = made_up(method, ("a", "b"))
     tile = whole["layer.weight"]
     cut = pieces(method, tile)
-    assert [each.at.offset for each in cut] == [0, 2048] and sum(each.x.shape[1] for each in cut) == tile.x.shape[1]
+    assert [each.at.offset for each in cut] == [0, 2048, 4096] and sum(each.x.shape[1] for each in cut) == tile.x.shape[
+        1
+    ]
     merged = torch.cat(through(method, {"layer.weight": cut})["layer.weight"])
     want = tile.require_base().double() + tile.x.double().mean(0) / tile.x.double().norm()
-    torch.testing.assert_close(merged.double(), want, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(merged.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_class_is_tried_once_and_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,11 +279,13 @@ class Moved(NoBase):
         return moved(tile, tile.x.sum(0), 1.0)
 
 
-class Net(torch.nn.Module):
-    def __init__(self, by: float) -> None:
-        super().__init__()
-        self.w = torch.nn.Parameter(by * torch.arange(1.0, 7.0).reshape(2, 3))
-        self.b = torch.nn.Parameter(by * torch.ones(2))
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Any]:
+    for name, by in {"base": 1.0, "a": 1.1, "b": 1.2}.items():
+        (tmp_path / name).mkdir()
+        tensors = {"w": by * torch.arange(1.0, 7.0).reshape(2, 3), "b": by * torch.ones(2)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    return {"base": str(tmp_path / "base"), "experts": {n: str(tmp_path / n) for n in "ab"}, "progress": False}
 
 
 def late(how: str) -> type[Method]:
@@ -270,8 +298,8 @@ LATE = [
     (late("fails"), "Late: apply fails on 'w': KeyError: 'no such thing'. Mend the method"),
 ]
 BARE = [
-    (NoBase, 'NoBase: apply fails on .w.*TypeError.*Of a method with space = "parameters".*tile.base is None'),
-    (Moved, "'w' is merged without a base. Of a method with space = \"parameters\""),
+    (NoBase, 'NoBase: apply fails on .b.*TypeError.*Of a method with space = "parameters".*tile.base is None'),
+    (Moved, "'b' is merged without a base. Of a method with space = \"parameters\""),
 ]
 LINES: list[dict[str, float] | None] = [None, {"a": 0.5, "b": 0.0}, {"b": 0.0}]
 
@@ -280,20 +308,20 @@ LINES: list[dict[str, float] | None] = [None, {"a": 0.5, "b": 0.0}, {"b": 0.0}]
     "cls, message, lines", [*((*case, None) for case in BARE), *((*case, by) for case in LATE for by in LINES)]
 )
 def test_what_goes_wrong_in_a_merge_is_one_sentence(
-    cls: type[Method], message: str, lines: dict[str, float] | None
+    models: dict[str, Any], cls: type[Method], message: str, lines: dict[str, float] | None
 ) -> None:
     """A base that was changed in place gave LiNeS a wrong model, and nobody was told."""
-    merge = tm.merge(cls, Net(1.0), {"a": Net(1.1), "b": Net(1.2)}, lines=lines, progress=False)
+    merge = tm.merge(cls, lines=lines, **models)
     with pytest.raises(TwinmergeError, match=message):
         merge.state_dict()
 
 
-def test_an_error_of_our_own_methods_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_our_own_methods_stays_what_it_is(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a mistake of this package, to be reported with its place."""
     monkeypatch.setattr("twinmerge.maths.fused.available", lambda: False)
     monkeypatch.setattr(TaskArithmetic, "apply", lambda self, tile, known: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
-        tm.merge("task_arithmetic", Net(1.0), {"a": Net(1.1)}, progress=False).state_dict()
+        tm.merge("task_arithmetic", **models).state_dict()
 
 
 class Bounded(Simple):
@@ -328,6 +356,12 @@ def named(**body: Any) -> type[Method]:
 def test_a_name_that_would_do_nothing_is_refused(cls: type[Method], message: str) -> None:
     with pytest.raises(TwinmergeError, match=message):
         tm.merge(cls, "b", {"a": "x"})
+
+
+def test_grains_that_there_are_not_are_named() -> None:
+    own = named(grain_of=lambda self, at: "elem")
+    with pytest.raises(TwinmergeError, match="Named: what grain_of gives is 'elem'. Did you mean 'element'"):
+        tm.merge(own, "b", {"a": "x"}).recipe.make_method()
 
 
 def test_names_of_ones_own_are_free() -> None:

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import ValidationError
 
 from twinmerge.errors import TwinmergeError, UsageError, nearest
-from twinmerge.methods.kit.base import NO_BASE, Grain, Known, Law, Method, Need, Outputs, Pass, Scope, Space, Tile
+from twinmerge.methods.kit.base import (
+    NO_BASE,
+    Grain,
+    Known,
+    Law,
+    Method,
+    Need,
+    Outputs,
+    Pass,
+    Place,
+    Scope,
+    Space,
+    Tile,
+)
 from twinmerge.origin import is_ours
 
 if TYPE_CHECKING:
@@ -74,11 +87,13 @@ def check_class(cls: type[Method], name: str) -> None:
 
 
 def check_object(method: Method, name: str) -> None:
-    """The same of what a method is with its parameters: its passes, and values that a recipe can hold.
+    """The same of what a method is with its parameters: its grain, its passes, and values that a recipe can hold.
 
     Raises:
         TwinmergeError: passes that are none or have one name, or a parameter that is no plain value.
     """
+    for shape in ((3, 4), (4,)):
+        _known(method.grain_of(Place("layer.weight", shape)), "what grain_of gives", ONE_OF["grain"], name)
     for field, value in method.model_dump().items():
         if not _is_plain(value):
             raise UsageError(

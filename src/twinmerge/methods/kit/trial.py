@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from twinmerge.errors import UsageError
+from twinmerge.maths import fused
+from twinmerge.maths.fused import Values
 from twinmerge.methods.kit.base import Gram, Known, Method, Partial, Pass, Place, Tile
 from twinmerge.methods.kit.masks import MaskMethod
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TILE = 2048  # elements; the engine's tiles are larger
-LARGE, SMALL, ROW = (TILE // 32 + 1, 32), (24, 16), (40,)  # one more row than a tile; a matrix; a bias
+LARGE, SMALL, ROW = (TILE // 16 + 1, 32), (24, 16), (40,)  # one more row than two tiles; a matrix; a bias
 NEAR = 1e-4  # of the largest change: what another order of a sum may differ by, and no other formula
 Tiles = Mapping[str, Sequence[Tile]]
 """Tensor -> the tiles that it is read in, in order."""
@@ -74,9 +76,12 @@ def made_up(method: Method, experts: Sequence[str]) -> dict[str, Tile]:
         size = math.prod(shape)
         noise = torch.randn(size + len(experts), generator=rng)
         x = torch.stack([noise[i : i + size] for i in range(len(experts))]) * torch.linspace(0.1, 2, size)
-        base: Tensor | None = torch.randn(size, generator=rng)
-        if method.space == "parameters":
-            x, base = x + base, None
+        start = torch.randn(size, generator=rng)
+        x += start
+        base: Tensor | None = None
+        if method.space != "parameters":
+            base = start
+            x -= base
         fisher = x.square() + 0.1 if "fisher" in method.needs else None
         grams: list[Callable[[], Gram | None]] = []
         if "gram" in method.needs:
@@ -167,6 +172,15 @@ be known of the whole tensor by a Pass, or say grain = 'matrix'.
                 f"{name} gives another result when a tensor is read in other pieces. Find what must be known of the "
                 "whole tensor by a Pass, or say grain = 'matrix'."
             )
+        if "symmetric" in method.laws and not any(isinstance(value, tuple) for _, value in method):
+            turned = _tried(method, {n: [_reversed(method, tile)] for n, tile in whole.items()})
+            if turned is None or not all(_near(first[n][0], turned[n][0], size) for n in first):
+                raise UsageError(
+                    f"{name} says that it is symmetric, and gives another result in another order of the experts. "
+                    "Leave that law out, so that they are taken in the order in which they are named."
+                )
+        if method.has_rule():
+            _check_rule(method, name, whole, first, size)
         if method.linear:
             _check_linear(method, name, whole, first, size)
         if method.scales_last:
@@ -180,13 +194,15 @@ be known of the whole tensor by a Pass, or say grain = 'matrix'.
                 )
 
 
-def _tried(method: Method, tiles: Tiles) -> dict[str, Tensor] | None:
+def _tried(
+    method: Method, tiles: Tiles, ask: Callable[[Tile, Known], Tensor] | None = None
+) -> dict[str, Tensor] | None:
     """The merged tensors, (1, elements), with the vector and masks of a method that gives those in more rows; None
     where it fails, or gives something that the merge refuses."""
     import torch
 
     def answer(tile: Tile, known: Known) -> Tensor:
-        rows = [method.apply(tile, known)]
+        rows = [(ask or method.apply)(tile, known)]
         if isinstance(method, MaskMethod):
             vector, masks = method.vector_and_masks(tile, known)
             rows += [vector, *masks]
@@ -242,6 +258,40 @@ def _check_linear(
                 f"{name} says that it is linear, and its result is not the sum of the experts by its coefficients. "
                 "Mend coefficients, or leave linear out."
             )
+
+
+def _check_rule(
+    method: Method, name: str, whole: Mapping[str, Tile], merged: Mapping[str, Tensor], size: float
+) -> None:
+    """Whether the compiled library, where it is there, makes of the rule what `apply` makes."""
+
+    def compiled(tile: Tile, known: Known) -> Tensor:
+        rule = method.rule(tile.at, known)
+        if rule is None:
+            return method.apply(tile, known)
+        base = None if tile.base is None else _values(tile.base)
+        experts = [_values(x if tile.base is None else x + tile.base) for x in tile.x]
+        fisher = [_values(x) for x in tile.fisher] if "fisher" in method.needs else ()
+        out = tile.x[0] * 0
+        fused.merge(rule, base, experts, _values(out), 0, fisher)
+        return out
+
+    if not fused.available():
+        return
+    found = _tried(method, {n: [tile] for n, tile in whole.items()}, compiled)
+    if found is None or not all(_near(merged[n], found[n], size) for n in merged):
+        raise UsageError(f"{name}: its rule does not say what its apply does. Mend rule, or leave it out.")
+
+
+def _values(x: Tensor) -> Values:
+    return Values(x.contiguous().numpy().reshape(-1).view("uint8"), "F32")
+
+
+def _reversed(method: Method, tile: Tile) -> Tile:
+    """The experts in the other order."""
+    at = tile.at._replace(experts=tile.at.experts[::-1])
+    fisher = tile.fisher.flip(0) if "fisher" in method.needs else None
+    return Tile(tile.x.flip(0), tile.base, at, tile.work, fisher, list(tile.grams)[::-1])
 
 
 def _moved(merged: Tensor, tile: Tile) -> Tensor:
