@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import inspect
 import os
 import re
 import sys
@@ -22,6 +24,7 @@ OURS = "twinmerge"
 ROOMS = ("methods", "maths", "recipes", "engine")  # of ours: what decides a merge's numbers
 NO_CODE = {"abc", "builtins", "pydantic", "typing"}  # what every class derives from; they have releases
 SOURCES = (".py", ".so", ".pyd", ".dll", ".dylib")
+ALIKE = 0.85  # of two names: one is a typing error of the other
 STARTED = time.time()  # what changed since may not be what this process has imported
 
 
@@ -33,6 +36,50 @@ def is_ours(kind: type[Any]) -> bool:
         (True, False)
     """
     return kind.__module__.partition(".")[0] == OURS
+
+
+def misspelt(cls: type[Any], base: type[Any]) -> tuple[str, str] | None:
+    """A public name of a class that is not one of its base, but nearly: it would do nothing; and the one that is meant.
+
+    What can be called may be a typing error of what can be called, all else of all else. Our own classes are looked at
+    by their tests.
+
+    Example:
+        >>> class Base:
+        ...     sliced = True
+        >>> class Own(Base):
+        ...     slice = False
+        >>> Own.__module__ = "theirs"
+        >>> misspelt(Own, Base)
+        ('slice', 'sliced')
+    """
+    own = {key: value for key, value in {**_annotations(base), **vars(base)}.items() if key[0] != "_"}
+    for given, value in given_by(cls, base).items():
+        alike = [key for key, other in own.items() if _is_verb(other) == _is_verb(value)]
+        close = difflib.get_close_matches(given, alike, n=1, cutoff=ALIKE)
+        if given not in own and close:
+            return given, close[0]
+    return None
+
+
+def given_by(cls: type[Any], base: type[Any]) -> dict[str, Any]:
+    """Public name -> value, or what it is annotated with, of a class and of those between it and ours."""
+    found: dict[str, Any] = {}
+    for each in reversed(cls.__mro__):
+        if issubclass(each, base) and not is_ours(each):
+            found |= {**_annotations(each), **vars(each)}
+    return {key: value for key, value in found.items() if key[0] != "_"}
+
+
+def _annotations(cls: type[Any]) -> dict[str, Any]:
+    try:
+        return inspect.get_annotations(cls)
+    except NameError:  # of what only a type checker imports
+        return {}
+
+
+def _is_verb(value: object) -> bool:
+    return inspect.isroutine(value) or isinstance(value, property)
 
 
 # ----------------------------------------------------------------------------------------------- names

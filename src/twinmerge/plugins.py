@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from twinmerge.errors import RecipeError, ResourceError, TwinmergeError, UsageError, nearest
+from twinmerge.errors import RecipeError, ResourceError, TwinmergeError, UsageError, in_one_line, nearest
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -198,5 +198,4 @@ def _why(error: BaseException) -> str:
     where = f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
     if isinstance(error, SyntaxError) and error.filename:
         where, error = f"{error.filename}, line {error.lineno}: ", type(error)(error.msg)
-    said = (str(error).strip().splitlines() or [""])[0].partition(". ")[0].rstrip(".")
-    return f"{where}{type(error).__name__}: {said:.200}".removesuffix(": ")
+    return where + in_one_line(error).partition(". ")[0]

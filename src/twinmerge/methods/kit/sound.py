@@ -4,13 +4,12 @@ wrong in one that is not ours is one sentence."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
-from twinmerge.errors import TwinmergeError, UsageError, nearest
+from twinmerge.errors import TwinmergeError, UsageError, in_one_line, nearest
 from twinmerge.methods.kit.base import (
     NO_BASE,
     Grain,
@@ -25,7 +24,7 @@ from twinmerge.methods.kit.base import (
     Space,
     Tile,
 )
-from twinmerge.origin import is_ours
+from twinmerge.origin import given_by, is_ours, misspelt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +33,6 @@ ONE_OF = {"space": get_args(Space), "grain": get_args(Grain), "outputs": get_arg
 SOME_OF = {"laws": get_args(Law), "needs": get_args(Need)}
 ABLE = {"linear": "coefficients", "core_space": "merge_factors"}
 """What a class says it can -> the function that does it."""
-ALIKE = 0.85  # of two names: one is a typing error of the other
 
 
 def check_class(cls: type[Method], name: str) -> None:
@@ -143,35 +141,21 @@ def applied(method: Method, tile: Tile, known: Known) -> Tensor:
 
 def failed(method: Method, function: str, tile: Tile, error: Exception) -> UsageError:
     """A method's own error as a sentence."""
-    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     hint = f" {NO_BASE}" if tile.base is None and method.space == "parameters" else " Mend the method."
-    what = f"{type(error).__name__}: {said:.200}".removesuffix(": ")
-    return UsageError(f"{type(method).__name__}: {function} fails on {tile.at.name!r}: {what}.{hint}")
+    what = f"{type(method).__name__}: {function} fails on {tile.at.name!r}"
+    return UsageError(f"{what}: {in_one_line(error)}.{hint}")
 
 
 def _check_names(cls: type[Method], name: str) -> None:
-    """Refuse a name that is nearly one of `Method`: it would do nothing. Our own classes are looked at by tests."""
-    own = {key for key, value in vars(Method).items() if key[0] != "_"}
-    verbs = {key for key in own if callable(getattr(Method, key)) or isinstance(vars(Method)[key], property)}
-    for given, is_verb in _given(cls):
-        if given in cls.model_fields and given in own:
+    """Refuse a parameter by the name of an attribute of `Method`, and a name that is nearly one: it would do nothing."""
+    for given in given_by(cls, Method):
+        if given in cls.model_fields and given in vars(Method):
             raise UsageError(
                 f"{name}: {given} is annotated, and so a parameter. Write {given} = … without an annotation, or take "
                 "another name for the parameter."
             )
-        close = get_close_matches(given, verbs if is_verb else own - verbs, n=1, cutoff=ALIKE)
-        if given not in own and close:
-            raise UsageError(f"{name}: {given} is no attribute of a method. Did you mean {close[0]!r}?")
-
-
-def _given(cls: type[Method]) -> Iterator[tuple[str, bool]]:
-    """Public names of a class and of those between it and ours, and whether each is a function."""
-    for each in cls.__mro__:
-        if issubclass(each, Method) and not is_ours(each):
-            for key in {**inspect.get_annotations(each), **vars(each)}:
-                value: object = vars(each).get(key)
-                if key[0] != "_" and not key.startswith("model_"):
-                    yield key, isinstance(value, (Callable, property, classmethod, staticmethod))  # type: ignore[arg-type]
+    if (wrong := misspelt(cls, Method)) is not None:
+        raise UsageError(f"{name}: {wrong[0]} is no attribute of a method. Did you mean {wrong[1]!r}?")
 
 
 def _check_defaults(cls: type[Method], name: str) -> None:

@@ -15,7 +15,6 @@ from twinmerge.errors import UsageError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.methods.kit.base import Gram, Known, Method, Partial, Pass, Place, Tile
-from twinmerge.methods.kit.masks import MaskMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,8 +202,8 @@ def _tried(
 
     def answer(tile: Tile, known: Known) -> Tensor:
         rows = [(ask or method.apply)(tile, known)]
-        if isinstance(method, MaskMethod):
-            vector, masks = method.vector_and_masks(tile, known)
+        if method.outputs == "masks":
+            vector, masks = getattr(method, "vector_and_masks")(tile, known)  # noqa: B009  of MaskMethod, which knows us
             rows += [vector, *masks]
         if any(row.shape != tile.x.shape[1:] or row.is_complex() for row in rows):
             raise ValueError("shape")
