@@ -15,9 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
-from twinmerge.errors import DataError, RecipeError, UsageError, nearest
+from twinmerge.errors import DataError, RecipeError, TwinmergeError, UsageError, in_one_line, nearest
+from twinmerge.origin import is_ours
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.novelty import Novelty
+
+Reads = Literal["states", "answers"]
 
 
 class Router(nn.Module, ABC):
@@ -63,7 +66,7 @@ class Router(nn.Module, ABC):
 
     needs_inputs: ClassVar[bool] = True
     """False for kinds that are made of the experts; inputs then only calibrate them."""
-    reads: ClassVar[Literal["states", "answers"]] = "states"
+    reads: ClassVar[Reads] = "states"
     """"states": means of the shared model's hidden states; "answers": one number of each expert's own answer."""
     spreads: ClassVar[bool] = False
     """True for kinds that read standard deviations of the states beside their means."""
@@ -167,6 +170,7 @@ class Router(nn.Module, ABC):
 
         Raises:
             DataError: features of another width than the router reads.
+            UsageError: a router that is not ours fails.
         """
         if features.shape[-1:] != self.shape[1:]:
             found = features.shape[-1] if features.dim() else 0
@@ -174,7 +178,14 @@ class Router(nn.Module, ABC):
                 f"The router reads {self.shape[1]} features of each input, got {found}. Fit it again on this model and "
                 "these layers."
             )
-        return self._logits(features.float())
+        try:
+            return self._logits(features.float())
+        except TwinmergeError:
+            raise
+        except Exception as error:
+            if is_ours(type(self)):
+                raise
+            raise UsageError(f"The {self.kind} router fails in _logits: {in_one_line(error)}. Mend it.") from error
 
     def weights(self, features: Tensor, experts_per_row: int | None = 1) -> Tensor:
         """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `experts_per_row`
