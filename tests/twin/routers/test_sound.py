@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
@@ -254,6 +255,17 @@ def test_a_twin_takes_a_class_or_an_object(lab: Any, tmp_path: Path, monkeypatch
     monkeypatch.delitem(sys.modules, __name__)
     with pytest.raises(TwinmergeError, match="The router .* is a class of the module .*Import it first"):
         Twin.from_pretrained(tmp_path / "twin")
+
+
+def test_a_twin_names_the_package_of_its_router(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(name="middle-package", version="3.1")
+    entry = SimpleNamespace(name="middle", value=f"{__name__}:Middle", load=lambda: Middle, dist=package)
+    groups = {"twinmerge.routers": [entry]}
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: groups.get(group, []))
+    twin = lab.new_case("bert", torch.float32).twin(2)
+    twin.fit_router(given(), "middle", null=False, progress=False)
+    written = json.loads((twin.save_pretrained(tmp_path / "twin") / "twinmerge.json").read_text())
+    assert written["versions"]["middle-package"] == "3.1"
 
 
 def test_a_class_of_a_function_is_fitted_and_says_that_it_cannot_be_read(lab: Any, tmp_path: Path) -> None:
