@@ -21,6 +21,7 @@ OWN_READERS = {
     "engine/verify.py",
     "recipes/recipe.py",
     "plugins.py",  # our own files
+    "origin.py",  # the same, and those of installed packages
 }
 OPENERS = {"from_pretrained", "from_config", "get_config_dict", "pipeline", "cached_file"}
 

@@ -15,7 +15,8 @@ from twinmerge.errors import UsageError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.methods.kit.base import Known, Method, Stored
-from twinmerge.methods.kit.given import merged_tile, rule_of
+from twinmerge.methods.kit.given import rule_of
+from twinmerge.methods.kit.sound import applied
 from twinmerge.store.ranges import bytes_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def combine(each: Range, known: Known, inputs: Inputs, rounding: Rounding, diges
         return done
     changed = lost = 0
     for tile in inputs.pieces(each, stored):
-        merged = merged_tile(method.apply(tile, known), tile, method)
+        merged = applied(method, tile, known)
         out = rounding.of(merged, tile, method)
         start = (tile.at.offset - each.start) * rounding.itemsize
         values[start : start + out.nbytes] = np.frombuffer(bytes_of(out), np.uint8)

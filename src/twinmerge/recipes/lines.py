@@ -19,7 +19,7 @@ from pydantic import SerializeAsAny
 from twinmerge.errors import ModelError, RecipeError, nearest
 from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.kit.base import Grain, Known, Method, Need, Partial, Pass, Place, Tile, moved, weighted_sum
-from twinmerge.methods.kit.given import merged_tile
+from twinmerge.methods.kit.sound import applied
 from twinmerge.models.blocks import block_of
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Automatic(Pass[float]):
         base, method = tile.require_base(), self.methods[tile.at.name]
         x = tile.x if method.space == "deltas" else tile.x - base
         together = weighted_sum(1.0, x, base.double().dtype)
-        merged = merged_tile(method.apply(tile, known), tile, method).double() - base.double()
+        merged = applied(method, tile, known).double() - base.double()
         key = f"{tile.at.name}\0{tile.at.offset}"
         return {key: [len(x), *(block_sums(part.abs().flatten()).tolist() for part in (together, merged))]}
 
@@ -155,7 +155,7 @@ class Scaled(Method):
         return self.method.grain_of(at)
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        merged = merged_tile(self.method.apply(tile, known), tile, self.method)
+        merged = applied(self.method, tile, known)
         if self.by == 1:
             return merged
         return moved(tile, merged.double() - tile.require_base().double(), self.by)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from twinmerge.engine.card import model_card
 from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, Beside
 from twinmerge.errors import DamagedFile, DataError
-from twinmerge.maths.codec import pack, unpack
+from twinmerge.maths.codec import CODECS, NONE, pack, unpack
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.head_files import HeadSpec, head_artefact, load_heads
 from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import TorchModel
+from twinmerge.origin import package_of
 from twinmerge.results import Table, some
 from twinmerge.store.artefact import (
     Artefact,
@@ -38,6 +39,7 @@ from twinmerge.twin.masked import MASKS_VERSION, TWIN_VERSION, pack_masks, told_
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.fit import router_from
+from twinmerge.twin.routers.kit.registry import ROUTERS
 from twinmerge.twin.split import Exclusive, shared_vectors
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
@@ -191,10 +193,23 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
                     Artefact("router statistics", STATISTICS_VERSION, base, *statistics.packed()),
                 )
         beside = Beside(
-            shared, side_files, package.provenance, card, heads=package.heads, about=about, codec=package.codec
+            shared, side_files, _with_packages(package), card, heads=package.heads, about=about, codec=package.codec
         )
         beside.write(partial)
     return output.folder
+
+
+def _with_packages(package: Package) -> dict[str, Any]:
+    """The provenance, with the releases of the packages that offer the router and the codec, where those are not
+    ours."""
+    found: dict[str, str] = {}
+    if package.router is not None:
+        found |= package_of(type(package.router), ROUTERS)
+    if package.codec != NONE:
+        found |= package_of(CODECS.find(package.codec), CODECS)
+    if not found:
+        return package.provenance
+    return {**package.provenance, "versions": {**package.provenance.get("versions", {}), **found}}
 
 
 def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Package:

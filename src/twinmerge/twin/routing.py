@@ -22,7 +22,7 @@ from twinmerge.twin.reading import Given, check_batch, input_directions, probe, 
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.calibration import RouterReport
 from twinmerge.twin.routers.kit.features import read_states
-from twinmerge.twin.routers.kit.fit import calibrated, fit_router, read_of, require_experts
+from twinmerge.twin.routers.kit.fit import fit_router, make_of_experts, read_of
 from twinmerge.twin.split import without_parameters
 
 CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "unconstrained")
@@ -212,9 +212,8 @@ def fitted(
             owners += [k] * sum(len(f) for f in read)
     whose = torch.tensor(owners)
     if not router.needs_inputs:
-        router.of_experts(core.experts, layers, partial(input_directions, core))
-        require_experts(router, len(core.experts))
-        return layers, calibrated(router, torch.cat(rows), whose, core.experts) if rows else None
+        found = torch.cat(rows) if rows else None
+        return layers, make_of_experts(router, core.experts, layers, partial(input_directions, core), found, whose)
     if not rows:
         raise UsageError("The router has no inputs to fit on. Give a few hundred for each expert.")
     found = torch.cat(rows)
@@ -223,8 +222,7 @@ def fitted(
             "To the model the inputs are all alike, so no router can tell them apart. Give different ones."
         )
     novel = found.shape[1] // (len(layers) * (2 if router.spreads else 1)) if null and layers else 0
-    with torch.random.fork_rng(devices=[]):
-        return layers, fit_router(router, found, whose, core.experts, seed, novel)
+    return layers, fit_router(router, found, whose, core.experts, seed, novel)
 
 
 def answers(core: Core, batch: Mapping[str, Any], router: Router) -> Tensor:

@@ -31,7 +31,7 @@ from twinmerge.twin.package import Package, TwinInfo
 from twinmerge.twin.reading import Given, read_moments
 from twinmerge.twin.refine import refined
 from twinmerge.twin.routers.kit.calibration import RouterReport
-from twinmerge.twin.routers.kit.registry import make_router
+from twinmerge.twin.routers.kit.registry import RouterLike, kind_of, make_router
 from twinmerge.twin.routing import fitted, single_pass
 from twinmerge.twin.served import Served
 from twinmerge.twin.split import cut, is_buffer, linear_coefficients, refuse_masks, split
@@ -325,7 +325,7 @@ class Twin(Served):
             return self.with_package(package)
         twin = self.with_package(package._replace(router=None, layers=(), report=None))
         if len(twin.experts) > 1:
-            twin.fit_router(kind=self.router.kind, options=self.router.options(), layers=self.layers or None)
+            twin.fit_router(kind=kind_of(self.router), options=self.router.options(), layers=self.layers or None)
         return twin
 
     @strict
@@ -355,7 +355,7 @@ class Twin(Served):
         options = {"shared": recipe.method, "heads": recipe.heads, "progress": progress, **recipe.parameters}
         twin = Twin.build(recipe.base, recipe.experts, rank, **options)._acting_from(self.first_layer)
         if inputs is not None:
-            kind, own = (self.router.kind, self.router.options()) if self.router else ("gaussian", None)
+            kind, own = (kind_of(self.router), self.router.options()) if self.router else ("gaussian", None)
             twin.fit_router(inputs, kind, options=own, progress=progress)
         return twin.compress(**limits) if limits else twin
 
@@ -407,7 +407,7 @@ class Twin(Served):
     def fit_router(
         self,
         inputs: Mapping[str, Given] | None = None,
-        kind: str = "gaussian",
+        kind: RouterLike = "gaussian",
         *,
         options: Mapping[str, Any] | None = None,
         layers: Sequence[int] | None = None,
@@ -423,7 +423,7 @@ class Twin(Served):
             kind: "gaussian" (closed form, early layers beside the last; experts can come and go); "logistic" (the
                 same layers, often a little better, most of all on early layers); "mlp" (the paper's, last layer);
                 "knn" (keeps examples); "projection" and "entropy", made of the experts alone: with no inputs they are
-                not calibrated.
+                not calibrated. Or a class or object of your own (see `twinmerge.twin.routers`).
             options: of that kind: option -> value (`twinmerge twin routers` lists them).
             layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one,
                 "entropy" none but every expert's answer).

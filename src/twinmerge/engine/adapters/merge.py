@@ -163,7 +163,7 @@ def merge_lora(
     if out is not None:
         record = {**recipe.describe(), **limit._asdict(), "ranks": ranks, "energy": kept, "dropped": dropped}
         title, text = f"LoRA adapter merged from {', '.join(experts)}", _text(recipe, opened, dropped)
-        about = About(title, text, {"lora_merge": record}, opened)
+        about = About(title, text, {"lora_merge": record}, opened, (type(rule),))
         write_lora(out, origin, origin.architecture, modules, about, dtype)
     return MergedLora(None if out is None else Path(out), ranks, kept, {e: n for e, n in dropped.items() if n})
 

@@ -21,6 +21,7 @@ from twinmerge.methods.kit.passes import Partial as Partial
 from twinmerge.methods.kit.passes import Pass as Pass
 from twinmerge.methods.kit.passes import Scope as Scope
 from twinmerge.methods.kit.passes import T_co as T_co
+from twinmerge.methods.kit.tile import NO_BASE as NO_BASE
 from twinmerge.methods.kit.tile import TABLES as TABLES
 from twinmerge.methods.kit.tile import Grain as Grain
 from twinmerge.methods.kit.tile import Gram as Gram

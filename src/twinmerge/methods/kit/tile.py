@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from twinmerge.errors import UsageError
 from twinmerge.maths.fused import Values
 
 if TYPE_CHECKING:  # the compiled library does without torch, whose import takes longer than many a merge
@@ -19,6 +20,10 @@ if TYPE_CHECKING:  # the compiled library does without torch, whose import takes
 Grain = Literal["element", "rows", "matrix"]
 """Which tiles of a tensor a method can work on: any, whole rows, the tensor in one piece."""
 
+NO_BASE = (
+    'Of a method with space = "parameters", tile.x are the models themselves and tile.base is None: write space = '
+    '"deltas" to work on changes to a base.'
+)
 TABLES = "tables"
 """Among the patterns of `elementwise`: all that is looked up and multiplies nothing, as the model's class says."""
 
@@ -157,7 +162,17 @@ class Tile:
 
     @cached_property
     def _made(self) -> _Made:
-        return self._make()
+        made = self._make()
+        self._versions = _versions(made)
+        return made
+
+    @property
+    def written_to(self) -> str | None:
+        """What was changed in place since the tile was made, "x" or "base", by torch's count of such changes."""
+        made: _Made | None = self.__dict__.get("_made")
+        if made is None or (now := _versions(made)) == self._versions:
+            return None
+        return "x" if now[0] != self._versions[0] else "base"
 
     @property
     def x(self) -> Tensor:
@@ -187,7 +202,16 @@ class Tile:
         return [Tile(self.x[:, i], None if base is None else base[i], at, self.work) for i, at in places]
 
     def require_base(self) -> Tensor:
-        """The base's tile, for methods whose formula needs it."""
+        """The base's tile, for methods whose formula needs it.
+
+        Raises:
+            UsageError: a method that works on parameters asks for it, and none is there.
+        """
         if self.base is None:
-            raise AssertionError("the engine gives every method that works on deltas its base")
+            raise UsageError(f"{self.at.name!r} is merged without a base. {NO_BASE}")
         return self.base
+
+
+def _versions(made: _Made) -> tuple[int, ...]:
+    """How often each tensor was changed in place."""
+    return tuple(0 if each is None or each.is_inference() else each._version for each in made[:2])

@@ -15,9 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
-from twinmerge.errors import DataError, RecipeError, UsageError, nearest
+from twinmerge.errors import DataError, RecipeError, TwinmergeError, UsageError, in_one_line, nearest
+from twinmerge.origin import is_ours
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.novelty import Novelty
+
+Reads = Literal["states", "answers"]
 
 
 class Router(nn.Module, ABC):
@@ -63,7 +66,7 @@ class Router(nn.Module, ABC):
 
     needs_inputs: ClassVar[bool] = True
     """False for kinds that are made of the experts; inputs then only calibrate them."""
-    reads: ClassVar[Literal["states", "answers"]] = "states"
+    reads: ClassVar[Reads] = "states"
     """"states": means of the shared model's hidden states; "answers": one number of each expert's own answer."""
     spreads: ClassVar[bool] = False
     """True for kinds that read standard deviations of the states beside their means."""
@@ -167,7 +170,7 @@ class Router(nn.Module, ABC):
 
         Raises:
             DataError: features of another width than the router reads, or that are not finite.
-            UsageError: what it gives is not one finite number for each row and expert.
+            UsageError: what it gives is not one finite number for each row and expert; a router that is not ours fails.
         """
         experts, width = self.shape
         if features.dim() != 2 or features.shape[1] != width:
@@ -176,7 +179,14 @@ class Router(nn.Module, ABC):
                 f"The router reads {width} features of each input, got {given}. Fit it again on this model and "
                 "these layers."
             )
-        found = self._logits(features.float())
+        try:
+            found = self._logits(features.float())
+        except TwinmergeError:
+            raise
+        except Exception as error:
+            if is_ours(type(self)):
+                raise
+            raise UsageError(f"The {self.kind} router fails in _logits: {in_one_line(error)}. Mend it.") from error
         if not isinstance(found, Tensor) or found.shape != (len(features), experts) or not found.is_floating_point():
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UsageError(
