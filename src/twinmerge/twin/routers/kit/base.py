@@ -187,7 +187,9 @@ class Router(nn.Module, ABC):
             if is_ours(type(self)):
                 raise
             raise UsageError(f"The {self.kind} router fails in _logits: {in_one_line(error)}. Mend it.") from error
-        if not isinstance(found, Tensor) or found.shape != (len(features), experts) or not found.is_floating_point():
+        if isinstance(found, Tensor) and not found.is_floating_point():
+            raise UsageError(f"The {self.kind} router gives logits of {found.dtype}. Give a tensor of float32.")
+        if not isinstance(found, Tensor) or found.shape != (len(features), experts):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UsageError(
                 f"The {self.kind} router gives {shape} logits for {len(features)} rows and {experts} experts. Let it "
