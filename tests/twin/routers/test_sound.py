@@ -166,7 +166,7 @@ def standardised(self: Any, features: Tensor) -> Tensor:
             {"_logits": lambda self, f: right_logits(self, f).long()},
             "gives logits of torch.int64. Give a tensor of float32",
         ),
-        ({"_logits": lambda self, f: None}, "gives NoneType for logits"),
+        ({"_logits": lambda self, f: None}, "gives NoneType logits"),
         (
             {"_logits": lambda self, f: right_logits(self, f)[:, 1:]},
             r"gives \[72, 2\] logits for 72 rows and 3 experts",
