@@ -84,7 +84,7 @@ def _memory(plan: Plan) -> int:
     element = element_bytes(plan.merged, plan.specs)
 
     def taken(each: Range) -> int:
-        stack = COPIES * (len(plan.experts) + 1) * plan.merged[each.name].place.rounded.itemsize
+        stack = COPIES * (len(plan.experts) + 1) * (8 if plan.merged[each.name].place.wide else 4)
         if grains[each.name] == "element":
             return element * each.size + stack * min(SEEN, each.size)
         return 2 * (element + stack) * each.size
