@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import twinmerge as tm
+from twinmerge.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 PLACES = (ROOT, ROOT / "src" / "twinmerge", ROOT / "tests")
 NAMED = re.compile(r"`((?:[\w.]+/)+[\w.]*)`")
@@ -33,3 +36,32 @@ def test_every_room_is_in_the_architecture() -> None:
     for path in (ROOT / "src" / "twinmerge").iterdir():
         if path.is_dir() and (path / "__init__.py").exists():
             assert f"| `{path.name}/` |" in text, path.name
+
+
+def listed(text: str) -> dict[str, str]:
+    """Command -> its call, by the table of a page; "`twin compress`, `refine`" are two of one group."""
+    table = text.partition("| command | call | gives |")[2].partition("\n\n")[0]
+    found = {}
+    for row in re.findall(r"^\| (`.+?) \| (.+?) \| .*\|$", table, re.MULTILINE):
+        names = [name.partition(" --")[0] for name in re.findall(r"`([^`]+)`", row[0])]
+        group = names[0].rpartition(" ")[0]
+        found |= {f"{group} {name}".strip() if " " not in name else name: row[1] for name in names}
+    return found
+
+
+def test_the_page_lists_every_command_and_no_other() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert listed(text).keys() == COMMANDS.keys()
+    assert listed("| command | call | gives |\n| `masks build`, `extract --x` | `a` | |\n\n").keys() == {
+        "masks build",
+        "masks extract",
+    }
+
+
+def test_calls_that_the_page_names_are_there() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for call in re.findall(r"`(tm\.[\w.]+)\(", text):
+        found: object = tm
+        for name in call.split(".")[1:]:
+            found = getattr(found, name)
+        assert callable(found), call

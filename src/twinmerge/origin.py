@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
 import os
 import re
@@ -160,6 +159,8 @@ def code_of(cls: type[T], plugins: Plugins[T]) -> list[Any] | None:
 
     None where some of its code has no file, as in a notebook, or a file changed since this process began.
     """
+    import hashlib  # 10 ms
+
     modules = {each.__module__ for each in cls.__mro__}
     files: set[Path] = set()
     for module in modules:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -32,6 +33,7 @@ State = Annotated[Path, typer.Argument(help="The folder of the state.")]
 Moved = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now, if it moved.")]
 
 
+@command("continual init")
 def init(
     state: State,
     base: Base = None,
@@ -63,6 +65,7 @@ def init(
         said(f"A state for {method} -> {state}. Add experts with: twinmerge continual add {state} NAME=MODEL")
 
 
+@command("continual add")
 def add(
     state: State,
     expert: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="Experts, in their order.")],
@@ -105,6 +108,7 @@ def add(
         said(f"{_summary(opened)}{'' if output is None else f', and the twin {output}'}")
 
 
+@command("continual remove")
 def remove(
     state: State,
     name: Annotated[str, typer.Argument(help="The expert that leaves.")],
@@ -130,6 +134,7 @@ def remove(
         said(_summary(opened))
 
 
+@command("continual materialise")
 def materialise(
     state: State,
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -153,6 +158,7 @@ def materialise(
         said(f"{_summary(opened)} -> {output}")
 
 
+@command("continual status")
 def status(state: State, json: Json = False) -> None:
     """The experts in a state, what it keeps, and how large it is.
 
@@ -175,6 +181,7 @@ def status(state: State, json: Json = False) -> None:
     )
 
 
+@command("continual twin")
 def twin(
     state: State,
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -33,6 +34,7 @@ Energy = Annotated[
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the output: float32 (the default), bfloat16, float16.")]
 
 
+@command("lora merge")
 def merge(
     output: Output,
     base: Base = None,
@@ -93,6 +95,7 @@ def merge(
         said(f"Merged {len(ranks)} matrices, {_span(list(ranks.values()))}, {size(bytes_of(output))} -> {output}")
 
 
+@command("lora extract")
 def extract(
     model: Annotated[str, typer.Argument(help="The tuned model: a path or a hub id.")],
     output: Output,

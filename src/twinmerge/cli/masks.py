@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from twinmerge.twin.masks.results import BuiltMasks
 
 
+@command("masks build")
 def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     method: Annotated[
@@ -96,6 +98,7 @@ def build(
         _tell(found)
 
 
+@command("masks extract")
 def extract(
     folder: Annotated[Path, typer.Argument(help="A folder that `twinmerge masks build` wrote.")],
     task: Annotated[str, typer.Argument(help="The expert that is wanted.")],

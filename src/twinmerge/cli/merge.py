@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Device,
@@ -52,6 +53,7 @@ Depth = Annotated[
 ]
 
 
+@command("merge")
 def merge(
     recipe: RecipeFile = None,
     out: Out = None,
@@ -147,6 +149,7 @@ def merge(
         print_json({**merged.to_dict(), "smoke": smoked})
 
 
+@command("check")
 def check(
     recipe: RecipeFile = None,
     out: Out = None,

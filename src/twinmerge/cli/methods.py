@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, print_json, print_table
 
 
+@command("methods")
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None, json: Json = False
 ) -> None:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, print_json, print_table
 
 if TYPE_CHECKING:
     from twinmerge.twin.routers.kit.base import Router
 
 
+@command("twin routers")
 def routers(
     name: Annotated[str | None, typer.Argument(help="One router, in full.")] = None, json: Json = False
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -25,6 +26,7 @@ from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 
+@command("search")
 def search(
     suite: Annotated[Path, typer.Option("--suite", help="A folder with tasks.json; its tasks are the experts.")],
     method: MethodName = None,

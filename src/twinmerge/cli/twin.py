@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -43,6 +44,7 @@ from twinmerge.plugins import files_of
 Weigh = Annotated[bool, typer.Option("--weigh", help="Keep what matters for inputs like --data, not for the weights.")]
 
 
+@command("twin build")
 def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     base: Base = None,
@@ -156,6 +158,7 @@ def build(
         )
 
 
+@command("twin explain")
 def explain(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     texts: Annotated[list[str], typer.Argument(help="The texts of one batch.")],
@@ -177,6 +180,7 @@ def explain(
         typer.echo(found)
 
 
+@command("twin info")
 def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json = False) -> None:
     """Tell what a twin holds: experts, shared part, router, bytes, and what is kept of each matrix.
 
@@ -202,6 +206,7 @@ def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json
     print_table(twin, ["what", "value"], [*lines.items()])
 
 
+@command("twin export")
 def export(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -259,6 +264,7 @@ def export(
         said(said_of_tied(found.tied))
 
 
+@command("twin predict")
 def predict(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     text: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Base, Experts, Json, Threads, pairs, said, size
 from twinmerge.cli.twin_common import (
     Bytes,
@@ -25,6 +26,7 @@ from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 
+@command("twin compress")
 def compress(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -59,6 +61,7 @@ def compress(
         said(f"{size_line(info)} -> {output}")
 
 
+@command("twin refine")
 def refine(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -96,6 +99,7 @@ def refine(
         )
 
 
+@command("twin add")
 def add(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     expert: Annotated[str, typer.Option("--expert", metavar="NAME=MODEL", help="The new expert.")],
@@ -132,6 +136,7 @@ def add(
         )
 
 
+@command("twin remove")
 def remove(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     expert: Annotated[str, typer.Argument(help="The expert's name.")],
@@ -158,6 +163,7 @@ def remove(
         said(f"The shared part was built with {expert}; `twinmerge twin rebuild` makes it without.")
 
 
+@command("twin rebuild")
 def rebuild(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],

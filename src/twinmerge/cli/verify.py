@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, Threads, print_json, said
 from twinmerge.cli.failure import FOUND, say
 from twinmerge.errors import DamagedFile
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from twinmerge.engine.verify import Verified
 
 
+@command("verify")
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder, a state or a file that twinmerge wrote.")],
     inputs: Annotated[
