@@ -133,11 +133,13 @@ def _open_torch_model(model: TorchModel, name: str | None) -> OpenedModel:
     architecture = ModuleArchitecture.made_by(model.factory)
     if isinstance(model.weights, Mapping):
         name = name or architecture.model_class.__name__
-        return _in_memory(name, architecture, tensors_of(model.weights, name))
-    path = Path(model.weights)
-    checkpoint = Checkpoint([path]) if path.is_file() else Checkpoint.open(locate(os.fspath(path)).folder)
-    opened = _named(name or str(path), checkpoint.specs, architecture, checkpoint)
-    opened.folder, opened.files = path if path.is_dir() else None, checkpoint.files
+        opened = _in_memory(name, architecture, tensors_of(model.weights, name))
+    else:
+        path = Path(model.weights)
+        checkpoint = Checkpoint([path]) if path.is_file() else Checkpoint.open(locate(os.fspath(path)).folder)
+        opened = _named(name or str(path), checkpoint.specs, architecture, checkpoint)
+        opened.folder, opened.files = path if path.is_dir() else None, checkpoint.files
+    architecture.keep_fixed(opened.specs, opened.read)
     return opened
 
 
