@@ -168,12 +168,14 @@ def _open_torch_model(model: TorchModel, name: str | None) -> OpenedModel:
         name = name or architecture.model_class.__name__
         tensors = tensors_of(model.weights, name)
         _require_of_module(name, architecture, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
-        return _in_memory(name, architecture, tensors)
-    path = Path(model.weights)
-    checkpoint = Checkpoint([path]) if path.is_file() else Checkpoint.open(locate(os.fspath(path)).folder)
-    _require_of_module(name or str(path), architecture, {key: spec.shape for key, spec in checkpoint.specs.items()})
-    opened = _named(name or str(path), checkpoint.specs, architecture, checkpoint)
-    opened.folder, opened.files = path if path.is_dir() else None, checkpoint.files
+        opened = _in_memory(name, architecture, tensors)
+    else:
+        path = Path(model.weights)
+        checkpoint = Checkpoint([path]) if path.is_file() else Checkpoint.open(locate(os.fspath(path)).folder)
+        _require_of_module(name or str(path), architecture, {key: spec.shape for key, spec in checkpoint.specs.items()})
+        opened = _named(name or str(path), checkpoint.specs, architecture, checkpoint)
+        opened.folder, opened.files = path if path.is_dir() else None, checkpoint.files
+    architecture.keep_fixed(opened.specs, opened.read)
     return opened
 
 

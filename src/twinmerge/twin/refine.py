@@ -57,6 +57,11 @@ def refined(
         raise UsageError(f"rate={rate} is out of range. Give a number above 0, such as 0.001.")
     for name in inputs:
         index_of(name, core.experts)
+    if core.own_module:
+        raise UsageError(
+            f"{type(core.model.body).__name__} is none of transformers' models, and gives no hidden states to refine "
+            "on. Build the twin at a higher rank."
+        )
     package = core.package_now()
     refuse_masks(package.exclusive.values(), "refined")
     models = {**models_of(package), **core.sources, **experts}
