@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +26,12 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_names
-from twinmerge.methods.kit.sound import check_class, check_object
+from twinmerge.methods.kit.sound import check_class
 from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint import Spec
+from twinmerge.testing import METHOD_CHECKS
+from twinmerge.testing.methods import Case
 
 # Beside the defaults: settings that a transcription covers ...
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -72,13 +75,26 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def cases(*more: dict[str, list[dict[str, Any]]]) -> Iterator[Any]:
+def of_its_tests(name: str, what: str) -> list[dict[str, Any]]:
+    """The same of a method that is not above: what `test_<method>.py` says by that name."""
+    file = Path(__file__).with_name(f"test_{name}.py")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if f"\n{what} = " not in text:
+        return []
+    nodes = (node for node in ast.parse(text).body if isinstance(node, ast.Assign))
+    return next(ast.literal_eval(node.value) for node in nodes if ast.unparse(node.targets[0]) == what)
+
+
+def cases(**more: dict[str, list[dict[str, Any]]]) -> Iterator[Any]:
     for name in method_names():
-        for parameters in [{}, *(p for table in more for p in table.get(name, []))]:
+        own = [p for what, table in more.items() for p in [*table.get(name, []), *of_its_tests(name, what)]]
+        for parameters in [{}, *own]:
             yield pytest.param(name, parameters, id=" ".join([name, *(f"{k}={v}" for k, v in parameters.items())]))
 
 
-TRANSCRIBED, ALL = list(cases(VARIANTS)), list(cases(VARIANTS, OTHERS))
+TRANSCRIBED, ALL = list(cases(VARIANTS=VARIANTS)), list(cases(VARIANTS=VARIANTS, OTHERS=OTHERS))
+SHARED = [check for check in METHOD_CHECKS if check.__name__ != "_is_the_same_in_any_pieces"]
+"""What is left out is below, with threads beside it."""
 
 
 def count(name: str) -> int:
@@ -273,23 +289,11 @@ def test_checkpoints_keep_dtype_and_integers_and_odd_shapes(methods, tmp_path, n
 def test_class_says_what_it_is(name):
     cls = method_class(name)
     check_class(cls, name)
-    check_object(make_method(name, tuple("abcde"[: count(name)]), {}), name)
     assert cls.grain in ("element", "matrix")
-    assert cls.paper and cls.__doc__ and "Source:" in cls.__doc__ and "Example:" in cls.__doc__
-    assert all(field.description for field in cls.model_fields.values())
 
 
 def obeying(law: str, table: list[Any] = ALL) -> list[Any]:
     return [case for case in table if law in method_class(case.values[0]).laws]
-
-
-@pytest.mark.parametrize("name, parameters", obeying("idempotent"))
-def test_idempotent(methods, name, parameters, same_bits):
-    base, experts = methods.problem(count(name), seed=3)
-    one = next(iter(experts.values()))
-    full = {"scale": 1.0} if "scale" in method_class(name).model_fields else {}
-    got = methods.combine(name, base, dict.fromkeys(experts, one), **full, **parameters)
-    assert all(same_bits(got[tensor], one[tensor]) for tensor in base)
 
 
 @pytest.mark.parametrize("name, parameters", obeying("symmetric"))
@@ -306,45 +310,11 @@ def test_symmetric_same_bits_in_any_dict_order(methods, tmp_path, name, paramete
     assert all(same_bits(one[tensor], other[tensor]) for tensor in one)
 
 
-@pytest.mark.parametrize("name, parameters", obeying("symmetric"))
-def test_symmetric_rule_sees_no_order_in_its_stack(methods, name, parameters):
-    base, experts = methods.problem(count(name), seed=5)
-    method, load = methods.prepare(name, experts, parameters)
-    turned = [2, 0, 4, 3, 1]
-
-    def permuted(tile: Tile) -> Tile:
-        names = tuple(tile.at.experts[i] for i in turned)
-        grams = [tile.grams[i] for i in turned] if tile.grams else ()
-        return Tile(tile.x[turned], tile.base, tile.at._replace(experts=names), grams=grams)
-
-    tiles = {tensor: load(base, tensor) for tensor in base}
-    got = methods.through(method, {n: permuted(tile) for n, tile in tiles.items()})
-    for tensor, want in methods.through(method, tiles).items():
-        torch.testing.assert_close(got[tensor], want, rtol=1e-5 if method.grain == "matrix" else 2e-7, atol=1e-6)
-
-
-@pytest.mark.parametrize("name, parameters", obeying("odd"))
-def test_odd(methods, name, parameters):
-    base, experts = methods.problem(count(name), seed=6, zero_base=True)
-    one = methods.combine(name, base, experts, **parameters)
-    negated = {e: {n: -t for n, t in tensors.items()} for e, tensors in experts.items()}
-    other = methods.combine(name, base, negated, **parameters)
-    for tensor in base:
-        torch.testing.assert_close(
-            other[tensor], -one[tensor], rtol=1e-6, atol=1e-6 * (method_class(name).grain == "matrix")
-        )
-
-
-@pytest.mark.parametrize("name, parameters", obeying("homogeneous"))
-def test_homogeneous(methods, name, parameters):
-    base, experts = methods.problem(count(name), seed=7, zero_base=True)
-    one = methods.combine(name, base, experts, **parameters)
-    doubled = {e: {n: 2 * t for n, t in tensors.items()} for e, tensors in experts.items()}
-    other = methods.combine(name, base, doubled, **parameters)
-    for tensor in base:
-        torch.testing.assert_close(
-            other[tensor], 2 * one[tensor], rtol=1e-6, atol=1e-6 * (method_class(name).grain == "matrix")
-        )
+@pytest.mark.parametrize("name, parameters", ALL)
+@pytest.mark.parametrize("check", SHARED, ids=lambda check: check.__name__.strip("_"))
+def test_every_method(check, name, parameters):
+    """What other packages hold theirs to."""
+    check(Case(name, parameters))
 
 
 # ---------------------------------------------------------------------------------------- abilities
@@ -400,18 +370,6 @@ def test_core_space_merges_factors_as_it_merges_what_they_make(methods, name, pa
     assert len(list(run.merge(run.groups(), keep))) == len(shapes)
     for tensor, want in methods.through(method, dense).items():
         assert (got[tensor] - want).norm() <= 1e-5 * want.norm(), tensor
-
-
-@pytest.mark.parametrize("name, parameters", able("scales_last"))
-def test_scale_only_multiplies_the_change(methods, name, parameters):
-    base, experts = methods.problem(count(name), seed=12, zero_base=True)
-    chosen = {"scale": 0.5, **parameters}
-    one = methods.combine(name, base, experts, **chosen)
-    method, load = methods.prepare(name, experts, chosen)
-    doubled = methods.through(method.times(2.0), {tensor: load(base, tensor) for tensor in base})
-    assert type(method.times(2.0)) is type(method)
-    for tensor, value in one.items():
-        torch.testing.assert_close(doubled[tensor], 2 * value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", method_names())

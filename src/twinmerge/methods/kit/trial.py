@@ -62,8 +62,8 @@ def through(
 
 
 def made_up(method: Method, experts: Sequence[str]) -> dict[str, Tile]:
-    """Whole tensors that a method could meet, as the engine would give them: of numbers that grow from the first to
-    the last, so that no part is like another."""
+    """Whole tensors that a method could meet, of numbers that grow from the first to the last, so that no part is like
+    another."""
     import torch
 
     rng = torch.Generator().manual_seed(0)
@@ -71,38 +71,42 @@ def made_up(method: Method, experts: Sequence[str]) -> dict[str, Tile]:
     for name, shape in (("layer.weight", LARGE), ("layer.bias", ROW)):
         if method.grain_of(Place(name, shape, 0, tuple(experts))) == "matrix":
             shape = SMALL
-        at = Place(name, shape, 0, tuple(experts))
         size = math.prod(shape)
         noise = torch.randn(size + len(experts), generator=rng)
-        x = torch.stack([noise[i : i + size] for i in range(len(experts))]) * torch.linspace(0.1, 2, size)
+        changes = torch.stack([noise[i : i + size] for i in range(len(experts))]) * torch.linspace(0.1, 2, size)
         start = torch.randn(size, generator=rng)
-        x += start
-        base: Tensor | None = None
-        if method.space != "parameters":
-            base = start
-            x -= base
-        fisher = x.square() + 0.1 if "fisher" in method.needs else None
-        grams: list[Callable[[], Gram | None]] = []
-        if "gram" in method.needs:
-            grams = [_gram(shape, i) for i in range(len(experts))]
-        tile = (len(x),) if method.grain_of(at) == "element" else (len(x), *shape)
-        found[name] = Tile(
-            x.reshape(*tile, -1) if len(tile) == 1 else x.reshape(tile),
-            base if base is None or len(tile) == 1 else base.reshape(shape),
-            at,
-            fisher=None if fisher is None else fisher.reshape(x.shape if len(tile) == 1 else tile),
-            grams=grams,
-        )
+        found[name] = tile_of(method, Place(name, shape, 0, tuple(experts)), start, start + changes)
     return found
 
 
-def pieces(method: Method, tile: Tile) -> list[Tile]:
-    """The same tensor in two pieces."""
+def tile_of(method: Method, at: Place, base: Tensor, experts: Tensor) -> Tile:
+    """A whole tensor as the engine would give it, with made-up statistics where the method needs some.
+
+    Args:
+        method: that sees it.
+        at: where it lies.
+        base: θ0, of any shape.
+        experts: (experts, …) θt, of any shape.
+    """
+    import torch
+
+    shape = (-1,) if method.grain_of(at) == "element" else at.shape
+    base, x = base.reshape(shape), experts.reshape(len(experts), *shape)
+    parameters = method.space == "parameters"
+    fisher = None
+    if "fisher" in method.needs:
+        fisher = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+    grams = [_gram(at.shape, i) for i in range(len(x))] if "gram" in method.needs else []
+    return Tile(x if parameters else x - base, None if parameters else base, at, fisher=fisher, grams=grams)
+
+
+def pieces(method: Method, tile: Tile, size: int = TILE) -> list[Tile]:
+    """The same tensor in tiles of so many elements, or in the fewest whole rows of no fewer."""
     grain = method.grain_of(tile.at)
-    if grain == "matrix" or tile.x[0].numel() <= TILE:
+    if grain == "matrix" or tile.x[0].numel() <= size:
         return [tile]
     long = 1 if grain == "element" else tile.x[0, 0].numel()
-    step = TILE // long  # of `LARGE` a whole number of rows
+    step = -(-size // long)
     found = []
     for start in range(0, tile.x.shape[1], step):
         cut = slice(start, start + step)
@@ -173,7 +177,7 @@ be known of the whole tensor by a Pass, or say grain = 'matrix'.
             )
         if "symmetric" in method.laws and not any(isinstance(value, tuple) for _, value in method):
             turned = _tried(method, {n: [_reversed(method, tile)] for n, tile in whole.items()})
-            if turned is None or not all(_near(first[n][0], turned[n][0], size) for n in first):
+            if turned is None or not all(_near(first[n][:1], turned[n][:1], size) for n in first):
                 raise UsageError(
                     f"{name} says that it is symmetric, and gives another result in another order of the experts. "
                     "Leave that law out, so that they are taken in the order in which they are named."
