@@ -263,7 +263,8 @@ def test_ties(case: tuple[Values, list[Values], str], data: st.DataObject) -> No
         tie="positive" if mergekit else "majority",
         compat="mergekit" if mergekit else "paper",
     )
-    rule = Rule(weights, deltas=True, scale=scale, trim=trim, elect=Elect(how, votes, tie, flip))
+    elect = Elect(how, votes, tie, flip, rounds=mergekit)
+    rule = Rule(weights, deltas=True, scale=scale, trim=trim, elect=elect)
     agree(method, rule, Known({"trim": trim, Majority.name: majority}), base, experts, code)
 
 

@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 3
+#define VERSION 4
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -54,6 +54,7 @@ typedef struct {
     const double *importances;  /* factors of the Fisher information */
     const double *floors;       /* of it */
     int32_t deltas, combine, tie;
+    int32_t rounds;             /* votes are summed in float, each product rounded, whatever WORK is */
 } Rule;
 
 typedef struct {
@@ -585,12 +586,23 @@ static TARGET void OF(apply_signs)(WORK *restrict total, const float *restrict s
         total[i] *= sign[i];
 }
 
+/* sum = weight · x, or sum += weight · x: float32 with each product rounded. */
+static TARGET void OF(vote)(const float *restrict x, size_t n, bool first, float weight, WORK *restrict sum) {
+    for (size_t i = 0; i < n; i++) {
+        float product = x[i] * weight;
+        sum[i] = first ? product : (float)sum[i] + product;
+    }
+}
+
 /* The change of TIES, out of the experts' values x, rows of n. */
 static TARGET void OF(elect)(const Rule *rule, const float *x, size_t n, double least_weight, WORK *total) {
     WORK mass[CHUNK];
     float sign[CHUNK];
     for (int64_t e = 0; e < rule->experts; e++)
-        OF(add)(x + e * n, F32, NULL, n, e == 0, rule->votes[e], total);
+        if (rule->rounds)
+            OF(vote)(x + e * n, n, e == 0, (float)rule->votes[e], total);
+        else
+            OF(add)(x + e * n, F32, NULL, n, e == 0, rule->votes[e], total);
     OF(signs)(total, n, rule->tie, sign);
     memset(total, 0, n * sizeof *total);
     memset(mass, 0, n * sizeof *mass);

@@ -28,7 +28,7 @@ CODES = ("BF16", "F16", "F32")
 
 SHARED = 4  # values that `in_bracket` counts apart, at most
 MOST = 1024  # experts, at most
-_VERSION = 3  # of fused.c
+_VERSION = 4  # of fused.c
 _BLOCK = 65_536
 _CODE = {name: number for number, name in enumerate(CODES)}
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -66,13 +66,15 @@ class Elect(NamedTuple):
     """TIES: a sign for each entry, then what agrees with it.
 
     merge: how that is combined; votes: each expert's weight in the election; tie: the sign (-1, 0, 1) where votes
-    cancel; flip: the experts whose entries agree when they have the other sign.
+    cancel; flip: the experts whose entries agree when they have the other sign; rounds: votes are summed in float32,
+    each product rounded, and not in the dtype of sums.
     """
 
     merge: Literal["mean", "sum", "max"]
     votes: tuple[float, ...]
     tie: int
     flip: tuple[bool, ...]
+    rounds: bool = False
 
 
 class Importance(NamedTuple):
@@ -287,6 +289,7 @@ class _Rule(ctypes.Structure):
         ("deltas", ctypes.c_int32),
         ("combine", ctypes.c_int32),
         ("tie", ctypes.c_int32),
+        ("rounds", ctypes.c_int32),
     ]
 
 
@@ -328,6 +331,7 @@ def _prepared(rule: Rule) -> _Prepared:
         filled.rooms = pointer(rule.trim.rooms, np.int64)
     if rule.elect is not None:
         filled.combine, filled.tie = _COMBINE[rule.elect.merge], rule.elect.tie
+        filled.rounds = rule.elect.rounds
         filled.votes = pointer(rule.elect.votes, np.float64)
         filled.flip = pointer(rule.elect.flip, np.uint8)
     return _Prepared(ctypes.byref(filled), ctypes.c_void_p * count, tuple(kept))

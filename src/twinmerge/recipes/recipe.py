@@ -215,8 +215,9 @@ class Recipe:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The experts as methods see them: by name, so that the order given changes no bit, unless it has a meaning."""
-        symmetric = "symmetric" in method_class(self.method).laws
+        """The experts as methods see them: by name, so that the order given changes no bit, unless it has a meaning:
+        mergekit adds up in the order of its models."""
+        symmetric = "symmetric" in method_class(self.method).laws and self.semantics != "mergekit"
         return tuple(sorted(self.experts)) if symmetric else tuple(self.experts)
 
     def varied(self, parameters: Mapping[str, Any]) -> Recipe:

@@ -194,6 +194,23 @@ def weighted_sum(weights: PerExpert, x: Tensor, work: torch.dtype) -> Tensor:
     return out
 
 
+def rounded_sum(weights: PerExpert, x: Tensor) -> Tensor:
+    """Σt wt xt in the dtype of x as plain code has it: every product is rounded, then every sum, in the experts' order.
+
+    It is what decides whether votes cancel in an implementation that does no more; `weighted_sum` rounds less.
+
+    Example:
+        >>> import torch
+        >>> rounded_sum((1.0, 0.85), torch.tensor([[17.0], [-20.0]])).tolist()  # with 0.85 as float32: 17 − 17.0000005
+        [0.0]
+    """
+    first, *rest = per_expert(weights, len(x))
+    out = x[0] * first
+    for weight, row in zip(rest, x[1:], strict=True):
+        out.add_(row * weight)
+    return out
+
+
 def summed_factors(weights: Sequence[float], parts: Sequence[Factors]) -> Factors:
     """Σt wt Bt At as one product, exactly, in float64."""
     from twinmerge.maths.lowrank import Factors, truncate_product
