@@ -51,7 +51,7 @@ def merge(
     parameter: Parameters = None,
     dtype: Dtype = None,
     drop_heads: Annotated[
-        bool, typer.Option("--drop-heads", help="Leave out what adapters trained in full, such as heads.")
+        bool, typer.Option("--drop-heads", help="Leave out what has no place in the sum: heads, biases, tied tables.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Merge and tell the ranks, write nothing.")] = False,
     threads: Threads = None,
@@ -117,6 +117,7 @@ def extract(
     if base is None:
         raise UsageError("No base is named. Add --base MODEL, the model that was tuned.")
     from twinmerge.engine.adapters.extract import extract_lora
+    from twinmerge.models.adapter_files import said_of_tied
 
     found = extract_lora(model, base, output, rank=rank, energy=energy, max_rank=max_rank, dtype=dtype, exact=exact)
     if json:
@@ -133,6 +134,8 @@ def extract(
     if found.left_out:
         lines = [(name, f"{100 * share:.3g} %") for name, share in found.left_out.items()]
         print_table("No adapter can carry these; they stay the base's", ["parameter", "of all changes"], lines)
+        if found.tied:
+            said(said_of_tied(found.tied))
 
 
 def _span(ranks: list[int]) -> str:

@@ -253,6 +253,10 @@ def export(
             f"{len(found.left_out)} parameters cannot travel in it, {100 * lost:.2g} % of what is added; its README "
             "lists them."
         )
+    if found.tied:
+        from twinmerge.models.adapter_files import said_of_tied
+
+        said(said_of_tied(found.tied))
 
 
 def predict(

@@ -81,7 +81,7 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     from twinmerge.models.adapter import ADAPTER_FILES, read_adapter
 
     opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
-    return adapted(opened, read_adapter(found.adapter))
+    return adapted(opened, read_adapter(found.adapter), ref.rpartition("+")[0])
 
 
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
@@ -229,8 +229,11 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
     return adapted(_in_memory(name, TransformersArchitecture(inner.config, type(inner)), base_tensors(inner)), adapter)
 
 
-def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
+def adapted(opened: OpenedModel, adapter: Adapter, base: str | None = None) -> OpenedModel:
     """The model with the adapter on top; its class becomes that of the adapter's task.
+
+    Args:
+        base: how messages call the model alone; by its own name where None.
 
     Raises:
         ModelError: as `placed` says.
@@ -243,8 +246,8 @@ def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
             "its base (merge_and_unload)."
         )
     opened.architecture = class_for(adapter, opened.architecture)
-    base = Base(opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)
-    opened.changes = placed(adapter, base)
+    on = Base(base or opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)
+    opened.changes = placed(adapter, on)
     dense = {name: change.dense for name, change in opened.changes.items() if change.dense is not None}
     opened.specs = {**opened.specs, **{n: Spec(t.dtype, tuple(t.shape)) for n, t in dense.items()}}
     return opened

@@ -219,7 +219,7 @@ class _Placing:
             return  # a head of a bare checkpoint
         kind = f" ({self.architecture.model_class.__name__})" if self.architecture else ""
         raise ModelError(
-            f"The adapter {self.adapter.name} holds {name!r}, which its base {self.base.name}{kind} does not "
+            f"The adapter {self.adapter.name} holds {self.adapter.written.get(name, name)!r}, which its base {self.base.name}{kind} does not "
             f"have.{nearest(own, self.base.specs)} "
             "Name the base that the adapter was trained on, or save the adapter with its task_type."
         )

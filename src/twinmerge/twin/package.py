@@ -52,7 +52,7 @@ class Package(NamedTuple):
     shared: the opened shared model; exclusive: expert -> its part, in the router's order; router, layers and the
     router's report: None, () and None where none is fitted; provenance: as written; codec: of exclusive parts and
     heads on the disk (see `maths/codec.py`), which their values are already those of; masks: what the file says of
-    masked experts: the method and its fields.
+    masked experts: the method and its fields; home: the folder that it was read from or saved to, None for neither.
     """
 
     shared: OpenedModel
@@ -64,11 +64,12 @@ class Package(NamedTuple):
     provenance: dict[str, Any]
     codec: str = "none"
     masks: Mapping[str, Any] = MappingProxyType({})
+    home: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy holds the shared model's tensors, wherever they lay."""
         held = shared_in_memory(self.shared, {n: self.shared.read(n) for n in self.shared.specs}, self.shared.name)
-        return Package, (held, *self[1:-1], dict(self.masks))
+        return Package, (held, *self[1:-2], dict(self.masks), self.home)
 
 
 class _TwinInfo(NamedTuple):
@@ -248,7 +249,7 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
             router.statistics = Statistics.unpacked(kept.header, kept.tensors)
         _agree(folder / STATISTICS, router.statistics.experts, TWIN, list(exclusive))
     codec = artefact.header.get("codec", "none")
-    return Package(shared, exclusive, heads, router, layers, report, provenance, codec, masks)
+    return Package(shared, exclusive, heads, router, layers, report, provenance, codec, masks, folder)
 
 
 def _named(provenance: Mapping[str, Any]) -> list[str] | None:

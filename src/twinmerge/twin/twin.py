@@ -171,7 +171,9 @@ class Twin(Served):
     def write(self, output: OutputFolder, about: Mapping[str, Mapping[str, Any]]) -> Path:
         """The same as an output that the caller made."""
         self.package = self.package_now()
-        return package_file.write(output, self.package, self.side_files, self.sources, about)
+        folder = package_file.write(output, self.package, self.side_files, self.sources, about)
+        self.package = self.package._replace(home=folder)
+        return folder
 
     @strict
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -179,9 +181,10 @@ class Twin(Served):
         there."""
         from huggingface_hub import HfApi
 
-        api = HfApi(token=token)
+        api, home = HfApi(token=token), self.package.home
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save_pretrained(Path(scratch) / "twin")
+            self.package = self.package._replace(home=home)
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a twin"))
 
@@ -382,7 +385,8 @@ class Twin(Served):
             out: a folder that does not exist or is empty.
             lora: an adapter, as `export_lora` of `twin/export.py` says, and no model.
             server: who loads the adapter, "peft" or "vllm".
-            base: what the adapter names as its base model; the twin's own folder where None.
+            base: what the adapter names as its base model; where None, the folder that the twin was read from or saved
+                to.
             head: the expert whose output layers go with a model; that of an expert alone where None.
 
         Raises:
