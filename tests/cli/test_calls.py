@@ -3,8 +3,10 @@ form."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -50,11 +52,11 @@ VOLATILE = {
 
 
 class Pair(NamedTuple):
-    """words: of a command, without --json and -o; call: the same in Python, given the output; where: the command has
-    -o."""
+    """words: of a command, without --json and -o; call: the same in Python, given the output as a text; where: the
+    command has -o."""
 
     words: list[Any]
-    call: Callable[[Path], Any]
+    call: Callable[[str], Any]
     where: bool = False
 
 
@@ -73,12 +75,12 @@ def made(zoo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Simp
     return SimpleNamespace(root=root, masks=root / "masks", adapter=adapter, half=root / "half", rest=root / "rest")
 
 
-def saved(twin: Any, out: Path) -> Any:
+def saved(twin: Any, out: str | Path) -> Any:
     twin.save_pretrained(out)
     return twin.info()
 
 
-def state(zoo: Any, out: Path, *names: str) -> tm.Continual:
+def state(zoo: Any, out: str | Path, *names: str) -> tm.Continual:
     found = tm.Continual.init(out, str(zoo.base), "task_arithmetic", progress=False)
     for name in names:
         found.add(name, zoo.experts[name])
@@ -98,12 +100,12 @@ def pairs(zoo: Any, made: Any, tmp: Path) -> dict[str, Pair]:
             state(zoo, folder, "mood", "kind")
     tm.merge("average", None, experts, tmp / "merged", **quiet)
 
-    def built(out: Path) -> Any:
+    def built(out: str | Path) -> Any:
         found = tm.Twin.build(base, experts, 2, **quiet)
         found.fit_router(texts, **quiet)
         return saved(found, out)
 
-    def arrived(out: Path) -> Any:
+    def arrived(out: str | Path) -> Any:
         found = state(zoo, out, "mood")
         return found.status()
 
@@ -113,18 +115,18 @@ def pairs(zoo: Any, made: Any, tmp: Path) -> dict[str, Pair]:
         "merge": Pair(["--method", "ties", *given], lambda out: {**tm.merge("ties", base, experts, out, **quiet).to_dict(), "smoke": None}, True),
         "check": Pair(["--method", "ties", *given], lambda out: tm.check("ties", base, experts, **quiet)),
         "search": Pair(["--method", "task_arithmetic", *given, *suite, "--split", "train", "--rows", 6, "--grid", "scale=0.1,0.5"],
-                       lambda out: tm.search(tm.merge("task_arithmetic", base, experts), zoo.suite, grid={"scale": [0.1, 0.5]}, split="train", limit=6, **quiet)),
-        "verify": Pair([tmp / "merged"], lambda out: tm.verify(tmp / "merged", **quiet)),
-        "evaluate": Pair([zoo.twin, *suite, "--limit", 6], lambda out: tm.evaluate(str(zoo.twin), zoo.suite, limit=6, **quiet)),
+                       lambda out: tm.search(tm.merge("task_arithmetic", base, experts), str(zoo.suite), grid={"scale": [0.1, 0.5]}, split="train", limit=6, **quiet)),
+        "verify": Pair([tmp / "merged"], lambda out: tm.verify(f"{tmp}/merged", **quiet)),
+        "evaluate": Pair([zoo.twin, *suite, "--limit", 6], lambda out: tm.evaluate(str(zoo.twin), str(zoo.suite), limit=6, **quiet)),
         "diff": Pair([zoo.mood, zoo.kind, "--base", zoo.base], lambda out: tm.diff(str(zoo.mood), str(zoo.kind), base, **quiet)),
         "methods": Pair([], lambda out: tm.list_methods()),
         "masks build": Pair([*given, *suite, "--split", "train", "--rows", 6],
-                            lambda out: tm.build_masks("tall_masks", base, experts, out, suite=zoo.suite, split="train", limit=6, **quiet), True),
-        "masks extract": Pair([made.masks, "kind"], lambda out: tm.extract_masked(made.masks, "kind", out), True),
-        "measure fisher": Pair([zoo.mood, "--data", zoo.data["mood"], "--limit", 4], lambda out: tm.measure("fisher", str(zoo.mood), zoo.data["mood"], out, limit=4, **quiet), True),
+                            lambda out: tm.build_masks("tall_masks", base, experts, out, suite=str(zoo.suite), split="train", limit=6, **quiet), True),
+        "masks extract": Pair([made.masks, "kind"], lambda out: tm.extract_masked(str(made.masks), "kind", out), True),
+        "measure fisher": Pair([zoo.mood, "--data", zoo.data["mood"], "--limit", 4], lambda out: tm.measure("fisher", str(zoo.mood), str(zoo.data["mood"]), out, limit=4, **quiet), True),
         "measure gram": Pair([zoo.mood, "--data", zoo.data["mood"]], lambda out: tm.measure("gram", str(zoo.mood), zoo.data["mood"], out, **quiet), True),
         "measure activations": Pair([zoo.mood, "--data", zoo.data["mood"]], lambda out: tm.measure("activations", str(zoo.mood), zoo.data["mood"], out, **quiet), True),
-        "measure add": Pair([made.half, made.rest], lambda out: tm.add_statistics([made.half, made.rest], out), True),
+        "measure add": Pair([made.half, made.rest], lambda out: tm.add_statistics([str(made.half), str(made.rest)], out), True),
         "lora merge": Pair(["--base", zoo.lm, *adapters], lambda out: tm.merge_lora(str(zoo.lm), alone, out, **quiet), True),
         "lora extract": Pair([zoo.alice, "--base", zoo.lm, "--rank", 2], lambda out: tm.extract_lora(str(zoo.alice), str(zoo.lm), out, rank=2, **quiet), True),
         "twin build": Pair([*given, "--rank", 2, *data], built, True),
@@ -144,7 +146,7 @@ def pairs(zoo: Any, made: Any, tmp: Path) -> dict[str, Pair]:
         "continual add": Pair([tmp / "new", f"mood={zoo.mood}"], arrived),
         "continual remove": Pair([tmp / "s2", "kind"], lambda out: [s := state(zoo, out, "mood", "kind"), s.remove("kind")][0].status()),
         "continual materialise": Pair([made.root / "state"], lambda out: [s := tm.Continual(made.root / "state"), s.materialise(out)][0].status(), True),
-        "continual status": Pair([made.root / "state"], lambda out: tm.Continual(made.root / "state").status()),
+        "continual status": Pair([made.root / "state"], lambda out: tm.Continual(f"{made.root}/state").status()),
         "continual twin": Pair([made.root / "state", "--rank", 2],
                                lambda out: [s := tm.Continual(made.root / "state"), s.twin(2, **quiet).save_pretrained(out)][0].status(), True),
     }  # fmt: skip
@@ -215,7 +217,7 @@ def test_every_command_has_a_call_that_gives_the_same(command: Any, zoo: Any, ma
         out = tmp_path / f"c{number}"
         ran = command(*name.split(), *pair.words, *(["-o", out] if pair.where else []), "--json")
         assert ran.code == (1 if name == "diff" else 0), (name, ran.err)  # 1: they differ
-        found = pair.call(tmp_path / f"p{number}")
+        found = pair.call(f"{tmp_path}/p{number}")  # a text, where the command gives a path
         plain = found.to_dict() if isinstance(found, Result) else found
         assert steady(json.loads(ran.out)) == steady(plain), name
         assert json.loads(ran.out).keys() - VOLATILE == plain.keys() - VOLATILE if isinstance(plain, dict) else True
@@ -251,6 +253,40 @@ def test_an_old_command_works_and_names_the_new_one(
     *group, name = old.split()
     assert f" {name} " not in command(*group, "--help").out
     assert f"Usage: twinmerge {OLD[old]}" in command(*old.split(), "--help").out
+
+
+def callables() -> Iterator[tuple[str, Any]]:
+    """Every public call: functions, and what makes and what asks the public classes."""
+    for name in tm.__all__:
+        found = getattr(tm, name)
+        if isinstance(found, type) and not issubclass(found, Exception):
+            yield name, found
+            for own in (own for own in dir(found) if not own.startswith("_")):
+                each = inspect.getattr_static(found, own)
+                each = getattr(each, "__func__", each)
+                if callable(each) and getattr(each, "__module__", "").startswith("twinmerge."):
+                    yield f"{name}.{own}", each
+        elif callable(found) and not isinstance(found, type):
+            yield name, found
+
+
+PATHS = {"data", "file", "files", "folder", "out", "plan", "suite"}
+INSIDE = {"Twin", "Twin.write"}  # made by build and from_pretrained; given an output that the library made
+
+
+def test_every_call_takes_a_path_as_a_text_or_as_a_path() -> None:
+    """What takes a path says both in its signature, and refuses other things in one sentence."""
+    seen = set()
+    for name, call in callables():
+        for argument, parameter in inspect.signature(call).parameters.items():
+            kind = str(parameter.annotation)
+            if name in INSIDE or not (argument in PATHS or "Path" in kind) or kind in ("Any", ""):
+                continue
+            seen.add(f"{name} {argument}")
+            assert re.search(r"\bstr\b", kind) and ("Path" in kind), (name, argument, kind)
+            if not isinstance(call, type) and argument in PATHS:
+                assert hasattr(call, "__wrapped__"), f"{name} takes whatever {argument} is given"
+    assert {"smoke_check file", "Merge.from_plan file", "Twin.export out", "measure data", "demo out"} <= seen
 
 
 def test_names_of_the_package() -> None:
@@ -350,7 +386,7 @@ def test_every_call_that_takes_a_method_takes_a_class_or_an_object(zoo: Any, tmp
     base, experts, quiet = str(zoo.base), zoo.experts, {"progress": False}
     usual, own = (
         tm.search(
-            tm.merge(method, base, experts), zoo.suite, grid={"scale": [0.1, 0.5]}, split="train", limit=4, **quiet
+            tm.merge(method, base, experts), str(zoo.suite), grid={"scale": [0.1, 0.5]}, split="train", limit=4, **quiet
         )
         for method in ("task_arithmetic", Mine)
     )

@@ -127,6 +127,7 @@ class Merge:
         return {name: self.__dict__[name] for name in kept} | {"spread": None} | plan
 
     @classmethod
+    @strict
     def from_plan(cls, file: str | Path, progress: bool = True, **how: Any) -> Merge:
         """The merge that a plan file says.
 
@@ -387,6 +388,7 @@ class Merge:
         text = f"Merge({self.recipe.method_name} of {some(self.recipe.experts)}, {where})"
         return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
 
+    @strict
     def write_plan(self, file: str | Path) -> Path:
         """Write down what would be done, as one page of JSON that `Merge.from_plan` and `twinmerge merge --plan` run.
 

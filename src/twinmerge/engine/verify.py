@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from twinmerge.arguments import strict
 from twinmerge.engine.folder import PROVENANCE
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
@@ -71,6 +72,7 @@ class Verified(Table, _Verified):
         return ("of", "name", "what"), [*rows, *(("files", name, what) for name, what in self.files.items())]
 
 
+@strict
 def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Verified:
     """Read everything that was written, and the inputs where they still are, and compare it with the checksums of
     when it was.
