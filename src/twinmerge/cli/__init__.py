@@ -16,7 +16,8 @@ from twinmerge.cli.continual import twin as twin_of_state
 from twinmerge.cli.demo import demo
 from twinmerge.cli.diff import diff
 from twinmerge.cli.evaluate import evaluate
-from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, message_and_code, say
+from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, message_and_code
+from twinmerge.cli.lines import say
 from twinmerge.cli.lora import extract as extract_lora
 from twinmerge.cli.lora import merge as merge_lora
 from twinmerge.cli.masks import build as build_masks
@@ -99,7 +100,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command. A warning is one line on stderr; so is every error, with the exit code of its class."""
+    """Run the command. A warning is a paragraph on stderr; so is every error, with the exit code of its class."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code: int | str | None = 0

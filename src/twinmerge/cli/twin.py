@@ -23,6 +23,7 @@ from twinmerge.cli.common import (
     size,
     values,
 )
+from twinmerge.cli.lines import tell
 from twinmerge.cli.twin_common import (
     Bytes,
     Codec,
@@ -174,7 +175,7 @@ def explain(
     if json:
         print_json(found.to_dict())
     else:
-        typer.echo(found)
+        tell(str(found))
 
 
 def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json = False) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from twinmerge.cli.common import Json, Threads, print_json, said
-from twinmerge.cli.failure import FOUND, say
+from twinmerge.cli.failure import FOUND
+from twinmerge.cli.lines import say
 from twinmerge.errors import DamagedFile
 from twinmerge.maths.threads import use_threads
 

@@ -234,9 +234,9 @@ def _without_place(expert: OpenedModel, base: OpenedModel, able: Collection[str]
     for name, change in expert.changes.items():
         own = base.aliases.get(name, name)
         tensor = change.dense if change.added is None else None
-        if tensor is not None and base.has(name) and base.spec(name).shape == tuple(tensor.shape):
-            if torch.equal(tensor.float(), base.read(name).float()):
-                continue
+        same = tensor is not None and base.has(name) and base.spec(name).shape == tuple(tensor.shape)
+        if same and tensor is not None and torch.equal(tensor.float(), base.read(name).float()):
+            continue
         if own in tied:
             found[name] = "tied: several modules share it"
         elif change.low is None:
