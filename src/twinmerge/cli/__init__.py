@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from twinmerge.cli.command import COMMANDS, GROUPS, in_order
-from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, message_and_code, say
+from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, message_and_code
+from twinmerge.cli.lines import say
 from twinmerge.moved import new_command
 from twinmerge.plugins import files_of
 
@@ -51,7 +52,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command. A warning is one line on stderr; so is every error, with the exit code of its class."""
+    """Run the command. A warning is a paragraph on stderr; so is every error, with the exit code of its class."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code: int | str | None = 0

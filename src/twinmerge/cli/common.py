@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.lines import said as said
 from twinmerge.errors import UsageError
 from twinmerge.results import json_text
 
@@ -147,11 +148,6 @@ def byte_count(text: str, whole: int) -> float:
         raise UsageError(f"{text!r} is no number of bytes. Write 3500000, 3.5MB or 4% (of the shared model).")
     units = {None: 1.0, "B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "%": whole / 100}
     return float(found[1]) * units[found[2]]
-
-
-def said(text: str) -> None:
-    """A line for people, on stderr, so that stdout stays data."""
-    typer.echo(text, err=True)
 
 
 def device_of(name: str) -> str:

@@ -164,6 +164,8 @@ def _report(found: Measurement, json: bool) -> None:
         print_json(found.to_dict())
         return
     figures = {name: getattr(found, name) for name in ("examples", "tokens", "tensors", "bytes", "seconds")}
+    if not found.tokens:  # of images
+        del figures["tokens"]
     shown = {key: f"{value:,}" if isinstance(value, int) else str(value) for key, value in figures.items()}
     print_table(str(found.file), ["what", found.what], [*(shown | {"bytes": size(found.bytes)}).items()])
 

@@ -24,6 +24,7 @@ from twinmerge.cli.common import (
     size,
     values,
 )
+from twinmerge.cli.lines import tell
 from twinmerge.cli.twin_common import (
     Bytes,
     Codec,
@@ -177,7 +178,7 @@ def explain(
     if json:
         print_json(found.to_dict())
     else:
-        typer.echo(found)
+        tell(str(found))
 
 
 @command("twin info")

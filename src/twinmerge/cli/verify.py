@@ -9,7 +9,8 @@ import typer
 
 from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, Threads, print_json, said
-from twinmerge.cli.failure import FOUND, say
+from twinmerge.cli.failure import FOUND
+from twinmerge.cli.lines import say
 from twinmerge.errors import DamagedFile
 from twinmerge.maths.threads import use_threads
 

@@ -182,7 +182,7 @@ def standardised(self: Any, features: Tensor) -> Tensor:
             "says that it keeps statistics, and its fit sets none. Set self.statistics",
         ),
     ],
-    ids=str,
+    ids=lambda given: "-".join(given) if isinstance(given, dict) else given[:20],
 )
 def test_one_that_cannot_be_right_is_named_when_it_is_fitted(body: dict[str, Any], message: str) -> None:
     with pytest.raises(TwinmergeError, match=message):
