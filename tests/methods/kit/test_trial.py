@@ -178,9 +178,9 @@ CHANGES = "Wrong changes the tile that it is given.*Tiles are only read: write i
         ),
         (
             wrong(lambda t: t.base + t.x.sum(0), rule=lambda self, at, known: Rule((1.0, 2.0), deltas=True)),
-            "Wrong: its rule does not say what its apply does. Mend rule, or leave it out",
+            "Wrong: rule does not say what apply does. Mend rule, or leave it out",
         ),
-        (wrong(lambda t: t.base + t.x.sum(0), rule=lambda self, at, known: "sum"), "Wrong: its rule does not say"),
+        (wrong(lambda t: t.base + t.x.sum(0), rule=lambda self, at, known: "sum"), "Wrong: rule does not say"),
     ],
 )
 def test_what_cannot_be_right_is_refused(cls: type[Method], message: str | None) -> None:

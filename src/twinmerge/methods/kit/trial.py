@@ -214,15 +214,10 @@ def _tried(
         return torch.stack([row.double() for row in rows]).flatten(1)
 
     try:
-        found = through(method, tiles, answer)
-    except Exception:  # whatever a stranger's method raises
+        found = {name: torch.cat(each, 1) for name, each in through(method, tiles, answer).items()}
+        return found if all(bool(each.isfinite().all()) for each in found.values()) else None
+    except Exception:  # whatever a stranger's method raises, or gives
         return None
-    joined = {}
-    for name, each in found.items():
-        joined[name] = torch.cat(each, 1)
-        if not bool(joined[name].isfinite().all()):
-            return None
-    return joined
 
 
 def _check_coefficients(method: Method, name: str, experts: Sequence[str]) -> None:
@@ -283,7 +278,7 @@ def _check_rule(
         return
     found = _tried(method, {n: [tile] for n, tile in whole.items()}, compiled)
     if found is None or not all(_near(merged[n], found[n], size) for n in merged):
-        raise UsageError(f"{name}: its rule does not say what its apply does. Mend rule, or leave it out.")
+        raise UsageError(f"{name}: rule does not say what apply does. Mend rule, or leave it out.")
 
 
 def _values(x: Tensor) -> Values:
