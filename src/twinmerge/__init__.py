@@ -53,6 +53,7 @@ _WHERE = {
     "merge": "engine.calls",
     "merge_lora": "engine.adapters.merge",
     "open_suite": "tasks.suite",
+    "read_inputs": "tasks.rows",
     "read_recipe": "recipes.recipe",
     "search": "study.search",
     "smoke_check": "study.smoke",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from twinmerge.study.masks import build_masks as build_masks
     from twinmerge.study.search import search as search
     from twinmerge.study.smoke import smoke_check as smoke_check
+    from twinmerge.tasks.rows import read_inputs as read_inputs
     from twinmerge.tasks.suite import open_suite as open_suite
     from twinmerge.twin.call import TwinOutput as TwinOutput
     from twinmerge.twin.masks.extract import extract_masked as extract_masked

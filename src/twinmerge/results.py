@@ -58,8 +58,7 @@ class Result:
         return ("what", "value"), list(self.to_dict().items())
 
     def __repr__(self) -> str:
-        text = " ".join(f"{type(self).__name__}({self._summary()})".split())
-        return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
+        return one_line(type(self).__name__, self._summary())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -242,6 +241,17 @@ def cell(value: Any) -> str:
     if isinstance(value, (list, tuple)) and len(value) <= 3 and all(isinstance(each, str) for each in value):
         return ", ".join(value)
     return str(len(value)) if isinstance(value, (Mapping, list, tuple)) else str(value)
+
+
+def one_line(kind: str, about: str) -> str:
+    """The repr of what is of a kind, cut where it is too long.
+
+    Example:
+        >>> one_line("Twin", "a, b on ties"), len(one_line("Twin", "x" * 99)), one_line("Twin", "x" * 99)[-3:]
+        ('Twin(a, b on ties)', 79, 'x…)')
+    """
+    text = " ".join(f"{kind}({about})".split())
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
 
 
 def some(names: Iterable[object], most: int = 3) -> str:

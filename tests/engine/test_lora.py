@@ -295,13 +295,23 @@ def test_parameters_of_the_method_reach_it(zoo: Any, tmp_path: Path, monkeypatch
     halves = sums(zoo.experts, {n: 1.5 * w for n, w in WEIGHTS.items()})
     assert max(relative(t, halves[n]) for n, t in deltas(whole.folder).items()) <= 1e-6
     given = {"elementwise": "*q_proj*", "rest": "mean"}
-    plain = merge_lora(zoo.base, zoo.experts, tmp_path / "two", parameters=given, **options)
+    plain = merge_lora(zoo.base, zoo.experts, tmp_path / "two", **given, **options)
     for name, tensor in deltas(plain.folder).items():
         assert relative(tensor, halves[name] / 3 * (2 / 3 if "q_proj" in name else 1)) <= 1e-6
 
 
+def test_parameters_are_given_by_name_and_by_expert_or_in_an_old_mapping(zoo: Any) -> None:
+    options: dict[str, Any] = {"method": "tsv", "energy": 0.5, "progress": False}
+    plain = merge_lora(zoo.base, zoo.experts, weights={"a": 2.0, "b": 1.0, "c": 1.0}, **options)
+    assert merge_lora(zoo.base, zoo.experts, **{"a.weights": 2.0}, **options).energy == plain.energy
+    with pytest.warns(DeprecationWarning, match=r"parameters={...} is \*\*{...} now"):
+        old = merge_lora(zoo.base, zoo.experts, parameters={"a.weights": 2.0}, **options)
+    assert old.energy == plain.energy != merge_lora(zoo.base, zoo.experts, **options).energy
+
+
 def test_nothing_is_written_without_an_output(zoo: Any, tmp_path: Path) -> None:
-    found = merge_lora(zoo.base, zoo.experts, None, rank=2, progress=False)
+    assert extract_lora(f"{zoo.base}+{zoo.experts['a']}", zoo.base, rank=1, progress=False).folder is None
+    found = merge_lora(zoo.base, zoo.experts, rank=2, progress=False)
     assert found.folder is None and set(found.ranks.values()) == {2} and list(tmp_path.iterdir()) == []
 
 
@@ -369,7 +379,7 @@ def test_an_unrelated_base_is_refused(zoo: Any, tmp_path: Path) -> None:
         ({"method": "tiess"}, "Unknown method 'tiess'"),
         ({"weights": {"z": 1.0}}, "z.weights names no expert"),
         ({"weights": {"a": float("inf")}}, "weights=.*inf.* is not allowed"),
-        ({"parameters": {"densty": 1}}, "no parameter 'densty'"),
+        ({"densty": 1}, "no parameter 'densty'"),
         ({"dtype": "float17"}, "Cannot write dtype 'float17'"),
     ],
 )
@@ -799,8 +809,6 @@ def test_extracted_adapters_merge_into_one(zoo: Any, full: Any, tmp_path: Path) 
 
 
 def test_normalize_divides_by_the_sum_of_the_weights(zoo: Any, tmp_path: Path) -> None:
-    mean = merge_lora(
-        zoo.base, zoo.experts, tmp_path / "mean", weights=WEIGHTS, parameters={"normalize": True}, progress=False
-    )
+    mean = merge_lora(zoo.base, zoo.experts, tmp_path / "mean", weights=WEIGHTS, normalize=True, progress=False)
     want = sums(zoo.experts, {n: w / sum(WEIGHTS.values()) for n, w in WEIGHTS.items()})
     assert max(relative(t, want[n]) for n, t in deltas(mean.folder).items()) <= 1e-6

@@ -406,6 +406,6 @@ def test_experts_are_not_exported_for_vllm(lab: Any, name: str) -> None:
         parts = {"a": Exclusive({changed: Factors(torch.ones(8, 1), torch.ones(1, 8))}, {}, {})}
         return SimpleNamespace(package=SimpleNamespace(shared=shared, exclusive=parts))
 
-    with pytest.raises(TwinmergeError, match="a changes the experts' matrices .* --for peft"):
+    with pytest.raises(TwinmergeError, match="a changes the experts' matrices .* --server peft"):
         _refuse_experts(twin(name), {"a": 1.0})
     _refuse_experts(twin("layers.0.self_attn.q_proj.weight"), {"a": 1.0})

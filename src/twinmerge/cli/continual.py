@@ -16,13 +16,13 @@ from twinmerge.cli.common import (
     Parameters,
     Threads,
     pairs,
+    parameters_for,
     print_json,
     print_table,
     said,
     size,
-    values,
 )
-from twinmerge.cli.twin_common import Data, texts_of
+from twinmerge.cli.twin_common import Data, DataOfOne, texts_for, texts_of
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
@@ -57,7 +57,7 @@ def init(
 
     if base is None:
         raise UsageError("No base is named. Add --base MODEL, the model that all experts are tuned from.")
-    chosen = values(parameter, "-p")
+    chosen = parameters_for(Continual.init, parameter)
     made = Continual.init(state, base, method, heads=tuple(head or ()), dtype=dtype, **chosen)
     if json:
         print_json(made.status())
@@ -72,7 +72,7 @@ def add(
     base: Moved = None,
     twin: Annotated[Path | None, typer.Option("--twin", help="A twin folder that takes the expert in too.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder of the new twin.")] = None,
-    data: Data = None,
+    data: DataOfOne = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its part of the twin.")] = None,
     threads: Threads = None,
     json: Json = False,
@@ -98,10 +98,8 @@ def add(
             raise UsageError(
                 "A twin takes one expert at a time into a new folder. Name one expert, and the folder with -o."
             )
-        (name, model), inputs = next(iter(named.items())), texts_of(data)
-        if unknown := set(inputs) - {name}:
-            raise UsageError(f"--data names {unknown.pop()!r}, and {name!r} is added. Give the texts of {name!r}.")
-        opened.add_to_both(twin, output, name, model, inputs.get(name), rank)
+        ((name, model),) = named.items()
+        opened.add_to_both(twin, output, name, model, texts_for(data, name), rank)
     if json:
         print_json(opened.status())
     else:

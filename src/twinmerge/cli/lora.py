@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,11 +16,11 @@ from twinmerge.cli.common import (
     Threads,
     numbers,
     pairs,
+    parameters_for,
     print_json,
     print_table,
     said,
     size,
-    values,
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -72,18 +72,17 @@ def merge(
     from twinmerge.store.output import OutputFolder
 
     OutputFolder(output).check()
+    named = {"weights": numbers(weight, "--weight"), "scale": scale, "rank": rank, "energy": energy, "dtype": dtype}
+    options: dict[str, Any] = {name: value for name, value in named.items() if value not in (None, {})}
+    also = {"scale", "weights"} - options.keys()  # of the methods, and arguments of the call
     found = merge_lora(
         base,
         pairs(expert, "--expert"),
         None if dry_run else output,
-        weights=numbers(weight, "--weight"),
-        scale=scale,
-        rank=rank,
-        energy=energy,
         method=method,
-        parameters=values(parameter, "-p"),
-        dtype=dtype,
         drop_heads=drop_heads,
+        **options,
+        **parameters_for(merge_lora, parameter, also),
     )
     ranks = found.ranks
     if json:

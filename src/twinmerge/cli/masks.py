@@ -16,11 +16,11 @@ from twinmerge.cli.common import (
     Parameters,
     Threads,
     pairs,
+    parameters_for,
     print_json,
     print_table,
     said,
     size,
-    values,
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -47,8 +47,8 @@ def build(
     split: Annotated[
         str, typer.Option("--split", help="Which rows of the suite; never those for testing.")
     ] = "validation",
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="At most so many rows per task.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --rows.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows per task.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit.")] = 0,
     picture: Annotated[
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Draw how many tasks need a weight (.png, .svg, .pdf)."),
@@ -82,9 +82,9 @@ def build(
         heads=tuple(head or ()),
         suite=suite,
         split=split,
-        limit=rows,
+        limit=limit,
         seed=seed,
-        **values(parameter, "-p"),
+        **parameters_for(build_masks, parameter),
     )
     if picture is not None:
         from twinmerge.study.mask_shares import draw_shares

@@ -13,6 +13,7 @@ from twinmerge.cli.twin_common import (
     Bytes,
     Codec,
     Data,
+    DataOfOne,
     Energy,
     Picture,
     check_picture,
@@ -20,6 +21,7 @@ from twinmerge.cli.twin_common import (
     draw,
     print_twin,
     size_line,
+    texts_for,
     texts_of,
 )
 from twinmerge.errors import UsageError
@@ -104,19 +106,16 @@ def add(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     expert: Annotated[str, typer.Option("--expert", metavar="NAME=MODEL", help="The new expert.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Inputs of its kind, for the router, as for build.")
-    ] = None,
+    data: DataOfOne = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its matrices; the twin's by default.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Add an expert to a twin; the shared part and the other experts stay as they are.
 
-    twinmerge twin add TWIN --expert c=C --data c.jsonl -o MORE
+    twinmerge twin add TWIN --expert c=C --data c=c.jsonl -o MORE
     """
     from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.rows import read_inputs
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
@@ -124,7 +123,7 @@ def add(
     if len(named := pairs([expert], "--expert")) != 1:
         raise UsageError("Add one expert at a time.")
     ((name, model),) = named.items()
-    more = Twin.from_pretrained(twin).add(name, model, read_inputs(data) if data else None, rank=rank)
+    more = Twin.from_pretrained(twin).add(name, model, texts_for(data, name), rank=rank)
     more.save_pretrained(output)
     info = more.info()
     if json:

@@ -39,7 +39,7 @@ from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import DTYPES
-from twinmerge.results import Record, some
+from twinmerge.results import Record, one_line, some
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.partial import alone_in
 
@@ -79,6 +79,10 @@ class Continual:
             self.about, self.fingerprint = state.about, state.base
         self.finished = _finish(self.about)
         self.method = fold_of(self.about.method, self.about.parameters)
+
+    def __repr__(self) -> str:
+        names = some(self.about.names)
+        return one_line("Continual", f"{self.about.method} of {names}, in {self.folder}")
 
     @classmethod
     @strict

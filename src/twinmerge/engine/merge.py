@@ -38,7 +38,7 @@ from twinmerge.models.vocabulary import other_tokens, warn_of_tokens
 from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Automatic, Lines
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.results import WIDTH, some
+from twinmerge.results import one_line, some
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.output import OutputFolder
 
@@ -374,8 +374,7 @@ class Merge:
 
     def __repr__(self) -> str:
         where = "not written" if self.output is None else f"in {self.output}"
-        text = f"Merge({self.recipe.method_name} of {some(self.recipe.experts)}, {where})"
-        return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
+        return one_line("Merge", f"{self.recipe.method_name} of {some(self.recipe.experts)}, {where}")
 
     @strict
     def write_plan(self, file: str | Path) -> Path:

@@ -250,7 +250,7 @@ def _refuse_experts(twin: Core, used: Mapping[str, float]) -> None:
             raise UsageError(
                 f"{', '.join(used)} changes the experts' matrices ({name!r}), whose factors vLLM reads in layouts that "
                 "differ from model to model. "
-                "Export dense weights (without --lora), or --for peft, which leaves the experts out and says so."
+                "Export dense weights (without --lora), or --server peft, which leaves the experts out and says so."
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from twinmerge.arguments import strict
+from twinmerge.arguments import byte_count, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.registry import MethodLike
@@ -20,6 +20,7 @@ from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.results import one_line, some
 from twinmerge.store.locate import locate
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin import package as package_file
@@ -61,6 +62,11 @@ class Twin(Served):
 
     Source: Lu et al. 2024, "Twin-Merging", arXiv 2406.15479, equation 5.
     """
+
+    def __repr__(self) -> str:
+        record = self.package.provenance.get("twin", {})
+        router = "no router" if self.router is None else f"{self.router.kind} router"
+        return one_line("Twin", f"{some(self.experts)} on {record.get('shared') or 'a shared model'}, {router}")
 
     # ------------------------------------------------------------------ making
 
@@ -217,7 +223,7 @@ class Twin(Served):
         *,
         rank: int | None = None,
         energy: float | None = None,
-        bytes: float | None = None,
+        bytes: float | str | None = None,
         codec: str = "none",
         inputs: Mapping[str, Given] | None = None,
         batch_rows: int = 32,
@@ -230,8 +236,8 @@ class Twin(Served):
         Args:
             rank: of every matrix.
             energy: the least share kept, 0 to 1; each matrix gets the rank that is worth its bytes.
-            bytes: of the files beside the shared model (exclusive parts, heads, router), at most; ranks as with
-                `energy`.
+            bytes: of the files beside the shared model (exclusive parts, heads, router), at most, as a number, "3.5MB"
+                or "4%" of the shared model; ranks as with `energy`.
             codec: of the numbers on the disk: "none" or one of `maths/codecs/`, such as "int8".
             inputs: expert -> texts (or a batch of tensors) of its kind, as in `fit_router`. With them, what is kept
                 is what matters for the outputs on such inputs, not for the weights alone.
@@ -244,6 +250,8 @@ class Twin(Served):
         if inputs is not None:
             moments = {name: read_moments(self, given, name, batch_rows, progress) for name, given in inputs.items()}
         package = self.package_now()
+        if isinstance(bytes, str):
+            bytes = byte_count(bytes, sum(spec.bytes for spec in package.shared.specs.values()))
         return self.with_package(
             compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments)
         )

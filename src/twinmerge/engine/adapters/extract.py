@@ -88,7 +88,7 @@ class Change(NamedTuple):
 def extract_lora(
     model: ModelLike,
     base: ModelLike,
-    out: str | Path | None,
+    out: str | Path | None = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -108,7 +108,7 @@ def extract_lora(
     Args:
         model: what was tuned from `base`; a `base+adapter` gives its own factors, without rounding them to the
             weights.
-        out: a folder that does not exist or is empty; None computes all and writes nothing.
+        out: a folder that does not exist or is empty; without one all is computed and nothing is written.
         rank: so many directions per matrix, or its numerical rank where that is less.
         energy: instead, the fewest that hold this share of the squared norm of the change; 0.95 where neither is
             given.

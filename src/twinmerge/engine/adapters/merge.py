@@ -29,6 +29,7 @@ from twinmerge.models.change import Stack
 from twinmerge.models.matching import check_ancestry
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import adapted, open_model
+from twinmerge.moved import with_parameters
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import Result
 from twinmerge.store.output import OutputFolder
@@ -65,17 +66,17 @@ class MergedLora(Result, _MergedLora):
 def merge_lora(
     base: ModelLike,
     experts: Mapping[str, ModelLike],
-    out: str | Path | None,
+    out: str | Path | None = None,
     *,
     weights: float | Mapping[str, float] = 1.0,
     scale: float | None = None,
     rank: int | None = None,
     energy: float | None = None,
     method: MethodLike = "task_arithmetic",
-    parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     drop_heads: bool = False,
     progress: bool = True,
+    **parameters: Any,
 ) -> MergedLora:
     """Merge LoRA adapters into one: ΔW = λ Σ wt Bt At in every module, for any ranks, weights and kinds of scaling.
 
@@ -89,16 +90,16 @@ def merge_lora(
     Args:
         base: the model that the adapters belong to; the output is an adapter of its class.
         experts: name -> adapter folder, `base+adapter`, or PeftModel.
-        out: a folder that does not exist or is empty; None computes all and writes nothing.
+        out: a folder that does not exist or is empty; without one all is computed and nothing is written.
         weights: one number for all, or expert -> number (1 where none is given).
         scale: λ; where None, 1 for task_arithmetic and another method's own default.
         rank: at most so many directions per module, the best ones.
         energy: or the fewest whose share of the squared norm is at least this.
         method: task_arithmetic, one on singular values, which merges the factors in their core space, or a class or
             object of one's own with `core_space`.
-        parameters: of the method, as in a recipe (`expert.field` sets a field for one expert).
         dtype: of the output; float32 where None.
         drop_heads: leave out what has no place in the sum, instead of refusing it.
+        parameters: of the method; a mapping sets them per expert, as of `twinmerge.merge`.
 
     Raises:
         TwinmergeError: an adapter that is not LoRA, is of another base, holds NaN or infinity, or changes what has no
@@ -124,7 +125,7 @@ def merge_lora(
     computed for random factors.
     """
     limit = Limit.of(rank, energy)
-    recipe = _recipe(method, base, experts, weights, scale, parameters or {}, dtype)
+    recipe = _recipe(method, base, experts, weights, scale, with_parameters(parameters), dtype)
     rule = recipe.make_method()
     if not rule.core_space:
         raise _unable(short_name(method))
@@ -183,7 +184,9 @@ def _recipe(
     dtype: str | None,
 ) -> Recipe:
     """What is to be done as a recipe, which checks names, parameters and dtype."""
-    given = dict(parameters)
+    given: dict[str, Any] = {}
+    for name, value in parameters.items():
+        given |= {f"{e}.{name}": each for e, each in value.items()} if isinstance(value, Mapping) else {name: value}
     named: dict[str, Any] = {} if scale is None else {"scale": scale}
     if isinstance(weights, Mapping):
         named |= {f"{name}.weights": number for name, number in weights.items()}
