@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import twinmerge as tm
-from twinmerge.cli import COMMANDS
+from twinmerge.cli.command import COMMANDS
+from twinmerge.testing import check_codec, check_method, check_router
 
 ROOT = Path(__file__).parent.parent
 PLACES = (ROOT, ROOT / "src" / "twinmerge", ROOT / "tests")
@@ -65,3 +68,30 @@ def test_calls_that_the_page_names_are_there() -> None:
         for name in call.split(".")[1:]:
             found = getattr(found, name)
         assert callable(found), call
+
+
+def examples() -> dict[str, str]:
+    """File that a Python block of CONTRIBUTING.md names -> the block."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n# (src/\S+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return {Path(file).stem: block for file, block in blocks}
+
+
+def test_the_examples_of_contributing_do_what_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = examples()
+    assert found.keys() == {"halfway", "centroid", "thirds", "norms"}
+    own = ModuleType("examples_of_contributing")
+    monkeypatch.setitem(sys.modules, own.__name__, own)
+    for name in ("halfway", "centroid", "thirds"):
+        exec(found[name], vars(own))
+    for scale in (0.5, 1.0, 0.0):
+        check_method(own.Halfway, scale=scale)
+    check_router(own.CentroidRouter, power=2.0)
+    check_codec(own.Thirds)
+    before = dict(COMMANDS)
+    try:
+        exec(found["norms"], {"__name__": "twinmerge.cli.norms"})
+        assert COMMANDS.pop("norms").__doc__
+    finally:
+        COMMANDS.clear()
+        COMMANDS.update(before)

@@ -207,6 +207,10 @@ WRONG = {
         "what is read encodes to other bytes",
     ),
     "fails": ({"decode": lambda self, s, c, n: {}["x"]}, "decode fails: KeyError: 'x'"),
+    "refuses": (
+        {"decode": lambda self, s, c, n: [][:0].index(1)},
+        "decode refuses what encode stored: ValueError",
+    ),
     "one value": ({"encode": lambda self, r: eighths(r)[0]}, "encode gives Tensor, not what is stored and its scales"),
     "no scale": ({"encode": lambda self, r: (eighths(r)[0], None)}, "encode gives no scales, and sliced is True"),
     "one scale": (

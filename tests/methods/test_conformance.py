@@ -21,10 +21,8 @@ from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
 from twinmerge.engine.planning import entry_of
 from twinmerge.engine.ranges import Range
-from twinmerge.engine.run import Run
 from twinmerge.errors import TwinmergeError
-from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.kit.base import Known, Place, Tile
+from twinmerge.methods.kit.base import Place, Tile
 from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_names
 from twinmerge.methods.kit.sound import check_class
 from twinmerge.models.opened import InMemory, OpenedModel
@@ -337,39 +335,6 @@ def test_linear_is_the_sum_that_its_coefficients_say(methods, name, parameters):
             want = np.tensordot(coefficients, tile.x.double().numpy(), 1)
             want = want if tile.base is None else tile.base.double().numpy() + want
             assert_within_ulp(name, got[tensor], want)
-
-
-@pytest.mark.parametrize("name, parameters", able("core_space"))
-def test_core_space_merges_factors_as_it_merges_what_they_make(methods, name, parameters):
-    rng, names = torch.Generator().manual_seed(11), tuple("abc")
-    shapes = {"q.weight": (12, 9), "k.weight": (8, 20), "row": (1, 9)}
-    method, dense, low = make_method(name, names, parameters), {}, {}
-    for tensor, shape in shapes.items():
-        parts = [
-            Factors(torch.randn(shape[0], r, generator=rng), torch.randn(r, shape[1], generator=rng)) for r in (2, 0, 3)
-        ]
-        at, x = Place(tensor, shape, 0, names), torch.stack([part.dense() for part in parts])
-        dense[tensor] = Tile(x, torch.zeros(shape), at)
-        low[tensor] = Tile(x, torch.zeros(shape), at, factors=parts)
-    run = Run(
-        method,
-        list(shapes),
-        shapes,
-        lambda each, digests: low[each.name],
-        grains=dict.fromkeys(shapes, "matrix"),
-        progress=False,
-    )
-    run.survey()
-    got: dict[str, Tensor] = {}
-
-    def keep(each: Range, known: Known) -> None:
-        tile = low[each.name]
-        assert tile.factors is not None
-        got[each.name] = method.merge_factors(tile.factors, tile.at, known).dense().double()
-
-    assert len(list(run.merge(run.groups(), keep))) == len(shapes)
-    for tensor, want in methods.through(method, dense).items():
-        assert (got[tensor] - want).norm() <= 1e-5 * want.norm(), tensor
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -32,7 +32,7 @@ CODECS = Plugins[Codec](
     "twinmerge.maths.codecs",
     "twinmerge.codecs",
     check_class,
-    lambda: f" Choose from {', '.join(codec_names())}.",
+    lambda: f" Choose from {', '.join(codec_names())}, or install the package that offers it.",
 )
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.sums import BLOCK
-from twinmerge.methods.kit.base import Method, Place, Tile
+from twinmerge.methods.kit.base import Known, Method, Place, Tile
 from twinmerge.methods.kit.registry import make_method, method_class, short_name
 from twinmerge.methods.kit.sound import check_object
 from twinmerge.methods.kit.trial import pieces, through, tile_of, try_method
@@ -224,6 +225,29 @@ def _is_scaled_last(case: Case) -> None:
     _near(case, changes(twice, whole), one, "twice its scale is not twice its change")
 
 
+def _merges_factors_as_what_they_make(case: Case) -> None:
+    """Low-rank changes give low-rank changes, which are what `apply` makes of them."""
+    if not case.cls.core_space:
+        return
+    names, rng = tuple("abc"), torch.Generator().manual_seed(0)
+    method = make_method(case.method, names, case.parameters)
+    whole = {}
+    for name, (m, n) in {"q.weight": (12, 9), "k.weight": (8, 20), "row": (1, 9)}.items():
+        parts = [Factors(torch.randn(m, r, generator=rng), torch.randn(r, n, generator=rng)) for r in (2, 0, 3)]
+        x = torch.stack([part.dense() for part in parts])
+        whole[name] = [Tile(x, torch.zeros(m, n), Place(name, (m, n), 0, names), factors=parts)]
+
+    def low_rank(tile: Tile, known: Known) -> Tensor:
+        assert tile.factors is not None
+        return method.merge_factors(tile.factors, tile.at, known).dense()
+
+    dense = through(method, {name: [Tile(each.x, each.base, each.at)] for name, (each,) in whole.items()})
+    for name, (got,) in through(method, whole, low_rank, "matrix").items():
+        want = dense[name][0].reshape(got.shape).double()
+        off = float((got.double() - want).norm())
+        assert off <= 1e-5 * float(want.norm()), f"merge_factors and apply differ by {off:.3g} in tensor {name}"
+
+
 METHOD_CHECKS: tuple[Callable[[Case], None], ...] = (
     _says_what_it_is,
     _does_what_is_tried_at_its_first_use,
@@ -235,5 +259,6 @@ METHOD_CHECKS: tuple[Callable[[Case], None], ...] = (
     _is_odd,
     _is_homogeneous,
     _is_scaled_last,
+    _merges_factors_as_what_they_make,
 )
 """Each takes a `Case`."""

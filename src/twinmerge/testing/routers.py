@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import TwinmergeError, in_one_line
 from twinmerge.store.artefact import Artefact, load_artefact, save_artefact
 from twinmerge.twin.routers.kit.base import Router, fields_of
 from twinmerge.twin.routers.kit.fit import fit_router, make_of_experts, router_from
@@ -150,7 +150,14 @@ def _a_copy_answers_the_same(given: Given) -> None:
 
 
 def _what_was_pickled_answers_the_same(given: Given) -> None:
-    _comes_back(given, lambda router: pickle.loads(pickle.dumps(router)), "what was pickled")
+    def pickled(router: Router) -> Router:
+        try:
+            found: Router = pickle.loads(pickle.dumps(router))
+        except Exception as error:
+            raise AssertionError(f"it cannot be pickled: {in_one_line(error)}") from error
+        return found
+
+    _comes_back(given, pickled, "what was pickled")
 
 
 def _what_is_read_from_a_file_answers_the_same(given: Given) -> None:

@@ -53,11 +53,12 @@ class Method(BaseModel, ABC):
 
     Class attributes
         space: "deltas" (τt = θt − θ0) or "parameters" (θt).
-        grain: "element" (any tile) or "matrix" (the whole tensor as one tile, or what `grain_of` says).
+        grain: what a tile is (see `Tile`): "element", "rows" or "matrix"; `grain_of` says it tensor by tensor.
         experts_min, experts_max: how many experts the formula is defined for.
-        laws: which algebraic laws the conformance test holds the method to. "idempotent": equal experts give that
-            expert, at scale 1. "symmetric": the experts' order is irrelevant. "odd": negated deltas give the negated
-            change. "homogeneous": deltas times c give the change times c.
+        laws: which algebraic laws tests hold the method to. "idempotent": equal experts give that expert at scale 1,
+            to the bit. The others hold to 10⁻⁶ of each number (10⁻⁵ for decompositions). "symmetric": the experts'
+            order is irrelevant, and they are seen in the order of their names. From θ0 = 0, "odd": negated deltas give
+            the negated change; "homogeneous": deltas times c give the change times c.
         needs: statistics of every expert that the formula reads besides the weights. outputs: "model", or "masks":
         one vector and a mask for each expert, which `twinmerge masks build` writes. linear: what comes out is a sum
         of the experts, by numbers that their values do not change (`coefficients`). core_space: it merges low-rank

@@ -106,6 +106,9 @@ class Gram(NamedTuple):
 class Tile:
     """One tile of one output tensor; methods read it and leave it as it is.
 
+    By the method's grain of that tensor, *tile is (n,), any number of its elements, flat ("element"); (some rows, …),
+    whole rows in its shape but for their number ("rows"); or its shape ("matrix"). Lengths differ, and may be 0.
+
     Args:
         x: (experts, *tile): deltas or parameters, as the method's `space` says; float32, or float64 where an input is.
         base: (*tile) of x's dtype, or None.

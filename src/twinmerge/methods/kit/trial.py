@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from twinmerge.errors import UsageError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
-from twinmerge.methods.kit.base import Gram, Known, Method, Partial, Pass, Place, Tile
+from twinmerge.methods.kit.base import Grain, Gram, Known, Method, Partial, Pass, Place, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,10 @@ Tiles = Mapping[str, Sequence[Tile]]
 
 
 def through(
-    method: Method, tiles: Tiles, answer: Callable[[Tile, Known], Tensor] | None = None
+    method: Method,
+    tiles: Tiles,
+    answer: Callable[[Tile, Known], Tensor] | None = None,
+    grain: Grain | None = None,
 ) -> dict[str, list[Tensor]]:
     """What a method gives for each tile, all of its passes first; what `engine/run.py` does with models, in memory.
 
@@ -35,6 +38,7 @@ def through(
         method: with its parameters.
         tiles: tensor by tensor.
         answer: what is asked of each tile; the method's `apply` where None.
+        grain: of all tensors, where it is not what the method says of each.
     """
     ask = answer or method.apply
     shared, own = Known(), {name: Known() for name in tiles}
@@ -43,7 +47,7 @@ def through(
         return Known(shared | own[name])
 
     for step in method.passes():
-        names = [n for n in tiles if step.grain in (None, method.grain_of(tiles[n][0].at))]
+        names = [n for n in tiles if step.grain in (None, grain or method.grain_of(tiles[n][0].at))]
         for group in [[n] for n in names] if step.scope == "tensor" else [names]:
             if not group:
                 continue

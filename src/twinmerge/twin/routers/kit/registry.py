@@ -18,7 +18,10 @@ ROUTERS = Plugins[Router](
     "twinmerge.twin.routers",
     "twinmerge.routers",
     check_class,
-    lambda: f" Choose from {', '.join(router_names())}; see `twinmerge twin routers`.",
+    lambda: (
+        f" Choose from {', '.join(router_names())}; see `twinmerge twin routers`, or install the "
+        "package that offers it."
+    ),
 )
 
 RouterLike = str | type[Router] | Router
