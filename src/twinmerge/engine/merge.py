@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from twinmerge.models.headed import HeadedModel
 
 
+KEPT = ("recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report", "output", "lines")
+
+
 @strict_class
 class Merge:
     """A merge that is described but not yet run; every call reads what it needs.
@@ -111,9 +114,8 @@ class Merge:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy or a pickle keeps: the recipe and how it is run. It opens its models anew."""
-        kept = ("recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report", "output", "lines")  # fmt: skip
         plan = {"plan": self.plan} if self.edited else {}
-        return {name: self.__dict__[name] for name in kept} | {"spread": None} | plan
+        return {name: self.__dict__[name] for name in KEPT} | {"spread": None} | plan
 
     @classmethod
     @strict

@@ -177,9 +177,7 @@ def export_lora(
     if server == "vllm":
         _refuse_experts(twin, used)
     if not modules:
-        raise UsageError(
-            f"Nothing that {', '.join(used) or 'no expert'} adds fits into an adapter. Export dense weights."
-        )
+        raise UsageError(f"Nothing that {_who(used, 'add')} fits into an adapter. Export dense weights.")
     base = base or _home(twin)
     rank = max(one.factors.rank for one in modules.values())
     if server == "vllm":
@@ -217,6 +215,15 @@ def _require_twin(twin: Any) -> None:
         raise UsageError(f"A twin is exported, not {shown(twin)}. Open a folder with Twin.from_pretrained.")
 
 
+def _who(used: Mapping[str, float], does: str) -> str:
+    """
+    Example:
+        >>> _who({"a": 1.0}, "add"), _who({"a": 0.5, "b": 0.5}, "add"), _who({}, "add")
+        ('a adds', 'a, b add', 'no expert adds')
+    """
+    return f"{', '.join(used) or 'no expert'} {does}{'' if len(used) > 1 else 's'}"
+
+
 def _home(twin: Core) -> str:
     """Where stock transformers finds the shared model."""
     home = twin.package.home
@@ -248,7 +255,7 @@ def _refuse_experts(twin: Core, used: Mapping[str, float]) -> None:
         shape = found.parameters.get(name, ()) if found else ()
         if found and (found.fused_into(stored.get(name, name)) or (len(shape) == 3 and "expert" in name)):
             raise UsageError(
-                f"{', '.join(used)} changes the experts' matrices ({name!r}), whose factors vLLM reads in layouts that "
+                f"{_who(used, 'change')} the experts' matrices ({name!r}), whose factors vLLM reads in layouts that "
                 "differ from model to model. "
                 "Export dense weights (without --lora), or --server peft, which leaves the experts out and says so."
             )
