@@ -537,7 +537,7 @@ static TARGET void OF(signs)(const WORK *restrict sum, size_t n, int tie, float 
     float even = (float)tie;
     for (size_t i = 0; i < n; i++) {
         float s = (float)(sum[i] > 0) - (float)(sum[i] < 0);
-        sign[i] = s == 0 ? even : s;
+        sign[i] = sum[i] != sum[i] ? NAN : s == 0 ? even : s; /* 0 · infinity has no sign, as in torch */
     }
 }
 
