@@ -80,7 +80,10 @@ def generated(core: Core, weights: Tensor, strategy: str, inputs: Mapping[str, A
     blind = None
     if bool(weights.any()):
         blind = core.runtime.look_at({**prompt, "encoder_outputs": inputs.get("encoder_outputs")})
+    asked = strategy
     strategy = core.planner.choose(weights, positions_of(core, prompt), _steps(core, inputs), reorder, strategy, blind)
+    if whole and (asked, strategy, blind) == ("auto", "rebuild", None) and not core.runtime.refused:
+        strategy = "stacked"  # it is known of all rows at once, so no model of some rows alone will do
     if strategy in ("folded", "rebuild"):
         return _rebuilt(core, weights, inputs, whole, bool(sampled))
     mixture = Mixture.of(weights, strategy == "grouped", reorder)
