@@ -20,6 +20,7 @@ OUT = ROOT / "docs" / "pictures" / "architecture.png"
 SAYS = {
     "cli": "the commands",
     "study": "evaluate, search, demo",
+    "testing": "what plug-ins must do",
     "continual": "experts one by one",
     "twin": "mixed per input",
     "engine": "plan, passes, tiles, files",
@@ -30,7 +31,7 @@ SAYS = {
     "tasks": "rows, texts, metrics",
     "store": "files, checksums",
     "maths": "numbers, compiled code",
-    "arguments": "", "plugins": "", "moved": "", "results": "", "errors": "",
+    "arguments": "", "origin": "", "plugins": "", "moved": "", "results": "", "errors": "",
 }  # fmt: skip
 
 
@@ -109,7 +110,16 @@ def draw() -> None:
         )  # fmt: skip
         axes.add_patch(box)
         title = room if small else f"{room}/"
-        axes.text(x, y + (0.36 if small else 0.5), title, ha="center", va="center", weight="bold", size=11, zorder=3)
+        axes.text(
+            x,
+            y + (0.36 if small else 0.5),
+            title,
+            ha="center",
+            va="center",
+            weight="bold",
+            size=8.5 if small else 11,
+            zorder=3,
+        )
         if not small:
             text = f"{SAYS[room]} · {len(files_of(room))} files, {round(lines_of(room), -2):,} lines"
             axes.text(x, y + 0.2, text, ha="center", va="center", size=7.5, zorder=3)

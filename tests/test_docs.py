@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import twinmerge as tm
+from twinmerge.cli.command import COMMANDS
+from twinmerge.testing import check_codec, check_method, check_router
 
 ROOT = Path(__file__).parent.parent
 PLACES = (ROOT, ROOT / "src" / "twinmerge", ROOT / "tests")
@@ -43,3 +49,59 @@ def test_the_page_on_mergekit_is_what_the_tables_of_the_code_say() -> None:
     spec.loader.exec_module(script)
     written = (ROOT / "docs" / "mergekit.md").read_text(encoding="utf-8")
     assert script.page(script.by_hand()) == written, "Run python docs/mergekit_page.py."
+
+
+def listed(text: str) -> dict[str, str]:
+    """Command -> its call, by the table of a page; "`twin compress`, `refine`" are two of one group."""
+    table = text.partition("| command | call | gives |")[2].partition("\n\n")[0]
+    found = {}
+    for row in re.findall(r"^\| (`.+?) \| (.+?) \| .*\|$", table, re.MULTILINE):
+        names = [name.partition(" --")[0] for name in re.findall(r"`([^`]+)`", row[0])]
+        group = names[0].rpartition(" ")[0]
+        found |= {f"{group} {name}".strip() if " " not in name else name: row[1] for name in names}
+    return found
+
+
+def test_the_page_lists_every_command_and_no_other() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert listed(text).keys() == COMMANDS.keys()
+    assert listed("| command | call | gives |\n| `masks build`, `extract --x` | `a` | |\n\n").keys() == {
+        "masks build",
+        "masks extract",
+    }
+
+
+def test_calls_that_the_page_names_are_there() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for call in re.findall(r"`(tm\.[\w.]+)\(", text):
+        found: object = tm
+        for name in call.split(".")[1:]:
+            found = getattr(found, name)
+        assert callable(found), call
+
+
+def examples() -> dict[str, str]:
+    """File that a Python block of CONTRIBUTING.md names -> the block."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n# (src/\S+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return {Path(file).stem: block for file, block in blocks}
+
+
+def test_the_examples_of_contributing_do_what_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = examples()
+    assert found.keys() == {"halfway", "centroid", "thirds", "norms"}
+    own = ModuleType("examples_of_contributing")
+    monkeypatch.setitem(sys.modules, own.__name__, own)
+    for name in ("halfway", "centroid", "thirds"):
+        exec(found[name], vars(own))
+    for scale in (0.5, 1.0, 0.0):
+        check_method(own.Halfway, scale=scale)
+    check_router(own.CentroidRouter, power=2.0)
+    check_codec(own.Thirds)
+    before = dict(COMMANDS)
+    try:
+        exec(found["norms"], {"__name__": "twinmerge.cli.norms"})
+        assert COMMANDS.pop("norms").__doc__
+    finally:
+        COMMANDS.clear()
+        COMMANDS.update(before)

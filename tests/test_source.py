@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import twinmerge
 from twinmerge import errors
 from twinmerge.store.header import CONVERT
 
@@ -21,6 +22,8 @@ OWN_READERS = {
     "engine/verify.py",
     "recipes/recipe.py",
     "plugins.py",  # our own files
+    "origin.py",  # the same, and those of installed packages
+    "twin/routers/kit/sound.py",  # a header as a file would give it, in memory
 }
 OPENERS = {"from_pretrained", "from_config", "get_config_dict", "pipeline", "cached_file"}
 
@@ -112,3 +115,14 @@ def test_every_error_has_a_class_of_its_own():
     assert {str(file.relative_to(ROOT)) for file in bare} == BARE
     found = Counter(name for names in raised.values() for name in names if name in classes)
     assert found.keys() == classes and found.total() > 600, found
+
+
+def test_a_public_name_stands_in_both_lists_of_the_package():
+    """What is loaded when it is first used, and what a type checker reads."""
+    (block,) = (
+        node
+        for node in ast.parse((ROOT / "src/twinmerge/__init__.py").read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    read = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert read == {name: f"twinmerge.{where}" for name, where in twinmerge._WHERE.items()}

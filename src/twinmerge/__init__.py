@@ -55,6 +55,7 @@ _WHERE = {
     "merge_checkpoints": "engine.checkpoints",
     "merge_lora": "engine.adapters.merge",
     "open_suite": "tasks.suite",
+    "read_inputs": "tasks.rows",
     "read_recipe": "recipes.documents",
     "recipe_template": "recipes.template",
     "search": "study.search",
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from twinmerge.study.masks import build_masks as build_masks
     from twinmerge.study.search import search as search
     from twinmerge.study.smoke import smoke_check as smoke_check
+    from twinmerge.tasks.rows import read_inputs as read_inputs
     from twinmerge.tasks.suite import open_suite as open_suite
     from twinmerge.twin.call import TwinOutput as TwinOutput
     from twinmerge.twin.masks.extract import extract_masked as extract_masked

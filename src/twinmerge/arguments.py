@@ -6,6 +6,7 @@ import functools
 import inspect
 import numbers
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
@@ -193,6 +194,26 @@ def at_least_one(name: str, value: Any) -> int:
         given_as = value if fits(value, int) else shown(value)
         raise UsageError(f"{name} is {given_as}. Give a whole number from 1 on.")
     return int(value)
+
+
+def byte_count(text: str, whole: int) -> float:
+    """Bytes out of what people write.
+
+    Args:
+        whole: what a percentage is of.
+
+    Raises:
+        UsageError: no number of bytes.
+
+    Example:
+        >>> byte_count("3.5MB", 0), byte_count("4%", 1000), byte_count("12", 0)
+        (3500000.0, 40.0, 12.0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|B|kB|KB|MB|GB|TB)?", text.strip())
+    if found is None:
+        raise UsageError(f"{text!r} is no number of bytes. Write 3500000, 3.5MB or 4% (of the shared model).")
+    units = {None: 1.0, "B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "%": whole / 100}
+    return float(found[1]) * units[found[2]]
 
 
 def _meant(value: Any, kind: Any) -> str:

@@ -64,6 +64,17 @@ def unreadable(error: Exception) -> type[TwinmergeError]:
     return ResourceError if refused else DataError
 
 
+def in_one_line(error: BaseException) -> str:
+    """What somebody else's error is, and the first line of what it says, for a sentence of ours.
+
+    Example:
+        >>> in_one_line(KeyError("x")), in_one_line(RuntimeError("It broke.\\nHere is why."))
+        ("KeyError: 'x'", 'RuntimeError: It broke')
+    """
+    said = str(error).strip().partition("\n")[0].strip().rstrip(".")
+    return f"{type(error).__name__}: {said:.200}".removesuffix(": ")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown word: the closest known one as a question, or nothing.
 

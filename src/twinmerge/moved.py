@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -77,6 +77,14 @@ NAMES = {
 COMMANDS = {"compress": "masks build", "extract": "masks extract", "twin run": "twin predict"}
 """Old command -> command of today."""
 
+OPTIONS = {
+    "search": {"--rows": "--limit"},
+    "masks build": {"--rows": "--limit"},
+    "twin build": {"--rows": "--limit"},
+    "twin export": {"--for": "--server"},
+}
+"""Command -> old option -> option of today."""
+
 KEYWORDS = {"free": "unconstrained"}
 """Old argument of the calls of a twin -> argument of today."""
 
@@ -99,20 +107,31 @@ def old_name(module: str, name: str) -> Any:
 
 
 def new_command(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """The words of a command line with the command's name of today, and what to say of an old one.
+    """The words of a command line with the names of today, of the command and its options, and what to say of old ones.
 
     Example:
         >>> new_command(["twin", "run", "T"])
         (['twin', 'predict', 'T'], '`twinmerge twin run` is `twinmerge twin predict` now. The old name goes with 0.1.0.')
+        >>> new_command(["search", "--rows=9"])
+        (['search', '--limit=9'], '--rows of `twinmerge search` is --limit now. The old name goes with 0.1.0.')
         >>> new_command(["twin", "build"])
         (['twin', 'build'], None)
     """
+    found, renamed = list(words), []
     for old, new in COMMANDS.items():
-        own = old.split()
-        if list(words[: len(own)]) == own:
-            said = f"`twinmerge {old}` is `twinmerge {new}` now. The old name goes with 0.1.0."
-            return [*new.split(), *words[len(own) :]], said
-    return list(words), None
+        if found[: len(own := old.split())] == own:
+            found = [*new.split(), *found[len(own) :]]
+            renamed.append(f"`twinmerge {old}` is `twinmerge {new}` now.")
+            break
+    for command, options in OPTIONS.items():
+        if found[: len(own := command.split())] != own:
+            continue
+        for i, word in enumerate(found):
+            option, equals, value = word.partition("=")
+            if option in options:
+                found[i] = f"{options[option]}{equals}{value}"
+                renamed.append(f"{option} of `twinmerge {command}` is {options[option]} now.")
+    return found, f"{' '.join(renamed)} The old name goes with 0.1.0." if renamed else None
 
 
 def with_old_keywords(function: Callable[P, T]) -> Callable[P, T]:
@@ -127,6 +146,20 @@ def with_old_keywords(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return renamed
+
+
+def with_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a method that a call was given, those in an old mapping `parameters` among them, with a
+    warning."""
+    found, old = dict(given), given.get("parameters")
+    if isinstance(old, Mapping):
+        warnings.warn(
+            "parameters={...} is **{...} now: give each parameter by its name. The old name goes with 0.1.0.",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        found = {**old, **{name: value for name, value in found.items() if name != "parameters"}}
+    return found
 
 
 class _Finder(MetaPathFinder):

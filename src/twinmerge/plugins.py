@@ -4,13 +4,15 @@ point."""
 from __future__ import annotations
 
 import inspect
+import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from twinmerge.errors import RecipeError, ResourceError, UsageError, nearest
+from twinmerge.errors import RecipeError, ResourceError, TwinmergeError, UsageError, in_one_line, nearest
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -22,8 +24,8 @@ def files_of(package: str) -> dict[str, Path]:
     """Name -> file of all that are in the folders of a package; none of them is imported.
 
     Example:
-        >>> list(files_of("twinmerge.twin.routers"))
-        ['entropy', 'gaussian', 'knn', 'logistic', 'mlp', 'projection']
+        >>> files_of("twinmerge.twin.routers")["knn"].name
+        'knn.py'
     """
     files = (p for folder in import_module(package).__path__ for p in Path(folder).glob("*.py"))
     return {p.stem: p for p in sorted(files, key=lambda p: p.stem) if p.stem != "__init__"}
@@ -92,17 +94,39 @@ class Plugins(Generic[T]):
         """
         if name in self._files or name in self.files():
             return self._of_file(name)
-        entry = next((e for e in self.offered() if e.name == name), None)
+        entry = self.entry(name)
         if entry is None:
             raise RecipeError(f"Unknown {self.kind} {name!r:.80}.{nearest(name, self.names())}{self.see()}")
         try:
             found = entry.load()
-        except Exception as error:  # whatever the import of a stranger's file raises
+        except (Exception, SystemExit) as error:  # whatever the import of a stranger's file raises
             raise ResourceError(
-                f"The {self.kind} {name!r} of another package cannot be loaded: {type(error).__name__}: {error}. Mend "
-                "or uninstall that package."
+                f"The {self.kind} {name!r} of {_package(entry)} cannot be loaded: {_why(error)}. Mend or uninstall "
+                "that package."
             ) from error
         return self.require(found, name)
+
+    def entry(self, name: str) -> EntryPoint | None:
+        """What another package offers under that name; None where there is nothing.
+
+        Raises:
+            ResourceError: two packages offer it.
+        """
+        found = {(e.value, _package(e)): e for e in self.offered() if e.name == name}
+        if len(found) > 1:
+            both = " and ".join(f"{package} ({value})" for value, package in found)
+            raise ResourceError(f"The name {name!r} is that of two {self.kind}s: {both}. Uninstall one of them.")
+        return next(iter(found.values()), None)
+
+    def all(self) -> dict[str, type[T]]:
+        """Every class by its name; one that cannot be loaded is a warning, and hides no other."""
+        found = {}
+        for name in self.names():
+            try:
+                found[name] = self.find(name)
+            except TwinmergeError as error:
+                warnings.warn(f"Left out: {error}", stacklevel=3)
+        return found
 
     def mentioned(self, word: str) -> Iterator[str]:
         """Names of the files that have the word in double quotes, then of what other packages offer: where an alias
@@ -137,7 +161,13 @@ class Plugins(Generic[T]):
 
     def _of_file(self, name: str) -> type[T]:
         if name not in self._files:
-            module = import_module(f"{self.package}.{name}")
+            try:
+                module = import_module(f"{self.package}.{name}")
+            except (Exception, SystemExit) as error:  # of a file that is being written, say
+                raise UsageError(
+                    f"The {self.kind} {name!r} cannot be loaded: {_why(error)}. Mend {self.files()[name]}, or take it "
+                    "out of its folder."
+                ) from error
             classes = (
                 found for _, found in inspect.getmembers(module, inspect.isclass) if found.__module__ == module.__name__
             )
@@ -149,3 +179,23 @@ class Plugins(Generic[T]):
                 )
             self._files[name] = self.require(own[0], name)
         return self._files[name]
+
+
+def _package(entry: EntryPoint) -> str:
+    """What messages call the package of an entry point."""
+    found = getattr(entry, "dist", None)
+    return "another package" if found is None else f"the package {found.name}"
+
+
+def _why(error: BaseException) -> str:
+    """An error of an import in one line: where, what, and the first sentence that it says.
+
+    Example:
+        >>> _why(ImportError("No module named 'x'"))
+        "ImportError: No module named 'x'"
+    """
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if f.name == "<module>"]
+    where = f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        where, error = f"{error.filename}, line {error.lineno}: ", type(error)(error.msg)
+    return where + in_one_line(error).partition(". ")[0]

@@ -7,12 +7,14 @@ import csv
 import dataclasses
 import html
 import io
+import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from twinmerge.errors import ResourceError
+from twinmerge.errors import OutputError, ResourceError
 
 T = TypeVar("T")
 
@@ -20,6 +22,7 @@ WIDTH = 79  # of a repr
 SHOWN = 30  # rows of a table in a notebook
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
+SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ", "\r": " "}
 
 
 class Result:
@@ -39,8 +42,12 @@ class Result:
     __slots__ = ()
 
     def to_dict(self) -> Any:
-        """Plain data: what the command of the same name prints with `--json`."""
+        """Plain data: what the command of the same name prints with `--json`; numbers that JSON has not are None."""
         return plain(fields_of(self))
+
+    def to_json(self) -> str:
+        """The same as text."""
+        return json_text(self.to_dict(), indent=1)
 
     def _summary(self) -> str:
         """What the repr says between its brackets."""
@@ -51,8 +58,7 @@ class Result:
         return ("what", "value"), list(self.to_dict().items())
 
     def __repr__(self) -> str:
-        text = " ".join(f"{type(self).__name__}({self._summary()})".split())
-        return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
+        return one_line(type(self).__name__, self._summary())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -102,19 +108,22 @@ class Table(Result):
                 "to_pandas needs pandas, which is not installed. Install it (pip install pandas), or use to_csv()."
             ) from error
         columns, rows = self._table()
-        return pandas.DataFrame([list(map(plain, row)) for row in rows], columns=list(columns))
+        return pandas.DataFrame([list(map(_whole, row)) for row in rows], columns=list(columns))
 
     def to_csv(self, out: str | os.PathLike[str] | None = None) -> str:
         """The table as comma-separated values, every number in full.
 
         Args:
             out: a file that is written too, whatever was in it.
+
+        Raises:
+            OutputError: it cannot be written.
         """
         columns, rows = self._table()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([["" if value is None else plain(value) for value in row] for row in rows])
+        writer.writerows([["" if value is None else _whole(value) for value in row] for row in rows])
         return _written(text.getvalue(), out)
 
     def to_latex(self, out: str | os.PathLike[str] | None = None) -> str:
@@ -122,6 +131,9 @@ class Table(Result):
 
         Args:
             out: a file that is written too, whatever was in it.
+
+        Raises:
+            OutputError: it cannot be written.
         """
         columns, rows = self._table()
         kinds = "".join("r" if _all_numbers(row[i] for row in rows) else "l" for i in range(len(columns)))
@@ -184,15 +196,17 @@ def fields_of(result: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: mappings, lists, texts, numbers, True, False and None.
+    """A value as JSON has it: mappings, lists, texts, numbers, True, False and None, which NaN and infinity become.
 
     Example:
-        >>> plain({"a": (Path("x"), {1: None})})
-        {'a': ['x', {'1': None}]}
+        >>> plain({"a": (Path("x"), {1: None}), "b": [float("nan"), 0.5], "c": {2, "a"}})
+        {'a': ['x', {'1': None}], 'b': [None, 0.5], 'c': ['a', 2]}
     """
     if isinstance(value, Result):
-        return value.to_dict()
-    if value is None or isinstance(value, (str, bool, int, float)):
+        return plain(value.to_dict())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
         return value
     if hasattr(value, "_asdict") or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         return plain(fields_of(value))
@@ -201,10 +215,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(map(plain, value))
+        return sorted(map(plain, value), key=_order)
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a number of NumPy
-        return value.item()
+        return plain(value.item())
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def _order(value: Any) -> tuple[bool, bool, Any]:
+    """Texts, then numbers, then all else by what it looks like."""
+    text, number = isinstance(value, str), isinstance(value, (int, float))
+    return not text, not number, value if text or number else repr(value)
 
 
 def cell(value: Any) -> str:
@@ -221,6 +241,17 @@ def cell(value: Any) -> str:
     if isinstance(value, (list, tuple)) and len(value) <= 3 and all(isinstance(each, str) for each in value):
         return ", ".join(value)
     return str(len(value)) if isinstance(value, (Mapping, list, tuple)) else str(value)
+
+
+def one_line(kind: str, about: str) -> str:
+    """The repr of what is of a kind, cut where it is too long.
+
+    Example:
+        >>> one_line("Twin", "a, b on ties"), len(one_line("Twin", "x" * 99)), one_line("Twin", "x" * 99)[-3:]
+        ('Twin(a, b on ties)', 79, 'x…)')
+    """
+    text = " ".join(f"{kind}({about})".split())
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
 
 
 def some(names: Iterable[object], most: int = 3) -> str:
@@ -245,11 +276,33 @@ def _all_numbers(values: Iterable[Any]) -> bool:
     return all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values)
 
 
+def _whole(value: Any) -> Any:
+    """A value for a file of values: numbers as they are, NaN too."""
+    number = value.item() if getattr(value, "size", None) == 1 and hasattr(value, "item") else value
+    return number if isinstance(number, float) else plain(value)
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """Plain data as JSON that every reader takes.
+
+    Example:
+        >>> json_text({"share": float("nan"), "place": Path("x")})
+        '{"share": null, "place": "x"}'
+    """
+    return json.dumps(plain(data), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
 def _latex(row: Sequence[Any]) -> str:
-    return " & ".join("".join(SPECIAL.get(mark, mark) for mark in cell(value)) for value in row) + r" \\"
+    text = " & ".join("".join(SPECIAL.get(mark, mark) for mark in cell(value)) for value in row)
+    return ("{}" if text.lstrip().startswith(("[", "*")) else "") + text + r" \\"  # else the row above takes it
 
 
 def _written(text: str, out: str | os.PathLike[str] | None) -> str:
     if out is not None:
-        Path(out).write_text(text, encoding="utf-8")
+        try:
+            Path(out).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"{os.fspath(out)} cannot be written: {error.strerror}. Name a file in a folder that is there."
+            ) from error
     return text

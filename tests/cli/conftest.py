@@ -56,7 +56,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "2000")  # a message is one line
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # one run must not change the next test's threads
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

@@ -3,8 +3,10 @@ form."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -51,11 +53,11 @@ VOLATILE = {
 
 
 class Pair(NamedTuple):
-    """words: of a command, without --json and -o; call: the same in Python, given the output; where: the command has
-    -o."""
+    """words: of a command, without --json and -o; call: the same in Python, given the output as a text; where: the
+    command has -o."""
 
     words: list[Any]
-    call: Callable[[Path], Any]
+    call: Callable[[str], Any]
     where: bool = False
 
 
@@ -74,12 +76,12 @@ def made(zoo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Simp
     return SimpleNamespace(root=root, masks=root / "masks", adapter=adapter, half=root / "half", rest=root / "rest")
 
 
-def saved(twin: Any, out: Path) -> Any:
+def saved(twin: Any, out: str | Path) -> Any:
     twin.save_pretrained(out)
     return twin.info()
 
 
-def state(zoo: Any, out: Path, *names: str) -> tm.Continual:
+def state(zoo: Any, out: str | Path, *names: str) -> tm.Continual:
     found = tm.Continual.init(out, str(zoo.base), "task_arithmetic", progress=False)
     for name in names:
         found.add(name, zoo.experts[name])
@@ -105,12 +107,12 @@ def pairs(zoo: Any, made: Any, tmp: Path) -> dict[str, Pair]:
         f"merge_method: ties\nbase_model: {zoo.lm}\nmodels: [{{model: {zoo.alice}, parameters: {{weight: [0, 1], density: 0.5}}}}]"
     )
 
-    def built(out: Path) -> Any:
+    def built(out: str | Path) -> Any:
         found = tm.Twin.build(base, experts, 2, **quiet)
         found.fit_router(texts, **quiet)
         return saved(found, out)
 
-    def arrived(out: Path) -> Any:
+    def arrived(out: str | Path) -> Any:
         found = state(zoo, out, "mood")
         return found.status()
 
@@ -119,23 +121,23 @@ def pairs(zoo: Any, made: Any, tmp: Path) -> dict[str, Pair]:
     return {
         "merge": Pair(["--method", "ties", *given], lambda out: {**tm.merge("ties", base, experts, out, **quiet).to_dict(), "smoke": None}, True),
         "check": Pair(["--method", "ties", *given], lambda out: tm.check("ties", base, experts, **quiet)),
-        "checkpoints": Pair([run], lambda out: tm.merge_checkpoints(run, out, **quiet).to_dict(), True),
+        "checkpoints": Pair([run], lambda out: tm.merge_checkpoints(str(run), out, **quiet).to_dict(), True),
         "recipe new": Pair(["ties"], lambda out: {"recipe": tm.recipe_template("ties")}),
         "recipe check": Pair([tmp / "r.yaml"], lambda out: tm.read_recipe(tmp / "r.yaml").describe()),
         "recipe explain": Pair([tmp / "r.yaml"], lambda out: tm.explain_recipe(tmp / "r.yaml")),
-        "search": Pair(["--method", "task_arithmetic", *given, *suite, "--split", "train", "--rows", 6, "--grid", "scale=0.1,0.5"],
-                       lambda out: tm.search(tm.merge("task_arithmetic", base, experts), zoo.suite, grid={"scale": [0.1, 0.5]}, split="train", limit=6, **quiet)),
-        "verify": Pair([tmp / "merged"], lambda out: tm.verify(tmp / "merged", **quiet)),
-        "evaluate": Pair([zoo.twin, *suite, "--limit", 6], lambda out: tm.evaluate(str(zoo.twin), zoo.suite, limit=6, **quiet)),
+        "search": Pair(["--method", "task_arithmetic", *given, *suite, "--split", "train", "--limit", 6, "--grid", "scale=0.1,0.5"],
+                       lambda out: tm.search(tm.merge("task_arithmetic", base, experts), str(zoo.suite), grid={"scale": [0.1, 0.5]}, split="train", limit=6, **quiet)),
+        "verify": Pair([tmp / "merged"], lambda out: tm.verify(f"{tmp}/merged", **quiet)),
+        "evaluate": Pair([zoo.twin, *suite, "--limit", 6], lambda out: tm.evaluate(str(zoo.twin), str(zoo.suite), limit=6, **quiet)),
         "diff": Pair([zoo.mood, zoo.kind, "--base", zoo.base], lambda out: tm.diff(str(zoo.mood), str(zoo.kind), base, **quiet)),
         "methods": Pair([], lambda out: tm.list_methods()),
-        "masks build": Pair([*given, *suite, "--split", "train", "--rows", 6],
-                            lambda out: tm.build_masks("tall_masks", base, experts, out, suite=zoo.suite, split="train", limit=6, **quiet), True),
-        "masks extract": Pair([made.masks, "kind"], lambda out: tm.extract_masked(made.masks, "kind", out), True),
-        "measure fisher": Pair([zoo.mood, "--data", zoo.data["mood"], "--limit", 4], lambda out: tm.measure("fisher", str(zoo.mood), zoo.data["mood"], out, limit=4, **quiet), True),
+        "masks build": Pair([*given, *suite, "--split", "train", "--limit", 6],
+                            lambda out: tm.build_masks("tall_masks", base, experts, out, suite=str(zoo.suite), split="train", limit=6, **quiet), True),
+        "masks extract": Pair([made.masks, "kind"], lambda out: tm.extract_masked(str(made.masks), "kind", out), True),
+        "measure fisher": Pair([zoo.mood, "--data", zoo.data["mood"], "--limit", 4], lambda out: tm.measure("fisher", str(zoo.mood), str(zoo.data["mood"]), out, limit=4, **quiet), True),
         "measure gram": Pair([zoo.mood, "--data", zoo.data["mood"]], lambda out: tm.measure("gram", str(zoo.mood), zoo.data["mood"], out, **quiet), True),
         "measure activations": Pair([zoo.mood, "--data", zoo.data["mood"]], lambda out: tm.measure("activations", str(zoo.mood), zoo.data["mood"], out, **quiet), True),
-        "measure add": Pair([made.half, made.rest], lambda out: tm.add_statistics([made.half, made.rest], out), True),
+        "measure add": Pair([made.half, made.rest], lambda out: tm.add_statistics([str(made.half), str(made.rest)], out), True),
         "lora merge": Pair(["--base", zoo.lm, *adapters], lambda out: tm.merge_lora(str(zoo.lm), alone, out, **quiet), True),
         "lora extract": Pair([zoo.alice, "--base", zoo.lm, "--rank", 2], lambda out: tm.extract_lora(str(zoo.alice), str(zoo.lm), out, rank=2, **quiet), True),
         "twin build": Pair([*given, "--rank", 2, *data], built, True),
@@ -155,7 +157,7 @@ def pairs(zoo: Any, made: Any, tmp: Path) -> dict[str, Pair]:
         "continual add": Pair([tmp / "new", f"mood={zoo.mood}"], arrived),
         "continual remove": Pair([tmp / "s2", "kind"], lambda out: [s := state(zoo, out, "mood", "kind"), s.remove("kind")][0].status()),
         "continual materialise": Pair([made.root / "state"], lambda out: [s := tm.Continual(made.root / "state"), s.materialise(out)][0].status(), True),
-        "continual status": Pair([made.root / "state"], lambda out: tm.Continual(made.root / "state").status()),
+        "continual status": Pair([made.root / "state"], lambda out: tm.Continual(f"{made.root}/state").status()),
         "continual twin": Pair([made.root / "state", "--rank", 2],
                                lambda out: [s := tm.Continual(made.root / "state"), s.twin(2, **quiet).save_pretrained(out)][0].status(), True),
     }  # fmt: skip
@@ -226,7 +228,7 @@ def test_every_command_has_a_call_that_gives_the_same(command: Any, zoo: Any, ma
         out = tmp_path / f"c{number}"
         ran = command(*name.split(), *pair.words, *(["-o", out] if pair.where else []), "--json")
         assert ran.code == (1 if name == "diff" else 0), (name, ran.err)  # 1: they differ
-        found = pair.call(tmp_path / f"p{number}")
+        found = pair.call(f"{tmp_path}/p{number}")  # a text, where the command gives a path
         plain = found.to_dict() if isinstance(found, Result) else found
         assert steady(json.loads(ran.out)) == steady(plain), name
         assert json.loads(ran.out).keys() - VOLATILE == plain.keys() - VOLATILE if isinstance(plain, dict) else True
@@ -262,6 +264,178 @@ def test_an_old_command_works_and_names_the_new_one(
     *group, name = old.split()
     assert f" {name} " not in command(*group, "--help").out
     assert f"Usage: twinmerge {OLD[old]}" in command(*old.split(), "--help").out
+
+
+STATE = tm.Continual
+ASKED: dict[str, tuple[Any, ...]] = {
+    "merge": (tm.merge,),
+    "check": (tm.check, tm.merge),
+    "search": (tm.search, tm.merge),
+    "verify": (tm.verify,),
+    "evaluate": (tm.evaluate,),
+    "diff": (tm.diff,),
+    "methods": (tm.list_methods,),
+    "demo": (tm.demo,),
+    "masks build": (tm.build_masks,),
+    "masks extract": (tm.extract_masked,),
+    "measure fisher": (tm.measure,),
+    "measure gram": (tm.measure,),
+    "measure activations": (tm.measure,),
+    "measure add": (tm.add_statistics,),
+    "lora merge": (tm.merge_lora,),
+    "lora extract": (tm.extract_lora,),
+    "twin build": (tm.Twin.build, tm.Twin.fit_router),
+    "twin predict": (tm.Twin.predict, tm.Twin.forward),
+    "twin explain": (tm.Twin.explain,),
+    "twin info": (tm.Twin.info,),
+    "twin compress": (tm.Twin.compress,),
+    "twin refine": (tm.Twin.refine,),
+    "twin add": (tm.Twin.add,),
+    "twin remove": (tm.Twin.remove,),
+    "twin rebuild": (tm.Twin.rebuild,),
+    "twin export": (tm.Twin.export,),
+    "twin routers": (tm.list_routers,),
+    "continual init": (STATE.init,),
+    "continual add": (STATE, STATE.add_to_both),
+    "continual remove": (STATE, STATE.remove),
+    "continual materialise": (STATE, STATE.materialise),
+    "continual status": (STATE.status,),
+    "continual twin": (STATE, STATE.twin),
+}
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+
+
+def told_otherwise() -> tuple[set[str], dict[str, set[str]]]:
+    """What the page says of options that are no argument of their name: in every command, and command -> in that one."""
+    text = PAGE.read_text().split("## Where an option is no argument of its name")[1].split("\n## ")[0]
+    everywhere: set[str] = set()
+    of: dict[str, set[str]] = {}
+    for line in (line for line in text.splitlines() if line.startswith("| `")):
+        *command, options, _ = (cell.strip(" `") for cell in line.strip("|").split(" | "))
+        known = of.setdefault(command[0], set()) if command else everywhere
+        known |= set(re.findall(r"--[a-z][a-z-]*", options))
+    return everywhere, of
+
+
+def words_of_options() -> Iterator[tuple[str, str, bool]]:
+    """Command, long name of an option, and whether it may be repeated."""
+
+    def below(found: Any, words: str) -> Iterator[tuple[str, str, bool]]:
+        for name, command in getattr(found, "commands", {}).items():
+            yield from below(command, f"{words} {name}".strip())
+        if not hasattr(found, "commands"):
+            for option in (each for each in found.params if each.param_type_name == "option"):
+                yield words, max(option.opts, key=len), option.multiple
+
+    yield from below(typer.main.get_command(twinmerge.cli.app), "")
+
+
+def test_every_option_is_an_argument_of_its_name_or_the_page_says_what_else() -> None:
+    everywhere, otherwise = told_otherwise()
+    assert everywhere >= {"--output", "--parameter", "--json", "--threads"} and len(otherwise) > 8
+    seen: dict[str, set[str]] = {}
+    for command, option, repeated in words_of_options():
+        arguments = {name for call in ASKED[command] for name in inspect.signature(call).parameters}
+        name = option.strip("-").replace("-", "_")
+        named = name in arguments or (repeated and f"{name}s" in arguments | {"weights"})
+        said = option in otherwise.get(command, set())
+        seen.setdefault(command, set()).add(option)
+        if (command, option) != ("check", "--output"):  # which is only looked at
+            assert named or said or option in everywhere, f"docs/python.md does not tell of {command} {option}"
+        assert not (named and said) or option in ("--expert", "--plan"), (
+            f"{command} {option} is an argument of its name"
+        )
+    for command, options in otherwise.items():
+        assert options <= seen[command], f"{command} has no {', '.join(options - seen[command])}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["search", "--method", "task_arithmetic", "--split", "train", "--grid", "scale=0.1", "--rows=4"],
+        ["twin", "export", "TWIN", "--expert", "kind", "--lora", "--for", "vllm"],
+    ],
+    ids=" ".join,
+)
+def test_an_old_option_works_and_names_the_new_one(command: Any, zoo: Any, tmp_path: Path, words: list[Any]) -> None:
+    more = ["--base", zoo.base, *zoo.given, "--suite", zoo.suite] if words[0] == "search" else []
+    ran = command(*(zoo.twin if word == "TWIN" else word for word in words), *more, "-o", tmp_path / "out")
+    old, new = ("--rows", "--limit") if words[0] == "search" else ("--for", "--server")
+    own = " ".join(words[: 1 + (words[0] == "twin")])
+    said = f"Warning: {old} of `twinmerge {own}` is {new} now. The old name goes with 0.1.0."
+    assert ran.code == 0 and ran.err.splitlines()[0] == said
+    assert old not in command(*own.split(), "--help").out
+
+
+def test_a_parameter_of_the_method_is_no_argument_of_the_call(command: Any, zoo: Any, tmp_path: Path) -> None:
+    for words in (["twin", "build"], ["masks", "build"], ["lora", "merge"]):
+        name = "progress" if words[0] == "masks" else "rank"
+        ran = command(*words, "--base", zoo.base, *zoo.given, "-p", f"{name}=3", "-o", tmp_path / "out")
+        assert ran.code == 2 and f"-p {name} is no parameter of the method here" in ran.err
+
+
+def test_the_one_expert_that_is_added_may_have_its_data_with_or_without_its_name(
+    command: Any, zoo: Any, tmp_path: Path
+) -> None:
+    words = ["twin", "add", zoo.twin, "--expert", f"more={zoo.kind}"]
+    found = [
+        command(*words, *data, "-o", tmp_path / f"{i}", "--json")
+        for i, data in enumerate((["--data", zoo.data["kind"]], ["--data", f"more={zoo.data['kind']}"]))
+    ]
+    first, second = (steady(ran.json()) for ran in found)
+    assert first == second and "more" in first["experts"]
+    ran = command(*words, "--data", f"other={zoo.data['kind']}", "-o", tmp_path / "no")
+    assert ran.code == 2 and "--data names 'other', and 'more' is added" in ran.err
+
+
+def test_bytes_as_people_write_them(zoo: Any) -> None:
+    twin = tm.Twin.from_pretrained(zoo.twin)
+    whole = sum(spec.bytes for spec in twin.package.shared.specs.values())
+    share = twin.compress(bytes="900%", codec="int8", progress=False)
+    assert share.info().to_dict() == twin.compress(bytes=9.0 * whole, codec="int8", progress=False).info().to_dict()
+    with pytest.raises(TwinmergeError, match="'many' is no number of bytes"):
+        twin.compress(bytes="many", progress=False)
+
+
+def test_a_twin_and_a_state_are_one_line(zoo: Any, made: Any) -> None:
+    twin = tm.Twin.from_pretrained(zoo.twin)
+    assert repr(twin) == "Twin(mood, kind, size on tsv, gaussian router)"
+    state = repr(tm.Continual(made.root / "state"))
+    assert state.startswith("Continual(task_arithmetic of mood, kind, size, in ") and len(state) <= WIDTH
+
+
+def callables() -> Iterator[tuple[str, Any]]:
+    """Every public call: functions, and what makes and what asks the public classes."""
+    for name in tm.__all__:
+        found = getattr(tm, name)
+        if isinstance(found, type) and not issubclass(found, Exception):
+            yield name, found
+            for own in (own for own in dir(found) if not own.startswith("_")):
+                each = inspect.getattr_static(found, own)
+                each = getattr(each, "__func__", each)
+                if callable(each) and getattr(each, "__module__", "").startswith("twinmerge."):
+                    yield f"{name}.{own}", each
+        elif callable(found) and not isinstance(found, type):
+            yield name, found
+
+
+PATHS = {"data", "file", "files", "folder", "out", "plan", "suite"}
+INSIDE = {"Twin", "Twin.write"}  # made by build and from_pretrained; given an output that the library made
+
+
+def test_every_call_takes_a_path_as_a_text_or_as_a_path() -> None:
+    """What takes a path says both in its signature, and refuses other things in one sentence."""
+    seen = set()
+    for name, call in callables():
+        for argument, parameter in inspect.signature(call).parameters.items():
+            kind = str(parameter.annotation)
+            if name in INSIDE or not (argument in PATHS or "Path" in kind) or kind in ("Any", ""):
+                continue
+            seen.add(f"{name} {argument}")
+            assert re.search(r"\bstr\b", kind) and ("Path" in kind), (name, argument, kind)
+            if not isinstance(call, type) and argument in PATHS:
+                assert hasattr(call, "__wrapped__"), f"{name} takes whatever {argument} is given"
+    assert {"smoke_check file", "Merge.from_plan file", "Twin.export out", "measure data", "demo out"} <= seen
 
 
 def test_names_of_the_package() -> None:
@@ -330,7 +504,7 @@ def test_a_table_in_its_forms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert found.to_latex(tmp_path / "t.tex").splitlines()[2:5] == [
         "name & x & y \\\\",
         "\\hline",
-        'a\\_b & 1.235 & 1 \\& <2>, "q" \\\\',
+        'a\\_b & 1.235 & 1 \\& \\textless{}2\\textgreater{}, "q" \\\\',
     ]
     assert (tmp_path / "t.tex").read_text() == found.to_latex() and "{lrl}" in found.to_latex()
     assert "1 &amp; &lt;2&gt;" in found._repr_html_()
@@ -361,7 +535,7 @@ def test_every_call_that_takes_a_method_takes_a_class_or_an_object(zoo: Any, tmp
     base, experts, quiet = str(zoo.base), zoo.experts, {"progress": False}
     usual, own = (
         tm.search(
-            tm.merge(method, base, experts), zoo.suite, grid={"scale": [0.1, 0.5]}, split="train", limit=4, **quiet
+            tm.merge(method, base, experts), str(zoo.suite), grid={"scale": [0.1, 0.5]}, split="train", limit=4, **quiet
         )
         for method in ("task_arithmetic", Mine)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -15,15 +16,12 @@ import torch
 import typer
 
 import twinmerge.cli
+from twinmerge.cli.command import COMMANDS, GROUPS, in_order
+from twinmerge.cli.command import command as command_of
 from twinmerge.errors import TwinmergeError
+from twinmerge.plugins import files_of
 
-TWIN = ["build", "predict", "explain", "info", "compress", "refine", "add", "remove", "rebuild", "export", "routers"]
-MEASURE = ["fisher", "gram", "activations", "add"]
-COMMANDS = ["", "merge", "check", "verify", "twin", *(f"twin {word}" for word in TWIN)]
-COMMANDS += ["search", "masks", "masks build", "masks extract", "evaluate", "diff", "methods", "demo"]
-COMMANDS += ["measure", *(f"measure {word}" for word in MEASURE)]
-COMMANDS += ["lora", "lora merge", "lora extract"]
-COMMANDS += ["continual", *(f"continual {word}" for word in ("init", "add", "remove", "materialise", "status", "twin"))]
+HELPED = ["", *GROUPS, *COMMANDS]
 
 
 def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +29,7 @@ def python(code: str, *words: object, **environment: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("words", COMMANDS)
+@pytest.mark.parametrize("words", HELPED)
 def test_help(command: Any, words: str) -> None:
     for flag in ("--help", "-h"):
         ran = command(*words.split(), flag)
@@ -44,7 +42,7 @@ def test_help(command: Any, words: str) -> None:
     options = [name for p in found.params for name in p.opts if name.startswith("--")]
     assert all(name in ran.out for name in options)
     assert set(getattr(found, "commands", {})) == {
-        name.split()[-1] for name in COMMANDS[1:] if name.rpartition(" ")[0] == words and hasattr(found, "commands")
+        name.split()[-1] for name in HELPED[1:] if name.rpartition(" ")[0] == words and hasattr(found, "commands")
     }
 
 
@@ -115,3 +113,15 @@ def test_the_installed_script(zoo: Any, tmp_path: Path) -> None:
         "reached. Check the path, or go online (unset HF_HUB_OFFLINE) and run again.",
     ]
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_every_function_of_a_command_says_its_words_once() -> None:
+    """A file of the folder is enough: nothing names it elsewhere."""
+    files = {Path(inspect.getfile(function)).stem for function in COMMANDS.values()}
+    assert files <= files_of("twinmerge.cli").keys() and len(files) >= 14
+    assert sorted(in_order()) == sorted(COMMANDS) and in_order()[0] == "merge"
+    with pytest.raises(AssertionError, match="merge is two commands"):
+        command_of("merge")(lambda: None)
+    with pytest.raises(AssertionError, match="nowhere x is of no group"):
+        command_of("nowhere x")(lambda: None)
+    assert "nowhere x" not in COMMANDS

@@ -13,7 +13,7 @@ import pytest
 
 import twinmerge as tm
 import twinmerge.cli
-from twinmerge.cli.failure import told
+from twinmerge.cli.failure import message_and_code
 from twinmerge.store import disk
 
 RECIPE = "twinmerge: 1\nmerge_method: average\nmodels:\n  - model: MOOD\n  - model: KIND\n"
@@ -26,9 +26,9 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
 
     def spy(error: BaseException) -> tuple[str, int]:
         found.append(error)
-        return told(error)
+        return message_and_code(error)
 
-    monkeypatch.setattr(twinmerge.cli, "told", spy)
+    monkeypatch.setattr(twinmerge.cli, "message_and_code", spy)
     return found
 
 
@@ -261,5 +261,5 @@ def test_an_error_of_another_package_that_is_of_no_class_below_is_of_usage() -> 
     class TheirsError(tm.TwinmergeError):
         pass
 
-    assert told(TheirsError("x"))[1] == told(tm.TwinmergeError("x"))[1] == 2
-    assert [told(kind("x"))[1] for kind in (tm.ModelError, tm.DamagedFile, tm.OutputError)] == [3, 3, 4]
+    assert message_and_code(TheirsError("x"))[1] == message_and_code(tm.TwinmergeError("x"))[1] == 2
+    assert [message_and_code(kind("x"))[1] for kind in (tm.ModelError, tm.DamagedFile, tm.OutputError)] == [3, 3, 4]

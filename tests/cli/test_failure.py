@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import twinmerge.cli
-from twinmerge.cli.failure import report, told
+from twinmerge.cli.failure import message_and_code, report
 from twinmerge.errors import TwinmergeError
 
 
@@ -95,7 +95,7 @@ def test_a_report_that_cannot_be_written(command: Any, monkeypatch: pytest.Monke
 def test_a_report_names_what_a_worker_did() -> None:
     error = ValueError("x")
     error.add_note("in the worker: line 3")
-    assert "in the worker: line 3" in report(error) and told(error)[1] == 4
+    assert "in the worker: line 3" in report(error) and message_and_code(error)[1] == 4
 
 
 def test_arguments_that_are_no_text(command: Any) -> None:

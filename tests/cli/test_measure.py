@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,7 @@ def test_what_is_printed(command: Any, zoo: Any, tmp_path: Path) -> None:
         ran.code == 0
         and [word for word in ("examples", "tokens", "bytes", "seconds", "activations") if word not in ran.out] == []
     )
+    assert re.search(r"tokens +│ +18 │", ran.out)  # 16 and 2, with [CLS] or its like
     assert ran.err.strip() == "Warning: 1 of 2 texts were longer than the 16 tokens that the model takes and were cut."
     told = command(
         *("measure", "fisher", zoo.alice, "--data", data, "-o", tmp_path / "f", "--rows", "0:1", "--max-tokens", 5),

@@ -64,7 +64,7 @@ def test_scores_are_shares_of_the_experts_where_they_are_known(
 
 
 def test_table_marks_the_best(command: Any, given: list[str]) -> None:
-    ran = command(*given, "--grid", "scale=0.1,0.2", "--rows", 4)
+    ran = command(*given, "--grid", "scale=0.1,0.2", "--limit", 4)
     assert ran.code == 0 and "12 rows" in ran.out and ran.out.count(" * │") == 1
 
 

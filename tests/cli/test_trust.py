@@ -44,6 +44,7 @@ def test_verify_finds_nothing_in_a_fresh_merge(command: Any, merged: Any) -> Non
         "missing": {},
         "unreadable": {},
         "files": {},
+        "uncompared": {},
     }
 
 

@@ -38,7 +38,7 @@ def test_build_with_data_and_without(command: Any, zoo: Any, tmp_path: Path) -> 
     with_data = command(*given, *data, "-o", tmp_path / "a")
     assert with_data.code == 0 and "Router on 18 held-out inputs: " in with_data.out
     assert "Built a twin of 3 experts at rank 4" in with_data.err
-    fewer = command(*given, *data, "--rows", 20, "-o", tmp_path / "fewer")
+    fewer = command(*given, *data, "--limit", 20, "-o", tmp_path / "fewer")
     assert "Router on 12 held-out inputs: " in fewer.out
     without = command(*given, "-o", tmp_path / "b")
     assert without.code == 0 and without.out == "" and "It has no router" in without.err
@@ -221,7 +221,9 @@ def test_export_a_model_and_adapters(command: Any, zoo: Any, tmp_path: Path, mix
     words = ["--mixture", "mood=0.75", "--mixture", "kind=0.25", "--lora", "-o", tmp_path / "lora"]
     found = command("twin", "export", zoo.twin, *words, "--json").json()
     assert found["rank"] == 8 and 0 < sum(found["left_out"].values()) < 1
-    told = command("twin", "export", zoo.twin, "--expert", "mood", "--lora", "--for", "vllm", "-o", tmp_path / "v").err
+    told = command(
+        "twin", "export", zoo.twin, "--expert", "mood", "--lora", "--server", "vllm", "-o", tmp_path / "v"
+    ).err
     assert "adapter of rank 8" in told and "cannot travel in it" in told
 
 
@@ -230,7 +232,7 @@ def test_exports_that_cannot_be(command: Any, zoo: Any, tmp_path: Path) -> None:
         ([], "Give --expert NAME, or --mixture"),
         (["--expert", "mood", "--mixture", "kind=1"], "Give --expert NAME, or --mixture"),
         (["--expert", "moood"], "no expert 'moood'. Did you mean 'mood'?"),
-        (["--expert", "mood", "--lora", "--for", "ollama"], "--for 'ollama' is unknown"),
+        (["--expert", "mood", "--lora", "--server", "ollama"], "--server 'ollama' is unknown"),
     ):
         ran = command("twin", "export", zoo.twin, *words, "-o", tmp_path / "out")
         assert ran.code == 2 and says in ran.err and not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -87,7 +93,7 @@ def adapted(base: Path, folder: Path, seed: int, kind: Any = LlamaForCausalLM, *
     model = peft.get_peft_model(kind.from_pretrained(base), peft.LoraConfig(init_lora_weights=False, **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
+            if "modules_to_save" in name or (name.endswith(".bias") and parameter.requires_grad):
                 parameter.normal_()
     model.save_pretrained(folder)
     return folder
@@ -289,13 +295,23 @@ def test_parameters_of_the_method_reach_it(zoo: Any, tmp_path: Path, monkeypatch
     halves = sums(zoo.experts, {n: 1.5 * w for n, w in WEIGHTS.items()})
     assert max(relative(t, halves[n]) for n, t in deltas(whole.folder).items()) <= 1e-6
     given = {"elementwise": "*q_proj*", "rest": "mean"}
-    plain = merge_lora(zoo.base, zoo.experts, tmp_path / "two", parameters=given, **options)
+    plain = merge_lora(zoo.base, zoo.experts, tmp_path / "two", **given, **options)
     for name, tensor in deltas(plain.folder).items():
         assert relative(tensor, halves[name] / 3 * (2 / 3 if "q_proj" in name else 1)) <= 1e-6
 
 
+def test_parameters_are_given_by_name_and_by_expert_or_in_an_old_mapping(zoo: Any) -> None:
+    options: dict[str, Any] = {"method": "tsv", "energy": 0.5, "progress": False}
+    plain = merge_lora(zoo.base, zoo.experts, weights={"a": 2.0, "b": 1.0, "c": 1.0}, **options)
+    assert merge_lora(zoo.base, zoo.experts, **{"a.weights": 2.0}, **options).energy == plain.energy
+    with pytest.warns(DeprecationWarning, match=r"parameters={...} is \*\*{...} now"):
+        old = merge_lora(zoo.base, zoo.experts, parameters={"a.weights": 2.0}, **options)
+    assert old.energy == plain.energy != merge_lora(zoo.base, zoo.experts, **options).energy
+
+
 def test_nothing_is_written_without_an_output(zoo: Any, tmp_path: Path) -> None:
-    found = merge_lora(zoo.base, zoo.experts, None, rank=2, progress=False)
+    assert extract_lora(f"{zoo.base}+{zoo.experts['a']}", zoo.base, rank=1, progress=False).folder is None
+    found = merge_lora(zoo.base, zoo.experts, rank=2, progress=False)
     assert found.folder is None and set(found.ranks.values()) == {2} and list(tmp_path.iterdir()) == []
 
 
@@ -363,7 +379,7 @@ def test_an_unrelated_base_is_refused(zoo: Any, tmp_path: Path) -> None:
         ({"method": "tiess"}, "Unknown method 'tiess'"),
         ({"weights": {"z": 1.0}}, "z.weights names no expert"),
         ({"weights": {"a": float("inf")}}, "weights=.*inf.* is not allowed"),
-        ({"parameters": {"densty": 1}}, "no parameter 'densty'"),
+        ({"densty": 1}, "no parameter 'densty'"),
         ({"dtype": "float17"}, "Cannot write dtype 'float17'"),
     ],
 )
@@ -396,10 +412,12 @@ def test_heads_are_refused_or_left_out_by_name(tmp_path: Path) -> None:
         n: str(adapted(tmp_path / "base", tmp_path / n, i, BertForSequenceClassification, **options))
         for i, n in enumerate("xy")
     }
-    with pytest.raises(TwinmergeError, match=r"trained in full \('x': classifier.bias, classifier.weight; 'y'.*merge`"):
+    with pytest.raises(
+        TwinmergeError, match=r"classifier.bias, classifier.weight \(trained in full\) of 'x'; .* of 'y'. .*merge`"
+    ):
         merge_lora(tmp_path / "base", paths, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
-    with pytest.warns(UserWarning, match="Left out of the merged adapter.*'y': classifier.bias"):
+    with pytest.warns(UserWarning, match=r"Left out of the merged adapter.*classifier.bias, .* of 'y'"):
         found = merge_lora(tmp_path / "base", paths, tmp_path / "out", drop_heads=True, progress=False)
     assert found.dropped == {n: ["classifier.bias", "classifier.weight"] for n in "xy"}
     assert "Left out of x" in (tmp_path / "out" / "README.md").read_text()
@@ -409,6 +427,51 @@ def test_heads_are_refused_or_left_out_by_name(tmp_path: Path) -> None:
     want = {n.removeprefix("bert."): t for n, t in sums(paths, {"x": 1.0, "y": 1.0}).items()}
     assert {n for n in before if not torch.equal(before[n], body[n])} == want.keys()
     assert all(relative(body[n] - before[n], t) <= 1e-5 for n, t in want.items())
+
+
+BIASED = LlamaConfig(**{**LLAMA.to_dict(), "attention_bias": True})
+MOE = MixtralConfig(
+    **SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, tie_word_embeddings=False
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind, config, options, says",
+    [
+        (LlamaForCausalLM, BIASED, {"lora_bias": True}, "self_attn.q_proj.bias (a bias) of 'x'"),
+        (LlamaForCausalLM, BIASED, {"bias": "lora_only"}, "self_attn.q_proj.bias (trained in full) of 'x'"),
+        (LlamaForCausalLM, LLAMA, {"trainable_token_indices": [1, 3]}, "embed_tokens.weight (trained row by row) of"),
+        (LlamaForCausalLM, LLAMA, {"modules_to_save": ["norm"]}, "norm.weight (trained in full) of 'x'"),
+        (
+            MixtralForCausalLM,
+            MOE,
+            {"target_parameters": ["mlp.experts.down_proj"]},
+            "(the weight of no module that LoRA",
+        ),
+    ],
+)
+def test_what_has_no_place_in_the_sum_is_called_what_it_is(
+    tmp_path: Path, kind: Any, config: Any, options: dict[str, Any], says: str
+) -> None:
+    drawn(kind(config)).save_pretrained(tmp_path / "base")
+    paths = {
+        "x": str(adapted(tmp_path / "base", tmp_path / "x", 1, kind, r=2, target_modules=["q_proj"], **options)),
+        "y": str(adapted(tmp_path / "base", tmp_path / "y", 2, kind, r=2, target_modules=["q_proj"])),
+    }
+    with pytest.raises(TwinmergeError, match=re.escape(says)) as told:
+        merge_lora(tmp_path / "base", paths, tmp_path / "out", progress=False)
+    assert "head of" not in str(told.value) and "labels" not in str(told.value)
+    found = merge_lora(tmp_path / "base", paths, tmp_path / "out", drop_heads=True, progress=False)
+    assert list(found.dropped) == ["x"] and list(found.ranks) == ["layers.0.self_attn.q_proj.weight"]
+
+
+def test_the_base_of_an_adapter_is_called_by_its_own_name(zoo: Any, tmp_path: Path) -> None:
+    other = spoilt(
+        zoo.experts["a"], tmp_path / "other", lambda tensors, _: tensors.update({"base_model.model.odd": IDS * 1.0})
+    )
+    with pytest.raises(TwinmergeError, match=f"holds 'odd', which its base {zoo.base} [(]LlamaForCausalLM"):
+        open_model(f"{zoo.base}+{other}")
 
 
 # -------------------------------------------------------------------------------------------- directions
@@ -611,33 +674,94 @@ def test_a_vision_model_with_its_convolution(tmp_path: Path) -> None:
         assert relative(got, moved(pixel_values=pixels).logits) <= 1e-5
 
 
-def test_gpt2s_tied_embedding_changes_in_both_places(tmp_path: Path) -> None:
-    base = drawn(GPT2LMHeadModel(GPT2))
+TIED = {
+    "gpt2": (GPT2LMHeadModel, GPT2, "wte.weight"),
+    "llama": (LlamaForCausalLM, LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True}), "embed_tokens.weight"),
+    "t5": (
+        T5ForConditionalGeneration,
+        T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=20, decoder_start_token_id=0),
+        "shared.weight",
+    ),
+    "bert": (BertForMaskedLM, BertConfig(**BERT), "embeddings.word_embeddings.weight"),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_table_that_several_modules_share_stays_the_bases(tmp_path: Path, name: str) -> None:
+    """PEFT would add its change once for each of them when it merges. All else is right before and after that."""
+    kind, config, table = TIED[name]
+    base = drawn(kind(config))
+    base.tie_weights()
     base.save_pretrained(tmp_path / "base")
     moved = tuned(base, 4)
     moved.save_pretrained(tmp_path / "model")
-    found = extract_lora(tmp_path / "model", tmp_path / "base", tmp_path / "out", rank=20, progress=False)
-    assert "wte.weight" in found.ranks and not found.left_out
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), found.folder)
-    assert relative(logits(model), logits(moved)) <= 1e-5
+    shares = {
+        n: float((p - q).square().sum()) for (n, p), q in zip(moved.named_parameters(), base.parameters(), strict=True)
+    }
+    with torch.no_grad():
+        moved.get_input_embeddings().weight.copy_(base.get_input_embeddings().weight)
+    more = {"decoder_input_ids": IDS} if name == "t5" else {}
+    with torch.no_grad():
+        want = moved(input_ids=IDS, **more).logits
+
+    found = extract_lora(tmp_path / "model", tmp_path / "base", tmp_path / "out", rank=24, progress=False)
+    assert found.tied == list(found.left_out) == [table] and found.to_dict()["tied"] == [table]
+    share = shares[next(n for n in shares if n.endswith(table))] / sum(shares.values())
+    assert found.left_out[table] == pytest.approx(share, rel=1e-3)
+    assert f"Several modules share {table} (tied)" in (tmp_path / "out" / "README.md").read_text()
+    model = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), found.folder)
+    with torch.no_grad():
+        before = model.eval()(input_ids=IDS, **more).logits
+        after = model.merge_and_unload()(input_ids=IDS, **more).logits
+    assert relative(before, want) <= 1e-5 and relative(after, want) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Model")
+def test_adapters_of_a_tied_table_are_refused_or_the_table_is_left_out(tmp_path: Path) -> None:
+    base = drawn(GPT2LMHeadModel(GPT2))
+    base.save_pretrained(tmp_path / "base")
+    both = {"target_modules": ["c_attn", "wte", "lm_head"], "fan_in_fan_out": True}
+    paths = {n: str(adapted(tmp_path / "base", tmp_path / n, 1, GPT2LMHeadModel, r=2, **both)) for n in "x"}
+    _tied_alike(Path(paths["x"]) / "adapter_model.safetensors")
+    plain = {**both, "target_modules": ["c_attn"]}
+    paths["y"] = str(adapted(tmp_path / "base", tmp_path / "y", 2, GPT2LMHeadModel, r=2, **plain))
+    with pytest.raises(
+        TwinmergeError, match=r"wte.weight \(tied: several modules share it\) of 'x'. Merge full models"
+    ):
+        merge_lora(tmp_path / "base", paths, tmp_path / "out", progress=False)
+    with pytest.warns(UserWarning, match=r"Left out .* wte.weight \(tied"):
+        found = merge_lora(tmp_path / "base", paths, tmp_path / "out", drop_heads=True, progress=False)
+    assert found.dropped == {"x": ["wte.weight"]} and list(found.ranks) == ["h.0.attn.c_attn.weight"]
+    model = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), found.folder)
+    before = logits(model)
+    assert relative(logits(model.merge_and_unload()), before) <= 1e-5
+    tm.merge("task_arithmetic", tmp_path / "base", {"x": f"{tmp_path / 'base'}+{paths['x']}"}, progress=False).check()
+
+
+def _tied_alike(file: Path) -> None:
+    """The same product in both of two tied modules, as PEFT trains them with ensure_weight_tying."""
+    tensors = load_file(file)
+    table, head = ("base_model.model.transformer.wte.lora_embedding_", "base_model.model.lm_head.lora_")
+    tensors |= {f"{head}A.weight": tensors[f"{table}B"].T, f"{head}B.weight": tensors[f"{table}A"].T}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, file, {"format": "pt"})
 
 
 def test_an_adapter_that_changes_tied_tensors_in_two_ways_is_refused(tmp_path: Path) -> None:
     base = drawn(GPT2LMHeadModel(GPT2))
     base.save_pretrained(tmp_path / "base")
-    tuned(base, 4).save_pretrained(tmp_path / "model")
-    extract_lora(tmp_path / "model", tmp_path / "base", tmp_path / "out", rank=4, progress=False)
-    ref = f"{tmp_path / 'base'}+{tmp_path / 'out'}"
+    both = {"target_modules": ["wte", "lm_head"], "fan_in_fan_out": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted(tmp_path / "base", tmp_path / "out", 1, GPT2LMHeadModel, r=2, **both)
+    ref, file = f"{tmp_path / 'base'}+{tmp_path / 'out'}", tmp_path / "out" / "adapter_model.safetensors"
+    _tied_alike(file)
     assert open_model(ref).low_rank("wte.weight")  # the same in both places is one change
-    (tmp_path / "out" / "twinmerge.checksums.json").unlink()  # which would find it changed
-    file = tmp_path / "out" / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(k for k in tensors if "lm_head" in k and "lora_B" in k)
     save_file({**tensors, key: 2 * tensors[key]}, file, {"format": "pt"})
     with pytest.raises(
-        TwinmergeError, match="'lm_head.weight' and 'wte.weight' each in its own way, but the base .* ties them"
+        TwinmergeError, match="'lm_head.weight' and 'wte.weight' each in its own way, but the base .*/base ties them"
     ):
         open_model(ref)
 
@@ -685,8 +809,6 @@ def test_extracted_adapters_merge_into_one(zoo: Any, full: Any, tmp_path: Path) 
 
 
 def test_normalize_divides_by_the_sum_of_the_weights(zoo: Any, tmp_path: Path) -> None:
-    mean = merge_lora(
-        zoo.base, zoo.experts, tmp_path / "mean", weights=WEIGHTS, parameters={"normalize": True}, progress=False
-    )
+    mean = merge_lora(zoo.base, zoo.experts, tmp_path / "mean", weights=WEIGHTS, normalize=True, progress=False)
     want = sums(zoo.experts, {n: w / sum(WEIGHTS.values()) for n, w in WEIGHTS.items()})
     assert max(relative(t, want[n]) for n, t in deltas(mean.folder).items()) <= 1e-6

@@ -263,8 +263,19 @@ def test_ties(case: tuple[Values, list[Values], str], data: st.DataObject) -> No
         tie="positive" if mergekit else "majority",
         compat="mergekit" if mergekit else "paper",
     )
-    rule = Rule(weights, deltas=True, scale=scale, trim=trim, elect=Elect(how, votes, tie, flip))
+    elect = Elect(how, votes, tie, flip, rounds=mergekit)
+    rule = Rule(weights, deltas=True, scale=scale, trim=trim, elect=elect)
     agree(method, rule, Known({"trim": trim, Majority.name: majority}), base, experts, code)
+
+
+@compiled
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_vote_that_is_no_number_does_not_fit(rounds: bool) -> None:
+    """Of a delta that overflows float32 and has weight 0 the vote is 0 · infinity: it has no sign, as in torch."""
+    base, expert = (Values(memory(torch.tensor([x, 1.0], dtype=torch.bfloat16)), "BF16") for x in (3e38, -3e38))
+    elect = Elect("mean", (0.0,), 1, (False,), rounds)
+    found = merge(Rule((0.0,), deltas=True, elect=elect), base, [expert], empty(2, "BF16"))
+    assert found.sound and not found.fits
 
 
 @compiled

@@ -96,6 +96,33 @@ def test_unbiased_within_four_sigma(dtype: torch.dtype, scale: float) -> None:
     assert error.square().sum().item() == pytest.approx(variance, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_float64_is_rounded_once_and_without_bias(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for scale in (1.0, 2 * torch.finfo(dtype).tiny):  # also numbers below the smallest normal one
+        x = scale * torch.randn(200_000, generator=generator, dtype=torch.float64)
+        draws = torch.randint(0, 2**24, x.shape, generator=generator, dtype=torch.int32)
+        got = stochastic(x, dtype, draws)
+        nearest = x.to(dtype)
+        further = torch.nextafter(nearest.float(), torch.where(nearest.double() < x, torch.inf, -torch.inf).float())
+        if dtype == torch.float32:
+            assert bool(((got == nearest) | (got == further)).all())
+        step = torch.finfo(dtype).eps * x.abs().clamp_min(torch.finfo(dtype).tiny)
+        error = got.double() - x
+        assert bool((error.abs() <= step).all()) and got.dtype == dtype
+        assert abs(error.mean().item()) <= 5 * error.std().item() / math.sqrt(len(x))
+        assert 0.3 * step.mean() < error.abs().mean() + step.mean() * 0.2
+
+
+def test_a_double_between_two_floats_goes_to_each_by_its_distance() -> None:
+    x = torch.tensor([1 + 2.0**-25], dtype=torch.float64)  # a quarter of the way to the next float32
+    up = [
+        stochastic(x, torch.float32, torch.tensor([d], dtype=torch.int32)).item() > 1
+        for d in (3 * 2**22 - 1, 3 * 2**22)
+    ]
+    assert up == [False, True]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1), st.integers(0, LAST))
 def test_neighbours_only_and_odd(numbers: list[float], draw: int) -> None:

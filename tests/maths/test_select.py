@@ -22,6 +22,8 @@ from twinmerge.maths.select import (
     largest,
     locate,
     magnitude_bits,
+    narrowed,
+    never,
     pin,
     ties,
 )
@@ -150,9 +152,40 @@ def test_a_view_that_is_not_contiguous_is_read_in_its_own_order() -> None:
     assert largest(x.mT, 1).tolist() == largest(x.mT.contiguous(), 1).tolist() == [[[False, True], [False, False]]]
 
 
-def test_only_float32() -> None:
-    with pytest.raises(TypeError, match="float64"):
-        largest(torch.zeros(1, 2, dtype=torch.float64), 1)
+def test_only_float32_and_float64() -> None:
+    with pytest.raises(TypeError, match="bfloat16"):
+        largest(torch.zeros(1, 2, dtype=torch.bfloat16), 1)
+
+
+wide = st.sampled_from([0.0, -0.0, 1.0, 1 + 2.0**-52, -1.0, 1 - 2.0**-53, 5e-324, -1e308, 1e-45, float("inf")])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(wide | st.floats(allow_nan=False), min_size=1, max_size=24), st.integers(0, 26))
+def test_float64_equals_sorting(numbers: list[float], k: int) -> None:
+    x = torch.tensor([numbers], dtype=torch.float64)
+    kept = by_sorting(x[0].numpy(), k)
+    assert np.array_equal(largest(x, k)[0].numpy(), kept)
+    if k >= x.numel():
+        return
+    bits = int(magnitude_bits(x)[0].sort(descending=True).values[k - 1]) if k else never(torch.float64)
+    room = k - int((magnitude_bits(x)[0] > bits).sum())
+    out = torch.empty_like(x[0])
+    keep_above(x[0], bits, room, out)
+    assert np.array_equal(out.numpy(), np.where(kept, x[0].numpy(), 0))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.floats(min_value=0, allow_nan=False), st.lists(st.floats(width=32, allow_nan=False), max_size=9))
+def test_a_float64_threshold_among_float32_numbers(threshold: float, numbers: list[float]) -> None:
+    bits, equal = narrowed(int(magnitude_bits(torch.tensor([[threshold]], dtype=torch.float64))))
+    x = torch.tensor([*numbers, threshold, -threshold])
+    exact = x.double().abs()
+    assert torch.equal(magnitude_bits(x[None])[0] > bits, exact > threshold)
+    if equal:
+        assert torch.equal(magnitude_bits(x[None])[0] == bits, exact == threshold)
+    else:
+        assert not (exact == threshold).any()
 
 
 def test_locate_counts_from_the_top() -> None:

@@ -93,16 +93,18 @@ def prepare(
     method = make_method(name, names, flat)
 
     def load(base: State | None, tensor: str) -> Tile:
-        x = torch.stack([experts[e][tensor].float() for e in names])
+        dtypes = {state[tensor].dtype for state in ([] if base is None else [base]) + [experts[e] for e in names]}
+        wide = torch.float64 in dtypes
+        x = torch.stack([experts[e][tensor].to(torch.float64 if wide else torch.float32) for e in names])
         if method.space == "parameters" or base is None:
             fisher, grams = None, []
             if "fisher" in method.needs:
                 fisher = torch.stack([fisher_of(e, tensor, tuple(x.shape[1:])) for e in names])
             if "gram" in method.needs:
                 grams = [partial(gram_of, e, tensor, tuple(x.shape[1:])) for e in names]
-            return Tile(x, None, Place(tensor, tuple(x.shape[1:]), 0, names), fisher=fisher, grams=grams)
-        reference = base[tensor].float()
-        return Tile(x - reference, reference, Place(tensor, tuple(x.shape[1:]), 0, names))
+            return Tile(x, None, Place(tensor, tuple(x.shape[1:]), 0, names, wide=wide), fisher=fisher, grams=grams)
+        reference = base[tensor].to(x.dtype)
+        return Tile(x - reference, reference, Place(tensor, tuple(x.shape[1:]), 0, names, wide=wide))
 
     return method, load
 
@@ -122,11 +124,11 @@ def through(method: Method, tiles: Mapping[str, Tile]) -> State:
 
     run = Run(method, list(tiles), shapes, load, progress=False)
     run.survey()
-    merged = {name: torch.empty(shape) for name, shape in shapes.items()}
+    merged = {name: torch.empty(shape, dtype=tiles[name].x.dtype) for name, shape in shapes.items()}
 
     def keep(each: Range, known: Known) -> None:
         value = method.apply(load(each), known)
-        assert value.dtype == torch.float32
+        assert value.dtype == tiles[each.name].x.dtype
         merged[each.name].view(-1)[each.start : each.stop] = value.reshape(-1)
 
     assert sum(map(len, run.merge(run.groups(), keep))) >= len(shapes)
@@ -199,10 +201,10 @@ def problem(
 ) -> tuple[State, dict[str, State]]:
     """A base and experts near it, with a tensor of every odd shape."""
     rng = torch.Generator().manual_seed(seed)
-    size = 0.0 if zero_base else 1.0
+    size, full = 0.0 if zero_base else 1.0, torch.promote_types(dtype, torch.float32)
     base = {n: (size * torch.randn(s, generator=rng)).to(dtype) for n, s in SHAPES.items()}
     experts = {
-        e: {n: (b.float() + spread * torch.randn(b.shape, generator=rng)).to(dtype) for n, b in base.items()}
+        e: {n: (b.to(full) + spread * torch.randn(b.shape, generator=rng)).to(dtype) for n, b in base.items()}
         for e in list("zyxwvutsr")[:count]
     }
     return base, experts
@@ -217,8 +219,8 @@ def merge_rows(name: str, rows: Any, base: Any = None, **parameters: Any) -> Ten
 
 
 # ------------------------------------------------------------------------------------ transcriptions
-# x: tensor -> (experts, *shape) float64, made from the float32 deltas or parameters; base: tensor -> float64;
-# p: the method's parameters. They return the change (deltas) or the merged parameters, without rounding.
+# x: tensor -> (experts, *shape) float64, made from the deltas or parameters of a tile; p: the method's parameters, and
+# `rounded`, the dtype of the tile. They return the change (deltas) or the merged parameters, without rounding.
 
 Arrays = dict[str, np.ndarray]
 
@@ -290,7 +292,7 @@ def dare(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
 
 
 def dare_ties(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
-    dropped = {n: v.astype(np.float32).astype(np.float64) for n, v in drop(x, experts, p).items()}
+    dropped = {n: v.astype(p.rounded).astype(np.float64) for n, v in drop(x, experts, p).items()}
     return elect_and_merge(trim(dropped, p.trim_density, p.scope), p)
 
 
@@ -475,8 +477,8 @@ def continual_ties(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> A
     one = SimpleNamespace(weights=1.0, merge="sum", scale=p.scale)
     for i in range(1, len(experts)):
         stack = {n: np.stack([out[n], v[i]]) for n, v in x.items()}
-        # what is kept is chosen among float32 numbers
-        narrow = trim({n: v.astype(np.float32).astype(np.float64) for n, v in stack.items()}, p.density, "tensor")
+        # what is kept is chosen among numbers of the tile's dtype
+        narrow = trim({n: v.astype(p.rounded).astype(np.float64) for n, v in stack.items()}, p.density, "tensor")
         step = elect_and_merge({n: np.where(narrow[n] != 0, v, 0) for n, v in stack.items()}, one)
         out = {n: out[n] + step[n] for n in out}
     return out
@@ -581,7 +583,8 @@ def transcribe(name: str, base: State | None, experts: Mapping[str, State], **pa
     method, load = prepare(name, experts, parameters)
     tiles = {n: load(base, n) for n in next(iter(experts.values()))}
     x = {n: tile.x.double().numpy() for n, tile in tiles.items()}
-    merged = transcription(x, order(name, experts), SimpleNamespace(**method.model_dump()))
+    rounded = np.float64 if any(tile.at.wide for tile in tiles.values()) else np.float32
+    merged = transcription(x, order(name, experts), SimpleNamespace(**method.model_dump(), rounded=rounded))
     return {n: v if tiles[n].base is None else tiles[n].base.double().numpy() + v for n, v in merged.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.registry import make_method
+from twinmerge.recipes.recipe import Recipe
 
 R1 = [0.9, -0.1, 0.5, 0, -0.7, 0.2, 0.05, -0.3, 0.6, -0.02]
 R2 = [0.8, 0.3, -0.6, 0.1, 0.7, -0.2, 0.04, -0.4, -0.1, 0.01]
@@ -112,6 +113,31 @@ def test_weights_act_after_the_election_and_in_mergekit_before(merge_rows):
     rows, weights = [[1.0], [-0.5]], {"a": 0.2, "b": 0.8}
     assert merge_rows("ties", rows, density=1.0, weights=weights).item() == 1.0
     assert merge_rows("ties", rows, density=1.0, weights=weights, compat="mergekit").item() == -0.5
+
+
+STEPS = [(17, -20), (9, -5), (-7, 3), (3, -5), (1, -2)]  # that cancel, or nearly so, with the weights below
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.85), (0.5, 0.9), (0.3, 0.7), (0.5, 0.3), (0.2, 0.1), (0.6, 0.4)])
+def test_votes_of_mergekit_are_those_of_plain_float32(merge_rows, weights):
+    """1 · 17 and 0.85 · 20 are equal as float32, and no sum in more digits says so; a tie goes to +1."""
+    rows = 2.0**-13 * np.array([[*steps, *np.negative(steps)] for steps in zip(*STEPS, strict=True)], np.float32)
+    a, b = (np.float32(w) * row for w, row in zip(weights, rows, strict=True))  # each product rounded
+    sign = np.where(a + b >= 0, 1, -1)
+    want = sum(np.where(np.sign(row) == sign, row, np.float32(0)) for row in (a, b))
+    chosen = {"density": 1.0, "merge": "sum", "compat": "mergekit", "weights": dict(zip("ab", weights, strict=True))}
+    close(merge_rows("ties", rows, **chosen), want.tolist())
+    close(merge_rows("dare_ties", rows, rescale="none", **chosen), want.tolist())
+
+
+def test_votes_of_mergekit_are_added_in_the_order_of_its_models(merge_rows):
+    """2²⁴ + 1 − 2²⁴ is 0 in float32, and 2²⁴ − 2²⁴ + 1 is 1."""
+    far = float(1 << 24)
+    chosen = {"density": 1.0, "merge": "sum", "compat": "mergekit"}
+    assert merge_rows("ties", [[-far], [-1.0], [far]], **chosen).item() == far  # a tie goes to +1
+    assert merge_rows("ties", [[-far], [far], [-1.0]], **chosen).item() == -far
+    recipe = Recipe("ties", "base", {"z": "m", "a": "n"}, {"compat": "mergekit"})
+    assert recipe.order == ("z", "a") and Recipe("ties", "base", {"z": "m", "a": "n"}).order == ("a", "z")
 
 
 # -------------------------------------------------------------------------------- check 4: the rows

@@ -60,6 +60,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("LlamaConfig", "LlamaForCausalLM", TIED),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "bert": ("BertConfig", "BertForSequenceClassification", {**SMALL, "num_labels": 3}),
+    "roberta": ("RobertaConfig", "RobertaForSequenceClassification", {**SMALL, "num_labels": 3, "pad_token_id": 1}),
     "t5": ("T5Config", "T5ForConditionalGeneration", T5),
     "vit": ("ViTConfig", "ViTForImageClassification", {**VIT, "num_labels": 3}),
     "resnet": ("ResNetConfig", "ResNetForImageClassification", RESNET),
@@ -250,6 +251,33 @@ def test_one_adapter_is_what_peft_computes(tmp_path: Path, case: str) -> None:
     for name, tensor in back.state_dict().items() if not twice else ():
         near(tensor, merged.state_dict()[name], 2e-6)
     near(answer(back), want, 2e-5)
+
+
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_all_biases_of_a_head_that_is_saved_in_full(tmp_path: Path, family: str, adapter: str) -> None:
+    """PEFT writes them twice, once under the wrapper's names, with the adapter's name inside where the head has
+    modules; a name that it does not understand is told as the file has it."""
+    model_class, base = made(family, tmp_path / "base")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", bias="all")
+    model = peft.get_peft_model(model_class.from_pretrained(base), config, adapter_name=adapter)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0.0)
+    model.save_pretrained(tmp_path / "lora")
+    lora = str(tmp_path / "lora" / ("" if adapter == "default" else adapter))
+    wrapped = [key for key in load_file(Path(lora) / "adapter_model.safetensors") if ".modules_to_save." in key]
+    assert len(wrapped) == (1 if family == "bert" else 2) and (f".{adapter}." in wrapped[0]) == (family == "roberta")
+    want = loaded(model_class, base, lora).merge_and_unload()
+    ours = open_model(f"{base}+{lora}")
+    theirs = open_model(want)
+    assert ours.specs.keys() == theirs.specs.keys()
+    for name in ours.specs:
+        near(ours.read(name), theirs.read(name))
+    rewritten(lora, lambda tensors: {**tensors, "base_model.model.classifier.modules_to_save.other.odd": torch.ones(3)})
+    with pytest.raises(TwinmergeError, match="holds 'classifier.modules_to_save.other.odd', which its base"):
+        open_model(f"{base}+{lora}")
 
 
 # ------------------------------------------------------------------------------------------------ experts

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import twinmerge as tm
 from twinmerge.errors import TwinmergeError
@@ -160,7 +159,7 @@ def test_layers_that_compute_otherwise_are_told() -> None:
     other = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
     other.load_state_dict(base.state_dict())
     merge = tm.merge("average", base, {"a": base, "b": other}, progress=False)
-    assert merge.check()["configs"] == {"b": {"1": ["GELU(approximate='none')", "ReLU()"]}}
+    assert merge.check()["configs"] == {"b": {"1": ["GELU(approximate='none')", "ReLU(inplace=False)"]}}
     with pytest.warns(UserWarning, match="'b' computes otherwise than the base"):
         merge.load()
 
@@ -180,6 +179,11 @@ def test_modules_of_other_shapes_and_names_are_refused() -> None:
         tm.merge("average", base, {"a": tm.TorchModel(sequential, short)}, progress=False).state_dict()
 
 
+class Single(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> Single:
+        return self
+
+
 class Extra(nn.Linear):
     def get_extra_state(self) -> Any:
         return {"steps": 3}
@@ -191,13 +195,16 @@ class Extra(nn.Linear):
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), "computed from other tensors"),
-        (lambda: nn.utils.weight_norm(nn.Linear(2, 2)), "computed from other tensors"),
-        (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), "computed from other tensors"),
         (lambda: nn.LazyLinear(2), "has no shape yet"),
         (lambda: Extra(2, 2), "'_extra_state', a dict"),
         (lambda: nn.Linear(2, 2, dtype=torch.complex64), "complex"),
         (lambda: tm.TorchModel(lambda: 3, {}), "The factory gave a int"),  # type: ignore[arg-type, return-value]
+        (lambda: nn.Sequential(Single(2, 2)), "A copy of Sequential shares parts with it"),
+        (lambda: tm.TorchModel(nn.Linear, {}), "The factory needs arguments .*'in_features'"),
+        (lambda: tm.TorchModel(lambda: nn.Linear(-1, 2), {}), "The factory fails .RuntimeError"),
+        (lambda: tm.TorchModel(nn.ReLU(), {}), "The factory is a module"),
+        (lambda: torch.jit.script(nn.Linear(2, 2)), "is a ScriptModule"),
+        (lambda: nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))), "'0' is a ScriptModule"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

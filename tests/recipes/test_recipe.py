@@ -52,9 +52,9 @@ def test_task_arithmetic_with_weight_and_lambda():
           - {model: org/a}
         parameters: {lambda: 0.8, normalize: false, weight: 1}
     """)
-    assert list(recipe.experts) == ["b", "a"] and recipe.order == ("a", "b")
+    assert list(recipe.experts) == ["b", "a"] and recipe.order == ("b", "a")  # mergekit adds up as listed
     method = recipe.make_method()
-    assert method.weights == (1.0, 0.5) and method.scale == 0.8
+    assert method.weights == (0.5, 1.0) and method.scale == 0.8
 
 
 def test_mergekits_defaults_are_for_its_files_alone():

@@ -191,7 +191,7 @@ def test_images(vit, jsonl, pictures, tmp_path):
     data = Data(file, vit, batch=2)
     first, second = data
     assert first.inputs["pixel_values"].shape == (2, 3, 8, 8) and first.rows == [0, 1] and second.rows == [2]
-    assert first.mask is None and first.tokens == 2 and data.max_tokens is None
+    assert first.mask is None and first.tokens == 0 and data.max_tokens is None
     assert first.inputs["pixel_values"][1, 0, 0, 0] == pytest.approx(80 / 255 * 2 - 1)
     before = data.about["sha256"]
     Image.new("RGB", (10, 12), (1, 1, 1)).save(tmp_path / "images" / "2.png")

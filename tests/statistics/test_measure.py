@@ -51,8 +51,7 @@ def test_a_file_for_each_kind(model, data, tmp_path, what, ids):
     if what == "fisher":
         assert {n: s.shape for n, s in found.specs.items()} == {n: opened.specs[n].shape for n in found.specs}
         assert set(found.header["squares"]) == set(found.specs) and found.header["settings"]["labels"] == "exact"
-    else:
-        assert found.header["tokens"] == tokens
+    assert found.header["tokens"] == tokens
     if what == "gram":
         modules = found.header["modules"]
         assert modules["encoder.layer.0.output.dense.weight"]["inputs"] == 20 and set(modules) <= set(opened.specs)

@@ -91,7 +91,7 @@ def ids(text: str) -> list[int]:
 def test_language_models(lab: Any, tmp_path: Path) -> None:
     texts = ["w3 w4 w5 w6", "w9 w8", "w10", "w11 w12 w13 w14 w15 w16"]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
-    found = smoke_check(lab.root / "merged-lm", lab.lm, tmp_path / "texts.txt")
+    found = smoke_check(str(lab.root / "merged-lm"), lab.lm, str(tmp_path / "texts.txt"))
     folders = {"merged": "merged-lm", "base": "lm", "a": "lm-a", "b": "lm-b"}
     assert [r.model for r in found] == list(folders) and {r.texts for r in found} == {3}  # one token predicts none
     for row in found:
@@ -117,7 +117,7 @@ def test_classifiers(lab: Any, tmp_path: Path) -> None:
     ]
     lines = [json.dumps({"text": t, "expert": e, "label": n}, ensure_ascii=False) for t, e, n in rows]
     (tmp_path / "rows.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
-    found = smoke_check(lab.root / "merged-bert", lab.bert, tmp_path / "rows.jsonl")
+    found = smoke_check(str(lab.root / "merged-bert"), lab.bert, str(tmp_path / "rows.jsonl"))
     assert [(r.model, r.texts) for r in found] == [("merged", 5), ("base", 5), ("a", 2), ("b", 3)]
     heads = {e: AutoModelForSequenceClassification.from_pretrained(lab.root / f"bert-{e}") for e in "ab"}
     bodies: dict[str, Any] = {e: copy.deepcopy(head.bert) for e, head in heads.items()}

@@ -7,6 +7,7 @@ torch.linalg.svd, and every row runs alone, without padding, in the expert's own
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -299,6 +300,35 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
+def own_family(make: Callable[[], nn.Module], size: float = 0.2) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A module of one's own that `make` makes, and three that were tuned from it."""
+    torch.manual_seed(0)
+    base, experts = make().eval(), {}
+    for name in "abc":
+        experts[name] = make().eval()
+        experts[name].load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for p in experts[name].parameters():
+                p.add_(size * torch.randn_like(p))
+    return base, experts
+
+
+def own_twin(make: Callable[[], nn.Module], rank: int | None = 2) -> Twin:
+    """A twin of such a family; it warns of nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return Twin.build(*own_family(make), rank, shared="task_arithmetic", progress=False)
+
+
+def own_oracle(twin: Twin, make: Callable[[], nn.Module], mixture: dict[str, float], args: Any, named: Any) -> Any:
+    """What torch itself says: a new module, the mixture's weights loaded, the whole batch."""
+    module = make()
+    module.load_state_dict({**module.state_dict(), **twin.weights_for(mixture)})
+    args, named = copy.deepcopy((args, named))
+    with torch.no_grad():
+        return module.eval()(*args, **named)
+
+
 @pytest.fixture(scope="session")
 def lab() -> SimpleNamespace:
     """The helpers of this folder; `case` and `twin` are shared between tests, which must not change them."""
@@ -314,6 +344,9 @@ def lab() -> SimpleNamespace:
         truncated=truncated,
         opened=opened,
         relative=relative,
+        own_family=own_family,
+        own_twin=own_twin,
+        own_oracle=own_oracle,
         text=TEXT,
         vision=VISION,
         gpt2=GPT2,

@@ -74,7 +74,7 @@ def test_gram_is_that_of_the_dense_parts(twin: Twin) -> None:
 
 def test_serving20_the_folder_never_outgrows_its_cap(twin: Twin, tmp_path: Path) -> None:
     """Serving 20: written on first use, the least recently used one goes first, a code's adapter is shared."""
-    folder = AdapterFolder(twin, tmp_path / "adapters", cap=3)
+    folder = AdapterFolder(twin, tmp_path / "adapters", base="org/shared", cap=3)
     mixtures = [{"e0": 1 - k / 10, "e1": k / 10} for k in range(6)]
     paths = []
     for mixture in mixtures:
@@ -86,13 +86,13 @@ def test_serving20_the_folder_never_outgrows_its_cap(twin: Twin, tmp_path: Path)
     assert [p.exists() for p in paths] == [True, False, False, True, False, True]
     assert json.loads((paths[3] / "adapter_config.json").read_text())["peft_type"] == "LORA"
     book = CodeBook.fit(twin, random_mixtures(100, 3, 2), 8)
-    coded = AdapterFolder(twin, tmp_path / "coded", cap=8, book=book)
+    coded = AdapterFolder(twin, tmp_path / "coded", base="org/shared", cap=8, book=book)
     names = {coded.adapter(row).name for row in random_mixtures(40, 3, 2, seed=1)}
     assert 1 < len(names) <= 8 and {p.name for p in (tmp_path / "coded").iterdir()} == names
 
 
 def test_serving20_an_adapter_of_the_folder_is_exact_for_its_mixture(lab: Any, twin: Twin, tmp_path: Path) -> None:
-    path = AdapterFolder(twin, tmp_path / "adapters", cap=1).adapter({"e0": 0.75, "e2": 0.25})
+    path = AdapterFolder(twin, tmp_path / "adapters", base="org/shared", cap=1).adapter({"e0": 0.75, "e2": 0.25})
     tensors = load_file(path / "adapter_model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     found = next(k for k in tensors if k.endswith("layers.0.self_attn.q_proj.lora_A.weight"))

@@ -4,6 +4,7 @@ as said."""
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +315,7 @@ def test_a_model_of_16_bits_takes_factors_of_a_codec(models: Any) -> None:
         ({"energy": 0.0}, "energy=0.0 is out of range"),
         ({"energy": float("nan")}, "energy=nan is out of range"),
         ({"energy": 2.0}, "energy=2.0 is out of range"),
-        ({"bytes": 2000}, "2000 bytes are too few: heads, router and all that is no matrix take"),
+        ({"bytes": 2000}, "2000 bytes are too few: heads, router, all that is no matrix and the first"),
         ({"rank": 2, "codec": "int2"}, "Unknown codec 'int2'"),
         ({"rank": 2, "inputs": {"c": {}}}, "no expert 'c'"),
     ],
@@ -328,3 +329,18 @@ def test_energy_that_the_twin_no_longer_holds(whole: Twin) -> None:
     low = whole.compress(rank=1)
     with pytest.raises(TwinmergeError, match=r"holds .* of the energy, less than 99.0%"):
         low.compress(energy=0.99)
+
+
+def test_the_number_of_bytes_that_is_named_is_enough_and_one_less_is_not(whole: Twin, tmp_path: Path) -> None:
+    """By the files that are written."""
+    with pytest.raises(TwinmergeError, match="too few") as refused:
+        whole.compress(bytes=1, codec="int8")
+    least = int(re.findall(r"take (\d+)", str(refused.value))[0])
+    with pytest.raises(TwinmergeError, match=f"{least - 1} bytes are too few: .* take {least}. Give that many"):
+        whole.compress(bytes=least - 1, codec="int8")
+    for number in (least, least + 300):
+        small = whole.compress(bytes=number, codec="int8")
+        assert any(factors.rank for part in small.package.exclusive.values() for factors in part.low.values())
+        out = small.save_pretrained(tmp_path / str(number))
+        files = [out / "twin.safetensors", out / "router.safetensors", *out.glob("heads/*/*")]
+        assert sum(file.stat().st_size for file in files if file.exists()) <= number

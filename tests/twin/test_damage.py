@@ -122,7 +122,7 @@ def put(start: str, made: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any
         (lambda h, t: h["energy"].pop(), "damaged"),
         (lambda h, t: h.update(energy=[{"w": -1.0}] * 3), "damaged"),
         (lambda h, t: h.update(codec="int8"), "damaged"),
-        (lambda h, t: h.update(codec="zip"), "codec 'zip' is unknown"),
+        (lambda h, t: h.update(codec="zip"), "the codec 'zip', which neither"),
         (lambda h, t: h.update(version=1e400), "no twinmerge artefact"),
         (lambda h, t: t.pop(first(t, "0/a/")), "lacks one factor of 'embeddings"),
         (lambda h, t: t.pop(first(t, "0/b/")), "lacks one factor of 'embeddings"),

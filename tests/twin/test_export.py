@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths.lowrank import Factors
+from twinmerge.models.adapter_files import tied_weights
 from twinmerge.models.transformers_class import TransformersArchitecture
 from twinmerge.twin import export as export_module
 from twinmerge.twin.export import VLLM_RANKS, _refuse_experts, export_dense, export_lora
@@ -55,6 +57,16 @@ def cases(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple
 def exact(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Twin, Path]]:
     """In float64, where nothing but a mistake is larger than 1e-10."""
     return made(lab, tmp_path_factory.mktemp("float64"), ("bert", "llama"), torch.float64)
+
+
+def carried(twin: Twin) -> Twin:
+    """The twin whose experts leave alone what no adapter holds: norms and biases, and what several modules share."""
+    tied = tied_weights(twin.package.shared.architecture)
+    parts = {
+        name: part._replace(low={n: f for n, f in part.low.items() if n not in tied}, dense={})
+        for name, part in twin.package.exclusive.items()
+    }
+    return twin.with_package(twin.package_now()._replace(exclusive=parts))
 
 
 def answer(lab: Any, model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -143,12 +155,16 @@ def test_check24_serving19_an_expert_in_stock_peft(lab: Any, cases: Any, tmp_pat
     base = stock(case, folder, 3 if case.heads else None)
     model = peft.PeftModel.from_pretrained(base, found.folder)
     with torch.no_grad():
-        want = lab.answer(twin(**case.batch, expert="e1"))
+        want = lab.answer(carried(twin)(**case.batch, expert="e1"))
     assert (answer(lab, model, case.batch) - want).abs().max() <= 1e-5
-    assert found.rank == RANK and not found.left_out
+    table = {"gpt2": ["wte.weight"], "llama_tied": ["embed_tokens.weight"]}.get(name, [])
+    assert found.rank == RANK and list(found.left_out) == found.tied == table
+    assert all(f"Several modules share {n} (tied)" in (found.folder / "README.md").read_text() for n in table)
     assert load_file(found.folder / "adapter_model.safetensors")
     scalings = {m.scaling["default"] for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert scalings == {1.0}
+    if not case.heads:
+        assert (answer(lab, model.merge_and_unload(), case.batch) - want).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
@@ -160,7 +176,7 @@ def test_check24_a_mixture_side_by_side_is_exact(lab: Any, cases: Any, tmp_path:
     assert found.rank == 3 * RANK
     body = AutoModel.from_pretrained(folder) if case.heads else stock(case, folder, None)
     model = peft.PeftModel.from_pretrained(body, found.folder)
-    dense = type(body).from_pretrained(export_dense(twin, mixture, tmp_path / "dense"))
+    dense = type(body).from_pretrained(export_dense(carried(twin), mixture, tmp_path / "dense"))
     assert lab.relative(answer(lab, model, case.batch), answer(lab, dense, case.batch)) <= 1e-6
 
 
@@ -179,7 +195,7 @@ def test_check24_a_mixed_batch_of_adapters_in_peft(lab: Any, cases: Any, tmp_pat
     with torch.no_grad():
         got = model.eval()(**case.batch, adapter_names=owners).logits
         weights = torch.tensor([[float(n == o) for n in case.names] for o in owners])
-        want = twin(**case.batch, mixture=weights).logits
+        want = carried(twin)(**case.batch, mixture=weights).logits
     assert lab.relative(got, want) <= 1e-6
 
 
@@ -264,7 +280,7 @@ def test_check24_ranks_beyond_512_are_refused_for_vllm(cases: Any, tmp_path: Pat
 def test_serving19_what_lora_cannot_carry_is_listed_with_its_share(lab: Any, tmp_path: Path) -> None:
     case = lab.new_case("bert", torch.float32)
     twin = Twin.build(case.base, case.experts, RANK, shared="task_arithmetic", progress=False)
-    found = export_lora(twin, "e0", tmp_path / "lora")
+    found = export_lora(twin, "e0", tmp_path / "lora", base="org/shared")
     part = twin.package.exclusive["e0"]
     assert found.left_out.keys() == {n for n, t in part.dense.items() if bool(t.any())}
     total = sum(f.energy() for f in part.low.values()) + sum(float(t.square().sum()) for t in part.dense.values())
@@ -293,6 +309,41 @@ def test_check24_serving19_vllm_gets_ranks_that_it_takes_and_nothing_that_it_ref
     with pytest.raises(TwinmergeError, match="rank 12, vLLM takes 8 at most"):
         export_lora(twin, mixture, tmp_path / "more", server="vllm")
     assert not (tmp_path / "more").exists() and not (tmp_path / "more.partial").exists()
+
+
+def test_an_adapter_names_the_folder_of_its_twin_and_no_other(lab: Any, tmp_path: Path) -> None:
+    """Until the twin is saved there is no model that PEFT could load the adapter on: the base and the first expert, where
+    its tokenizer lies, are others."""
+    case = lab.new_case("llama", torch.float32)
+    for name, model in {"base": case.base, **case.experts}.items():
+        model.save_pretrained(tmp_path / name)
+    experts = {n: tmp_path / n for n in case.names}
+    twin = Twin.build(tmp_path / "base", experts, RANK, shared="task_arithmetic", progress=False)
+    assert twin.side_files is not None
+    with pytest.raises(TwinmergeError, match=r"this twin was never saved. Save it first \(save_pretrained\), or name"):
+        twin.export("e0", tmp_path / "out", lora=True)
+    assert not (tmp_path / "out").exists()
+
+    def named(exported: Any) -> str:
+        card = (exported.folder / "README.md").read_text()
+        found: str = json.loads((exported.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert f"base_model: {found}\n" in card
+        return found
+
+    assert named(twin.export("e0", tmp_path / "given", lora=True, base="org/shared")) == "org/shared"
+    folder = twin.save_pretrained(tmp_path / "twin")
+    read, small = Twin.from_pretrained(folder), twin.compress(rank=2, progress=False)
+    for number, each in enumerate((twin, read, small, read.remove("e1"), copy.deepcopy(twin))):
+        exported = each.export("e0", tmp_path / f"{number}", lora=True)
+        assert named(exported) == str(folder)
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(exported.folder)
+        with torch.no_grad():
+            want = carried(each)(**case.batch, expert="e0").logits
+        assert (answer(lab, model, case.batch) - want).abs().max() <= 1e-5
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(TwinmergeError, match="this twin is no longer at .*twin. Save it"):
+        twin.export("e0", tmp_path / "out", lora=True)
+    assert named(Twin.from_pretrained(tmp_path / "moved").export("e0", tmp_path / "out", lora=True)).endswith("moved")
 
 
 def test_names_and_weights_that_cannot_be(cases: Any, tmp_path: Path) -> None:
@@ -355,6 +406,6 @@ def test_experts_are_not_exported_for_vllm(lab: Any, name: str) -> None:
         parts = {"a": Exclusive({changed: Factors(torch.ones(8, 1), torch.ones(1, 8))}, {}, {})}
         return SimpleNamespace(package=SimpleNamespace(shared=shared, exclusive=parts))
 
-    with pytest.raises(TwinmergeError, match="a changes the experts' matrices .* --for peft"):
+    with pytest.raises(TwinmergeError, match="a changes the experts' matrices .* --server peft"):
         _refuse_experts(twin(name), {"a": 1.0})
     _refuse_experts(twin("layers.0.self_attn.q_proj.weight"), {"a": 1.0})

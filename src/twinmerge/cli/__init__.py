@@ -1,42 +1,24 @@
-"""The command `twinmerge`: a file per command and three for those of `twin`, no maths, no tensors; heavy imports
-happen inside the commands."""
+"""The command `twinmerge`: a file per command or group of them, found by being here; no maths, no tensors; heavy
+imports happen inside the commands."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
-from twinmerge.cli.checkpoints import checkpoints
-from twinmerge.cli.continual import add as add_arrived
-from twinmerge.cli.continual import init, materialise, status
-from twinmerge.cli.continual import remove as remove_arrived
-from twinmerge.cli.continual import twin as twin_of_state
-from twinmerge.cli.demo import demo
-from twinmerge.cli.diff import diff
-from twinmerge.cli.evaluate import evaluate
-from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, message_and_code, say
-from twinmerge.cli.lora import extract as extract_lora
-from twinmerge.cli.lora import merge as merge_lora
-from twinmerge.cli.masks import build as build_masks
-from twinmerge.cli.masks import extract as extract_masked
-from twinmerge.cli.measure import activations, fisher, gram
-from twinmerge.cli.measure import add as add_statistics
-from twinmerge.cli.merge import check, merge
-from twinmerge.cli.methods import methods
-from twinmerge.cli.recipe import check as check_recipe
-from twinmerge.cli.recipe import explain as explain_recipe
-from twinmerge.cli.recipe import new as new_recipe
-from twinmerge.cli.routers import routers
-from twinmerge.cli.search import search
-from twinmerge.cli.twin import build, explain, export, info, predict
-from twinmerge.cli.twin_change import add, compress, rebuild, refine, remove
-from twinmerge.cli.verify import verify
+from twinmerge.cli.command import COMMANDS, GROUPS, in_order
+from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, message_and_code
+from twinmerge.cli.lines import say
 from twinmerge.moved import new_command
+from twinmerge.plugins import files_of
 from twinmerge.recipes.mergekit_options import translated_options
 
+for _file in files_of(__name__):
+    import_module(f"{__name__}.{_file}")
 app = typer.Typer(
     name="twinmerge",
     no_args_is_help=True,
@@ -45,51 +27,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn many fine-tuned models of one base into one: merged once, or mixed anew for every input.",
 )
-twin = typer.Typer(no_args_is_help=True, help="One shared model, a small part per expert, mixed for every input.")
-for command in (build, predict, explain, info, compress, refine, add, remove, rebuild, export, routers):
-    twin.command()(command)
-measure = typer.Typer(
-    no_args_is_help=True, help="What Fisher and RegMean merging must know of each expert, from its data."
-)
-measure.command()(fisher)
-measure.command()(gram)
-measure.command()(activations)
-measure.command("add")(add_statistics)
-recipe = typer.Typer(no_args_is_help=True, help="Recipes: a template, a check, what each tensor gets.")
-recipe.command("new")(new_recipe)
-recipe.command("check")(check_recipe)
-recipe.command("explain")(explain_recipe)
-masks = typer.Typer(no_args_is_help=True, help="Many experts as one vector and a mask each, and one of them back.")
-masks.command("build")(build_masks)
-masks.command("extract")(extract_masked)
-continual = typer.Typer(
-    no_args_is_help=True,
-    help="Experts that come, and go, one by one: a state of constant size, and the merged model of now.",
-)
-continual.command()(init)
-continual.command("add")(add_arrived)
-continual.command("remove")(remove_arrived)
-continual.command()(materialise)
-continual.command()(status)
-continual.command("twin")(twin_of_state)
-lora = typer.Typer(no_args_is_help=True, help="LoRA adapters: many into one, or one out of a tuned model.")
-lora.command("merge")(merge_lora)
-lora.command("extract")(extract_lora)
-app.command()(merge)
-app.command()(check)
-app.command()(checkpoints)
-app.command()(search)
-app.command()(verify)
-app.add_typer(twin, name="twin")
-app.add_typer(recipe, name="recipe")
-app.add_typer(masks, name="masks")
-app.add_typer(measure, name="measure")
-app.add_typer(lora, name="lora")
-app.add_typer(continual, name="continual")
-app.command()(evaluate)
-app.command()(diff)
-app.command()(methods)
-app.command()(demo)
+_groups = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in GROUPS.items()}
+for _words in in_order():
+    *_of, _name = _words.split()
+    (_groups[_of[0]] if _of else app).command(_name)(COMMANDS[_words])
+for _group, _typer in _groups.items():
+    app.add_typer(_typer, name=_group)
 
 
 def _version(wanted: bool) -> None:
@@ -110,7 +53,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command. A warning is one line on stderr; so is every error, with the exit code of its class."""
+    """Run the command. A warning is a paragraph on stderr; so is every error, with the exit code of its class."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         code: int | str | None = 0

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
-from twinmerge.cli.common import Json, Threads, print_json, said, size
+from twinmerge.cli.command import command
+from twinmerge.cli.common import Json, Threads, print_json, size
+from twinmerge.cli.lines import said
 from twinmerge.maths.threads import use_threads
 
 
+@command("checkpoints")
 def checkpoints(
     folder: Annotated[Path, typer.Argument(help="The run: it has checkpoint-500, checkpoint-1000, … inside.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from inspect import signature
 from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.lines import said as said
 from twinmerge.errors import UsageError
+from twinmerge.results import json_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[
@@ -72,6 +73,26 @@ def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
     return {name: from_yaml(text, f"{option} {name}={text:.60}") for name, text in pairs(items, option).items()}
 
 
+def parameters_for(call: Callable[..., Any], items: Sequence[str] | None, but: Collection[str] = ()) -> dict[str, Any]:
+    """The parameters of the method that a call takes besides its own arguments.
+
+    Args:
+        but: arguments of the call that `-p` may give as well.
+
+    Raises:
+        UsageError: one is an argument of the call; as `values`.
+
+    Example:
+        >>> parameters_for(lambda rank, **parameters: rank, ["scale=0.5"])
+        {'scale': 0.5}
+    """
+    found, own = values(items, "-p"), signature(call).parameters
+    for name in found:
+        if name in own and name not in but:
+            raise UsageError(f"-p {name} is no parameter of the method here. Give it as an option, as --help says.")
+    return found
+
+
 def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
     """`name=number` options.
 
@@ -96,7 +117,7 @@ def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
 
 
 def print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, ensure_ascii=False, indent=2, default=str))
+    typer.echo(json_text(data, indent=2))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -127,31 +148,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def byte_count(text: str, whole: int) -> float:
-    """Bytes out of what people write.
-
-    Args:
-        whole: what a percentage is of.
-
-    Raises:
-        UsageError: no number of bytes.
-
-    Example:
-        >>> byte_count("3.5MB", 0), byte_count("4%", 1000), byte_count("12", 0)
-        (3500000.0, 40.0, 12.0)
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|B|kB|KB|MB|GB|TB)?", text.strip())
-    if found is None:
-        raise UsageError(f"{text!r} is no number of bytes. Write 3500000, 3.5MB or 4% (of the shared model).")
-    units = {None: 1.0, "B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "%": whole / 100}
-    return float(found[1]) * units[found[2]]
-
-
-def said(text: str) -> None:
-    """A line for people, on stderr, so that stdout stays data."""
-    typer.echo(text, err=True)
 
 
 def device_of(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -15,13 +16,13 @@ from twinmerge.cli.common import (
     Parameters,
     Threads,
     pairs,
+    parameters_for,
     print_json,
     print_table,
     said,
     size,
-    values,
 )
-from twinmerge.cli.twin_common import Data, texts_of
+from twinmerge.cli.twin_common import Data, DataOfOne, texts_for, texts_of
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
@@ -32,6 +33,7 @@ State = Annotated[Path, typer.Argument(help="The folder of the state.")]
 Moved = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now, if it moved.")]
 
 
+@command("continual init")
 def init(
     state: State,
     base: Base = None,
@@ -55,7 +57,7 @@ def init(
 
     if base is None:
         raise UsageError("No base is named. Add --base MODEL, the model that all experts are tuned from.")
-    chosen = values(parameter, "-p")
+    chosen = parameters_for(Continual.init, parameter)
     made = Continual.init(state, base, method, heads=tuple(head or ()), dtype=dtype, **chosen)
     if json:
         print_json(made.status())
@@ -63,13 +65,14 @@ def init(
         said(f"A state for {method} -> {state}. Add experts with: twinmerge continual add {state} NAME=MODEL")
 
 
+@command("continual add")
 def add(
     state: State,
     expert: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="Experts, in their order.")],
     base: Moved = None,
     twin: Annotated[Path | None, typer.Option("--twin", help="A twin folder that takes the expert in too.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder of the new twin.")] = None,
-    data: Data = None,
+    data: DataOfOne = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its part of the twin.")] = None,
     threads: Threads = None,
     json: Json = False,
@@ -95,16 +98,15 @@ def add(
             raise UsageError(
                 "A twin takes one expert at a time into a new folder. Name one expert, and the folder with -o."
             )
-        (name, model), inputs = next(iter(named.items())), texts_of(data)
-        if unknown := set(inputs) - {name}:
-            raise UsageError(f"--data names {unknown.pop()!r}, and {name!r} is added. Give the texts of {name!r}.")
-        opened.add_to_both(twin, output, name, model, inputs.get(name), rank)
+        ((name, model),) = named.items()
+        opened.add_to_both(twin, output, name, model, texts_for(data, name), rank)
     if json:
         print_json(opened.status())
     else:
         said(f"{_summary(opened)}{'' if output is None else f', and the twin {output}'}")
 
 
+@command("continual remove")
 def remove(
     state: State,
     name: Annotated[str, typer.Argument(help="The expert that leaves.")],
@@ -130,6 +132,7 @@ def remove(
         said(_summary(opened))
 
 
+@command("continual materialise")
 def materialise(
     state: State,
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -153,6 +156,7 @@ def materialise(
         said(f"{_summary(opened)} -> {output}")
 
 
+@command("continual status")
 def status(state: State, json: Json = False) -> None:
     """The experts in a state, what it keeps, and how large it is.
 
@@ -175,6 +179,7 @@ def status(state: State, json: Json = False) -> None:
     )
 
 
+@command("continual twin")
 def twin(
     state: State,
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import typer
 
+from twinmerge.cli.command import command
 
+
+@command("demo")
 def demo(
     out: Path = typer.Option(Path("demo"), "--out", help="Folder for the report; an earlier demo in it is replaced."),
     seeds: int = typer.Option(3, "--seeds", min=1, help="How many times everything is done anew."),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, Threads, print_json, print_table, said
 from twinmerge.cli.failure import FOUND
 from twinmerge.maths.threads import use_threads
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SPARE = ("max", "‖a‖", "‖b − a‖", "‖τb‖", "‖τa‖", "equal")  # what a narrow terminal does without, in this order
 
 
+@command("diff")
 def diff(
     a: Annotated[str, typer.Argument(help="A model: path, hub id or base+adapter.")],
     b: Annotated[str, typer.Argument(help="Another one.")],

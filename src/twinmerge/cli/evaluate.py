@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, Threads, print_json, print_table
 from twinmerge.maths.threads import use_threads
 
 
+@command("evaluate")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A twin, a merged folder with heads, or one classifier.")],
     suite: Annotated[Path, typer.Option("--suite", help="A folder with tasks.json and a folder per task.")],

@@ -47,11 +47,6 @@ def message_and_code(error: BaseException) -> tuple[str, int]:
     return _internal(error), SYSTEM
 
 
-def say(text: str) -> None:
-    """One line on stderr, whatever line ends a file's own error brought along."""
-    print(re.sub(r"\s*\n\s*", " ", text.strip()), file=sys.stderr)  # noqa: T201
-
-
 def all_streams() -> None:
     """Make sure that the three standard streams are there and take every text.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -15,11 +16,11 @@ from twinmerge.cli.common import (
     Threads,
     numbers,
     pairs,
+    parameters_for,
     print_json,
     print_table,
     said,
     size,
-    values,
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -33,6 +34,7 @@ Energy = Annotated[
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the output: float32 (the default), bfloat16, float16.")]
 
 
+@command("lora merge")
 def merge(
     output: Output,
     base: Base = None,
@@ -51,7 +53,7 @@ def merge(
     parameter: Parameters = None,
     dtype: Dtype = None,
     drop_heads: Annotated[
-        bool, typer.Option("--drop-heads", help="Leave out what adapters trained in full, such as heads.")
+        bool, typer.Option("--drop-heads", help="Leave out what has no place in the sum: heads, biases, tied tables.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Merge and tell the ranks, write nothing.")] = False,
     threads: Threads = None,
@@ -70,18 +72,17 @@ def merge(
     from twinmerge.store.output import OutputFolder
 
     OutputFolder(output).check()
+    named = {"weights": numbers(weight, "--weight"), "scale": scale, "rank": rank, "energy": energy, "dtype": dtype}
+    options: dict[str, Any] = {name: value for name, value in named.items() if value not in (None, {})}
+    also = {"scale", "weights"} - options.keys()  # of the methods, and arguments of the call
     found = merge_lora(
         base,
         pairs(expert, "--expert"),
         None if dry_run else output,
-        weights=numbers(weight, "--weight"),
-        scale=scale,
-        rank=rank,
-        energy=energy,
         method=method,
-        parameters=values(parameter, "-p"),
-        dtype=dtype,
         drop_heads=drop_heads,
+        **options,
+        **parameters_for(merge_lora, parameter, also),
     )
     ranks = found.ranks
     if json:
@@ -93,6 +94,7 @@ def merge(
         said(f"Merged {len(ranks)} matrices, {_span(list(ranks.values()))}, {size(bytes_of(output))} -> {output}")
 
 
+@command("lora extract")
 def extract(
     model: Annotated[str, typer.Argument(help="The tuned model: a path or a hub id.")],
     output: Output,
@@ -117,6 +119,7 @@ def extract(
     if base is None:
         raise UsageError("No base is named. Add --base MODEL, the model that was tuned.")
     from twinmerge.engine.adapters.extract import extract_lora
+    from twinmerge.models.adapter_files import said_of_tied
 
     found = extract_lora(model, base, output, rank=rank, energy=energy, max_rank=max_rank, dtype=dtype, exact=exact)
     if json:
@@ -133,6 +136,8 @@ def extract(
     if found.left_out:
         lines = [(name, f"{100 * share:.3g} %") for name, share in found.left_out.items()]
         print_table("No adapter can carry these; they stay the base's", ["parameter", "of all changes"], lines)
+        if found.tied:
+            said(said_of_tied(found.tied))
 
 
 def _span(ranks: list[int]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -15,11 +16,11 @@ from twinmerge.cli.common import (
     Parameters,
     Threads,
     pairs,
+    parameters_for,
     print_json,
     print_table,
     said,
     size,
-    values,
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from twinmerge.twin.masks.results import BuiltMasks
 
 
+@command("masks build")
 def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     method: Annotated[
@@ -45,8 +47,8 @@ def build(
     split: Annotated[
         str, typer.Option("--split", help="Which rows of the suite; never those for testing.")
     ] = "validation",
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="At most so many rows per task.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --rows.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows per task.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit.")] = 0,
     picture: Annotated[
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Draw how many tasks need a weight (.png, .svg, .pdf)."),
@@ -80,9 +82,9 @@ def build(
         heads=tuple(head or ()),
         suite=suite,
         split=split,
-        limit=rows,
+        limit=limit,
         seed=seed,
-        **values(parameter, "-p"),
+        **parameters_for(build_masks, parameter),
     )
     if picture is not None:
         from twinmerge.study.mask_shares import draw_shares
@@ -96,6 +98,7 @@ def build(
         _tell(found)
 
 
+@command("masks extract")
 def extract(
     folder: Annotated[Path, typer.Argument(help="A folder that `twinmerge masks build` wrote.")],
     task: Annotated[str, typer.Argument(help="The expert that is wanted.")],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Device, Json, Threads, device_of, print_json, print_table, size
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -32,6 +33,7 @@ BatchRows = Annotated[int, typer.Option("--batch", min=1, help="Rows at once; ch
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of --limit.")]
 
 
+@command("measure fisher")
 def fisher(
     model: Model,
     data: DataFile,
@@ -59,6 +61,7 @@ def fisher(
     _measure("fisher", model, data, output, rows, limit, max_tokens, batch, seed, device, threads, json, own)
 
 
+@command("measure gram")
 def gram(
     model: Model,
     data: DataFile,
@@ -83,6 +86,7 @@ def gram(
     _measure("gram", model, data, output, rows, limit, max_tokens, batch, seed, device, threads, json, own)
 
 
+@command("measure activations")
 def activations(
     model: Model,
     data: DataFile,
@@ -103,6 +107,7 @@ def activations(
     _measure("activations", model, data, output, rows, limit, max_tokens, batch, seed, device, threads, json, {})
 
 
+@command("measure add")
 def add(
     files: Annotated[list[Path], typer.Argument(help="Statistics of one model on parts of its data.")],
     output: Out,
@@ -159,6 +164,8 @@ def _report(found: Measurement, json: bool) -> None:
         print_json(found.to_dict())
         return
     figures = {name: getattr(found, name) for name in ("examples", "tokens", "tensors", "bytes", "seconds")}
+    if not found.tokens:  # of images
+        del figures["tokens"]
     shown = {key: f"{value:,}" if isinstance(value, int) else str(value) for key, value in figures.items()}
     print_table(str(found.file), ["what", found.what], [*(shown | {"bytes": size(found.bytes)}).items()])
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twinmerge.arguments import byte_count
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Device,
@@ -15,16 +17,15 @@ from twinmerge.cli.common import (
     Json,
     Parameters,
     Threads,
-    byte_count,
     device_of,
     numbers,
     pairs,
     print_json,
     print_table,
-    said,
     size,
     values,
 )
+from twinmerge.cli.lines import said
 from twinmerge.errors import DataError, UsageError
 from twinmerge.maths.threads import use_threads
 
@@ -53,6 +54,7 @@ Depth = Annotated[
 ]
 
 
+@command("merge")
 def merge(
     recipe: RecipeFile = None,
     out: Out = None,
@@ -160,6 +162,7 @@ def merge(
         print_json({**merged.to_dict(), "smoke": smoked})
 
 
+@command("check")
 def check(
     recipe: RecipeFile = None,
     out: Out = None,

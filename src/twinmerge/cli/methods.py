@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, print_json, print_table
+from twinmerge.cli.lines import tell, tell_class
 
 
+@command("methods")
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None, json: Json = False
 ) -> None:
@@ -25,11 +27,11 @@ def methods(
     if name is None:
         rows = [(n, ", ".join(about["needs"]), _gives(about), about["paper"]) for n, about in found.items()]
         print_table("Static methods", ["method", "needs", "gives", "paper"], rows)
-        typer.echo("Formula and parameters of one: twinmerge methods NAME")
+        tell("Formula and parameters of one: twinmerge methods NAME")
         return
     about = found[name]
-    typer.echo(f"{name}\n\n{(inspect.getdoc(method_class(name)) or '').split('Example:')[0].strip()}\n")
-    typer.echo(f"Needs: {', '.join(about['needs'])}. Gives: {_gives(about)}. Paper: {about['paper']}.\n")
+    tell_class(name, method_class(name))
+    tell(f"Needs: {', '.join(about['needs'])}. Gives: {_gives(about)}. Paper: {about['paper']}.\n")
     lines = [(f, str(parameter["default"]), parameter["about"] or "") for f, parameter in about["parameters"].items()]
     print_table("Parameters", ["name", "default", "meaning"], lines)
 

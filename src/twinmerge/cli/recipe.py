@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
-from twinmerge.cli.common import Json, print_json, print_table, said
+from twinmerge.cli.command import command
+from twinmerge.cli.common import Json, print_json, print_table
+from twinmerge.cli.lines import said
 
 File = Annotated[Path, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.")]
 
 
+@command("recipe new")
 def new(
     method: Annotated[str, typer.Argument(help="See `twinmerge methods`.")],
     output: Annotated[
@@ -34,6 +37,7 @@ def new(
         said(f"Fill in the models, then: twinmerge merge {output} OUT")
 
 
+@command("recipe check")
 def check(recipe: File, json: Json = False) -> None:
     """Read a recipe and say what it means, without a look at its models.
 
@@ -50,6 +54,7 @@ def check(recipe: File, json: Json = False) -> None:
     print_table(f"{recipe} by {found.semantics}'s semantics", ["what", "value"], rows)
 
 
+@command("recipe explain")
 def explain(recipe: File, json: Json = False) -> None:
     """Say what each tensor of the output is made of: models, layers, parameters.
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, print_json, print_table
+from twinmerge.cli.lines import tell, tell_class
 
 if TYPE_CHECKING:
     from twinmerge.twin.routers.kit.base import Router
 
 
+@command("twin routers")
 def routers(
     name: Annotated[str | None, typer.Argument(help="One router, in full.")] = None, json: Json = False
 ) -> None:
@@ -31,11 +34,11 @@ def routers(
     if name is None:
         rows = [(n, _needs(c), ", ".join(listed[n]["options"]) or "-", _first_line(c)) for n, c in classes.items()]
         print_table("Routers", ["router", "needs", "options", "what it is"], rows)
-        typer.echo("Formula and options of one: twinmerge twin routers NAME")
+        tell("Formula and options of one: twinmerge twin routers NAME")
         return
     found = classes[name]
-    typer.echo(f"{name}\n\n{(inspect.getdoc(found) or '').split('Example:')[0].strip()}\n")
-    typer.echo(f"Needs: {_needs(found)}. Experts come and go without a new fit: {'yes' if _stays(found) else 'no'}.\n")
+    tell_class(name, found)
+    tell(f"Needs: {_needs(found)}. Experts come and go without a new fit: {'yes' if _stays(found) else 'no'}.\n")
     lines = [(o, str(option["default"]), str(option["about"] or "")) for o, option in listed[name]["options"].items()]
     print_table("Options (--router-option NAME=VALUE)", ["name", "default", "meaning"], lines)
 

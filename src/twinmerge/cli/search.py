@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -25,6 +26,7 @@ from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 
+@command("search")
 def search(
     suite: Annotated[Path, typer.Option("--suite", help="A folder with tasks.json; its tasks are the experts.")],
     method: MethodName = None,
@@ -48,12 +50,12 @@ def search(
         ),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Which rows decide; never those for testing.")] = "validation",
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="At most so many rows per task.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows per task.")] = None,
     experts: Annotated[
         Path | None,
         typer.Option("--experts", help="A JSON of the experts' evaluation on these rows: scores are shares of it."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --rows and --weightings.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit and --weightings.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Write all trials to this JSON file.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Merge with the best parameters into this folder.")
@@ -89,7 +91,7 @@ def search(
         grid=_grid(grid or []),
         weightings=weightings,
         split=split,
-        limit=rows,
+        limit=limit,
         seed=seed,
         experts=experts,
         out=out,

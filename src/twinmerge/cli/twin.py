@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
     Experts,
@@ -17,12 +18,14 @@ from twinmerge.cli.common import (
     Threads,
     numbers,
     pairs,
+    parameters_for,
     print_json,
     print_table,
     said,
     size,
     values,
 )
+from twinmerge.cli.lines import tell
 from twinmerge.cli.twin_common import (
     Bytes,
     Codec,
@@ -43,6 +46,7 @@ from twinmerge.plugins import files_of
 Weigh = Annotated[bool, typer.Option("--weigh", help="Keep what matters for inputs like --data, not for the weights.")]
 
 
+@command("twin build")
 def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     base: Base = None,
@@ -63,7 +67,9 @@ def build(
     suite: Annotated[
         Path | None, typer.Option("--suite", help="A suite whose tasks are the experts: its train rows fit the router.")
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=5, help="Inputs per expert for the router.")] = 500,
+    limit: Annotated[
+        int, typer.Option("--limit", min=5, help="At most so many inputs per expert, for the router.")
+    ] = 500,
     router: Annotated[
         str,
         typer.Option(
@@ -110,9 +116,9 @@ def build(
     inputs: dict[str, Sequence[Any]] = {}
     if suite is not None:
         for name, task in open_suite(suite, list(experts)).items():
-            inputs[name] = task.rows("train", rows, seed)
+            inputs[name] = task.rows("train", limit, seed)
             about[name] = {"task": name, "metric": task.metric}
-    inputs |= {name: texts[:rows] for name, texts in texts_of(data).items()}
+    inputs |= {name: texts[:limit] for name, texts in texts_of(data).items()}
     check_picture(picture)
     chosen = energy is not None or bytes_ is not None
     rank = (CHOSEN_FROM if chosen else DEFAULT_RANK) if rank is None else rank
@@ -122,7 +128,7 @@ def build(
         rank,
         shared=shared,
         heads=head or (),
-        **values(parameter, "-p"),
+        **parameters_for(Twin.build, parameter),
     )
     if single_pass is not None:
         twin = twin.single_pass(single_pass)
@@ -156,6 +162,7 @@ def build(
         )
 
 
+@command("twin explain")
 def explain(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     texts: Annotated[list[str], typer.Argument(help="The texts of one batch.")],
@@ -174,9 +181,10 @@ def explain(
     if json:
         print_json(found.to_dict())
     else:
-        typer.echo(found)
+        tell(str(found))
 
 
+@command("twin info")
 def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json = False) -> None:
     """Tell what a twin holds: experts, shared part, router, bytes, and what is kept of each matrix.
 
@@ -202,6 +210,7 @@ def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json
     print_table(twin, ["what", "value"], [*lines.items()])
 
 
+@command("twin export")
 def export(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -212,7 +221,7 @@ def export(
     lora: Annotated[
         bool, typer.Option("--lora", help="As a PEFT adapter of the shared model, not as a model.")
     ] = False,
-    server: Annotated[str, typer.Option("--for", help="Who loads the adapter: peft or vllm.")] = "peft",
+    server: Annotated[str, typer.Option("--server", help="Who loads the adapter: peft or vllm.")] = "peft",
     base: Annotated[
         str | None, typer.Option("--base", help="What the adapter names as its base; the twin's folder by default.")
     ] = None,
@@ -224,7 +233,7 @@ def export(
 
     twinmerge twin export TWIN --expert a -o MODEL
 
-    twinmerge twin export TWIN --mixture a=0.7 --mixture b=0.3 --lora --for vllm -o ADAPTER
+    twinmerge twin export TWIN --mixture a=0.7 --mixture b=0.3 --lora --server vllm -o ADAPTER
     """
     from twinmerge.twin.twin import Twin
 
@@ -233,7 +242,7 @@ def export(
     if (expert is None) == (not given):
         raise UsageError("Give --expert NAME, or --mixture NAME=WEIGHT for each part of a mixture.")
     if server not in ("peft", "vllm"):
-        raise UsageError(f"--for {server!r} is unknown. Choose peft or vllm.")
+        raise UsageError(f"--server {server!r} is unknown. Choose peft or vllm.")
     found = Twin.from_pretrained(twin).export(
         given or str(expert),
         output,
@@ -253,8 +262,13 @@ def export(
             f"{len(found.left_out)} parameters cannot travel in it, {100 * lost:.2g} % of what is added; its README "
             "lists them."
         )
+    if found.tied:
+        from twinmerge.models.adapter_files import said_of_tied
+
+        said(said_of_tied(found.tied))
 
 
+@command("twin predict")
 def predict(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     text: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Base, Experts, Json, Threads, pairs, said, size
 from twinmerge.cli.twin_common import (
     Bytes,
     Codec,
     Data,
+    DataOfOne,
     Energy,
     Picture,
     check_picture,
@@ -19,12 +21,14 @@ from twinmerge.cli.twin_common import (
     draw,
     print_twin,
     size_line,
+    texts_for,
     texts_of,
 )
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 
 
+@command("twin compress")
 def compress(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -59,6 +63,7 @@ def compress(
         said(f"{size_line(info)} -> {output}")
 
 
+@command("twin refine")
 def refine(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
@@ -96,23 +101,21 @@ def refine(
         )
 
 
+@command("twin add")
 def add(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     expert: Annotated[str, typer.Option("--expert", metavar="NAME=MODEL", help="The new expert.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Inputs of its kind, for the router, as for build.")
-    ] = None,
+    data: DataOfOne = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its matrices; the twin's by default.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Add an expert to a twin; the shared part and the other experts stay as they are.
 
-    twinmerge twin add TWIN --expert c=C --data c.jsonl -o MORE
+    twinmerge twin add TWIN --expert c=C --data c=c.jsonl -o MORE
     """
     from twinmerge.store.output import OutputFolder
-    from twinmerge.tasks.rows import read_inputs
     from twinmerge.twin.twin import Twin
 
     use_threads(threads)
@@ -120,7 +123,7 @@ def add(
     if len(named := pairs([expert], "--expert")) != 1:
         raise UsageError("Add one expert at a time.")
     ((name, model),) = named.items()
-    more = Twin.from_pretrained(twin).add(name, model, read_inputs(data) if data else None, rank=rank)
+    more = Twin.from_pretrained(twin).add(name, model, texts_for(data, name), rank=rank)
     more.save_pretrained(output)
     info = more.info()
     if json:
@@ -132,6 +135,7 @@ def add(
         )
 
 
+@command("twin remove")
 def remove(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     expert: Annotated[str, typer.Argument(help="The expert's name.")],
@@ -158,6 +162,7 @@ def remove(
         said(f"The shared part was built with {expert}; `twinmerge twin rebuild` makes it without.")
 
 
+@command("twin rebuild")
 def rebuild(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twinmerge.cli.common import byte_count, pairs, print_json, size
+from twinmerge.cli.common import pairs, print_json, size
+from twinmerge.errors import UsageError
 from twinmerge.maths.codec import CODECS, NONE
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ Data = Annotated[
         help="Inputs of an expert's kind: .jsonl of text, input_ids or image, or a text a line. Repeat.",
     ),
 ]
+DataOfOne = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", metavar="[NAME=]FILE", help="Inputs of the expert's kind, for the router, as for `twin build`."
+    ),
+]
 Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE", help="Draw what is kept, layer by layer (.png, .svg, .pdf).")
 ]
@@ -47,6 +54,26 @@ def texts_of(data: list[str] | None) -> dict[str, Sequence[Any]]:
     return {name: read_inputs(Path(file)) for name, file in pairs(data, "--data").items()}
 
 
+def texts_for(data: list[str] | None, name: str) -> Sequence[Any] | None:
+    """The texts of the one expert that is added: of NAME=FILE, or of a file alone.
+
+    Raises:
+        UsageError: several files, or another name.
+    """
+    if not data:
+        return None
+    if len(data) > 1:
+        raise UsageError(f"{name!r} is added, and --data is given {len(data)} times. Give the texts of {name!r} alone.")
+    other, equals, file = data[0].partition("=")
+    if not equals or Path(data[0]).is_file():
+        file = data[0]
+    elif other != name:
+        raise UsageError(f"--data names {other!r}, and {name!r} is added. Give the texts of {name!r}.")
+    from twinmerge.tasks.rows import read_inputs
+
+    return read_inputs(Path(file))
+
+
 def compressed(
     twin: Twin,
     rank: int | None,
@@ -55,10 +82,7 @@ def compressed(
     codec: str,
     inputs: Mapping[str, Sequence[Any]] | None,
 ) -> Twin:
-    shared = twin.package.shared
-    whole = sum(spec.bytes for spec in shared.specs.values())
-    limit = None if size_ is None else byte_count(size_, whole)
-    return twin.compress(rank=rank, energy=energy, bytes=limit, codec=codec, inputs=inputs)
+    return twin.compress(rank=rank, energy=energy, bytes=size_, codec=codec, inputs=inputs)
 
 
 def size_line(info: TwinInfo) -> str:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, Threads, print_json, said
-from twinmerge.cli.failure import FOUND, say
+from twinmerge.cli.failure import FOUND
+from twinmerge.cli.lines import say
 from twinmerge.errors import DamagedFile
 from twinmerge.maths.threads import use_threads
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from twinmerge.engine.verify import Verified
 
 
+@command("verify")
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder, a state or a file that twinmerge wrote.")],
     inputs: Annotated[
@@ -40,6 +43,8 @@ def verify(
         print_json(found.to_dict())
     elif found.ok:
         said(f"{found.tensors} tensors, and all files beside them, are what was read and written.")
+    if found.uncompared and not json:
+        said("Not compared: " + "; ".join(f"{label}, {why}" for label, why in found.uncompared.items()) + ".")
     if not found.ok:
         say(f"Error: {_what_differs(folder, found)}")
         raise typer.Exit(FOUND)

@@ -26,6 +26,7 @@ from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError
 from twinmerge.methods.kit.base import Place
 from twinmerge.methods.kit.fold import Fold, State, SumFold
+from twinmerge.methods.kit.given import state_of
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.ranges import bytes_of
@@ -122,6 +123,8 @@ class Change:
         old = kept_of(self.state, shapes, each, place)
         held = in_shape({part: found.values for part, found in old.items()}, shapes, each, place)
         new = self._changed(held, delta.reshape(place.shape) if is_whole(each, place) else delta, place)
+        sizes = shapes if is_whole(each, place) else dict.fromkeys(shapes, (each.size,))
+        new = state_of(new, sizes, each.name, self.fold)
         if self.about.experts:
             self._write(new, each, place, writer)
         size = sum(float(x.double().square().sum()) for x in new.values())

@@ -22,7 +22,7 @@ from twinmerge.arguments import strict
 from twinmerge.continual.change import Change
 from twinmerge.continual.folds import fold_of
 from twinmerge.continual.heads import heads_bytes, remove_others, with_heads, write_head
-from twinmerge.continual.pieces import Sums, in_shape, kept_of, of_model, pieces, places_of, rounded, worked
+from twinmerge.continual.pieces import Sums, in_shape, is_whole, kept_of, of_model, pieces, places_of, rounded, worked
 from twinmerge.continual.state import FILE, AddedExpert, Description, StateFile, next_state
 from twinmerge.engine.by_names import warn_of_names
 from twinmerge.engine.card import licence_of
@@ -30,6 +30,7 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError, TwinmergeError, UsageError, nearest
 from twinmerge.methods.kit.fold import Seen
+from twinmerge.methods.kit.given import change_of
 from twinmerge.methods.kit.registry import MethodLike, given_to, method_name
 from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.heads import heads_of
@@ -38,7 +39,7 @@ from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import DTYPES
-from twinmerge.results import Record, some
+from twinmerge.results import Record, one_line, some
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.partial import alone_in
 
@@ -78,6 +79,10 @@ class Continual:
             self.about, self.fingerprint = state.about, state.base
         self.finished = _finish(self.about)
         self.method = fold_of(self.about.method, self.about.parameters)
+
+    def __repr__(self) -> str:
+        names = some(self.about.names)
+        return one_line("Continual", f"{self.about.method} of {names}, in {self.folder}")
 
     @classmethod
     @strict
@@ -225,7 +230,8 @@ class Continual:
             place = places[each.name]
             old = kept_of(state, shapes[each.name], each, place)
             held = in_shape({part: found.values for part, found in old.items()}, shapes[each.name], each, place)
-            change = self.method.settle(held, place, seen).reshape(-1)
+            shape = place.shape if is_whole(each, place) else (each.size,)
+            change = change_of(self.method.settle(held, place, seen), shape, each.name, self.method).reshape(-1)
             theta = of_model(self.base, each, f"the base {self.base.name}").values
             return theta + change, {part: found.digests for part, found in old.items()}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ from twinmerge.continual.heads import with_heads
 from twinmerge.continual.pieces import rounded
 from twinmerge.continual.state import Description, StateFile
 from twinmerge.engine.folder import Beside
-from twinmerge.engine.provenance import PACKAGES
+from twinmerge.engine.provenance import versions
 from twinmerge.engine.ranges import Range
+from twinmerge.methods.kit.registry import method_class
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
@@ -62,7 +62,7 @@ def write_folder(
             output.sums[OUTPUT] = writer.finish()
         finally:
             writer.close()
-        record = {"continual": _record(status()), "versions": {package: version(package) for package in PACKAGES}}
+        record = {"continual": _record(status()), "versions": versions(method_class(state.about.method))}
         Beside(base, base.folder, record, _card(state.about), dtype, heads=heads).write(folder)
     return out
 

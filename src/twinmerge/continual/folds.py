@@ -6,7 +6,7 @@ from typing import Any
 
 from twinmerge.errors import RecipeError
 from twinmerge.methods.kit.fold import Fold
-from twinmerge.methods.kit.registry import MethodLike, make_method, method_class, method_names, short_name
+from twinmerge.methods.kit.registry import METHODS, MethodLike, make_method, method_class, short_name
 
 
 def fold_of(method: MethodLike, parameters: dict[str, Any]) -> Any:
@@ -33,4 +33,4 @@ null_space, opcm, task_arithmetic, wudi.
 
 def fold_names() -> list[str]:
     """The methods that take experts one by one."""
-    return [name for name in method_names() if issubclass(method_class(name), Fold)]
+    return [name for name, cls in METHODS.all().items() if issubclass(cls, Fold)]

@@ -42,6 +42,7 @@ def places_of(base: OpenedModel, names: Iterable[str]) -> dict[str, Place]:
             transposed=base.transposed(name),
             table=base.table(name),
             stack=base.stacked(name),
+            wide=base.spec(name).code == "F64",
         )
         for name in names
     }

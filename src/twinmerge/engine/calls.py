@@ -73,6 +73,7 @@ def merge(
     return found
 
 
+@strict
 def check(
     method: MethodLike | Recipe,
     base: ModelLike | None = None,

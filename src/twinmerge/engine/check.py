@@ -78,13 +78,13 @@ def checked(
 
 
 def _memory(plan: Plan) -> int:
-    """What all workers read and write at once, and the float32 stacks that methods make of a part of it."""
+    """What all workers read and write at once, and the widened stacks that methods make of a part of it."""
     shapes, grains = shapes_of(plan.merged), grains_of(plan.merged)
     work = list(ranges(shapes, shapes, plan.tile, grains))
     element = element_bytes(plan.merged, plan.specs)
-    stack = COPIES * (len(plan.experts) + 1) * 4
 
     def taken(each: Range) -> int:
+        stack = COPIES * (len(plan.experts) + 1) * (8 if plan.merged[each.name].place.wide else 4)
         if grains[each.name] == "element":
             return element * each.size + stack * min(SEEN, each.size)
         return 2 * (element + stack) * each.size

@@ -11,9 +11,12 @@ from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.engine.seen import Digests
+from twinmerge.errors import UsageError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.methods.kit.base import Known, Method, Stored
+from twinmerge.methods.kit.given import rule_of
+from twinmerge.methods.kit.sound import applied
 from twinmerge.store.ranges import bytes_of
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ def combine(each: Range, known: Known, inputs: Inputs, rounding: Rounding, diges
         return done
     changed = lost = 0
     for tile in inputs.pieces(each, stored):
-        merged = method.apply(tile, known)
+        merged = applied(method, tile, known)
         out = rounding.of(merged, tile, method)
         start = (tile.at.offset - each.start) * rounding.itemsize
         values[start : start + out.nbytes] = np.frombuffer(bytes_of(out), np.uint8)
@@ -71,9 +74,14 @@ def _compiled(
     codes = {rounding.code, *(v.code for v in stored.experts), *([stored.base.code] if stored.base else [])}
     if not inputs.compiled or rounding.seed is not None or not codes <= set(fused.CODES):
         return None
-    rule = method.rule(inputs.place(each), known)
+    rule = rule_of(method.rule(inputs.place(each), known), method)
     if rule is None:
         return None
     out = Values(values, rounding.code)
-    outcome = fused.merge(rule, stored.base, stored.experts, out, each.start, stored.fisher)
+    try:
+        outcome = fused.merge(rule, stored.base, stored.experts, out, each.start, stored.fisher)
+    except ValueError as error:
+        raise UsageError(
+            f"{type(method).__name__}: rule does not fit {each.name!r}: {error}. Mend the rule."
+        ) from error
     return Combined(values, outcome.changed, outcome.erased) if outcome.sound and outcome.fits else None

@@ -300,12 +300,12 @@ class Inputs:
         import torch
 
         deltas = self.entries[each.name].rule.space != "parameters"
-        x = torch.empty((len(stored.experts), each.size), dtype=torch.float32)
+        x = torch.empty((len(stored.experts), each.size), dtype=self.entries[each.name].place.rounded)
         for row, values in zip(x, stored.experts, strict=True):
             row.copy_(_numbers(values))
         base = None
         if stored.base is not None:
-            base = _numbers(stored.base).float()
+            base = _numbers(stored.base).to(x.dtype)
             if deltas:
                 x -= base
         if not math.isfinite(x.sum().item() + (0.0 if base is None or deltas else base.sum().item())):

@@ -41,7 +41,7 @@ from twinmerge.models.vocabulary import other_tokens, warn_of_tokens
 from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.results import WIDTH, some
+from twinmerge.results import one_line, some
 from twinmerge.store.checkpoint_writer import SHARD_BYTES, CheckpointWriter, layout
 from twinmerge.store.output import OutputFolder
 
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from twinmerge.engine.diff import Differences
     from twinmerge.models.head_files import HeadSpec
     from twinmerge.models.headed import HeadedModel
+
+
+KEPT = ("recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report", "output", "lines")
 
 
 @strict_class
@@ -114,11 +117,11 @@ class Merge:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy or a pickle keeps: the recipe and how it is run. It opens its models anew."""
-        kept = ["recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report", "output", "lines"]
         plan = {"plan": self.plan} if self.edited else {}
-        return {name: self.__dict__[name] for name in kept} | {"spread": None} | plan
+        return {name: self.__dict__[name] for name in KEPT} | {"spread": None} | plan
 
     @classmethod
+    @strict
     def from_plan(cls, file: str | Path, progress: bool = True, **how: Any) -> Merge:
         """The merge that a plan file says.
 
@@ -368,9 +371,9 @@ class Merge:
 
     def __repr__(self) -> str:
         where = "not written" if self.output is None else f"in {self.output}"
-        text = f"Merge({self.recipe.method_name} of {some(self.recipe.experts)}, {where})"
-        return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
+        return one_line("Merge", f"{self.recipe.method_name} of {some(self.recipe.experts)}, {where}")
 
+    @strict
     def write_plan(self, file: str | Path) -> Path:
         """Write down what would be done, as one page of JSON that `Merge.from_plan` and `twinmerge merge --plan` run.
 

@@ -129,6 +129,7 @@ def entry_of(
     known = target.models(models, models.has_base)
     label = next((label for label, model in known.items() if model.knows_class), first)
     place = Place(target.out, shape, 0, target.experts, *_meant(known[label], target.tensors[label], shape))
+    place = place._replace(wide="F64" in {source.code for source, _ in found.values()})
     grain = method.grain_of(place)
     if grain == "rows" and not views and any(models.experts[e].low_rank(target.tensors[e]) for e in target.experts):
         grain = "matrix"  # a core space is that of a tensor in one piece

@@ -8,10 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from twinmerge.engine.plan import Plan
+from twinmerge.engine.plan import Plan, methods_of
 from twinmerge.engine.plan_file import rules_and_copied
 from twinmerge.errors import ModelError, unreadable
-from twinmerge.methods.kit.registry import is_own
+from twinmerge.methods.kit.base import Method
+from twinmerge.methods.kit.registry import METHODS, is_own
+from twinmerge.origin import code_of, package_of
+from twinmerge.recipes.lines import unscaled
 
 PACKAGES = ("twinmerge", "torch", "safetensors", "transformers")
 
@@ -24,7 +27,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "semantics": plan.recipe.semantics,
         "parameters": plan.parameters,
         "commits": {label: model.commit for label, model in plan.inputs.items() if model.commit},
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions(*classes_of(plan)),
         "tensors": {
             "merged": len(plan.merged),
             "from_base": sorted(plan.copied),
@@ -36,16 +39,34 @@ def provenance(plan: Plan) -> dict[str, Any]:
     return described | (rules_and_copied(plan) if plan.edited else {})
 
 
+def versions(*methods: type[Method]) -> dict[str, str]:
+    """Package -> release of what decides an output's numbers, with the packages that offer its methods."""
+    own = {package: version(package) for package in PACKAGES}
+    for method in methods:
+        own |= package_of(method, METHODS)
+    return own
+
+
+def classes_of(plan: Plan) -> list[type[Method]]:
+    """The classes of the methods of a plan, in a fixed order."""
+    found = {type(unscaled(method)) for method in (plan.method, *methods_of(plan.merged))}
+    return sorted(found, key=lambda each: (each.__module__, each.__qualname__))
+
+
 def plan_key(plan: Plan) -> str | None:
     """What identifies a merge that may be resumed: the same recipe, versions and input files (by size and times of
-    change).
+    change), and the same code of its methods (by what their files hold).
 
     None for models in memory, which cannot be told apart from one process to the next, and for methods of one's own,
     whose code may change.
     """
     if is_own(plan.recipe.method_name) or not all(model.files for model in plan.inputs.values()):
         return None
-    key = {**provenance(plan), "rounding": plan.recipe.stochastic, "files": states_of(plan), "tile": plan.tile}
+    code = [code_of(method, METHODS) for method in classes_of(plan)]
+    if None in code:
+        return None
+    rounding = plan.recipe.stochastic
+    key = {**provenance(plan), "rounding": rounding, "files": states_of(plan), "tile": plan.tile, "code": code}
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 

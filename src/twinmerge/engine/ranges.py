@@ -12,7 +12,7 @@ from twinmerge.methods.kit.base import Grain
 
 TILE = 16 * BLOCK  # elements read and written at once, at most: enough for what each range costs
 TILE_BYTES = 12 << 20  # of all inputs and the output together, for each worker
-SEEN = 4 * BLOCK  # elements that a pass looks at at once, widened to float32 where no compiled code does it
+SEEN = 4 * BLOCK  # elements that a pass looks at at once, widened where no compiled code does it
 PIECE = 2 * BLOCK  # elements computed on at once: few enough for the cache, enough for what each operation costs
 ROWS = 1 << 20  # elements of a block of rows, at least
 SAMPLE = 1 << 20  # elements that a sampled pass sees, of any model

@@ -1,4 +1,4 @@
-"""From float32 tiles to the output's dtype: rounded once, checked, and what rounding erased counted."""
+"""From tiles to the output's dtype: rounded once, checked, and what rounding erased counted."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def _refuse(merged: Tensor, dtype: torch.dtype, name: str, method: Method) -> No
 
 
 def _too_large(name: str, dtype: torch.dtype, largest: float) -> str:
+    wider = "bfloat16 or float32" if dtype.itemsize == 2 else "float64"
     return (
         f"Tensor {name!r} does not fit {dtype}: its largest value is {largest:.4g}. Choose a wider --dtype, such as "
-        "bfloat16 or float32."
+        f"{wider}."
     )

@@ -1,6 +1,6 @@
 """Passes and tiles: run one method over all merged tensors.
 
-A range of every input is read, made into one float32 tile, given to the method's rule and handed on; threads share
+A range of every input is read, made into one widened tile, given to the method's rule and handed on; threads share
 the ranges and memory holds a few tiles for each. Passes that a later one, or the first tensor, must wait for sweep
 over all tensors; those of one tensor that come last are run just before it is merged, so that most methods read every
 input once.
@@ -21,6 +21,7 @@ from twinmerge.errors import RecipeError
 from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile
+from twinmerge.methods.kit.given import partial_of, wanted_of
 from twinmerge.recipes.lines import unscaled
 
 LARGE = 1 << 24  # elements from which on worker processes pay for themselves
@@ -199,8 +200,8 @@ class Run:
         if not names:  # then earlier passes found nothing either, which `wanted` might ask for
             return
         by_tensor = step.scope == "tensor"
-        wanted = {name: step.wanted(self._of(name)) for name in names} if by_tensor else {}
-        all_or_some = None if by_tensor else step.wanted(self.known)
+        wanted = {name: wanted_of(step.wanted(self._of(name)), step) for name in names} if by_tensor else {}
+        all_or_some = None if by_tensor else wanted_of(step.wanted(self.known), step)
         seen = [
             n for n in names if (n not in wanted or wanted[n] is None) and (all_or_some is None or n in all_or_some)
         ]
@@ -288,7 +289,7 @@ class _Look:
             digests = Digests()
             tile = self.load(each, digests)
             note(folds, self.sizes, each, digests)
-            part = self.step.observe(tile, _joined(self.known, item.own[each.name]))
+            part = partial_of(self.step.observe(tile, _joined(self.known, item.own[each.name])), self.step)
             self.step.add(found.setdefault(each.name if self.step.scope == "tensor" else "", {}), part)
         return found, folds
 

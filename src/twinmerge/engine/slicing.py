@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.engine.models import Models
 from twinmerge.engine.targets import Target
 from twinmerge.errors import ModelError, RecipeError
-from twinmerge.methods.kit.registry import method_class
 from twinmerge.models.blocks import in_block, stacks
 from twinmerge.models.configs import differing
 from twinmerge.models.depth import BY_LAYER, BY_NUMBER, DEPTH, NUMBERS, config_of, restacked
@@ -188,7 +187,7 @@ class _Stack:
     def _target(
         self, slice_: Slice, sources: Sequence[Span], name: str, tensors: Mapping[str, str], depth: float
     ) -> Target:
-        method, base = method_class(self.recipe.method), slice_.base or BASE
+        base = slice_.base or BASE
         experts = [span.model for span in sources if not self.recipe.on_changes or span.model != base]
         first = sources[0].model
         model, own = self.models.labelled(first), tensors[first]
@@ -196,8 +195,7 @@ class _Stack:
             self._stored(name, model, own), name, model.spec(own), (), tensors, base, depth, slice_.parameters
         )
         if model.spec(own).is_float and experts:
-            order = sorted(experts) if "symmetric" in method.laws else experts
-            return replace(target, experts=tuple(order))
+            return replace(target, experts=self.recipe.ordered(experts))
         if model.spec(own).is_float:
             raise RecipeError(f"A slice merges {first!r} with nothing but itself. Add a model, or use passthrough.")
         for label, tensor in tensors.items():

@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from twinmerge.arguments import strict
 from twinmerge.engine.folder import PROVENANCE
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
-from twinmerge.engine.plan import Plan
+from twinmerge.engine.plan import BASE, Plan
 from twinmerge.engine.plan_file import planned_as
 from twinmerge.errors import DataError, TwinmergeError
 from twinmerge.maths.threads import parallel
-from twinmerge.recipes.recipe import Recipe
+from twinmerge.models.opened import OpenedModel
+from twinmerge.models.opening import open_model, open_tensors
+from twinmerge.recipes.recipe import Recipe, is_reference
 from twinmerge.results import Table
 from twinmerge.store.artefact import ArtefactFile, head_of_state
 from twinmerge.store.checkpoint import Checkpoint
@@ -39,6 +42,7 @@ class _Verified(NamedTuple):
     missing: dict[str, list[str]]
     unreadable: dict[str, str]
     files: Mapping[str, str] = MappingProxyType({})
+    uncompared: Mapping[str, str] = MappingProxyType({})
 
 
 class Verified(Table, _Verified):
@@ -50,6 +54,7 @@ class Verified(Table, _Verified):
         missing: the same for tensors that are gone or new.
         unreadable: inputs that cannot be opened, with the reason.
         files: those that are not what was written, with what is wrong.
+        uncompared: inputs that cannot be compared, with the reason; that is no finding.
     """
 
     @property
@@ -62,7 +67,8 @@ class Verified(Table, _Verified):
         return {"ok": self.ok, **super().to_dict()}
 
     def _summary(self) -> str:
-        return f"{self.tensors} tensors, {'all as they were' if self.ok else f'{len(self._table()[1])} things differ'}"
+        found = f"{self.tensors} tensors, {'all as they were' if self.ok else f'{len(self._table()[1])} things differ'}"
+        return found + (f"; not compared: {', '.join(self.uncompared)}" if self.uncompared else "")
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
         rows = [(of, name, "changed") for of, names in self.changed.items() for name in names]
@@ -71,6 +77,7 @@ class Verified(Table, _Verified):
         return ("of", "name", "what"), [*rows, *(("files", name, what) for name, what in self.files.items())]
 
 
+@strict
 def verify(folder: str | Path, inputs: bool = True, progress: bool = True) -> Verified:
     """Read everything that was written, and the inputs where they still are, and compare it with the checksums of
     when it was.
@@ -125,6 +132,7 @@ class _Found:
         self.jobs: list[Job] = []
         self.files: dict[str, str] = {}
         self.unreadable: dict[str, str] = {}
+        self.uncompared: dict[str, str] = {}
         self.opened: list[Checkpoint] = []
 
     def add_artefact(self, file: Path, name: str) -> None:
@@ -182,6 +190,10 @@ class _Found:
         """The base and the experts of a merge."""
         try:
             described = _read(folder / PROVENANCE)
+            places = _places(described["recipe"])
+            if not all(is_reference(place) and not os.path.isfile(place) for place in places.values()):
+                self.add_alone(places, wanted)
+                return
             merge = Merge(Recipe.from_description(described["recipe"]), progress=False)
             plan = merge.plan
             if "copied" in described:  # an edited plan was merged
@@ -190,6 +202,30 @@ class _Found:
             self.wanted |= {source: sums for source, sums in wanted.items() if source != OUTPUT}
         except (TwinmergeError, KeyError, TypeError) as error:
             self.unreadable["inputs"] = str(error)
+
+    def add_alone(self, places: Mapping[str, str], wanted: Mapping[str, Mapping[str, str]]) -> None:
+        """Each input by itself, since some were in memory, or are files of a module that is not here.
+
+        Args:
+            places: label -> what the provenance calls the model.
+        """
+        for label in sorted(wanted.keys() - {OUTPUT}):
+            if not is_reference(place := places.get(label, "")):
+                self.uncompared[label] = "it was in memory"
+                continue
+            try:
+                model = open_tensors(Path(place), label) if os.path.isfile(place) else open_model(place)
+            except TwinmergeError as error:
+                self.unreadable[label] = str(error)
+                continue
+            names = {name: found for name in wanted[label] if (found := _known_as(model, name)) is not None}
+            if len(names) < len(wanted[label]):
+                self.uncompared[label] = "its tensors cannot be told without the models that were in memory"
+                continue
+            self.wanted[label] = wanted[label]
+            for name, own in names.items():
+                size, count = SIZES[model.range_code(own)], model.spec(own).numel
+                self.jobs.append((label, name, partial(streamed, partial(model.read_range, own), size, count)))
 
     def compared(self, progress: bool) -> Verified:
         """Read all of it."""
@@ -208,7 +244,7 @@ class _Found:
                 changed[source] = differ
             if gone := sorted(sums.keys() ^ got.keys()):
                 missing[source] = gone
-        return Verified(len(self.jobs), changed, missing, self.unreadable, self.files)
+        return Verified(len(self.jobs), changed, missing, self.unreadable, self.files, self.uncompared)
 
     def _add_sums_of(self, opened: ArtefactFile, name: str) -> None:
         if not opened.sealed and not opened.expected:
@@ -233,6 +269,19 @@ def _is_left(file: Path) -> bool:
         return True
     except (OSError, TwinmergeError):
         return False
+
+
+def _places(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Label of an input -> what the provenance calls it."""
+    base = {} if recipe["base_model"] is None else {BASE: str(recipe["base_model"])}
+    return base | {str(entry["name"]): str(entry["model"]) for entry in recipe["models"]}
+
+
+def _known_as(model: OpenedModel, name: str) -> str | None:
+    """The canonical name of a tensor by its name in the output; None where it is not known."""
+    by_stored = {stored: own for own, stored in model.stored.items()}
+    known = model.architecture.canonical(name) if model.architecture is not None else name
+    return next((own for own in (by_stored.get(name), known, name) if own is not None and model.has(own)), None)
 
 
 def _of_inputs(plan: Plan, models: Models, wanted: Mapping[str, Mapping[str, str]]) -> list[Job]:

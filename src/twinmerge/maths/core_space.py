@@ -54,11 +54,11 @@ class CoreSpace(NamedTuple):
         cores = [(left.mT @ one) @ (two @ right) for one, two in zip(b, a, strict=True)]
         return cls(left, right, torch.stack(cores))
 
-    def factors(self, core: Tensor) -> Factors:
-        """Q_B M Q_Aᵀ as a product of rank min(p, q) at most, in float32."""
+    def factors(self, core: Tensor, dtype: torch.dtype = torch.float32) -> Factors:
+        """Q_B M Q_Aᵀ as a product of rank min(p, q) at most."""
         if core.shape[0] <= core.shape[1]:
-            return Factors(self.left.float(), (core @ self.right.mT).float())
-        return Factors((self.left @ core).float(), self.right.mT.float())
+            return Factors(self.left, core @ self.right.mT).to(dtype)
+        return Factors(self.left @ core, self.right.mT).to(dtype)
 
 
 def _basis(x: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ typedef struct {
     const double *importances;  /* factors of the Fisher information */
     const double *floors;       /* of it */
     int32_t deltas, combine, tie;
+    int32_t rounds;             /* votes are summed in float, each product rounded, whatever WORK is */
 } Rule;
 
 typedef struct {
@@ -549,7 +550,7 @@ static TARGET void OF(signs)(const WORK *restrict sum, size_t n, int tie, float 
     float even = (float)tie;
     for (size_t i = 0; i < n; i++) {
         float s = (float)(sum[i] > 0) - (float)(sum[i] < 0);
-        sign[i] = s == 0 ? even : s;
+        sign[i] = sum[i] != sum[i] ? NAN : s == 0 ? even : s; /* 0 · infinity has no sign, as in torch */
     }
 }
 
@@ -598,12 +599,23 @@ static TARGET void OF(apply_signs)(WORK *restrict total, const float *restrict s
         total[i] *= sign[i];
 }
 
+/* sum = weight · x, or sum += weight · x: float32 with each product rounded. */
+static TARGET void OF(vote)(const float *restrict x, size_t n, bool first, float weight, WORK *restrict sum) {
+    for (size_t i = 0; i < n; i++) {
+        float product = x[i] * weight;
+        sum[i] = first ? product : (float)sum[i] + product;
+    }
+}
+
 /* The change of TIES, out of the experts' values x, rows of n. */
 static TARGET void OF(elect)(const Rule *rule, const float *x, size_t n, double least_weight, WORK *total) {
     WORK mass[CHUNK];
     float sign[CHUNK];
     for (int64_t e = 0; e < rule->experts; e++)
-        OF(add)(x + e * n, F32, NULL, n, e == 0, rule->votes[e], total);
+        if (rule->rounds)
+            OF(vote)(x + e * n, n, e == 0, (float)rule->votes[e], total);
+        else
+            OF(add)(x + e * n, F32, NULL, n, e == 0, rule->votes[e], total);
     OF(signs)(total, n, rule->tie, sign);
     memset(total, 0, n * sizeof *total);
     memset(mass, 0, n * sizeof *mass);

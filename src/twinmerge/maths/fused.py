@@ -67,13 +67,15 @@ class Elect(NamedTuple):
     """TIES: a sign for each entry, then what agrees with it.
 
     merge: how that is combined; votes: each expert's weight in the election; tie: the sign (-1, 0, 1) where votes
-    cancel; flip: the experts whose entries agree when they have the other sign.
+    cancel; flip: the experts whose entries agree when they have the other sign; rounds: votes are summed in float32,
+    each product rounded, and not in the dtype of sums.
     """
 
     merge: Literal["mean", "sum", "max"]
     votes: tuple[float, ...]
     tie: int
     flip: tuple[bool, ...]
+    rounds: bool = False
 
 
 class Importance(NamedTuple):
@@ -305,6 +307,7 @@ class _Rule(ctypes.Structure):
         ("deltas", ctypes.c_int32),
         ("combine", ctypes.c_int32),
         ("tie", ctypes.c_int32),
+        ("rounds", ctypes.c_int32),
     ]
 
 
@@ -346,6 +349,7 @@ def _prepared(rule: Rule) -> _Prepared:
         filled.rooms = pointer(rule.trim.rooms, np.int64)
     if rule.elect is not None:
         filled.combine, filled.tie = _COMBINE[rule.elect.merge], rule.elect.tie
+        filled.rounds = rule.elect.rounds
         filled.votes = pointer(rule.elect.votes, np.float64)
         filled.flip = pointer(rule.elect.flip, np.uint8)
     return _Prepared(ctypes.byref(filled), ctypes.c_void_p * count, tuple(kept))

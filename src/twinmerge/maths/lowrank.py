@@ -16,6 +16,7 @@ from twinmerge.maths.svd import Core, numerical_rank, polar, svd_core, svd_range
 
 __all__ = [
     "Factors",
+    "in_full",
     "numerical_rank",
     "polar",
     "rank_of_rate",
@@ -59,6 +60,15 @@ class Factors(NamedTuple):
         dtype = torch.promote_types(torch.promote_types(self.b.dtype, self.a.dtype), torch.float32)
         return self.b.to(dtype) @ self.a.to(dtype)
 
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same in another dtype."""
+        return Factors(self.b.to(dtype), self.a.to(dtype))
+
+    @property
+    def wide(self) -> bool:
+        """Whether the factors were not rounded to less than float64."""
+        return torch.float64 in (self.b.dtype, self.a.dtype)
+
     def energy(self) -> float:
         """‖b a‖², the sum of the squared entries, out of the factors.
 
@@ -86,6 +96,16 @@ class Factors(NamedTuple):
             rows = Factors(self.b[top : -(-end // width)], self.a).dense().flatten()
             parts.append(rows[max(at, start) - top * width : min(end, stop) - top * width])
         return torch.cat(parts) if parts else self.a.new_empty(0)
+
+
+def in_full(x: Tensor) -> Tensor:
+    """The same numbers in the dtype that products are taken in: float32, float64 where they are that.
+
+    Example:
+        >>> in_full(torch.ones(1, dtype=torch.float16)).dtype, in_full(torch.ones(1, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def truncate(x: Tensor, rank: int, name: str = "matrix", *, exact: bool = False) -> Factors:

@@ -4,16 +4,16 @@ Checkpoints in bfloat16 make equal magnitudes the normal case, so a threshold al
 too few. The rule here: keep every |x| above the threshold, then the first entries equal to it, in the order
 of (tensor name, flat index), until k are kept.
 
-The bits of a non-negative float32, read as an integer, sort like the number itself. So two histograms of
-65,536 bins find the k-th largest of any number of entries exactly, in memory that does not grow. Selecting
-over a whole model takes three reductions; counts of tiles add up in any order:
+The bits of a non-negative float, read as an integer, sort like the number itself. So two histograms of
+65,536 bins find the k-th largest of any number of float32 entries exactly, in memory that does not grow; float64
+takes four (`digits`). Selecting over a whole model takes three reductions; counts of tiles add up in any order:
 
     1. high = sum of coarse(tile)              bins, rest = locate(high, k)
     2. low = sum of fine(tile, bins)           thresholds, take = pin(bins, low, rest)
     3. ties(tile, thresholds), tile by tile    left = take less the ties in earlier tensors and tiles
     then keep_above(row, threshold, left, out) for each expert
 
-Here x is always (experts, ...) in float32, each expert is a selection of its own, and a tile is a run of
+Here x is always (experts, ...) in float32 or float64, each expert is a selection of its own, and a tile is a run of
 consecutive flat entries. NaN is refused by the caller.
 """
 
@@ -33,6 +33,8 @@ from twinmerge.maths.fused import Values
 
 BINS = 65_536
 _NEVER = 0x7FFF_FFFF  # above the bits of infinity
+_WIDE_NEVER = 0x7FFF_FFFF_FFFF_FFFF  # the same of float64
+_INTEGERS = {torch.float32: (torch.int32, _NEVER), torch.float64: (torch.int64, _WIDE_NEVER)}
 
 
 def keep_count(density: float, total: int) -> int:
@@ -58,7 +60,7 @@ def coarse(x: Tensor) -> Tensor:
     """Pass 1: the histogram of the high 16 bits of |x|.
 
     Args:
-        x: (experts, ...) float32.
+        x: (experts, ...) float32 or float64.
 
     Returns:
         (experts, 65536) int64; the sum over tiles is the histogram of the whole.
@@ -67,7 +69,7 @@ def coarse(x: Tensor) -> Tensor:
         >>> coarse(torch.tensor([[1.0, -1.0, 2.0]]))[0, [0x3F80, 0x4000]].tolist()
         [2, 1]
     """
-    return torch.stack([torch.bincount(_bits(row) >> 16, minlength=BINS) for row in x])
+    return digits(x, 0)
 
 
 def fine(x: Tensor, bins: Tensor) -> Tensor:
@@ -84,10 +86,29 @@ def fine(x: Tensor, bins: Tensor) -> Tensor:
         >>> fine(torch.tensor([[1.0, -1.0, 2.0]]), torch.tensor([0x3F80]))[0, 0].item()
         2
     """
-    rows = []
-    for row, high in zip(x, bins.tolist(), strict=True):
-        bits = _bits(row)
-        rows.append(torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=BINS))
+    return digits(x, 1, bins)
+
+
+def digits(x: Tensor, level: int, higher: Tensor | None = None) -> Tensor:
+    """The histogram of 16 bits of |x|, the first ones at level 0, among entries whose bits above them are the expert's.
+
+    Args:
+        x: (experts, ...); float32 has levels 0 and 1, float64 has four.
+        level: which 16 bits.
+        higher: (experts,) int64, the bits above; not read at level 0.
+
+    Returns:
+        (experts, 65536) int64.
+
+    Example:
+        >>> x = torch.tensor([[1.0, -1.0, 2.0]], dtype=torch.float64)
+        >>> digits(x, 0)[0, 0x3FF0].item(), digits(x, 1, torch.tensor([0x3FF0]))[0, 0].item()
+        (2, 2)
+    """
+    rows, low = [], 16 * (x.element_size() // 2 - 1 - level)
+    for row, above in zip(x, [0] * len(x) if higher is None else higher.tolist(), strict=True):
+        bits = _bits(row) >> low
+        rows.append(torch.bincount(bits[bits >> 16 == above] & 0xFFFF if level else bits, minlength=BINS))
     return torch.stack(rows)
 
 
@@ -131,15 +152,26 @@ def pin(bins: Tensor, counts: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         >>> thresholds.int().view(torch.float32).item(), take.item()
         (2.0, 1)
     """
+    bits, take = deeper(bins, counts, rest)
+    return bits.clamp(max=_NEVER), take
+
+
+def deeper(higher: Tensor, counts: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The higher bits and the 16 that their histogram adds to them, and what is left to keep there.
+
+    Args:
+        higher, rest: (experts,) int64, of the level before; 0 and k at the first.
+        counts: (experts, 65536), the sum of `digits`.
+    """
     low, take = locate(counts, rest)
-    return ((bins << 16) | low).clamp(max=_NEVER), take
+    return (higher << 16) | low, take
 
 
 def ties(x: Tensor, thresholds: Tensor) -> Tensor:
     """Pass 3: how many entries of each expert equal its threshold, (experts,) int64.
 
     Args:
-        x: (experts, ...) float32.
+        x: (experts, ...) float32 or float64.
         thresholds: (experts,) int64, from `pin`.
 
     Example:
@@ -154,7 +186,7 @@ def keep_above(x: Tensor, bits: int, left: int, out: Tensor) -> None:
     """Write one expert's entries to `out`: those above the threshold, the first `left` equal to it, zero elsewhere.
 
     Args:
-        x, out: (...) float32, contiguous, of one shape.
+        x, out: (...) float32 or float64, contiguous, of one shape.
         bits: the threshold's bits, from `pin`; above every number where nothing is kept.
         left: how many of the entries that equal it are kept, in flat order.
 
@@ -164,19 +196,42 @@ def keep_above(x: Tensor, bits: int, left: int, out: Tensor) -> None:
         >>> out.tolist()
         [2.0, -3.0, 0.0, 0.0]
     """
-    if bits >= _NEVER:
+    if bits >= never(x.dtype):
         out.zero_()
     elif left >= x.numel():  # all that equal it: strictly above the number before it
-        torch.hardshrink(x, _number(bits - 1), out=out) if bits else out.copy_(x)
+        torch.hardshrink(x, number(bits - 1, x.dtype), out=out) if bits else out.copy_(x)
     else:
-        torch.hardshrink(x, _number(bits), out=out)
+        torch.hardshrink(x, number(bits, x.dtype), out=out)
         if left:
             first = (_bits(x) == bits).nonzero()[:left, 0]
             out.view(-1)[first] = x.reshape(-1)[first]
 
 
-def _number(bits: int) -> float:
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+def number(bits: int, dtype: torch.dtype = torch.float32) -> float:
+    """The number that has these bits."""
+    return torch.tensor(bits, dtype=_INTEGERS[dtype][0]).view(dtype).item()
+
+
+def never(dtype: torch.dtype) -> int:
+    """A threshold that no number reaches."""
+    return _INTEGERS[dtype][1]
+
+
+def narrowed(bits: int) -> tuple[int, bool]:
+    """A float64 threshold among float32 numbers: the bits of the largest that is not above it, and whether they are
+    equal.
+
+    Example:
+        >>> bits = torch.tensor([0.5, 0.5 + 1e-12], dtype=torch.float64).view(torch.int64).tolist()
+        >>> [(number(low), equal) for low, equal in map(narrowed, bits)]
+        [(0.5, True), (0.5, False)]
+    """
+    if bits >= _WIDE_NEVER:
+        return _NEVER, False
+    wide = torch.tensor(bits).view(torch.float64)
+    low = int(wide.float().view(torch.int32))
+    equal = number(low) == wide.item()
+    return (low if number(low) <= wide.item() else low - 1), equal
 
 
 DEVIATIONS = 6  # standard deviations of a sampled rank on either side of a bracket's middle
@@ -301,7 +356,7 @@ def _binned(inside: Tensor, ties: list[int], shift: int) -> tuple[Tensor, list[i
 
 
 def magnitude_bits(x: Tensor) -> Tensor:
-    """The bits of |x| of every expert: (experts, n) int32, which sort like the numbers.
+    """The bits of |x| of every expert: (experts, n) int32 (int64 of float64), which sort like the numbers.
 
     Example:
         >>> magnitude_bits(torch.tensor([[-0.0, -1.0]])).tolist()
@@ -314,7 +369,7 @@ def largest(x: Tensor, k: Tensor | int) -> Tensor:
     """The k entries of largest magnitude of each expert; the first in flat order among equals.
 
     Args:
-        x: (experts, ...) float32.
+        x: (experts, ...) float32 or float64.
         k: one number, or (experts,) int64. 0 keeps nothing; the size of x or more keeps all, zeros too.
 
     Returns:
@@ -324,8 +379,10 @@ def largest(x: Tensor, k: Tensor | int) -> Tensor:
         >>> largest(torch.tensor([[1.0, -3.0, 2.0, -2.0]]), 2).tolist()
         [[False, True, True, False]]
     """
-    bins, rest = locate(coarse(x), k)
-    thresholds, take = pin(bins, fine(x, bins), rest)
+    bits, take = locate(coarse(x), k)
+    for level in range(1, x.element_size() // 2):
+        bits, take = deeper(bits, digits(x, level, bits), take)
+    thresholds = bits.where(bits >= 0, never(x.dtype)).clamp(max=never(x.dtype))
     mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     for row, out, threshold, left in zip(x, mask, thresholds.tolist(), take.tolist(), strict=True):
         bits = _bits(row)
@@ -336,7 +393,8 @@ def largest(x: Tensor, k: Tensor | int) -> Tensor:
 
 
 def _bits(row: Tensor) -> Tensor:
-    """|row| as int32, flat: a larger number has larger bits, and -0.0 equals 0.0."""
-    if row.dtype != torch.float32:
-        raise TypeError(f"selection by magnitude works on float32, not {row.dtype}")
-    return row.contiguous().view(torch.int32).flatten() & _NEVER
+    """|row| as int32, or int64 of float64, flat: a larger number has larger bits, and -0.0 equals 0.0."""
+    if row.dtype not in _INTEGERS:
+        raise TypeError(f"selection by magnitude works on float32 and float64, not {row.dtype}")
+    integers, most = _INTEGERS[row.dtype]
+    return row.contiguous().view(integers).flatten() & most

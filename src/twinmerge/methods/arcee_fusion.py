@@ -98,8 +98,8 @@ def divergences(x: Tensor, work: Any) -> Tensor:
 
 
 def importances(x: Tensor, divergence: Tensor) -> Tensor:
-    """|θb − θa| times the divergence of the row, flat."""
-    return (x[1] - x[0]).abs_().mul_(divergence.unsqueeze(-1)).flatten()
+    """|θb − θa| times the divergence of the row, flat, as float32: equal numbers of that size count as equal."""
+    return (x[1] - x[0]).abs_().mul_(divergence.unsqueeze(-1)).flatten().float()
 
 
 def rows_of_tile(tile: Tile, known: Known) -> Tensor:

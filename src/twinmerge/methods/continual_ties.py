@@ -42,7 +42,7 @@ class ContinualTies(Method, Fold):
             return {"accumulated": self.scale * delta}
         before = state["accumulated"]
         stack = torch.stack([before, delta])
-        kept = torch.where(largest(stack.float(), keep_count(self.density, delta.numel())), stack, 0)
+        kept = torch.where(largest(stack.to(at.rounded), keep_count(self.density, delta.numel())), stack, 0)
         agree = kept.sign() == kept.sum(0).sign()
         return {"accumulated": before + self.scale * (kept * agree).sum(0)}
 

@@ -56,8 +56,9 @@ def drop(x: Tensor, density: PerExpert, seed: int, at: Place) -> Tensor:
         if share >= 1:
             to.copy_(row)
             continue
-        mask = kept_bits(seed, expert, at.name, at.offset, row.numel(), share).to(x.device)
-        torch.bitwise_and(row.contiguous().view(torch.int32), mask.view(row.shape), out=to.view(torch.int32))
+        bits = torch.int64 if x.dtype == torch.float64 else torch.int32
+        mask = kept_bits(seed, expert, at.name, at.offset, row.numel(), share).to(x.device, bits)
+        torch.bitwise_and(row.contiguous().view(bits), mask.view(row.shape), out=to.view(bits))
     return out
 
 

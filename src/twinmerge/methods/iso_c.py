@@ -63,7 +63,7 @@ class IsoC(Spectral, SumFold):
         if at.stack:
             parts = zip(total, at.parts, strict=True)
             return torch.stack([self.settle({"sum": one}, part, seen) for one, part in parts])
-        return isotropic(total.flatten(1).float(), self.mean_over, at).double().reshape(total.shape) * self.scale
+        return isotropic(total.flatten(1).to(at.rounded), self.mean_over, at).double().reshape(total.shape) * self.scale
 
 
 class Flat(Coefficients):
@@ -91,12 +91,12 @@ def isotropic(total: Tensor, mean_over: Over, at: Place) -> Tensor:
         [[2.0, 0.0], [0.0, 0.0]]
     """
     values = partial(flat, mean_over=mean_over, short=short_side(at))
-    return with_values(total, values, at.name, torch.float32).to(total.dtype)
+    return with_values(total, values, at.name, at.rounded).to(total.dtype)
 
 
 def flattened(total: Tensor, mean_over: Over, at: Place) -> SVD:
     """The singular vectors of the sum, and s̄ for each of them."""
-    u, s, vh = gram_svd(total, at.name, torch.float32)
+    u, s, vh = gram_svd(total, at.name, at.rounded)
     return u, flat(s, mean_over, short_side(at)), vh
 
 

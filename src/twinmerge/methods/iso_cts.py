@@ -71,15 +71,15 @@ def sizes(common: float, short: int, experts: int) -> tuple[int, int]:
 def common_and_own(deltas: Tensor, weights: Weights, common: float, mean_over: Over, at: Place) -> Tensor:
     """s̄ U⊥ V⊥ᵀ of the chosen directions, (m, n)."""
     k, own = sizes(common, short_side(at), len(deltas))
-    u, s, vh = gram_svd(total_of(deltas, weights), at.name, torch.float32)
+    u, s, vh = gram_svd(total_of(deltas, weights), at.name, at.rounded)
     u, s, vh = u[:, :k], s[:k], vh[:k]
     left, values, right = [u], [s], [vh.mT]
     for weight, delta in zip(weights, deltas, strict=True) if own else ():
         if weight == 0:
             continue
         outside = delta.double() - u @ (u.mT @ delta.double())
-        rounding = torch.finfo(torch.float32).eps * max(deltas.shape[1:]) * delta.double().norm()
-        own_u, own_s, own_vh = gram_svd(outside.to(deltas.dtype), at.name, torch.float32)
+        rounding = torch.finfo(at.rounded).eps * max(deltas.shape[1:]) * delta.double().norm()
+        own_u, own_s, own_vh = gram_svd(outside.to(deltas.dtype), at.name, at.rounded)
         keep = min(own, int((own_s > rounding).sum()))  # what is left of an expert inside the common space is rounding
         left.append(own_u[:, :keep] * math.copysign(1, weight))
         values.append(own_s[:keep] * abs(weight))
@@ -92,4 +92,4 @@ def common_and_own(deltas: Tensor, weights: Weights, common: float, mean_over: O
 
 
 def _orthonormal(parts: list[Tensor], deltas: Tensor, at: Place) -> Tensor:
-    return gram_polar(torch.cat(parts, 1).to(deltas.dtype), at.name, torch.float32)
+    return gram_polar(torch.cat(parts, 1).to(deltas.dtype), at.name, at.rounded)

@@ -24,7 +24,7 @@ from twinmerge.methods.kit.base import (
     per_expert,
     scale_field,
 )
-from twinmerge.methods.kit.spectral import Spectral, Weights, weighted
+from twinmerge.methods.kit.spectral import Spectral, Weights, as_precise, weighted
 from twinmerge.methods.kit.trim import trim_passes
 from twinmerge.methods.ties import Majority, Tie, Ties
 
@@ -92,9 +92,9 @@ class Knots(Spectral):
         if not self.decomposes(at):
             return super().merge_factors(parts, at, known)
         basis, reduced = in_basis(self.sides(parts, at), per_expert(self.weights, len(parts)))
-        merged = self.tied(*aligned(reduced, at), known)
+        merged = self.tied(*aligned(reduced, as_precise(parts, at)), known)
         merged = self.calibrated(merged, reduced, (1.0,) * len(parts), at)
-        return self.sides([Factors(basis.float(), (merged * self.scale).float())], at)[0]
+        return self.sides([Factors(basis, merged * self.scale).to(at.rounded)], at)[0]
 
     def tied(self, left: Tensor, entries: Tile, known: Known) -> Tensor:
         """U times what TIES makes of the aligned parts, in float64."""
@@ -104,7 +104,8 @@ class Knots(Spectral):
         """The aligned parts of a matrix."""
         if tile.factors is not None:
             parts = self.sides(tile.factors, tile.at)
-            return aligned(in_basis(parts, per_expert(self.weights, len(parts)))[1], tile.at)[1]
+            reduced = in_basis(parts, per_expert(self.weights, len(parts)))[1]
+            return aligned(reduced, as_precise(parts, tile.at))[1]
         return aligned(weighted(self.matrices(tile), per_expert(self.weights, len(tile.x))), tile.at)[1]
 
 
@@ -140,8 +141,8 @@ def aligned(deltas: Tensor, at: Place) -> tuple[Tensor, Tile]:
     """U (m, r), and diag(s) Vtᵀ (experts, r, n) as a tile, so that U @ diag(s) Vtᵀ is expert t's delta, of deltas
     (experts, m, n)."""
     experts, m, n = deltas.shape
-    u, s, vh = gram_svd(deltas.permute(1, 0, 2).reshape(m, experts * n), at.name, torch.float32)
-    parts = (s[:, None] * vh).reshape(len(s), experts, n).permute(1, 0, 2).float().contiguous()
+    u, s, vh = gram_svd(deltas.permute(1, 0, 2).reshape(m, experts * n), at.name, at.rounded)
+    parts = (s[:, None] * vh).reshape(len(s), experts, n).permute(1, 0, 2).to(at.rounded).contiguous()
     return u, Tile(parts, torch.zeros_like(parts[0]), at)
 
 

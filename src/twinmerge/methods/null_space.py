@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -24,6 +23,7 @@ class NullSpace(Method, Fold):
     Source: NUFILT, ICLR 2026, its ablation "null space only".
 
     Example:
+        >>> import torch
         >>> method, at = NullSpace(rank=1), Place("w", (2, 2))
         >>> state = method.absorb({}, torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double(), at)
         >>> method.absorb(state, torch.tensor([[5.0, 6.0], [7.0, 8.0]]).double(), at)["accumulated"].tolist()
@@ -60,7 +60,7 @@ class NullSpace(Method, Fold):
         if at.stack and self.filters(at):
             return absorbed_by_matrix(self, state, delta, at)
         if self.filters(at):
-            u, _, vh = gram_svd(before, at.name, torch.float32)
+            u, _, vh = gram_svd(before, at.name, at.rounded)
             if at.transposed:
                 u = u[:, : self.rank]
                 delta = delta - u @ (u.mT @ delta)

@@ -77,7 +77,7 @@ class Opcm(Method, Fold):
         if at.stack and self.projects(at):
             return absorbed_by_matrix(self, state, delta, at)
         if self.projects(at):
-            delta = project(before, delta, self.alpha, self.form, at.name)
+            delta = project(before, delta, self.alpha, self.form, at.name, at.rounded)
         return {"accumulated": before + delta}
 
     def settle(self, state: State, at: Place, seen: Seen) -> Tensor:
@@ -94,10 +94,10 @@ class Opcm(Method, Fold):
         """The state after all experts; low-rank ones are folded in their core space."""
         if tile.factors is None or not self.projects(tile.at):
             return folded(self, tile)
-        space = CoreSpace.of(tile.factors)
+        space, at = CoreSpace.of(tile.factors), tile.at._replace(wide=any(part.wide for part in tile.factors))
         state: State = {}
         for core in space.cores:
-            state = self.absorb(state, core, tile.at)
+            state = self.absorb(state, core, at)
         whole = space.left @ state["accumulated"] @ space.right.mT
         return {"accumulated": whole.reshape(tile.require_base().shape)}
 
@@ -123,7 +123,14 @@ class Norms(Pass[Seen]):
         return Seen(len(experts), math.fsum(experts) / len(experts), math.sqrt(math.fsum(state for _, state in parts)))
 
 
-def project(accumulated: Tensor, delta: Tensor, alpha: float, form: Form = "fixed", name: str = "matrix") -> Tensor:
+def project(
+    accumulated: Tensor,
+    delta: Tensor,
+    alpha: float,
+    form: Form = "fixed",
+    name: str = "matrix",
+    rounded: torch.dtype = torch.float32,
+) -> Tensor:
     """P(τ): what an expert may add to A, by one of the three forms.
 
     Args:
@@ -131,6 +138,7 @@ def project(accumulated: Tensor, delta: Tensor, alpha: float, form: Form = "fixe
         delta: τ (m, n).
         alpha: share that is protected.
         name: for errors.
+        rounded: what the experts were rounded to, whose eps sets the numerical rank.
 
     Returns:
         (m, n) in float64; τ itself where A is 0.
@@ -143,7 +151,7 @@ def project(accumulated: Tensor, delta: Tensor, alpha: float, form: Form = "fixe
         [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
     """
     delta = delta.double()
-    u, s, vh = gram_svd(accumulated, name, torch.float32)
+    u, s, vh = gram_svd(accumulated, name, rounded)
     r = protected(s, alpha)
     left, right, top = u[:, :r], vh[:r].mT, vh[:r]
     if form == "paper":

@@ -20,6 +20,7 @@ from twinmerge.methods.kit.base import (
     Tile,
     moved,
     per_expert,
+    rounded_sum,
     scale_field,
     weighted_sum,
     weights_field,
@@ -66,8 +67,8 @@ class Ties(Method):
 
     compat="official" keeps what the authors' code keeps (one entry more than k and every entry equal to the
     threshold; cancelled votes go to the majority, and to the negative entries where there is none); compat="mergekit"
-    trims per tensor to k = max(1, ⌊density · d⌋) in floating point, weighs before the election and sends ties to +1;
-    `weights` of both signs that cancel among those that agree leave the sum undivided.
+    trims per tensor to k = max(1, ⌊density · d⌋) in floating point, weighs before the election, which it sums in float32
+    in the order of the models, and sends ties to +1; `weights` of both signs that cancel among those that agree leave the sum undivided.
 
     Source: Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708, algorithm 1.
 
@@ -193,6 +194,8 @@ class Ties(Method):
 
     def votes(self, x: Tensor, tile: Tile) -> Tensor:
         """The sign of the sum over the experts, 0 where they cancel."""
+        if self.compat == "mergekit":
+            return rounded_sum(self.vote_weights, x).sign_()
         return weighted_sum(self.vote_weights, x, tile.work).sign_().to(x.dtype)
 
     def elect(self, x: Tensor, tile: Tile, known: Known) -> Tensor:
@@ -240,5 +243,5 @@ class Ties(Method):
             from twinmerge.methods.kit.trim import trim_rule
 
             trim = trim_rule(at, known, keep_all_equal=self.compat == "official")
-        elect = Elect(self.merge, votes, self.tie_sign(known), flips)
+        elect = Elect(self.merge, votes, self.tie_sign(known), flips, rounds=self.compat == "mergekit")
         return Rule(weights, deltas=True, scale=self.scale, trim=trim, elect=elect)

@@ -40,7 +40,7 @@ class Tsv(Spectral):
         return () if self.calibration else (Triplets(self), Orthogonal(self))
 
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
-        return merge_singular(deltas, weights, max(1, short_side(at) // len(deltas)), at.name)
+        return merge_singular(deltas, weights, max(1, short_side(at) // len(deltas)), at)
 
 
 class Leading(NamedTuple):
@@ -91,15 +91,15 @@ class Orthogonal(Coefficients):
         return torch.stack([one.w @ part for one, part in zip(leading, parts, strict=True)])
 
 
-def merge_singular(deltas: Tensor, weights: Weights, k: int, name: str) -> Tensor:
+def merge_singular(deltas: Tensor, weights: Weights, k: int, at: Place) -> Tensor:
     """U⊥ S V⊥ᵀ of the k leading triplets of each wt τt (T, m, n); a matrix that no expert changed stays zero."""
     if len(deltas) == 1:
         return weighted(deltas, weights)[0]
-    found = [(w, *gram_svd(delta, name, torch.float32)) for w, delta in zip(weights, deltas, strict=True) if w]
+    found = [(w, *gram_svd(delta, at.name, at.rounded)) for w, delta in zip(weights, deltas, strict=True) if w]
     if not sum(len(s) for _, _, s, _ in found):
         return torch.zeros_like(deltas[0])
     u = torch.cat([u[:, :k] * math.copysign(1, w) for w, u, _, _ in found], 1).to(deltas.dtype)
     s = torch.cat([s[:k] * abs(w) for w, _, s, _ in found])
     v = torch.cat([vh[:k].mT for *_, vh in found], 1).to(deltas.dtype)
-    left, right = (gram_polar(side, name, torch.float32) for side in (u, v))
+    left, right = (gram_polar(side, at.name, at.rounded) for side in (u, v))
     return ((left * s) @ right.mT).to(deltas.dtype)

@@ -86,7 +86,7 @@ class Wudi(Spectral, SumFold):
             return {"sum": delta}
         if at.stack:
             return stacked([self.terms(one, part) for one, part in zip(delta, at.parts, strict=True)])
-        matrix = delta.flatten(1).float()
+        matrix = delta.flatten(1).to(at.rounded)
         normal, grams = normal_equations((matrix.mT if self.turns(at) else matrix)[None])
         return {"normal": normal, "gram": grams}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import ModelError
-from twinmerge.maths.lowrank import Factors
+from twinmerge.maths.lowrank import Factors, in_full
 from twinmerge.models.adapter_config import AdapterConfig, checked_config
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.foreign import CONFIG, find, read_json
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 
     def factors(self, scaling: float, transposed: bool) -> Factors:
         """ΔW = scaling · B A as the module stores its weight; A and B of convolutions are over (in·kh·kw)."""
-        a, b = self.a.float().flatten(1), self.b.float().flatten(1) * scaling
+        a, b = in_full(self.a).flatten(1), in_full(self.b).flatten(1) * scaling
         return Factors(a.T.contiguous(), b.T.contiguous()) if self.embedding or transposed else Factors(b, a)
 
 
@@ -46,7 +46,7 @@ class Adapter:
 
     pairs: module (with PEFT's `base_layer` in it, which tells what wraps what) -> factors; dense: tensors that are
     there as a whole, by name; copies: names of those that are the base's own, saved beside factors; rows: module ->
-    trained rows.
+    trained rows; written: name of a whole tensor -> as the file has it.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -54,6 +54,7 @@ class Adapter:
         self.pairs: dict[str, Pair] = {}
         self.dense: dict[str, Tensor] = {}
         self.copies: set[str] = set()
+        self.written: dict[str, str] = {}
         self.rows: dict[str, Tensor] = {}
 
     @cached_property
@@ -130,7 +131,7 @@ def sorted_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Adap
         elif ".lora_" in key or ".token_adapter." in key:
             raise _stranger(config.name, key, "no part of a LoRA")
         elif ".original_module." not in key:  # of a module that is saved in full, and not used
-            _whole(adapter, key, tensor)
+            _whole(adapter, key, tensor, tensors)
     for module, sides in found.items():
         adapter.pairs[module] = _pair(config.name, module, sides, module in embeddings)
     if not (adapter.pairs or adapter.dense or adapter.rows):
@@ -138,13 +139,31 @@ def sorted_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Adap
     return adapter
 
 
-def _whole(adapter: Adapter, key: str, tensor: Tensor) -> None:
-    name = unwrapped(key).replace(".modules_to_save.", ".")
+def _whole(adapter: Adapter, key: str, tensor: Tensor, tensors: Collection[str]) -> None:
+    name = _saved_name(unwrapped(key), tensors)
     if name in adapter.dense and not torch.equal(adapter.dense[name], tensor):
         raise _stranger(adapter.name, key, "there twice with other numbers")
     adapter.dense[name] = tensor
+    adapter.written.setdefault(name, key)
     if ".base_layer." in key:
         adapter.copies.add(name)
+
+
+def _saved_name(name: str, tensors: Collection[str]) -> str:
+    """Of a tensor of a module that is saved in full, in the base: PEFT writes its biases again under the name in the
+    wrapper, with the adapter's name or without, where all biases are trained.
+
+    Example:
+        >>> keys = ["base_model.model.head.dense.bias"]
+        >>> _saved_name("head.modules_to_save.mine.dense.bias", keys), _saved_name("head.modules_to_save.bias", keys)
+        ('head.dense.bias', 'head.bias')
+    """
+    module, saved, rest = name.partition(".modules_to_save.")
+    if not saved:
+        return name
+    with_all, without = f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}"
+    there = f"{PREFIX}{without}" in tensors and f"{PREFIX}{with_all}" not in tensors
+    return without if there or rest.startswith("default.") else with_all
 
 
 def _pair(name: str, module: str, sides: Mapping[str, Tensor], embedding: bool) -> Pair:

@@ -46,14 +46,39 @@ class Carried(NamedTuple):
 def adaptable(architecture: Architecture, kinds: Kinds = KINDS) -> dict[str, tuple[str, nn.Module]]:
     """Module path -> (canonical name of its weight, module), for every module that an adapter may change.
 
-    Tied weights appear once for each module that uses them, since PEFT adapts modules and not parameters.
+    The modules of a tied weight are none of them, as `tied_weights` says.
     """
-    found = {}
+    found, tied = {}, tied_weights(architecture)
     for path, module in architecture.skeleton.named_modules():
         if isinstance(module, kinds) and not (isinstance(module, nn.Conv2d) and _odd(module)):
             name = architecture.of_module(f"{path}.weight")
-            found[path] = architecture.aliases.get(name, name), module
+            if architecture.aliases.get(name, name) not in tied:
+                found[path] = name, module
     return found
+
+
+def tied_weights(architecture: Architecture) -> frozenset[str]:
+    """Canonical names of what several modules share, such as a table of words that is the output layer too.
+
+    PEFT adapts modules and not parameters: it adds what an adapter says of each of them to the one weight when it
+    merges, so no low-rank change is right both before and after that.
+    """
+    return frozenset(architecture.aliases.values())
+
+
+def said_of_tied(names: Collection[str]) -> str:
+    """Why tied weights are left out of an adapter, as a sentence; nothing for none.
+
+    Example:
+        >>> said_of_tied(["wte.weight"])
+        'Several modules share wte.weight (tied), and PEFT would add a change once for each of them when it merges.'
+    """
+    if not names:
+        return ""
+    return (
+        f"Several modules share {', '.join(sorted(names))} (tied), and PEFT would add a change once for each of them "
+        "when it merges."
+    )
 
 
 def _odd(module: nn.Conv2d) -> bool:

@@ -221,6 +221,23 @@ class Architecture(ABC):
         return frozenset(found | {own for alias, own in self.aliases.items() if alias in found})
 
     @cached_property
+    def norms(self) -> frozenset[str]:
+        """Canonical names of the gains and shifts of modules that normalise, which are no matrices whatever their shape.
+
+        Example:
+            >>> from twinmerge.models.torch_module import ModuleArchitecture
+            >>> sorted(ModuleArchitecture(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm([2, 3]))).norms)
+            ['1.bias', '1.weight']
+        """
+        kinds = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+        return frozenset(
+            self.of_module(f"{path}.{name}" if path else name)
+            for path, module in self.skeleton.named_modules()
+            if isinstance(module, kinds) or "Norm" in type(module).__name__
+            for name, _ in module.named_parameters(recurse=False)
+        )
+
+    @cached_property
     def stacks(self) -> dict[str, bool]:
         """Canonical names of parameters (E, m, n) that hold matrices along their leading axis, as the experts of one
         layer in one tensor -> whether those are stored (in, out).

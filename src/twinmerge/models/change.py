@@ -20,6 +20,10 @@ class Stack(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         return len(self.of), *self.of[0].shape
 
+    def to(self, dtype: torch.dtype) -> Stack:
+        """The same in another dtype."""
+        return Stack([each.to(dtype) for each in self.of])
+
     def entries(self, start: int, stop: int) -> Tensor:
         """Entries start ... stop − 1, flat.
 
@@ -80,7 +84,8 @@ class Change(NamedTuple):
         return Factors(torch.cat([self.added.b, -self.taken.b], 1), torch.cat([self.added.a, self.taken.a]))
 
     def apply(self, stored: Tensor, start: int, out: Tensor) -> None:
-        """Entries of the changed tensor from those of the stored one, flat, from `start` on; `stored` is used up."""
+        """Entries of the changed tensor from those of the stored one, flat, from `start` on, in float32, or in float64 where `out` is;
+        `stored` is used up."""
         stop = start + len(stored)
         if self.rows is not None:
             self.rows.put(stored, start)
@@ -89,4 +94,5 @@ class Change(NamedTuple):
             return
         if self.taken is not None:
             stored = (stored.float() - self.taken.entries(start, stop)).to(stored.dtype)
-        torch.add(stored.float(), self.added.entries(start, stop), out=out)
+        added = self.added.to(out.dtype) if out.dtype == torch.float64 else self.added
+        torch.add(stored.to(out.dtype), added.entries(start, stop), out=out)

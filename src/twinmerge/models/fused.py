@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, dot_natural_key
 
 from twinmerge.errors import ModelError
-from twinmerge.maths.lowrank import Factors
+from twinmerge.maths.lowrank import Factors, in_full
 from twinmerge.models.adapter_config import AdapterConfig
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.change import Stack
@@ -112,8 +112,8 @@ def stack_of(
             f"base it is {list(shape)}. "
             "Name the base that the adapter was trained on."
         )
-    of_a = a.float().reshape(experts, rank, -1)
-    of_b = b.float().reshape(b.shape[0], rank, experts).permute(2, 0, 1) * scaling
+    of_a = in_full(a).reshape(experts, rank, -1)
+    of_b = in_full(b).reshape(b.shape[0], rank, experts).permute(2, 0, 1) * scaling
     if now:
         return Stack([Factors(q.contiguous(), p) for p, q in zip(of_a, of_b, strict=True)])
     return Stack([Factors(p.T.contiguous(), q.T.contiguous()) for p, q in zip(of_a, of_b, strict=True)])

@@ -122,7 +122,8 @@ class HeadedModel(nn.Module):
                 missing.append(canonical)
         if missing:
             raise self._lacks(missing)
-        _check_shapes(body, found, {key: name for name, key in wanted.items()}, "The weights hold")
+        own_module = self.architecture.config is None
+        _check_shapes(body, found, {key: name for name, key in wanted.items()}, "The weights hold", own_module)
         for key, own in skeleton.state_dict().items():
             name = self.architecture.of_module(key)
             shapes = {tuple(head.tensors[name].shape) for head in self.head_specs.values() if name in head.tensors}
@@ -372,16 +373,18 @@ def architecture_of(heads: Mapping[str, HeadSpec], tensors: int) -> Architecture
     return max(found, key=lambda each: sum(each.is_body(name) for name in each.parameters))
 
 
-def _check_shapes(module: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
+def _check_shapes(
+    module: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], what: str, own_module: bool = False
+) -> None:
     """Refuse tensors of other shapes than the module's; `names` has what a user knows them by."""
     owned = module.state_dict()
     for key, found in state.items():
         own = owned[key]
         if found.shape != own.shape or found.is_floating_point() != own.is_floating_point():
-            raise ModelError(
-                f"{what} {names[key]!r} as {list(found.shape)}, {type(module).__name__} takes {list(own.shape)} by its "
-                "config. Restore its config.json, or build the output again."
-            )
+            takes = f"{what} {names[key]!r} as {list(found.shape)}, {type(module).__name__} takes {list(own.shape)}"
+            if own_module:
+                raise ModelError(f"{takes}. Give the function that makes the module of these weights.")
+            raise ModelError(f"{takes} by its config. Restore its config.json, or build the output again.")
 
 
 def body_path(architecture: Architecture, head_names: set[str]) -> str:

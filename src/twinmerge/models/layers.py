@@ -33,8 +33,13 @@ def layer_count(config: Any) -> int:
     """How many layers a model has.
 
     Raises:
-        ModelError: its config does not say.
+        ModelError: its config does not say, or it has none.
     """
+    if config is None:
+        raise ModelError(
+            "A module of your own gives no hidden states to route on. Choose a router that reads answers (entropy), or "
+            "name the expert or the mixture in each call."
+        )
     if (count := _count(config)) is None:
         raise ModelError(f"{type(config).__name__} does not say how many layers it has. Name the router's layers.")
     return int(count)

@@ -210,7 +210,7 @@ def _all_there(
             if other is not None or any(n.partition(".")[0] == part for n in filled[i]):
                 raise ModelError(
                     f"{called[i] if i else f'The base {base.name}'} lacks the tensor {name!r} that "
-                    f"{other or known.model_class.__name__} has. Check that its folder is complete"
+                    f"{other or known.model_class.__name__} has. Check that it is complete"
                     f"{' and was tuned from this base' if i else ''}."
                 )
 
@@ -323,8 +323,9 @@ def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     if _in_body(expert, name):
         raise ModelError(
             f"Tensor {name!r} is {list(expert.spec(name).shape)} in {expert.name} and {list(base.spec(name).shape)} in "
-            f"the base {base.name}. Give every model the same size (resize_token_embeddings for another vocabulary), "
-            "or name the tensor as a head with --head."
+            f"the base {base.name}. Give every model the same size"
+            + (" (resize_token_embeddings for another vocabulary)" if expert.config is not None else "")
+            + ", or name the tensor as a head with --head."
         )
 
 

@@ -172,11 +172,11 @@ class OpenedModel:
         return out.reshape(spec.shape)
 
     def range_code(self, name: str) -> str:
-        """The dtype that `read_range` gives, as safetensors calls it: the stored one, F32 where an adapter adds to
-        it."""
+        """The dtype that `read_range` gives, as safetensors calls it: the stored one, F32 at least where an adapter
+        adds to it."""
         name = self.own(name)
-        change = self.changes.get(name)
-        return self.specs[name].code if change is None or change.added is None else "F32"
+        change, code = self.changes.get(name), self.specs[name].code
+        return code if change is None or change.added is None or code == "F64" else "F32"
 
     def read_range(self, name: str, start: int, out: Flat) -> None:
         """Fill `out` (bytes, or numbers of the dtype of `range_code`) with elements from `start` on of the tensor,

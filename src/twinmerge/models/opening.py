@@ -83,7 +83,7 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     from twinmerge.models.adapter import ADAPTER_FILES, read_adapter
 
     opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
-    return adapted(opened, read_adapter(found.adapter))
+    return adapted(opened, read_adapter(found.adapter), ref.rpartition("+")[0])
 
 
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:
@@ -102,12 +102,45 @@ def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | No
             )
         stored[canonical] = original
         shape = architecture.shape(original) if architecture else None
-        if shape is not None and specs[original].shape != tuple(shape):
-            raise ModelError(
-                f"In {name} the tensor {original!r} is {list(specs[original].shape)}, by its config it is "
-                f"{list(shape)}. Restore the config.json that was saved with it."
-            )
+        if shape is not None and architecture is not None and specs[original].shape != tuple(shape):
+            raise _other_shape(name, architecture, original, specs[original].shape)
     return _tied(name, specs, stored, architecture, source)
+
+
+def _other_shape(name: str, architecture: Architecture, tensor: str, shape: tuple[int, ...]) -> ModelError:
+    wanted = list(architecture.shape(tensor) or ())
+    if architecture.config is None:
+        return ModelError(
+            f"In {name} the tensor {tensor!r} is {list(shape)}, in the module {architecture.model_class.__name__} it is "
+            f"{wanted}. Give the function that makes the module of these weights."
+        )
+    return ModelError(
+        f"In {name} the tensor {tensor!r} is {list(shape)}, by its config it is {wanted}. Restore the config.json that "
+        "was saved with it."
+    )
+
+
+def _require_of_module(name: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights that are not those of the module that somebody brings along, as its `load_state_dict` would.
+
+    Raises:
+        ModelError: a name, or a shape, that the module does not have.
+    """
+    own = architecture.model_class.__name__
+    if strange := sorted(n for n in shapes if architecture.shape(n) is None and not architecture.drops(n)):
+        ends = [k for k in architecture.parameters if strange[0].endswith(f".{k}")]
+        front = strange[0].removesuffix(max(ends, key=len)) if ends else ""
+        wrapped = all(n.startswith(front) and architecture.shape(n[len(front) :]) is not None for n in shapes)
+        advice = (
+            f"All names begin with {front!r}, as of a wrapped module: take it off."
+            if wrapped
+            else "Give the function that makes the module of these weights, or leave the tensor out."
+        )
+        raise ModelError(f"{name} has a tensor {strange[0]!r}, which the module {own} does not have. {advice}")
+    for tensor, shape in sorted(shapes.items()):
+        wanted = architecture.shape(tensor)
+        if wanted is not None and tuple(wanted) != tuple(shape):
+            raise _other_shape(name, architecture, tensor, shape)
 
 
 def _open_module(model: PreTrainedModel, name: str) -> OpenedModel:
@@ -135,11 +168,28 @@ def _open_torch_model(model: TorchModel, name: str | None) -> OpenedModel:
     architecture = ModuleArchitecture.made_by(model.factory)
     if isinstance(model.weights, Mapping):
         name = name or architecture.model_class.__name__
-        return _in_memory(name, architecture, tensors_of(model.weights, name))
-    path = Path(model.weights)
-    checkpoint = Checkpoint([path]) if path.is_file() else Checkpoint.open(locate(os.fspath(path)).folder)
-    opened = _named(name or str(path), checkpoint.specs, architecture, checkpoint)
-    opened.folder, opened.files = path if path.is_dir() else None, checkpoint.files
+        tensors = tensors_of(model.weights, name)
+        _require_of_module(name, architecture, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        opened = _in_memory(name, architecture, tensors)
+    else:
+        path = Path(model.weights)
+        checkpoint = Checkpoint([path]) if path.is_file() else Checkpoint.open(locate(os.fspath(path)).folder)
+        _require_of_module(name or str(path), architecture, {key: spec.shape for key, spec in checkpoint.specs.items()})
+        opened = _named(name or str(path), checkpoint.specs, architecture, checkpoint)
+        opened.folder, opened.files = path if path.is_dir() else None, checkpoint.files
+    architecture.keep_fixed(opened.specs, opened.read)
+    return opened
+
+
+def open_tensors(file: Path, name: str) -> OpenedModel:
+    """A file of tensors alone, by their own names.
+
+    Raises:
+        TwinmergeError: it cannot be read.
+    """
+    checkpoint = Checkpoint([file])
+    opened = _named(name, checkpoint.specs, None, checkpoint)
+    opened.files = checkpoint.files
     return opened
 
 
@@ -231,8 +281,11 @@ def _open_peft(model: Any, name: str) -> OpenedModel:
     return adapted(_in_memory(name, TransformersArchitecture(inner.config, type(inner)), base_tensors(inner)), adapter)
 
 
-def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
+def adapted(opened: OpenedModel, adapter: Adapter, base: str | None = None) -> OpenedModel:
     """The model with the adapter on top; its class becomes that of the adapter's task.
+
+    Args:
+        base: how messages call the model alone; by its own name where None.
 
     Raises:
         ModelError: as `placed` says.
@@ -245,8 +298,8 @@ def adapted(opened: OpenedModel, adapter: Adapter) -> OpenedModel:
             "its base (merge_and_unload)."
         )
     opened.architecture = class_for(adapter, opened.architecture)
-    base = Base(opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)
-    opened.changes = placed(adapter, base)
+    on = Base(base or opened.name, opened.architecture, opened.specs, opened.stored, opened.aliases, opened.read)
+    opened.changes = placed(adapter, on)
     dense = {name: change.dense for name, change in opened.changes.items() if change.dense is not None}
     opened.specs = {**opened.specs, **{n: Spec(t.dtype, tuple(t.shape)) for n, t in dense.items()}}
     return opened

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import ModelError, TwinmergeError, nearest
-from twinmerge.maths.lowrank import Factors
+from twinmerge.maths.lowrank import Factors, in_full
 from twinmerge.models.adapter import Adapter, Pair, unwrapped
 from twinmerge.models.adapter_config import CONVERT
 from twinmerge.models.architecture import Architecture
@@ -219,7 +219,7 @@ class _Placing:
             return  # a head of a bare checkpoint
         kind = f" ({self.architecture.model_class.__name__})" if self.architecture else ""
         raise ModelError(
-            f"The adapter {self.adapter.name} holds {name!r}, which its base {self.base.name}{kind} does not "
+            f"The adapter {self.adapter.name} holds {self.adapter.written.get(name, name)!r}, which its base {self.base.name}{kind} does not "
             f"have.{nearest(own, self.base.specs)} "
             "Name the base that the adapter was trained on, or save the adapter with its task_type."
         )
@@ -258,7 +258,7 @@ class _Placing:
         yield name, Change(taken=self._taken(name, pair, scaling), added=factors)
         if pair.bias is not None:
             bias = self.canonical(f"{plain}.bias")
-            added = Factors((pair.bias.float() * scaling)[:, None], torch.ones(1, 1))
+            added = Factors((in_full(pair.bias) * scaling)[:, None], torch.ones(1, 1))
             self._fits(bias, added)
             yield bias, Change(added=added)
 
@@ -403,7 +403,7 @@ class _Placing:
             self._fits(name, Factors(pair.b, pair.a))
         scaling = self._scaling(f"{plain}.{parameter}", path, pair.a.shape[0] // experts)
         if len(shape) != 3:
-            factors = Factors(pair.b.float() * scaling, pair.a.float())
+            factors = Factors(in_full(pair.b) * scaling, in_full(pair.a))
             self._fits(name, factors)
             yield name, Change(added=factors)
             return

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from twinmerge.arguments import shown
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.architecture import Architecture
+from twinmerge.models.held import refuse_computed, refuse_held
+from twinmerge.models.settings import differing_settings, settings_of
 
 WRAPPERS = ("_orig_mod", "module")
 """Where `torch.compile` and the parallel wrappers keep the module that they are around."""
@@ -43,15 +47,24 @@ class TorchModel:
     weights: Mapping[str, Tensor] | str | os.PathLike[str]
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, (Mapping, str, os.PathLike)):
+            raise UsageError(
+                f"The weights of a TorchModel are {shown(self.weights)}. Give a state dict, a folder or a safetensors "
+                "file."
+            )
+
 
 class ModuleArchitecture(Architecture):
     """What a module that somebody brings along says of itself.
 
     Args:
         module: as it is to be run; its parameters' values do not matter.
+        new: it was just made and never ran.
 
     Raises:
-        TwinmergeError: its tensors are not its weights: normed or parametrized ones, or state that is no tensor.
+        TwinmergeError: its tensors are not its weights (normed, parametrized or pruned ones), or a copy with other
+            weights would still hold some of the old ones.
 
     Example:
         >>> found = ModuleArchitecture(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)))
@@ -59,8 +72,8 @@ class ModuleArchitecture(Architecture):
         (['0.weight'], torch.Size([2, 2]), 'meta')
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        _check(module)
+    def __init__(self, module: nn.Module, new: bool = False) -> None:
+        _check(module, new)
         super().__init__(_on_meta(module))
         self._module = _on_meta(module)  # to be copied, with buffers that no checkpoint holds
 
@@ -69,16 +82,47 @@ class ModuleArchitecture(Architecture):
         """Of the module that a function makes.
 
         Raises:
-            UsageError: it makes none.
+            UsageError: it needs arguments, fails, or makes no module.
         """
-        made = factory()
+        if isinstance(factory, nn.Module):
+            raise UsageError("The factory is a module. Give a function that makes one, such as lambda: Net().")
+        try:
+            signature(factory).bind()
+        except TypeError as error:
+            raise UsageError(
+                f"The factory needs arguments ({error}). Give one without, such as lambda: Net(8)."
+            ) from None
+        except ValueError:  # of a function that does not say
+            pass
+        try:
+            made = factory()
+        except Exception as error:
+            raise UsageError(
+                f"The factory fails ({type(error).__name__}: {error}). Give one that makes the module."
+            ) from error
         if not isinstance(made, nn.Module):
             raise UsageError(f"The factory gave a {type(made).__name__}. Give a function that makes an nn.Module.")
-        return cls(unwrapped(made))
+        return cls(unwrapped(made), new=True)
 
     def build(self) -> nn.Module:
         """A copy of the module, with its buffers; its parameters have no values yet."""
         return copy.deepcopy(self._module).eval()
+
+    def keep_fixed(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+        """Take the integers of a checkpoint for those that the module was made with: what computes otherwise is told
+        by them.
+
+        Args:
+            names: of the tensors of the checkpoint.
+            read: gives one of them.
+        """
+        for path, part in self.skeleton.named_modules():
+            for name, buffer in part._buffers.items():
+                key = f"{path}.{name}" if path else name
+                if buffer is None or buffer.is_floating_point() or key not in self._meta or key not in names:
+                    continue
+                if (stored := read(key)).shape == buffer.shape:
+                    part._buffers[name] = stored
 
     @cached_property
     def aliases(self) -> dict[str, str]:
@@ -97,19 +141,16 @@ class ModuleArchitecture(Architecture):
         yield from ((n, b) for n, b in self.skeleton.named_buffers(remove_duplicate=False) if n in persistent)
 
     def differing(self, base: Architecture) -> dict[str, tuple[Any, Any]]:
-        """Path -> what the module is here and in the base, of all that compute otherwise with the same weights.
+        """Path -> what a part is here and in the base, of all that compute otherwise with the same weights.
 
         Example:
-            >>> one, two = (ModuleArchitecture(nn.Sequential(nn.Linear(1, 1), act)) for act in (nn.ReLU(), nn.GELU()))
+            >>> one, two = (ModuleArchitecture(nn.Sequential(nn.GroupNorm(n, 4))) for n in (1, 2))
             >>> one.differing(two)
-            {'1': ('ReLU()', "GELU(approximate='none')")}
+            {'0': ('GroupNorm(num_groups=1)', 'GroupNorm(num_groups=2)')}
         """
-        here, there = _leaves(self.skeleton), _leaves(base.skeleton)
-        return {
-            path: (here.get(path, "nothing"), there.get(path, "nothing"))
-            for path in [*here, *(there.keys() - here.keys())]
-            if here.get(path) != there.get(path)
-        }
+        found: dict[str, tuple[Any, Any]] = {}
+        found |= differing_settings(settings_of(self.skeleton), settings_of(base.skeleton))
+        return found
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -152,54 +193,29 @@ def _on_meta(module: nn.Module) -> nn.Module:
         for p in module.parameters()
     }
     try:
-        return copy.deepcopy(module, dict(kept))
+        made = copy.deepcopy(module, dict(kept))
     except Exception as error:  # what a module holds besides its parameters may be anything
         raise ModelError(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}). Give a module that "
             "copy.deepcopy copies."
         ) from error
+    if {id(part) for part in made.modules()} & {id(part) for part in module.modules()}:
+        raise ModelError(
+            f"A copy of {type(module).__name__} shares parts with it (its __deepcopy__ gives itself). Give a module that "
+            "copy.deepcopy copies."
+        )
+    return made
 
 
-def _check(module: nn.Module) -> None:
+def _check(module: nn.Module, new: bool) -> None:
     for path, part in module.named_modules():
-        hooks = [type(hook).__name__ for hook in part._forward_pre_hooks.values()]
-        normed = {"WeightNorm", "SpectralNorm"} & set(hooks)
-        if normed or (hasattr(part, "parametrizations") and len(part.parametrizations)):
+        if isinstance(part, torch.jit.ScriptModule):
             raise ModelError(
-                f"The weights of {path or type(module).__name__!r} are computed from other tensors "
-                f"({', '.join(sorted(normed)) or 'a parametrization'}), which do not merge as they do. Take that off "
-                "first (torch.nn.utils.parametrize.remove_parametrizations)."
+                f"{path or type(module).__name__!r} is a ScriptModule, which takes no other weights. Give the module that "
+                "it was scripted or traced from."
             )
+        refuse_computed(module, part, path)
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ModelError(f"The parameter {name!r} has no shape yet. Run the module once before it is merged.")
-
-
-def _leaves(module: nn.Module) -> dict[str, str]:
-    """Path -> what a module without parts says of itself; of those with weights not their sizes, which shapes tell."""
-    found = {}
-    for path, part in module.named_modules():
-        if any(True for _ in part.children()):
-            found[path] = type(part).__name__
-        elif any(True for _ in part.parameters(recurse=False)):
-            found[path] = f"{type(part).__name__}({_settings(part)})"
-        else:
-            found[path] = repr(part)
-    return found
-
-
-def _settings(part: nn.Module) -> str:
-    """What of a layer's settings its weights do not show."""
-    hidden = (
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-        "eps",
-        "momentum",
-        "num_heads",
-        "bidirectional",
-        "batch_first",
-    )
-    return ", ".join(f"{name}={getattr(part, name)!r}" for name in hidden if hasattr(part, name))
+    refuse_held(module, new)

@@ -31,6 +31,7 @@ from twinmerge.methods.kit.base import (
     moved,
     weighted_sum,
 )
+from twinmerge.methods.kit.sound import applied
 from twinmerge.models.blocks import block_of
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class Automatic(Pass[float]):
         base, method = tile.require_base(), self.methods[tile.at.name]
         x = tile.x - base if method.space == "parameters" else tile.x
         together = weighted_sum(1.0, x, base.double().dtype)
-        merged = method.apply(tile, known).double() - base.double()
+        merged = applied(method, tile, known).double() - base.double()
         key = f"{tile.at.name}\0{tile.at.offset}"
         return {key: [len(x), *(block_sums(part.abs().flatten()).tolist() for part in (together, merged))]}
 
@@ -166,7 +167,7 @@ class Scaled(Method):
         return self.method.grain_of(at)
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        merged = self.method.apply(tile, known)
+        merged = applied(self.method, tile, known)
         if self.by == 1:
             return merged
         return moved(tile, merged.double() - tile.require_base().double(), self.by)

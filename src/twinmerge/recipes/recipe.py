@@ -11,8 +11,9 @@ Longer than other files: what is read, checked and written down again is one sch
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -237,9 +238,14 @@ class Recipe:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The experts as methods see them: by name, so that the order given changes no bit, unless it has a meaning."""
-        symmetric = "symmetric" in method_class(self.method).laws
-        return tuple(sorted(self.experts)) if symmetric else tuple(self.experts)
+        """The experts as methods see them: by name, so that the order given changes no bit, unless it has a meaning:
+        mergekit adds up in the order of its models."""
+        return self.ordered(self.experts)
+
+    def ordered(self, experts: Iterable[str]) -> tuple[str, ...]:
+        """Some of the experts in that order."""
+        symmetric = "symmetric" in method_class(self.method).laws and self.semantics != "mergekit"
+        return tuple(sorted(experts)) if symmetric else tuple(experts)
 
     def varied(self, parameters: Mapping[str, Any]) -> Recipe:
         """The same recipe with other parameters: of the method, and `lines.a` and `lines.b`.
@@ -317,16 +323,15 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data, for the provenance of an output."""
-        refs = {n: _ref(m) for n, m in self.experts.items()}
         return (
             {
                 MARK: VERSION,
                 "merge_method": self.method_name,
-                "base_model": None if self.base is None else _ref(self.base),
+                "base_model": None if self.base is None else reference(self.base),
                 "models": [
-                    {"name": n, "model": ref}
+                    {"name": n, "model": reference(m)}
                     | ({"statistics": str(self.statistics[n])} if n in self.statistics else {})
-                    for n, ref in refs.items()
+                    for n, m in self.experts.items()
                 ],
                 "parameters": {key: _plain(value) for key, value in self.parameters.items()},
                 "dtype": self.dtype,
@@ -361,11 +366,24 @@ def _examples(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.example if isinstance(v, Setting) else v for k, v in parameters.items()}
 
 
-def _ref(model: ModelLike) -> Any:
+def reference(model: ModelLike) -> Any:
+    """What the provenance calls a model: where it is, of a `TorchModel` where its weights are; of a recipe all of it.
+
+    Example:
+        >>> reference("x/base"), is_reference("x/base"), is_reference("<BertModel in memory>")
+        ('x/base', True, False)
+    """
     inner = getattr(model, "recipe", model)
     if isinstance(inner, Recipe):
         return {"recipe": inner.describe()}
-    return str(model) if isinstance(model, (str, os.PathLike)) else f"<{type(model).__name__} in memory>"
+    own = sys.modules.get("twinmerge.models.torch_module")  # there is a TorchModel only where that is imported
+    place = model.weights if own is not None and isinstance(model, own.TorchModel) else model
+    return os.fspath(place) if isinstance(place, (str, os.PathLike)) else f"<{type(model).__name__} in memory>"
+
+
+def is_reference(recorded: Any) -> bool:
+    """Whether what `reference` gave leads to the model: it was not in memory."""
+    return isinstance(recorded, str) and not (recorded.startswith("<") and recorded.endswith(" in memory>"))
 
 
 def _once_read(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

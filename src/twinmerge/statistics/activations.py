@@ -25,7 +25,7 @@ class Activations:
         names: name of a parameter in the module -> canonical name.
 
     Attributes:
-        tokens: unpadded positions, or images, that were seen.
+        tokens: unpadded positions that were seen; 0 of images.
         counts: module -> how many y it has summed.
 
     Example:

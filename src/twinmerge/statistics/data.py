@@ -40,9 +40,9 @@ class Batch(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Positions that are no padding, of targets too; images: one each."""
+        """Positions that are no padding, of targets too; images have none."""
         if self.mask is None:
-            return len(self.rows)
+            return 0
         return int(self.mask.sum()) + (0 if self.targets is None else int((self.targets != IGNORED).sum()))
 
 

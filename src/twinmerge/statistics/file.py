@@ -183,7 +183,7 @@ def _disjoint(data: Sequence[Mapping[str, Any]]) -> None:
             if start < other_stop and other_start < stop:
                 raise DataError(
                     f"Rows {max(start, other_start)} to {min(stop, other_stop) - 1} of {file} are in two of the "
-                    "statistics, and would count twice. Measure parts that do not overlap, with --rows START:STOP."
+                    "statistics, and would count twice. Measure rows that do not overlap (rows, --rows START:STOP)."
                 )
         seen.setdefault(piece["sha256"], []).append((start, stop, piece["file"]))
 

@@ -44,7 +44,7 @@ class Fisher:
     Attributes:
         sums: canonical name -> sum of squares, float32; parameters that no example reached are not there.
         settings: what changes the numbers.
-        tokens: unpadded positions that were predicted, or examples.
+        tokens: unpadded positions, where every one is predicted those that are; 0 of images.
 
     Raises:
         TwinmergeError: a model without a head.
@@ -107,7 +107,7 @@ class Fisher:
                 self._separable = False
         if not self._separable:
             self._one_by_one(batch, self.sums)
-        self.tokens += int(self._predicted(batch).sum()) if self.by_token else size
+        self.tokens += int(self._predicted(batch).sum()) if self.by_token else batch.tokens
 
     def _one_by_one(self, batch: Batch, to: Squares) -> None:
         self.examples.one_by_one(lambda i: self._run(_rows(batch, [i])), len(batch.rows), to)

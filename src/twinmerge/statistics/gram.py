@@ -38,7 +38,7 @@ class Gram:
         block: the widest Gram matrix.
 
     Attributes:
-        tokens: unpadded positions, or images, that were seen.
+        tokens: unpadded positions that were seen; 0 of images.
 
     Source: Jin et al. 2023, "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849,
     section 3.

@@ -48,7 +48,7 @@ class Measurement(Written, _Measurement):
         file: that was written.
         what: "fisher", "gram" or "activations".
         examples: rows of the data.
-        tokens: of all rows.
+        tokens: unpadded positions of all rows, of a language model's Fisher those that it predicts; 0 of images.
         tensors: in the file.
         bytes: of the file.
         seconds: that it took.

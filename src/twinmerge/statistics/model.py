@@ -55,6 +55,11 @@ class Measured:
                 f"{opened.name} has no config.json, so there is no class to run it with. Copy the model's config.json "
                 "into its folder."
             )
+        if opened.config is None:
+            raise ModelError(
+                f"{opened.name} is a module of your own, and statistics are measured of models of transformers alone. "
+                "Merge it by a method that reads none, such as ties."
+            )
         architecture = opened.architecture
         state = {name: _widened(opened, name) for name in opened.specs}
         self.module: Any = HeadedModel(architecture, state).body.to(device).requires_grad_(False)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
+from twinmerge.arguments import strict
 from twinmerge.engine.calls import merge
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
@@ -110,6 +111,7 @@ class DemoResults(Record):
         return f"{self['command']}, {len(self)} results, {self['seconds']} s"
 
 
+@strict
 def demo(
     out: str | Path, seeds: int = 3, quick: bool = False, progress: bool = True, design: Design | None = None
 ) -> DemoResults:

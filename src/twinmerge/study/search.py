@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -71,10 +70,6 @@ class Search(Table):
         """Plain data: what `twinmerge search --json` prints."""
         found = {"kind": "search", "method": self.method, "split": self.split, "rows": self.rows}
         return {**found, **plain({"best": self.best.parameters, "trials": self.trials})}
-
-    def to_json(self) -> str:
-        """The same as text."""
-        return json.dumps(self.to_dict(), indent=1)
 
     def _summary(self) -> str:
         return f"{self.method}, {len(self.trials)} trials on {self.split}, best {self.best._summary()}"

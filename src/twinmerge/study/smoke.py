@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import DataError, ModelError
 from twinmerge.models.head_files import HeadSpec, load_heads
@@ -32,15 +33,22 @@ class Loss(NamedTuple):
     texts: int
 
 
-def smoke_check(folder: Path, merged: Merge, file: Path) -> list[Loss]:
+@strict
+def smoke_check(folder: str | Path, merged: Merge, file: str | Path) -> list[Loss]:
     """Load the written folder and compare mean losses on at most 64 texts.
 
     Language models: loss per token. Classifiers with heads: rows need `label` (a number) and `expert` (whose head);
     each expert answers its own rows, base and output answer all.
 
+    Args:
+        folder: the output.
+        merged: what it was merged by.
+        file: texts, .jsonl or .txt.
+
     Raises:
         TwinmergeError: the file has no fitting rows; the output is neither kind of model.
     """
+    folder, file = Path(folder), Path(file)
     written = open_model(str(folder))
     heads = load_heads(folder)
     if written.architecture is None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from twinmerge.arguments import strict
 from twinmerge.errors import DataError, TwinmergeError, nearest
 from twinmerge.store.foreign import ROW, find, lines_of, parse_json, read_bytes, shown
 from twinmerge.tasks.images import ImageFile
@@ -183,6 +184,7 @@ class Rows:
         return image
 
 
+@strict
 def read_inputs(file: str | os.PathLike[str]) -> list[str | tuple[str, str] | Tokens | ImageFile]:
     """What a model is to read, out of a file of rows: texts, pairs of texts, token ids or images.
 

@@ -16,9 +16,9 @@ from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.arguments import CacheError
 from twinmerge.twin.mixing.forward import UnseenError
 from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.own import by_copies, require_rebuild
 from twinmerge.twin.mixing.planner import distinct_mixtures
 from twinmerge.twin.mixing.rebuilt import CACHES, Answered, one_pass, rebuilt
-from twinmerge.twin.mixing.rows import require_rows, signature_of
 
 T = TypeVar("T")
 PROMPT = (
@@ -67,12 +67,13 @@ def planned(
     """Answer a batch whose mixtures are known, and say which way was taken.
 
     Args:
-        strategy: the way, or "auto" for the planner's; the twin's own where None. With biases it is "stacked".
+        strategy: the way, or "auto" for the planner's; the twin's own where None. With biases it is "stacked". Of a
+            module of one's own it is "rebuild".
         heads, weights, biases, early: as in `answer`.
     """
-    if core.own_module and len(distinct_mixtures(weights)) > 1 and (signature := signature_of(batch)) not in core.apart:
-        require_rows(core.model, batch)
-        core.apart.add(signature)
+    if core.own_module:
+        require_rebuild(core.strategy if strategy is None else strategy, biases)
+        return answer(core, batch, heads, weights, "rebuild"), "rebuild"
     way = "stacked" if biases is not None else under_autocast(core, core.strategy if strategy is None else strategy)
     with core.lock:
         blind = core.runtime.look_at(batch) if bool(weights.any()) else None
@@ -87,7 +88,7 @@ def under_autocast(core: Core, strategy: str) -> str:
     Raises:
         UsageError: a way that adds parts to answers is asked for.
     """
-    if not torch.is_autocast_enabled(core.planner.device.type) or strategy in ("folded", "rebuild"):
+    if not torch.is_autocast_enabled(core.device.type) or strategy in ("folded", "rebuild"):
         return strategy
     if strategy != "auto":
         raise UsageError(
@@ -116,6 +117,9 @@ def answer(
         biases: mixtures (rows, experts) of the biases, where they are not those of the weights.
         early: what the first layers gave already, where it may be used.
     """
+    if core.fresh is not None:
+        output = by_copies(core.fresh, batch, weights)
+        return Answered(output, output if isinstance(output, Tensor) else getattr(output, "logits", None))
     if strategy in ("folded", "rebuild"):
         return rebuilt(core.model, core.runtime, batch, heads, distinct_mixtures(weights), early)
     plan = Mixture.of(weights, strategy == "grouped" and biases is None, not keeps_order(core, batch))

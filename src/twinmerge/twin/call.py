@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
 
 from twinmerge.errors import UsageError
 from twinmerge.models.rows import batch_size, for_each_row
+from twinmerge.moved import with_old_keywords
 from twinmerge.twin.answer import planned
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.mixture import MixtureLike, one_hot
+from twinmerge.twin.mixing.own import inputs_of, refuse_taken
 from twinmerge.twin.reading import check_batch
 from twinmerge.twin.routing import TOP_K, PerRow, check_names, heads_of_rows, mixtures, per_row
 
@@ -67,27 +69,16 @@ def call(
         oracle_biases: one expert per row whose biases are used in full whatever the mixture. Only to reproduce the
             paper's evaluation, which hands the labelled task's biases in.
         strategy: how the parts are added: "stacked", "grouped", "folded" or "rebuild" (see `twin/mixing/planner.py`);
-            the fastest by the planner's reckoning where not given. The answers are the same.
-        batch: what the tokenizer or image processor returns.
+            the fastest by the planner's reckoning where not given. The answers are the same. A module of your own has
+            one way, "rebuild".
+        unnamed, batch: what the tokenizer or image processor returns, by name; of a module of your own what its forward
+            takes, by position or name.
 
     Raises:
         TwinmergeError: unknown names, no router, wrong number of rows, a strategy that the batch does not allow.
     """
-    if unnamed and core.own_module:
-        batch = _named(core, unnamed, batch)
-    elif unnamed:
-        check_batch(unnamed[0])
-        raise UsageError("A batch is given by name: twin(**batch).")
-    if "top_k" in batch:
-        raise UsageError(TOP_K)
-    check_batch(batch)
-    check_names(core, {k: v for k, v in batch.items() if k != "return_dict"})
-    if batch.pop("return_dict", None) is False:
-        raise UsageError(
-            "A twin gives its answer by name. Leave return_dict out, and take twin(**batch).output.to_tuple()."
-        )
-    size = batch_size(batch)
-    batch = for_each_row(batch, size)
+    batch = inputs_of(core.model.body, unnamed, batch) if core.own_module else _checked(core, unnamed, batch)
+    size = core.rows(batch)
     weights, nearest, early = mixtures(core, batch, mixture, expert, experts_per_row, normalize, unconstrained)
     chosen = [core.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
     likely = chosen if nearest is None else [core.experts[k] for k in nearest.tolist()]
@@ -99,16 +90,27 @@ def call(
     return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
 
 
-def _named(core: Core, unnamed: Sequence[Any], batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of somebody's own module by their names."""
-    try:
-        bound = signature(core.model.body.forward).bind_partial(*unnamed, **batch)
-    except TypeError as error:
+_call = with_old_keywords(call)
+
+
+@wraps(call)
+def asked(core: Core, *unnamed: Any, **given: Any) -> TwinOutput:
+    if core.own_module:
+        refuse_taken(core.model.body, given)
+    return _call(core, *unnamed, **given)
+
+
+def _checked(core: Core, unnamed: Sequence[Any], batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of a model of transformers, with a row for each of what may come once for all."""
+    if unnamed:
+        check_batch(unnamed[0])
+        raise UsageError("A batch is given by name: twin(**batch).")
+    if "top_k" in batch:
+        raise UsageError(TOP_K)
+    check_batch(batch)
+    check_names(core, {k: v for k, v in batch.items() if k != "return_dict"})
+    if batch.pop("return_dict", None) is False:
         raise UsageError(
-            f"{type(core.model.body).__name__} does not take this: {error}. Call it as its forward says."
-        ) from error
-    if odd := [
-        p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_POSITIONAL and p.name in bound.arguments
-    ]:
-        raise UsageError(f"{type(core.model.body).__name__} takes any number of {odd[0]}. Give its inputs by name.")
-    return {name: value for name, value in bound.arguments.items() if value is not None}
+            "A twin gives its answer by name. Leave return_dict out, and take twin(**batch).output.to_tuple()."
+        )
+    return for_each_row(batch, batch_size(batch))

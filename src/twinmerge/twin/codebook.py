@@ -125,8 +125,8 @@ class AdapterFolder:
     """LoRA adapters of mixtures, written when they are first asked for; the least recently used one goes when there
     are too many.
 
-    Every adapter is exact for its mixture (`export_lora`); with a code-book, for the code that stands for it. A
-    server's resolver calls `adapter` with the prompt's mixture and loads what it names.
+    Every adapter is exact for its mixture, but for what no adapter can carry (`export_lora`); with a code-book, for
+    the code that stands for it. A server's resolver calls `adapter` with the prompt's mixture and loads what it names.
 
     Args:
         folder: that does not exist or is empty; nothing outside it is written.

@@ -128,6 +128,12 @@ def ranks_for_energy(
     return _counts(worth, owners[order[:enough]])
 
 
+def _first_cost(worth: Mapping[Key, Tensor], cost: Mapping[Key, int]) -> float:
+    """Bytes of the component that is worth most for its bytes; 0 where there is none."""
+    owners, order = _in_order(worth, cost)
+    return [*cost.values()][int(owners[order[0]])] if len(order) else 0.0
+
+
 def _in_order(worth: Mapping[Key, Tensor], cost: Mapping[Key, int]) -> tuple[Tensor, Tensor]:
     """The number of the matrix that each component is of, and the components by worth for each byte, best first."""
     sizes = torch.tensor([len(w) for w in worth.values()], dtype=torch.int64)
@@ -155,7 +161,8 @@ def compressed(
     Args:
         rank: of every matrix.
         energy: the least share of all worth that is kept, 0 to 1.
-        bytes: of the files of exclusive parts, heads and router together, at most.
+        bytes: of the files of exclusive parts, heads and router together, at most; enough for one component of a
+            matrix at least.
         codec: of their numbers on the disk, "none" or one of `maths/codecs/`, such as "int8".
         moments: expert -> matrix -> moments of its inputs; without any they are taken for white noise.
 
@@ -218,27 +225,29 @@ def compressed(
             )
         return at(ranks_for_energy(worth, cost, total, energy))
     assert bytes is not None
-    fixed = extra_bytes(at(dict.fromkeys(found, 0)))
-    room, beyond = bytes - fixed, bytes - fixed
-    while room > 0:
-        cut = at(ranks_for_bytes(worth, cost, room))
-        over = extra_bytes(cut) - bytes
-        if over <= 0:
+    start = _first_cost(worth, cost)
+    cut = at(ranks_for_bytes(worth, cost, start))
+    if (least := extra_bytes(cut)) > bytes:
+        raise UsageError(
+            f"{bytes:.0f} bytes are too few: heads, router, all that is no matrix and the first component of one take "
+            f"{least}. Give that many at least, or a smaller codec."
+        )
+    over = least - bytes
+    room = beyond = bytes - extra_bytes(at(dict.fromkeys(found, 0)))
+    while room > start:
+        more = at(ranks_for_bytes(worth, cost, room))
+        if (found_over := extra_bytes(more) - bytes) <= 0:
+            cut, over = more, found_over
             break
-        room, beyond = room - over, room  # what headers say of each factor, and rounding up
-    while room > 0 and -over > SLACK * bytes and beyond - room > 1:  # what is cut whole leaves the headers too
+        room, beyond = max(start, room - found_over), room  # what headers say of each factor, and rounding up
+    while -over > SLACK * bytes and beyond - room > 1:  # what is cut whole leaves the headers too
         middle = (room + beyond) / 2
         more = at(ranks_for_bytes(worth, cost, middle))
         if (found_over := extra_bytes(more) - bytes) <= 0:
             room, cut, over = middle, more, found_over
         else:
             beyond = middle
-    if room > 0:
-        return cut
-    raise UsageError(
-        f"{bytes:.0f} bytes are too few: heads, router and all that is no matrix take {fixed}. Give more, or a "
-        "smaller codec."
-    )
+    return cut
 
 
 def retained(parts: Mapping[str, Exclusive]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers.utils.generic import TransformersKwargs
 
@@ -18,13 +19,14 @@ from twinmerge.arguments import strict
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.headed import HeadedModel, architecture_of
 from twinmerge.models.opened import OpenedModel
+from twinmerge.models.rows import batch_size
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.tasks.encode import Input, TextEncoder, all_tokens, padded_tokens
 from twinmerge.tasks.images import ImageEncoder, ImageFile
-from twinmerge.twin.masked import unmasked
+from twinmerge.twin.mixing.fresh import Fresh, dense_weights
 from twinmerge.twin.mixing.mixture import mixture_weights
+from twinmerge.twin.mixing.own import rows_in
 from twinmerge.twin.mixing.planner import Planner
-from twinmerge.twin.mixing.rows import Signature
 from twinmerge.twin.mixing.runtime import Runtime
 from twinmerge.twin.package import Package
 from twinmerge.twin.routers.kit.base import Router
@@ -44,14 +46,14 @@ class Core(nn.Module):
     Attributes:
         experts: their names, in the order of a mixture's columns.
         model: the shared model with the experts' heads.
-        runtime: the experts' parts, attached to the model's body.
-        planner: what picks the way for each batch.
+        fresh: what answers for somebody's own module, whose body nothing is attached to; None for models of
+            transformers.
+        runtime: the experts' parts, attached to the body of a model of transformers.
         strategy: the way that is taken where a call names none.
         router: None where none is fitted.
         layers: the hidden states that the router reads.
         experts_per_row: of the router, where a call does not say; None for soft mixtures.
         acting_above: layer -> no expert changes what a pass does before it; filled as it is asked.
-        apart: batches of which it was tried that their rows are answered apart (see `mixing/rows.py`).
         lock: held while the model's parameters or mixture are changed.
 
     Raises:
@@ -74,16 +76,16 @@ class Core(nn.Module):
                 f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json, or give the "
                 "function that makes the module as factory."
             )
-        self.model = HeadedModel(architecture, {n: shared.read(n) for n in shared.specs}, package.heads)
-        self.runtime = Runtime(self.model, list(package.exclusive.values()))
+        state, parts = {n: shared.read(n) for n in shared.specs}, list(package.exclusive.values())
+        self.model = HeadedModel(architecture, state, package.heads)
+        self.fresh = Fresh(self.model, state, parts) if architecture.config is None else None
+        self.runtime = Runtime(self.model, parts if self.fresh is None else [])
         if self.runtime.refused:
             first, more = next(iter(self.runtime.refused.values())), len(self.runtime.refused) - 1
             also = f" So it is with {more} more." if more else ""
             warnings.warn(f'{first}{also} Rows of different mixtures need strategy="rebuild".', stacklevel=3)
-        self.planner = Planner(self.runtime, self.model.body)
         self.strategy = "auto"
         self.acting_above: dict[int, bool] = {}
-        self.apart: set[Signature] = set()
         self.router: Router | None = package.router
         self.layers = package.layers
         self.experts_per_row: int | None = 1
@@ -144,20 +146,43 @@ class Core(nn.Module):
         """The dense weights of one fixed mixture: canonical name -> θs + Σ wt vt. The reference for the runtime."""
         row = mixture_weights(mixture, self.experts, 1)[0].tolist()
         state = {n: self.package.shared.read(n) for n in self.package.shared.specs}
-        for weight, part in zip(row, self.package.exclusive.values(), strict=True):
-            if weight:
-                for name, f in part.low.items():
-                    state[name] = state[name] + weight * f.dense().reshape(state[name].shape).to(state[name].dtype)
-                for name, tensor in part.dense.items():
-                    state[name] = state[name] + weight * tensor.to(state[name].dtype)
-                for name, m in part.masked.items():
-                    state[name] = unmasked(state[name], m.vector, m.mask(), weight * m.scale)
-        return state
+        return dense_weights(state, self.package.exclusive.values(), row)
+
+    def train(self, mode: bool = True) -> Self:
+        """Refuse to train; `train(False)` is `eval()`.
+
+        Raises:
+            UsageError: with any other mode.
+        """
+        if mode:
+            raise UsageError(
+                "A twin answers in eval mode, since dropout and running statistics would change its answers. Train the "
+                "experts, and build the twin of them."
+            )
+        return super().train(False)
 
     @property
     def own_module(self) -> bool:
         """Whether the model is somebody's own module, and none of transformers'."""
-        return self.model.architecture.config is None
+        return self.fresh is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.body.parameters()).device
+
+    @cached_property
+    def planner(self) -> Planner:
+        """What picks the way for each batch of a model of transformers."""
+        return Planner(self.runtime, self.model.body)
+
+    def rows(self, batch: Mapping[str, Any]) -> int:
+        """How many rows a batch has.
+
+        Raises:
+            UsageError: none.
+        """
+        return rows_in(batch) if self.own_module else batch_size(batch)
 
     @cached_property
     def takes(self) -> frozenset[str]:

@@ -3,6 +3,7 @@ changes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,9 @@ from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import check_ancestry, match
 from twinmerge.models.opened import ModelLike
 from twinmerge.models.opening import open_model
+from twinmerge.models.torch_module import ModuleArchitecture, TorchModel
 from twinmerge.recipes.names import EXPERT_NAME
-from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.recipe import Recipe, is_reference, reference
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
 from twinmerge.twin.core import Core
@@ -86,7 +88,7 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
             for e, head in heads.items()
         }
     twin: dict[str, Any] = dict(package.provenance.get("twin", {}))
-    twin["added"] = [*twin.get("added", ()), {"name": name, "model": opened[name].name, "rank": rank}]
+    twin["added"] = [*twin.get("added", ()), {"name": name, "model": reference(model), "rank": rank}]
     return package._replace(
         exclusive={**package.exclusive, name: part},
         heads={**package.heads, **heads},
@@ -144,43 +146,64 @@ def routed_to(package: Package, name: str, features: Tensor) -> Package:
 
 
 def recipe_of(
-    provenance: Mapping[str, Any], base: ModelLike | None = None, experts: Mapping[str, ModelLike] | None = None
+    package: Package, base: ModelLike | None = None, experts: Mapping[str, ModelLike] | None = None
 ) -> Recipe:
     """What the shared part would be made from now: the recipe of the build, with the experts that came and without
     those that went.
 
     Args:
+        package: of the twin.
         base, experts: what is to be read in place of what the provenance names.
 
     Raises:
         TwinmergeError: a twin without provenance, or a model that is not where it was.
     """
-    if "recipe" not in provenance:
+    if "recipe" not in package.provenance:
         raise DataError("The twin does not say what it was made from. Build it again from its base and experts.")
-    recipe = Recipe.from_description(provenance["recipe"])
-    models = models_of(provenance) | dict(experts or {})
-    whole = {"base": recipe.base if base is None else base, **{f"expert {name!r}": m for name, m in models.items()}}
+    recipe = Recipe.from_description(package.provenance["recipe"])
+    models = models_of(package) | dict(experts or {})
+    whole = {
+        "base": _placed(package, recipe.base) if base is None else base,
+        **{f"expert {name!r}": m for name, m in models.items()},
+    }
     for label, model in whole.items():
-        if isinstance(model, str):
-            try:
-                locate(model)
-            except TwinmergeError as error:
-                raise type(error)(
-                    f"The shared part is made from the base and every expert, and the {label} is not at {model!r} any "
-                    "more. Say where it is."
-                ) from error
+        place = model.weights if isinstance(model, TorchModel) else model
+        if not isinstance(place, (str, os.PathLike)):
+            continue
+        if not is_reference(os.fspath(place)):
+            raise ModelError(
+                f"The shared part is made from the base and every expert, and the {label} was in memory. Give it to "
+                "rebuild (base=…, experts={…})."
+            )
+        try:
+            if not os.path.isfile(place):
+                locate(place)
+        except TwinmergeError as error:
+            raise type(error)(
+                f"The shared part is made from the base and every expert, and the {label} is not at {place!r} any "
+                "more. Say where it is."
+            ) from error
     parameters = {k: v for k, v in recipe.parameters.items() if "." not in k or k.rpartition(".")[0] in models}
     return replace(recipe, base=whole["base"], experts=models, parameters=parameters)
 
 
-def models_of(provenance: Mapping[str, Any]) -> dict[str, ModelLike]:
+def models_of(package: Package) -> dict[str, ModelLike]:
     """Where the experts of now were read from, by name; empty where the provenance does not say."""
+    provenance = package.provenance
     if "recipe" not in provenance:
         return {}
     record = provenance.get("twin", {})
     models = dict(Recipe.from_description(provenance["recipe"]).experts)
     models |= {entry["name"]: entry["model"] for entry in record.get("added", ())}
-    return {name: model for name, model in models.items() if name not in record.get("removed", ())}
+    return {name: _placed(package, m) for name, m in models.items() if name not in record.get("removed", ())}
+
+
+def _placed(package: Package, model: Any) -> Any:
+    """A recorded path, with what makes its module where the twin is of a module of one's own."""
+    own = package.shared.architecture
+    if isinstance(own, ModuleArchitecture) and isinstance(model, str) and is_reference(model):
+        return TorchModel(own.build, model)
+    return model
 
 
 def _with_statistics(package: Package) -> tuple[Router, Statistics]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one
-from twinmerge.models.rows import batch_size
 from twinmerge.results import Table
 from twinmerge.twin.answer import answer, keeps_order, positions_of
 from twinmerge.twin.core import Core
@@ -32,7 +31,8 @@ class Explanation(Table):
         measured: strategy -> seconds, the median of some passes, one of each way in turn; weights of `folded` made
             anew each time.
         shared: seconds of the shared model alone.
-        break_even: tokens of one mixture above which folding takes fewer operations.
+        break_even: tokens of one mixture above which folding takes fewer operations; None of a module of one's own,
+            which has one way.
         folded_bytes: what dense weights of one mixture take.
     """
 
@@ -43,15 +43,19 @@ class Explanation(Table):
     predicted: dict[str, float]
     measured: dict[str, float]
     shared: float
-    break_even: float
+    break_even: float | None
     folded_bytes: int
 
     def _summary(self) -> str:
         what = f"{self.rows} rows of {self.positions}, {self.mixtures} mixtures"
-        return f"{what}, {self.chosen} is chosen, {1000 * self.predicted.get(self.chosen, self.shared):.1f} ms"
+        seconds = self.predicted.get(self.chosen, self.measured.get(self.chosen, self.shared))
+        return f"{what}, {self.chosen} is chosen, {1000 * seconds:.1f} ms"
+
+    def _ways(self) -> Sequence[str]:
+        return list(self.predicted) or [self.chosen]
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-        ways = [(name, self.predicted[name], self.measured.get(name), name == self.chosen) for name in self.predicted]
+        ways = [(n, self.predicted.get(n), self.measured.get(n), n == self.chosen) for n in self._ways()]
         return ("way", "predicted seconds", "measured seconds", "chosen"), ways
 
     def __str__(self) -> str:
@@ -61,17 +65,23 @@ class Explanation(Table):
             f"{1000 * self.shared:.1f} ms",
             f"{'way':10s} {'predicted':>12s} {'measured':>12s} {'of shared':>10s}",
         ]
-        for name in self.predicted:
+        for name in self._ways():
             mark = " <- chosen" if name == self.chosen else ""
-            took = self.measured.get(name)
-            measured = "-" if took is None else f"{1000 * took:.1f} ms"
-            ratio = "-" if took is None else f"{took / self.shared:.2f}"
-            lines.append(f"{name:10s} {1000 * self.predicted[name]:9.1f} ms {measured:>12s} {ratio:>10s}{mark}")
-        lines.append(
-            f"folding takes fewer operations than mixing above {self.break_even:.0f} tokens of one mixture, and "
-            f"{self.folded_bytes / 1e6:.0f} MB"
-        )
+            expected, took = (_milliseconds(known.get(name)) for known in (self.predicted, self.measured))
+            ratio = f"{self.measured[name] / self.shared:.2f}" if name in self.measured else "-"
+            lines.append(f"{name:10s} {expected:>12s} {took:>12s} {ratio:>10s}{mark}")
+        if self.break_even is None:
+            lines.append(f"each mixture is a copy of the module with its own weights, {self.folded_bytes / 1e6:.0f} MB")
+        else:
+            lines.append(
+                f"folding takes fewer operations than mixing above {self.break_even:.0f} tokens of one mixture, and "
+                f"{self.folded_bytes / 1e6:.0f} MB"
+            )
         return "\n".join(lines)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.1f} ms"
 
 
 @torch.no_grad()
@@ -84,29 +94,35 @@ def explain(core: Core, batch: Any, measure: bool, repeats: int, choice: Mapping
 
 
 def _explained(core: Core, batch: Mapping[str, Any], weights: Tensor, measure: bool, repeats: int) -> Explanation:
+    positions, distinct = positions_of(core, batch), len(weights.unique(dim=0))
+    if core.fresh is not None:
+        times = _times(core, batch, weights, ["rebuild"] if measure else [], repeats)
+        size = sum(t.nbytes for t in core.model.body.state_dict().values())
+        return Explanation(len(weights), positions, distinct, "rebuild", {}, times, times.pop("shared"), None, size)
     reorder = not keeps_order(core, batch)
-    positions = positions_of(core, batch)
     blind = core.runtime.look_at(batch) if bool(weights.any()) else None
     chosen = core.planner.choose(weights, positions, reorder=reorder, blind=blind)
-    heads = [next(iter(core.model.head_specs))] * batch_size(batch) if core.model.head_specs else None
     predicted = core.planner.predict(weights, positions, reorder=reorder, blind=blind) if weights.any() else {}
-    ways: dict[str, Tensor] = {"shared": torch.zeros_like(weights)}
-    if measure:
-        ways |= dict.fromkeys(predicted, weights)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times = _times(core, batch, weights, list(predicted) if measure else [], repeats)
+    made = {id(part): place for place, part in core.runtime.places}
+    size = sum(getattr(p.module, p.attribute).numel() * core.planner.size for p in made.values())
+    even = core.planner.break_even()
+    return Explanation(len(weights), positions, distinct, chosen, predicted, times, times.pop("shared"), even, size)
+
+
+def _times(
+    core: Core, batch: Mapping[str, Any], weights: Tensor, ways: Sequence[str], repeats: int
+) -> dict[str, float]:
+    """Way -> seconds that it takes, and those of the shared model alone."""
+    heads = [next(iter(core.model.head_specs))] * core.rows(batch) if core.model.head_specs else None
+    runs = {"shared": torch.zeros_like(weights)} | dict.fromkeys(ways, weights)
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):  # the first of each warms up
-        for name, own in ways.items():
+        for name, own in runs.items():
             core.runtime.forget()
             start = time.perf_counter()
             answer(core, batch, heads, own, "stacked" if name == "shared" else name)
-            if core.planner.device.type == "cuda":
-                torch.cuda.synchronize(core.planner.device)
+            if core.device.type == "cuda":
+                torch.cuda.synchronize(core.device)
             times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
-    shared = medians.pop("shared")
-    distinct = len(weights.unique(dim=0))
-    made = {id(part): place for place, part in core.runtime.places}
-    size = sum(getattr(p.module, p.attribute).numel() * core.planner.size for p in made.values())
-    return Explanation(
-        len(weights), positions, distinct, chosen, predicted, medians, shared, core.planner.break_even(), size
-    )
+    return {name: statistics.median(t[1:]) for name, t in times.items()}

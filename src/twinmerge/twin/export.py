@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from twinmerge.arguments import shown, strict
@@ -20,7 +21,9 @@ from twinmerge.models.adapter_files import (
     adapter_config,
     carried,
     lora_tensors,
+    said_of_tied,
     saved_modules,
+    tied_weights,
     write_adapter,
 )
 from twinmerge.models.architecture import Architecture
@@ -33,6 +36,7 @@ from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.mixing.mixture import index_of, mixture_weights
+from twinmerge.twin.package import is_twin
 
 if TYPE_CHECKING:
     from twinmerge.twin.core import Core
@@ -46,6 +50,7 @@ class _Exported(NamedTuple):
     folder: Path
     rank: int | None
     left_out: dict[str, float]
+    tied: list[str]
 
 
 class Exported(Written, _Exported):
@@ -56,6 +61,7 @@ class Exported(Written, _Exported):
         rank: the largest of an adapter; None of a model.
         left_out: parameter -> its share of the squared norm of all that the mixture adds to the shared model, for
             what an adapter cannot carry.
+        tied: what several modules share, of `left_out`: PEFT would add a change once for each of them when it merges.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def export(
     if isinstance(mixture, str):
         head = head or (mixture if mixture in twin.package.heads else None)
         mixture = {mixture: 1.0}
-    return Exported(export_dense(twin, mixture, out, head), None, {})
+    return Exported(export_dense(twin, mixture, out, head), None, {}, [])
 
 
 @strict
@@ -137,7 +143,8 @@ def export_lora(
     """Write an expert, or a fixed mixture, as a LoRA adapter of the shared model: Σ wt Bt At, exact, side by side.
 
     Matrices of Linear, Conv1D, Conv2d and embeddings travel as factors with a scaling of 1, an expert's head as
-    `modules_to_save`. What LoRA cannot carry (norms, biases, positions of another kind) is listed with its share.
+    `modules_to_save`. What LoRA cannot carry (norms, biases, tied tables, positions of another kind) is listed with its
+    share.
 
     Args:
         mixture: an expert's name, or expert -> weight; the ranks of several add up, nothing is approximated.
@@ -145,11 +152,12 @@ def export_lora(
         server: "vllm" leaves out embeddings and heads, which vLLM refuses, and pads to a rank that it takes; what
             changes the experts of a mixture-of-experts model is refused, since vLLM reads their factors in layouts
             that differ by model.
-        base: what the adapter names as its base model; the twin's own folder where None.
+        base: what the adapter names as its base model; where None, the folder that the twin was read from or saved
+            to, which stock transformers loads as the shared model.
 
     Raises:
         TwinmergeError: unknown names, experts that are masks, a rank beyond 512 for vLLM, nothing that an adapter
-            could carry.
+            could carry, no base named by a twin without a folder.
 
     Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; PEFT's file layout; vLLM's documentation for its limits.
     """
@@ -168,14 +176,9 @@ def export_lora(
     modules = carried(architecture, low, MATRICES if server == "vllm" else KINDS)
     if server == "vllm":
         _refuse_experts(twin, used)
-        tied = set(
-            architecture.aliases.values()
-        )  # without the embeddings, an output layer that is tied to them stays as well
-        modules = {path: one for path, one in modules.items() if one.name not in tied}
     if not modules:
-        raise UsageError(
-            f"Nothing that {', '.join(used) or 'no expert'} adds fits into an adapter. Export dense weights."
-        )
+        raise UsageError(f"Nothing that {_who(used, 'add')} fits into an adapter. Export dense weights.")
+    base = base or _home(twin)
     rank = max(one.factors.rank for one in modules.values())
     if server == "vllm":
         if rank > VLLM_RANKS[-1]:
@@ -193,14 +196,15 @@ def export_lora(
             if (name := architecture.of_module(key)) in own.tensors:
                 tensors[f"{PREFIX}{key}"] = own.tensors[name]
     tensors = {n: t.contiguous() for n, t in tensors.items()}
-    config = adapter_config(architecture, modules, list(saved), base or str(twin.side_files or ""))
+    config = adapter_config(architecture, modules, list(saved), base)
     output = OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values()))
     with output as folder:
         output.sums[OUTPUT] = write_adapter(folder, tensors, config)
         left = _left_out(twin, used, low, {one.name for one in modules.values()})
+        tied = sorted(left.keys() & tied_weights(architecture))
         described = {"export": {"mixture": used, "left_out": left}, "from": twin.package.provenance}
-        write_about(folder, described, _card(used, base, left))
-    return Exported(Path(out), rank, left)
+        write_about(folder, described, _card(used, base, left, tied))
+    return Exported(Path(out), rank, left, tied)
 
 
 # ------------------------------------------------------------------------------------------------ inside
@@ -209,6 +213,27 @@ def export_lora(
 def _require_twin(twin: Any) -> None:
     if not hasattr(twin, "weights_for"):
         raise UsageError(f"A twin is exported, not {shown(twin)}. Open a folder with Twin.from_pretrained.")
+
+
+def _who(used: Mapping[str, float], does: str) -> str:
+    """
+    Example:
+        >>> _who({"a": 1.0}, "add"), _who({"a": 0.5, "b": 0.5}, "add"), _who({}, "add")
+        ('a adds', 'a, b add', 'no expert adds')
+    """
+    return f"{', '.join(used) or 'no expert'} {does}{'' if len(used) > 1 else 's'}"
+
+
+def _home(twin: Core) -> str:
+    """Where stock transformers finds the shared model."""
+    home = twin.package.home
+    if home is None or not is_twin(home):
+        gone = "was never saved" if home is None else f"is no longer at {home}"
+        raise UsageError(
+            f"An adapter names the model that it is of, and this twin {gone}. Save it first (save_pretrained), or name "
+            "where its shared model will be (base)."
+        )
+    return str(home)
 
 
 def _class_with_head(twin: Core, head: str | None) -> tuple[Architecture, HeadSpec | None]:
@@ -230,9 +255,9 @@ def _refuse_experts(twin: Core, used: Mapping[str, float]) -> None:
         shape = found.parameters.get(name, ()) if found else ()
         if found and (found.fused_into(stored.get(name, name)) or (len(shape) == 3 and "expert" in name)):
             raise UsageError(
-                f"{', '.join(used)} changes the experts' matrices ({name!r}), whose factors vLLM reads in layouts that "
+                f"{_who(used, 'change')} the experts' matrices ({name!r}), whose factors vLLM reads in layouts that "
                 "differ from model to model. "
-                "Export dense weights (without --lora), or --for peft, which leaves the experts out and says so."
+                "Export dense weights (without --lora), or --server peft, which leaves the experts out and says so."
             )
 
 
@@ -258,12 +283,12 @@ def _left_out(twin: Core, used: Mapping[str, float], low: Mapping[str, Factors],
     return dict(sorted(lost.items(), key=lambda item: -item[1]))
 
 
-def _card(used: Mapping[str, float], base: str | None, left: Mapping[str, float]) -> str:
+def _card(used: Mapping[str, float], base: str, left: Mapping[str, float], tied: list[str]) -> str:
     rows = "".join(f"| `{name}` | {100 * share:.3g} % |\n" for name, share in left.items())
     lost = (
         "\nAn adapter cannot carry these; they stay the shared model's:\n\n| parameter | share |\n| --- | ---: "
         f"|\n{rows}"
-    )
+    ) + (f"\n{said_of_tied(tied)}\n" if tied else "")
     mixed = ", ".join(f"{weight:g} {name}" for name, weight in used.items())
-    front = f"---\nlibrary_name: peft\nbase_model: {base}\n---\n\n" if base else ""
-    return f"{front}# LoRA adapter of a twin's shared model: {mixed}\n{lost if left else ''}"
+    front = yaml.safe_dump({"library_name": "peft", "base_model": base}, sort_keys=False)
+    return f"---\n{front}---\n\n# LoRA adapter of a twin's shared model: {mixed}\n{lost if left else ''}"

@@ -19,6 +19,7 @@ from twinmerge.twin.call import TwinOutput, call
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.arguments import CacheError
 from twinmerge.twin.mixing.mixture import Mixture, MixtureLike
+from twinmerge.twin.mixing.own import refuse_taken
 from twinmerge.twin.mixing.planner import distinct_mixtures
 from twinmerge.twin.mixing.rebuilt import CACHES, refuse_whole, separable
 from twinmerge.twin.routing import PerRow, mixtures, mixtures_for
@@ -79,7 +80,10 @@ def generated(core: Core, weights: Tensor, strategy: str, inputs: Mapping[str, A
     blind = None
     if bool(weights.any()):
         blind = core.runtime.look_at({**prompt, "encoder_outputs": inputs.get("encoder_outputs")})
+    asked = strategy
     strategy = core.planner.choose(weights, positions_of(core, prompt), _steps(core, inputs), reorder, strategy, blind)
+    if whole and (asked, strategy, blind) == ("auto", "rebuild", None) and not core.runtime.refused:
+        strategy = "stacked"  # it is known of all rows at once, so no model of some rows alone will do
     if strategy in ("folded", "rebuild"):
         return _rebuilt(core, weights, inputs, whole, bool(sampled))
     mixture = Mixture.of(weights, strategy == "grouped", reorder)
@@ -162,8 +166,10 @@ def named(core: Core, inputs: Any, options: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         TwinmergeError: a model that does not generate; arguments that a twin cannot serve; prompts given twice.
     """
-    if not hasattr(core.model.body, "generate") or core.model.head_specs:
-        raise UsageError(f"{type(core.model.body).__name__} does not generate. Build the twin on a language model.")
+    if core.own_module or not hasattr(core.model.body, "generate") or core.model.head_specs:
+        raise UsageError(
+            f"{type(core.model.body).__name__} does not generate. Build the twin on a language model of transformers."
+        )
     found = dict(options)
     if isinstance(inputs, Mapping):
         raise UsageError(
@@ -253,7 +259,7 @@ class Pinned:
 
     def __init__(self, core: Core, weights: Tensor) -> None:
         self.core, self.weights = core, weights
-        self.strategy = "folded" if core.planner.folds_exactly else "auto"
+        self.strategy = "folded" if not core.own_module and core.planner.folds_exactly else "auto"
 
     @classmethod
     def of(cls, core: Core, choice: Mapping[str, Any]) -> Pinned:
@@ -272,10 +278,11 @@ class Pinned:
         """`Twin.generate` under the pinned mixture."""
         return generate(self.core, **self._choice(named(self.core, inputs, options)))
 
-    def __call__(self, **batch: Any) -> TwinOutput:
+    def __call__(self, *unnamed: Any, **batch: Any) -> TwinOutput:
         """The answer of the twin under the pinned mixture."""
-        return call(self.core, **self._choice(batch))
+        if self.core.own_module:
+            refuse_taken(self.core.model.body, batch)
+        return call(self.core, *unnamed, **self._choice(batch))
 
     def _choice(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        rows = batch_size(prompt_of(inputs))
-        return {"strategy": self.strategy, **inputs, "mixture": self.weights.expand(rows, -1), "unconstrained": True}
+        return {"strategy": self.strategy, **inputs, "mixture": self.weights, "unconstrained": True}

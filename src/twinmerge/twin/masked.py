@@ -141,7 +141,7 @@ def record_without(record: Mapping[str, Any], expert: int, count: int) -> dict[s
     """The same where an expert is gone: fields of one value for each expert lose its own.
 
     Example:
-        >>> told_without({"method": "tall_masks", "thresholds": [0.2, 0.4]}, 0, 2)
+        >>> record_without({"method": "tall_masks", "thresholds": [0.2, 0.4]}, 0, 2)
         {'method': 'tall_masks', 'thresholds': [0.4]}
     """
     return {

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from twinmerge.engine.card import model_card
 from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, Beside
 from twinmerge.errors import DamagedFile, DataError
-from twinmerge.maths.codec import pack, unpack
+from twinmerge.maths.codec import CODECS, NONE, pack, unpack
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.head_files import HeadSpec, head_artefact, load_heads
 from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import TorchModel
+from twinmerge.origin import package_of
 from twinmerge.results import Table, some
 from twinmerge.store.artefact import (
     Artefact,
@@ -38,6 +39,7 @@ from twinmerge.twin.masked import MASKS_VERSION, TWIN_VERSION, pack_masks, told_
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.fit import router_from
+from twinmerge.twin.routers.kit.registry import ROUTERS
 from twinmerge.twin.split import Exclusive, shared_vectors
 
 TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
@@ -52,7 +54,7 @@ class Package(NamedTuple):
     shared: the opened shared model; exclusive: expert -> its part, in the router's order; router, layers and the
     router's report: None, () and None where none is fitted; provenance: as written; codec: of exclusive parts and
     heads on the disk (see `maths/codec.py`), which their values are already those of; masks: what the file says of
-    masked experts: the method and its fields.
+    masked experts: the method and its fields; home: the folder that it was read from or saved to, None for neither.
     """
 
     shared: OpenedModel
@@ -64,11 +66,12 @@ class Package(NamedTuple):
     provenance: dict[str, Any]
     codec: str = "none"
     masks: Mapping[str, Any] = MappingProxyType({})
+    home: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy holds the shared model's tensors, wherever they lay."""
         held = shared_in_memory(self.shared, {n: self.shared.read(n) for n in self.shared.specs}, self.shared.name)
-        return Package, (held, *self[1:-1], dict(self.masks))
+        return Package, (held, *self[1:-2], dict(self.masks), self.home)
 
 
 class _TwinInfo(NamedTuple):
@@ -191,10 +194,23 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
                     Artefact("router statistics", STATISTICS_VERSION, base, *statistics.packed()),
                 )
         beside = Beside(
-            shared, side_files, package.provenance, card, heads=package.heads, about=about, codec=package.codec
+            shared, side_files, _with_packages(package), card, heads=package.heads, about=about, codec=package.codec
         )
         beside.write(partial)
     return output.folder
+
+
+def _with_packages(package: Package) -> dict[str, Any]:
+    """The provenance, with the releases of the packages that offer the router and the codec, where those are not
+    ours."""
+    found: dict[str, str] = {}
+    if package.router is not None:
+        found |= package_of(type(package.router), ROUTERS)
+    if package.codec != NONE:
+        found |= package_of(CODECS.find(package.codec), CODECS)
+    if not found:
+        return package.provenance
+    return {**package.provenance, "versions": {**package.provenance.get("versions", {}), **found}}
 
 
 def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Package:
@@ -248,7 +264,7 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
             router.statistics = Statistics.unpacked(kept.header, kept.tensors)
         _agree(folder / STATISTICS, router.statistics.experts, TWIN, list(exclusive))
     codec = artefact.header.get("codec", "none")
-    return Package(shared, exclusive, heads, router, layers, report, provenance, codec, masks)
+    return Package(shared, exclusive, heads, router, layers, report, provenance, codec, masks, folder)
 
 
 def _named(provenance: Mapping[str, Any]) -> list[str] | None:

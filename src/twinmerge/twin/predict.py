@@ -69,6 +69,8 @@ def predict(core: Core, texts: Sequence[Any], batch_rows: int, choice: Mapping[s
     """The answer to each text (see `Twin.predict`); what `choice` holds for each row is cut along with the texts."""
     at_least_one("batch_rows", batch_rows)
     check_choice(choice, (*CHOICE, "head", "strategy", "oracle_biases"))
+    if core.own_module:
+        raise UsageError(f"{type(core.model.body).__name__} has no names of labels. Call the twin itself.")
     if not len(texts):
         return Predictions()
     found: list[Prediction] = []

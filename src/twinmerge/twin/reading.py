@@ -15,10 +15,11 @@ from twinmerge.errors import UsageError
 from twinmerge.models.blocks import block_of
 from twinmerge.models.rows import batch_size, rows_of_batch
 from twinmerge.statistics.moments import Moments, input_moments
-from twinmerge.tasks.encode import batches
+from twinmerge.tasks.encode import batches as batches_of
 from twinmerge.twin.answer import PROMPT
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.mixture import Mixture, index_of, one_hot
+from twinmerge.twin.mixing.own import some_rows
 from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import refuse_masks
 
@@ -35,18 +36,21 @@ def read_batches(core: Core, given: Given, name: str, batch_rows: int, progress:
     """
     at_least_one("batch_rows", batch_rows)
     if isinstance(given, Mapping):
-        check_batch(given)
-        size = batch_size(given)
+        check_batch(given, core.own_module)
+        size, cut = core.rows(given), some_rows if core.own_module else rows_of_batch
         for rows in torch.arange(size).split(batch_rows):
-            yield rows_of_batch(given, rows, size)
+            yield cut(given, rows, size)
         return
-    chunks = list(batches(list(given), batch_rows, "length"))
+    chunks = list(batches_of(list(given), batch_rows, "length"))
     for _, texts in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
         yield core.encode(texts)
 
 
-def check_batch(batch: Any) -> None:
+def check_batch(batch: Any, own_module: bool = False) -> None:
     """Refuse what is no batch of tensors by name.
+
+    Args:
+        own_module: it is for somebody's own module, which may take anything under any name.
 
     Raises:
         TwinmergeError: texts, lists of numbers, a tensor without a name.
@@ -56,7 +60,7 @@ def check_batch(batch: Any) -> None:
             f"A batch is tensors by name, as a tokenizer returns them, not {shown(batch)}. Encode texts first: "
             "twin(**twin.encoder.encode(texts)), or ask twin.predict(texts)."
         )
-    for name, value in batch.items():
+    for name, value in () if own_module else batch.items():
         if name in ("input_ids", "attention_mask") and isinstance(value, Tensor) and value.dim() < 2:
             raise UsageError(
                 f"{name} of the batch has {value.dim()} axes. Give (rows, positions): {name}[None] for one row."
@@ -80,15 +84,19 @@ def read_moments(core: Core, given: Given, name: str, batch_rows: int, progress:
     """What the modules see of inputs of an expert's kind while that expert answers."""
     index_of(name, core.experts)
 
+    names, batches = core.package.exclusive[name].low, read_batches(core, given, name, batch_rows, progress)
+    if core.fresh is not None:
+        return input_moments(core.fresh.of(one_hot([name], core.experts)[0]), names, batches)
+
     def answered() -> Iterator[Mapping[str, Any]]:
-        for batch in read_batches(core, given, name, batch_rows, progress):
+        for batch in batches:
             weights = one_hot([name] * batch_size(batch), core.experts)
             one = core.runtime.folded(weights[0]) if core.runtime.refused else core.runtime.mixing(Mixture.of(weights))
             with one:  # until the next batch is asked for
                 yield batch
 
     with core.lock:
-        return input_moments(core.model, core.package.exclusive[name].low, answered())
+        return input_moments(core.model, names, answered())
 
 
 @torch.no_grad()

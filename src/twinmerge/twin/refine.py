@@ -25,6 +25,7 @@ from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.recipes.recipe import is_reference
 from twinmerge.twin.compress import balanced, projected_factors
 from twinmerge.twin.core import Core
 from twinmerge.twin.experts import models_of
@@ -56,15 +57,21 @@ def refined(
         raise UsageError(f"rate={rate} is out of range. Give a number above 0, such as 0.001.")
     for name in inputs:
         index_of(name, core.experts)
+    if core.own_module:
+        raise UsageError(
+            f"{type(core.model.body).__name__} is none of transformers' models, and gives no hidden states to refine "
+            "on. Build the twin at a higher rank."
+        )
     package = core.package_now()
     refuse_masks(package.exclusive.values(), "refined")
-    models = {**models_of(package.provenance), **core.sources, **experts}
+    models = {**models_of(package), **core.sources, **experts}
     parts = dict(package.exclusive)
     for name, given in inputs.items():
         batches = list(read_batches(core, given, name, batch_rows, progress))
         if not batches:
             raise UsageError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
-        if (model := models.get(name)) is None:
+        model = models.get(name)
+        if model is None or (isinstance(model, str) and not is_reference(model)):
             raise UsageError(f"The twin does not say where the expert {name!r} is. Say it with experts.")
         opened = (
             model if isinstance(model, OpenedModel) else open_model(model, None if isinstance(model, str) else name)

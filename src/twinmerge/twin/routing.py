@@ -12,7 +12,7 @@ from torch import Tensor
 from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import UsageError, nearest
 from twinmerge.models.layers import Early, called_before, depth, layer_count
-from twinmerge.models.rows import batch_size, for_each_row
+from twinmerge.models.rows import for_each_row
 from twinmerge.twin.answer import planned
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.converted import Converted
@@ -22,7 +22,7 @@ from twinmerge.twin.reading import Given, check_batch, input_directions, probe, 
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.calibration import RouterReport
 from twinmerge.twin.routers.kit.features import read_states
-from twinmerge.twin.routers.kit.fit import calibrated, fit_router
+from twinmerge.twin.routers.kit.fit import fit_router, make_of_experts, read_of
 from twinmerge.twin.split import without_parameters
 
 CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "unconstrained")
@@ -65,17 +65,17 @@ def mixtures(
         return routed(core, batch, per_row_most)
     if mixture is not None and expert is not None:
         raise UsageError("Both mixture and expert are given. Give one of them.")
-    size = batch_size(batch) if batch else 1
+    size = core.rows(batch) if batch else 1
     if expert is not None:
-        return Routed(one_hot(per_row(expert, size, "expert"), core.experts).to(core.planner.device))
+        return Routed(one_hot(per_row(expert, size, "expert"), core.experts).to(core.device))
     assert mixture is not None
-    weights = mixture_weights(mixture, core.experts, size).to(core.planner.device)
+    weights = mixture_weights(mixture, core.experts, size).to(core.device)
     return Routed(weights if unconstrained else on_simplex(weights, normalize))
 
 
 def mixtures_for(core: Core, batch: Any, choice: Mapping[str, Any]) -> Tensor:
     """The mixtures (rows, experts) that a call with the same choice would use; one row where the batch is empty."""
-    check_batch(batch)
+    check_batch(batch, core.own_module)
     check_choice(choice)
     return mixtures(core, batch, **choice).weights
 
@@ -118,16 +118,16 @@ def routed(core: Core, batch: Mapping[str, Any], experts_per_row: int | None) ->
     """
     if core.router is None:
         raise UsageError("This twin has no router. Fit one with fit_router, or name the mixture or the expert.")
-    if batch.get("past_key_values") is not None:
+    if batch.get("past_key_values") is not None and not core.own_module:
         raise UsageError(
             "The batch goes on from a cache, so it holds no prompt to route on. Name the mixture that the cache was "
             "made under."
         )
     with torch.no_grad(), core.lock:
         found, early = _read(core, core.router, core.layers, batch)
-        weights = core.router.weights(found, experts_per_row)
+        weights, far = core.router.mixtures(found, len(core.experts), experts_per_row)
         nearest = weights.argmax(1)
-        weights = torch.where(core.router.far(found)[:, None], 0, weights)
+        weights = torch.where(far[:, None], 0, weights)
         return Routed(weights, nearest, early if early is not None and _goes_on(core, batch) else None)
 
 
@@ -194,6 +194,8 @@ def fitted(
     """Fit a router; the layers that it reads, and how held-out rows were routed (see `Twin.fit_router`)."""
     for name in inputs:
         index_of(name, core.experts)
+    if core.own_module and router.reads != "answers":
+        core.model.hidden_states({})  # says that there are none
     if router.reads == "answers":
         if layers is not None:
             raise UsageError(f"The {router.kind} router reads the experts' answers, no layers. Leave layers out.")
@@ -212,8 +214,8 @@ def fitted(
             owners += [k] * sum(len(f) for f in read)
     whose = torch.tensor(owners)
     if not router.needs_inputs:
-        router.of_experts(core.experts, layers, partial(input_directions, core))
-        return layers, calibrated(router, torch.cat(rows), whose, core.experts) if rows else None
+        found = torch.cat(rows) if rows else None
+        return layers, make_of_experts(router, core.experts, layers, partial(input_directions, core), found, whose)
     if not rows:
         raise UsageError("The router has no inputs to fit on. Give a few hundred for each expert.")
     found = torch.cat(rows)
@@ -222,27 +224,29 @@ def fitted(
             "To the model the inputs are all alike, so no router can tell them apart. Give different ones."
         )
     novel = found.shape[1] // (len(layers) * (2 if router.spreads else 1)) if null and layers else 0
-    with torch.random.fork_rng(devices=[]):
-        return layers, fit_router(router, found, whose, core.experts, seed, novel)
+    return layers, fit_router(router, found, whose, core.experts, seed, novel)
 
 
 def answers(core: Core, batch: Mapping[str, Any], router: Router) -> Tensor:
     """(rows, experts): what a router reads of each expert's own answer."""
-    left_out = (*WANTS_ALL_LAYERS, "past_key_values", "return_dict")
-    given = {k: v for k, v in batch.items() if k not in left_out}
-    check_names(core, given)
-    size = batch_size(given)
-    given = for_each_row(given, size)
+    given, size = batch, core.rows(batch)
+    if not core.own_module:
+        left_out = (*WANTS_ALL_LAYERS, "past_key_values", "return_dict")
+        given = {k: v for k, v in batch.items() if k not in left_out}
+        check_names(core, given)
+        given = for_each_row(given, size)
     found = []
     for name in core.experts:
-        weights = one_hot([name] * size, core.experts).to(core.planner.device)
+        weights = one_hot([name] * size, core.experts).to(core.device)
         own = planned(core, given, heads_of_rows(core, None, [name] * size), weights)[0]
         logits = own.logits if own.logits is not None else getattr(own.output, "logits", None)
         if logits is None:
             raise UsageError(
                 f"The {router.kind} router reads answers, and this twin gives none. Choose another router."
             )
-        found.append(router.read_answer(logits, given.get("input_ids"), given.get("attention_mask")))
+        found.append(
+            read_of(router, router.read_answer(logits, given.get("input_ids"), given.get("attention_mask")), size)
+        )
     return torch.stack(found, 1)
 
 

@@ -37,8 +37,10 @@ def score(
     check_choice(choice)
     if len(contexts) != len(continuations):
         raise UsageError(f"{len(contexts)} contexts have {len(continuations)} continuations. Give one for each.")
-    if not hasattr(core.model.body, "generate") or core.model.head_specs:
-        raise UsageError(f"{type(core.model.body).__name__} gives no likelihood of tokens. Use a language model.")
+    if core.own_module or not hasattr(core.model.body, "generate") or core.model.head_specs:
+        raise UsageError(
+            f"{type(core.model.body).__name__} gives no likelihood of tokens. Use a language model of transformers."
+        )
     rows = [_ids(core, a, b) for a, b in zip(contexts, continuations, strict=True)]
     distinct = list(dict.fromkeys(tuple(a) for a, _ in rows))
     mixtures: dict[tuple[int, ...], Tensor] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twinmerge.arguments import at_least_one, strict
 from twinmerge.moved import with_old_keywords
-from twinmerge.twin.call import call
+from twinmerge.twin.call import asked
 from twinmerge.twin.core import Core
 from twinmerge.twin.explain import Explanation, explain
 from twinmerge.twin.generate import Pinned, generate
@@ -24,7 +24,7 @@ from twinmerge.twin.score import Score, score
 class Served(Core):
     """A twin that answers. `Twin` adds how one is made, changed and written."""
 
-    forward = with_old_keywords(call)
+    forward = asked
 
     @with_old_keywords
     @strict
@@ -131,7 +131,7 @@ class Served(Core):
         Raises:
             TwinmergeError: no router is fitted.
         """
-        check_batch(batch)
+        check_batch(batch, self.own_module)
         if experts_per_row is not None:
             at_least_one("experts_per_row", experts_per_row)
         return routed(self, batch, experts_per_row).weights

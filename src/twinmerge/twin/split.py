@@ -84,7 +84,7 @@ def split(
     progress: bool = True,
     base: OpenedModel | None = None,
 ) -> dict[str, Exclusive]:
-    """The exclusive part of every expert: vt = θt − θs, each matrix cut to `rank` by its SVD.
+    """The exclusive part of every expert: vt = θt − θs, each matrix but the gains of norms cut to `rank` by its SVD.
 
     Args:
         shared: canonical name -> θs, as it is written (after rounding).
@@ -102,6 +102,7 @@ def split(
     """
     if rank is not None and rank < 1:
         raise UsageError(f"rank={rank} is out of range. Give at least 1, or none for all of it.")
+    gains = norms_of([*experts.values(), *([] if base is None else [base])])
     energies: dict[str, dict[str, float]] = {expert: {} for expert in experts}
     parts = {expert: Exclusive({}, {}, energies[expert]) for expert in experts}
 
@@ -110,8 +111,9 @@ def split(
         bar = tqdm(list(names), "splitting", delay=1, leave=False, disable=None if progress else True)
         for name in bar:
             reference = shared[name]
-            matrix = Place(name, tuple(reference.shape)).is_matrix
+            matrix = name not in gains and Place(name, tuple(reference.shape)).is_matrix
             if matrix and linear is not None and (factors := _products(experts, base, name)) is not None:
+                factors = [each.to(torch.promote_types(each.b.dtype, reference.dtype)) for each in factors]
                 for i, expert in enumerate(experts):
                     weights = [float(i == j) - c for j, c in enumerate(linear)]
                     energies[expert] |= _positive(name, truncate_product(factors, weights).energy())
@@ -133,6 +135,11 @@ def split(
     for expert, name, found in parallel(lambda w: (w[0], w[1], w[2]()), work()):
         _keep(parts[expert], name, found, shared[name].dtype)
     return parts
+
+
+def norms_of(models: Iterable[OpenedModel]) -> set[str]:
+    """The gains and shifts of norms, of models whose class is known: they are kept as they are, whatever their shape."""
+    return {name for model in models if model.architecture is not None for name in model.architecture.norms}
 
 
 def _products(experts: Mapping[str, OpenedModel], base: OpenedModel | None, name: str) -> list[Factors] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from twinmerge.arguments import strict
+from twinmerge.arguments import byte_count, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.registry import MethodLike
@@ -20,6 +20,7 @@ from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.results import one_line, some
 from twinmerge.store.locate import locate
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin import package as package_file
@@ -31,7 +32,7 @@ from twinmerge.twin.package import Package, TwinInfo
 from twinmerge.twin.reading import Given, read_moments
 from twinmerge.twin.refine import refined
 from twinmerge.twin.routers.kit.calibration import RouterReport
-from twinmerge.twin.routers.kit.registry import make_router
+from twinmerge.twin.routers.kit.registry import RouterLike, kind_of, make_router
 from twinmerge.twin.routing import fitted, single_pass
 from twinmerge.twin.served import Served
 from twinmerge.twin.split import cut, is_buffer, linear_coefficients, refuse_masks, split
@@ -61,6 +62,11 @@ class Twin(Served):
 
     Source: Lu et al. 2024, "Twin-Merging", arXiv 2406.15479, equation 5.
     """
+
+    def __repr__(self) -> str:
+        record = self.package.provenance.get("twin", {})
+        router = "no router" if self.router is None else f"{self.router.kind} router"
+        return one_line("Twin", f"{some(self.experts)} on {record.get('shared') or 'a shared model'}, {router}")
 
     # ------------------------------------------------------------------ making
 
@@ -171,7 +177,9 @@ class Twin(Served):
     def write(self, output: OutputFolder, about: Mapping[str, Mapping[str, Any]]) -> Path:
         """The same as an output that the caller made."""
         self.package = self.package_now()
-        return package_file.write(output, self.package, self.side_files, self.sources, about)
+        folder = package_file.write(output, self.package, self.side_files, self.sources, about)
+        self.package = self.package._replace(home=folder)
+        return folder
 
     @strict
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -179,9 +187,10 @@ class Twin(Served):
         there."""
         from huggingface_hub import HfApi
 
-        api = HfApi(token=token)
+        api, home = HfApi(token=token), self.package.home
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save_pretrained(Path(scratch) / "twin")
+            self.package = self.package._replace(home=home)
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a twin"))
 
@@ -214,7 +223,7 @@ class Twin(Served):
         *,
         rank: int | None = None,
         energy: float | None = None,
-        bytes: float | None = None,
+        bytes: float | str | None = None,
         codec: str = "none",
         inputs: Mapping[str, Given] | None = None,
         batch_rows: int = 32,
@@ -227,8 +236,8 @@ class Twin(Served):
         Args:
             rank: of every matrix.
             energy: the least share kept, 0 to 1; each matrix gets the rank that is worth its bytes.
-            bytes: of the files beside the shared model (exclusive parts, heads, router), at most; ranks as with
-                `energy`.
+            bytes: of the files beside the shared model (exclusive parts, heads, router), at most, as a number, "3.5MB"
+                or "4%" of the shared model; ranks as with `energy`.
             codec: of the numbers on the disk: "none" or one of `maths/codecs/`, such as "int8".
             inputs: expert -> texts (or a batch of tensors) of its kind, as in `fit_router`. With them, what is kept
                 is what matters for the outputs on such inputs, not for the weights alone.
@@ -241,6 +250,8 @@ class Twin(Served):
         if inputs is not None:
             moments = {name: read_moments(self, given, name, batch_rows, progress) for name, given in inputs.items()}
         package = self.package_now()
+        if isinstance(bytes, str):
+            bytes = byte_count(bytes, sum(spec.bytes for spec in package.shared.specs.values()))
         return self.with_package(
             compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments)
         )
@@ -325,7 +336,7 @@ class Twin(Served):
             return self.with_package(package)
         twin = self.with_package(package._replace(router=None, layers=(), report=None))
         if len(twin.experts) > 1:
-            twin.fit_router(kind=self.router.kind, options=self.router.options(), layers=self.layers or None)
+            twin.fit_router(kind=kind_of(self.router), options=self.router.options(), layers=self.layers or None)
         return twin
 
     @strict
@@ -348,14 +359,14 @@ class Twin(Served):
             TwinmergeError: a model that is not there any more (named); and as `build`.
         """
         refuse_masks(self.package.exclusive.values(), "made anew here")
-        recipe = recipe_of(self.package.provenance, base, experts)
+        recipe = recipe_of(self.package, base, experts)
         record = self.package.provenance.get("twin", {})
         limits = {k: v for k, v in record.get("compressed", {}).items() if k in ("rank", "energy", "bytes", "codec")}
         rank = record.get("rank") or (CHOSEN_FROM if limits else None)
         options = {"shared": recipe.method, "heads": recipe.heads, "progress": progress, **recipe.parameters}
         twin = Twin.build(recipe.base, recipe.experts, rank, **options)._acting_from(self.first_layer)
         if inputs is not None:
-            kind, own = (self.router.kind, self.router.options()) if self.router else ("gaussian", None)
+            kind, own = (kind_of(self.router), self.router.options()) if self.router else ("gaussian", None)
             twin.fit_router(inputs, kind, options=own, progress=progress)
         return twin.compress(**limits) if limits else twin
 
@@ -382,7 +393,8 @@ class Twin(Served):
             out: a folder that does not exist or is empty.
             lora: an adapter, as `export_lora` of `twin/export.py` says, and no model.
             server: who loads the adapter, "peft" or "vllm".
-            base: what the adapter names as its base model; the twin's own folder where None.
+            base: what the adapter names as its base model; where None, the folder that the twin was read from or saved
+                to.
             head: the expert whose output layers go with a model; that of an expert alone where None.
 
         Raises:
@@ -407,7 +419,7 @@ class Twin(Served):
     def fit_router(
         self,
         inputs: Mapping[str, Given] | None = None,
-        kind: str = "gaussian",
+        kind: RouterLike = "gaussian",
         *,
         options: Mapping[str, Any] | None = None,
         layers: Sequence[int] | None = None,
@@ -423,7 +435,7 @@ class Twin(Served):
             kind: "gaussian" (closed form, early layers beside the last; experts can come and go); "logistic" (the
                 same layers, often a little better, most of all on early layers); "mlp" (the paper's, last layer);
                 "knn" (keeps examples); "projection" and "entropy", made of the experts alone: with no inputs they are
-                not calibrated.
+                not calibrated. Or a class or object of your own (see `twinmerge.twin.routers`).
             options: of that kind: option -> value (`twinmerge twin routers` lists them).
             layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one,
                 "entropy" none but every expert's answer).

@@ -163,7 +163,7 @@ class Median(Method):
 @pytest.fixture
 def third_party(monkeypatch):
     """An installed package that offers `median`, and its own `ties`."""
-    found = [SimpleNamespace(name=name, load=lambda: Median) for name in ("median", "ties")]
+    found = [SimpleNamespace(name=name, value="package:Median", load=lambda: Median) for name in ("median", "ties")]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found if group == "twinmerge.methods" else [])
 
 

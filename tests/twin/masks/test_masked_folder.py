@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
+import twinmerge as tm
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.twin.export import export_dense
@@ -198,3 +207,46 @@ def test_masks_of_a_parameter_that_the_model_lacks_are_refused_by_name(
     save_file(tensors, copied / "twin.safetensors", {"twinmerge": json.dumps(told)})
     with pytest.raises(TwinmergeError, match="no parameter 'new.weight'"):
         Twin.from_pretrained(copied)
+
+
+class Normed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n, self.l = torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.l(self.n(self.c(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["emr", "tall_masks"])
+def test_running_statistics_stay_the_bases(tmp_path: Path, method: str) -> None:
+    """They have no mixture, so no mask: of a module of one's own and of a class of transformers."""
+    tiny = ResNetConfig(
+        num_channels=2, embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=3, layer_type="basic"
+    )
+    makes: list[Any] = [Normed, lambda: ResNetForImageClassification(tiny)]
+    for at, make in enumerate(makes):
+        torch.manual_seed(0)
+        base, experts, x = make(), {}, torch.randn(4, 2, 8, 8)
+        for name in ("a", "b"):
+            experts[name] = copy.deepcopy(base)
+            with torch.no_grad():
+                for p in experts[name].parameters():
+                    p += 0.1 * torch.randn_like(p)
+            experts[name].train()(x + 1)  # moves the running statistics
+            experts[name].eval()
+        out = tmp_path / str(at)
+        tm.build_masks(method, base, experts, out, **({"vector": "ties"} if method == "tall_masks" else {}))
+        twin = Twin.from_pretrained(out, factory=None if at else make)
+        assert not any("running" in name for name in twin.package.exclusive["a"].names)
+        tm.extract_masked(out, "b", tmp_path / f"b{at}")
+        written = load_file(tmp_path / f"b{at}" / "model.safetensors")
+        for name, value in base.named_buffers():
+            if value.is_floating_point():
+                assert torch.equal(next(t for n, t in written.items() if n.endswith(name)), value), name
+        with torch.no_grad():
+            one = make().eval()
+            one.load_state_dict(written)
+            want, got = one(x), twin(x, expert="b") if not at else twin(pixel_values=x, expert="b")
+            want, got = (want, got.output) if not at else (want.logits, got.logits)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

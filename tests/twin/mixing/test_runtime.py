@@ -516,5 +516,9 @@ def test_unknown_use_of_a_parameter_is_refused_by_name(lab: Any, part: str) -> N
             with torch.no_grad():
                 expected = experts[name](inputs_embeds=x[row : row + 1]).last_hidden_state[0]
             assert (found[row] - expected).abs().max() <= 1e-5
+        for strategy in ("stacked", "folded", "stacked"):  # one way leaves no weights to the next
+            found = twin(inputs_embeds=x, expert="e1", strategy=strategy).output.last_hidden_state
+            with torch.no_grad():
+                assert (found - experts["e1"](inputs_embeds=x).last_hidden_state).abs().max() <= 1e-5
     spared = {f"e{i}": lab.nudged(base, 0.01, i, only=lambda n: n.startswith("first")) for i in range(2)}
     assert not Twin.build(base, spared, rank=None, progress=False).runtime.refused

@@ -18,7 +18,15 @@ from twinmerge.errors import ModelError
 from twinmerge.maths.lowrank import Factors, truncate
 from twinmerge.maths.sums import blocked_dot, total
 from twinmerge.maths.threads import parallel
-from twinmerge.models.adapter_files import TASK_HEADS, Carried, adaptable, saved_modules, task_of
+from twinmerge.models.adapter_files import (
+    TASK_HEADS,
+    Carried,
+    adaptable,
+    said_of_tied,
+    saved_modules,
+    task_of,
+    tied_weights,
+)
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.matching import Matched, check_ancestry, match
 from twinmerge.models.opened import ModelLike, OpenedModel
@@ -40,6 +48,7 @@ class _ExtractedLora(NamedTuple):
     energy: dict[str, float]
     left_out: dict[str, float]
     saved: list[str]
+    tied: list[str]
 
 
 class ExtractedLora(Result, _ExtractedLora):
@@ -51,6 +60,7 @@ class ExtractedLora(Result, _ExtractedLora):
         energy: parameter -> share of the squared norm of its change that the rank keeps.
         left_out: parameter -> its share of the squared norm of all changes, for what no adapter can carry.
         saved: modules that travel in full: a head.
+        tied: what several modules share, of `left_out`: PEFT would add a change once for each of them when it merges.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +88,7 @@ class Change(NamedTuple):
 def extract_lora(
     model: ModelLike,
     base: ModelLike,
-    out: str | Path | None,
+    out: str | Path | None = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -91,14 +101,14 @@ def extract_lora(
     change.
 
     Matrices of Linear, Conv1D, Conv2d and embeddings are carried; a classifier's head, and what else the base lacks,
-    travels in full as `modules_to_save`. Norms, biases and positions cannot be carried: they are listed with their
-    shares. The differences are taken in float32 at least, one matrix per thread in memory; no singular value
+    travels in full as `modules_to_save`. Norms, biases, positions and tied tables cannot be carried: they are listed
+    with their shares. The differences are taken in float32 at least, one matrix per thread in memory; no singular value
     decomposition of a large matrix is made where a sketch of it holds enough.
 
     Args:
         model: what was tuned from `base`; a `base+adapter` gives its own factors, without rounding them to the
             weights.
-        out: a folder that does not exist or is empty; None computes all and writes nothing.
+        out: a folder that does not exist or is empty; without one all is computed and nothing is written.
         rank: so many directions per matrix, or its numerical rank where that is less.
         energy: instead, the fewest that hold this share of the squared norm of the change; 0.95 where neither is
             given.
@@ -143,10 +153,11 @@ def extract_lora(
     check_ancestry(origin, {MODEL: opened}, matched.merged)
     matched.warn()
     whole = saved_modules(opened.architecture, _heads(opened.architecture, matched))
+    tied = tied_weights(opened.architecture) | (tied_weights(origin.architecture) if origin.architecture else set())
     places = {
         path: found
         for path, found in adaptable(opened.architecture).items()
-        if not any(path == own or path.startswith(f"{own}.") for own in whole)
+        if found[0] not in tied and not any(path == own or path.startswith(f"{own}.") for own in whole)
     }
     able = {name for name, _ in places.values()}
     heads = {opened.architecture.of_module(key) for keys in whole.values() for key in keys}
@@ -170,6 +181,7 @@ def extract_lora(
             "tuned."
         )
     left = _left_out(changes, set(low))
+    shared = sorted(left.keys() & tied)
     saved = {path: {k: _sound(opened, opened.architecture.of_module(k)) for k in keys} for path, keys in whole.items()}
     ranks = {name: factors.rank for name, factors in sorted(low.items())}
     kept = {name: changes[name].kept for name in ranks}
@@ -180,12 +192,13 @@ def extract_lora(
         "energy": kept,
         "left_out": left,
         "saved": [*saved],
+        "tied": shared,
     }
-    text = _text(opened, limit, changes, low, left, list(saved))
+    text = _text(opened, limit, changes, low, left, list(saved)) + (f"\n{said_of_tied(shared)}\n" if shared else "")
     about = About(f"LoRA adapter extracted from {opened.name}", text, {"lora_extract": record}, {MODEL: opened})
     if out is not None:
         write_lora(out, origin, opened.architecture, modules, about, dtype, saved)
-    return ExtractedLora(None if out is None else Path(out), ranks, kept, left, sorted(saved))
+    return ExtractedLora(None if out is None else Path(out), ranks, kept, left, sorted(saved), shared)
 
 
 def change(name: str, model: OpenedModel, base: OpenedModel, limit: Limit | None, exact: bool = False) -> Change:

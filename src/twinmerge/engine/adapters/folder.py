@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from twinmerge.engine.card import licence_of
 from twinmerge.engine.folder import write_about
-from twinmerge.engine.provenance import PACKAGES
+from twinmerge.engine.provenance import versions
 from twinmerge.errors import ModelError, UsageError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import thin_svd
+from twinmerge.methods.kit.base import Method
 from twinmerge.models.adapter import PREFIX
 from twinmerge.models.adapter_files import Carried, adapter_config, lora_tensors, write_adapter
 from twinmerge.models.architecture import Architecture
@@ -110,12 +110,14 @@ class About(NamedTuple):
         title, text: of its card.
         record: its provenance.
         inputs: label -> model that it was made from, besides the base.
+        methods: classes that merged it.
     """
 
     title: str
     text: str
     record: Mapping[str, Any]
     inputs: Mapping[str, OpenedModel]
+    methods: tuple[type[Method], ...] = ()
 
 
 def write_lora(
@@ -147,8 +149,7 @@ def write_lora(
     tensors |= {f"{PREFIX}{key}": tensor.contiguous() for own in whole.values() for key, tensor in own.items()}
     name = base.name if base.folder is not None else str(getattr(base.config, "_name_or_path", ""))
     commits = {label: model.commit for label, model in {"base": base, **about.inputs}.items() if model.commit}
-    versions = {package: version(package) for package in PACKAGES}
-    record = {**about.record, "base": name, "commits": commits, "versions": versions}
+    record = {**about.record, "base": name, "commits": commits, "versions": versions(*about.methods)}
     config = adapter_config(architecture, modules, list(whole), name)
     output = OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values()))
     with output as folder:

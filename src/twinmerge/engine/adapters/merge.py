@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,15 @@ from twinmerge.engine.seen import Digests
 from twinmerge.errors import ModelError, RecipeError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.methods.kit.base import Known, Place, Tile
-from twinmerge.methods.kit.registry import MethodLike, given_to, method_class, method_name, method_names, short_name
+from twinmerge.methods.kit.given import factors_of
+from twinmerge.methods.kit.registry import METHODS, MethodLike, given_to, method_name, short_name
 from twinmerge.models.adapter import read_adapter
-from twinmerge.models.adapter_files import carried
+from twinmerge.models.adapter_files import adaptable, carried, tied_weights
+from twinmerge.models.change import Stack
 from twinmerge.models.matching import check_ancestry
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import adapted, open_model
+from twinmerge.moved import with_parameters
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import Result
 from twinmerge.store.output import OutputFolder
@@ -46,7 +49,7 @@ class MergedLora(Result, _MergedLora):
         folder: None where nothing was to be written.
         ranks: parameter -> rank of what the adapter adds to it, for those that it changes.
         energy: parameter -> share of the squared norm that its rank keeps.
-        dropped: expert -> tensors that it had trained in full, which are not in the adapter.
+        dropped: expert -> tensors that it changes and that have no place in the adapter.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,43 +66,44 @@ class MergedLora(Result, _MergedLora):
 def merge_lora(
     base: ModelLike,
     experts: Mapping[str, ModelLike],
-    out: str | Path | None,
+    out: str | Path | None = None,
     *,
     weights: float | Mapping[str, float] = 1.0,
     scale: float | None = None,
     rank: int | None = None,
     energy: float | None = None,
     method: MethodLike = "task_arithmetic",
-    parameters: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     drop_heads: bool = False,
     progress: bool = True,
+    **parameters: Any,
 ) -> MergedLora:
     """Merge LoRA adapters into one: ΔW = λ Σ wt Bt At in every module, for any ranks, weights and kinds of scaling.
 
     The pairs side by side are the sum exactly; their rank is then cut to the numerical one by a QR decomposition of
     both sides and a small SVD between them, in float64, so that nothing beyond float32's rounding is lost. Averaging
     the Bt and the At on their own is another matrix: (Σ wt Bt)(Σ wt At) is off by 70 % for two independent adapters
-    of equal weights, and more for more of them. What an adapter does not change, it adds nothing to. A parameter that
-    the base ties (embeddings and output layer) changes in both places, as in a merged model.
+    of equal weights, and more for more of them. What an adapter does not change, it adds nothing to. What is no
+    product of low rank of one module's weight (heads, biases, rows of tables, experts in one tensor, tables that
+    several modules share) has no place in the sum, and is refused by name or left out.
 
     Args:
         base: the model that the adapters belong to; the output is an adapter of its class.
         experts: name -> adapter folder, `base+adapter`, or PeftModel.
-        out: a folder that does not exist or is empty; None computes all and writes nothing.
+        out: a folder that does not exist or is empty; without one all is computed and nothing is written.
         weights: one number for all, or expert -> number (1 where none is given).
         scale: λ; where None, 1 for task_arithmetic and another method's own default.
         rank: at most so many directions per module, the best ones.
         energy: or the fewest whose share of the squared norm is at least this.
         method: task_arithmetic, one on singular values, which merges the factors in their core space, or a class or
             object of one's own with `core_space`.
-        parameters: of the method, as in a recipe (`expert.field` sets a field for one expert).
         dtype: of the output; float32 where None.
-        drop_heads: leave out what adapters trained in full (heads, biases) instead of refusing it.
+        drop_heads: leave out what has no place in the sum, instead of refusing it.
+        parameters: of the method; a mapping sets them per expert, as of `twinmerge.merge`.
 
     Raises:
-        TwinmergeError: an adapter that is not LoRA, is of another base, holds NaN or infinity, or trained tensors in
-            full; a method that does not know factors; rank and energy at once; an output that is there; nothing to
+        TwinmergeError: an adapter that is not LoRA, is of another base, holds NaN or infinity, or changes what has no
+            place in the sum; a method that does not know factors; rank and energy at once; an output that is there; nothing to
             write.
 
     Example:
@@ -121,7 +125,7 @@ def merge_lora(
     computed for random factors.
     """
     limit = Limit.of(rank, energy)
-    recipe = _recipe(method, base, experts, weights, scale, parameters or {}, dtype)
+    recipe = _recipe(method, base, experts, weights, scale, with_parameters(parameters), dtype)
     rule = recipe.make_method()
     if not rule.core_space:
         raise _unable(short_name(method))
@@ -131,10 +135,12 @@ def merge_lora(
     if origin.architecture is None:
         raise ModelError(f"{origin.name} has no config.json, so its modules are not known. Add its config.json.")
     opened = {name: _open(base, origin, recipe.experts[name], name) for name in recipe.order}
-    dropped = {name: _trained_in_full(model, origin) for name, model in opened.items()}
+    able = {name for name, _ in adaptable(origin.architecture).values()}
+    lost = {name: _without_place(model, origin, able) for name, model in opened.items()}
+    dropped = {name: sorted(found) for name, found in lost.items()}
     if any(dropped.values()):
-        _report_dropped(dropped, drop_heads)
-    parts = _parts(origin, opened)
+        _report_dropped(lost, drop_heads)
+    parts = _parts(origin, opened, able)
     _warn_of_targets(parts, list(opened))
 
     names = {origin.stored[name]: name for name in parts}  # passes know tensors by their places' names
@@ -142,7 +148,9 @@ def merge_lora(
 
     def work(each: Range, known: Known) -> tuple[str, Factors, float]:
         name = names[each.name]
-        return name, *compress(rule.merge_factors(parts[name], places[each.name], known), limit, name)
+        at = places[each.name]
+        factors = factors_of(rule.merge_factors(parts[name], at, known), at.shape, name, rule)
+        return name, *compress(factors, limit, name)
 
     run = Run(
         rule, list(names), *_matrices({out: parts[name] for out, name in names.items()}, places), progress=progress
@@ -151,8 +159,6 @@ def merge_lora(
     answers = [answer for group in run.merge(run.groups(), work) for answer in group]
     found = {name: (factors, kept) for name, factors, kept in sorted(answers, key=lambda a: a[0]) if factors.rank}
     modules = carried(origin.architecture, {name: factors for name, (factors, _) in found.items()})
-    if lost := sorted(found.keys() - {one.name for one in modules.values()}):
-        raise ModelError(f"No module of {origin.name} holds {lost[0]!r}. Merge full models with `twinmerge merge`.")
     if not modules:
         raise ModelError("The adapters add nothing together, so there is no adapter to write. Check the weights.")
     ranks = {name: factors.rank for name, (factors, _) in found.items()}
@@ -160,7 +166,7 @@ def merge_lora(
     if out is not None:
         record = {**recipe.describe(), **limit._asdict(), "ranks": ranks, "energy": kept, "dropped": dropped}
         title, text = f"LoRA adapter merged from {', '.join(experts)}", _text(recipe, opened, dropped)
-        about = About(title, text, {"lora_merge": record}, opened)
+        about = About(title, text, {"lora_merge": record}, opened, (type(rule),))
         write_lora(out, origin, origin.architecture, modules, about, dtype)
     return MergedLora(None if out is None else Path(out), ranks, kept, {e: n for e, n in dropped.items() if n})
 
@@ -178,7 +184,9 @@ def _recipe(
     dtype: str | None,
 ) -> Recipe:
     """What is to be done as a recipe, which checks names, parameters and dtype."""
-    given = dict(parameters)
+    given: dict[str, Any] = {}
+    for name, value in parameters.items():
+        given |= {f"{e}.{name}": each for e, each in value.items()} if isinstance(value, Mapping) else {name: value}
     named: dict[str, Any] = {} if scale is None else {"scale": scale}
     if isinstance(weights, Mapping):
         named |= {f"{name}.weights": number for name, number in weights.items()}
@@ -193,7 +201,7 @@ def _recipe(
 
 
 def _unable(method: str) -> RecipeError:
-    able = [name for name in method_names() if method_class(name).core_space]
+    able = [name for name, cls in METHODS.all().items() if cls.core_space]
     return RecipeError(
         f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge "
         "full models "
@@ -220,33 +228,58 @@ def _open(base: ModelLike, origin: OpenedModel, expert: ModelLike, name: str) ->
     return found
 
 
-def _trained_in_full(expert: OpenedModel, base: OpenedModel) -> list[str]:
-    """What an adapter changes in another way than by one product: whole tensors but for copies of the base's, rows of
-    tables, experts in one tensor."""
-    found = []
+def _without_place(expert: OpenedModel, base: OpenedModel, able: Collection[str]) -> dict[str, str]:
+    """What an adapter changes that is no product of low rank of one module's weight -> what it is, in words; copies of
+    the base's tensors are no change.
+
+    Args:
+        able: the base's weights that an adapter may change.
+    """
+    tied = tied_weights(base.architecture) if base.architecture else frozenset()
+    found = {}
     for name, change in expert.changes.items():
-        if change.low is not None:
-            continue
+        own = base.aliases.get(name, name)
         tensor = change.dense if change.added is None else None
         same = tensor is not None and base.has(name) and base.spec(name).shape == tuple(tensor.shape)
-        if tensor is None or not (same and torch.equal(tensor.float(), base.read(name).float())):
-            found.append(name)
-    return sorted(found)
+        if tensor is not None and same and torch.equal(tensor.float(), base.read(name).float()):
+            continue
+        if own in tied:
+            found[name] = "tied: several modules share it"
+        elif change.low is None:
+            kind = "trained row by row" if change.rows is not None else "trained in full"
+            found[name] = "experts in one tensor" if isinstance(change.added, Stack) else kind
+        elif base.has(name) and own not in able:
+            found[name] = "a bias" if len(base.spec(name).shape) == 1 else "the weight of no module that LoRA adapts"
+    return dict(sorted(found.items()))
 
 
-def _report_dropped(dropped: Mapping[str, list[str]], drop_heads: bool) -> None:
-    record = "; ".join(f"{e!r}: {', '.join(n[:3])}{' …' if len(n) > 3 else ''}" for e, n in dropped.items() if n)
+def _report_dropped(lost: Mapping[str, Mapping[str, str]], drop_heads: bool) -> None:
+    record = "; ".join(_of_expert(expert, found) for expert, found in lost.items() if found)
     if not drop_heads:
         raise ModelError(
-            f"Adapters hold tensors that were trained in full ({record}), and heads of different labels have no sum. "
-            "Merge full models with `twinmerge merge`, which keeps every expert's head, or leave these out with "
+            f"What adapters change has no place in a sum of low-rank factors: {record}. Merge full models with "
+            "`twinmerge merge`, which takes base+adapter and keeps every expert's head, or leave these out with "
             "drop_heads (--drop-heads)."
         )
-    warnings.warn(f"Left out of the merged adapter, since they were trained in full: {record}.", stacklevel=3)
+    warnings.warn(f"Left out of the merged adapter, which has no place for it: {record}.", stacklevel=3)
 
 
-def _parts(base: OpenedModel, experts: Mapping[str, OpenedModel]) -> dict[str, list[Factors]]:
-    """The base's parameter -> the factors of every expert, of rank 0 where it has none."""
+def _of_expert(expert: str, found: Mapping[str, str]) -> str:
+    """
+    Example:
+        >>> _of_expert("x", {"a": "trained in full", "b": "trained in full", "c": "a bias"})
+        "a, b (trained in full), c (a bias) of 'x'"
+    """
+    names: dict[str, list[str]] = {}
+    for name, why in found.items():
+        names.setdefault(why, []).append(name)
+    each = (f"{', '.join(own[:3])}{' …' if len(own) > 3 else ''} ({why})" for why, own in names.items())
+    return f"{', '.join(each)} of {expert!r}"
+
+
+def _parts(base: OpenedModel, experts: Mapping[str, OpenedModel], able: Collection[str]) -> dict[str, list[Factors]]:
+    """The base's parameter, of those that an adapter may change -> the factors of every expert, of rank 0 where it has
+    none."""
     found: dict[str, dict[str, Factors]] = {}
     for expert, model in experts.items():
         for name, factors in model.factors.items():
@@ -266,7 +299,8 @@ def _parts(base: OpenedModel, experts: Mapping[str, OpenedModel]) -> dict[str, l
                 raise ModelError(
                     f"The adapter {expert!r} holds NaN or infinity for {name!r}. Take a sound one, or leave it out."
                 )
-            found.setdefault(base.aliases.get(name, name), {})[expert] = factors
+            if name in able:
+                found.setdefault(name, {})[expert] = factors
     strangers = {e: m for e, m in experts.items() if not base.files or m.files[: len(base.files)] != base.files}
     check_ancestry(base, strangers, sorted(found))
     empty = {name: Factors(torch.zeros(m, 0), torch.zeros(0, n)) for name, (m, n) in _shapes(found).items()}
@@ -312,7 +346,9 @@ def _text(recipe: Recipe, experts: Mapping[str, OpenedModel], dropped: Mapping[s
     lines = "\n".join(
         f"| {name} | `{model.name}` | {licences.get(name) or 'not stated'} |" for name, model in experts.items()
     )
-    lost = "".join(f"\nLeft out of {e}, trained in full: {', '.join(n)}.\n" for e, n in dropped.items() if n)
+    lost = "".join(
+        f"\nLeft out of {e}, for which there is no place: {', '.join(n)}.\n" for e, n in dropped.items() if n
+    )
     values = json.dumps(dict(recipe.parameters), ensure_ascii=False)
     return (
         f"Made with twinmerge by `{recipe.method_name}`, parameters `{values}`.\n\n| part | adapter | licence |\n| "

@@ -21,6 +21,7 @@ from twinmerge.methods.kit.passes import Partial as Partial
 from twinmerge.methods.kit.passes import Pass as Pass
 from twinmerge.methods.kit.passes import Scope as Scope
 from twinmerge.methods.kit.passes import T_co as T_co
+from twinmerge.methods.kit.tile import NO_BASE as NO_BASE
 from twinmerge.methods.kit.tile import TABLES as TABLES
 from twinmerge.methods.kit.tile import Grain as Grain
 from twinmerge.methods.kit.tile import Gram as Gram
@@ -53,11 +54,12 @@ class Method(BaseModel, ABC):
     Class attributes
         space: "deltas" (τt = θt − θ0), "parameters" (θt), or "either": deltas where the recipe names a base, and
             parameters where it names none.
-        grain: "element" (any tile) or "matrix" (the whole tensor as one tile, or what `grain_of` says).
+        grain: what a tile is (see `Tile`): "element", "rows" or "matrix"; `grain_of` says it tensor by tensor.
         experts_min, experts_max: how many experts the formula is defined for.
-        laws: which algebraic laws the conformance test holds the method to. "idempotent": equal experts give that
-            expert, at scale 1. "symmetric": the experts' order is irrelevant. "odd": negated deltas give the negated
-            change. "homogeneous": deltas times c give the change times c.
+        laws: which algebraic laws tests hold the method to. "idempotent": equal experts give that expert at scale 1,
+            to the bit. The others hold to 10⁻⁶ of each number (10⁻⁵ for decompositions). "symmetric": the experts'
+            order is irrelevant, and they are seen in the order of their names. From θ0 = 0, "odd": negated deltas give
+            the negated change; "homogeneous": deltas times c give the change times c.
         needs: statistics of every expert that the formula reads besides the weights. outputs: "model", or "masks":
         one vector and a mask for each expert, which `twinmerge masks build` writes. linear: what comes out is a sum
         of the experts, by numbers that their values do not change (`coefficients`). core_space: it merges low-rank
@@ -96,7 +98,7 @@ class Method(BaseModel, ABC):
 
     @abstractmethod
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        """The merged tile (*tile) in float32."""
+        """The merged tile (*tile), in the dtype of `tile.x`."""
 
     def rule(self, at: Place, known: Known) -> Rule | None:
         """The same as data, which the compiled library runs in one pass to the same bits; None where it has no such
@@ -195,6 +197,23 @@ def weighted_sum(weights: PerExpert, x: Tensor, work: torch.dtype) -> Tensor:
     return out
 
 
+def rounded_sum(weights: PerExpert, x: Tensor) -> Tensor:
+    """Σt wt xt in the dtype of x as plain code has it: every product is rounded, then every sum, in the experts' order.
+
+    It is what decides whether votes cancel in an implementation that does no more; `weighted_sum` rounds less.
+
+    Example:
+        >>> import torch
+        >>> rounded_sum((1.0, 0.85), torch.tensor([[17.0], [-20.0]])).tolist()  # with 0.85 as float32: 17 − 17.0000005
+        [0.0]
+    """
+    first, *rest = per_expert(weights, len(x))
+    out = x[0] * first
+    for weight, row in zip(rest, x[1:], strict=True):
+        out.add_(row * weight)
+    return out
+
+
 def summed_factors(weights: Sequence[float], parts: Sequence[Factors]) -> Factors:
     """Σt wt Bt At as one product, exactly, in float64."""
     from twinmerge.maths.lowrank import Factors, truncate_product
@@ -203,7 +222,8 @@ def summed_factors(weights: Sequence[float], parts: Sequence[Factors]) -> Factor
 
 
 def on_base(tile: Tile, total: Tensor) -> Tensor:
-    """A sum of what `space = "either"` sees, rounded once to float32: θ0 + total, or where there is no base the total.
+    """A sum of what `space = "either"` sees, rounded once to the models' dtype: θ0 + total, or the total where there is
+    no base.
 
     Example:
         >>> import torch
@@ -214,11 +234,8 @@ def on_base(tile: Tile, total: Tensor) -> Tensor:
     return total.to(tile.x.dtype) if tile.base is None else moved(tile, total, 1.0)
 
 
-NEGATIVE_ZERO = -(1 << 31)  # the bits of -0.0: the least integer
-
-
 def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
-    """θ0 + λ·change, rounded once to float32; the base's own bits (-0.0 too) where nothing changes.
+    """θ0 + λ·change, rounded once to the base's dtype; the base's own bits (-0.0 too) where nothing changes.
 
     Example:
         >>> import torch
@@ -232,7 +249,8 @@ def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
     if scale == 0:
         return base.clone()
     out = torch.add(base.to(change.dtype), change, alpha=scale).to(base.dtype)
-    if base.numel() and base.view(torch.int32).amin().item() == NEGATIVE_ZERO:  # -0.0 + 0.0 is 0.0
+    bits = torch.int64 if base.dtype == torch.float64 else torch.int32
+    if base.numel() and base.view(bits).amin().item() == torch.iinfo(bits).min:  # -0.0, and -0.0 + 0.0 is 0.0
         return torch.where(change.eq(0), base, out)
     return out
 

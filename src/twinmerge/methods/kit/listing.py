@@ -7,7 +7,7 @@ from typing import Any
 from twinmerge.arguments import strict
 from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.fold import Fold
-from twinmerge.methods.kit.registry import MethodLike, method_class, method_name, method_names
+from twinmerge.methods.kit.registry import METHODS, MethodLike, method_class, method_name
 from twinmerge.results import Listing
 
 
@@ -31,8 +31,8 @@ def list_methods(method: MethodLike | None = None) -> Methods:
         >>> list_methods("ties")
         Methods(1: ties)
     """
-    given = method_names() if method is None else [method]
-    return Methods({method_name(each): _about(method_class(each)) for each in given})
+    found = METHODS.all() if method is None else {method_name(method): method_class(method)}
+    return Methods({name: _about(cls) for name, cls in found.items()})
 
 
 def needs(method: type[Method]) -> list[str]:

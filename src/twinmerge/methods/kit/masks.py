@@ -142,9 +142,9 @@ class MaskMethod(Method):
         """mt of every expert, (experts, *tile) bool."""
 
     def vector_and_masks(self, tile: Tile, known: Known) -> tuple[Tensor, Tensor]:
-        """τ, (*tile) float32, and mt, (experts, *tile) bool."""
+        """τ, (*tile) in the dtype of `tile.x`, and mt, (experts, *tile) bool."""
         vector = self.one_vector(tile, known)
-        return vector.float(), self.masks(tile, vector)
+        return vector.to(tile.x.dtype), self.masks(tile, vector)
 
     def masses(self, tile: Tile, vector: Tensor, masks: Tensor) -> Tensor | None:
         """What the scales are made of, (2, experts, blocks) float64; None where all scales are 1."""

@@ -4,9 +4,9 @@ class of one's own."""
 from __future__ import annotations
 
 import math
-import sys
 import types
 import typing
+import weakref
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -16,13 +16,17 @@ from pydantic import ValidationError
 from twinmerge.errors import RecipeError, TwinmergeError, nearest
 from twinmerge.methods.kit.base import Method, PerExpert
 from twinmerge.methods.kit.sound import check_class, check_object
+from twinmerge.methods.kit.trial import try_method
+from twinmerge.origin import class_named, name_of
+from twinmerge.origin import is_ours as is_ours
+from twinmerge.origin import is_own as is_own
 from twinmerge.plugins import Plugins
 
 LARGEST = 1e30  # of a number that is multiplied with
-METHODS = Plugins[Method](
-    Method, "method", "twinmerge.methods", "twinmerge.methods", check_class, lambda: " See `twinmerge methods`."
-)
+SEE = " See `twinmerge methods`, or install the package that offers it."
+METHODS = Plugins[Method](Method, "method", "twinmerge.methods", "twinmerge.methods", check_class, lambda: SEE)
 
+_TRIED: weakref.WeakSet[type[Method]] = weakref.WeakSet()
 MethodLike = str | type[Method] | Method
 """A name from `twinmerge methods`, a class, or an object with its parameters."""
 
@@ -47,10 +51,11 @@ def method_class(given: MethodLike) -> type[Method]:
         >>> method_class("tie")
         Traceback (most recent call last):
         ...
-        twinmerge.errors.RecipeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`.
+        twinmerge.errors.RecipeError: Unknown method 'tie'. Did you mean 'ties'? See `twinmerge methods`, or install \
+the package that offers it.
     """
     if isinstance(given, str):
-        return _named(given) if is_own(given) else METHODS.find(given)
+        return class_named(given, METHODS) if is_own(given) else METHODS.find(given)
     return METHODS.require(type(given) if isinstance(given, Method) else given, short_name(given))
 
 
@@ -71,16 +76,7 @@ def method_name(given: MethodLike) -> str:
     """
     if isinstance(given, str):
         return given
-    cls = method_class(given)
-    folder, _, name = cls.__module__.rpartition(".")
-    own = METHODS.files()
-    if folder == METHODS.package and name in own and METHODS.find(name) is cls:
-        return name
-    place = f"{cls.__module__}:{cls.__qualname__}"
-    if (entry := next((e for e in METHODS.offered() if e.value == place and e.name not in own), None)) is not None:
-        return entry.name
-    found = None if cls.__module__ == "__main__" else _at(place)
-    return place if found is cls else f"<{cls.__qualname__} of {cls.__module__}>"
+    return name_of(method_class(given), METHODS)
 
 
 def short_name(given: object) -> str:
@@ -126,48 +122,6 @@ def said_otherwise(word: str, says: Callable[[type[Method]], bool]) -> str | Non
         except TwinmergeError:  # of another package: whoever names it is told
             continue
     return None
-
-
-def is_own(name: str) -> bool:
-    """Whether a name, as `method_name` gives it, is that of a class which no folder and no entry point has.
-
-    Example:
-        >>> is_own("ties"), is_own("package.module:Halfway")
-        (False, True)
-    """
-    return ":" in name or name.startswith("<")
-
-
-def _named(name: str) -> type[Method]:
-    """The class of "module:Class". Nothing is imported for a name, which may stand in a stranger's recipe."""
-    if name.startswith("<"):
-        raise RecipeError(
-            f"The method {name} was a class that no name leads to, since it was defined in a notebook, a script or a "
-            "function. Put it in a "
-            "module of its own, and give the class instead: merge(Class, …)."
-        )
-    module, _, cls = name.partition(":")
-    if module not in sys.modules:
-        raise RecipeError(
-            f"The method {name!r:.80} is a class of the module {module!r:.80}, and no module is imported because a "
-            "recipe names it. Import it "
-            "first, or let its package offer the class as an entry point of twinmerge.methods."
-        )
-    found = _at(name)
-    if found is None:
-        raise RecipeError(
-            f"The module {module!r} has no class {cls!r:.80}. Take the release that the recipe was made with."
-        )
-    return METHODS.require(found, short_name(name))
-
-
-def _at(place: str) -> object | None:
-    """What is at "module:name.name" of the modules that are imported."""
-    module, _, path = place.partition(":")
-    found: object | None = sys.modules.get(module)
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
 
 
 def is_per_expert(cls: type[Method], parameter: str) -> bool:
@@ -241,8 +195,11 @@ def make_method(given: MethodLike, experts: tuple[str, ...], parameters: Mapping
         ) from error
     _check_sizes(name, method)
     _check_count(name, cls, method, experts)
-    if cls.__module__.rpartition(".")[0] != METHODS.package:  # the tests look at our own
+    if not is_ours(cls):  # the tests look at our own
         check_object(method, name)
+        if cls not in _TRIED:
+            try_method(method, name, experts)
+            _TRIED.add(cls)
     return method
 
 

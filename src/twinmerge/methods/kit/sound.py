@@ -1,13 +1,34 @@
-"""What a class of a method must have: what is missing, or unknown, is named when the method is first used."""
+"""What a class of a method must have: what is missing, or unknown, is named when the method is first used; what goes
+wrong in one that is not ours is one sentence."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from twinmerge.errors import UsageError, nearest
-from twinmerge.methods.kit.base import Grain, Law, Method, Need, Outputs, Pass, Scope, Space
+from pydantic import ValidationError
+
+from twinmerge.errors import TwinmergeError, UsageError, in_one_line, nearest
+from twinmerge.methods.kit.base import (
+    NO_BASE,
+    Grain,
+    Known,
+    Law,
+    Method,
+    Need,
+    Outputs,
+    Pass,
+    Place,
+    Scope,
+    Space,
+    Tile,
+)
+from twinmerge.methods.kit.given import merged_tile
+from twinmerge.origin import given_by, is_ours, misspelt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ONE_OF = {"space": get_args(Space), "grain": get_args(Grain), "outputs": get_args(Outputs)}
 SOME_OF = {"laws": get_args(Law), "needs": get_args(Need)}
@@ -60,14 +81,18 @@ def check_class(cls: type[Method], name: str) -> None:
         inspect.signature(cls.apply).bind(None, None, None)
     except TypeError as error:
         raise UsageError(f"{name}: apply takes other arguments. Write def apply(self, tile, known).") from error
+    _check_names(cls, name)
+    _check_defaults(cls, name)
 
 
 def check_object(method: Method, name: str) -> None:
-    """The same of what a method is with its parameters: its passes, and values that a recipe can hold.
+    """The same of what a method is with its parameters: its grain, its passes, and values that a recipe can hold.
 
     Raises:
         TwinmergeError: passes that are none or have one name, or a parameter that is no plain value.
     """
+    for shape in ((3, 4), (4,)):
+        _known(method.grain_of(Place("layer.weight", shape)), "what grain_of gives", ONE_OF["grain"], name)
     for field, value in method.model_dump().items():
         if not _is_plain(value):
             raise UsageError(
@@ -91,6 +116,63 @@ def check_object(method: Method, name: str) -> None:
             raise UsageError(f"{name}: two of its passes are named {own!r}. Give each a name of its own.")
         seen.add(own)
         _known(getattr(step, "scope", None), "scope", get_args(Scope), f"{name}: its pass {kind}")
+
+
+def applied(method: Method, tile: Tile, known: Known) -> Tensor:
+    """What a method makes of a tile.
+
+    Raises:
+        UsageError: a method that is not ours fails, or changes the tile that it was given.
+    """
+    try:
+        merged = method.apply(tile, known)
+    except TwinmergeError:
+        raise
+    except Exception as error:
+        if is_ours(type(method)):
+            raise
+        raise failed(method, "apply", tile, error) from error
+    if (what := tile.written_to) is not None:
+        raise UsageError(
+            f"{type(method).__name__}: apply changes tile.{what} in place (add_, mul_, [...] = and their like). Tiles "
+            f"are only read: write into a new tensor, such as tile.{what}.clone()."
+        )
+    return merged_tile(merged, tile, method)
+
+
+def failed(method: Method, function: str, tile: Tile, error: Exception) -> UsageError:
+    """A method's own error as a sentence."""
+    hint = f" {NO_BASE}" if tile.base is None and method.space == "parameters" else " Mend the method."
+    what = f"{type(method).__name__}: {function} fails on {tile.at.name!r}"
+    return UsageError(f"{what}: {in_one_line(error)}.{hint}")
+
+
+def _check_names(cls: type[Method], name: str) -> None:
+    """Refuse a parameter by the name of an attribute of `Method`, and a name that is nearly one: it would do nothing."""
+    for given in given_by(cls, Method):
+        if given in cls.model_fields and given in vars(Method):
+            raise UsageError(
+                f"{name}: {given} is annotated, and so a parameter. Write {given} = … without an annotation, or take "
+                "another name for the parameter."
+            )
+    if (wrong := misspelt(cls, Method)) is not None:
+        raise UsageError(f"{name}: {wrong[0]} is no attribute of a method. Did you mean {wrong[1]!r}?")
+
+
+def _check_defaults(cls: type[Method], name: str) -> None:
+    """Refuse a parameter whose default is outside its own bounds."""
+    fields = {key: field for key, field in cls.model_fields.items() if not field.is_required()}
+    defaults = {key: field.get_default(call_default_factory=True, validated_data={}) for key, field in fields.items()}
+    try:
+        cls.model_validate(defaults, strict=True)
+    except ValidationError as error:
+        wrong = [each for each in error.errors() if each["loc"] and each["loc"][0] in defaults]
+        if wrong:
+            field = wrong[0]["loc"][0]
+            raise UsageError(
+                f"{name}: the default of {field}, {defaults[str(field)]!r:.80}, is not allowed: {wrong[0]['msg']}. "
+                "Give one that is."
+            ) from error
 
 
 def _known(value: object, attribute: str, known: Sequence[str], name: str) -> None:

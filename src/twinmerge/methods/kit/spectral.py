@@ -73,8 +73,8 @@ class Spectral(Method):
     TSV-Merge and Iso-C average tensors of more than two axes (`elementwise` names them). `combine` must not depend on
     the orthonormal bases that its matrices are written in, so that low-rank experts are merged in their core space
     (`maths/core_space.py`), exactly and without a decomposition of a matrix of the model's size. Numerical ranks
-    there are float32's too, to which factors are rounded as deltas are: experts that share a direction but for
-    rounding must not be given one each.
+    are those of the dtype that deltas, or factors, were rounded to (`Place.rounded`): experts that share a
+    direction but for rounding must not be given one each.
 
     Tables of words and other tall matrices come in blocks of rows where the subclass has passes that find their
     `Coefficients`.
@@ -152,8 +152,9 @@ class Spectral(Method):
             share = self.scale * share_of(self.rest, len(parts))
             return summed_factors([w * share for w in per_expert(self.weights, len(parts))], parts)
         space, weights = CoreSpace.of(self.sides(parts, at)), per_expert(self.weights, len(parts))
-        merged = self.calibrated(self.combine(space.cores, weights, at), space.cores, weights, at)
-        return self.sides([space.factors(merged.double() * self.scale)], at)[0]
+        own = as_precise(parts, at)
+        merged = self.calibrated(self.combine(space.cores, weights, own), space.cores, weights, own)
+        return self.sides([space.factors(merged.double() * self.scale, at.rounded)], at)[0]
 
     @abstractmethod
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
@@ -163,8 +164,8 @@ class Spectral(Method):
         its equals, wherever singular values are alike.
 
         Args:
-            deltas: (experts, m, n), outputs and inputs where `sided`, in float32, or in float64 in the core space,
-                where m and n are the core's.
+            deltas: (experts, m, n), outputs and inputs where `sided`, as the tile has them, or in float64 in the core
+                space, where m and n are the core's.
             weights: one for each.
             at: of the whole matrix, whose shape the formula's sizes are to be taken from.
         """
@@ -178,11 +179,11 @@ class Spectral(Method):
         if not self.calibration:
             return merged
         found = self.directions(merged, deltas, weights, at)
-        return calibrate(found, deltas, self.calibration, weights).to(merged.dtype)
+        return calibrate(found, deltas, self.calibration, weights, at.rounded).to(merged.dtype)
 
     def directions(self, merged: Tensor, deltas: Tensor, weights: Weights, at: Place) -> SVD:
         """The singular value decomposition of the merged matrix that calibration works on."""
-        return gram_svd(merged, at.name, torch.float32)
+        return gram_svd(merged, at.name, at.rounded)
 
 
 def share_of(rest: Rest, experts: int) -> float:
@@ -226,12 +227,19 @@ def product(deltas: Tensor, weights: Weights, coefficients: Tensor, work: torch.
     return out
 
 
+def as_precise(parts: Sequence[Factors], at: Place) -> Place:
+    """The place, with the numerical ranks that low-rank experts have: those of float64 only where a factor is that."""
+    return at._replace(wide=any(part.wide for part in parts))
+
+
 def short_side(at: Place) -> int:
     """min(m, n) of the matrix."""
     return min(at.shape[0], math.prod(at.shape[1:]))
 
 
-def calibrate(svd: SVD, deltas: Tensor, least: float, weights: PerExpert = 1.0) -> Tensor:
+def calibrate(
+    svd: SVD, deltas: Tensor, least: float, weights: PerExpert = 1.0, rounded: torch.dtype = torch.float32
+) -> Tensor:
     """Singular value calibration: directions that several experts share are counted once, not once for each.
 
     With M = U diag(s) Vᵀ, direction r answers u_rᵀ M = s_r v_rᵀ; of it p_rt = ⟨u_rᵀ M, u_rᵀ τt⟩ / ‖u_rᵀ τt‖² is how
@@ -244,6 +252,7 @@ def calibrate(svd: SVD, deltas: Tensor, least: float, weights: PerExpert = 1.0) 
         deltas: τt (experts, m, n).
         least: α > 0, which also bounds what is made larger.
         weights: of the experts, whose τt are wt τt then.
+        rounded: what τt were rounded to, whose eps says what is rounding.
 
     Returns:
         (m, n) in float64, of the same singular vectors; an expert that has no part in a direction, but for rounding,
@@ -263,7 +272,7 @@ def calibrate(svd: SVD, deltas: Tensor, least: float, weights: PerExpert = 1.0) 
     for weight, delta in zip(per_expert(weights, len(deltas)), deltas, strict=True):
         own = weight * (u.mT @ delta.double())
         norm = own.square().sum(1)
-        rounding = abs(weight) * torch.finfo(torch.float32).eps * max(delta.shape) * delta.double().norm()
+        rounding = abs(weight) * torch.finfo(rounded).eps * max(delta.shape) * delta.double().norm()
         part = norm > rounding.square()  # divided by less, p would be any number
         total += torch.where(part, (answer * own).sum(1) / torch.where(part, norm, 1), 0).clamp_min(least)
     return (u * (s * len(deltas) / total)) @ vh

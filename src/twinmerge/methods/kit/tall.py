@@ -29,7 +29,7 @@ def is_tall(at: Place) -> bool:
         (True, False)
     """
     m, n = at.shape[0], math.prod(at.shape[1:])
-    return m >= RATIO * n and m * n >= LEAST
+    return m >= RATIO * n and m * n >= LEAST and not at.wide  # a Gram matrix costs half of float64's digits
 
 
 class Weighted(Protocol):

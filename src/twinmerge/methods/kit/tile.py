@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from twinmerge.errors import UsageError
 from twinmerge.maths.fused import Values
 
 if TYPE_CHECKING:  # the compiled library does without torch, whose import takes longer than many a merge
@@ -19,6 +20,10 @@ if TYPE_CHECKING:  # the compiled library does without torch, whose import takes
 Grain = Literal["element", "rows", "matrix"]
 """Which tiles of a tensor a method can work on: any, whole rows, the tensor in one piece."""
 
+NO_BASE = (
+    'Of a method with space = "parameters", tile.x are the models themselves and tile.base is None: write space = '
+    '"deltas" to work on changes to a base.'
+)
 TABLES = "tables"
 """Among the patterns of `elementwise`: all that is looked up and multiplies nothing, as the model's class says."""
 
@@ -29,7 +34,8 @@ class Place(NamedTuple):
     name: canonical name of the output tensor; shape: of the whole tensor; offset: flat index of the tile's first
     element; experts: names in the order of the stack; transposed: the matrix is stored (in, out), as GPT-2's Conv1D
     does, and not as Linear does; known where the model's class is; table: it is looked up and multiplies nothing, as
-    `OpenedModel.table` says; stack: it holds matrices along its first axis, as `OpenedModel.stacked` says.
+    `OpenedModel.table` says; stack: it holds matrices along its first axis, as `OpenedModel.stacked` says; wide: an
+    input is float64, and so is all that is made of it.
     """
 
     name: str
@@ -39,6 +45,19 @@ class Place(NamedTuple):
     transposed: bool = False
     table: bool = False
     stack: bool = False
+    wide: bool = False
+
+    @property
+    def rounded(self) -> torch.dtype:
+        """What the inputs were rounded to at best, whose eps sets numerical ranks: float32, float64 where `wide`.
+
+        Example:
+            >>> Place("w", (2, 2)).rounded, Place("w", (2, 2), wide=True).rounded
+            (torch.float32, torch.float64)
+        """
+        import torch
+
+        return torch.float64 if self.wide else torch.float32
 
     @property
     def turned(self) -> bool:
@@ -87,12 +106,15 @@ class Gram(NamedTuple):
 class Tile:
     """One tile of one output tensor; methods read it and leave it as it is.
 
+    By the method's grain of that tensor, *tile is (n,), any number of its elements, flat ("element"); (some rows, …),
+    whole rows in its shape but for their number ("rows"); or its shape ("matrix"). Lengths differ, and may be 0.
+
     Args:
-        x: (experts, *tile) float32: deltas or parameters, as the method's `space` says.
-        base: (*tile) float32 or None.
+        x: (experts, *tile): deltas or parameters, as the method's `space` says; float32, or float64 where an input is.
+        base: (*tile) of x's dtype, or None.
         at: where it lies.
         work: the dtype that sums over the experts are taken in, 13 bits wider than the inputs at least: float32 for
-            checkpoints of 16 bits, else float64 (None).
+            checkpoints of 16 bits, else float64 (None), which is no wider than inputs that are float64 themselves.
         fisher: (experts, *tile) float32, for methods that need it: the diagonal Fisher information, summed over
             `examples`.
         grams: for methods that need them, what gives each expert's Gram matrix of this tensor, or None where none was
@@ -143,7 +165,17 @@ class Tile:
 
     @cached_property
     def _made(self) -> _Made:
-        return self._make()
+        made = self._make()
+        self._versions = _versions(made)
+        return made
+
+    @property
+    def written_to(self) -> str | None:
+        """What was changed in place since the tile was made, "x" or "base", by torch's count of such changes."""
+        made: _Made | None = self.__dict__.get("_made")
+        if made is None or (now := _versions(made)) == self._versions:
+            return None
+        return "x" if now[0] != self._versions[0] else "base"
 
     @property
     def x(self) -> Tensor:
@@ -173,7 +205,16 @@ class Tile:
         return [Tile(self.x[:, i], None if base is None else base[i], at, self.work) for i, at in places]
 
     def require_base(self) -> Tensor:
-        """The base's tile, for methods whose formula needs it."""
+        """The base's tile, for methods whose formula needs it.
+
+        Raises:
+            UsageError: a method that works on parameters asks for it, and none is there.
+        """
         if self.base is None:
-            raise AssertionError("the engine gives every method that works on deltas its base")
+            raise UsageError(f"{self.at.name!r} is merged without a base. {NO_BASE}")
         return self.base
+
+
+def _versions(made: _Made) -> tuple[int, ...]:
+    """How often each tensor was changed in place."""
+    return tuple(0 if each is None or each.is_inference() else each._version for each in made[:2])

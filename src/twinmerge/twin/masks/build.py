@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from twinmerge.arguments import strict
 from twinmerge.engine.card import model_card
 from twinmerge.engine.folder import Beside
 from twinmerge.engine.merge import Merge
+from twinmerge.engine.plan import Plan
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.written import check_written
@@ -28,6 +30,7 @@ from twinmerge.maths.bits import byte_count, pack
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import Known
+from twinmerge.methods.kit.given import masks_of, masses_of, scales_of, vector_of
 from twinmerge.methods.kit.masks import Marks, MaskMethod, described
 from twinmerge.methods.kit.registry import method_class, short_name
 from twinmerge.models.opened import as_tensor
@@ -42,6 +45,7 @@ from twinmerge.store.ranges import bytes_of
 from twinmerge.twin.masked import SCALES, TWIN_VERSION
 from twinmerge.twin.masks.results import BuiltMasks
 from twinmerge.twin.package import TWIN
+from twinmerge.twin.split import is_buffer
 
 Bytes = NDArray[np.uint8]
 Answer = TypeVar("Answer")
@@ -111,7 +115,20 @@ def mask_merge(recipe: Recipe, progress: bool = True, tile: int | None = None) -
         )
     if recipe.dtype is not None or recipe.stochastic is not None:
         raise RecipeError("Masks belong to the base as it is. Leave the dtype and stochastic rounding out.")
-    return Merge(recipe, progress, architecture=True, tile=tile)
+    return MaskMerge(recipe, progress, architecture=True, tile=tile)
+
+
+class MaskMerge(Merge):
+    """One whose running statistics are the base's: a twin has no mixture of them."""
+
+    @cached_property
+    def plan(self) -> Plan:
+        """As of `Merge`, with buffers copied from the base."""
+        plan = super().plan
+        kept = {n: e for n, e in plan.merged.items() if is_buffer(self.base, e.tensor)}
+        copied = {n: replace(e, experts=(), method=None, grain="element") for n, e in kept.items()}
+        merged = {n: e for n, e in plan.merged.items() if n not in kept}
+        return replace(plan, merged=merged, copied={**plan.copied, **copied})
 
 
 def changed_tensors(merge: Merge) -> list[str]:
@@ -171,7 +188,7 @@ def _write(
             masses[each.name] = [[total(*(part[p, e] for part in held)) for e in range(count)] for p in (0, 1)]
             held.clear()
     method = _method(merge)
-    scales = in_given_order(merge, method.scales(masses, sizes, count))
+    scales = in_given_order(merge, scales_of(method.scales(masses, sizes, count), count, method))
     twin.write(SCALES, 0, torch.tensor(scales, dtype=torch.float64))
     by_task = tuple(in_given_order(merge, marks.by_task))
     trained = sum(sizes.values())
@@ -196,14 +213,14 @@ def _write_range(merge: Merge, model: CheckpointWriter, twin: ArtefactWriter, ea
     bits = np.empty((len(merge.experts), byte_count(each.size)), np.uint8)
     seen = _Seen(Marks.none(len(bits)), [])
     for tile in inputs.pieces(each, stored):  # each starts at a multiple of 65,536 elements, so at a whole byte
-        vector = method.one_vector(tile, known)
-        masks = method.masks(tile, vector)
+        vector = vector_of(method.one_vector(tile, known), tile, method)
+        masks = masks_of(method.masks(tile, vector), tile, method)
         twin.write(f"vector/{name}", tile.at.offset, rounding.of(vector, tile, method))
         start = (tile.at.offset - each.start) // 8
         for row, mask in zip(bits, masks, strict=True):
             row[start : start + byte_count(mask.numel())] = pack(mask).numpy()
         seen = seen._replace(marks=seen.marks.plus(Marks.of(tile.x, vector, masks)))
-        if (masses := method.masses(tile, vector, masks)) is not None:
+        if (masses := masses_of(method.masses(tile, vector, masks), tile, method)) is not None:
             seen.masses.append(masses)
     for i, row in enumerate(in_given_order(merge, list(bits))):
         twin.write(f"{i}/m/{name}", each.start // 8, row)

@@ -14,6 +14,7 @@ from twinmerge.engine.ranges import Range
 from twinmerge.errors import RecipeError, UsageError
 from twinmerge.maths.bits import byte_count, pack, plane_at, planes
 from twinmerge.methods.kit.base import Known
+from twinmerge.methods.kit.given import vector_of
 from twinmerge.methods.kit.masks import GRID, Marking, beyond, sizes
 from twinmerge.methods.kit.registry import short_name
 from twinmerge.recipes.recipe import Recipe
@@ -85,7 +86,7 @@ def _fill(
     method, name = merge.method, merge.plan.canonical[each.name]
     assert isinstance(method, Marking)
     for tile in merge.inputs.pieces(each, merge.inputs.stored(each)):
-        vector = method.one_vector(tile, known)
+        vector = vector_of(method.one_vector(tile, known), tile, method)
         start, count = tile.at.offset, vector.numel()
         vectors[name].view(-1)[start : start + count] = merge.plan.rounding(each.name).of(vector, tile, merge.method)
         at = slice(start // 8, start // 8 + byte_count(count))

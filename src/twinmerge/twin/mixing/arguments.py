@@ -92,10 +92,12 @@ def hiding(values: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
     """Within the context the modules' parameters are these; the parameters themselves are not touched."""
     with ExitStack() as stack:
         for (module, attribute), value in values.items():
-            if isinstance(module, nn.RNNBase):  # it reads a list of its weights
-                names, flat = module._flat_weights_names, module._flat_weights
+            if isinstance(module, nn.RNNBase):  # it reads a list of its weights, unless they are others than it knows
+                names, flat, known = module._flat_weights_names, module._flat_weights, module._flat_weight_refs
                 module._flat_weights = [value if n == attribute else w for n, w in zip(names, flat, strict=True)]
+                module._flat_weight_refs = [None] * len(flat)
                 stack.callback(setattr, module, "_flat_weights", flat)
+                stack.callback(setattr, module, "_flat_weight_refs", known)
             else:
                 before = module.__dict__.get(attribute)
                 module.__dict__[attribute] = value

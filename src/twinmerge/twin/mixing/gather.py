@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from twinmerge.errors import ModelError
 from twinmerge.models.headed import HeadedModel
 from twinmerge.twin.mixing.kinds import takes_factors
 from twinmerge.twin.mixing.parts import Dense, Low, Masks, Part
-from twinmerge.twin.split import Exclusive, Masked
+from twinmerge.twin.split import Exclusive, Masked, shared_vectors
 
 
 class Place(NamedTuple):
@@ -40,6 +41,51 @@ def tensors_of(expert: Exclusive, name: str) -> list[Tensor]:
     if name in expert.masked:
         return [expert.masked[name].vector]
     return [expert.dense[name]] if name in expert.dense else []
+
+
+def require_known(known: Collection[str], experts: Sequence[Exclusive]) -> None:
+    """Refuse experts that change what the model does not have.
+
+    Args:
+        known: canonical names of what it has.
+
+    Raises:
+        ModelError: such a name.
+    """
+    if missing := sorted({n for e in experts for n in e.names if n not in known}):
+        raise ModelError(
+            f"The model has no parameter {missing[0]!r}, which the experts change. Build the twin on the model that "
+            "they were tuned from."
+        )
+
+
+def broken_parts(experts: Sequence[Exclusive]) -> dict[int, str]:
+    """Number of an expert -> name of a parameter for which its part holds NaN or infinity."""
+    finite = {id(v): bool(v.isfinite().all()) for v in shared_vectors(experts).values()}  # each looked at once
+
+    def whole(tensor: Tensor) -> bool:
+        return finite[id(tensor)] if id(tensor) in finite else bool(tensor.isfinite().all())
+
+    return {
+        i: name
+        for i, e in enumerate(experts)
+        for name in sorted(e.names)
+        if not all(whole(t) for t in tensors_of(e, name))
+    }
+
+
+def refuse_broken(broken: Mapping[int, str], used: Sequence[int]) -> None:
+    """Refuse experts whose parts are no numbers; those of no weight are never read.
+
+    Raises:
+        ModelError: such an expert.
+    """
+    for expert in used:
+        if expert in broken:
+            raise ModelError(
+                f"The part of expert number {expert} for {broken[expert]!r} holds NaN or infinity. Build the twin "
+                "again."
+            )
 
 
 def gather(name: str, experts: Sequence[Exclusive], place: Place) -> Part:

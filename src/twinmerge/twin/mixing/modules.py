@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from twinmerge.twin.mixing.forward import Apart, Forward, State
 from twinmerge.twin.mixing.kinds import channels_last, matrix_of, multiplies, rows_with_biases, runs, takes_factors
 from twinmerge.twin.mixing.masked_modules import MaskedConv2d, MaskedEmbedding, MaskedLinear
 from twinmerge.twin.mixing.mixture import Mixture
+from twinmerge.twin.mixing.norms import Norm, norm_of
 from twinmerge.twin.mixing.parts import Dense, Low, Masks, Part
 
 RELATIVE_BIAS = ("compute_bias", "compute_position_bias")
@@ -32,54 +34,43 @@ RELATIVE_BIAS = ("compute_bias", "compute_position_bias")
 def attach(
     state: State, path: str, module: nn.Module, parent: nn.Module | None, parameters: Mapping[str, Part | Converted]
 ) -> Forward:
-    """Let one module add its rows' parts, by its kind."""
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    matrix = weight if isinstance(weight, (Low, Masks)) else None
-    masked = isinstance(weight, Masks)
-    gain, shift = (part if isinstance(part, Dense) else None for part in (weight, bias))
-    known = set(parameters) <= {"weight", "bias"} and not any(isinstance(p, Converted) for p in parameters.values())
-    if known and multiplies(module):
-        return (MaskedLinear if masked else _Linear)(state, path, module, matrix, shift)
-    if known and isinstance(module, nn.Embedding) and matrix is not None:
-        made = (MaskedEmbedding if masked else _Embedding)(state, path, module, matrix)
-        if not runs(module, nn.Embedding):
-            _Lookups(made, module)
-        if (method := next((m for m in RELATIVE_BIAS if hasattr(parent, m)), None)) is not None:
-            assert parent is not None
-            _RelativeBias(made, parent, method)
-        return made
-    if known and isinstance(module, nn.Conv2d) and takes_factors(module):
-        return (MaskedConv2d if masked else _Conv2d)(state, path, module, matrix, shift)
-    if known and runs(module, nn.BatchNorm2d):
-        return _BatchNorm2d(state, path, module, gain, shift)
-    if known and runs(module, nn.LayerNorm):
-        return _Norm(state, path, module, gain, shift, 0.0)
-    if set(parameters) == {"weight"} and (offset := rms_offset(module)) is not None:
-        return _Norm(state, path, module, gain, shift, offset)
-    return Apart(state, path, module, {(module, a): part for a, part in parameters.items()})
+    """Let one module add its rows' parts, by its kind; by dense weights for rows of one mixture, where its kind has no
+    closed form for these parts."""
+    made = _closed(state, path, module, parent, parameters)
+    if made is None:
+        return Apart(state, path, module, {(module, a): part for a, part in parameters.items()})
+    if {a for _, a in made.parts} != set(parameters):
+        raise AssertionError(f"{type(made).__name__} of {path!r} uses not all of {sorted(parameters)}")
+    return made
 
 
-def rms_offset(module: nn.Module) -> float | None:
-    """o where the module is (o + g) · x / √(mean(x²) + ε), o being 0 or 1, checked on numbers; else None."""
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 1 or "Norm" not in type(module).__name__ or isinstance(module, nn.LayerNorm):
+def _closed(
+    state: State, path: str, module: nn.Module, parent: nn.Module | None, parameters: Mapping[str, Part | Converted]
+) -> Forward | None:
+    """What adds the parts in closed form, all of them; None where there is nothing that does."""
+    weight, shift = parameters.get("weight"), parameters.get("bias")
+    if not set(parameters) <= {"weight", "bias"} or not isinstance(shift, (Dense, NoneType)):
         return None
-    x = torch.linspace(-1.0, 2.0, 3 * len(weight), dtype=weight.dtype, device=weight.device).reshape(1, 3, -1)
-    with torch.no_grad():
-        try:
-            got, scaled = type(module).forward(module, x), _rms_scaled(module, x)
-        except Exception:  # whatever it takes, it takes no x alone
-            return None
-    if not isinstance(got, Tensor) or got.shape != scaled.shape:
-        return None
-    same = (o for o in (0.0, 1.0) if torch.allclose(got, scaled * (o + weight), rtol=1e-2, atol=1e-3))
-    return next(same, None)
-
-
-def _rms_scaled(module: nn.Module, x: Tensor) -> Tensor:
-    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or torch.finfo(x.dtype).eps
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if isinstance(weight, (Low, Masks, NoneType)):
+        masked = isinstance(weight, Masks)
+        if multiplies(module):
+            return (MaskedLinear if masked else _Linear)(state, path, module, weight, shift)
+        if isinstance(module, nn.Embedding) and weight is not None:
+            made = (MaskedEmbedding if masked else _Embedding)(state, path, module, weight)
+            if not runs(module, nn.Embedding):
+                _Lookups(made, module)
+            if (method := next((m for m in RELATIVE_BIAS if hasattr(parent, m)), None)) is not None:
+                assert parent is not None
+                _RelativeBias(made, parent, method)
+            return made
+        if isinstance(module, nn.Conv2d) and takes_factors(module):
+            return (MaskedConv2d if masked else _Conv2d)(state, path, module, weight, shift)
+    if isinstance(weight, (Dense, NoneType)):
+        if runs(module, nn.BatchNorm2d):
+            return _BatchNorm2d(state, path, module, weight, shift)
+        if (norm := norm_of(module)) is not None:
+            return _Norm(state, path, module, weight, shift, norm)
+    return None
 
 
 def _pieces(place: Forward, part: Low, mixture: Mixture, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -187,29 +178,30 @@ class _Conv2d(Forward):
 
 
 class _Norm(Forward):
-    """y = x̂ · (o + g + w · dg) + (b + w · db), with x̂ the input normalised without any affine part; nn.LayerNorm (o
-    = 0) and RMSNorm's kind."""
+    """y = x̂ · (o + g + w · dg) + (b + w · db), with x̂ the input normalised without any affine part: of LayerNorm and
+    RMSNorm's kind."""
 
     def __init__(
-        self, state: State, path: str, module: nn.Module, weight: Dense | None, bias: Dense | None, offset: float
+        self, state: State, path: str, module: nn.Module, weight: Dense | None, bias: Dense | None, norm: Norm
     ) -> None:
         super().__init__(state, path, module, weight, bias)
-        self.offset = offset
+        self.norm = norm
 
     def mixed(self, x: Tensor, mixture: Mixture) -> Tensor:
-        gain: Tensor = self.module.weight
+        gain: Any = self.module.weight
         shift: Any = getattr(self.module, "bias", None)
         if self.weight is not None:
             gain = gain + channels_last(self.dense(self.weight, mixture, len(x)), x)
         if self.bias is not None:
             shift = shift + channels_last(self.shift(x, mixture), x)
-        if not isinstance(self.module, nn.LayerNorm):
-            return _rms_scaled(self.module, x) * (self.offset + gain)
-        shape, eps = list(self.module.normalized_shape), self.module.eps
-        if mixture.uniform:
-            return F.layer_norm(x, shape, gain.flatten(), None if shift is None else shift.flatten(), eps)
-        scaled = F.layer_norm(x, shape, eps=eps)
-        return scaled * gain if shift is None else torch.addcmul(shift, scaled, gain)
+        if self.norm.layer and mixture.uniform:
+            flat = [None if each is None else each.flatten() for each in (gain, shift)]
+            return F.layer_norm(x, [self.norm.width], flat[0], flat[1], self.norm.eps or 0.0)
+        scaled, offset = self.norm.scaled(x), self.norm.offset
+        if gain is not None:
+            gain = gain + offset if offset else gain
+            return scaled * gain if shift is None else torch.addcmul(shift, scaled, gain)
+        return scaled if shift is None else scaled + shift
 
 
 class _BatchNorm2d(Forward):

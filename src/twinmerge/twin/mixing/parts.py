@@ -55,7 +55,7 @@ class Low(nn.Module):
 
     def mixed(self, parameter: Tensor, weights: Tensor) -> Tensor:
         """The parameter plus Σ wt bt at for weights (experts,); experts without weight stay untouched."""
-        total = parameter.flatten(1)
+        total = parameter.flatten(1) if parameter.dim() > 1 else parameter[:, None]
         for expert in weights.nonzero()[:, 0].tolist():
             if (found := self.of(expert)) is not None:
                 total = torch.addmm(total, found[0], found[1], alpha=float(weights[expert]))

@@ -41,13 +41,7 @@ def one_pass(
         found = model(batch, heads)
     if heads:
         return Answered(found["output"], found["logits"])
-    return Answered(found, _logits(found))
-
-
-def _logits(output: Any) -> Any:
-    """Of a model of transformers its logits; what a module of one's own gives is no more than a tensor where it is
-    one."""
-    return output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return Answered(found, getattr(found, "logits", None))
 
 
 def rebuilt(
@@ -82,7 +76,7 @@ def rebuilt(
             found.append(one_pass(model, batch, heads, early, rows if apart else None))
     if not apart:
         output = _chosen([f.output for f in found], groups, size)
-        return Answered(output, _logits(output))
+        return Answered(output, getattr(output, "logits", None))
     check_alike([f.logits for f in found], dict.fromkeys(heads or ()))
     logits = None if found[0].logits is None else joined([f.logits for f in found])
     back = torch.argsort(torch.cat([rows for _, rows in groups]))

@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from twinmerge.errors import ModelError, UsageError
+from twinmerge.errors import UsageError
 from twinmerge.models.headed import HeadedModel
 from twinmerge.twin.mixing.converted import Converted, Slot, converted
 from twinmerge.twin.mixing.forward import Apart, Forward, Layout, State
-from twinmerge.twin.mixing.gather import Place, gather, places_of, tensors_of
+from twinmerge.twin.mixing.gather import Place, broken_parts, gather, places_of, refuse_broken, require_known
 from twinmerge.twin.mixing.layout import Sample, look, read_elsewhere
 from twinmerge.twin.mixing.mixture import Mixture
 from twinmerge.twin.mixing.modules import attach
 from twinmerge.twin.mixing.parts import Part
 from twinmerge.twin.mixing.sample import made_up, of_batch, signature
-from twinmerge.twin.split import Exclusive, shared_vectors
+from twinmerge.twin.split import Exclusive
 
 
 class Runtime(nn.Module):
@@ -54,18 +54,8 @@ class Runtime(nn.Module):
         self._folded: tuple[list[float], list[nn.Parameter]] | None = None  # of one mixture
         owners = places_of(model)
         names = sorted({n for e in experts for n in e.names})
-        if missing := [n for n in names if n not in owners and n not in model.conversions]:
-            raise ModelError(
-                f"The model has no parameter {missing[0]!r}, which the experts change. Build the twin on the model "
-                "that they were tuned from."
-            )
-        finite = {id(v): bool(v.isfinite().all()) for v in shared_vectors(experts).values()}  # each looked at once
-        self.broken = {
-            i: name
-            for i, e in enumerate(experts)
-            for name in names
-            if not all(finite[id(t)] if id(t) in finite else bool(t.isfinite().all()) for t in tensors_of(e, name))
-        }
+        require_known(owners.keys() | model.conversions.keys(), experts)
+        self.broken = broken_parts(experts)
         changed: dict[str, dict[str, Part | Converted]] = {}
         modules: dict[str, nn.Module] = {}
         for parameter, conversion, own in converted(model.conversions, model.shapes, names):
@@ -238,7 +228,7 @@ class Runtime(nn.Module):
         Args:
             copies: how many entries a row may stand for side by side (beams).
         """
-        self.check(mixture.used)
+        refuse_broken(self.broken, mixture.used)
         alike = mixture.uniform and (biases is None or biases.uniform)
         if self.refused and mixture.used and not alike:
             raise UsageError(
@@ -285,7 +275,7 @@ class Runtime(nn.Module):
         The parameters themselves are not touched: others take their place meanwhile. The weights of the last mixture
         are kept, so that the next call with it starts at once.
         """
-        self.check(weights.nonzero()[:, 0].tolist())
+        refuse_broken(self.broken, weights.nonzero()[:, 0].tolist())
         dense = self._dense_weights(weights)
         own = [place.module._parameters[place.attribute] for place, _ in self.places]
         try:
@@ -320,15 +310,6 @@ class Runtime(nn.Module):
                     made[id(part)] = nn.Parameter(mixed, requires_grad=False)
             self._folded = (weights.tolist(), [made[id(part)] for _, part in self.places])
         return self._folded[1]
-
-    def check(self, used: Sequence[int]) -> None:
-        """Refuse experts whose parts are no numbers; those of no weight are never read."""
-        for expert in used:
-            if expert in self.broken:
-                raise ModelError(
-                    f"The part of expert number {expert} for {self.broken[expert]!r} holds NaN or infinity. Build the "
-                    "twin again."
-                )
 
 
 def _deepest_first(paths: Iterable[str]) -> list[str]:

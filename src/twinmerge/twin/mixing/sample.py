@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from twinmerge.models.rows import PLACES, batch_size
 from twinmerge.twin.mixing.layout import Batch, Sample
@@ -20,7 +21,7 @@ PLAIN = ("attention_mask", "token_type_ids", "position_ids", "labels", "logits_t
 
 def made_up(body: nn.Module) -> Iterator[list[Sample]]:
     """Samples that the model may take, the likeliest first; none where its kind of input cannot be made up."""
-    config: Any = getattr(body, "config", None)
+    config = _config_of(body)
     takes = inspect.signature(body.forward).parameters
     main = getattr(body, "main_input_name", "input_ids")
     dtype = next(body.parameters()).dtype
@@ -61,6 +62,12 @@ def made_up(body: nn.Module) -> Iterator[list[Sample]]:
         yield samples(lambda r, n: {"input_values": torch.randn(r, 480 * n, generator=generator).to(dtype)})
 
 
+def _config_of(body: nn.Module) -> Any:
+    """The config of a model of transformers; what another module calls so says nothing that is known."""
+    config = getattr(body, "config", None)
+    return config if isinstance(config, PretrainedConfig) else None
+
+
 def _of(config: Any, name: str) -> Any:
     """A value of a config, or of the one of its text or pictures."""
     for one in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
@@ -93,7 +100,7 @@ def of_batch(body: nn.Module, batch: Mapping[str, Any]) -> list[Sample] | None:
     takes = inspect.signature(body.forward).parameters
     if "use_cache" in takes:
         given["use_cache"] = False
-    config: Any = getattr(body, "config", None)
+    config = _config_of(body)
     start = getattr(config, "decoder_start_token_id", None)
     decodes = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes
     if decodes and start is not None and not any(k.startswith("decoder_") for k in given):

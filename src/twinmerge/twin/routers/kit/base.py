@@ -15,9 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
-from twinmerge.errors import DataError, RecipeError, UsageError, nearest
+from twinmerge.errors import DataError, RecipeError, TwinmergeError, UsageError, in_one_line, nearest
+from twinmerge.origin import is_ours
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.novelty import Novelty
+
+Reads = Literal["states", "answers"]
 
 
 class Router(nn.Module, ABC):
@@ -63,7 +66,7 @@ class Router(nn.Module, ABC):
 
     needs_inputs: ClassVar[bool] = True
     """False for kinds that are made of the experts; inputs then only calibrate them."""
-    reads: ClassVar[Literal["states", "answers"]] = "states"
+    reads: ClassVar[Reads] = "states"
     """"states": means of the shared model's hidden states; "answers": one number of each expert's own answer."""
     spreads: ClassVar[bool] = False
     """True for kinds that read standard deviations of the states beside their means."""
@@ -166,20 +169,70 @@ class Router(nn.Module, ABC):
         """(rows, experts), before the temperature.
 
         Raises:
-            DataError: features of another width than the router reads.
+            DataError: features of another width than the router reads, or that are not finite.
+            UsageError: what it gives is not one finite number for each row and expert; a router that is not ours fails.
         """
-        if features.shape[-1:] != self.shape[1:]:
-            found = features.shape[-1] if features.dim() else 0
+        experts, width = self.shape
+        if features.dim() != 2 or features.shape[1] != width:
+            given = features.shape[-1] if features.dim() else 0
             raise DataError(
-                f"The router reads {self.shape[1]} features of each input, got {found}. Fit it again on this model and "
+                f"The router reads {width} features of each input, got {given}. Fit it again on this model and "
                 "these layers."
             )
-        return self._logits(features.float())
+        try:
+            found = self._logits(features.float())
+        except TwinmergeError:
+            raise
+        except Exception as error:
+            if is_ours(type(self)):
+                raise
+            raise UsageError(f"The {self.kind} router fails in _logits: {in_one_line(error)}. Mend it.") from error
+        if isinstance(found, Tensor) and not found.is_floating_point():
+            raise UsageError(f"The {self.kind} router gives logits of {found.dtype}. Give a tensor of float32.")
+        if not isinstance(found, Tensor) or found.shape != (len(features), experts):
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UsageError(
+                f"The {self.kind} router gives {shape} logits for {len(features)} rows and {experts} experts. Let it "
+                "give one number for each, or choose another router."
+            )
+        if not bool(found.isfinite().all()):
+            if not bool(features.isfinite().all()):
+                raise DataError(
+                    "What the router reads of these inputs holds NaN or infinity. Look for damage in the shared model, "
+                    "or name the expert."
+                )
+            raise UsageError(
+                f"The {self.kind} router gives logits that are not finite. Fit it on other inputs or layers, or choose "
+                "another router."
+            )
+        return found
 
     def weights(self, features: Tensor, experts_per_row: int | None = 1) -> Tensor:
         """Mixtures (rows, experts), each ≥ 0 with sum 1: softmax(logits / temperature), the `experts_per_row`
         largest, renormalised."""
         return top_weights(torch.softmax(self.logits(features) / self.temperature, -1), experts_per_row)
+
+    def mixtures(self, features: Tensor, experts: int, experts_per_row: int | None) -> tuple[Tensor, Tensor]:
+        """What `weights` and `far` give, looked at.
+
+        Args:
+            experts: of the twin.
+
+        Raises:
+            UsageError: it is not one mixture for each row, with weights ≥ 0 and sum 1, and one truth.
+        """
+        weights, far = self.weights(features, experts_per_row), self.far(features)
+        rows = len(features)
+        sound = isinstance(weights, Tensor) and weights.shape == (rows, experts)
+        if not sound or not bool((weights >= 0).all()) or not bool(((weights.sum(1) - 1).abs() <= 1e-3).all()):
+            what = f"{list(weights.shape)} weights" if isinstance(weights, Tensor) else type(weights).__name__
+            raise UsageError(
+                f"The {self.kind} router gives {what} for {rows} rows and {experts} experts that are no mixtures: at "
+                "least 0, and 1 in sum. Fit it again with these experts, or choose another router."
+            )
+        if not isinstance(far, Tensor) or far.shape != (rows,) or far.dtype != torch.bool:
+            raise UsageError(f"The {self.kind} router says not of each row whether it is far. Give one truth for each.")
+        return weights, far
 
     def far(self, features: Tensor) -> Tensor:
         """(rows,): True for rows that are nobody's, which the shared model answers alone."""

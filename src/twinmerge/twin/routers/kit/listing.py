@@ -7,7 +7,7 @@ from typing import Any
 from twinmerge.arguments import strict
 from twinmerge.results import Listing
 from twinmerge.twin.routers.kit.base import Router, fields_of
-from twinmerge.twin.routers.kit.registry import router_class, router_names
+from twinmerge.twin.routers.kit.registry import ROUTERS, router_class
 
 
 class Routers(Listing):
@@ -28,7 +28,7 @@ def list_routers(router: str | None = None) -> Routers:
         >>> list_routers("knn")["knn"]["needs_inputs"]
         True
     """
-    classes = {name: router_class(name) for name in (router_names() if router is None else [router])}
+    classes = ROUTERS.all() if router is None else {router: router_class(router)}
     return Routers({name: _about(cls) for name, cls in classes.items()})
 
 
