@@ -265,10 +265,6 @@ W = "parameters: {weight: 1}"
         ),
         ("{merge_method: slerp, base_model: b, models: [{model: a}]}", "slerp needs t, for all models together"),
         (
-            f"{{merge_method: ties, base_model: b, models: [{{model: a, {W}}}], parameters: {{rescale: true}}}}",
-            "ties with rescale: true",
-        ),
-        (
             "{merge_method: iso_c, base_model: b, models: [{model: a}]}",
             "iso_c is a method of twinmerge.*Add `twinmerge: 1`",
         ),
@@ -299,15 +295,8 @@ OTHERS = [
     "nuslerp",
     "multislerp",
     "karcher",
-    "della",
-    "della_linear",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "sce",
     "nearswap",
     "arcee_fusion",
-    "ram",
-    "ramplus_tl",
 ]
 
 

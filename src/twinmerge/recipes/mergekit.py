@@ -42,15 +42,8 @@ NEAREST = {
     "nuslerp": "slerp",
     "multislerp": "slerp",
     "karcher": "slerp",
-    "della": "dare_ties",
-    "della_linear": "dare_linear",
-    "breadcrumbs": "task_arithmetic",
-    "breadcrumbs_ties": "ties",
-    "sce": "ties",
     "nearswap": "slerp",
     "arcee_fusion": "slerp",
-    "ram": "task_arithmetic",
-    "ramplus_tl": "task_arithmetic",
 }
 """A method of mergekit -> the nearest that there is, as long as no class here says that it is that method."""
 SWITCHES = (
