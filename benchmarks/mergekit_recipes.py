@@ -193,7 +193,7 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
 
 def _last(said: str) -> str:
     """The last line of what a process said: the error."""
-    lines = [line for line in said.strip().splitlines() if line.strip()]
+    lines = [line for line in said.strip().split("\n") if line.strip()]
     return lines[-1].removeprefix("Error: ")[:120] if lines else "fails"
 
 

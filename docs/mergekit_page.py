@@ -93,10 +93,9 @@ def page(by_hand: str) -> str:
         "| --- | --- | --- |",
         *(f"| `{theirs}` | `{name}` | {parameters(dialect)} |" for theirs, (name, dialect) in sorted(methods.items())),
     ]
-    if left := sorted(set(mergekit.NEAREST) - methods.keys()):
-        lines += ["", f"Not there yet: {', '.join(left)}."]
     unused = sorted(p for p in PARAMETERS if not any(p in d.own or p in d.shared for _, d in methods.values()))
-    lines += ["", f"Parameters of no method here, ignored with a warning: {', '.join(f'`{p}`' for p in unused)}."]
+    if unused:
+        lines += ["", f"Parameters of no method here, ignored with a warning: {', '.join(f'`{p}`' for p in unused)}."]
     lines += ["", "## Options of the command", "", "| mergekit | here |", "| --- | --- |"]
     lines += [f"| `{name}` | {option_said(name)} |" for name in sorted(OPTIONS)]
     lines += ["", "## Commands", "", "| mergekit | here |", "| --- | --- |"]

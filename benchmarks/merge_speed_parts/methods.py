@@ -15,6 +15,21 @@ from kit.family import Family
 COMPARE_BLOCK = 1 << 22
 
 
+ON_DELTAS: dict[str, tuple[dict[str, float], dict[str, float | str]]] = {
+    "task_arithmetic": ({"weight": 0.3}, {"normalize": "false"}),
+    "ties": ({"density": 0.2, "weight": 1.0}, {"normalize": "true"}),
+    "dare_ties": ({"density": 0.5, "weight": 1.0}, {"normalize": "true"}),
+    "breadcrumbs": ({"density": 0.9, "weight": 0.3}, {"gamma": 0.01}),
+    "breadcrumbs_ties": ({"density": 0.9, "weight": 1.0}, {"gamma": 0.01, "normalize": "true"}),
+    "della": ({"density": 0.5, "weight": 1.0}, {"epsilon": 0.15}),
+    "della_linear": ({"density": 0.5, "weight": 0.3}, {"epsilon": 0.15}),
+    "sce": ({}, {"select_topk": 0.1}),
+    "ram": ({}, {}),
+    "ramplus_tl": ({}, {}),
+}
+"""A method on changes to a base -> what its recipe says of each expert, and of all."""
+
+
 def recipe(method: str, experts: Sequence[str]) -> tuple[str, list[str]]:
     """The recipe that both tools read, and the models that it reads."""
 
@@ -27,17 +42,13 @@ def recipe(method: str, experts: Sequence[str]) -> tuple[str, list[str]]:
     everything = ["base", *experts]
     if method == "linear":
         names, body = everything, models(everything, weight=1.0)
-    elif method == "task_arithmetic":
-        names = everything
-        body = "base_model: ./base\n" + models(experts, weight=0.3) + "parameters:\n  normalize: false\n"
     elif method == "slerp":
         names = list(experts[:2])
         body = f"base_model: ./{names[0]}\n" + models(names) + "parameters:\n  t: 0.5\n"
-    elif method in ("ties", "dare_ties"):
-        names = everything
-        density = 0.2 if method == "ties" else 0.5
-        body = "base_model: ./base\n" + models(experts, density=density, weight=1.0)
-        body += "parameters:\n  normalize: true\n"
+    elif method in ON_DELTAS:
+        names, (own, shared) = everything, ON_DELTAS[method]
+        body = "base_model: ./base\n" + models(experts, **own)
+        body += "".join(["parameters:\n", *(f"  {key}: {value}\n" for key, value in shared.items())] if shared else [])
     else:
         raise SystemExit(f"There is no recipe for {method!r} here.")
     return f"merge_method: {method}\n{body}dtype: bfloat16\n", names

@@ -123,8 +123,15 @@ def test_bracket_of_a_sample_holds_the_rank_and_counts_what_is_above() -> None:
         assert exact in found.shared[1]
 
 
-def test_bracket_is_none_where_nothing_is_kept_or_too_many_values_lie_inside() -> None:
-    assert bracket(torch.tensor([[1, 2, 3]], dtype=torch.int32), torch.tensor([0])) is None
+def test_bracket_of_an_expert_that_keeps_nothing_is_above_all_numbers() -> None:
+    found = bracket(torch.tensor([[1, 2, 3], [1, 2, 3]], dtype=torch.int32), torch.tensor([0, 2]), 1 << 31)
+    assert found is not None and found.low.tolist() == [never(torch.float32), 0]
+    row = torch.tensor([0.0, float("inf"), -3.4e38])
+    above, bins, ties, between = in_bracket(row, found, 0)
+    assert (above, bins.tolist(), ties, between) == (0, [], [0] * 4, 0)
+
+
+def test_bracket_is_none_where_too_many_values_lie_inside() -> None:
     assert bracket(torch.tensor([[1, 2, 2**30]], dtype=torch.int32), torch.tensor([2])) is None
 
 

@@ -296,6 +296,81 @@ def dare_ties(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays
     return elect_and_merge(trim(dropped, p.trim_density, p.scope), p)
 
 
+def restored(left: np.ndarray, row: np.ndarray, p: SimpleNamespace) -> np.ndarray:
+    """With the L1 norm of `row`, if that is asked for."""
+    rest = np.abs(left).sum()
+    return left * (np.abs(row).sum() / rest) if p.rescale == "l1" and rest > 0 else left
+
+
+def summed(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    by = each(p.weights, len(experts)).sum() if p.normalize else 1.0
+    return {n: v / by for n, v in task_arithmetic(x, experts, p).items()}
+
+
+def magnitude(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    left = trim({n: v.copy() for n, v in x.items()}, p.density, p.scope)
+    rows = {n: [restored(a, b, p) for a, b in zip(v, x[n], strict=True)] for n, v in left.items()}
+    return summed({n: np.stack(v) for n, v in rows.items()}, experts, p)
+
+
+def bands(x: Arrays, p: SimpleNamespace) -> Arrays:
+    """What Breadcrumbs leaves, by a stable sort of every tensor or row."""
+    assert p.compat == "paper"
+    out = {}
+    for n, v in x.items():
+        rows = []
+        shares = zip(each(p.density, len(v)), each(p.gamma, len(v)), strict=True)
+        for row, (density, gamma) in zip(v, shares, strict=True):
+            left = np.zeros_like(row)
+            flat = (-1, row.shape[-1]) if p.scope == "row" and row.ndim and row.size else (1, row.size)
+            for part, to in zip(row.reshape(flat), left.reshape(flat), strict=True):
+                cut, keep = (int(np.floor(share * part.size + 1e-9)) for share in (gamma, density))
+                kept = np.argsort(-np.abs(part), kind="stable")[cut : cut + keep]
+                to[kept] = part[kept]
+            rows.append(restored(left, row, p))
+        out[n] = np.stack(rows)
+    return out
+
+
+def breadcrumbs(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    return summed(bands(x, p), experts, p)
+
+
+def breadcrumbs_ties(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    return elect_and_merge(bands(x, p), p)
+
+
+def magpruned(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    """What DELLA leaves: the chance of every entry by its rank in its row."""
+    assert p.compat == "paper"
+    out = {}
+    for n, v in x.items():
+        rows = []
+        shares = zip(each(p.density, len(v)), each(p.epsilon, len(v)), strict=True)
+        for e, row, (density, epsilon) in zip(experts, v, shares, strict=True):
+            length = row.shape[-1] if row.ndim else 1
+            q = np.empty(row.size)
+            for at in range(0, row.size, max(length, 1)):
+                for rank, i in enumerate(np.argsort(np.abs(row.reshape(-1)[at : at + length]), kind="stable")):
+                    slope = 2 * rank / (length - 1) - 1 if length > 1 and 0 < density < 1 else 0.0
+                    q[at + i] = density + epsilon * slope
+            q = q.reshape(row.shape)
+            kept = row * (uniform(p.seed, e, n, 0, row.size).numpy().reshape(row.shape) < q.astype(np.float32))
+            divided = (kept / np.maximum(q, 1e-30)).astype(p.rounded).astype(np.float64)
+            rows.append(divided if p.rescale == "inverse_keep" else restored(kept, row, p))
+        out[n] = np.stack(rows)
+    return out
+
+
+def della_linear(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    return summed(magpruned(x, experts, p), experts, p)
+
+
+def della(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    left = magpruned(x, experts, p)
+    return elect_and_merge({n: v.astype(p.rounded).astype(np.float64) for n, v in left.items()}, p)
+
+
 def slerp(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
     out = {}
     for n, (a, b) in x.items():
@@ -555,7 +630,10 @@ def regmean(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
 TRANSCRIPTIONS = {
     f.__name__: f
     for f in (average, fisher, regmean, task_arithmetic, ties, dare, dare_ties, slerp, tall_masks, consensus, emr)
-} | {f.__name__: f for f in (magmax, tsv, svc, iso_c, iso_cts, wudi, knots, opcm, null_space, continual_ties)}
+} | {f.__name__: f for f in (magnitude, breadcrumbs, breadcrumbs_ties, della_linear, della)}
+TRANSCRIPTIONS |= {
+    f.__name__: f for f in (magmax, tsv, svc, iso_c, iso_cts, wudi, knots, opcm, null_space, continual_ties)
+}
 """Of a method that is not here `test_<method>.py` has it as `transcription`."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,15 +91,27 @@ def of_its_tests(name: str, what: str) -> list[dict[str, Any]]:
 
 
 def cases(**more: dict[str, list[dict[str, Any]]]) -> Iterator[Any]:
+    """Those that a method's tests list as SLOW_VARIANTS or SLOW_OTHERS run with the slow tests."""
     for name in method_names():
         own = [p for what, table in more.items() for p in [*table.get(name, []), *of_its_tests(name, what)]]
-        for parameters in [{}, *own]:
-            yield pytest.param(name, parameters, id=" ".join([name, *(f"{k}={v}" for k, v in parameters.items())]))
+        slow = [p for what in more for p in of_its_tests(name, f"SLOW_{what}")]
+        for parameters in [{}, *own, *slow]:
+            case = " ".join([name, *(f"{k}={v}" for k, v in parameters.items())])
+            yield pytest.param(name, parameters, id=case, marks=[pytest.mark.slow] * (parameters in slow))
 
 
 TRANSCRIBED, ALL = list(cases(VARIANTS=VARIANTS)), list(cases(VARIANTS=VARIANTS, OTHERS=OTHERS))
 SHARED = [check for check in METHOD_CHECKS if check.__name__ != "_is_the_same_in_any_pieces"]
 """What is left out is below, with threads beside it."""
+
+
+NARROW = {"epsilon"}
+"""Parameters that must be small beside others."""
+
+
+def by_expert(field: str, experts: Iterable[str], first: int) -> dict[str, float]:
+    """A value of its own for each expert."""
+    return {e: (i + first) / (64 if field in NARROW else 8) for i, e in enumerate(experts)}
 
 
 def count(name: str) -> int:
@@ -164,7 +176,7 @@ def test_parameters_per_expert_go_to_their_expert(methods, name):
     cls = method_class(name)
     base, experts = methods.problem(count(name), seed=2)
     for field in filter(lambda f: is_per_expert(cls, f), cls.model_fields):
-        chosen = {field: {e: (i + 1) / 8 for i, e in enumerate(experts)}}
+        chosen = {field: by_expert(field, experts, 1)}
         got = methods.combine(name, base, experts, **chosen)
         for tensor, want in methods.transcribe(name, base, experts, **chosen).items():
             assert_within_ulp(name, got[tensor], want)
@@ -315,9 +327,7 @@ def obeying(law: str, table: list[Any] = ALL) -> list[Any]:
 def test_symmetric_same_bits_in_any_dict_order(methods, tmp_path, name, parameters, same_bits):
     files = on_disk(tmp_path, *methods.problem(count(name), seed=4))
     cls = method_class(name)
-    own = {
-        f: {e: (i + 2) / 8 for i, e in enumerate(files["experts"])} for f in cls.model_fields if is_per_expert(cls, f)
-    }
+    own = {f: by_expert(f, files["experts"], 2) for f in cls.model_fields if is_per_expert(cls, f)}
     chosen = {**own, **parameters}
     one = merge(methods, name, **files, **chosen).state_dict()
     files["experts"] = dict(sorted(files["experts"].items(), key=lambda item: item[0] in "xv"))

@@ -10,6 +10,8 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.registry import make_method
 from twinmerge.recipes.recipe import Recipe
 
+SLOW_OTHERS = [{"compat": "mergekit", "rescale": "l1"}]
+
 R1 = [0.9, -0.1, 0.5, 0, -0.7, 0.2, 0.05, -0.3, 0.6, -0.02]
 R2 = [0.8, 0.3, -0.6, 0.1, 0.7, -0.2, 0.04, -0.4, -0.1, 0.01]
 R3 = [-0.2, 0.25, 0.55, -0.9, 0.1, 0.3, -0.06, -0.5, 0, 0.03]
@@ -287,3 +289,15 @@ def test_what_the_semantics_decide_is_said_and_nothing_else_is_taken(name, compa
     assert make_method(name, ("a",), {**chosen, field: decided}) == make_method(name, ("a",), chosen)
     with pytest.raises(TwinmergeError, match=f"compat={compat} goes with {field}={decided}, got {field}='{other}'"):
         make_method(name, ("a",), {**chosen, field: other})
+
+
+# ------------------------------------------------------------------------------------------- rescale
+
+
+def test_the_l1_norm_of_each_tensor_and_expert_is_restored_before_the_election(merge_rows):
+    """(0, 0, -4, 5) of norm 12 becomes (0, 0, -16/3, 20/3), against (0, 5, 5, 0) of norm 10."""
+    rows = [[1.0, 2, -4, 5], [0.0, 5, 5, 0]]
+    for compat in ("paper", "mergekit"):
+        chosen = {"density": 0.5, "scope": "tensor", "merge": "sum", "compat": compat}
+        close(merge_rows("ties", rows, **chosen), [0, 5, 5, 5])
+        close(merge_rows("ties", rows, rescale="l1", **chosen), [0, 5, -16 / 3, 20 / 3])

@@ -392,7 +392,7 @@ class Louder(Method):
     aliases = ("loud",)
     spellings: ClassVar[dict[str, Number | Switch]] = {"shout": Switch("how", "high", "low")}
     mergekit: ClassVar[dict[str, Dialect]] = {
-        "breadcrumbs": Dialect({"weight": Number("weights"), "gamma": Number("cut", 0.01)}),
+        "crumbs": Dialect({"weight": Number("weights"), "gamma": Number("cut", 0.01)}),
         "louder_still": Dialect(
             {"weight": Number("weights")}, {"shout": Switch("how", "high", "low"), "volume": Number("scale")}
         ),
@@ -426,7 +426,7 @@ def listed(method: str, **parameters: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("louder")
 def test_a_method_brings_mergekits_names_and_defaults_of_it_along():
-    recipe = recipe_from(listed("breadcrumbs", gamma=0.1))
+    recipe = recipe_from(listed("crumbs", gamma=0.1))
     made = recipe.make_method()
     assert recipe.method == "louder" and (made.weights, made.cut, made.compat) == ((0.5, 2.0), (0.1, 0.1), "mergekit")
     made = recipe_from(listed("louder_still", shout="yes", volume=3)).make_method()
@@ -436,8 +436,8 @@ def test_a_method_brings_mergekits_names_and_defaults_of_it_along():
     with pytest.raises(TwinmergeError, match="shout is 'maybe', which is neither true nor false"):
         recipe_from(listed("louder_still", shout="maybe", volume=3))
     with pytest.warns(UserWarning, match="ignored, as by mergekit: 'volume', which is no parameter of mergekit"):
-        recipe_from(listed("breadcrumbs", volume=3))
-    with pytest.raises(TwinmergeError, match="where this is called breadcrumbs. Add `twinmerge: 1`"):
+        recipe_from(listed("crumbs", volume=3))
+    with pytest.raises(TwinmergeError, match="where this is called crumbs. Add `twinmerge: 1`"):
         recipe_from(listed("louder"))
     with pytest.raises(TwinmergeError, match="Unknown method 'louder_stil'. Did you mean 'louder_still'"):
         recipe_from(listed("louder_stil"))
@@ -464,3 +464,45 @@ for name in (*alone, "slerp", "task_arithmetic", "dare_linear", "model_stock"):
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
+
+
+ONE = {"weights": (0.5, 2.0)}
+SPARSE: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    # of mergekit: what the recipe says of all; the method here; its fields
+    "breadcrumbs": ({}, "breadcrumbs", {**ONE, "density": (1.0, 1.0), "gamma": (0.01, 0.01), "rescale": "none"}),
+    "breadcrumbs_ties": ({"normalize": True}, "breadcrumbs_ties", {**ONE, "gamma": (0.01, 0.01), "merge": "mean"}),
+    "della": ({}, "della", {**ONE, "epsilon": (0.15, 0.15), "rescale": "l1", "merge": "mean", "tie": "positive"}),
+    "della_linear": ({"rescale": False}, "della_linear", {**ONE, "density": (1.0, 1.0), "rescale": "none"}),
+    "sce": ({}, "sce", {"select_topk": 1.0, "tie": "positive"}),
+    "ram": ({"epsilon": 0.1}, "ram", {"epsilon": 0.1}),
+    "ramplus_tl": ({}, "ram_plus", {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2, "scope": "tensor"}),
+    "ties": ({"rescale": True}, "ties", {**ONE, "rescale": "l1", "scope": "tensor"}),
+}
+
+
+@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.filterwarnings("ignore:recipe. ignored")
+def test_sparse_methods_have_mergekits_defaults(method):
+    said, name, fields = SPARSE[method]
+    recipe = recipe_from(listed(method, int8_mask=True, **said))
+    made = recipe.make_method()
+    assert recipe.method == name and recipe.semantics == "mergekit" and made.scale == 1.0
+    assert {key: getattr(made, key) for key in fields} == fields
+
+
+def test_gradients_aside_each_model_has_shares_of_its_own():
+    raw = listed("della", density=0.5, epsilon=0.3)
+    raw["models"][0]["parameters"] |= {"density": 0.7, "epsilon": 0.2}
+    made = recipe_from(raw).make_method()
+    assert (made.density, made.epsilon) == ((0.7, 0.5), (0.2, 0.3))
+
+
+def test_a_density_that_mergekits_epsilon_forbids_is_refused():
+    with pytest.raises(TwinmergeError, match="della: keep chances of 'a' go from .* = 0.75 to .* = 1.05"):
+        recipe_from(listed("della", density=0.9)).make_method()
+
+
+@pytest.mark.parametrize("method", ["sce", "ram", "ramplus_tl"])
+def test_weights_that_mergekit_ignores_are_told_of(method):
+    with pytest.warns(UserWarning, match=f"weight of 'x/a', which {method} does not use"):
+        recipe_from(listed(method))

@@ -262,10 +262,6 @@ W = "parameters: {weight: 1}"
         ),
         ("{merge_method: slerp, base_model: b, models: [{model: a}]}", "slerp needs t, for all models together"),
         (
-            f"{{merge_method: ties, base_model: b, models: [{{model: a, {W}}}], parameters: {{rescale: true}}}}",
-            "ties with rescale: true",
-        ),
-        (
             "{merge_method: iso_c, base_model: b, models: [{model: a}]}",
             "iso_c is a method of twinmerge.*Add `twinmerge: 1`",
         ),
@@ -289,25 +285,6 @@ W = "parameters: {weight: 1}"
 def test_mistakes_are_named(text, message):
     with pytest.raises(TwinmergeError, match=message):
         parse(text)
-
-
-OTHERS = [
-    "della",
-    "della_linear",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "sce",
-    "ram",
-    "ramplus_tl",
-]
-
-
-@pytest.mark.parametrize("method", OTHERS)
-def test_other_methods_of_mergekit_are_refused_by_name(method):
-    with pytest.raises(
-        TwinmergeError, match=f"{method} is a method of mergekit that twinmerge does not have yet. The nearest is "
-    ):
-        parse(f"{{merge_method: {method}, base_model: b, models: [{{model: a}}, {{model: c}}]}}")
 
 
 # -------------------------------------------------------------------------------------- our schema

@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 4
+#define VERSION 5
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -34,7 +34,7 @@
 #define JOIN(a, b) JOIN_(a, b)
 
 enum { BF16, F16, F32 };             /* codes of dtypes */
-enum { LINEAR, MEAN, SUM, LARGEST }; /* how the experts' values combine */
+enum { LINEAR, MEAN, SUM, LARGEST, OVERLAP }; /* how the experts' values combine */
 
 /* Memory of a file has no alignment to rely on. */
 typedef uint16_t __attribute__((aligned(1), may_alias)) stored16;
@@ -49,12 +49,19 @@ typedef struct {
     const double *factors;      /* of what is kept */
     const uint32_t *thresholds; /* NULL: no entry is trimmed */
     const int64_t *rooms;       /* how many entries equal to the threshold are kept */
+    const uint32_t *cuts;       /* the same of what a trim would keep, and is cut; NULL: nothing is cut */
+    const int64_t *cut_rooms;
+    const double *after;        /* factors of what is left; NULL: none */
     const double *votes;
     const uint8_t *flip;        /* the experts whose side is the other one */
     const double *importances;  /* factors of the Fisher information */
     const double *floors;       /* of it */
+    double divides;             /* what a mean is divided by at least; 0: by its own least weight */
+    int64_t select_room;        /* of the threshold below */
+    int32_t selects, select;    /* whether entries are selected by their spread over the experts, and from which on */
     int32_t deltas, combine, tie;
     int32_t rounds;             /* votes are summed in float, each product rounded, whatever WORK is */
+    int32_t ready;              /* 0: values are as stored; else deltas that are summed in float (1) or double (2) */
 } Rule;
 
 typedef struct {
@@ -64,6 +71,7 @@ typedef struct {
     const uint8_t *codes; /* of base, experts and out */
     size_t size;
     uint64_t offset;
+    float *staged; /* where the experts' values go before they are combined, a row each; NULL: they are combined */
 } Range;
 
 typedef struct {
@@ -153,12 +161,71 @@ INLINE uint64_t high_product(uint64_t x, uint64_t y, bool pieces) {
     return x1 * y1 + (middle >> 32) + (other >> 32);
 }
 
+/* What becomes of the entries of a row by their rank, of the least magnitude first. */
+typedef struct {
+    size_t length;         /* of a row */
+    bool rising;           /* of equal magnitudes the first comes first, and not the last */
+    const uint64_t *key;   /* of the draws; NULL: none is needed, since `below` says all or nothing */
+    const uint32_t *below; /* an entry is kept if its draw of 24 bits is below */
+    const double *factors; /* of what is kept; NULL: all are 1 */
+} Ranks;
+
+/* Room to sort a row: its entries twice, and their draws. */
+typedef struct {
+    uint64_t *entries, *other;
+    uint32_t *draws;
+} Sorting;
+
+enum { SHORT = 32, MIDDLE = 1024 }; /* rows below are sorted by insertion, or by 8 bits at once, not 11 */
+enum { OCTAVES = 8, DOUBTS = 64 };  /* of magnitudes that are told apart without a sort; entries of a row left to count */
+enum { KEPT = 1 << 30, DOUBTFUL = 1 << 29, DRAW = (1 << 24) - 1 }; /* beside a draw */
+
+/* Distinct entries in order, whose lower 32 bits are in order already; returns where they are. */
+static uint64_t *sorted(uint64_t *x, uint64_t *other, size_t n) {
+    if (n < SHORT) {
+        for (size_t i = 1; i < n; i++) {
+            uint64_t one = x[i];
+            size_t j = i;
+            for (; j && x[j - 1] > one; j--)
+                x[j] = x[j - 1];
+            x[j] = one;
+        }
+        return x;
+    }
+    const int bits = n < MIDDLE ? 8 : 11, digits = (31 + bits - 1) / bits;
+    const uint64_t mask = (1u << bits) - 1;
+    uint32_t counts[4][2048];
+    for (int d = 0; d < digits; d++)
+        memset(counts[d], 0, sizeof(uint32_t) << bits);
+    for (size_t i = 0; i < n; i++)
+        for (int d = 0; d < digits; d++)
+            counts[d][x[i] >> (32 + d * bits) & mask]++;
+    for (int d = 0; d < digits; d++) {
+        int shift = 32 + d * bits;
+        if (counts[d][x[0] >> shift & mask] == n) /* all have this digit, as the low ones of 16-bit models do */
+            continue;
+        uint32_t at = 0;
+        for (uint64_t digit = 0; digit <= mask; digit++) {
+            uint32_t count = counts[d][digit];
+            counts[d][digit] = at;
+            at += count;
+        }
+        for (size_t i = 0; i < n; i++)
+            other[counts[d][x[i] >> shift & mask]++] = x[i];
+        uint64_t *swap = x;
+        x = other, other = swap;
+    }
+    return x;
+}
+
 typedef struct {
     void (*merge[2])(const Rule *, const Range *, Outcome *); /* sums in float, in double */
     void (*weigh)(const Rule *, const Range *, const void *const *, Outcome *);
     void (*gram)(const Range *, size_t, size_t, float *, double *, double *);
     void (*norms)(const void *, int, const void *, int, size_t, const uint64_t *, uint32_t, uint64_t, double *);
     size_t (*bracket)(const void *, int, const void *, int, size_t, int32_t, uint32_t, const int32_t *, int64_t *, int32_t *);
+    void (*spread)(const float *, size_t, int64_t, size_t, float *);
+    bool (*ranked)(const void *, int, const void *, int, size_t, uint64_t, const Ranks *, float *, Sorting);
 } Level;
 
 #define LANES 1 /* blocks of random words at once */
@@ -268,6 +335,152 @@ static TARGET int64_t NAME(trim)(float *restrict x, size_t n, uint32_t threshold
     for (size_t i = 0; i < n; i++)
         x[i] = (int32_t)(as_bits(x[i]) & MAGNITUDE) > above ? x[i] : 0;
     return room - (equal <= room ? equal : 0);
+}
+
+/* Entries above the threshold become zero, and the first `room` equal to it; returns what room is left. */
+static TARGET int64_t NAME(cut)(float *restrict x, size_t n, uint32_t threshold, int64_t room) {
+    uint32_t equal = 0;
+    for (size_t i = 0; i < n; i++)
+        equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
+    if (equal > room && room > 0) {
+        for (size_t i = 0; i < n; i++) {
+            uint32_t size = as_bits(x[i]) & MAGNITUDE;
+            bool gone = size > threshold || (size == threshold && room-- > 0);
+            x[i] = gone ? 0 : x[i];
+        }
+        return 0;
+    }
+    int32_t above = (int32_t)threshold - (equal <= room);
+    for (size_t i = 0; i < n; i++)
+        x[i] = (int32_t)(as_bits(x[i]) & MAGNITUDE) > above ? 0 : x[i];
+    return room - (equal <= room ? equal : 0);
+}
+
+/* The standard deviation over the experts, entry by entry, out of rows of x. */
+static TARGET void NAME(spread)(const float *x, size_t stride, int64_t experts, size_t n, float *restrict to) {
+    double mean[CHUNK], sum[CHUNK];
+    memset(mean, 0, sizeof mean);
+    memset(sum, 0, sizeof sum);
+    for (int64_t e = 0; e < experts; e++)
+        for (size_t i = 0; i < n; i++)
+            mean[i] += x[e * stride + i];
+    for (size_t i = 0; i < n; i++)
+        mean[i] /= (double)experts;
+    for (int64_t e = 0; e < experts; e++)
+        for (size_t i = 0; i < n; i++) {
+            double away = x[e * stride + i] - mean[i];
+            sum[i] += away * away;
+        }
+    for (size_t i = 0; i < n; i++)
+        to[i] = (float)sqrt(sum[i] / (double)experts);
+}
+
+/* All experts' entries become zero where `trim` leaves nothing of their spread; returns what room is left. */
+static TARGET int64_t NAME(pick)(float *x, size_t stride, int64_t experts, size_t n, uint32_t threshold, int64_t room) {
+    float spread[CHUNK];
+    NAME(spread)(x, stride, experts, n, spread);
+    room = NAME(trim)(spread, n, threshold, room);
+    for (int64_t e = 0; e < experts; e++) {
+        float *row = x + e * stride;
+        for (size_t i = 0; i < n; i++)
+            row[i] = spread[i] != 0 ? row[i] : 0;
+    }
+    return room;
+}
+
+/* What is kept of a row whose limits rise with the rank, without a sort: buckets of magnitudes bracket each entry's rank, and
+ * the limits of both ends mostly say the same. False, and nothing done, where they do not too often, as among many equals. */
+static TARGET bool NAME(quick)(float *restrict x, const Ranks *ranks, Sorting room) {
+    size_t n = ranks->length, doubts = 0, doubtful[DOUBTS];
+    const uint32_t *restrict below = ranks->below;
+    int parts = 1; /* of an octave, as a power of 2: two buckets for each entry, at least */
+    while (parts < 12 && (size_t)4 << parts < n)
+        parts++;
+    const int shift = 23 - parts;
+    const int32_t buckets = OCTAVES << parts;
+    uint32_t top = 0, *restrict starts = (uint32_t *)room.entries, *restrict draws = room.draws;
+    if (sizeof(uint32_t) * (size_t)(buckets + 1) > 2 * n * sizeof(uint64_t))
+        return false;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t size = as_bits(x[i]) & MAGNITUDE;
+        top = size > top ? size : top;
+    }
+    const int32_t first = (int32_t)(top >> shift) - buckets + 1;
+#define BUCKET(i) ((int32_t)((as_bits(x[i]) & MAGNITUDE) >> shift) < first ? 0 : (int32_t)((as_bits(x[i]) & MAGNITUDE) >> shift) - first)
+    memset(starts, 0, sizeof(uint32_t) * (size_t)(buckets + 1));
+    for (size_t i = 0; i < n; i++)
+        starts[BUCKET(i)]++;
+    uint32_t at = 0;
+    for (int32_t bucket = 0; bucket <= buckets; bucket++) {
+        uint32_t count = starts[bucket];
+        starts[bucket] = at;
+        at += count;
+    }
+    for (size_t i = 0; i < n; i++) {
+        int32_t bucket = BUCKET(i);
+        uint32_t draw = draws[i], least = below[starts[bucket]], most = below[starts[bucket + 1] - 1];
+        uint32_t doubt = (draw >= least) & (draw < most) & ((as_bits(x[i]) & MAGNITUDE) != 0);
+        draws[i] = draw | (draw < least ? KEPT : 0) | (doubt ? DOUBTFUL : 0);
+    }
+#undef BUCKET
+    for (size_t i = 0; i < n; i++)
+        if (draws[i] & DOUBTFUL) {
+            if (doubts == DOUBTS) {
+                for (size_t j = 0; j < n; j++)
+                    draws[j] &= DRAW;
+                return false;
+            }
+            doubtful[doubts++] = i;
+        }
+    for (size_t d = 0; d < doubts; d++) {
+        size_t i = doubtful[d];
+        uint32_t size = as_bits(x[i]) & MAGNITUDE, rank = 0;
+        for (size_t j = 0; j < i; j++)
+            rank += (as_bits(x[j]) & MAGNITUDE) <= size;
+        for (size_t j = i; j < n; j++)
+            rank += (as_bits(x[j]) & MAGNITUDE) < size;
+        draws[i] |= (draws[i] & DRAW) < below[rank] ? KEPT : 0;
+    }
+    for (size_t i = 0; i < n; i++)
+        x[i] = draws[i] & KEPT ? x[i] : 0;
+    return true;
+}
+
+/* Whole rows of stored - base. An entry of rank r stays if its draw is below[r], times factors[r]; the rest becomes zero.
+ * `at`: index of the first in its tensor; false: one is NaN or infinite. */
+static TARGET bool NAME(ranked)(const void *stored, int code, const void *base, int of_base, size_t size, uint64_t at,
+                                const Ranks *ranks, float *out, Sorting room) {
+    bool sound = true;
+    float theirs[CHUNK];
+    size_t length = ranks->length;
+    for (size_t row = 0; row < size; row += length) {
+        float *x = out + row;
+        for (size_t i = 0, n; i < length; i += n) {
+            n = least(CHUNK, length - i);
+            if (base)
+                sound &= NAME(load)(from(base, of_base, row + i), of_base, NULL, n, theirs);
+            sound &= NAME(load)(from(stored, code, row + i), code, base ? theirs : NULL, n, x + i);
+            if (ranks->key) {
+                uint64_t words[CHUNK / 2 + 4 * LANES], first = at + row + i;
+                size_t skip = first % 8, blocks = (skip + n + 7) / 8;
+                NAME(random_words)(ranks->key, first / 8, blocks, words);
+                const stored32 *draws = (const stored32 *)words + skip;
+                for (size_t j = 0; j < n; j++)
+                    room.draws[i + j] = draws[j] >> 8;
+            }
+        }
+        if (ranks->key && ranks->rising && !ranks->factors && length >= SHORT && NAME(quick)(x, ranks, room))
+            continue;
+        for (size_t i = 0; i < length; i++) /* from the end, where of equal ones the last is to come first */
+            room.entries[i] = (uint64_t)(as_bits(x[ranks->rising ? i : length - 1 - i]) & MAGNITUDE) << 32 | i;
+        const uint64_t *order = sorted(room.entries, room.other, length);
+        for (size_t r = 0; r < length; r++) {
+            size_t i = ranks->rising ? (uint32_t)order[r] : length - 1 - (uint32_t)order[r];
+            bool kept = ranks->key ? room.draws[i] < ranks->below[r] : ranks->below[r] > 0;
+            x[i] = kept ? (ranks->factors ? (float)(x[i] * ranks->factors[r]) : x[i]) : 0;
+        }
+    }
+    return sound;
 }
 
 INLINE Counts NAME(round_loop)(const float *restrict x, const float *restrict base, size_t n, void *restrict out, int code) {
@@ -458,12 +671,13 @@ static TARGET void NAME(norms)(const void *stored, int code, const void *base, i
             NAME(load)(from(base, of_base, at), of_base, NULL, m, theirs);
         NAME(load)(from(stored, code, at), code, base ? theirs : NULL, m, x + at);
     }
-    found[0] = NAME(block_size)(x, n);
-    if (below < 1 << 24)
-        for (size_t at = 0, m; at < n; at += m) {
-            m = least(CHUNK, n - at);
-            NAME(drop)(x + at, m, key, below, offset + at);
-        }
+    found[1] = found[0] = NAME(block_size)(x, n);
+    if (below >= 1 << 24)
+        return;
+    for (size_t at = 0, m; at < n; at += m) {
+        m = least(CHUNK, n - at);
+        NAME(drop)(x + at, m, key, below, offset + at);
+    }
     found[1] = NAME(block_size)(x, n);
 }
 
@@ -506,7 +720,7 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
 }
 
 static const Level NAME(level) = {
-    {NAME(merge_f), NAME(merge_d)}, NAME(weigh), NAME(gram), NAME(norms), NAME(bracket),
+    {NAME(merge_f), NAME(merge_d)}, NAME(weigh), NAME(gram), NAME(norms), NAME(bracket), NAME(spread), NAME(ranked),
 };
 
 #undef NAME
@@ -582,9 +796,9 @@ static TARGET void OF(agree)(const float *x, const float *sign, size_t n, int co
         OF(agree_loop)(x, sign, n, LARGEST, side, w, total, mass);
 }
 
-static TARGET void OF(means)(WORK *restrict total, const WORK *restrict mass, size_t n, double least_weight) {
-    WORK bound = (WORK)least_weight;
-    if (least_weight > 0) /* no entry agrees: 0 / its bound is the 0 that is wanted */
+static TARGET void OF(means)(WORK *restrict total, const WORK *restrict mass, size_t n, double at_least) {
+    WORK bound = (WORK)at_least;
+    if (at_least > 0) /* no entry agrees: 0 / its bound is the 0 that is wanted */
         for (size_t i = 0; i < n; i++)
             total[i] /= mass[i] < bound ? bound : mass[i];
     else
@@ -622,8 +836,24 @@ static TARGET void OF(elect)(const Rule *rule, const float *x, size_t n, double 
     for (int64_t e = 0; e < rule->experts; e++)
         OF(agree)(x + e * n, sign, n, rule->combine, rule->flip[e], rule->weights[e], total, mass);
     if (rule->combine == MEAN)
-        OF(means)(total, mass, n, least_weight);
+        OF(means)(total, mass, n, rule->divides > 0 ? rule->divides : least_weight);
     OF(apply_signs)(total, sign, n);
+}
+
+/* The mean of what is not 0 where that is of several experts; of one alone, its weight times it. */
+static TARGET void OF(overlap)(const Rule *rule, const float *x, size_t n, WORK *total) {
+    WORK own[CHUNK], count[CHUNK];
+    memset(count, 0, n * sizeof *count);
+    for (int64_t e = 0; e < rule->experts; e++) {
+        OF(add)(x + e * n, F32, NULL, n, e == 0, 1, total);
+        OF(add)(x + e * n, F32, NULL, n, e == 0, rule->weights[e], own);
+        for (size_t i = 0; i < n; i++)
+            count[i] += x[e * n + i] != 0;
+    }
+    for (size_t i = 0; i < n; i++) {
+        WORK mean = total[i] / (count[i] > 0 ? count[i] : 1);
+        total[i] = count[i] > 1 ? mean : own[i];
+    }
 }
 
 /* base + scale · change; the base's own bits, -0.0 too, where nothing changes. */
@@ -642,45 +872,67 @@ static TARGET void OF(divide)(const WORK *restrict sum, size_t n, double divisor
         to[i] = (float)(sum[i] / by);
 }
 
+/* What becomes of the values of one expert by itself; false if one is NaN or infinite. left: room at its thresholds. */
+static TARGET bool OF(stage)(const Rule *rule, int64_t e, const void *stored, int code, const float *base, size_t n, uint64_t at,
+                             int64_t left[2], float *x) {
+    bool sound = NAME(load)(stored, code, base, n, x);
+    if (rule->keys) {
+        if (rule->below[e] < 1 << 24)
+            NAME(drop)(x, n, rule->keys + 2 * e, rule->below[e], at);
+        if (rule->factors[e] != 1)
+            OF(rescale)(x, n, rule->factors[e]);
+    }
+    if (rule->thresholds)
+        left[0] = NAME(trim)(x, n, rule->thresholds[e], left[0]);
+    if (rule->cuts)
+        left[1] = NAME(cut)(x, n, rule->cuts[e], left[1]);
+    if (rule->after && rule->after[e] != 1)
+        OF(rescale)(x, n, rule->after[e]);
+    return sound;
+}
+
 static TARGET void OF(merge)(const Rule *rule, const Range *range, Outcome *outcome) {
     float base[CHUNK], merged[CHUNK], room[ROOM];
     WORK sum[CHUNK];
-    int64_t left[MOST];
-    size_t rows = rule->combine == LINEAR ? 1 : (size_t)rule->experts;
+    int64_t left[MOST][2], select_left = rule->select_room;
+    size_t rows = rule->combine == LINEAR && !rule->selects ? 1 : (size_t)rule->experts; /* that are there at once */
     size_t chunk = least(CHUNK, ROOM / rows / 8 * 8);
-    bool staged = rule->combine != LINEAR || rule->keys || rule->thresholds;
-    const float *known = rule->deltas ? base : NULL;
+    bool staged = range->staged || rule->combine != LINEAR || rule->keys || rule->thresholds || rule->cuts || rule->after;
+    const float *known = rule->deltas ? base : NULL, *theirs = rule->ready ? NULL : known;
     const uint8_t *codes = range->codes;
     double least_weight = INFINITY;
     for (int64_t e = 0; e < rule->experts; e++) {
-        left[e] = rule->thresholds ? rule->rooms[e] : 0;
+        left[e][0] = rule->thresholds ? rule->rooms[e] : 0;
+        left[e][1] = rule->cuts ? rule->cut_rooms[e] : 0;
         least_weight = rule->weights[e] < least_weight ? rule->weights[e] : least_weight;
     }
     for (size_t at = 0, n; at < range->size; at += n) {
         n = least(chunk, range->size - at);
         if (known)
             outcome->sound &= NAME(load)(from(range->base, codes[0], at), codes[0], NULL, n, base);
+        float *first = range->staged ? range->staged + at : room;
+        size_t stride = range->staged ? range->size : rows == 1 ? 0 : n;
         for (int64_t e = 0; e < rule->experts; e++) {
             int code = codes[e + 1];
             const void *stored = from(range->experts[e], code, at);
             if (!staged) {
-                outcome->sound &= OF(add)(stored, code, known, n, e == 0, rule->weights[e], sum);
+                outcome->sound &= OF(add)(stored, code, theirs, n, e == 0, rule->weights[e], sum);
                 continue;
             }
-            float *x = room + (rows == 1 ? 0 : e * n);
-            outcome->sound &= NAME(load)(stored, code, known, n, x);
-            if (rule->keys) {
-                if (rule->below[e] < 1 << 24)
-                    NAME(drop)(x, n, rule->keys + 2 * e, rule->below[e], range->offset + at);
-                if (rule->factors[e] != 1)
-                    OF(rescale)(x, n, rule->factors[e]);
-            }
-            if (rule->thresholds)
-                left[e] = NAME(trim)(x, n, rule->thresholds[e], left[e]);
-            if (rule->combine == LINEAR)
+            float *x = first + e * stride;
+            outcome->sound &= OF(stage)(rule, e, stored, code, theirs, n, range->offset + at, left[e], x);
+            if (rows == 1 && !range->staged)
                 OF(add)(x, F32, NULL, n, e == 0, rule->weights[e], sum);
         }
-        if (rule->combine != LINEAR)
+        if (rule->selects)
+            select_left = NAME(pick)(first, stride, rule->experts, n, (uint32_t)rule->select, select_left);
+        if (range->staged)
+            continue;
+        for (int64_t e = 0; rule->combine == LINEAR && rows > 1 && e < rule->experts; e++)
+            OF(add)(room + e * n, F32, NULL, n, e == 0, rule->weights[e], sum);
+        if (rule->combine == OVERLAP)
+            OF(overlap)(rule, room, n, sum);
+        else if (rule->combine != LINEAR)
             OF(elect)(rule, room, n, least_weight, sum);
         if (known)
             OF(move)(sum, base, n, rule->scale, merged);
@@ -729,22 +981,23 @@ EXPORT int twinmerge_fused_level(int wanted) {
     return level;
 }
 
-/* found: changed, erased, whether all inputs are sound, whether the result fits. */
+/* found: changed, erased, whether all inputs are sound, whether the result fits. staged: NULL, or room for a row of each
+ * expert, which is then all that is written. */
 EXPORT void twinmerge_fused_merge(const Rule *rule, const void *base, const void *const *experts, void *out, const char *codes,
-                                  size_t size, uint64_t offset, int64_t *found) {
-    Range range = {base, experts, out, (const uint8_t *)codes, size, offset};
+                                  size_t size, uint64_t offset, float *staged, int64_t *found) {
+    Range range = {base, experts, out, (const uint8_t *)codes, size, offset, staged};
     Outcome outcome = {0, 0, 1, 1};
     bool wide = base && codes[0] == F32;
     for (int64_t e = 0; e < rule->experts; e++)
         wide |= codes[e + 1] == F32;
-    levels[level]->merge[wide](rule, &range, &outcome);
+    levels[level]->merge[rule->ready ? rule->ready == 2 : wide](rule, &range, &outcome);
     found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;
 }
 
 /* found: as above; codes: of experts and out. */
 EXPORT void twinmerge_fused_weigh(const Rule *rule, const void *const *experts, const void *const *fisher, void *out,
                                   const char *codes, size_t size, int64_t *found) {
-    Range range = {NULL, experts, out, (const uint8_t *)codes, size, 0};
+    Range range = {NULL, experts, out, (const uint8_t *)codes, size, 0, NULL};
     Outcome outcome = {0, 0, 1, 1};
     levels[level]->weigh(rule, &range, fisher, &outcome);
     found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;
@@ -770,6 +1023,21 @@ EXPORT void twinmerge_fused_norms(const void *x, int code, const void *base, int
 EXPORT size_t twinmerge_fused_bracket(const void *x, int code, const void *base, int of_base, size_t size, int32_t low,
                                       uint32_t width, const int32_t *shared, int64_t *counts, int32_t *inside) {
     return levels[level]->bracket(x, code, base, of_base, size, low, width, shared, counts, inside);
+}
+
+/* x: rows of floats, one for each expert. */
+EXPORT void twinmerge_fused_spread(const float *x, size_t experts, size_t size, float *to) {
+    for (size_t at = 0; at < size; at += CHUNK)
+        levels[level]->spread(x + at, size, (int64_t)experts, least(CHUNK, size - at), to + at);
+}
+
+/* size: of whole rows; out: a float for each; room: twice a row's entries, then its draws. Returns whether all are sound. */
+EXPORT int twinmerge_fused_ranked(const void *x, int code, const void *base, int of_base, size_t size, uint64_t offset,
+                                  size_t length, int rising, const uint64_t *key, const uint32_t *below, const double *factors,
+                                  float *out, uint64_t *room) {
+    Ranks ranks = {length, rising, key, below, factors};
+    Sorting sorting = {room, room + length, (uint32_t *)(room + 2 * length)};
+    return levels[level]->ranked(x, code, base, of_base, size, offset, &ranks, out, sorting);
 }
 
 #endif

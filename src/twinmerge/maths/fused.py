@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+
+from twinmerge.maths.ranks import Ranks, limit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,12 +29,14 @@ CODES = ("BF16", "F16", "F32")
 
 SHARED = 4  # values that `in_bracket` counts apart, at most
 MOST = 1024  # experts, at most
-_VERSION = 4  # of fused.c
+_VERSION = 5  # of fused.c
 _BLOCK = 65_536
 _BRANCH, _LEVELS, _PANEL, _COLUMNS = 8, 8, 8, 64  # of fused.c: how the sums of a block are put together
 _CODE = {name: number for number, name in enumerate(CODES)}
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _COMBINE = {"mean": 1, "sum": 2, "max": 3}
+_OVERLAP = 4
+_PIECE = 65_536  # elements at a time of what is combined in rows
 
 
 class Values(NamedTuple):
@@ -63,12 +66,29 @@ class Trim(NamedTuple):
     rooms: tuple[int, ...]
 
 
+class Ranked(NamedTuple):
+    """What is left of each row by the ranks of its entries, as `ranks.kept_by_rank` has it. ranks: of each expert, for
+    rows of one length; keys: of the draws, where some of the ranks ask for them."""
+
+    ranks: tuple[Ranks, ...]
+    keys: tuple[tuple[int, int], ...] = ()
+
+
+class Select(NamedTuple):
+    """What is kept of all experts, by how far they spread there: `select.keep_above` of their `spread`. threshold: its
+    bits; room: how many entries of the call that equal it stay."""
+
+    threshold: int
+    room: int
+
+
 class Elect(NamedTuple):
     """TIES: a sign for each entry, then what agrees with it.
 
     merge: how that is combined; votes: each expert's weight in the election; tie: the sign (-1, 0, 1) where votes
     cancel; flip: the experts whose entries agree when they have the other sign; rounds: votes are summed in float32,
-    each product rounded, and not in the dtype of sums.
+    each product rounded, and not in the dtype of sums; least: what a mean is divided by at least, 0 for the least
+    weight.
     """
 
     merge: Literal["mean", "sum", "max"]
@@ -76,6 +96,7 @@ class Elect(NamedTuple):
     tie: int
     flip: tuple[bool, ...]
     rounds: bool = False
+    least: float = 0.0
 
 
 class Importance(NamedTuple):
@@ -91,8 +112,12 @@ class Rule(NamedTuple):
     """What is done with the values; whatever is used again is prepared once.
 
     deltas: x_t = θt - θ0, and the result is θ0 + scale · s; else x_t = θt, and it is s / divisor; None: the one where
-    there is a base, the other where there is none. s = Σt wt x_t, or what `elect` makes of x_t. First x_t is dropped, then trimmed, where that is asked for. importance: the result is
-    Σ It θt / Σ It with It = factor · max(Ft, floor), and Σ wt θt / divisor where all It are 0.
+    there is a base, the other where there is none. s = Σt wt x_t, or what `elect` makes of x_t, or with `overlap` the
+    mean of the x_t that are not 0 where those are several, and wt x_t where it is one. First x_t is ranked or dropped,
+    then trimmed, then loses what `cut` would keep, then is multiplied by its one of `factors`, and at last all are
+    selected, where that is asked for. importance: the result is Σ It θt / Σ It with It = factor · max(Ft, floor), and
+    Σ wt θt / divisor where all It are 0. ready: the values are x_t as `staged` gives them, and sums over them are taken
+    in that dtype.
     """
 
     weights: tuple[float, ...]
@@ -103,6 +128,12 @@ class Rule(NamedTuple):
     trim: Trim | None = None
     elect: Elect | None = None
     importance: Importance | None = None
+    ranked: Ranked | None = None
+    cut: Trim | None = None
+    factors: tuple[float, ...] | None = None
+    select: Select | None = None
+    overlap: bool = False
+    ready: Literal["float", "double"] | None = None
 
 
 class Outcome(NamedTuple):
@@ -142,11 +173,12 @@ def merge(
         base: θ0; not read where the rule says that it works on parameters.
         experts: θt, one for each weight, at most 1024.
         out: its memory is written.
-        offset: index of the first element in its tensor, which the random draws of `Drop` are keyed with.
+        offset: index of the first element in its tensor, which random draws are keyed with.
         fisher: of each expert, float32, for `Importance`; what is negative is not sound.
 
     Raises:
-        ValueError: sizes or counts that differ, an unknown dtype, memory that is not contiguous, no base for deltas.
+        ValueError: sizes or counts that differ, an unknown dtype, memory that is not contiguous, no base for deltas,
+            rows that are not whole.
         RuntimeError: the library is not there.
 
     Example:
@@ -158,12 +190,10 @@ def merge(
     """
     if rule.deltas is None:
         rule = rule._replace(deltas=base is not None)
+    theirs = _base_of(rule, base, experts)
+    if rule.ranked is not None:
+        return _merge_rows(rule, theirs, experts, out, offset)
     library, prepared = _required(), _prepared(rule)
-    if len(experts) != len(rule.weights):
-        raise ValueError(f"{len(experts)} experts for {len(rule.weights)} weights")
-    theirs = base if rule.deltas else None
-    if theirs is None and rule.deltas:
-        raise ValueError("deltas need a base")
     size = _size(out)
     found = _Found()
     if rule.importance is not None:
@@ -179,11 +209,133 @@ def merge(
     at, of_base = _stored(theirs, size)
     addresses = prepared.row(*[_address(each, size) for each in experts])
     codes = bytes([of_base, *[_CODE[each.code] for each in experts], _CODE[out.code]])
-    library.twinmerge_fused_merge(
-        prepared.pointer, at, addresses, _address(out, size, writes=True), codes, size, offset, found
-    )
+    target = _address(out, size, writes=True)
+    library.twinmerge_fused_merge(prepared.pointer, at, addresses, target, codes, size, offset, None, found)
     changed, erased, sound, fits = found
     return Outcome(changed, erased, bool(sound), bool(fits))
+
+
+def _base_of(rule: Rule, base: Values | None, experts: Sequence[Values]) -> Values | None:
+    """What the experts' values are less of."""
+    if len(experts) != len(rule.weights):
+        raise ValueError(f"{len(experts)} experts for {len(rule.weights)} weights")
+    if rule.deltas and base is None:
+        raise ValueError("deltas need a base")
+    return base if rule.deltas else None
+
+
+def _merge_rows(rule: Rule, base: Values | None, experts: Sequence[Values], out: Values, offset: int) -> Outcome:
+    """`merge` of what is ranked, some rows at a time."""
+    assert rule.ranked is not None
+    length, size = max(1, rule.ranked.ranks[0].length), _size(out)
+    wide = "F32" in [each.code for each in (*experts, *([] if base is None else [base]))]
+    rest = rule._replace(ranked=None, ready="double" if wide else "float")
+    step = length * max(1, _PIECE // length)
+    room = np.empty((len(experts), min(step, size)), np.float32)
+    found = Outcome(0, 0, True, True)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        theirs = None if base is None else part(base, start, stop)
+        x = room[:, : stop - start]
+        sound = _rank(rule.ranked, theirs, [part(each, start, stop) for each in experts], offset + start, x)
+        ready = [Values(row.view(np.uint8), "F32") for row in x]
+        one = merge(rest, theirs, ready, part(out, start, stop), offset + start)
+        changed, erased = found.changed + one.changed, found.erased + one.erased
+        found = Outcome(changed, erased, found.sound and sound, found.fits and one.fits)  # what overflows is no input
+    return found
+
+
+def staged(
+    rule: Rule, base: Values | None, experts: Sequence[Values], offset: int = 0
+) -> tuple[NDArray[np.float32], bool]:
+    """What becomes of each expert's values before they are combined, for what must be known of it first.
+
+    Args:
+        rule, base, experts, offset: as of `merge`.
+
+    Returns:
+        (experts, size), and whether no input is NaN or infinite.
+
+    Raises:
+        ValueError, RuntimeError: as `merge`.
+
+    Example:
+        >>> base, x = (Values(np.array(row, np.float32).view(np.uint8), "F32") for row in ([1, 1, 1], [2, -3, 2]))
+        >>> rule = Rule((1.0,), deltas=True, trim=Trim((0x40000000,), (1,)))
+        >>> if available():
+        ...     assert staged(rule, base, [x])[0].tolist() == [[0, -4, 0]]
+    """
+    theirs, size = _base_of(rule, base, experts), _size(experts[0])
+    found, out = _Found(), np.empty((len(experts), size), np.float32)
+    if rule.ranked is not None:
+        ranked = _rank(rule.ranked, theirs, experts, offset, out)
+        if not ranked or (rule.select, rule.trim, rule.cut, rule.factors) == (None,) * 4:
+            return out, ranked
+        experts = [Values(row.view(np.uint8), "F32") for row in out]
+        rule = rule._replace(ranked=None, ready="double")
+    library, prepared = _required(), _prepared(rule)
+    at, of_base = _stored(theirs, size)
+    addresses = prepared.row(*[_address(each, size) for each in experts])
+    codes = bytes([of_base, *[_CODE[each.code] for each in experts], 0])
+    library.twinmerge_fused_merge(prepared.pointer, at, addresses, None, codes, size, offset, out.ctypes.data, found)
+    return out, bool(found[2]) or rule.ready is not None
+
+
+def _rank(
+    ranked: Ranked, base: Values | None, experts: Sequence[Values], offset: int, out: NDArray[np.float32]
+) -> bool:
+    """Write what is left of each expert's rows to its row of `out`; whether no input is NaN or infinite."""
+    size, length = _size(experts[0]), ranked.ranks[0].length
+    if len(ranked.ranks) != len(experts) or any(each.length != length for each in ranked.ranks):
+        raise ValueError(f"ranks of {len(ranked.ranks)} experts for {len(experts)}, or of rows of other lengths")
+    if size % max(1, length) or (size and not length):
+        raise ValueError(f"{size} elements are no whole rows of {length}")
+    room = np.empty(2 * length + (length + 1) // 2, np.uint64)
+    sound = True
+    for number, (x, ranks) in enumerate(zip(experts, ranked.ranks, strict=True)):
+        key = np.array(ranked.keys[number], np.uint64) if ranks.draws else None
+        sound &= bool(
+            _required().twinmerge_fused_ranked(
+                *_stored(x, size),
+                *_stored(base, size),
+                size,
+                offset,
+                length,
+                ranks.rising,
+                None if key is None else key.ctypes.data,
+                ranks.below.ctypes.data,
+                None if ranks.plain else ranks.factors.ctypes.data,
+                out[number].ctypes.data,
+                room.ctypes.data,
+            )
+        )
+    return sound
+
+
+def spread(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The standard deviation over the experts, entry by entry, computed in float64.
+
+    Args:
+        x: (experts, size), C-contiguous.
+
+    Example:
+        >>> spread(np.array([[1, 2], [3, 2]], np.float32)).tolist() if available() else [1.0, 0.0]
+        [1.0, 0.0]
+    """
+    out = np.empty(x.shape[1], np.float32)
+    _required().twinmerge_fused_spread(x.ctypes.data, x.shape[0], x.shape[1], out.ctypes.data)
+    return out
+
+
+def part(values: Values, start: int, stop: int) -> Values:
+    """Elements start ... stop - 1.
+
+    Example:
+        >>> part(Values(np.arange(8, dtype=np.uint8), "BF16"), 1, 3).memory.tolist()
+        [2, 3, 4, 5]
+    """
+    width = _BYTES[values.code]
+    return Values(values.memory[start * width : stop * width], values.code)
 
 
 def gram(base: Values | None, experts: Sequence[Values]) -> NDArray[np.float64]:
@@ -243,7 +395,7 @@ def norms(
     found = np.empty((-(-size // _BLOCK), 2))
     keys = np.array(key, np.uint64)
     values = (*_stored(x, size), *_stored(base, size), size)
-    _required().twinmerge_fused_norms(*values, keys.ctypes.data, _below(share), offset, found.ctypes.data)
+    _required().twinmerge_fused_norms(*values, keys.ctypes.data, limit(share), offset, found.ctypes.data)
     return found[:, 0].tolist(), found[:, 1].tolist()
 
 
@@ -300,14 +452,22 @@ class _Rule(ctypes.Structure):
         ("factors", ctypes.c_void_p),
         ("thresholds", ctypes.c_void_p),
         ("rooms", ctypes.c_void_p),
+        ("cuts", ctypes.c_void_p),
+        ("cut_rooms", ctypes.c_void_p),
+        ("after", ctypes.c_void_p),
         ("votes", ctypes.c_void_p),
         ("flip", ctypes.c_void_p),
         ("importances", ctypes.c_void_p),
         ("floors", ctypes.c_void_p),
+        ("divides", ctypes.c_double),
+        ("select_room", ctypes.c_int64),
+        ("selects", ctypes.c_int32),
+        ("select", ctypes.c_int32),
         ("deltas", ctypes.c_int32),
         ("combine", ctypes.c_int32),
         ("tie", ctypes.c_int32),
         ("rounds", ctypes.c_int32),
+        ("ready", ctypes.c_int32),
     ]
 
 
@@ -342,22 +502,27 @@ def _prepared(rule: Rule) -> _Prepared:
         filled.floors = pointer([rule.importance.floors[e] for e in rank], np.float64)
     if rule.drop is not None:
         filled.keys = pointer(rule.drop.keys, np.uint64, per_expert=2)
-        filled.below = pointer([_below(share) for share in rule.drop.shares], np.uint32)
+        filled.below = pointer([limit(share) for share in rule.drop.shares], np.uint32)
         filled.factors = pointer(rule.drop.factors, np.float64)
     if rule.trim is not None:
         filled.thresholds = pointer(rule.trim.thresholds, np.uint32)
         filled.rooms = pointer(rule.trim.rooms, np.int64)
+    if rule.cut is not None:
+        filled.cuts = pointer(rule.cut.thresholds, np.uint32)
+        filled.cut_rooms = pointer(rule.cut.rooms, np.int64)
+    if rule.factors is not None:
+        filled.after = pointer(rule.factors, np.float64)
+    if rule.select is not None:
+        filled.selects, filled.select, filled.select_room = True, *rule.select
+    if rule.overlap:
+        filled.combine = _OVERLAP
+    filled.ready = {None: 0, "float": 1, "double": 2}[rule.ready]
     if rule.elect is not None:
-        filled.combine, filled.tie = _COMBINE[rule.elect.merge], rule.elect.tie
+        filled.combine, filled.tie, filled.divides = _COMBINE[rule.elect.merge], rule.elect.tie, rule.elect.least
         filled.rounds = rule.elect.rounds
         filled.votes = pointer(rule.elect.votes, np.float64)
         filled.flip = pointer(rule.elect.flip, np.uint8)
     return _Prepared(ctypes.byref(filled), ctypes.c_void_p * count, tuple(kept))
-
-
-def _below(share: float) -> int:
-    """The draws of 24 bits that are kept: those below (see `keyed_random.kept_bits`)."""
-    return 1 << 24 if share >= 1 else math.ceil(float(np.float32(share)) * 2**24)
 
 
 def _size(values: Values) -> int:
@@ -412,7 +577,13 @@ def _opened(path: Path) -> ctypes.CDLL | None:
     address, count, code = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     values = [address, code, address, code, count]
     for name, arguments, answer in [
-        ("merge", [address, address, address, address, ctypes.c_char_p, count, ctypes.c_uint64, address], None),
+        (
+            "merge",
+            [address, address, address, address, ctypes.c_char_p, count, ctypes.c_uint64, address, address],
+            None,
+        ),
+        ("ranked", [*values, ctypes.c_uint64, count, code, *[address] * 5], code),
+        ("spread", [address, count, count, address], None),
         ("weigh", [address, address, address, address, ctypes.c_char_p, count, address], None),
         ("gram", [address, address, ctypes.c_char_p, count, count, address, address, address], None),
         ("norms", [*values, address, ctypes.c_uint32, ctypes.c_uint64, address], None),

@@ -269,7 +269,7 @@ def bracket(sample: Tensor, k: Tensor, widest: int = WIDEST) -> Bracket | None:
         widest: values that an interval may hold.
 
     Returns:
-        None where nothing is kept, or where an interval may hold too many values to count.
+        None where an interval may hold too many values to count; above all numbers where an expert keeps nothing.
 
     Example:
         >>> found = bracket(torch.arange(10_000, dtype=torch.int32)[None], torch.tensor([5000]))
@@ -277,11 +277,11 @@ def bracket(sample: Tensor, k: Tensor, widest: int = WIDEST) -> Bracket | None:
         ([4699], [603], [0])
     """
     size = sample.shape[1]
-    low, width, shift = (torch.zeros(len(sample), dtype=torch.int64) for _ in range(3))
+    low, width, shift = (torch.full((len(sample),), value) for value in (_NEVER, 1, 0))
     found = Bracket(low, width, shift, torch.full((len(sample), SHARED), -1))
     for e, (row, rank) in enumerate(zip(sample.cpu().numpy(), k.tolist(), strict=True)):
         if rank < 1:
-            return None
+            continue
         margin = 1 + math.ceil(DEVIATIONS * math.sqrt(rank * max(0, size - rank) / size))
         from_top = np.sort(row)[::-1]
         inside = from_top[max(0, rank - margin - 1) : rank + margin]

@@ -10,31 +10,15 @@ from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Drop, Rule, norms
 from twinmerge.maths.keyed_random import kept_bits, philox_key
-from twinmerge.maths.sums import block_sums, total
-from twinmerge.methods.kit.base import (
-    Known,
-    Method,
-    Partial,
-    Pass,
-    PerExpert,
-    Place,
-    Tile,
-    moved,
-    over_weights,
-    per_expert,
-    scale_field,
-    seed_field,
-    weighted_sum,
-    weights_field,
-)
+from twinmerge.methods.kit.base import Known, PerExpert, Place, Stored, Tile, per_expert, seed_field
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.sparse import L1Norms, SparseSum, Sums, l1_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Rescale = Literal["inverse_keep", "l1", "none"]
 L1_OR_NONE = Switch("rescale", "l1", "none", default=True)  # as mergekit has it
-LEAST_NORM = 1e-7  # of a tensor whose L1 norm is restored; smaller ones stay as they are, as in mergekit
 
 
 def check_rescale(compat: str, rescale: Rescale) -> None:
@@ -68,33 +52,21 @@ def drop_rule(density: PerExpert, seed: int, at: Place, factors: tuple[float, ..
     return Drop(keys, per_expert(density, len(keys)), factors)
 
 
-class L1Norms(Pass[list[tuple[float, float]]]):
-    """Σ|τ| and Σ|kept τ| of every expert over the whole tensor."""
-
-    name = "l1_norms"
-    scope = "tensor"
+class DropNorms(L1Norms):
+    """Σ|τ| and Σ|kept τ| of every expert over the whole tensor: drawn while a block is in the cache."""
 
     def __init__(self, density: PerExpert, seed: int) -> None:
         self.density, self.seed = density, seed
 
-    def observe(self, tile: Tile, known: Known) -> Partial:
-        if tile.stored is not None:
-            each = zip(
-                tile.stored.experts, tile.at.experts, per_expert(self.density, len(tile.at.experts)), strict=True
-            )
-            keys = ((values, philox_key(self.seed, expert, tile.at.name), share) for values, expert, share in each)
-            sums = [norms(values, tile.stored.base, key, share, tile.at.offset) for values, key, share in keys]
-            if all(math.isfinite(value) for of in sums for blocks in of for value in blocks):
-                return {f"{tile.at.offset}": sums}  # else the tile says whose numbers are none
-        rest = drop(tile.x, self.density, self.seed, tile.at)
-        sums = [(block_sums(x.abs()).tolist(), block_sums(y.abs()).tolist()) for x, y in zip(tile.x, rest, strict=True)]
-        return {f"{tile.at.offset}": sums}
+    def left(self, tile: Tile, known: Known) -> Tensor:
+        return drop(tile.x, self.density, self.seed, tile.at)
 
-    def finish(self, total_: Partial, known: Known) -> list[tuple[float, float]]:
-        """(Σ|τ|, Σ|kept τ|) of each expert."""
-        tiles = list(total_.values())
-        experts = range(len(tiles[0]))
-        return [(total(*(tile[e][0] for tile in tiles)), total(*(tile[e][1] for tile in tiles))) for e in experts]
+    def compiled(self, stored: Stored, at: Place, known: Known) -> Sums | None:
+        each = zip(stored.experts, at.experts, per_expert(self.density, len(at.experts)), strict=True)
+        keys = ((values, philox_key(self.seed, expert, at.name), share) for values, expert, share in each)
+        sums = [norms(values, stored.base, key, share, at.offset) for values, key, share in keys]
+        finite = all(math.isfinite(value) for of in sums for blocks in of for value in blocks)
+        return sums if finite else None  # else the tile says whose numbers are none
 
 
 def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> tuple[float, ...]:
@@ -102,11 +74,11 @@ def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> t
     if rescale == "inverse_keep":
         return tuple(1 / max(p, 2.0**-24) for p in per_expert(density, count))  # below 2^-24 only a draw of 0 is kept
     if rescale == "l1":
-        return tuple(whole / rest if min(whole, rest) >= LEAST_NORM else 1.0 for whole, rest in known.of(L1Norms))
+        return l1_factors(known)
     return (1.0,) * count
 
 
-class Dare(Method):
+class Dare(SparseSum):
     """θ = θ0 + λ Σt wt τ′t with τ′ = m ⊙ τ / density, m ~ Bernoulli(density) for every entry.
 
     The expectation of τ′ is τ. `density` is the share kept (1 − p of the paper); 1 keeps all, 0 none. `rescale`:
@@ -137,12 +109,9 @@ class Dare(Method):
         )
     }
 
-    weights: PerExpert = weights_field()
-    scale: float = scale_field(0.3)
     density: PerExpert = Field(default=0.5, description="share of the entries kept, 0 to 1")
     rescale: Rescale = Field(default="inverse_keep", description="how the kept entries are rescaled")
     seed: int = seed_field()
-    normalize: bool = Field(default=False, description="divide by the sum of the weights")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
 
     @model_validator(mode="after")
@@ -150,21 +119,14 @@ class Dare(Method):
         check_rescale(self.compat, self.rescale)
         return self
 
-    def by(self, experts: int) -> float:
-        """What the weighted sum is multiplied with."""
-        return over_weights(self.scale, per_expert(self.weights, experts), self.normalize)
-
     def passes(self) -> Sequence[L1Norms]:
-        return (L1Norms(self.density, self.seed),) if self.rescale == "l1" else ()
+        return (DropNorms(self.density, self.seed),) if self.rescale == "l1" else ()
 
-    def apply(self, tile: Tile, known: Known) -> Tensor:
-        count = len(tile.x)
-        by = zip(per_expert(self.weights, count), factors(self.density, self.rescale, count, known), strict=True)
-        x = drop(tile.x, self.density, self.seed, tile.at)
-        return moved(tile, weighted_sum(tuple(w * f for w, f in by), x, tile.work), self.by(count))
+    def left(self, tile: Tile, known: Known) -> Tensor:
+        return drop(tile.x, self.density, self.seed, tile.at)
 
-    def rule(self, at: Place, known: Known) -> Rule:
-        count = len(at.experts)
-        by = zip(per_expert(self.weights, count), factors(self.density, self.rescale, count, known), strict=True)
-        drop = drop_rule(self.density, self.seed, at, (1.0,) * count)
-        return Rule(tuple(w * f for w, f in by), deltas=True, scale=self.by(count), drop=drop)
+    def factors(self, count: int, known: Known) -> tuple[float, ...]:
+        return factors(self.density, self.rescale, count, known)
+
+    def staged(self, rule: Rule, at: Place, known: Known) -> Rule:
+        return rule._replace(drop=drop_rule(self.density, self.seed, at, (1.0,) * len(at.experts)))

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Rule
-from twinmerge.methods.dare import L1_OR_NONE, Dare, L1Norms, Rescale, check_rescale, drop, drop_rule, factors
-from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Tile, column, seed_field
+from twinmerge.methods.dare import L1_OR_NONE, Dare, DropNorms, Rescale, check_rescale, drop, drop_rule, factors
+from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Tile, seed_field
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
-from twinmerge.methods.ties import MEAN_OR_SUM, Ties
+from twinmerge.methods.kit.election import MEAN_OR_SUM
+from twinmerge.methods.kit.sparse import times
+from twinmerge.methods.ties import Ties
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +48,9 @@ class DareTies(Ties):
 
     density: PerExpert = Field(default=0.5, description="share of the entries that the random drop keeps, 0 to 1")
     trim_density: PerExpert = Field(default=1.0, description="share that TIES then trims to, 0 to 1")
-    rescale: Rescale = Field(default="inverse_keep", description="how the kept entries are rescaled")
+    rescale: Rescale = Field(  # type: ignore[assignment]  # a drop can be made up for by its share, a trim cannot
+        default="inverse_keep", description="how the kept entries are rescaled, before the trim"
+    )
     seed: int = seed_field()
 
     @model_validator(mode="after")
@@ -58,15 +62,17 @@ class DareTies(Ties):
     def share_kept(self) -> PerExpert:
         return self.trim_density
 
+    def norm_passes(self) -> list[Pass[Any]]:
+        return []  # of what the trim leaves
+
     def passes(self) -> Sequence[Pass[Any]]:
-        first = [L1Norms(self.density, self.seed)] if self.rescale == "l1" else []
+        first = [DropNorms(self.density, self.seed)] if self.rescale == "l1" else []
         return [*first, *super().passes()]
 
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
         x = drop(tile.x, self.density, self.seed, tile.at)
-        by = factors(self.density, self.rescale, len(x), known)
-        return x.mul_(column(by, x)) if tile.work == x.dtype else (x * column(by, x.double())).to(x.dtype)
+        return times(x, factors(self.density, self.rescale, len(x), known), tile.work)
 
-    def rule(self, at: Place, known: Known) -> Rule | None:
-        by, rule = factors(self.density, self.rescale, len(at.experts), known), super().rule(at, known)
-        return None if rule is None else rule._replace(drop=drop_rule(self.density, self.seed, at, by))
+    def staged(self, rule: Rule, at: Place, known: Known) -> Rule | None:
+        by, found = factors(self.density, self.rescale, len(at.experts), known), super().staged(rule, at, known)
+        return None if found is None else found._replace(drop=drop_rule(self.density, self.seed, at, by))

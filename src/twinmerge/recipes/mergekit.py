@@ -40,18 +40,6 @@ NOT_YET = {
 OF_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 
 
-NEAREST = {
-    "della": "dare_ties",
-    "della_linear": "dare_linear",
-    "breadcrumbs": "task_arithmetic",
-    "breadcrumbs_ties": "ties",
-    "sce": "ties",
-    "ram": "task_arithmetic",
-    "ramplus_tl": "task_arithmetic",
-}
-"""A method of mergekit -> the nearest that there is, as long as no class here says that it is that method."""
-
-
 def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, Any]:
     """A recipe in mergekit's schema as one of ours.
 
@@ -305,11 +293,6 @@ def _ours(method: str, where: str) -> str:
     """Our name of a method of mergekit."""
     if (ours := said_otherwise(method, lambda cls: method in cls.mergekit)) is not None:
         return ours
-    if method in NEAREST:
-        raise RecipeError(
-            f"{where}: {method} is a method of mergekit that twinmerge does not have yet. The nearest is "
-            f"{NEAREST[method]}."
-        )
     names = method_names()
     if method in names:
         others = [*method_class(method).mergekit]
@@ -319,7 +302,7 @@ def _ours(method: str, where: str) -> str:
             "`twinmerge: 1` to the file to "
             "merge by the paper's semantics."
         )
-    known = [*names, *NEAREST]
+    known = [*names]
     for name in names:
         with suppress(TwinmergeError):  # of another package that cannot be loaded
             known += method_class(name).mergekit

@@ -130,6 +130,7 @@ class Band(Method):
     scale: float = 1.0
 
     trims_stored: ClassVar[bool] = True
+    counts_zeros: ClassVar[bool] = True
 
     def trimmed_quantity(self, tile: Tile, known: Known) -> torch.Tensor:
         return tile.x

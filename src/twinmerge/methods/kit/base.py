@@ -266,6 +266,33 @@ def over_weights(scale: float, weights: tuple[float, ...], normalize: bool) -> f
     return scale / total if normalize and abs(total) >= 1e-8 else scale
 
 
+def decided(values: Any, by: Mapping[str, Mapping[str, str]]) -> Any:
+    """Fields that the semantics decide have that value, and no other is taken and then ignored: for a validator that
+    runs before all others.
+
+    Args:
+        values: the fields as they are given.
+        by: of a value of `compat`, what it leaves no choice in.
+
+    Raises:
+        ValueError: another value of such a field.
+
+    Example:
+        >>> decided({"compat": "mergekit"}, {"mergekit": {"tie": "positive"}})
+        {'compat': 'mergekit', 'tie': 'positive'}
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("compat"), str):
+        return values
+    own = by.get(values["compat"], {})
+    for field, value in own.items():
+        if values.get(field, value) != value:
+            raise ValueError(
+                f"compat={values['compat']} goes with {field}={value}, got {field}={values[field]!r:.80}. Leave one "
+                "of them out."
+            )
+    return {**values, **own}
+
+
 def weights_field() -> Any:
     return Field(default=1.0, description="one number per expert")
 

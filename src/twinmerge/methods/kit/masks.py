@@ -198,10 +198,7 @@ class Marking(Method):
         """τ: Σt τt, or the sum of the entries that TIES elects, (*tile) in `tile.work`."""
         if self.vector == "sum":
             return weighted_sum(1.0, tile.x, tile.work)
-        ties = self.ties
-        x = ties.trim(tile, known)
-        sign = ties.elect(x, tile, known)
-        return ties.agreeing(x, sign, tile.work)[0].mul_(sign)
+        return self.ties.change(tile, known)
 
     def masks(self, tile: Tile, vector: Tensor) -> Tensor:
         """mt of every expert, (experts, *tile) bool."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from twinmerge.maths import select
-from twinmerge.maths.fused import Values
+from twinmerge.maths.fused import Values, available
 from twinmerge.maths.sums import BLOCK
 from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, T_co, Tile
 from twinmerge.store.header import SIZES
@@ -32,11 +33,16 @@ class Trims(Protocol):
     def trims_stored(self) -> bool:
         """Whether what is trimmed is the stored values' own difference from the base."""
 
+    @property
+    def counts_zeros(self) -> bool:
+        """Whether entries that are 0 are among those that are counted."""
+
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
         """What is trimmed, (experts, *tile) in the dtype of `tile.x`."""
 
     def keep_counts(self, totals: Tensor) -> Tensor:
-        """k of each expert out of its number of entries, (experts,); with several thresholds (experts, thresholds)."""
+        """k of each expert out of its number of entries that are counted, (experts,); with several thresholds
+        (experts, thresholds)."""
 
 
 class Threshold(NamedTuple):
@@ -84,6 +90,12 @@ class TrimPass(Pass[T_co]):
     def __init__(self, method: Trims, scope: Scope) -> None:
         self.method, self.scope = method, scope
 
+    def counted(self, x: Tensor) -> Tensor:
+        """How many entries of each expert are counted, of its values or their bits: (experts,)."""
+        if self.method.counts_zeros:
+            return torch.full((len(x),), x[0].numel())
+        return torch.tensor([np.count_nonzero(row) for row in x.flatten(1).cpu().numpy()])
+
 
 def _bracket(known: Known) -> select.Bracket:
     """What the sample gave; `Bracket` is wanted only where it gave one."""
@@ -109,7 +121,7 @@ class Sketch(TrimPass[select.Bracket | Wide | None]):
         size = bits.shape[1]
         if not size:
             return None
-        ranks = self.method.keep_counts(torch.full((len(bits),), size))
+        ranks = self.method.keep_counts(self.counted(bits))
         bits, ranks = repeated(bits, ranks.numel()), ranks.flatten()
         if self.scope == "model":
             return select.bracket(bits, ranks)
@@ -130,6 +142,7 @@ class Bracket(TrimPass[Threshold | Wide | None]):
         if tile.stored is not None and self.method.trims_stored:
             base, stored = tile.stored.base, tile.stored.experts
             size, experts = stored[0].memory.nbytes // SIZES[stored[0].code], len(stored)
+            sizes = torch.full((experts,), size)
 
             def look(row: int, start: int, stop: int) -> tuple[int, Tensor, list[int], int]:
                 reference = None if base is None else _part(base, start, stop)
@@ -140,15 +153,20 @@ class Bracket(TrimPass[Threshold | Wide | None]):
             if x.dtype == torch.float64:  # which the sample has missed
                 return {WIDE: 1}
             experts, size = x.shape
+            sizes = self.counted(x)
 
             def look(row: int, start: int, stop: int) -> tuple[int, Tensor, list[int], int]:
-                return select.in_bracket(x[row // each, start:stop], bracket, row)
+                values = x[row // each, start:stop]
+                if available() and x.device.type == "cpu":
+                    own = Values(values.contiguous().view(torch.uint8).numpy(), "F32")
+                    return select.in_bracket_stored(own, None, bracket, row)
+                return select.in_bracket(values, bracket, row)
 
         count = len(bracket.low)
         each = count // experts
         step = max(1, size) if self.scope == "model" else BLOCK
         bins_of = torch.tensor([bracket.bins(row) for row in range(count)])
-        part: Partial = {"bins": bins_of, "sizes": torch.full((experts,), size)}
+        part: Partial = {"bins": bins_of, "sizes": sizes}
         part |= {"above": torch.zeros(count, dtype=torch.int64), "between": torch.zeros(count, dtype=torch.int64)}
         insides: list[list[Tensor]] = [[] for _ in range(count)]
         for start in range(0, max(1, size), step):
@@ -163,6 +181,9 @@ class Bracket(TrimPass[Threshold | Wide | None]):
                 part[f"ties {place(tile.at, start)}"] = tuple(map(tuple, ties))
             for row, inside in enumerate(bins):
                 insides[row].append(inside)
+        if self.scope == "tensor":
+            keys = [place(tile.at, start) for start in range(0, max(1, size), step)]
+            return part | {f"inside {row}": list(zip(keys, each, strict=True)) for row, each in enumerate(insides)}
         return part | {f"inside {row}": torch.cat(inside) for row, inside in enumerate(insides)}
 
     def add(self, total: Partial, part: Partial) -> None:
@@ -170,11 +191,11 @@ class Bracket(TrimPass[Threshold | Wide | None]):
             total[WIDE] = 1
             return
         for row, size in enumerate(part.pop("bins").tolist()):
-            inside = part.pop(f"inside {row}").cpu()
+            inside = part.pop(f"inside {row}")
             if self.scope == "tensor":  # hundreds are under way: their counts would take more room than what is counted
-                total.setdefault(f"inside {row}", []).append(inside)
+                total.setdefault(f"inside {row}", []).extend((key, bins.cpu()) for key, bins in inside)
                 continue
-            inside = inside.long()
+            inside = inside.cpu().long()
             counts = total.setdefault(f"counts {row}", torch.zeros(size, dtype=torch.int64))
             counts.index_add_(0, inside, torch.ones_like(inside))
         super().add(total, part)
@@ -194,11 +215,16 @@ class Bracket(TrimPass[Threshold | Wide | None]):
             pairs = zip(bracket.shared[row].tolist(), shared[row].tolist(), strict=True)
             apart = [(value - low >> shift, times) for value, times in pairs if value >= 0]
             if self.scope == "tensor":
-                values, counts = _tally(total[f"inside {row}"], apart)
+                values, counts = _tally([inside for _, inside in total[f"inside {row}"]], apart)
             else:
                 values, counts = None, total[f"counts {row}"]
                 for at, times in apart:
                     counts[at] += times
+            if (low, k) == (select.never(torch.float32), 0):  # nothing is kept, neither here nor in the sample
+                bits.append(low)
+                take.append(0)
+                equal.append(0)
+                continue
             if not 1 <= k <= int(counts.sum()):
                 return None
             at, some = (int(t) for t in select.locate(counts[None], k))
@@ -207,12 +233,18 @@ class Bracket(TrimPass[Threshold | Wide | None]):
             equal.append(int(counts[at]))
         threshold = Threshold(torch.tensor(bits), torch.tensor(take), torch.tensor(equal), None)
         hits = [(bracket.shared[row] == threshold.bits[row]).nonzero()[:1, 0] for row in range(len(bits))]
+        if self.scope == "tensor":
+            by_block = {key: [0] * len(bits) for key in ties}
+            for row in threshold.undecided:
+                at = int(threshold.bits[row] - bracket.low[row]) >> int(bracket.shift[row])
+                for key, inside in total[f"inside {row}"]:
+                    by_block[key][row] = int(ties[key][row, hits[row][0]] if len(hits[row]) else (inside == at).sum())
+            return threshold._replace(before=counted_before({key: tuple(counts) for key, counts in by_block.items()}))
         if all(len(hits[row]) for row in threshold.undecided):
             column = torch.stack([hit[0] if len(hit) else torch.tensor(0) for hit in hits])
-            chosen = {key: n.cpu().gather(1, column[:, None])[:, 0] for key, n in ties.items()}
-            if self.scope == "model":
-                return threshold._replace(by_tensor=chosen)
-            return threshold._replace(before=counted_before({key: tuple(n.tolist()) for key, n in chosen.items()}))
+            return threshold._replace(
+                by_tensor={key: n.cpu().gather(1, column[:, None])[:, 0] for key, n in ties.items()}
+            )
         return threshold
 
 
@@ -240,13 +272,15 @@ class Coarse(TrimPass[tuple[Tensor, Tensor] | Wide]):
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         x = self.method.trimmed_quantity(tile, known)
-        return {WIDE: 1} if x.dtype == torch.float64 else {"counts": select.coarse(x)}
+        if x.dtype == torch.float64:
+            return {WIDE: 1}
+        return {"counts": select.coarse(x), "sizes": self.counted(x)}
 
     def finish(self, total: Partial, known: Known) -> tuple[Tensor, Tensor] | Wide:
         if WIDE in total:
             return WIDE
         counts = total["counts"]
-        ranks = self.method.keep_counts(counts.sum(1)).flatten()
+        ranks = self.method.keep_counts(total["sizes"]).flatten()
         return select.locate(repeated(counts, len(ranks)), ranks)
 
 
@@ -300,7 +334,7 @@ class Digits(TrimPass[Level]):
     def observe(self, tile: Tile, known: Known) -> Partial:
         x = self.method.trimmed_quantity(tile, known).double()
         if not self.level:
-            return {"counts": select.digits(x, 0)}
+            return {"counts": select.digits(x, 0), "sizes": self.counted(x)}
         higher: Level = known[digits(self.level - 1)]
         return {"counts": select.digits(repeated(x, len(higher.bits)), self.level, higher.bits)}
 
@@ -310,7 +344,7 @@ class Digits(TrimPass[Level]):
             before: Level = known[digits(self.level - 1)]
             higher, rest = before.bits, before.take
         else:
-            rest = self.method.keep_counts(counts.sum(1)).flatten()
+            rest = self.method.keep_counts(total["sizes"]).flatten()
             counts, higher = repeated(counts, len(rest)), torch.zeros_like(rest)
         bits, take = select.deeper(higher, counts, rest)
         return Level(bits, take, counts.gather(1, (bits & 0xFFFF)[:, None])[:, 0])

@@ -164,9 +164,11 @@ def trimmed(x: Tensor, tile: Tile, known: Known, keep_all_equal: bool = False, t
     return out
 
 
-def trim_rule(at: Place, known: Known, keep_all_equal: bool = False) -> Trim:
-    """`trimmed` as data, for one threshold of each expert; the compiled library has float32 entries."""
-    thresholds, rooms = zip(*_kept(at, known, keep_all_equal, torch.float32), strict=True)
+def trim_rule(at: Place, known: Known, keep_all_equal: bool = False, threshold: int = 0) -> Trim:
+    """`trimmed` as data; the compiled library has float32 entries."""
+    rows = _kept(at, known, keep_all_equal, torch.float32)
+    each = max(1, len(rows) // len(at.experts))  # or one for all experts together
+    thresholds, rooms = zip(*rows[threshold::each], strict=True)
     return Trim(thresholds, rooms)
 
 
