@@ -24,6 +24,7 @@ from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import MethodLike, given_to, method_class, method_name, method_names, short_name
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import carried
+from twinmerge.models.change import Change
 from twinmerge.models.matching import check_ancestry
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import adapted, open_model
@@ -227,7 +228,7 @@ def _trained_in_full(expert: OpenedModel, base: OpenedModel) -> list[str]:
     for name, change in expert.changes.items():
         if change.low is not None:
             continue
-        tensor = change.dense if change.added is None else None
+        tensor = change.dense if isinstance(change, Change) and change.added is None else None
         same = tensor is not None and base.has(name) and base.spec(name).shape == tuple(tensor.shape)
         if tensor is None or not (same and torch.equal(tensor.float(), base.read(name).float())):
             found.append(name)
