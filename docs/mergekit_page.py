@@ -29,9 +29,9 @@ KEYS = {
     "parameters": "of all models, of a module, a slice, a model or a source: the innermost that fits counts",
     "dtype": "of the output, where there is no `out_dtype`; sums are in float32 or wider",
     "out_dtype": "of the output",
-    "tokenizer": "union, base or a model's; rules for tokens; `pad_to_multiple_of`",
+    "tokenizer": "union, base or a model's; rules for tokens; `pad_to_multiple_of`; in a union the other models' tokens come in the order of the models, where mergekit's order differs from run to run",
     "tokenizer_source": "the same in its older form",
-    "chat_template": "auto, a name, or a template",
+    "chat_template": "auto, a name, or a template; alpaca, exaone, llama3 and mistral write what their models publish, without the white space that mergekit's have besides",
     "name": "of one of several documents; ignored in a file of one, with a warning",
     "model": "a path, a hub id, `model@revision`, `model+adapter`, or mergekit's long form",
     "layer_range": "half-open; backwards or empty is refused",
@@ -57,7 +57,7 @@ COMMANDS = {
 
 def keys() -> list[str]:
     """Every key that the code knows."""
-    known = [*mergekit.TOP_KEYS, *mergekit.NOT_YET, *mergekit.OF_MOE, *mergekit.MODEL_KEYS, *mergekit.SLICE_KEYS]
+    known = [*mergekit.TOP_KEYS, *mergekit.OF_MOE, *mergekit.MODEL_KEYS, *mergekit.SLICE_KEYS]
     return list(dict.fromkeys([*known, *mergekit.SOURCE_KEYS, *mergekit.MODULE_KEYS]))
 
 
@@ -83,7 +83,7 @@ def page(by_hand: str) -> str:
         "",
         "| key | here |",
         "| --- | --- |",
-        *(f"| `{key}` | {'not read yet: ' if key in mergekit.NOT_YET else ''}{KEYS[key]} |" for key in keys()),
+        *(f"| `{key}` | {KEYS[key]} |" for key in keys()),
         "",
         "Nearly the name of a key is an error. Any other key that mergekit ignores is ignored with a warning that names it.",
         "",

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 import twinmerge as tm
-from twinmerge.engine.folder import copy_side_files
+from twinmerge.engine.beside import copy_side_files
 from twinmerge.errors import TwinmergeError
 
 SECRET = "do not tell"

@@ -154,6 +154,7 @@ def test_check_says_what_would_happen_and_writes_nothing(zoo, tmp_path, monkeypa
         "configs": {},
         "tied": {},
         "other_tokens": {},
+        "other_settings": {},
         "dtypes": {"base": ["float32"], "x": ["float32"], "y": ["float32"]},
         "output_dtypes": ["float32"],
         "read_bytes": 2 * 3 * 4 * size,  # once to count, once to merge

@@ -190,9 +190,6 @@ W = "parameters: {weight: 1}"
         ),
         ("{merge_method: linear, models: [{model: a}], slices: []}", "has models and slices. Give one of"),
         ("{merge_method: linear, models: [{model: a}], modules: {}}", "has models and modules. Give one of"),
-        ("{merge_method: linear, models: [{model: a}], tokenizer: {}}", "'tokenizer' is a key of mergekit that"),
-        ("{merge_method: linear, models: [{model: a}], tokenizer_source: union}", "'tokenizer_source' is a key of mer"),
-        ("{merge_method: linear, models: [{model: a}], chat_template: auto}", "'chat_template' is a key of mergekit"),
         ("{gate_mode: hidden, experts: []}", "'gate_mode' is a key of mergekit-moe"),
         (
             "{merge_method: linear, models: [{model: a}], parameters: {densty: 1}}",

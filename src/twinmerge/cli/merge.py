@@ -52,6 +52,19 @@ Depth = Annotated[
         "--lines", metavar="[a=NUMBER,]b=NUMBER", help="LiNeS: scale block l of L by a + b·l/(L−1), all else by a."
     ),
 ]
+TokenizerSource = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="SOURCE", help="Whose tokens the output has: union, base, NAME or a path."),
+]
+Template = Annotated[
+    str | None, typer.Option("--chat-template", metavar="NAME", help="auto, chatml, llama3, …, or a template in Jinja.")
+]
+SideFiles = Annotated[
+    str | None,
+    typer.Option(
+        "--side-files-from", metavar="NAME", help="The expert whose template and generation settings to take."
+    ),
+]
 
 
 @command("merge")
@@ -69,6 +82,9 @@ def merge(
     dtype: Dtype = None,
     stochastic: Stochastic = None,
     lines: Depth = None,
+    tokenizer: TokenizerSource = None,
+    chat_template: Template = None,
+    side_files_from: SideFiles = None,
     smoke: Annotated[
         Path | None,
         typer.Option("--smoke", help="Texts (.jsonl or .txt): print their loss under base, experts and result."),
@@ -103,11 +119,12 @@ def merge(
     from twinmerge.recipes.recipe import SEMANTICS
 
     use_threads(threads)
+    beside = (tokenizer, chat_template, side_files_from)
     if smoke is not None and not smoke.is_file():
         raise DataError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
     how: dict[str, Any] = {"architecture": smoke is not None, "device": device_of(device), "processes": True}
     if plan is not None:
-        given = (method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out)
+        given = (method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out, *beside)
         if any(each is not None for each in given):
             raise UsageError("A plan says all of a merge. Name its file and the output alone: --plan FILE -o FOLDER.")
         if recipe is not None and output is not None:
@@ -116,6 +133,7 @@ def merge(
     else:
         described, target = recipe_of(
             *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
+            beside=beside,
             intermediate_dir=intermediate_dir,
             dry_run=dry_run,
         )
@@ -177,6 +195,9 @@ def check(
     dtype: Dtype = None,
     stochastic: Stochastic = None,
     lines: Depth = None,
+    tokenizer: TokenizerSource = None,
+    chat_template: Template = None,
+    side_files_from: SideFiles = None,
     plan: Annotated[
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Write down what would be done, for `twinmerge merge --plan`."),
@@ -194,7 +215,8 @@ def check(
 
     use_threads(threads)
     described, target = recipe_of(
-        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines
+        *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
+        beside=(tokenizer, chat_template, side_files_from),
     )
     merged = Merge(described)
     if plan is not None:
@@ -216,6 +238,7 @@ def recipe_of(
     dtype: str | None,
     stochastic: int | None,
     lines: str | None = None,
+    beside: tuple[str | None, str | None, str | None] = (None, None, None),
     intermediate_dir: Path | None = None,
     dry_run: bool = False,
 ) -> tuple[Recipe, Path | None]:
@@ -243,7 +266,7 @@ def recipe_of(
         measured = pairs(statistics, "--statistics")
         depth = None if lines is None else Lines.of(values(lines.split(","), "--lines"))
         found = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic, measured, depth)
-        return found, output or out
+        return _with_beside(found, *beside), output or out
     if recipe is None:
         raise UsageError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
     if expert or base or weight or statistics or head or lines is not None or stochastic is not None:
@@ -259,7 +282,20 @@ def recipe_of(
         read, changes = overridden(read, values(parameter, "-p"), dtype)
         for change in changes:
             said(f"By an option: {change}.")
-    return read, output or out
+    return _with_beside(read, *beside), output or out
+
+
+def _with_beside(recipe: Recipe, tokenizer: str | None, template: str | None, side_files_from: str | None) -> Recipe:
+    """The recipe with what options say of the files beside the weights."""
+    from dataclasses import replace
+
+    from twinmerge.recipes.tokenizer import TokenizerChoice
+
+    if tokenizer is not None:
+        recipe = replace(recipe, tokenizer=TokenizerChoice.of(tokenizer, "--tokenizer"))
+    if template is not None:
+        recipe = replace(recipe, chat_template=template)
+    return recipe if side_files_from is None else replace(recipe, side_files_from=side_files_from)
 
 
 def _read(file: Path, intermediate_dir: Path | None) -> Recipe:

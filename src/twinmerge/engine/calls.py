@@ -31,6 +31,9 @@ def merge(
     progress: bool = True,
     statistics: Mapping[str, str | Path] | None = None,
     lines: Mapping[str, Any] | None = None,
+    tokenizer: str | Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+    side_files_from: str | None = None,
     **parameters: Any,
 ) -> Merge:
     """Describe a merge, and with `out` write it.
@@ -50,6 +53,12 @@ def merge(
         statistics: expert -> the file that `twinmerge measure` wrote of it, for methods that need one.
         lines: LiNeS: {"a": 0.125, "b": 0.5} scales the merged change of block l of L by a + b·l/(L−1) and all else by
             a; without a, it is taken from the sizes of the changes.
+        tokenizer: whose tokens the output has: "union", "base", the name of an expert, a path, or a mapping as recipes
+            have it; the base's where None, and then rows of the models go together by their number.
+        chat_template: "auto", "alpaca", "chatml", "exaone", "llama3", "mistral" or Jinja; the tokenizer's own where
+            None.
+        side_files_from: the expert whose template, special tokens and generation settings the output has; the base's
+            where None.
         parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
 
     Raises:
@@ -64,6 +73,9 @@ def merge(
         stochastic=stochastic,
         statistics=statistics,
         lines=lines,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        side_files_from=side_files_from,
         parameters=parameters,
     )
     require_model(recipe.method)

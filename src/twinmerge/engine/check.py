@@ -10,6 +10,7 @@ from twinmerge.engine.models import Models
 from twinmerge.engine.plan import Plan, element_bytes, grains_of, shapes_of
 from twinmerge.engine.ranges import SEEN, Range, ranges
 from twinmerge.engine.run import Run
+from twinmerge.engine.settings import Told
 from twinmerge.maths.threads import thread_count
 from twinmerge.models.opened import OpenedModel
 from twinmerge.results import Record, some
@@ -27,9 +28,7 @@ class Checked(Record):
         return f"{self['method']}, {self['merged_tensors']} tensors of {some(self['heads'], 2)}, {took}"
 
 
-def checked(
-    plan: Plan, models: Models, run: Run, statistics: Mapping[str, Statistics], other_tokens: Mapping[str, str]
-) -> Checked:
+def checked(plan: Plan, models: Models, run: Run, statistics: Mapping[str, Statistics], told: Told) -> Checked:
     """Plain data: which tensors go where, dtypes, ties, vocabularies and keys of the configs that say something else
     than the base's (the expert's value, the base's), and the bytes, memory and time of the merge.
 
@@ -42,7 +41,7 @@ def checked(
         models: its opened models.
         run: of its method, with what headers say.
         statistics: of each expert, where the method reads them.
-        other_tokens: expert -> what its tokenizer means otherwise.
+        told: what is told of experts.
     """
     reads = 1 + sum(not step.sampled and not step.rare and step.name not in run.known for step in run.leading)
     input_bytes = sum(
@@ -64,7 +63,8 @@ def checked(
         "configs": {e: {k: list(v) for k, v in found.items()} for e, found in plan.configs.items() if found},
         "tied": models.base.aliases,
         **({} if tables is None else {"tables": tables}),
-        "other_tokens": dict(other_tokens),
+        **({} if models.unified is None else {"tokens": models.unified.to_dict()}),
+        **told.to_dict(),
         "dtypes": {label: _dtypes(model) for label, model in {"base": models.base, **models.experts}.items()},
         "output_dtypes": sorted({spec.name for spec in plan.specs.values()}),
         "read_bytes": reads * input_bytes,

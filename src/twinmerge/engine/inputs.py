@@ -220,6 +220,8 @@ class Inputs:
         """
         for entry in self.entries.values():
             for label, source in entry.sources.items():
+                for model, name in self.models.of_source(entry, label).read_of(source.tensor):
+                    check_tensors(model, [name])
                 if not source.view.whole:
                     check_tensors(self.models.of_source(entry, label), [source.tensor])
                     if "fisher" in self.needs and label in self.statistics and self.statistics[label].has(entry.tensor):

@@ -29,6 +29,8 @@ from twinmerge.engine.ranges import Range
 from twinmerge.engine.rounding import narrowed
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
+from twinmerge.engine.settings import Told
+from twinmerge.engine.sides import check_sides
 from twinmerge.engine.slicing import Sliced, sliced
 from twinmerge.engine.write import Journal, Report, write
 from twinmerge.errors import UsageError
@@ -37,7 +39,6 @@ from twinmerge.methods.kit.registry import require_model
 from twinmerge.models.heads import headed, heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import OpenedModel, as_tensor
-from twinmerge.models.vocabulary import other_tokens, warn_of_tokens
 from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
@@ -186,14 +187,9 @@ class Merge:
         return Inputs.of(self.plan, self.models, self.device)
 
     @cached_property
-    def other_tokens(self) -> dict[str, str]:
-        """Expert -> what its tokenizer means otherwise than the base's, where it does."""
-        found = {name: other_tokens(self.base.folder, expert.folder) for name, expert in self.experts.items()}
-        return {name: said for name, said in found.items() if said}
-
-    def warn_of_tokens(self) -> None:
-        """Warn of every expert whose tokenizer gives rows of the embeddings another meaning."""
-        warn_of_tokens(self.other_tokens, stacklevel=4)
+    def told(self) -> Told:
+        """What is told of experts beside their weights: other tokenizers, templates, settings of generation."""
+        return Told.of(self.recipe, self.models)
 
     def new_run(self, spread: Map[Any, Any] | None = None) -> Run:
         """The rules over all merged tensors, in the order that they lie on the disk; nothing is read yet."""
@@ -310,8 +306,9 @@ class Merge:
         output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files, overwrite=overwrite)
         output.check()
         read = states_of(plan)
+        check_sides(self.base)
         self.matched.warn()
-        self.warn_of_tokens()
+        self.told.warn(stacklevel=4)
         with output as folder:
             writer = CheckpointWriter(folder, files, summed=False)
             try:
@@ -323,6 +320,10 @@ class Merge:
                 writer.close()
             output.sums |= report.checksums
             described = {**provenance(plan), "rounding": report.rounding(self.recipe.stochastic)}
+            if self.models.unified is not None:
+                described["tokens"] = self.models.unified.to_dict()
+            if self.told.settings:
+                described["other_settings"] = self.told.settings
             if self.lines is not None:  # with the a that was found
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
             card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
@@ -361,7 +362,7 @@ class Merge:
 
     def check(self) -> Checked:
         """What would happen and what it would take, as a mapping; writes nothing (see `engine/check.py`)."""
-        return checked(self.plan, self.models, self.new_run(), self.inputs.statistics, self.other_tokens)
+        return checked(self.plan, self.models, self.new_run(), self.inputs.statistics, self.told)
 
     def to_dict(self) -> dict[str, Any]:
         """What `check` finds, and where and how it was written: what `twinmerge merge --json` prints."""

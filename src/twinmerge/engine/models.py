@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from twinmerge.engine.plan import BASE, Entry, Plan
+from twinmerge.engine.sides import with_sides
+from twinmerge.engine.tokens.apply import Unified, unified
 from twinmerge.errors import ModelError
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
@@ -22,11 +24,13 @@ class Models:
         base: the base; without one, the first expert stands for it (names, config, side files).
         experts: in the order in which the method sees them.
         has_base: a base was named.
+        unified: how their tables came to be of one vocabulary, where the recipe names a tokenizer.
     """
 
     base: OpenedModel
     experts: Mapping[str, OpenedModel]
     has_base: bool = True
+    unified: Unified | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, architecture: bool) -> Models:
@@ -41,14 +45,17 @@ class Models:
         """
         order, base = recipe.order, recipe.base
         models = [*([] if base is None else [base]), *(recipe.experts[name] for name in order)]
-        plain = None if architecture or recipe.heads else open_plain(models)
+        plain = None if architecture or recipe.heads else open_plain(models, recipe.tokenizer is not None)
         if plain is not None:
             experts = dict(zip(order, plain[-len(order) :], strict=True))
             first = plain[0] if base is not None else experts[next(iter(recipe.experts))]
         else:
             experts = {name: _open(recipe.experts[name], name) for name in order}
             first = open_model(base) if base is not None else experts[next(iter(recipe.experts))]
-        return cls(first, experts, base is not None)
+        found = unified(recipe, {BASE: first, **experts}) if recipe.tokenizer is not None else None
+        if found is not None:
+            first, experts = found.models[BASE], {name: found.models[name] for name in order}
+        return cls(with_sides(recipe, first, experts, found), experts, base is not None, found)
 
     @property
     def labels(self) -> dict[str, OpenedModel]:

@@ -74,6 +74,7 @@ class Nested(Openable):
             folder=base.folder,
             files=() if in_memory else files,
             config_changes={**base.config_changes, **plan.config},
+            sides=base.sides,
         )
 
 

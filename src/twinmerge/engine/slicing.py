@@ -17,7 +17,7 @@ from twinmerge.models.depth import BY_LAYER, BY_NUMBER, DEPTH, NUMBERS, config_o
 from twinmerge.models.matching import Matched, is_dropped, require_tied
 from twinmerge.models.opened import OpenedModel
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.recipes.slices import BASE, Slice, Span
+from twinmerge.recipes.slices import BASE, Slice, Span, end_sources
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,9 +138,8 @@ class _Stack:
     def outside(self) -> Iterator[Target]:
         """The tensors before and after the layers."""
         first, last = self.recipe.slices[0], self.recipe.slices[-1]
-        ends = last.sources
-        if len(ends) > len(first.sources) and self.recipe.semantics == "mergekit":
-            ends = ends[: len(first.sources)]
+        ends = end_sources(self.recipe.slices, self.recipe.semantics == "mergekit")
+        if ends != last.sources:
             warnings.warn(
                 f"The last slice has {len(last.sources)} sources, the first {len(first.sources)}: as by mergekit, what "
                 f"comes after the layers is merged of {', '.join(s.model for s in ends)} alone.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from twinmerge.engine.folder import PROVENANCE
+from twinmerge.engine.beside import PROVENANCE
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import OutputError, TwinmergeError
 from twinmerge.models.opened import ModelLike

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
-from twinmerge.engine.folder import PROVENANCE
+from twinmerge.engine.beside import PROVENANCE
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import BASE, Plan

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from twinmerge.maths.lowrank import Factors
+from twinmerge.models.opened import OpenedModel, as_tensor
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.header import torch_dtype
+
+if TYPE_CHECKING:
+    from twinmerge.store.ranges import Flat
 
 
 class Stack(NamedTuple):
@@ -82,6 +88,30 @@ class Change(NamedTuple):
         if self.taken is None:
             return self.added
         return Factors(torch.cat([self.added.b, -self.taken.b], 1), torch.cat([self.added.a, self.taken.a]))
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether nothing of the stored tensor is read."""
+        return self.dense is not None
+
+    @property
+    def read_of(self) -> Sequence[tuple[OpenedModel, str]]:
+        """Other tensors that it is made of: none."""
+        return ()
+
+    def range_code(self, stored: str) -> str:
+        """The dtype of what is read: float32 at least where a product is added."""
+        return stored if self.added is None or stored == "F64" else "F32"
+
+    def read_range(self, stored: Callable[[int, Flat], None], spec: Spec, start: int, out: Flat) -> None:
+        """Fill `out` with elements of the changed tensor from `start` on, flat."""
+        to = as_tensor(out, torch_dtype(self.range_code(spec.code)))
+        if self.dense is not None:
+            values = self.dense.reshape(-1)[start : start + len(to)].clone()
+        else:
+            values = torch.empty(len(to), dtype=spec.dtype)
+            stored(start, values)
+        self.apply(values, start, to)
 
     def apply(self, stored: Tensor, start: int, out: Tensor) -> None:
         """Entries of the changed tensor from those of the stored one, flat, from `start` on, in float32, or in float64 where `out` is;

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, w
 
     from twinmerge.maths.lowrank import Factors
     from twinmerge.models.architecture import Architecture
-    from twinmerge.models.change import Change
+    from twinmerge.models.tokens import Sides
     from twinmerge.store.ranges import Flat
 
 ModelLike = str | os.PathLike[str] | Any
@@ -36,6 +36,38 @@ USUAL_TABLES = (
     *(".wte.weight", ".wpe.weight", ".shared.weight", "relative_attention_bias.weight", "relative_position_bias_table"),
 )
 """Ends of the names that embeddings have in most families."""
+
+
+class Changed(Protocol):
+    """What is read in the place of a tensor that a model's files hold: what an adapter makes of it, or rows of it in
+    another order.
+
+    low: the product of low rank that it adds, where that is all; elsewhere: nothing of the stored tensor's place or
+    beginning holds of it; read_of: the tensors that it is made of, by model and name, where those are others than the
+    model's own of this name.
+    """
+
+    @property
+    def low(self) -> Factors | None: ...
+
+    @property
+    def elsewhere(self) -> bool: ...
+
+    @property
+    def read_of(self) -> Sequence[tuple[OpenedModel, str]]: ...
+
+    def range_code(self, stored: str) -> str:
+        """The dtype that is read, of a stored one."""
+
+    def read_range(self, stored: Callable[[int, Flat], None], spec: Spec, start: int, out: Flat) -> None:
+        """Fill `out` with elements from `start` on, flat.
+
+        Args:
+            stored: reads the stored tensor.
+            spec: of the tensor.
+            start: the first element.
+            out: bytes, or numbers of the dtype of `range_code`.
+        """
 
 
 class Openable(ABC):
@@ -74,9 +106,10 @@ class OpenedModel:
 
     name: how messages call it; specs: canonical name -> dtype and shape; stored: canonical -> name in its files;
     architecture: None for bare checkpoints; folder: where its side files are; commit: hub commit; labels: label names
-    of a classifier; files: what is read, empty for models in memory; changes: canonical name -> what an adapter makes
-    of the tensor; tables: its embeddings, where they are known without an architecture; config_changes: what its config
-    says otherwise than the config.json in its folder.
+    of a classifier; files: what is read, empty for models in memory; changes: canonical name -> what is read in the
+    place of the stored tensor; tables: its embeddings, where they are known without an architecture; by_token: the
+    same of what has a row for each token; adapter: the folder of the adapter that is on it; config_changes: what its
+    config says otherwise than the config.json in its folder; sides: what lies beside it otherwise than in its folder.
     """
 
     name: str
@@ -87,9 +120,12 @@ class OpenedModel:
     folder: Path | None = None
     commit: str | None = None
     files: tuple[Path, ...] = ()
-    changes: Mapping[str, Change] = field(default_factory=dict)
+    changes: Mapping[str, Changed] = field(default_factory=dict)
     tables: frozenset[str] | None = None
+    by_token: frozenset[str] | None = None
+    adapter: Path | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    sides: Sides | None = None
 
     @property
     def config(self) -> PretrainedConfig | None:
@@ -172,11 +208,11 @@ class OpenedModel:
         return out.reshape(spec.shape)
 
     def range_code(self, name: str) -> str:
-        """The dtype that `read_range` gives, as safetensors calls it: the stored one, F32 at least where an adapter
-        adds to it."""
+        """The dtype that `read_range` gives, as safetensors calls it: the stored one, or a wider one where values are
+        computed, as an adapter's are."""
         name = self.own(name)
-        change, code = self.changes.get(name), self.specs[name].code
-        return code if change is None or change.added is None or code == "F64" else "F32"
+        change = self.changes.get(name)
+        return self.specs[name].code if change is None else change.range_code(self.specs[name].code)
 
     def read_range(self, name: str, start: int, out: Flat) -> None:
         """Fill `out` (bytes, or numbers of the dtype of `range_code`) with elements from `start` on of the tensor,
@@ -185,18 +221,8 @@ class OpenedModel:
         change = self.changes.get(name)
         if change is None:
             self.source.read_into(self.stored[name], start, out)
-            return
-        import torch
-
-        from twinmerge.store.header import torch_dtype
-
-        to = as_tensor(out, torch_dtype(self.range_code(name)))
-        if change.dense is not None:
-            stored = change.dense.reshape(-1)[start : start + len(to)].clone()
         else:
-            stored = torch.empty(len(to), dtype=self.specs[name].dtype)
-            self.source.read_into(self.stored[name], start, stored)
-        change.apply(stored, start, to)
+            change.read_range(partial(self.source.read_into, self.stored.get(name, name)), self.specs[name], start, out)
 
     def low_rank(self, name: str) -> bool:
         """Whether an adapter adds a product of low rank to the base's tensor."""
@@ -227,11 +253,16 @@ class OpenedModel:
         rows = spec.shape[0] if spec.shape else 1
         return Factors(torch.zeros(rows, 0), torch.zeros(0, spec.numel // max(rows, 1)))
 
+    def read_of(self, name: str) -> Sequence[tuple[OpenedModel, str]]:
+        """The tensors of models that a tensor is made of, where they are others than its own in these files."""
+        change = self.changes.get(self.own(name))
+        return () if change is None else change.read_of
+
     def place(self, name: str) -> tuple[int, int]:
         """Where the tensor lies: file number and offset."""
         name = self.own(name)
         change = self.changes.get(name)
-        return (-1, 0) if change is not None and change.dense is not None else self.source.place(self.stored[name])
+        return (-1, 0) if change is not None and change.elsewhere else self.source.place(self.stored[name])
 
     def own(self, name: str) -> str:
         """The canonical name that a tensor's values are kept under: another one where it is tied."""
@@ -253,7 +284,7 @@ class OpenedModel:
     def stored_beginning(self, name: str, count: int) -> tuple[NDArray[np.uint8], str]:
         """The same, and its dtype, without the low-rank product that an adapter adds: of the base that it is on."""
         change = self.changes.get(self.own(name))
-        if change is None or change.dense is not None:
+        if change is None or change.elsewhere:
             return self.beginning(name, count), self.range_code(name)
         spec = self.spec(name)
         out = np.empty(count * SIZES[spec.code], np.uint8)

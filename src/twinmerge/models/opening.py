@@ -82,6 +82,7 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
         return opened
     from twinmerge.models.adapter import ADAPTER_FILES, read_adapter
 
+    opened.adapter = found.adapter
     opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
     return adapted(opened, read_adapter(found.adapter), ref.rpartition("+")[0])
 

@@ -107,10 +107,14 @@ PLAIN = {
 """Model types whose classes have no buffers in their files, no renamed tensors and no parts that loading drops."""
 
 
-def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
+def open_plain(models: Sequence[ModelLike], vocabularies: bool = False) -> list[OpenedModel] | None:
     """The models without an architecture, or None where one has to be looked at.
 
     A head, an adapter, a tie that is stored twice, another task or config, a tensor too many or too few ask for it.
+
+    Args:
+        models: all that are merged.
+        vocabularies: their vocabularies may have other sizes.
     """
     if not all(isinstance(model, (str, os.PathLike)) for model in models):
         return None
@@ -131,10 +135,18 @@ def open_plain(models: Sequence[ModelLike]) -> list[OpenedModel] | None:
         shapes = _shapes(kind, config, len(specs))
         if {n: s.shape for n, s in specs.items()} != shapes or not all(s.is_float for s in specs.values()):
             return None
-        opened.append(OpenedModel(str(model), specs, stored, None, checkpoint, tables=kind.tables))
+        words = frozenset(_by_token(kind, config))
+        opened.append(OpenedModel(str(model), specs, stored, None, checkpoint, tables=kind.tables, by_token=words))
         opened[-1].folder, opened[-1].commit, opened[-1].files = place.folder, place.commit, checkpoint.files
-    sizes = [{n: s.shape for n, s in model.specs.items()} for model in opened]
+    free = opened[0].by_token or () if vocabularies else ()
+    sizes = [{n: s.shape[1:] if n in free else s.shape for n, s in model.specs.items()} for model in opened]
     return opened if all(size == sizes[0] for size in sizes) else None
+
+
+def _by_token(kind: Plain, config: Mapping[str, Any]) -> list[str]:
+    """What has another shape with another size of the vocabulary."""
+    shapes, larger = kind.outside(config), kind.outside({**config, "vocab_size": config["vocab_size"] + 1})
+    return [name for name, shape in shapes.items() if larger[name] != shape]
 
 
 def _shapes(kind: Plain, config: Mapping[str, Any], count: int) -> Shapes | None:

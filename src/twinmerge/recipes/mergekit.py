@@ -20,23 +20,22 @@ from twinmerge.methods.kit.base import Space
 from twinmerge.methods.kit.dialect import Dialect
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
+from twinmerge.recipes.mergekit_beside import beside
 from twinmerge.recipes.mergekit_parameters import PARAMETERS, Scope, idle, of_model, scope, shared
 from twinmerge.recipes.names import expert_names
 from twinmerge.recipes.slices import BASE
 
-OWN_KEYS = ("heads", "stochastic", LINES)
+OWN_KEYS = ("heads", "stochastic", LINES, "side_files_from")
 """What a recipe says beside mergekit's schema, if it says whose semantics it has."""
 
-TOP_KEYS = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype")
+TOP_KEYS = (
+    *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
+    *("tokenizer", "tokenizer_source", "chat_template"),
+)
 MODEL_KEYS = ("model", "name", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 MODULE_KEYS = ("slices", "models", "parameters")
-NOT_YET = {
-    "tokenizer": "Remove it where all models have one tokenizer.",
-    "tokenizer_source": "Remove it where all models have one tokenizer.",
-    "chat_template": "Remove it to keep the base's template.",
-}
 OF_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 
 
@@ -85,6 +84,7 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
         if body.get("slices") is not None
         else reader.whole(body["models"], base, outer)
     )
+    found |= beside(raw, found, where, ignored, lambda each, at: _reference(each, at))
     if ignored:
         warnings.warn(f"{where}: ignored, as by mergekit: {'; '.join(dict.fromkeys(ignored))}.", stacklevel=2)
     kept = {key: raw[key] for key in ("dtype", "out_dtype", *OWN_KEYS) if key in raw}
@@ -258,8 +258,6 @@ def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool, ignored: lis
     for key in raw:
         if key in TOP_KEYS or key == "name" or (own_keys and key in OWN_KEYS):
             continue
-        if key in NOT_YET:
-            raise RecipeError(f"{where}: {key!r} is a key of mergekit that twinmerge does not read yet. {NOT_YET[key]}")
         if key in OF_MOE:
             raise RecipeError(
                 f"{where}: {key!r} is a key of mergekit-moe, whose files twinmerge does not read. Give a recipe of one "
@@ -270,7 +268,7 @@ def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool, ignored: lis
                 f"{where}: {key!r} is a key of twinmerge, and this file is in mergekit's schema. Add `compat: "
                 "mergekit` or `compat: paper` to say whose semantics its method has."
             )
-        known = [*TOP_KEYS, *NOT_YET, "compat", "twinmerge", *OWN_KEYS]
+        known = [*TOP_KEYS, "compat", "twinmerge", *OWN_KEYS]
         if key in PARAMETERS:
             raise RecipeError(f"{where}: unknown key {key!r:.80}. It is a parameter: write parameters: {{{key}: …}}.")
         if near := nearest(str(key), known):

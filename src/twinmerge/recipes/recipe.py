@@ -32,14 +32,19 @@ from twinmerge.methods.kit.registry import (
     short_name,
 )
 from twinmerge.models.opened import ModelLike
+from twinmerge.recipes.chat_template import KEY as TEMPLATE
+from twinmerge.recipes.chat_template import check_template
 from twinmerge.recipes.lines import KEY, KEYS, Lines
-from twinmerge.recipes.mergekit import NOT_YET, translated
+from twinmerge.recipes.mergekit import translated
 from twinmerge.recipes.names import EXPERT_NAME, expert_names
 from twinmerge.recipes.setting import Setting, is_setting
 from twinmerge.recipes.slices import BASE, SLICE_KEYS, SOURCE_KEYS, Slice, check_slice, known_keys, span_of
 from twinmerge.recipes.spelling import by_our_name, parameters_of
+from twinmerge.recipes.tokenizer import KEY as TOKENIZER
+from twinmerge.recipes.tokenizer import TokenizerChoice
 
 MARK = "twinmerge"
+SIDE_FILES = "side_files_from"
 VERSION = 1
 SEMANTICS = {
     "paper": "the papers' semantics",
@@ -58,6 +63,9 @@ RECIPE_KEYS = (
         "stochastic",
         KEY,
         "slices",
+        TOKENIZER,
+        TEMPLATE,
+        SIDE_FILES,
         MARK,
         "compat",
     ),
@@ -74,7 +82,10 @@ class Recipe:
     value; dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the
     seed of stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods
     that need one; lines: how the merged change is scaled by depth, None for not at all; slices: the layers that the
-    output is put together of, empty for whole models."""
+    output is put together of, empty for whole models; tokenizer: whose tokens the output has, None for the base's,
+    where rows of the models go together by their number; chat_template: "auto", a name or Jinja, None for the
+    tokenizer's own; side_files_from: the expert whose template, special tokens and generation settings the output
+    has, None for the base's."""
 
     method: MethodLike
     base: ModelLike | None
@@ -86,6 +97,9 @@ class Recipe:
     statistics: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
     lines: Lines | None = None
     slices: tuple[Slice, ...] = ()
+    tokenizer: TokenizerChoice | None = None
+    chat_template: str | None = None
+    side_files_from: str | None = None
 
     def __post_init__(self) -> None:
         self._take_method()
@@ -124,6 +138,7 @@ class Recipe:
             )
         self._check_statistics()
         self._check_varying()
+        self._check_beside()
 
     def _take_method(self) -> None:
         """Keep a method by its name where it has one, else its class, and an object's parameters among the others."""
@@ -157,6 +172,26 @@ class Recipe:
                         f"A slice names {span.model!r}, which is no model of the recipe.{nearest(span.model, self.experts)}"
                     )
 
+    def _check_beside(self) -> None:
+        check_template(self.chat_template, "recipe")
+        if self.side_files_from is not None and self.side_files_from not in self.experts:
+            raise RecipeError(
+                f"{SIDE_FILES} names {self.side_files_from!r:.80}, which is no expert of this merge."
+                f"{nearest(str(self.side_files_from), self.experts)}"
+            )
+        if self.tokenizer is not None:
+            self.tokenizer.check(self.experts, self.base is not None)
+            if method_class(self.method).outputs != "model":
+                raise RecipeError(
+                    f"{short_name(self.method)} makes masks, which are of one vocabulary. Give every model the same "
+                    f"tokenizer first, or leave {TOKENIZER} out."
+                )
+            if method_class(self.method).needs:
+                raise RecipeError(
+                    f"{short_name(self.method)} reads statistics, which are of the rows that a model has. Give every "
+                    f"model the same tokenizer first, or leave {TOKENIZER} out."
+                )
+
     def _check_statistics(self) -> None:
         needs = method_class(self.method).needs
         for name in self.statistics:
@@ -187,6 +222,9 @@ class Recipe:
         stochastic: int | None = None,
         statistics: Mapping[str, str | os.PathLike[str]] | None = None,
         lines: Mapping[str, Any] | None = None,
+        tokenizer: str | Mapping[str, Any] | TokenizerChoice | None = None,
+        chat_template: str | None = None,
+        side_files_from: str | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> Recipe:
         """What a call names: a recipe as it is, or a method, models and parameters.
@@ -206,6 +244,9 @@ class Recipe:
                 or stochastic is not None
                 or statistics
                 or lines
+                or tokenizer
+                or chat_template
+                or side_files_from
                 or parameters
             ):
                 raise RecipeError("A recipe says all of a merge. Change it with Recipe.varied, or name no recipe.")
@@ -217,7 +258,9 @@ class Recipe:
             )
         patterns = (heads,) if isinstance(heads, str) else tuple(heads)
         depth = None if lines is None else Lines.of(lines)
-        return cls(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
+        choice = None if tokenizer is None else TokenizerChoice.of(tokenizer)
+        given = (method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
+        return cls(*given, tokenizer=choice, chat_template=chat_template, side_files_from=side_files_from)
 
     @classmethod
     def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
@@ -340,6 +383,9 @@ class Recipe:
             }
             | ({} if self.lines is None else {KEY: self.lines.describe()})
             | self._described_slices()
+            | ({} if self.tokenizer is None else {TOKENIZER: self.tokenizer.describe()})
+            | ({} if self.chat_template is None else {TEMPLATE: self.chat_template})
+            | ({} if self.side_files_from is None else {SIDE_FILES: self.side_files_from})
         )
 
     def _described_slices(self) -> dict[str, Any]:
@@ -455,7 +501,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
     for key in raw:
         if key not in RECIPE_KEYS:
             raise RecipeError(
-                f"{where}: unknown key {key!r:.80}.{_instead(key, ours)} Known: {', '.join(RECIPE_KEYS)}."
+                f"{where}: unknown key {key!r:.80}.{nearest(key, RECIPE_KEYS)} Known: {', '.join(RECIPE_KEYS)}."
             )
     if not isinstance(raw.get("merge_method"), str):
         raise RecipeError(f"{where} has no merge_method. Add one, such as merge_method: ties.")
@@ -507,6 +553,9 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
         statistics,
         None if raw.get(KEY) is None else Lines.of(raw[KEY]),
         tuple(_slice(each, method, f"{where}, slice {i}") for i, each in enumerate(_list(raw, "slices", where), 1)),
+        None if raw.get(TOKENIZER) is None else TokenizerChoice.of(raw[TOKENIZER], f"{where}, {TOKENIZER}"),
+        check_template(raw.get(TEMPLATE), where),
+        raw.get(SIDE_FILES),
     )
 
 
@@ -540,12 +589,6 @@ def _slice(raw: Any, method: str, where: str) -> Slice:
     if base is not None and (not isinstance(base, str) or base not in [span.model for span in spans]):
         raise RecipeError(f"{where}: base_model is {base!r:.80}, which is none of its sources.")
     return Slice(tuple(spans), base, _read_settings(parameters))
-
-
-def _instead(key: str, ours: bool) -> str:
-    if key in NOT_YET:
-        return f" It is a key of mergekit that twinmerge does not read yet. {NOT_YET[key]}"
-    return nearest(key, RECIPE_KEYS)
 
 
 def _model(raw: Any, where: str) -> Any:

@@ -101,3 +101,10 @@ def known_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None
     for key in raw:
         if key not in known:
             raise RecipeError(f"{where}: unknown key {key!r:.80}.{nearest(str(key), known)} Known: {', '.join(known)}.")
+
+
+def end_sources(slices: Sequence[Slice], mergekit: bool) -> tuple[Span, ...]:
+    """The sources of what comes after the layers: those of the last slice, of which mergekit takes no more than the
+    first slice has."""
+    last = slices[-1].sources
+    return last[: len(slices[0].sources)] if mergekit else last

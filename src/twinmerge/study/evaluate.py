@@ -165,11 +165,16 @@ def runner_of(
 
 
 def tokenizer_folder(merge: Merge) -> Path:
-    """The first folder among base and experts that has a tokenizer.
+    """The first folder among base and experts that has a tokenizer, or the one that the recipe names.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none; the output has one that no folder has.
     """
+    own = merge.base.sides.tokens if merge.base.sides is not None else None
+    if own is not None and own.made:
+        raise ModelError("The merge makes a tokenizer of its own. Save it, and name its folder.")
+    if own is not None:
+        return own.folder
     for model in (merge.base, *merge.experts.values()):
         if model.folder is not None and any(model.folder.glob("tokenizer*.json")):
             return model.folder

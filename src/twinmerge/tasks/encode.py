@@ -63,7 +63,7 @@ class TextEncoder:
         max_tokens: int | None = None,
         positions: int | None = None,
     ) -> None:
-        self.tokenizer: Any = _open(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+        self.tokenizer: Any = open_tokenizer(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
         special = int(self.tokenizer.num_special_tokens_to_add(pair=True))
         if max_tokens is not None and max_tokens <= special:
             raise UsageError(
@@ -281,7 +281,7 @@ def _texts(row: str | tuple[str, str] | Row | Any) -> tuple[str, str | None]:
     raise UsageError(f"{shown(row)} is no text to read. Give a text, a pair (text, text_pair) or a row of a suite.")
 
 
-def _open(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+def open_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     path = Path(os.path.expanduser(folder))
     advice = "Copy the tokenizer's files from the base model into it, or name a folder that has them."
     if not os.path.isdir(path):

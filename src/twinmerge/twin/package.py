@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from twinmerge.engine.beside import NO_SIDE_FILES, PROVENANCE
 from twinmerge.engine.card import model_card
-from twinmerge.engine.folder import NO_SIDE_FILES, PROVENANCE, Beside
+from twinmerge.engine.folder import Beside
 from twinmerge.errors import DamagedFile, DataError
 from twinmerge.maths.codec import CODECS, NONE, pack, unpack
 from twinmerge.maths.lowrank import Factors

@@ -25,7 +25,7 @@ from twinmerge.methods.kit.given import factors_of
 from twinmerge.methods.kit.registry import METHODS, MethodLike, given_to, method_name, short_name
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import adaptable, carried, tied_weights
-from twinmerge.models.change import Stack
+from twinmerge.models.change import Change, Stack
 from twinmerge.models.matching import check_ancestry
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import adapted, open_model
@@ -239,15 +239,17 @@ def _without_place(expert: OpenedModel, base: OpenedModel, able: Collection[str]
     found = {}
     for name, change in expert.changes.items():
         own = base.aliases.get(name, name)
-        tensor = change.dense if change.added is None else None
+        tensor = change.dense if isinstance(change, Change) and change.added is None else None
         same = tensor is not None and base.has(name) and base.spec(name).shape == tuple(tensor.shape)
         if tensor is not None and same and torch.equal(tensor.float(), base.read(name).float()):
             continue
         if own in tied:
             found[name] = "tied: several modules share it"
         elif change.low is None:
-            kind = "trained row by row" if change.rows is not None else "trained in full"
-            found[name] = "experts in one tensor" if isinstance(change.added, Stack) else kind
+            kind = "trained row by row" if isinstance(change, Change) and change.rows is not None else "trained in full"
+            found[name] = (
+                "experts in one tensor" if isinstance(change, Change) and isinstance(change.added, Stack) else kind
+            )
         elif base.has(name) and own not in able:
             found[name] = "a bias" if len(base.spec(name).shape) == 1 else "the weight of no module that LoRA adapts"
     return dict(sorted(found.items()))

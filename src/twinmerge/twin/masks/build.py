@@ -80,7 +80,7 @@ def write_masks(
     check_written([merge.base, *merge.experts.values()])
     changed = changed_tensors(merge)
     merge.matched.warn()
-    merge.warn_of_tokens()
+    merge.told.warn(stacklevel=3)
     specs, base = _mask_specs(merge, changed), _fingerprint(merge)
     header = {"experts": list(recipe.experts), "masks": _header(merge, changed)}
     needed = merge.plan.output_bytes + sum(spec.bytes for spec in specs.values())

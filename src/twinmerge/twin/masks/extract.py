@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from twinmerge.arguments import strict
-from twinmerge.engine.folder import PROVENANCE, Beside
+from twinmerge.engine.beside import PROVENANCE
+from twinmerge.engine.folder import Beside
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.written import check_written
 from twinmerge.errors import DamagedFile, DataError

@@ -1,0 +1,137 @@
+"""What is told of experts beside their weights: another tokenizer, template, special tokens, settings of generation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinmerge.engine.models import Models
+from twinmerge.engine.plan import BASE
+from twinmerge.engine.sides import GENERATION, MODEL, json_in, sides_folder, template_in
+from twinmerge.engine.tokens.ids import ONE
+from twinmerge.engine.tokens.read import SPECIAL, config_of
+from twinmerge.models.configs import said
+from twinmerge.models.tokens import Tokens
+from twinmerge.models.vocabulary import other_tokens, warn_of_tokens
+from twinmerge.recipes.chat_template import KEY as TEMPLATE
+from twinmerge.recipes.recipe import Recipe
+
+Settings = dict[str, tuple[Any, Any]]
+"""Key -> what an expert says, and what the model says whose settings the output has."""
+
+IDLE = ("transformers_version", "_from_model_config", "_name_or_path", "_commit_hash")
+USUAL = {"use_cache": True}
+"""What is said where nothing is; else None and False are."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told of experts.
+
+    Attributes:
+        recipe: of the merge.
+        tokens: expert -> what its tokenizer means otherwise than the base's, where rows go together by their number.
+        settings: expert -> what it says otherwise beside its weights.
+    """
+
+    recipe: Recipe
+    tokens: Mapping[str, str]
+    settings: Mapping[str, Settings]
+
+    @classmethod
+    def of(cls, recipe: Recipe, models: Models) -> Told:
+        """Look at the small files of all models."""
+        tokens = {}
+        if models.unified is None:
+            found = {name: other_tokens(models.base.folder, model.folder) for name, model in models.experts.items()}
+            tokens = {name: each for name, each in found.items() if each}
+        return cls(recipe, tokens, other_settings(recipe, models))
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn of every expert that something is told of."""
+        warn_of_tokens(self.tokens, stacklevel + 1)
+        warn_of_settings(self.settings, self.recipe, stacklevel + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"other_tokens": dict(self.tokens), "other_settings": dict(self.settings)}
+
+
+def other_settings(recipe: Recipe, models: Models) -> dict[str, Settings]:
+    """Expert -> its settings that differ from those that the output has.
+
+    Args:
+        recipe: that may say whose the output has.
+        models: its opened models.
+    """
+    reference = models.base if recipe.side_files_from is None else models.experts[recipe.side_files_from]
+    tokens: Mapping[str, Tokens] = {} if models.unified is None else models.unified.tokens
+    folder = sides_folder(reference)
+    own = _settings(folder, tokens.get(recipe.side_files_from or BASE))
+    found: dict[str, Settings] = {}
+    for name, expert in models.experts.items():
+        if (theirs_in := sides_folder(expert)) is None or theirs_in == folder:
+            continue
+        theirs = _settings(theirs_in, tokens.get(name))
+        differ = {key: (value, own.get(key)) for key, value in theirs.items() if value != own.get(key)}
+        if TEMPLATE in differ:
+            one, other = differ.pop(TEMPLATE)
+            differ |= {} if recipe.chat_template is not None else {TEMPLATE: (_short(one), _short(other))}
+        if differ:
+            found[name] = differ
+    return found
+
+
+def warn_of_settings(found: Mapping[str, Settings], recipe: Recipe, stacklevel: int) -> None:
+    """Warn of every expert that has other settings than the output.
+
+    Args:
+        found: as `other_settings` gives it.
+        recipe: of the merge.
+        stacklevel: of the warnings.
+    """
+    of = "the base" if recipe.side_files_from is None else repr(recipe.side_files_from)
+    for name, differ in found.items():
+        shown = [TEMPLATE] if TEMPLATE in differ else []
+        shown += [said({key: pair}) for key, pair in differ.items() if key != TEMPLATE]
+        warnings.warn(
+            f"The expert {name!r} has other settings than {of}, which the output has: {'; '.join(shown[:5])}"
+            f"{f' and {len(shown) - 5} more' if len(shown) > 5 else ''}. Take its own with side_files_from: {name} "
+            f"(--side-files-from {name}).",
+            stacklevel=stacklevel,
+        )
+
+
+def _settings(folder: Path | None, tokens: Tokens | None) -> dict[str, Any]:
+    """What a folder says of them, as far as it says more than nothing."""
+    if folder is None:
+        return {}
+    tokenizer = config_of(folder)
+    found: dict[str, Any] = {TEMPLATE: (template_in(folder) or "").strip() or None}
+    found |= {key: _content(tokenizer.get(key)) for key in SPECIAL}
+    ids = {key: value for key, value in json_in(folder, MODEL).items() if key.endswith(ONE)}
+    ids |= {key: value for key, value in json_in(folder, GENERATION).items() if key not in IDLE}
+    found |= {key: _meant(value, tokens) if key.endswith(ONE) else value for key, value in ids.items()}
+    return {key: value for key, value in found.items() if value not in (None, False, [], USUAL.get(key))}
+
+
+def _short(template: str | None) -> str | None:
+    return template if template is None or len(template) <= 60 else f"{template[:57]}..."
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_content(each) for each in value]
+    return value.get("content", value) if isinstance(value, dict) else value
+
+
+def _meant(value: Any, tokens: Tokens | None) -> Any:
+    """The tokens of ids, where the models' ids are not the same."""
+    if tokens is None or isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return [_meant(each, tokens) for each in value]
+    return tokens.by_id.get(value, value) if isinstance(value, int) else value

@@ -1,0 +1,1 @@
+"""One vocabulary for models of several: which tokens the output has, and what each model's rows of them are."""
