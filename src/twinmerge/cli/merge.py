@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,11 @@ Depth = Annotated[
     ),
 ]
 
+ByNames = Annotated[
+    bool,
+    typer.Option("--by-names", help="Ask no class (unknown or with code of its own): match tensors by name and shape."),
+]
+
 
 def merge(
     recipe: RecipeFile = None,
@@ -74,6 +80,7 @@ def merge(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Run a plan that `twinmerge check --plan` wrote.")
     ] = None,
+    by_names: ByNames = False,
     intermediate_dir: Annotated[
         Path | None,
         typer.Option("--intermediate-dir", help="Write the named recipes of a file of several here, too."),
@@ -105,7 +112,20 @@ def merge(
         raise DataError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
     how: dict[str, Any] = {"architecture": smoke is not None, "device": device_of(device), "processes": True}
     if plan is not None:
-        given = (method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out)
+        given = (
+            method,
+            base,
+            expert,
+            weight,
+            parameter,
+            statistics,
+            head,
+            dtype,
+            stochastic,
+            lines,
+            out,
+            by_names or None,
+        )
         if any(each is not None for each in given):
             raise UsageError("A plan says all of a merge. Name its file and the output alone: --plan FILE -o FOLDER.")
         if recipe is not None and output is not None:
@@ -114,11 +134,14 @@ def merge(
     else:
         described, target = recipe_of(
             *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
+            by_names=by_names,
             intermediate_dir=intermediate_dir,
             dry_run=dry_run,
         )
         merged = Merge(described, **how)
     described = merged.recipe
+    if smoke is not None and described.by_names:
+        raise UsageError("--smoke runs models, and by names alone no class is known to run. Leave one of them out.")
     if target is None and not dry_run:
         raise UsageError("No output is named. Add -o FOLDER.")
     if dry_run:
@@ -178,6 +201,7 @@ def check(
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Write down what would be done, for `twinmerge merge --plan`."),
     ] = None,
+    by_names: ByNames = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -191,7 +215,8 @@ def check(
 
     use_threads(threads)
     described, target = recipe_of(
-        recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines
+        *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
+        by_names=by_names,
     )
     merged = Merge(described)
     if plan is not None:
@@ -213,6 +238,7 @@ def recipe_of(
     dtype: str | None,
     stochastic: int | None,
     lines: str | None = None,
+    by_names: bool = False,
     intermediate_dir: Path | None = None,
     dry_run: bool = False,
 ) -> tuple[Recipe, Path | None]:
@@ -239,14 +265,15 @@ def recipe_of(
         heads = tuple(head or ())
         measured = pairs(statistics, "--statistics")
         depth = None if lines is None else Lines.of(values(lines.split(","), "--lines"))
-        found = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic, measured, depth)
-        return found, output or out
+        named = pairs(expert, "--expert")
+        given = (method, base, named, parameters, dtype, heads, stochastic, measured, depth)
+        return Recipe(*given, by_names=by_names), output or out
     if recipe is None:
         raise UsageError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
     if expert or base or weight or statistics or head or lines is not None or stochastic is not None:
         raise UsageError(
-            "A recipe file and options are both given. Put everything into the recipe (-p and --dtype alone may say "
-            "something else than it does), or use --method."
+            "A recipe file and options are both given. Put everything into the recipe (-p, --dtype and --by-names may "
+            "be given with it), or use --method."
         )
     read = _read(recipe, None if dry_run else intermediate_dir)
     require_model(read.method)
@@ -256,6 +283,9 @@ def recipe_of(
         read, changes = overridden(read, values(parameter, "-p"), dtype)
         for change in changes:
             said(f"By an option: {change}.")
+    if by_names and not read.by_names:
+        read = replace(read, by_names=True)
+        said("By an option: tensors are matched by name and shape alone; no class is asked.")
     return read, output or out
 
 

@@ -31,6 +31,7 @@ def merge(
     progress: bool = True,
     statistics: Mapping[str, str | Path] | None = None,
     lines: Mapping[str, Any] | None = None,
+    by_names: bool = False,
     **parameters: Any,
 ) -> Merge:
     """Describe a merge, and with `out` write it.
@@ -50,6 +51,8 @@ def merge(
         statistics: expert -> the file that `twinmerge measure` wrote of it, for methods that need one.
         lines: LiNeS: {"a": 0.125, "b": 0.5} scales the merged change of block l of L by a + b·l/(L−1) and all else by
             a; without a, it is taken from the sizes of the changes.
+        by_names: ask no class what tensors are (of unknown models, and of those with code of their own): they are
+            matched by name and shape, and heads are what `heads` names.
         parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
 
     Raises:
@@ -65,6 +68,7 @@ def merge(
         statistics=statistics,
         lines=lines,
         parameters=parameters,
+        by_names=by_names,
     )
     require_model(recipe.method)
     found = Merge(recipe, progress, device=device)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.arguments import at_least_one, device_known, strict, strict_class
-from twinmerge.engine.by_names import warn_of_names
+from twinmerge.engine.by_names import warn_of_names, write_named_heads
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import Checked, checked
 from twinmerge.engine.combine import combine
@@ -174,7 +174,9 @@ class Merge:
         """What every tensor of the output is made of, and by which rule."""
         plan = planned(self.recipe, self.models, self.matched, self.architecture, self._tile, self.sliced)
         if not self.models.knows_class:
-            warn_of_names(self.method, self.base, [entry.tensor for entry in plan.merged.values()], stacklevel=3)
+            named = (entry.tensor for entry in plan.merged.values())
+            known = [name for name in named if self.base.has(name)]  # slices may make more layers than it has
+            warn_of_names(self.method, self.base, known, stacklevel=3)
         return plan
 
     @cached_property
@@ -264,6 +266,8 @@ class Merge:
 
     def heads(self) -> dict[str, HeadSpec]:
         """The experts' own output layers, in the order the experts were given."""
+        if self.recipe.by_names:  # no class runs them
+            return {}
         return heads_of(self.experts, self.matched, list(self.recipe.experts))
 
     def load(self) -> nn.Module:
@@ -328,6 +332,8 @@ class Merge:
                 self.base, self.base.folder, described, card, dtype, heads=heads, about=about or {}, changes=plan.config
             )
             beside.write(folder)
+            if self.recipe.by_names:
+                write_named_heads(folder, self.experts, self.matched.heads)
             require_same(read, states_of(plan))
         self.report, self.output = report, Path(out)
         return self.output

@@ -81,7 +81,9 @@ def with_nested(recipe: Recipe) -> Recipe:
     """The recipe whose models that are recipes themselves can be opened."""
 
     def of(model: Any) -> Any:
-        return Nested(with_nested(model)) if isinstance(model, Recipe) else model
+        if not isinstance(model, Recipe):
+            return model
+        return Nested(with_nested(replace(model, by_names=model.by_names or recipe.by_names)))
 
     models = [recipe.base, *recipe.experts.values()]
     if not any(isinstance(model, Recipe) for model in models):

@@ -13,8 +13,9 @@ import numpy as np
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.opened import InMemory, ModelLike, Openable, OpenedModel
 from twinmerge.models.source import Source
+from twinmerge.models.unmergeable import refuse_quantised, refuse_tensors
 from twinmerge.store.checkpoint import Checkpoint, Spec
-from twinmerge.store.foreign import find
+from twinmerge.store.foreign import CONFIG, find, read_json
 from twinmerge.store.locate import locate
 from twinmerge.store.values import decoded
 
@@ -30,16 +31,26 @@ PIECE = 1 << 22  # elements of two tensors that are compared at once
 NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
-def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
+def open_model(model: ModelLike, name: str | None = None, by_names: bool = False) -> OpenedModel:
     """Open a path, a hub id, `base+adapter`, a PreTrainedModel or a PeftModel.
+
+    Args:
+        model: what is opened.
+        name: how messages call it.
+        by_names: ask no class what its tensors are, not even where a config.json names one.
 
     Raises:
         TwinmergeError: as `locate`, `Checkpoint.open` and `read_adapter` say.
     """
     if isinstance(model, (str, os.PathLike)):
-        return _open_folder(os.fspath(model), name)
+        return _open_folder(os.fspath(model), name, by_names)
     if isinstance(model, Openable):
         return model.opened(name)
+    if by_names:
+        raise UsageError(
+            f"By names alone folders are merged, and {name or 'a model'} is a {type(model).__name__} in memory, whose "
+            "class is known. Save it and name its folder, or leave by_names out."
+        )
     if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel):
         return _open_module(model, name or type(model).__name__)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -59,11 +70,21 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
     )
 
 
-def _open_folder(ref: str, name: str | None) -> OpenedModel:
+def _open_folder(ref: str, name: str | None, by_names: bool) -> OpenedModel:
     found = locate(ref)
     checkpoint = Checkpoint.open(found.folder)
-    architecture = None
-    if find(found.folder, "config.json"):
+    architecture, has_config = None, find(found.folder, "config.json")
+    if by_names or not has_config:
+        if found.adapter is not None:
+            raise ModelError(
+                f"{ref}: an adapter is put on the modules of its base, which only a class names, and "
+                f"{'none is asked by names alone' if has_config else 'its base has no config.json'}. Merge the adapter "
+                "into its base first (merge_and_unload, save_pretrained)."
+            )
+        if has_config:
+            refuse_quantised(read_json(has_config, CONFIG, finite=False), found.folder)
+        refuse_tensors(checkpoint.specs, name or ref)
+    else:
         from twinmerge.models.bounds import most_parameters
         from twinmerge.models.transformers_class import TransformersArchitecture, class_of, read_config
 

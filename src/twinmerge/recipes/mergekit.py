@@ -24,7 +24,7 @@ from twinmerge.recipes.mergekit_parameters import PARAMETERS, Scope, idle, of_mo
 from twinmerge.recipes.names import expert_names
 from twinmerge.recipes.slices import BASE
 
-OWN_KEYS = ("heads", "stochastic", LINES)
+OWN_KEYS = ("heads", "stochastic", "by_names", LINES)
 """What a recipe says beside mergekit's schema, if it says whose semantics it has."""
 
 TOP_KEYS = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype")

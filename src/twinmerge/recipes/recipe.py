@@ -57,6 +57,7 @@ RECIPE_KEYS = (
         "stochastic",
         KEY,
         "slices",
+        "by_names",
         MARK,
         "compat",
     ),
@@ -73,7 +74,8 @@ class Recipe:
     value; dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the
     seed of stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods
     that need one; lines: how the merged change is scaled by depth, None for not at all; slices: the layers that the
-    output is put together of, empty for whole models."""
+    output is put together of, empty for whole models; by_names: no class is asked what tensors are, which are matched
+    by name and shape."""
 
     method: MethodLike
     base: ModelLike | None
@@ -85,9 +87,12 @@ class Recipe:
     statistics: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
     lines: Lines | None = None
     slices: tuple[Slice, ...] = ()
+    by_names: bool = False
 
     def __post_init__(self) -> None:
         self._take_method()
+        if not isinstance(self.by_names, bool):
+            raise RecipeError(f"by_names is {self.by_names!r:.80}. Write by_names: true, or leave it out.")
         object.__setattr__(self, "parameters", _read_settings(self.parameters))
         if not self.experts:
             raise RecipeError("There is no expert to merge. Name at least one with --expert name=path.")
@@ -187,6 +192,7 @@ class Recipe:
         statistics: Mapping[str, str | os.PathLike[str]] | None = None,
         lines: Mapping[str, Any] | None = None,
         parameters: Mapping[str, Any] | None = None,
+        by_names: bool = False,
     ) -> Recipe:
         """What a call names: a recipe as it is, or a method, models and parameters.
 
@@ -206,6 +212,7 @@ class Recipe:
                 or statistics
                 or lines
                 or parameters
+                or by_names
             ):
                 raise RecipeError("A recipe says all of a merge. Change it with Recipe.varied, or name no recipe.")
             return method
@@ -216,7 +223,10 @@ class Recipe:
             )
         patterns = (heads,) if isinstance(heads, str) else tuple(heads)
         depth = None if lines is None else Lines.of(lines)
-        return cls(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
+        measured = dict(statistics or {})
+        return cls(
+            *(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, measured, depth), by_names=by_names
+        )
 
     @classmethod
     def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
@@ -335,6 +345,7 @@ class Recipe:
             }
             | ({} if self.lines is None else {KEY: self.lines.describe()})
             | self._described_slices()
+            | ({"by_names": True} if self.by_names else {})
         )
 
     def _described_slices(self) -> dict[str, Any]:
@@ -489,6 +500,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
         statistics,
         None if raw.get(KEY) is None else Lines.of(raw[KEY]),
         tuple(_slice(each, method, f"{where}, slice {i}") for i, each in enumerate(_list(raw, "slices", where), 1)),
+        raw.get("by_names", False),
     )
 
 
