@@ -305,11 +305,12 @@ def _read(file: Path, intermediate_dir: Path | None) -> Recipe:
 
 
 def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
-    from twinmerge.store.output import OutputFolder
+    from twinmerge.store.output import OutputFile, OutputFolder
 
     found = merged.check()
     if target is not None:
-        OutputFolder(target, found["output_bytes"]).check()
+        kind = OutputFile if target.suffix == ".safetensors" else OutputFolder
+        kind(target, found["output_bytes"]).check()
     if json:
         print_json(found)
     else:

@@ -7,7 +7,7 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from twinmerge.engine.by_names import warn_of_names, write_named_heads
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import Checked, checked
 from twinmerge.engine.combine import combine
+from twinmerge.engine.file import save_file
 from twinmerge.engine.folder import Beside
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.models import Models
@@ -30,7 +31,7 @@ from twinmerge.engine.rounding import narrowed
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
 from twinmerge.engine.slicing import Sliced, sliced
-from twinmerge.engine.write import Journal, Report, write
+from twinmerge.engine.write import Report, write_files
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.base import Known, Method
 from twinmerge.methods.kit.registry import require_model
@@ -42,7 +43,7 @@ from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import WIDTH, some
-from twinmerge.store.checkpoint_writer import SHARD_BYTES, CheckpointWriter, layout
+from twinmerge.store.checkpoint_writer import SHARD_BYTES, layout
 from twinmerge.store.output import OutputFolder
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ class Merge:
         """Write the merged model folder, whole or not at all; after a kill the same call goes on where it stopped.
 
         Args:
-            out: a folder that does not exist or is empty.
+            out: a folder that does not exist or is empty; of single files also a new file, `x.safetensors`.
             about: expert -> more keys of its entry in heads.json, such as its task and metric.
             shard_bytes: of a file of weights, at most; 5 GB where None.
             overwrite: take the place of a folder that twinmerge wrote, once the new one is whole.
@@ -306,6 +307,11 @@ class Merge:
         Raises:
             TwinmergeError: as said by `check`, `OutputFolder` and the method.
         """
+        if Path(out).suffix == ".safetensors":
+            self.matched.warn()
+            survey = partial(self.surveyed, self.spread)
+            self.report, self.output = save_file(self.plan, self.models, survey, Path(out), overwrite), Path(out)
+            return self.output
         plan, spread = self.plan, self.spread
         files = layout(plan.specs, SHARD_BYTES if shard_bytes is None else at_least_one("shard_bytes", shard_bytes))
         output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files, overwrite=overwrite)
@@ -314,14 +320,7 @@ class Merge:
         self.matched.warn()
         self.warn_of_tokens()
         with output as folder:
-            writer = CheckpointWriter(folder, files, summed=False)
-            try:
-                run, inputs = self.surveyed(spread)
-                assert inputs.plan is not None
-                report = write(inputs.plan, inputs, run, writer, Journal(output, writer.kept))
-                writer.finish()
-            finally:
-                writer.close()
+            report = write_files(*self.surveyed(spread), folder, files, output)
             output.sums |= report.checksums
             described = {**provenance(plan), "rounding": report.rounding(self.recipe.stochastic)}
             if self.lines is not None:  # with the a that was found

@@ -127,6 +127,11 @@ class OpenedModel:
         named = self.folder is not None and find(self.folder, "config.json") is not None
         return "is merged by its tensors' names alone" if named else "has no config.json"
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a single file, beside which nothing is known of it."""
+        return self.folder is None and len(self.files) == 1 and self.architecture is None
+
     def transposed(self, name: str) -> bool:
         """Whether a matrix is known to be stored (in, out)."""
         name = self.own(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from twinmerge.models.source import Source
 from twinmerge.models.unmergeable import refuse_quantised, refuse_tensors
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import CONFIG, find, read_json
-from twinmerge.store.locate import locate
+from twinmerge.store.locate import is_model_file, locate
 from twinmerge.store.values import decoded
 
 if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, w
     from twinmerge.models.torch_module import TorchModel
 
 PIECE = 1 << 22  # elements of two tensors that are compared at once
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
@@ -42,6 +44,8 @@ def open_model(model: ModelLike, name: str | None = None, by_names: bool = False
     Raises:
         TwinmergeError: as `locate`, `Checkpoint.open` and `read_adapter` say.
     """
+    if is_model_file(model):
+        return _open_file(Path(os.path.expanduser(model)), name)
     if isinstance(model, (str, os.PathLike)):
         return _open_folder(os.fspath(model), name, by_names)
     if isinstance(model, Openable):
@@ -105,6 +109,18 @@ def _open_folder(ref: str, name: str | None, by_names: bool) -> OpenedModel:
 
     opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
     return adapted(opened, read_adapter(found.adapter))
+
+
+def _open_file(file: Path, name: str | None) -> OpenedModel:
+    """A checkpoint in one file, as those of Stable Diffusion are: no config says of which class it is."""
+    if SHARD.search(file.name):
+        raise ModelError(f"{file} is one of several files of a model. Name their folder.")
+    checkpoint = Checkpoint([file])
+    checkpoint.compare(file.parent)
+    refuse_tensors(checkpoint.specs, str(file))
+    opened = _named(name or str(file), checkpoint.specs, None, checkpoint)
+    opened.files = checkpoint.files
+    return opened
 
 
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:

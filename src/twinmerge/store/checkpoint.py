@@ -16,6 +16,7 @@ from twinmerge.store.checksum import block_digests, joined, streamed
 from twinmerge.store.foreign import find, is_file_name, read_json, reason, shown
 from twinmerge.store.header import Spec as Spec
 from twinmerge.store.header import read_header
+from twinmerge.store.locate import converting
 from twinmerge.store.manifest import CHECKSUMS, OUTPUT, Manifest
 from twinmerge.store.ranges import OpenFile, bytes_of, read_into
 
@@ -117,8 +118,13 @@ class Checkpoint:
         pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
         if pickles:
             raise ModelError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened. Convert "
-                "them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened. "
+                f"{converting(folder / pickles[0])}"
+            )
+        if packed := sorted(p.name for p in folder.glob("*.gguf")):
+            raise ModelError(
+                f"{folder} holds only GGUF files ({packed[0]}), whose weights are packed for llama.cpp. Name the file, "
+                "to be told how it is unpacked, or give the model that it was made of."
             )
         raise ModelError(f"{folder} holds no safetensors file. Name a folder with model.safetensors or its shards.")
 

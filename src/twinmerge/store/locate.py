@@ -13,6 +13,8 @@ from twinmerge.store.foreign import is_text, shown
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?$")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README*", "LICENSE*"]
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
 
 class Located(NamedTuple):
     """A model on this disk.
@@ -73,13 +75,51 @@ def _folder(text: str, cached: bool) -> Located:
     if os.path.isdir(path):
         return Located(text, path)
     if os.path.lexists(path):
-        raise ModelError(f"{shown(text)} is a file. Name the folder that holds config.json and the safetensors files.")
+        raise ModelError(_of_file(path))
     if not HUB_ID.match(text) or text.startswith((".", "/", "~")):
         raise ModelError(
             f"No model at {shown(text)}: it is neither a folder nor a hub id (org/name or org/name@revision). Check "
             "the path."
         )
     return _from_hub(text, cached)
+
+
+def is_model_file(ref: object) -> bool:
+    """Whether a reference is a single safetensors file on this disk.
+
+    Example:
+        >>> is_model_file("no/such.safetensors")
+        False
+    """
+    if not isinstance(ref, (str, os.PathLike)):
+        return False
+    path = os.path.expanduser(os.fspath(ref))
+    return path.endswith(".safetensors") and os.path.isfile(path)
+
+
+def _of_file(path: Path) -> str:
+    """Why a file is no model, and what makes one of it."""
+    name, made = str(path), str(path.with_suffix(""))
+    if path.suffix == ".gguf":
+        return (
+            f"{shown(name)} is a GGUF file, whose weights are packed for llama.cpp. Best give the model that it was "
+            'made of; else unpack it where the gguf package is installed, and merge that folder: python -c "from '
+            f"transformers import AutoModelForCausalLM as M; M.from_pretrained({str(path.parent)!r}, "
+            f'gguf_file={path.name!r}).save_pretrained({made!r})".'
+        )
+    if path.suffix in PICKLED:
+        return f"{shown(name)} is a pickle, which can run code when it is opened. {converting(path)}"
+    return f"{shown(name)} is a file. Name the folder that holds config.json and the safetensors files."
+
+
+def converting(pickle: Path) -> str:
+    """The advice that makes safetensors of a pickle, which reads no code."""
+    made = str(pickle.with_suffix(".safetensors"))
+    return (
+        'Convert it, which runs no code of it: python -c "import torch; from safetensors.torch import save_file; '
+        f"d = torch.load({str(pickle)!r}, 'cpu', weights_only=True); d = d.get('state_dict', d); "
+        f'save_file({{n: t.contiguous().clone() for n, t in d.items() if torch.is_tensor(t)}}, {made!r})".'
+    )
 
 
 def _from_hub(text: str, cached: bool) -> Located:
