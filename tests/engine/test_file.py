@@ -158,8 +158,8 @@ def test_names_that_are_like_those_of_loras_are_merged(tmp_path: Path, name: str
 def test_other_files_are_refused_with_what_converts_them(tmp_path: Path) -> None:
     for name, said in {
         "m.gguf": r"GGUF file.*from_pretrained\('.*', gguf_file='m.gguf'\).save_pretrained\('.*/m'\)",
-        "m.ckpt": r"torch.load\('.*m.ckpt', 'cpu', weights_only=True\).*m.safetensors",
-        "m.bin": r"torch.load\('.*m.bin'",
+        "m.ckpt": r"torch.load\(f, 'cpu', weights_only=True\).*m.ckpt'.*m.safetensors",
+        "m.bin": r"glob\('.*m.bin'",
         "m.txt": "is a file. Name the folder",
         "model-00001-of-00002.safetensors": "one of several files",
     }.items():
@@ -178,6 +178,11 @@ def test_the_command_that_is_advised_converts(tmp_path: Path) -> None:
     from twinmerge.store.locate import converting
 
     one = torch.arange(6.0).reshape(2, 3)
+    for i in (1, 2):
+        torch.save({f"w{i}": i * one}, tmp_path / f"m-0000{i}-of-00002.bin")
+    said = converting(tmp_path / "m-00001-of-00002.bin")
+    exec(said[said.index('"') + 1 : said.rindex('"')], {})
+    assert {n: t.sum() for n, t in load_file(tmp_path / "m.safetensors").items()} == {"w1": 15, "w2": 30}
     torch.save({"state_dict": {"w": one.T, "tied": one, "also": one}, "step": 3}, tmp_path / "m.ckpt")
     said = converting(tmp_path / "m.ckpt")
     exec(said[said.index('"') + 1 : said.rindex('"')], {})

@@ -105,6 +105,7 @@ def merge(
     twinmerge merge --method ties --base B --expert a=A --expert b=B2 -p density=0.2 -o OUT
     """
     from twinmerge.engine.merge import Merge
+    from twinmerge.engine.merge_parts import merge_of
     from twinmerge.recipes.recipe import SEMANTICS
 
     use_threads(threads)
@@ -138,7 +139,7 @@ def merge(
             intermediate_dir=intermediate_dir,
             dry_run=dry_run,
         )
-        merged = Merge(described, **how)
+        merged = merge_of(described, **how)
     described = merged.recipe
     if smoke is not None and described.by_names:
         raise UsageError("--smoke runs models, and by names alone no class is known to run. Leave one of them out.")
@@ -211,14 +212,14 @@ def check(
 
     twinmerge check RECIPE.yaml --plan plan.json
     """
-    from twinmerge.engine.merge import Merge
+    from twinmerge.engine.merge_parts import merge_of
 
     use_threads(threads)
     described, target = recipe_of(
         *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
         by_names=by_names,
     )
-    merged = Merge(described)
+    merged = merge_of(described)
     if plan is not None:
         merged.write_plan(plan)
     _checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}")

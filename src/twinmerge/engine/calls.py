@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.arguments import strict
 from twinmerge.engine.check import Checked
 from twinmerge.engine.merge import Merge
+from twinmerge.engine.merge_parts import merge_of
 from twinmerge.methods.kit.registry import MethodLike, require_model
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.recipe import Recipe
@@ -71,7 +72,7 @@ def merge(
         by_names=by_names,
     )
     require_model(recipe.method)
-    found = Merge(recipe, progress, device=device)
+    found = merge_of(recipe, progress, device=device)
     if out is not None:
         found.save(out)
     return found

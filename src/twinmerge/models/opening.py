@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from twinmerge.models.source import Source
 from twinmerge.models.unmergeable import refuse_quantised, refuse_tensors
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import CONFIG, find, read_json
-from twinmerge.store.locate import is_model_file, locate
+from twinmerge.store.locate import SHARD, Located, is_model_file, locate
 from twinmerge.store.values import decoded
 
 if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
@@ -29,7 +28,6 @@ if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, w
     from twinmerge.models.torch_module import TorchModel
 
 PIECE = 1 << 22  # elements of two tensors that are compared at once
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
@@ -75,8 +73,30 @@ def open_model(model: ModelLike, name: str | None = None, by_names: bool = False
 
 
 def _open_folder(ref: str, name: str | None, by_names: bool) -> OpenedModel:
+    return _open_in(ref, locate(ref), "", name, by_names)
+
+
+def open_part(ref: str, part: str, name: str | None, by_names: bool) -> OpenedModel:
+    """One part of a folder of several.
+
+    Args:
+        ref: the whole model.
+        part: the part's folder inside it.
+        name: how messages call it.
+        by_names: ask no class. None is asked either where the part's config names no type of transformers' models.
+
+    Raises:
+        TwinmergeError: as `open_model`.
+    """
     found = locate(ref)
-    checkpoint = Checkpoint.open(found.folder)
+    file = find(found.folder / part, "config.json")
+    known = file is not None and "model_type" in read_json(file, CONFIG, finite=False)
+    return _open_in(ref, found, part, name or os.path.join(ref, part), by_names or not known)
+
+
+def _open_in(ref: str, place: Located, part: str, name: str | None, by_names: bool) -> OpenedModel:
+    found = place._replace(folder=place.folder / part)
+    checkpoint = Checkpoint.open(found.folder, place.folder)
     architecture, has_config = None, find(found.folder, "config.json")
     if by_names or not has_config:
         if found.adapter is not None:
@@ -113,7 +133,7 @@ def _open_folder(ref: str, name: str | None, by_names: bool) -> OpenedModel:
 
 def _open_file(file: Path, name: str | None) -> OpenedModel:
     """A checkpoint in one file, as those of Stable Diffusion are: no config says of which class it is."""
-    if SHARD.search(file.name):
+    if SHARD.search(file.stem):
         raise ModelError(f"{file} is one of several files of a model. Name their folder.")
     checkpoint = Checkpoint([file])
     checkpoint.compare(file.parent)

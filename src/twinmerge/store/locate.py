@@ -13,6 +13,8 @@ from twinmerge.store.foreign import is_text, shown
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?$")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README*", "LICENSE*"]
 
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+"""The end of the names of files that hold a part of a model's weights each, without the suffix."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -114,10 +116,13 @@ def _of_file(path: Path) -> str:
 
 def converting(pickle: Path) -> str:
     """The advice that makes safetensors of a pickle, which reads no code."""
-    made = str(pickle.with_suffix(".safetensors"))
+    stem = SHARD.sub("", pickle.stem)  # all of a model in several go into one file
+    files = str(pickle) if stem == pickle.stem else str(pickle.with_name(f"{stem}-*{pickle.suffix}"))
+    made = str(pickle.with_name(f"{stem}.safetensors"))
     return (
-        'Convert it, which runs no code of it: python -c "import torch; from safetensors.torch import save_file; '
-        f"d = torch.load({str(pickle)!r}, 'cpu', weights_only=True); d = d.get('state_dict', d); "
+        'Convert it, which runs no code of it: python -c "import glob, torch; from safetensors.torch import save_file; '
+        f"d = {{}}; [d.update(torch.load(f, 'cpu', weights_only=True)) for f in glob.glob({files!r})]; "
+        "d = d.get('state_dict', d); "
         f'save_file({{n: t.contiguous().clone() for n, t in d.items() if torch.is_tensor(t)}}, {made!r})".'
     )
 
