@@ -188,3 +188,30 @@ def test_the_command_that_is_advised_converts(tmp_path: Path) -> None:
     exec(said[said.index('"') + 1 : said.rindex('"')], {})
     made = load_file(tmp_path / "m.safetensors")
     assert made.keys() == {"w", "tied", "also"} and (made["w"] == one.T.numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "config, named, said",
+    [
+        ({"_name_or_path": "org/full"}, "org/full-bnb-4bit", r"made of: org/full\+"),
+        ({}, "unsloth/x-unsloth-bnb-4bit", r"made of: unsloth/x\+"),
+        ({}, "org/y-AWQ", r"made of: org/y\+"),
+        ({}, "{quant}", r"made of: that\+"),
+        ({}, None, r"made of: that\+"),
+    ],
+)
+def test_adapters_on_quantised_bases_name_the_full_one(
+    tmp_path: Path, config: Any, named: str | None, said: str
+) -> None:
+    quant, lora = tmp_path / "quant", tmp_path / "lora"
+    for folder in (quant, lora):
+        folder.mkdir()
+    told = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (quant / "config.json").write_text(json.dumps({"model_type": "llama", **told, **config}))
+    save_file({"w.absmax": np.ones(2, np.float32)}, quant / "model.safetensors")
+    base = None if named is None else named.format(quant=quant)
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    with pytest.raises(ModelError, match=rf"quantised .bitsandbytes.*{said}.*lora"):
+        merge("average", None, {"a": f"{quant}+{lora}"}).check()
+    with pytest.raises(ModelError, match="without its base.*it names" if named else "without its base. Write it as"):
+        merge("average", None, {"a": lora}).check()

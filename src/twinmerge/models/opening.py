@@ -98,6 +98,8 @@ def _open_in(ref: str, place: Located, part: str, name: str | None, by_names: bo
     found = place._replace(folder=place.folder / part)
     checkpoint = Checkpoint.open(found.folder, place.folder)
     architecture, has_config = None, find(found.folder, "config.json")
+    if has_config and (by_names or found.adapter is not None):
+        refuse_quantised(read_json(has_config, CONFIG, finite=False), found.folder, found.adapter)
     if by_names or not has_config:
         if found.adapter is not None:
             raise ModelError(
@@ -105,8 +107,6 @@ def _open_in(ref: str, place: Located, part: str, name: str | None, by_names: bo
                 f"{'none is asked by names alone' if has_config else 'its base has no config.json'}. Merge the adapter "
                 "into its base first (merge_and_unload, save_pretrained)."
             )
-        if has_config:
-            refuse_quantised(read_json(has_config, CONFIG, finite=False), found.folder)
         refuse_tensors(checkpoint.specs, name or ref)
     else:
         from twinmerge.models.bounds import most_parameters

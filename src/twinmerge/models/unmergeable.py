@@ -5,12 +5,14 @@ Each is refused by what it is, and with what makes a model of it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from twinmerge.errors import ModelError
+from twinmerge.store.locate import base_of
 
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|nested_absmax|quant_map|quant_state\.\w+|SCB|weight_format|weight_scale|"
@@ -28,6 +30,8 @@ LORAS = {
     re.compile(r"\.lora_(embedding_)?[AB](\.\w+)?(\.weight)?$"): "a LoRA of PEFT",
 }
 """Names of tensors -> what the file is that has them."""
+PACKED = re.compile(r"(-unsloth)?-(bnb-[48]bit|(GPTQ|AWQ)(-Int[48])?|FP8|4bit|8bit)$", re.IGNORECASE)
+"""The end of the names that quantised copies of models are published under."""
 LOADED_PLAIN = {
     "fp8": "FineGrainedFP8Config",
     "mxfp4": "Mxfp4Config",
@@ -68,8 +72,13 @@ give that.
             )
 
 
-def refuse_quantised(config: Mapping[str, Any], folder: Path) -> None:
+def refuse_quantised(config: Mapping[str, Any], folder: Path, adapter: Path | None = None) -> None:
     """Refuse a model whose config says that its weights are quantised.
+
+    Args:
+        config: of the model.
+        folder: that it is in.
+        adapter: that is to be put on it.
 
     Raises:
         ModelError: it does, with the command that makes plain weights of them where there is one.
@@ -80,10 +89,26 @@ def refuse_quantised(config: Mapping[str, Any], folder: Path) -> None:
     kind = str(said.get("quant_method") or "") if isinstance(said, Mapping) else ""
     if not kind and isinstance(said, Mapping) and (said.get("load_in_4bit") or said.get("load_in_8bit")):
         kind = "bitsandbytes"  # before configs named it
-    raise ModelError(
-        f"{folder} is quantised{f' ({kind})' if kind else ''}, and quantised weights cannot be merged. "
-        f"{_restored(kind, config.get('architectures'), folder)}"
-    )
+    what = f"{folder} is quantised{f' ({kind})' if kind else ''}, and quantised weights cannot be merged."
+    if adapter is not None:
+        raise ModelError(f"{what} {_on_full_precision(config, folder, adapter)}")
+    raise ModelError(f"{what} {_restored(kind, config.get('architectures'), folder)}")
+
+
+def _on_full_precision(config: Mapping[str, Any], folder: Path, adapter: Path) -> str:
+    """Which base an adapter of a quantised one is put on: the model that it was made of, where something names it."""
+    made_of = config.get("_name_or_path")
+    named = [made_of] if isinstance(made_of, str) and made_of and made_of != str(folder) else []
+    named += [name for name in (base_of(adapter),) if name]
+    for name in named:
+        full = PACKED.sub("", name)
+        if full != name or not _same_folder(name, folder):
+            return f"Put the adapter on the full-precision model that it was made of: {full}+{adapter}."
+    return f"Put the adapter on the full-precision model that it was made of: that+{adapter}."
+
+
+def _same_folder(name: str, folder: Path) -> bool:
+    return os.path.realpath(name) == os.path.realpath(folder)
 
 
 def _restored(kind: str, classes: Any, folder: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twinmerge.errors import ModelError, ResourceError, UsageError
-from twinmerge.store.foreign import is_text, shown
+from twinmerge.store.foreign import CONFIG, find, is_text, read_json, shown
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?$")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README*", "LICENSE*"]
@@ -68,7 +68,11 @@ def locate(ref: str | os.PathLike[str], cached: bool = False) -> Located:
         return Located(text, left.folder, right.folder, commits or None)
     found = _folder(text, cached)
     if os.path.lexists(found.folder / "adapter_config.json") and not os.path.lexists(found.folder / "config.json"):
-        raise ModelError(f"{text!r} is a PEFT adapter without its base. Write it as base+{text}.")
+        named = base_of(found.folder)
+        raise ModelError(
+            f"{text!r} is a PEFT adapter without its base. Write it as base+{text}"
+            + (f"; it names {shown(named)} as its base." if named else ".")
+        )
     return found
 
 
@@ -84,6 +88,13 @@ def _folder(text: str, cached: bool) -> Located:
             "the path."
         )
     return _from_hub(text, cached)
+
+
+def base_of(adapter: Path) -> str | None:
+    """The base that an adapter says it was trained on; None where it says none."""
+    file = find(adapter, "adapter_config.json")
+    named = None if file is None else read_json(file, CONFIG, finite=False).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
 
 
 def is_model_file(ref: object) -> bool:
