@@ -215,3 +215,62 @@ def test_adapters_on_quantised_bases_name_the_full_one(
         merge("average", None, {"a": f"{quant}+{lora}"}).check()
     with pytest.raises(ModelError, match="without its base.*it names" if named else "without its base. Write it as"):
         merge("average", None, {"a": lora}).check()
+
+
+def pickled(folder: Path, tensors: dict[str, Any], shards: int = 1) -> None:
+    import torch
+
+    folder.mkdir(exist_ok=True)
+    made = {n: torch.from_numpy(t) for n, t in tensors.items()}
+    made[next(iter(made))] = made[next(iter(made))].T.contiguous().T  # stored the other way round
+    if shards == 1:
+        torch.save(made, folder / "pytorch_model.bin")
+        return
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    place = {n: names[i % 2] for i, n in enumerate(made)}
+    for name in names:
+        torch.save({n: t for n, t in made.items() if place[n] == name}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": place}))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_old_checkpoints_are_read_where_that_is_allowed(files: dict[str, Path], tmp_path: Path, shards: int) -> None:
+    folders = {n: tmp_path / f"{n}-old" for n in files}
+    for name, file in files.items():
+        pickled(folders[name], load_file(file), shards)
+        (folders[name] / "training_args.bin").write_bytes(b"never read")
+    with pytest.raises(ModelError, match="holds only pickled weights.*--allow-pickle"):
+        merged(folders).check()
+    merged(folders, tmp_path / "out", allow_pickle=True)
+    assert close(load_file(tmp_path / "out" / "model.safetensors"), by_hand(files))
+    assert "allow_pickle" not in (tmp_path / "out" / "twinmerge.json").read_text()
+    assert list(verify(tmp_path / "out", progress=False).unreadable) == ["inputs"]
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("ran"),)
+
+
+def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.ones(2), "x": Code()}, "code.ckpt")
+    torch.save({"w": torch.ones(2), "step": 3}, "step.ckpt")
+    torch.save([torch.ones(2)], "list.ckpt")
+    torch.save({"w": torch.ones(2)}, "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": {"w": torch.arange(2.0)}, "step": 3}, "good.ckpt")
+    Path("broken.ckpt").write_bytes(b"\x80\x04.")
+    for name, said in {
+        "code": "cannot be read as tensors alone",
+        "broken": "cannot be read as tensors alone",
+        "old": "cannot be read as tensors alone.*Convert it",
+        "step": "holds 'step', a int, beside tensors",
+        "list": "holds a list and no tensors by name",
+    }.items():
+        with pytest.raises(ModelError, match=said):
+            merge("average", None, {"a": f"{name}.ckpt"}, allow_pickle=True).check()
+    assert not Path("ran").exists()
+    merge("average", None, {"a": "good.ckpt"}, "out.safetensors", allow_pickle=True, progress=False)
+    assert load_file("out.safetensors")["w"].tolist() == [0, 1]

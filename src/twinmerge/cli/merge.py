@@ -58,6 +58,10 @@ ByNames = Annotated[
     typer.Option("--by-names", help="Ask no class (unknown or with code of its own): match tensors by name and shape."),
 ]
 
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt files, with torch's loader of tensors alone.")
+]
+
 
 def merge(
     recipe: RecipeFile = None,
@@ -81,6 +85,7 @@ def merge(
         Path | None, typer.Option("--plan", metavar="FILE", help="Run a plan that `twinmerge check --plan` wrote.")
     ] = None,
     by_names: ByNames = False,
+    allow_pickle: AllowPickle = False,
     intermediate_dir: Annotated[
         Path | None,
         typer.Option("--intermediate-dir", help="Write the named recipes of a file of several here, too."),
@@ -127,7 +132,7 @@ def merge(
             out,
             by_names or None,
         )
-        if any(each is not None for each in given):
+        if allow_pickle or any(each is not None for each in given):
             raise UsageError("A plan says all of a merge. Name its file and the output alone: --plan FILE -o FOLDER.")
         if recipe is not None and output is not None:
             raise UsageError(f"Two outputs are named, {recipe} and {output}. Name one.")
@@ -136,6 +141,7 @@ def merge(
         described, target = recipe_of(
             *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
             by_names=by_names,
+            allow_pickle=allow_pickle,
             intermediate_dir=intermediate_dir,
             dry_run=dry_run,
         )
@@ -203,6 +209,7 @@ def check(
         typer.Option("--plan", metavar="FILE", help="Write down what would be done, for `twinmerge merge --plan`."),
     ] = None,
     by_names: ByNames = False,
+    allow_pickle: AllowPickle = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -218,6 +225,7 @@ def check(
     described, target = recipe_of(
         *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
         by_names=by_names,
+        allow_pickle=allow_pickle,
     )
     merged = merge_of(described)
     if plan is not None:
@@ -240,6 +248,7 @@ def recipe_of(
     stochastic: int | None,
     lines: str | None = None,
     by_names: bool = False,
+    allow_pickle: bool = False,
     intermediate_dir: Path | None = None,
     dry_run: bool = False,
 ) -> tuple[Recipe, Path | None]:
@@ -268,7 +277,7 @@ def recipe_of(
         depth = None if lines is None else Lines.of(values(lines.split(","), "--lines"))
         named = pairs(expert, "--expert")
         given = (method, base, named, parameters, dtype, heads, stochastic, measured, depth)
-        return Recipe(*given, by_names=by_names), output or out
+        return Recipe(*given, by_names=by_names, allow_pickle=allow_pickle), output or out
     if recipe is None:
         raise UsageError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
     if expert or base or weight or statistics or head or lines is not None or stochastic is not None:
@@ -276,7 +285,7 @@ def recipe_of(
             "A recipe file and options are both given. Put everything into the recipe (-p, --dtype and --by-names may "
             "be given with it), or use --method."
         )
-    read = _read(recipe, None if dry_run else intermediate_dir)
+    read = _read(recipe, None if dry_run else intermediate_dir, by_names, allow_pickle)
     require_model(read.method)
     if parameter or dtype:
         from twinmerge.recipes.override import overridden
@@ -287,10 +296,10 @@ def recipe_of(
     if by_names and not read.by_names:
         read = replace(read, by_names=True)
         said("By an option: tensors are matched by name and shape alone; no class is asked.")
-    return read, output or out
+    return replace(read, allow_pickle=allow_pickle), output or out
 
 
-def _read(file: Path, intermediate_dir: Path | None) -> Recipe:
+def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickle: bool) -> Recipe:
     """The recipe of a file; of several, the last, with the others inside it or written where the option says."""
     from twinmerge.recipes.documents import read_all
 
@@ -299,7 +308,11 @@ def _read(file: Path, intermediate_dir: Path | None) -> Recipe:
         return documents.nested
     from twinmerge.engine.steps import written
 
-    last = written(documents, intermediate_dir, processes=True)
+    named = {
+        name: replace(each, by_names=by_names or each.by_names, allow_pickle=allow_pickle)
+        for name, each in documents.named.items()
+    }
+    last = written(replace(documents, named=named), intermediate_dir, processes=True)
     if last is None:
         raise typer.Exit  # all have names, and all are written
     return last

@@ -33,6 +33,7 @@ def merge(
     statistics: Mapping[str, str | Path] | None = None,
     lines: Mapping[str, Any] | None = None,
     by_names: bool = False,
+    allow_pickle: bool = False,
     **parameters: Any,
 ) -> Merge:
     """Describe a merge, and with `out` write it.
@@ -54,6 +55,7 @@ def merge(
             a; without a, it is taken from the sizes of the changes.
         by_names: ask no class what tensors are (of unknown models, and of those with code of their own): they are
             matched by name and shape, and heads are what `heads` names.
+        allow_pickle: read old checkpoints (.bin, .pt, .pth, .ckpt), with torch's loader of tensors alone.
         parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
 
     Raises:
@@ -70,6 +72,7 @@ def merge(
         lines=lines,
         parameters=parameters,
         by_names=by_names,
+        allow_pickle=allow_pickle,
     )
     require_model(recipe.method)
     found = merge_of(recipe, progress, device=device)

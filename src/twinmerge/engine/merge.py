@@ -175,8 +175,7 @@ class Merge:
         """What every tensor of the output is made of, and by which rule."""
         plan = planned(self.recipe, self.models, self.matched, self.architecture, self._tile, self.sliced)
         if not self.models.knows_class:
-            named = (entry.tensor for entry in plan.merged.values())
-            known = [name for name in named if self.base.has(name)]  # slices may make more layers than it has
+            known = [e.tensor for e in plan.merged.values() if self.base.has(e.tensor)]  # slices make layers beyond its
             warn_of_names(self.method, self.base, known, stacklevel=3)
         return plan
 
@@ -266,10 +265,8 @@ class Merge:
         return Differences(difference(name, self.base.read(name), value) for name, value in floats.items())
 
     def heads(self) -> dict[str, HeadSpec]:
-        """The experts' own output layers, in the order the experts were given."""
-        if self.recipe.by_names:  # no class runs them
-            return {}
-        return heads_of(self.experts, self.matched, list(self.recipe.experts))
+        """The experts' own output layers, in the order the experts were given; by names alone no class runs any."""
+        return {} if self.recipe.by_names else heads_of(self.experts, self.matched, list(self.recipe.experts))
 
     def load(self) -> nn.Module:
         """The merged model as a module, with the experts' heads where they have any.
@@ -326,11 +323,8 @@ class Merge:
             if self.lines is not None:  # with the a that was found
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
             card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
-            dtype, heads = plan.written_dtype, self.heads()
-            beside = Beside(
-                self.base, self.base.folder, described, card, dtype, heads=heads, about=about or {}, changes=plan.config
-            )
-            beside.write(folder)
+            side = self.base, self.base.folder, described, card, plan.written_dtype
+            Beside(*side, heads=self.heads(), about=about or {}, changes=plan.config).write(folder)
             if self.recipe.by_names:
                 write_named_heads(folder, self.experts, self.matched.heads)
             require_same(read, states_of(plan))

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from twinmerge.arguments import at_least_one
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import Checked
 from twinmerge.engine.folder import copy_side_files, without_code, write_about, write_config
@@ -90,6 +91,9 @@ class MergeOfParts(Merge):
         super().__init__(recipe, progress, **how)
         self._how = how
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_how": {**self._how, "spread": None}}
+
     @property
     def models(self) -> Models:
         """Of a part alone.
@@ -157,10 +161,11 @@ class MergeOfParts(Merge):
             TwinmergeError: a model that lacks a part, or has it in another form.
         """
         found: dict[str, Merge] = {}
+        how = self.recipe.by_names, self.recipe.allow_pickle
         for module in self.layout.modules:
             for path in self.layout.weights(module):
                 by_label = {label: self._path(whole, module, path) for label, whole in self.wholes.items()}
-                of = {label: self.wholes[label].part(p, self.recipe.by_names) for label, p in by_label.items()}
+                of = {label: self.wholes[label].part(p, *how) for label, p in by_label.items()}
                 recipe = replace(self.recipe, base=of.pop("base", None), experts=of)
                 found[path] = Merge(recipe, self.progress, **self._how)
         if not found:
@@ -257,7 +262,8 @@ class MergeOfParts(Merge):
         overwrite: bool = False,
     ) -> Path:
         """Write all parts into one folder, whole or not at all, as `Merge.save`."""
-        parts, bytes_ = self.parts, SHARD_BYTES if shard_bytes is None else shard_bytes
+        parts = self.parts
+        bytes_ = SHARD_BYTES if shard_bytes is None else at_least_one("shard_bytes", shard_bytes)
         if Path(out).suffix == ".safetensors":
             raise UsageError(f"These are models of several parts, which {out} cannot hold. Name a folder to write.")
         files = {path: layout(part.plan.specs, bytes_, self._file(path)) for path, part in parts.items()}

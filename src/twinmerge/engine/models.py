@@ -41,14 +41,16 @@ class Models:
         """
         order, base = recipe.order, recipe.base
         models = [*([] if base is None else [base]), *(recipe.experts[name] for name in order)]
-        plain = None if architecture or recipe.heads or recipe.by_names else open_plain(models)
+        asked = architecture or recipe.heads or recipe.by_names or recipe.allow_pickle
+        plain = None if asked else open_plain(models)
         if plain is not None:
             experts = dict(zip(order, plain[-len(order) :], strict=True))
             first = plain[0] if base is not None else experts[next(iter(recipe.experts))]
         else:
-            experts = {name: _open(recipe.experts[name], name, recipe.by_names) for name in order}
+            how = recipe.by_names, recipe.allow_pickle
+            experts = {name: _open(recipe.experts[name], name, *how) for name in order}
             named = base is not None
-            first = open_model(base, None, recipe.by_names) if named else experts[next(iter(recipe.experts))]
+            first = open_model(base, None, *how) if named else experts[next(iter(recipe.experts))]
         return cls(first, experts, base is not None)
 
     @property
@@ -101,5 +103,5 @@ class Models:
                 )
 
 
-def _open(model: ModelLike, name: str, by_names: bool) -> OpenedModel:
-    return open_model(model, None if isinstance(model, (str, os.PathLike)) else name, by_names)
+def _open(model: ModelLike, name: str, by_names: bool, allow_pickle: bool) -> OpenedModel:
+    return open_model(model, None if isinstance(model, (str, os.PathLike)) else name, by_names, allow_pickle)

@@ -83,7 +83,8 @@ def with_nested(recipe: Recipe) -> Recipe:
     def of(model: Any) -> Any:
         if not isinstance(model, Recipe):
             return model
-        return Nested(with_nested(replace(model, by_names=model.by_names or recipe.by_names)))
+        by_names, allow_pickle = model.by_names or recipe.by_names, model.allow_pickle or recipe.allow_pickle
+        return Nested(with_nested(replace(model, by_names=by_names, allow_pickle=allow_pickle)))
 
     models = [recipe.base, *recipe.experts.values()]
     if not any(isinstance(model, Recipe) for model in models):

@@ -173,11 +173,11 @@ class Whole:
                     )
         return cls(ref, layout, found.adapter is not None)
 
-    def part(self, path: str, by_names: bool) -> Part:
+    def part(self, path: str, by_names: bool, allow_pickle: bool) -> Part:
         """One of its parts, with the adapter where that is put on it."""
         is_adapted = self.adapted and (self.layout is None or self.layout.adapted == path)
         ref = self.ref if is_adapted or not self.adapted else self.ref.rpartition("+")[0]
-        return Part(ref, path, by_names)
+        return Part(ref, path, by_names, allow_pickle)
 
     def module(self, like: Module) -> Module | None:
         """Its own module of that name."""
@@ -193,14 +193,16 @@ class Part(Openable):
         ref: the whole model, as the recipe names it, or the folder of it.
         path: of the part.
         by_names: no class is asked, not even where the part's config names one.
+        allow_pickle: old checkpoints are read.
     """
 
     ref: str
     path: str
     by_names: bool = False
+    allow_pickle: bool = False
 
     def opened(self, name: str | None) -> OpenedModel:
-        return open_part(self.ref, self.path, name, self.by_names)
+        return open_part(self.ref, self.path, name, self.by_names, self.allow_pickle)
 
     def __str__(self) -> str:
         return os.path.join(self.ref, self.path) if self.path else self.ref

@@ -75,7 +75,8 @@ class Recipe:
     seed of stochastic rounding, None for rounding to nearest; statistics: expert -> its statistics file, for methods
     that need one; lines: how the merged change is scaled by depth, None for not at all; slices: the layers that the
     output is put together of, empty for whole models; by_names: no class is asked what tensors are, which are matched
-    by name and shape."""
+    by name and shape; allow_pickle: old checkpoints are read, with torch's loader of tensors alone. That is for who runs
+    a merge to say: no file does, and it is not written down."""
 
     method: MethodLike
     base: ModelLike | None
@@ -88,6 +89,7 @@ class Recipe:
     lines: Lines | None = None
     slices: tuple[Slice, ...] = ()
     by_names: bool = False
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         self._take_method()
@@ -193,6 +195,7 @@ class Recipe:
         lines: Mapping[str, Any] | None = None,
         parameters: Mapping[str, Any] | None = None,
         by_names: bool = False,
+        allow_pickle: bool = False,
     ) -> Recipe:
         """What a call names: a recipe as it is, or a method, models and parameters.
 
@@ -215,7 +218,7 @@ class Recipe:
                 or by_names
             ):
                 raise RecipeError("A recipe says all of a merge. Change it with Recipe.varied, or name no recipe.")
-            return method
+            return replace(method, allow_pickle=True) if allow_pickle else method
         flat: dict[str, Any] = {}
         for name, value in (parameters or {}).items():
             flat |= (
@@ -225,7 +228,9 @@ class Recipe:
         depth = None if lines is None else Lines.of(lines)
         measured = dict(statistics or {})
         return cls(
-            *(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, measured, depth), by_names=by_names
+            *(method, base, dict(experts or {}), flat, dtype, patterns, stochastic, measured, depth),
+            by_names=by_names,
+            allow_pickle=allow_pickle,
         )
 
     @classmethod

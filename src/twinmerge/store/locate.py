@@ -97,8 +97,8 @@ def base_of(adapter: Path) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def is_model_file(ref: object) -> bool:
-    """Whether a reference is a single safetensors file on this disk.
+def is_model_file(ref: object, allow_pickle: bool = False) -> bool:
+    """Whether a reference is a single file of weights on this disk: safetensors, or a pickle where that is allowed.
 
     Example:
         >>> is_model_file("no/such.safetensors")
@@ -107,7 +107,7 @@ def is_model_file(ref: object) -> bool:
     if not isinstance(ref, (str, os.PathLike)):
         return False
     path = os.path.expanduser(os.fspath(ref))
-    return path.endswith(".safetensors") and os.path.isfile(path)
+    return path.endswith((".safetensors", *(PICKLED if allow_pickle else ()))) and os.path.isfile(path)
 
 
 def _of_file(path: Path) -> str:
@@ -134,7 +134,8 @@ def converting(pickle: Path) -> str:
         'Convert it, which runs no code of it: python -c "import glob, torch; from safetensors.torch import save_file; '
         f"d = {{}}; [d.update(torch.load(f, 'cpu', weights_only=True)) for f in glob.glob({files!r})]; "
         "d = d.get('state_dict', d); "
-        f'save_file({{n: t.contiguous().clone() for n, t in d.items() if torch.is_tensor(t)}}, {made!r})".'
+        f'save_file({{n: t.contiguous().clone() for n, t in d.items() if torch.is_tensor(t)}}, {made!r})"; or merge '
+        "with --allow-pickle, which reads tensors alone."
     )
 
 
