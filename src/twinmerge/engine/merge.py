@@ -115,7 +115,18 @@ class Merge:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy or a pickle keeps: the recipe and how it is run. It opens its models anew."""
-        kept = ["recipe", "progress", "architecture", "device", "_tile", "processes", "method", "report", "output", "lines"]
+        kept = [
+            "recipe",
+            "progress",
+            "architecture",
+            "device",
+            "_tile",
+            "processes",
+            "method",
+            "report",
+            "output",
+            "lines",
+        ]
         plan = {"plan": self.plan} if self.edited else {}
         return {name: self.__dict__[name] for name in kept} | {"spread": None} | plan
 
