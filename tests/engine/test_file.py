@@ -222,7 +222,8 @@ def pickled(folder: Path, tensors: dict[str, Any], shards: int = 1) -> None:
 
     folder.mkdir(exist_ok=True)
     made = {n: torch.from_numpy(t) for n, t in tensors.items()}
-    made[next(iter(made))] = made[next(iter(made))].T.contiguous().T  # stored the other way round
+    one = f"{UNET}.time_embed.0.weight"
+    made[one] = made[one].T.contiguous().T  # stored the other way round
     if shards == 1:
         torch.save(made, folder / "pytorch_model.bin")
         return

@@ -112,7 +112,7 @@ def close(got: dict[str, Any], wanted: dict[str, Any]) -> bool:
     )
 
 
-@pytest.fixture(params=["", "0_Transformer"])
+@pytest.fixture(params=["", pytest.param("0_Transformer", marks=pytest.mark.slow)])
 def zoo(tmp_path: Path, request: Any) -> types.SimpleNamespace:
     at = request.param
     folders = {n: sentence_transformer(tmp_path / n, i, at) for i, n in enumerate(("base", "a", "b"))}
