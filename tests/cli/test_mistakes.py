@@ -90,7 +90,7 @@ def empty(folder: Path) -> Path:
         (nan, ["'encoder.layer.0.attention.self.query.weight' of the expert 'mood' holds NaN"]),
         (truncated, ["copy-mood/model.safetensors is truncated or no safetensors file"]),
         (garbage, ["copy-mood/model.safetensors is truncated or no safetensors file"]),
-        (pickled, ["holds only pickled weights (pytorch_model.bin)", "save_pretrained"]),
+        (pickled, ["holds only pickled weights (pytorch_model.bin)", "save_file"]),
         (empty, ["copy-mood holds no safetensors file"]),
     ],
 )

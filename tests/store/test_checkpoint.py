@@ -150,7 +150,7 @@ def test_index_that_does_not_fit_its_shards(tmp_path, weight_map, says):
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.pth", "model.ckpt", "a.pt"])
 def test_only_pickles_is_refused_with_advice(tmp_path, file):
     (tmp_path / file).write_bytes(b"\x80\x04.")
-    with pytest.raises(TwinmergeError, match=f"pickled weights .{file}.*can run code.*save_pretrained"):
+    with pytest.raises(TwinmergeError, match=f"pickled weights .{file}.*can run code.*save_file"):
         Checkpoint.open(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,6 +67,15 @@ SideFiles = Annotated[
     ),
 ]
 
+ByNames = Annotated[
+    bool,
+    typer.Option("--by-names", help="Ask no class (unknown or with code of its own): match tensors by name and shape."),
+]
+
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt files, with torch's loader of tensors alone.")
+]
+
 
 @command("merge")
 def merge(
@@ -92,6 +102,8 @@ def merge(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Run a plan that `twinmerge check --plan` wrote.")
     ] = None,
+    by_names: ByNames = False,
+    allow_pickle: AllowPickle = False,
     intermediate_dir: Annotated[
         Path | None,
         typer.Option("--intermediate-dir", help="Write the named recipes of a file of several here, too."),
@@ -116,6 +128,7 @@ def merge(
     twinmerge merge --method ties --base B --expert a=A --expert b=B2 -p density=0.2 -o OUT
     """
     from twinmerge.engine.merge import Merge
+    from twinmerge.engine.merge_parts import merge_of
     from twinmerge.recipes.recipe import SEMANTICS
 
     use_threads(threads)
@@ -124,7 +137,11 @@ def merge(
         raise DataError(f"{smoke} is no file. Give --smoke a file of texts (.jsonl or .txt).")
     how: dict[str, Any] = {"architecture": smoke is not None, "device": device_of(device), "processes": True}
     if plan is not None:
-        given = (method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out, *beside)
+        given = (
+            *(method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out, *beside),
+            by_names or None,
+            allow_pickle or None,
+        )
         if any(each is not None for each in given):
             raise UsageError("A plan says all of a merge. Name its file and the output alone: --plan FILE -o FOLDER.")
         if recipe is not None and output is not None:
@@ -134,11 +151,15 @@ def merge(
         described, target = recipe_of(
             *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
             beside=beside,
+            by_names=by_names,
+            allow_pickle=allow_pickle,
             intermediate_dir=intermediate_dir,
             dry_run=dry_run,
         )
-        merged = Merge(described, **how)
+        merged = merge_of(described, **how)
     described = merged.recipe
+    if smoke is not None and described.by_names:
+        raise UsageError("--smoke runs models, and by names alone no class is known to run. Leave one of them out.")
     if target is None and not dry_run:
         raise UsageError("No output is named. Add -o FOLDER.")
     if dry_run:
@@ -202,6 +223,8 @@ def check(
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Write down what would be done, for `twinmerge merge --plan`."),
     ] = None,
+    by_names: ByNames = False,
+    allow_pickle: AllowPickle = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -211,14 +234,16 @@ def check(
 
     twinmerge check RECIPE.yaml --plan plan.json
     """
-    from twinmerge.engine.merge import Merge
+    from twinmerge.engine.merge_parts import merge_of
 
     use_threads(threads)
     described, target = recipe_of(
         *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
         beside=(tokenizer, chat_template, side_files_from),
+        by_names=by_names,
+        allow_pickle=allow_pickle,
     )
-    merged = Merge(described)
+    merged = merge_of(described)
     if plan is not None:
         merged.write_plan(plan)
     _checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}")
@@ -239,6 +264,8 @@ def recipe_of(
     stochastic: int | None,
     lines: str | None = None,
     beside: tuple[str | None, str | None, str | None] = (None, None, None),
+    by_names: bool = False,
+    allow_pickle: bool = False,
     intermediate_dir: Path | None = None,
     dry_run: bool = False,
 ) -> tuple[Recipe, Path | None]:
@@ -265,16 +292,18 @@ def recipe_of(
         heads = tuple(head or ())
         measured = pairs(statistics, "--statistics")
         depth = None if lines is None else Lines.of(values(lines.split(","), "--lines"))
-        found = Recipe(method, base, pairs(expert, "--expert"), parameters, dtype, heads, stochastic, measured, depth)
+        named = pairs(expert, "--expert")
+        given = (method, base, named, parameters, dtype, heads, stochastic, measured, depth)
+        found = Recipe(*given, by_names=by_names, allow_pickle=allow_pickle)
         return _with_beside(found, *beside), output or out
     if recipe is None:
         raise UsageError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
     if expert or base or weight or statistics or head or lines is not None or stochastic is not None:
         raise UsageError(
-            "A recipe file and options are both given. Put everything into the recipe (-p and --dtype alone may say "
-            "something else than it does), or use --method."
+            "A recipe file and options are both given. Put everything into the recipe (-p, --dtype and --by-names may "
+            "be given with it), or use --method."
         )
-    read = _read(recipe, None if dry_run else intermediate_dir)
+    read = _read(recipe, None if dry_run else intermediate_dir, by_names, allow_pickle)
     require_model(read.method)
     if parameter or dtype:
         from twinmerge.recipes.override import overridden
@@ -282,7 +311,10 @@ def recipe_of(
         read, changes = overridden(read, values(parameter, "-p"), dtype)
         for change in changes:
             said(f"By an option: {change}.")
-    return _with_beside(read, *beside), output or out
+    if by_names and not read.by_names:
+        read = replace(read, by_names=True)
+        said("By an option: tensors are matched by name and shape alone; no class is asked.")
+    return _with_beside(replace(read, allow_pickle=allow_pickle), *beside), output or out
 
 
 def _with_beside(recipe: Recipe, tokenizer: str | None, template: str | None, side_files_from: str | None) -> Recipe:
@@ -298,7 +330,7 @@ def _with_beside(recipe: Recipe, tokenizer: str | None, template: str | None, si
     return recipe if side_files_from is None else replace(recipe, side_files_from=side_files_from)
 
 
-def _read(file: Path, intermediate_dir: Path | None) -> Recipe:
+def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickle: bool) -> Recipe:
     """The recipe of a file; of several, the last, with the others inside it or written where the option says."""
     from twinmerge.recipes.documents import read_all
 
@@ -307,18 +339,23 @@ def _read(file: Path, intermediate_dir: Path | None) -> Recipe:
         return documents.nested
     from twinmerge.engine.steps import written
 
-    last = written(documents, intermediate_dir, processes=True)
+    named = {
+        name: replace(each, by_names=by_names or each.by_names, allow_pickle=allow_pickle)
+        for name, each in documents.named.items()
+    }
+    last = written(replace(documents, named=named), intermediate_dir, processes=True)
     if last is None:
         raise typer.Exit  # all have names, and all are written
     return last
 
 
 def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
-    from twinmerge.store.output import OutputFolder
+    from twinmerge.store.output import OutputFile, OutputFolder
 
     found = merged.check()
     if target is not None:
-        OutputFolder(target, found["output_bytes"]).check()
+        kind = OutputFile if target.suffix == ".safetensors" else OutputFolder
+        kind(target, found["output_bytes"]).check()
     if json:
         print_json(found)
     else:

@@ -149,13 +149,14 @@ def _copy(file: Path, to: Path) -> None:
 def _drop_code(file: Path) -> bool:
     """Take the keys that name code out of a config; whether there were any."""
     raw = read_any_json(file, finite=False)
-    found = _without(raw)
+    found = without_code(raw)
     if found != raw:
         disk.write_json(file, found)
     return bool(found != raw)
 
 
-def _without(value: Any) -> Any:
+def without_code(value: Any) -> Any:
+    """A config without the keys that name code."""
     if isinstance(value, dict):
-        return {key: _without(inner) for key, inner in value.items() if key not in CODE}
-    return [_without(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_code(inner) for key, inner in value.items() if key not in CODE}
+    return [without_code(inner) for inner in value] if isinstance(value, list) else value

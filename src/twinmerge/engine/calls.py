@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.arguments import strict
 from twinmerge.engine.check import Checked
 from twinmerge.engine.merge import Merge
+from twinmerge.engine.merge_parts import merge_of
 from twinmerge.methods.kit.registry import MethodLike, require_model
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.recipe import Recipe
@@ -34,6 +35,8 @@ def merge(
     tokenizer: str | Mapping[str, Any] | None = None,
     chat_template: str | None = None,
     side_files_from: str | None = None,
+    by_names: bool = False,
+    allow_pickle: bool = False,
     **parameters: Any,
 ) -> Merge:
     """Describe a merge, and with `out` write it.
@@ -59,6 +62,9 @@ def merge(
             None.
         side_files_from: the expert whose template, special tokens and generation settings the output has; the base's
             where None.
+        by_names: ask no class what tensors are (of unknown models, and of those with code of their own): they are
+            matched by name and shape, and heads are what `heads` names.
+        allow_pickle: read old checkpoints (.bin, .pt, .pth, .ckpt), with torch's loader of tensors alone.
         parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
 
     Raises:
@@ -77,9 +83,11 @@ def merge(
         chat_template=chat_template,
         side_files_from=side_files_from,
         parameters=parameters,
+        by_names=by_names,
+        allow_pickle=allow_pickle,
     )
     require_model(recipe.method)
-    found = Merge(recipe, progress, device=device)
+    found = merge_of(recipe, progress, device=device)
     if out is not None:
         found.save(out)
     return found

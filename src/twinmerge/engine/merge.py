@@ -7,15 +7,16 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.arguments import at_least_one, device_known, strict, strict_class
-from twinmerge.engine.by_names import warn_of_names
+from twinmerge.engine.by_names import warn_of_names, write_named_heads
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import Checked, checked
 from twinmerge.engine.combine import combine
+from twinmerge.engine.file import save_file
 from twinmerge.engine.folder import Beside
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.models import Models
@@ -32,7 +33,7 @@ from twinmerge.engine.seen import Digests
 from twinmerge.engine.settings import Told
 from twinmerge.engine.sides import check_sides
 from twinmerge.engine.slicing import Sliced, sliced
-from twinmerge.engine.write import Journal, Report, write
+from twinmerge.engine.write import Report, write_files
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.base import Known, Method
 from twinmerge.methods.kit.registry import require_model
@@ -43,7 +44,7 @@ from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import one_line, some
-from twinmerge.store.checkpoint_writer import SHARD_BYTES, CheckpointWriter, layout
+from twinmerge.store.checkpoint_writer import SHARD_BYTES, layout
 from twinmerge.store.output import OutputFolder
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ class Merge:
         """What every tensor of the output is made of, and by which rule."""
         plan = planned(self.recipe, self.models, self.matched, self.architecture, self._tile, self.sliced)
         if not self.models.knows_class:
-            warn_of_names(self.method, self.base, [entry.tensor for entry in plan.merged.values()], stacklevel=3)
+            known = [e.tensor for e in plan.merged.values() if self.base.has(e.tensor)]  # slices make layers beyond its
+            warn_of_names(self.method, self.base, known, stacklevel=3)
         return plan
 
     @cached_property
@@ -262,8 +264,8 @@ class Merge:
         return Differences(difference(name, self.base.read(name), value) for name, value in floats.items())
 
     def heads(self) -> dict[str, HeadSpec]:
-        """The experts' own output layers, in the order the experts were given."""
-        return heads_of(self.experts, self.matched, list(self.recipe.experts))
+        """The experts' own output layers, in the order the experts were given; by names alone no class runs any."""
+        return {} if self.recipe.by_names else heads_of(self.experts, self.matched, list(self.recipe.experts))
 
     def load(self) -> nn.Module:
         """The merged model as a module, with the experts' heads where they have any.
@@ -293,7 +295,7 @@ class Merge:
         """Write the merged model folder, whole or not at all; after a kill the same call goes on where it stopped.
 
         Args:
-            out: a folder that does not exist or is empty.
+            out: a folder that does not exist or is empty; of single files also a new file, `x.safetensors`.
             about: expert -> more keys of its entry in heads.json, such as its task and metric.
             shard_bytes: of a file of weights, at most; 5 GB where None.
             overwrite: take the place of a folder that twinmerge wrote, once the new one is whole.
@@ -301,6 +303,11 @@ class Merge:
         Raises:
             TwinmergeError: as said by `check`, `OutputFolder` and the method.
         """
+        if Path(out).suffix == ".safetensors":
+            self.matched.warn()
+            survey = partial(self.surveyed, self.spread)
+            self.report, self.output = save_file(self.plan, self.models, survey, Path(out), overwrite), Path(out)
+            return self.output
         plan, spread = self.plan, self.spread
         files = layout(plan.specs, SHARD_BYTES if shard_bytes is None else at_least_one("shard_bytes", shard_bytes))
         output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files, overwrite=overwrite)
@@ -310,14 +317,7 @@ class Merge:
         self.matched.warn()
         self.told.warn(stacklevel=4)
         with output as folder:
-            writer = CheckpointWriter(folder, files, summed=False)
-            try:
-                run, inputs = self.surveyed(spread)
-                assert inputs.plan is not None
-                report = write(inputs.plan, inputs, run, writer, Journal(output, writer.kept))
-                writer.finish()
-            finally:
-                writer.close()
+            report = write_files(*self.surveyed(spread), folder, files, output)
             output.sums |= report.checksums
             described = {**provenance(plan), "rounding": report.rounding(self.recipe.stochastic)}
             if self.models.unified is not None:
@@ -327,11 +327,10 @@ class Merge:
             if self.lines is not None:  # with the a that was found
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
             card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
-            dtype, heads = plan.written_dtype, self.heads()
-            beside = Beside(
-                self.base, self.base.folder, described, card, dtype, heads=heads, about=about or {}, changes=plan.config
-            )
-            beside.write(folder)
+            side = self.base, self.base.folder, described, card, plan.written_dtype
+            Beside(*side, heads=self.heads(), about=about or {}, changes=plan.config).write(folder)
+            if self.recipe.by_names:
+                write_named_heads(folder, self.experts, self.matched.heads)
             require_same(read, states_of(plan))
         self.report, self.output = report, Path(out)
         return self.output

@@ -45,13 +45,16 @@ class Models:
         """
         order, base = recipe.order, recipe.base
         models = [*([] if base is None else [base]), *(recipe.experts[name] for name in order)]
-        plain = None if architecture or recipe.heads else open_plain(models, recipe.tokenizer is not None)
+        asked = architecture or recipe.heads or recipe.by_names or recipe.allow_pickle
+        plain = None if asked else open_plain(models, recipe.tokenizer is not None)
         if plain is not None:
             experts = dict(zip(order, plain[-len(order) :], strict=True))
             first = plain[0] if base is not None else experts[next(iter(recipe.experts))]
         else:
-            experts = {name: _open(recipe.experts[name], name) for name in order}
-            first = open_model(base) if base is not None else experts[next(iter(recipe.experts))]
+            how = recipe.by_names, recipe.allow_pickle
+            experts = {name: _open(recipe.experts[name], name, *how) for name in order}
+            named = base is not None
+            first = open_model(base, None, *how) if named else experts[next(iter(recipe.experts))]
         found = unified(recipe, {BASE: first, **experts}) if recipe.tokenizer is not None else None
         if found is not None:
             first, experts = found.models[BASE], {name: found.models[name] for name in order}
@@ -107,5 +110,5 @@ class Models:
                 )
 
 
-def _open(model: ModelLike, name: str) -> OpenedModel:
-    return open_model(model, None if isinstance(model, (str, os.PathLike)) else name)
+def _open(model: ModelLike, name: str, by_names: bool, allow_pickle: bool) -> OpenedModel:
+    return open_model(model, None if isinstance(model, (str, os.PathLike)) else name, by_names, allow_pickle)

@@ -82,7 +82,10 @@ def with_nested(recipe: Recipe) -> Recipe:
     """The recipe whose models that are recipes themselves can be opened."""
 
     def of(model: Any) -> Any:
-        return Nested(with_nested(model)) if isinstance(model, Recipe) else model
+        if not isinstance(model, Recipe):
+            return model
+        by_names, allow_pickle = model.by_names or recipe.by_names, model.allow_pickle or recipe.allow_pickle
+        return Nested(with_nested(replace(model, by_names=by_names, allow_pickle=allow_pickle)))
 
     models = [recipe.base, *recipe.experts.values()]
     if not any(isinstance(model, Recipe) for model in models):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twinmerge.engine.by_names import checked_by_names
 from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import Plan, grains_of
@@ -27,6 +28,8 @@ def matched_models(recipe: Recipe, models: Models, layers: Sliced | None) -> Mat
     if layers is not None:
         return layers.matched
     found = match(models.base, models.experts, recipe.heads)
+    if recipe.by_names or models.base.is_file:
+        found = found._replace(configs=checked_by_names(models))
     check_ancestry(models.base, models.experts, found.merged)
     return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.engine.beside import PROVENANCE
-from twinmerge.engine.merge import Merge
+from twinmerge.engine.merge_parts import merge_of
 from twinmerge.errors import OutputError, TwinmergeError
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.documents import Documents, with_models
@@ -35,7 +35,7 @@ def written(documents: Documents, folder: str | Path, progress: bool = True, **h
             if to.is_dir() and any(to.iterdir()):
                 raise OutputError(f"{to} is there already and was made by another recipe. Move it away.")
             to.parent.mkdir(parents=True, exist_ok=True)
-            Merge(whole, progress, **how).save(to)
+            merge_of(whole, progress, **how).save(to)
         made[name] = str(to)
     return None if documents.last is None else with_models(documents.last, made)
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
 from twinmerge.engine.beside import PROVENANCE
-from twinmerge.engine.merge import Merge
+from twinmerge.engine.merge_parts import MergeOfParts, merge_of, within
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import BASE, Plan
 from twinmerge.engine.plan_file import planned_as
@@ -141,13 +141,14 @@ class _Found:
         self.opened.append(opened)
         self._add_sums_of(opened, name)
 
-    def add_weights(self, opened: Checkpoint, wanted: Mapping[str, str]) -> None:
+    def add_weights(self, opened: Checkpoint, wanted: Mapping[str, str], within: str = "") -> None:
+        """The weights of a folder, or of a part of it, whose tensors have its path before their names."""
         self.opened.append(opened)
-        self._add(opened, OUTPUT, wanted)
+        self._add(opened, OUTPUT, wanted, within)
 
     def add_files(self, manifest: Manifest) -> None:
         """All that a manifest names, and what it does not name."""
-        folder, weights = manifest.folder, []
+        folder, weights = manifest.folder, dict[str, list[Path]]()
         for name, entry in manifest.files.items():
             if (said := manifest.differs(name)) is not None:
                 self.files[name] = said
@@ -157,15 +158,16 @@ class _Found:
                 if SEAL in header_in(folder / name).metadata:
                     self.add_artefact(folder / name, name)
                 else:
-                    weights.append(folder / name)
+                    within = f"{name.rpartition('/')[0]}/" if "/" in name else ""
+                    weights.setdefault(within, []).append(folder / name)
             except TwinmergeError:
                 self.files[name] = said or "is damaged"
         self.files |= dict.fromkeys(manifest.strange(), "was not written here")
-        if weights:
+        for within, files in weights.items():
             try:
-                self.add_weights(Checkpoint(weights), manifest.sums.get(OUTPUT, {}))
+                self.add_weights(Checkpoint(files), manifest.sums.get(OUTPUT, {}), within)
             except TwinmergeError as error:
-                self.files[weights[0].name] = str(error)
+                self.files[f"{within}{files[0].name}"] = str(error)
 
     def add_state(self, folder: Path, state: ArtefactFile) -> None:
         """A state of experts that came over time, held open, and their heads beside it."""
@@ -191,14 +193,20 @@ class _Found:
         try:
             described = _read(folder / PROVENANCE)
             places = _places(described["recipe"])
-            if not all(is_reference(place) and not os.path.isfile(place) for place in places.values()):
+            if "parts" not in described and not all(
+                is_reference(place) and not os.path.isfile(place) for place in places.values()
+            ):
                 self.add_alone(places, wanted)
                 return
-            merge = Merge(Recipe.from_description(described["recipe"]), progress=False)
-            plan = merge.plan
-            if "copied" in described:  # an edited plan was merged
-                plan = planned_as(described, plan, merge.models, str(folder / PROVENANCE))
-            self.jobs += _of_inputs(plan, merge.models, wanted)
+            merge = merge_of(Recipe.from_description(described["recipe"]), progress=False)
+            if isinstance(merge, MergeOfParts):
+                for path, part in merge.parts.items():
+                    self.jobs += _of_inputs(part.plan, part.models, wanted, within(path))
+            else:
+                plan = merge.plan
+                if "copied" in described:  # an edited plan was merged
+                    plan = planned_as(described, plan, merge.models, str(folder / PROVENANCE))
+                self.jobs += _of_inputs(plan, merge.models, wanted)
             self.wanted |= {source: sums for source, sums in wanted.items() if source != OUTPUT}
         except (TwinmergeError, KeyError, TypeError) as error:
             self.unreadable["inputs"] = str(error)
@@ -251,9 +259,9 @@ class _Found:
             raise DataError(f"{opened.file} has no checksums: an older release wrote it. Write it again.")
         self._add(opened, name, opened.expected)
 
-    def _add(self, opened: Checkpoint, source: str, wanted: Mapping[str, str]) -> None:
+    def _add(self, opened: Checkpoint, source: str, wanted: Mapping[str, str], within: str = "") -> None:
         self.wanted[source] = wanted
-        self.jobs += [(source, name, partial(opened.sum_of, name)) for name in opened.specs]
+        self.jobs += [(source, f"{within}{name}", partial(opened.sum_of, name)) for name in opened.specs]
 
 
 def _is_left(file: Path) -> bool:
@@ -284,16 +292,23 @@ def _known_as(model: OpenedModel, name: str) -> str | None:
     return next((own for own in (by_stored.get(name), known, name) if own is not None and model.has(own)), None)
 
 
-def _of_inputs(plan: Plan, models: Models, wanted: Mapping[str, Mapping[str, str]]) -> list[Job]:
-    """One job for every tensor of every input that the merge read."""
+def _of_inputs(plan: Plan, models: Models, wanted: Mapping[str, Mapping[str, str]], part: str = "") -> list[Job]:
+    """One job for every tensor of every input that the merge read.
+
+    Args:
+        plan: of the merge, or of one part.
+        models: its opened models.
+        wanted: input -> tensor -> its checksum.
+        part: what stands before the names of the part's tensors.
+    """
     found: list[Job] = []
     for name, entry in plan.entries.items():
         for label, source in entry.sources.items():
-            if source.view.whole and name in wanted.get(label, {}):
+            if source.view.whole and f"{part}{name}" in wanted.get(label, {}):
                 model = models.of_source(entry, label)
                 read = partial(model.read_range, source.tensor)
                 job = partial(streamed, read, SIZES[source.code], model.spec(source.tensor).numel)
-                found.append((label, name, job))
+                found.append((label, f"{part}{name}", job))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +18,12 @@ from twinmerge.engine.run import Run
 from twinmerge.engine.seen import Digests
 from twinmerge.methods.kit.base import Known
 from twinmerge.models.opened import as_tensor
-from twinmerge.store.checkpoint_writer import CheckpointWriter
+from twinmerge.store.checkpoint import Spec
+from twinmerge.store.checkpoint_writer import PYTORCH, CheckpointWriter
 from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.manifest import OUTPUT
-from twinmerge.store.output import OutputFolder
+from twinmerge.store.output import OutputFile, OutputFolder
 from twinmerge.store.ranges import bytes_of
 
 Line = dict[str, Any]
@@ -30,11 +32,18 @@ entries."""
 
 
 class Journal:
-    """Which groups are done, in the output's `.partial`, so that a killed merge goes on where it stopped."""
+    """Which groups are done, in the output's `.partial`, so that a killed merge goes on where it stopped.
 
-    def __init__(self, output: OutputFolder, kept: bool) -> None:
-        self.output = output
-        lines = output.done if kept else []  # without the files, what was said of them is void
+    Args:
+        output: that is written.
+        kept: the files of earlier runs are there.
+        part: which of several merges of the output it is.
+    """
+
+    def __init__(self, output: OutputFolder | OutputFile, kept: bool, part: str = "") -> None:
+        self.output, self.part = output, {"part": part} if part else {}
+        own = [line for line in output.done if line.get("part", "") == part]
+        lines = own if kept else []  # without the files, what was said of them is void
         self.done: dict[int, Line] = {int(line["group"]): line for line in lines}
 
     def keep(self, intact: Callable[[int, Line], bool]) -> None:
@@ -44,7 +53,7 @@ class Journal:
 
     def record(self, group: int, line: Line) -> None:
         if self.output.key is not None:
-            self.output.record({"group": group, **line})
+            self.output.record({"group": group, **self.part, **line})
 
 
 @dataclass
@@ -115,6 +124,39 @@ class _Writing:
         self.writer.write(each.name, each.start, got.values)
         digests[OUTPUT] = block_digests(got.values, rounding.itemsize)
         return _Written(digests, got.changed, got.erased)
+
+
+def write_files(
+    run: Run,
+    inputs: Inputs,
+    folder: Path,
+    files: Mapping[str, Mapping[str, Spec]],
+    output: OutputFolder | OutputFile,
+    part: str = "",
+    metadata: Mapping[str, str] = PYTORCH,
+) -> Report:
+    """Write the merged tensors into files of an output that is open.
+
+    Args:
+        run: of the merge, surveyed.
+        inputs: with their rules settled.
+        folder: where the files are.
+        files: as `layout` gives them.
+        output: that has the journal.
+        part: which of several merges of this output it is.
+        metadata: of each file.
+
+    Raises:
+        TwinmergeError: as `write`.
+    """
+    assert inputs.plan is not None
+    writer = CheckpointWriter(folder, files, metadata, summed=False)
+    try:
+        report = write(inputs.plan, inputs, run, writer, Journal(output, writer.kept, part))
+        writer.finish()
+    finally:
+        writer.close()
+    return report
 
 
 def write(plan: Plan, inputs: Inputs, run: Run, writer: CheckpointWriter, journal: Journal) -> Report:

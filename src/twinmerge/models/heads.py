@@ -56,7 +56,7 @@ def headed(
 
     architecture = next(iter(experts.values())).architecture if heads else base.architecture
     if architecture is None:
-        raise ModelError(f"{base.name} has no config.json, so it cannot be run. Use state_dict() or save().")
+        raise ModelError(f"{base.name} {base.why_no_class}, so it cannot be run. Use state_dict() or save().")
     if changes and architecture.config is not None:
         architecture = architecture.with_config({**architecture.config.to_dict(), **changes})
     return HeadedModel(architecture, state, heads)

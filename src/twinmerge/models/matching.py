@@ -148,9 +148,8 @@ def _new_part(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     known = expert.architecture
     if known is None:
         raise ModelError(
-            f"Tensor {name!r} of {expert.name} is not in the base {base.name}, and without a config.json nothing says "
-            "whether it is a "
-            "head. Add the model's config.json, or name the tensor with --head."
+            f"Tensor {name!r} of {expert.name} is not in the base {base.name}, and {expert.name} {expert.why_no_class}, "
+            "so that nothing says whether it is a head. Add the model's config.json, or name the tensor with --head."
         )
     if not _is_part(expert, name):
         raise ModelError(

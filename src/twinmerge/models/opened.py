@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from twinmerge.models.source import Source
 from twinmerge.store.artefact import fingerprint
 from twinmerge.store.checkpoint import Spec
+from twinmerge.store.foreign import find
 from twinmerge.store.header import SIZES
 
 if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
@@ -155,6 +156,17 @@ class OpenedModel:
     def knows_class(self) -> bool:
         """Whether its class says what each of its tensors is for."""
         return self.architecture is not None or self.tables is not None
+
+    @property
+    def why_no_class(self) -> str:
+        """Why no class says what its tensors are for, in messages."""
+        named = self.folder is not None and find(self.folder, "config.json") is not None
+        return "is merged by its tensors' names alone" if named else "has no config.json"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a single file, beside which nothing is known of it."""
+        return self.folder is None and len(self.files) == 1 and self.architecture is None
 
     def transposed(self, name: str) -> bool:
         """Whether a matrix is known to be stored (in, out)."""

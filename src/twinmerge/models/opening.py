@@ -13,9 +13,11 @@ import numpy as np
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.opened import InMemory, ModelLike, Openable, OpenedModel
 from twinmerge.models.source import Source
+from twinmerge.models.unmergeable import refuse_quantised, refuse_tensors
 from twinmerge.store.checkpoint import Checkpoint, Spec
-from twinmerge.store.foreign import find
-from twinmerge.store.locate import locate
+from twinmerge.store.foreign import CONFIG, find, read_json
+from twinmerge.store.locate import SHARD, Located, is_model_file, locate
+from twinmerge.store.pickled import Pickled, pickles_in
 from twinmerge.store.values import decoded
 
 if TYPE_CHECKING:  # torch and transformers take seconds and 200 MB to import, which a plain merge does without
@@ -30,16 +32,31 @@ PIECE = 1 << 22  # elements of two tensors that are compared at once
 NUMBERS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
-def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
+def open_model(
+    model: ModelLike, name: str | None = None, by_names: bool = False, allow_pickle: bool = False
+) -> OpenedModel:
     """Open a path, a hub id, `base+adapter`, a PreTrainedModel or a PeftModel.
+
+    Args:
+        model: what is opened.
+        name: how messages call it.
+        by_names: ask no class what its tensors are, not even where a config.json names one.
+        allow_pickle: read old checkpoints, with torch's loader of tensors alone.
 
     Raises:
         TwinmergeError: as `locate`, `Checkpoint.open` and `read_adapter` say.
     """
+    if is_model_file(model, allow_pickle):
+        return _open_file(Path(os.path.expanduser(model)), name)
     if isinstance(model, (str, os.PathLike)):
-        return _open_folder(os.fspath(model), name)
+        return _open_in(os.fspath(model), locate(model), "", name, by_names, allow_pickle)
     if isinstance(model, Openable):
         return model.opened(name)
+    if by_names:
+        raise UsageError(
+            f"By names alone folders are merged, and {name or 'a model'} is a {type(model).__name__} in memory, whose "
+            "class is known. Save it and name its folder, or leave by_names out."
+        )
     if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel):
         return _open_module(model, name or type(model).__name__)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -59,11 +76,41 @@ def open_model(model: ModelLike, name: str | None = None) -> OpenedModel:
     )
 
 
-def _open_folder(ref: str, name: str | None) -> OpenedModel:
+def open_part(ref: str, part: str, name: str | None, by_names: bool, allow_pickle: bool) -> OpenedModel:
+    """One part of a folder of several.
+
+    Args:
+        ref: the whole model.
+        part: the part's folder inside it.
+        name: how messages call it.
+        by_names: ask no class. None is asked either where the part's config names no type of transformers' models.
+        allow_pickle: as of `open_model`.
+
+    Raises:
+        TwinmergeError: as `open_model`.
+    """
     found = locate(ref)
-    checkpoint = Checkpoint.open(found.folder)
-    architecture = None
-    if find(found.folder, "config.json"):
+    file = find(found.folder / part, "config.json")
+    known = file is not None and "model_type" in read_json(file, CONFIG, finite=False)
+    return _open_in(ref, found, part, name or os.path.join(ref, part), by_names or not known, allow_pickle)
+
+
+def _open_in(ref: str, place: Located, part: str, name: str | None, by_names: bool, allow_pickle: bool) -> OpenedModel:
+    found = place._replace(folder=place.folder / part)
+    pickles = pickles_in(found.folder) if allow_pickle else None
+    checkpoint = Pickled(pickles) if pickles else Checkpoint.open(found.folder, place.folder)
+    architecture, has_config = None, find(found.folder, "config.json")
+    if has_config and (by_names or found.adapter is not None):
+        refuse_quantised(read_json(has_config, CONFIG, finite=False), found.folder, found.adapter)
+    if by_names or not has_config:
+        if found.adapter is not None:
+            raise ModelError(
+                f"{ref}: an adapter is put on the modules of its base, which only a class names, and "
+                f"{'none is asked by names alone' if has_config else 'its base has no config.json'}. Merge the adapter "
+                "into its base first (merge_and_unload, save_pretrained)."
+            )
+        refuse_tensors(checkpoint.specs, name or ref)
+    else:
         from twinmerge.models.bounds import most_parameters
         from twinmerge.models.transformers_class import TransformersArchitecture, class_of, read_config
 
@@ -85,6 +132,22 @@ def _open_folder(ref: str, name: str | None) -> OpenedModel:
     opened.adapter = found.adapter
     opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
     return adapted(opened, read_adapter(found.adapter), ref.rpartition("+")[0])
+
+
+def _open_file(file: Path, name: str | None) -> OpenedModel:
+    """A checkpoint in one file, as those of Stable Diffusion are: no config says of which class it is."""
+    if SHARD.search(file.stem):
+        raise ModelError(f"{file} is one of several files of a model. Name their folder.")
+    checkpoint: Checkpoint | Pickled
+    if file.suffix == ".safetensors":
+        checkpoint = Checkpoint([file])
+        checkpoint.compare(file.parent)
+    else:
+        checkpoint = Pickled([file])
+    refuse_tensors(checkpoint.specs, str(file))
+    opened = _named(name or str(file), checkpoint.specs, None, checkpoint)
+    opened.files = checkpoint.files
+    return opened
 
 
 def _named(name: str, specs: Mapping[str, Spec], architecture: Architecture | None, source: Source) -> OpenedModel:

@@ -18,7 +18,7 @@ from twinmerge.models.configs import differing
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.foreign import CONFIG, find, read_json
-from twinmerge.store.locate import locate
+from twinmerge.store.locate import is_model_file, locate
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -116,7 +116,7 @@ def open_plain(models: Sequence[ModelLike], vocabularies: bool = False) -> list[
         models: all that are merged.
         vocabularies: their vocabularies may have other sizes.
     """
-    if not all(isinstance(model, (str, os.PathLike)) for model in models):
+    if not all(isinstance(model, (str, os.PathLike)) and not is_model_file(model) for model in models):
         return None
     places = [locate(model) for model in models]
     if any(place.adapter for place in places):

@@ -15,6 +15,8 @@ from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.bounds import at_most
 
 KEPT = 16
+BY_NAMES = "or merge its tensors by their names alone (--by-names)"
+"""The other way out where no class can be asked."""
 _made: OrderedDict[tuple[type[PreTrainedModel], str], PreTrainedModel] = OrderedDict()
 _lock = threading.Lock()
 
@@ -63,7 +65,8 @@ def new_skeleton(config: PretrainedConfig, model_class: type[PreTrainedModel], m
         raise
     except Exception as error:  # whatever a class makes of a config that was changed by hand
         raise ModelError(
-            f"{model_class.__name__} cannot be made from its config ({one_line(error)}). Restore its config.json."
+            f"{model_class.__name__} cannot be made from its config ({one_line(error)}). Restore its config.json, "
+            f"{BY_NAMES}."
         ) from error
 
 

@@ -22,7 +22,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.bounds import PARAMETERS, check_counts
-from twinmerge.models.skeleton import one_line, skeleton_of
+from twinmerge.models.skeleton import BY_NAMES, one_line, skeleton_of
+from twinmerge.models.unmergeable import refuse_quantised
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.foreign import CONFIG, find, read_json, reason
 
@@ -242,18 +243,15 @@ def read_config(folder: Path, tensors: Mapping[str, Spec] | None = None) -> Pret
     raw = read_json(file, CONFIG, finite=False)
     check_counts(raw, file, tensors)
     try:
-        if raw.get("quantization_config") is not None:
-            raise ModelError(
-                f"{folder} is quantised, and quantised weights cannot be merged. Load it in transformers, call "
-                "dequantize(), save_pretrained() to a new folder, and merge that."
-            )
+        refuse_quantised(raw, folder)
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         vars(config).pop("auto_map", None)  # it names code of theirs, which nobody is to run
     except TwinmergeError:
         raise
     except Exception as error:  # transformers raises many kinds here; the user needs one sentence
         raise ModelError(
-            f"{file} is not a config that transformers {transformers.__version__} reads ({reason(error)}). Restore it."
+            f"{file} is not a config that transformers {transformers.__version__} reads ({reason(error)}). Restore "
+            f"it, {BY_NAMES}."
         ) from error
     return config
 
@@ -271,7 +269,7 @@ def class_of(config: PretrainedConfig, task: str | None = None) -> type[PreTrain
     except KeyError as error:
         kind = re.sub(r"Config$", "", type(config).__name__)
         raise ModelError(
-            f"transformers has no {auto.__name__} for {kind}. Give the full model, not an adapter."
+            f"transformers has no {auto.__name__} for {kind}. Give the full model, not an adapter, {BY_NAMES}."
         ) from error
     return model_class[0] if isinstance(model_class, (tuple, list)) else model_class
 

@@ -25,7 +25,7 @@ from twinmerge.recipes.mergekit_parameters import PARAMETERS, Scope, idle, of_mo
 from twinmerge.recipes.names import expert_names
 from twinmerge.recipes.slices import BASE
 
-OWN_KEYS = ("heads", "stochastic", LINES, "side_files_from")
+OWN_KEYS = ("heads", "stochastic", "by_names", LINES, "side_files_from")
 """What a recipe says beside mergekit's schema, if it says whose semantics it has."""
 
 TOP_KEYS = (

@@ -66,6 +66,7 @@ RECIPE_KEYS = (
         TOKENIZER,
         TEMPLATE,
         SIDE_FILES,
+        "by_names",
         MARK,
         "compat",
     ),
@@ -85,7 +86,9 @@ class Recipe:
     output is put together of, empty for whole models; tokenizer: whose tokens the output has, None for the base's,
     where rows of the models go together by their number; chat_template: "auto", a name or Jinja, None for the
     tokenizer's own; side_files_from: the expert whose template, special tokens and generation settings the output
-    has, None for the base's."""
+    has, None for the base's; by_names: no class is asked what tensors are, which are matched by name and shape;
+    allow_pickle: old checkpoints are read, with torch's loader of tensors alone. That is for who runs a merge to say: no
+    file does, and it is not written down."""
 
     method: MethodLike
     base: ModelLike | None
@@ -100,9 +103,13 @@ class Recipe:
     tokenizer: TokenizerChoice | None = None
     chat_template: str | None = None
     side_files_from: str | None = None
+    by_names: bool = False
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         self._take_method()
+        if not isinstance(self.by_names, bool):
+            raise RecipeError(f"by_names is {self.by_names!r:.80}. Write by_names: true, or leave it out.")
         object.__setattr__(self, "parameters", _read_settings(self.parameters))
         if not self.experts:
             raise RecipeError("There is no expert to merge. Name at least one with --expert name=path.")
@@ -226,6 +233,8 @@ class Recipe:
         chat_template: str | None = None,
         side_files_from: str | None = None,
         parameters: Mapping[str, Any] | None = None,
+        by_names: bool = False,
+        allow_pickle: bool = False,
     ) -> Recipe:
         """What a call names: a recipe as it is, or a method, models and parameters.
 
@@ -248,9 +257,10 @@ class Recipe:
                 or chat_template
                 or side_files_from
                 or parameters
+                or by_names
             ):
                 raise RecipeError("A recipe says all of a merge. Change it with Recipe.varied, or name no recipe.")
-            return method
+            return replace(method, allow_pickle=True) if allow_pickle else method
         flat: dict[str, Any] = {}
         for name, value in (parameters or {}).items():
             flat |= (
@@ -260,7 +270,14 @@ class Recipe:
         depth = None if lines is None else Lines.of(lines)
         choice = None if tokenizer is None else TokenizerChoice.of(tokenizer)
         given = (method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
-        return cls(*given, tokenizer=choice, chat_template=chat_template, side_files_from=side_files_from)
+        return cls(
+            *given,
+            tokenizer=choice,
+            chat_template=chat_template,
+            side_files_from=side_files_from,
+            by_names=by_names,
+            allow_pickle=allow_pickle,
+        )
 
     @classmethod
     def from_description(cls, raw: Mapping[str, Any]) -> Recipe:
@@ -386,6 +403,7 @@ class Recipe:
             | ({} if self.tokenizer is None else {TOKENIZER: self.tokenizer.describe()})
             | ({} if self.chat_template is None else {TEMPLATE: self.chat_template})
             | ({} if self.side_files_from is None else {SIDE_FILES: self.side_files_from})
+            | ({"by_names": True} if self.by_names else {})
         )
 
     def _described_slices(self) -> dict[str, Any]:
@@ -556,6 +574,7 @@ def _own(raw: Mapping[str, Any], where: str, ours: bool) -> Recipe:
         None if raw.get(TOKENIZER) is None else TokenizerChoice.of(raw[TOKENIZER], f"{where}, {TOKENIZER}"),
         check_template(raw.get(TEMPLATE), where),
         raw.get(SIDE_FILES),
+        raw.get("by_names", False),
     )
 
 

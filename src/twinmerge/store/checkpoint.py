@@ -16,6 +16,7 @@ from twinmerge.store.checksum import block_digests, joined, streamed
 from twinmerge.store.foreign import find, is_file_name, read_json, reason, shown
 from twinmerge.store.header import Spec as Spec
 from twinmerge.store.header import read_header
+from twinmerge.store.locate import SHARD, converting
 from twinmerge.store.manifest import CHECKSUMS, OUTPUT, Manifest
 from twinmerge.store.ranges import OpenFile, bytes_of, read_into
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from twinmerge.store.ranges import Flat
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DIFFUSION = "diffusion_pytorch_model.safetensors"  # as diffusers calls it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_SHARDS = 10_000
 
@@ -91,25 +93,33 @@ class Checkpoint:
             self.metadata.update(header.metadata)
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, whole: Path | None = None) -> Checkpoint:
         """Open a model folder: its index if it has one, else model.safetensors, else its only safetensors file.
 
         What twinmerge wrote has a manifest, which its files must still fit.
+
+        Args:
+            folder: that has the files.
+            whole: what it is a part of, where the manifest is.
         """
         found = cls._in(folder)
-        found.compare(folder, INDEX, "config.json")
+        within = "" if whole in (None, folder) else f"{folder.relative_to(whole).as_posix()}/"
+        found.compare(whole or folder, INDEX, f"{DIFFUSION}.index.json", "config.json", within=within)
         return found
 
     @classmethod
     def _in(cls, folder: Path) -> Checkpoint:
-        if index := find(folder, INDEX):
-            weight_map, shards = _read_index(folder, index)
-            checkpoint = cls(shards)
-            checkpoint._check(index, weight_map)
-            return checkpoint
-        if single := find(folder, SINGLE):
-            return cls([single])
+        for name in (SINGLE, DIFFUSION):
+            if index := find(folder, f"{name}.index.json"):
+                weight_map, shards = _read_index(folder, index)
+                checkpoint = cls(shards)
+                checkpoint._check(index, weight_map)
+                return checkpoint
+            if single := find(folder, name):
+                return cls([single])
         loose = sorted(folder.glob("*.safetensors"))
+        if len(loose) == 1 and SHARD.search(loose[0].stem):
+            raise ModelError(f"{loose[0]} is one of several files of a model, without their {INDEX}. Copy them all.")
         if len(loose) == 1 and (only := find(folder, loose[0].name)):
             return cls([only])
         if loose:
@@ -117,8 +127,13 @@ class Checkpoint:
         pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
         if pickles:
             raise ModelError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened. Convert "
-                "them where you trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened. "
+                f"{converting(folder / pickles[0])}"
+            )
+        if packed := sorted(p.name for p in folder.glob("*.gguf")):
+            raise ModelError(
+                f"{folder} holds only GGUF files ({packed[0]}), whose weights are packed for llama.cpp. Name the file, "
+                "to be told how it is unpacked, or give the model that it was made of."
             )
         raise ModelError(f"{folder} holds no safetensors file. Name a folder with model.safetensors or its shards.")
 
@@ -134,17 +149,22 @@ class Checkpoint:
             self.require(name, joined(block_digests(raw, spec.itemsize)))
         return flat.view(spec.shape)
 
-    def compare(self, folder: Path, *others: str) -> None:
+    def compare(self, folder: Path, *others: str, within: str = "") -> None:
         """Hold the files, and others beside them, to the folder's manifest, if it has one; the tensors when they are
         read.
+
+        Args:
+            folder: that has the manifest.
+            others: names of files.
+            within: where in the folder they and the weights are: "text_encoder/".
 
         Raises:
             TwinmergeError: a file that is not what was written.
         """
         if (manifest := Manifest.of(folder)) is not None:
-            manifest.check(*others, *(file.name for file in self.files))
+            manifest.check(*(f"{within}{name}" for name in (*others, *(file.name for file in self.files))))
             sums = manifest.sums.get(OUTPUT, {})
-            self.expected = {name: sums[name] for name in self.specs if name in sums}
+            self.expected = {name: sums[within + name] for name in self.specs if within + name in sums}
 
     def check(self, name: str) -> None:
         """Read a tensor and compare it with what was written, where that is known.

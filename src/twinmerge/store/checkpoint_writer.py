@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from twinmerge.store import disk
-from twinmerge.store.checkpoint import INDEX, SINGLE, Spec, check_range
+from twinmerge.store.checkpoint import SINGLE, Spec, check_range
 from twinmerge.store.checksum import BLOCK, block_digests, joined, streamed
 from twinmerge.store.header import header_of
+from twinmerge.store.locate import SHARD
 from twinmerge.store.ranges import OpenFile, begin_to_sync, bytes_of, read_into, write_from
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ class CheckpointWriter:
             total = sum(spec.bytes for _, _, spec in self._place.values())
             weight_map = {name: file for file, specs in self._files.items() for name in specs}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            disk.write_json(self._folder / INDEX, index)
+            stem = SHARD.sub("", next(iter(self._files)).removesuffix(".safetensors"))
+            disk.write_json(self._folder / f"{stem}.safetensors.index.json", index)
         return sums
 
     def sums(self) -> dict[str, str]:
@@ -177,20 +179,27 @@ class CheckpointWriter:
         return streamed(partial(self.read_into, name), spec.itemsize, spec.numel)
 
 
-def layout(specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str, Spec]]:
-    """File name -> its tensors: by name into shards of at most `shard_bytes`, wide dtypes first inside (alignment)."""
+def layout(specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES, name: str = SINGLE) -> dict[str, dict[str, Spec]]:
+    """File name -> its tensors: by name into shards of at most `shard_bytes`, wide dtypes first inside (alignment).
+
+    Args:
+        specs: of the tensors.
+        shard_bytes: of a file, at most.
+        name: of the file, where it is one.
+    """
     shards: list[dict[str, Spec]] = [{}]
     size = 0
-    for name in sorted(specs):
-        if shards[-1] and size + specs[name].bytes > shard_bytes:
+    for tensor in sorted(specs):
+        if shards[-1] and size + specs[tensor].bytes > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = specs[name]
-        size += specs[name].bytes
+        shards[-1][tensor] = specs[tensor]
+        size += specs[tensor].bytes
     shards = [dict(sorted(s.items(), key=lambda item: (-item[1].itemsize, item[0]))) for s in shards]
     if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        return {name: shards[0]}
+    stem = name.removesuffix(".safetensors")
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def write_checkpoint(

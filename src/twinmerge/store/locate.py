@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twinmerge.errors import ModelError, ResourceError, UsageError
-from twinmerge.store.foreign import is_text, shown
+from twinmerge.store.foreign import CONFIG, find, is_text, read_json, shown
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?$")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README*", "LICENSE*"]
+
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+"""The end of the names of files that hold a part of a model's weights each, without the suffix."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Located(NamedTuple):
@@ -64,7 +68,11 @@ def locate(ref: str | os.PathLike[str], cached: bool = False) -> Located:
         return Located(text, left.folder, right.folder, commits or None)
     found = _folder(text, cached)
     if os.path.lexists(found.folder / "adapter_config.json") and not os.path.lexists(found.folder / "config.json"):
-        raise ModelError(f"{text!r} is a PEFT adapter without its base. Write it as base+{text}.")
+        named = base_of(found.folder)
+        raise ModelError(
+            f"{text!r} is a PEFT adapter without its base. Write it as base+{text}"
+            + (f"; it names {shown(named)} as its base." if named else ".")
+        )
     return found
 
 
@@ -73,13 +81,62 @@ def _folder(text: str, cached: bool) -> Located:
     if os.path.isdir(path):
         return Located(text, path)
     if os.path.lexists(path):
-        raise ModelError(f"{shown(text)} is a file. Name the folder that holds config.json and the safetensors files.")
+        raise ModelError(_of_file(path))
     if not HUB_ID.match(text) or text.startswith((".", "/", "~")):
         raise ModelError(
             f"No model at {shown(text)}: it is neither a folder nor a hub id (org/name or org/name@revision). Check "
             "the path."
         )
     return _from_hub(text, cached)
+
+
+def base_of(adapter: Path) -> str | None:
+    """The base that an adapter says it was trained on; None where it says none."""
+    file = find(adapter, "adapter_config.json")
+    named = None if file is None else read_json(file, CONFIG, finite=False).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
+def is_model_file(ref: object, allow_pickle: bool = False) -> bool:
+    """Whether a reference is a single file of weights on this disk: safetensors, or a pickle where that is allowed.
+
+    Example:
+        >>> is_model_file("no/such.safetensors")
+        False
+    """
+    if not isinstance(ref, (str, os.PathLike)):
+        return False
+    path = os.path.expanduser(os.fspath(ref))
+    return path.endswith((".safetensors", *(PICKLED if allow_pickle else ()))) and os.path.isfile(path)
+
+
+def _of_file(path: Path) -> str:
+    """Why a file is no model, and what makes one of it."""
+    name, made = str(path), str(path.with_suffix(""))
+    if path.suffix == ".gguf":
+        return (
+            f"{shown(name)} is a GGUF file, whose weights are packed for llama.cpp. Best give the model that it was "
+            'made of; else unpack it where the gguf package is installed, and merge that folder: python -c "from '
+            f"transformers import AutoModelForCausalLM as M; M.from_pretrained({str(path.parent)!r}, "
+            f'gguf_file={path.name!r}).save_pretrained({made!r})".'
+        )
+    if path.suffix in PICKLED:
+        return f"{shown(name)} is a pickle, which can run code when it is opened. {converting(path)}"
+    return f"{shown(name)} is a file. Name the folder that holds config.json and the safetensors files."
+
+
+def converting(pickle: Path) -> str:
+    """The advice that makes safetensors of a pickle, which reads no code."""
+    stem = SHARD.sub("", pickle.stem)  # all of a model in several go into one file
+    files = str(pickle) if stem == pickle.stem else str(pickle.with_name(f"{stem}-*{pickle.suffix}"))
+    made = str(pickle.with_name(f"{stem}.safetensors"))
+    return (
+        'Convert it, which runs no code of it: python -c "import glob, torch; from safetensors.torch import save_file; '
+        f"d = {{}}; [d.update(torch.load(f, 'cpu', weights_only=True)) for f in glob.glob({files!r})]; "
+        "d = d.get('state_dict', d); "
+        f'save_file({{n: t.contiguous().clone() for n, t in d.items() if torch.is_tensor(t)}}, {made!r})"; or merge '
+        "with --allow-pickle, which reads tensors alone."
+    )
 
 
 def _from_hub(text: str, cached: bool) -> Located:

@@ -109,7 +109,8 @@ def write_manifest(folder: Path, sums: Sums) -> None:
     """Write the manifest of all that is in the folder.
 
     Args:
-        sums: of tensors; files at the top whose tensors are all in OUTPUT are not read again.
+        sums: of tensors, with the folder that they are in before the name; files whose tensors are all in OUTPUT are
+            not read again.
     """
     known = sums.get(OUTPUT, {})
     files = {name: _entry(folder, name, known) for name in files_in(folder)}
@@ -143,6 +144,7 @@ def _entry(folder: Path, name: str, known: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {"size": file.stat().st_size}
     if file.suffix == ".safetensors":
         header = header_in(file)
-        if SEAL in header.metadata or ("/" not in name and header.specs.keys() <= known.keys()):
+        within = f"{name.rpartition('/')[0]}/" if "/" in name else ""
+        if SEAL in header.metadata or all(f"{within}{tensor}" in known for tensor in header.specs):
             return {**found, "header": of_bytes(raw_header(file))}
     return {**found, "sum": of_file(file)}

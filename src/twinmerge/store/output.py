@@ -356,8 +356,10 @@ class OutputFolder(_Output):
         if self.content.is_symlink() or not self.content.is_dir():
             disk.remove(self.content)
             disk.make_folder(self.content)
-        for path in self.content.iterdir():
-            if path.name not in self._kept or path.is_dir():
+        for path in sorted(self.content.rglob("*"), reverse=True):  # what is inside before what it is in
+            name = path.relative_to(self.content).as_posix()
+            leads = path.is_dir() and not path.is_symlink() and any(kept.startswith(f"{name}/") for kept in self._kept)
+            if not leads and (name not in self._kept or path.is_dir()):
                 disk.remove_tree(path)
 
     def _complete(self) -> None:
