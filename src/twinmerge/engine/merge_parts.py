@@ -29,7 +29,9 @@ from twinmerge.models.configs import said
 from twinmerge.models.part_settings import differences, must_agree
 from twinmerge.models.parts import Layout, Module, Whole, config_in, layout_at
 from twinmerge.models.vocabulary import other_tokens
-from twinmerge.recipes.recipe import SIDE_FILES, TEMPLATE, TOKENIZER, Recipe
+from twinmerge.recipes.chat_template import KEY as TEMPLATE
+from twinmerge.recipes.recipe import SIDE_FILES, Recipe
+from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.store import disk
 from twinmerge.store.checkpoint import DIFFUSION, SINGLE
 from twinmerge.store.checkpoint_writer import SHARD_BYTES, layout
