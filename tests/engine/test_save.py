@@ -48,7 +48,8 @@ def test_files_of_the_folder(saved, zoo):
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     heads = [f"heads/{e}/{file}" for e in "xy" for file in ("config.json", "head.safetensors")]
     own = ["LICENSE", "README.md", "config.json", "heads.json", "model.safetensors", "tokenizer.json"]
-    assert files == sorted([*own, "twinmerge.checksums.json", "twinmerge.json", "vocab.txt", *heads])
+    said = ["twinmerge.checksums.json", "twinmerge.json", "twinmerge.recipe.yaml", "twinmerge.resolved.yaml"]
+    assert files == sorted([*own, *said, "vocab.txt", *heads])
     for file in ("config.json", "tokenizer.json", "vocab.txt", "LICENSE"):
         assert (out / file).read_bytes() == (zoo.root / "base" / file).read_bytes()
     assert not (out.parent / "merged.partial").exists()

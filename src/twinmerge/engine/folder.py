@@ -36,6 +36,7 @@ class Beside:
         about: expert -> more keys of its entry in heads.json.
         codec: that the heads' numbers are stored with.
         changes: what the config says otherwise than the model's.
+        recipe: the files that say what was merged.
     """
 
     model: OpenedModel
@@ -48,6 +49,7 @@ class Beside:
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     codec: str = "none"
     changes: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, bytes] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write it into a folder whose weights are there."""
@@ -60,11 +62,15 @@ class Beside:
             from twinmerge.models.head_files import save_heads
 
             save_heads(folder, self.heads, folder_fingerprint(folder), self.about, self.codec)
-        write_about(folder, self.provenance, self.card)
+        write_about(folder, self.provenance, self.card, self.recipe)
 
 
-def write_about(folder: Path, provenance: Mapping[str, Any], card: str) -> None:
-    """Write provenance and card, which adapters have too."""
+def write_about(
+    folder: Path, provenance: Mapping[str, Any], card: str, recipe: Mapping[str, bytes] = MappingProxyType({})
+) -> None:
+    """Write provenance and card, which adapters have too, and the files of the recipe."""
+    for name, content in recipe.items():
+        disk.write_file(folder / name, content)
     disk.write_json(folder / PROVENANCE, provenance)
     disk.write_text(folder / "README.md", card)
 

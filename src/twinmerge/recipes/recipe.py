@@ -75,6 +75,19 @@ MODEL_KEYS = ("model", "name", "parameters", "statistics")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
+@dataclass(frozen=True)
+class Typed:
+    """A recipe as it was typed.
+
+    Attributes:
+        content: of the file, byte for byte.
+        json: its language; YAML else.
+    """
+
+    content: bytes
+    json: bool = False
+
+
 @strict_class
 @dataclass(frozen=True)
 class Recipe:
@@ -88,7 +101,7 @@ class Recipe:
     tokenizer's own; side_files_from: the expert whose template, special tokens and generation settings the output
     has, None for the base's; by_names: no class is asked what tensors are, which are matched by name and shape;
     allow_pickle: old checkpoints are read, with torch's loader of tensors alone. That is for who runs a merge to say: no
-    file does, and it is not written down."""
+    file does, and it is not written down; typed: the file that it was read from, None of what a call says."""
 
     method: MethodLike
     base: ModelLike | None
@@ -105,6 +118,7 @@ class Recipe:
     side_files_from: str | None = None
     by_names: bool = False
     allow_pickle: bool = False
+    typed: Typed | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._take_method()
