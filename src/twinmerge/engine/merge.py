@@ -327,7 +327,8 @@ class Merge:
                 described["other_settings"] = self.told.settings
             if self.lines is not None:  # with the a that was found
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
-            card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
+            about_it = described, self.base, self.experts, sorted(self.matched.head_names), "merge"
+            card = partial(model_card, *about_it, known=self.models.knows_class and not self.recipe.by_names)
             side = self.base, self.base.folder, described, card, plan.written_dtype
             typed = recipe_files(plan.recipe, self.models, self.lines, plan.edited)
             Beside(*side, heads=self.heads(), about=about or {}, changes=plan.config, recipe=typed).write(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 from twinmerge.arguments import strict
@@ -33,6 +35,21 @@ def list_methods(method: MethodLike | None = None) -> Methods:
     """
     found = METHODS.all() if method is None else {method_name(method): method_class(method)}
     return Methods({name: _about(cls) for name, cls in found.items()})
+
+
+def source_of(method: MethodLike) -> str | None:
+    """Where a method comes from: what its class says at "Source:", else its paper.
+
+    Raises:
+        TwinmergeError: an unknown method.
+
+    Example:
+        >>> source_of("slerp")
+        'Shoemake 1985, "Animating rotation with quaternion curves"; for weights as in the tools of the field.'
+    """
+    cls = method_class(method)
+    found = re.search(r"^Source: (.+?)(?:\n\s*\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else cls.paper or None
 
 
 def needs(method: type[Method]) -> list[str]:
