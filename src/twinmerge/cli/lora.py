@@ -22,6 +22,7 @@ from twinmerge.cli.common import (
     said,
     size,
 )
+from twinmerge.cli.complete import of_adapters
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.results import bytes_of
@@ -48,7 +49,10 @@ def merge(
     rank: Rank = None,
     energy: Energy = None,
     method: Annotated[
-        str, typer.Option("--method", help="task_arithmetic, or one on singular values, such as tsv.")
+        str,
+        typer.Option(
+            "--method", help="task_arithmetic, or one on singular values, such as tsv.", autocompletion=of_adapters
+        ),
     ] = "task_arithmetic",
     parameter: Parameters = None,
     dtype: Dtype = None,

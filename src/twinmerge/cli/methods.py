@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from twinmerge.cli import complete
 from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, print_json, print_table
 from twinmerge.cli.lines import tell, tell_class
@@ -14,7 +15,8 @@ from twinmerge.cli.lines import tell, tell_class
 
 @command("methods")
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None, json: Json = False
+    name: Annotated[str | None, typer.Argument(help="One method, in full.", autocompletion=complete.methods)] = None,
+    json: Json = False,
 ) -> None:
     """List the static methods with their papers, or show one: formula, parameters, defaults."""
     from twinmerge.methods.kit.listing import list_methods

@@ -9,14 +9,17 @@ import typer
 
 from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, print_json, print_table
+from twinmerge.cli.complete import methods, recipes
 from twinmerge.cli.lines import said
 
-File = Annotated[Path, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.")]
+File = Annotated[
+    Path, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.", autocompletion=recipes)
+]
 
 
 @command("recipe new")
 def new(
-    method: Annotated[str, typer.Argument(help="See `twinmerge methods`.")],
+    method: Annotated[str, typer.Argument(help="See `twinmerge methods`.", autocompletion=methods)],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The file to write; else it is printed.")
     ] = None,
