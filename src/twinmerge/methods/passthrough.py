@@ -52,6 +52,9 @@ class Passthrough(Method):
         by = per_expert(self.scale, experts)
         return tuple(np.array(by, np.float32).tolist()) if self.compat == "mergekit" else by
 
+    def amounts(self, experts: int) -> tuple[float, ...]:
+        return self.coefficients(experts)
+
     def apply(self, tile: Tile, known: Known) -> Tensor:
         return weighted_sum(self.coefficients(len(tile.x)), tile.x, tile.work).to(tile.x.dtype)
 

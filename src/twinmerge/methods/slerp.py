@@ -51,6 +51,9 @@ class Slerp(Method):
     t: float = Field(default=0.5, ge=0.0, le=1.0, description="where on the way from the first expert to the second")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
 
+    def amounts(self, experts: int) -> tuple[float, ...]:
+        return 1 - self.t, self.t
+
     def passes(self) -> Sequence[Shares[tuple[float, float]]]:
         return (Shares(self.space, self.shares),)
 

@@ -132,6 +132,16 @@ class Method(BaseModel, ABC):
         θt."""
         raise AssertionError(f"{type(self).__name__} is not linear")
 
+    def amounts(self, experts: int) -> tuple[float, ...] | None:
+        """What part each expert has in what comes out, as far as parameters say it: its weight over the sum of their
+        sizes; None where the experts' values alone decide."""
+        given = dict(self).get("weights")
+        if given is None:
+            return None
+        weights = per_expert(given, experts)
+        total = math.fsum(map(abs, weights))
+        return tuple(weight / total for weight in weights) if total else weights
+
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
         """The merged change of low-rank experts as a low-rank product again, of a method with `core_space`.
 
