@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_nothing_is_drawn_outside_and_rows_do_not_touch(models: int, layers: int
         assert x >= 0 and y >= 0 and w > 0 and x + w <= width and y + h <= height
     assert width <= 1250 and all(len(t.text or "") * 5 < width for t in tree.iter(f"{SVG}text"))
     tops = sorted({float(r.get("y", "0")) for g in tree.iter(f"{SVG}g") for r in g.findall(f"{SVG}rect")[:1]})
-    assert all(b - a >= ROW - 0.01 for a, b in zip(tops, tops[1:], strict=False)) and len(tops) == 2 * models
+    assert all(b - a >= ROW - 0.01 for a, b in pairwise(tops)) and len(tops) == 2 * models
 
 
 def test_odd_names_and_both_grounds() -> None:

@@ -40,6 +40,9 @@ class Passthrough(Method):
     experts_min = experts_max = 1
     laws = frozenset({"idempotent", "odd", "homogeneous"})
     paper = "none; mergekit 0.1.5"
+    group = "picked, layer by layer or entry by entry"
+    cost = "one read"
+    strong = "layers of models, stacked anew"
     linear = True
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "passthrough": Dialect({"scale": Number("scale", 1.0)}, refuse=unless_one)

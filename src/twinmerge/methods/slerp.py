@@ -44,6 +44,9 @@ class Slerp(Method):
     experts_min = experts_max = 2
     laws = frozenset({"idempotent", "odd", "homogeneous"})
     paper = "Shoemake 1985"
+    group = "on the sphere"
+    cost = "two reads"
+    strong = "two models, along the arc"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "slerp": Dialect(shared={"t": Number("t")}, refuse=base_and_one("slerp"))
     }

@@ -14,7 +14,7 @@ from twinmerge.results import Listing
 
 
 class Methods(Listing):
-    """Method -> paper, space, grain, laws, needs, outputs, over_time, parameters."""
+    """Method -> group, cost, strong, paper, space, grain, laws, needs, outputs, over_time, parameters."""
 
 
 @strict
@@ -67,6 +67,9 @@ def over_time(method: type[Method]) -> str | None:
 def _about(method: type[Method]) -> dict[str, Any]:
     fields = method.model_fields.items()
     return {
+        "group": method.group,
+        "cost": method.cost,
+        "strong": method.strong,
         "paper": method.paper,
         "space": method.space,
         "grain": method.grain,
