@@ -270,6 +270,10 @@ STATE = tm.Continual
 ASKED: dict[str, tuple[Any, ...]] = {
     "merge": (tm.merge,),
     "check": (tm.check, tm.merge),
+    "checkpoints": (tm.merge_checkpoints,),
+    "recipe new": (tm.recipe_template,),
+    "recipe check": (tm.read_recipe,),
+    "recipe explain": (tm.explain_recipe,),
     "search": (tm.search, tm.merge),
     "verify": (tm.verify,),
     "evaluate": (tm.evaluate,),
