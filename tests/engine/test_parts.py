@@ -25,6 +25,7 @@ from twinmerge.engine.merge_parts import MergeOfParts
 from twinmerge.engine.verify import verify
 from twinmerge.errors import DataError, ModelError, RecipeError, TwinmergeError, UsageError
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description
 
 TINY: dict[str, Any] = {
     "vocab_size": 20,
@@ -138,7 +139,7 @@ def test_every_part_with_weights_is_merged(zoo: Any, tmp_path: Path) -> None:
             assert (tmp_path / "out" / name).read_bytes() == (zoo.base / name).read_bytes(), name
     assert verify(tmp_path / "out", progress=False).ok
     described = json.loads((tmp_path / "out" / "twinmerge.json").read_text())
-    assert Recipe.from_description(described["recipe"]).describe() == found.recipe.describe()
+    assert from_description(described["recipe"]).describe() == found.recipe.describe()
     assert list(described["parts"]) == [p.format(at=zoo.at) for p in PARTS]
     checked = found.check()
     assert checked["merged_tensors"] == len(wanted) and checked["parts"] == list(described["parts"])

@@ -94,3 +94,25 @@ def _memory(plan: Plan) -> int:
 
 def _dtypes(model: OpenedModel) -> list[str]:
     return sorted({spec.name for spec in model.specs.values()})
+
+
+def added(key: str, before: Any, value: Any, part: str) -> Any:
+    """What is said of parts together."""
+    if key in ("method", "semantics", "parameters", "lines"):
+        return value if before is None else before
+    if isinstance(value, bool) or not isinstance(value, (int, float, list, Mapping)):
+        return value
+    if isinstance(value, (int, float)):
+        return value if before is None else max(before, value) if key == "memory_bytes" else before + value
+    if isinstance(value, list):
+        named = value if key in ("output_dtypes", "dtypes") else [f"{part}{name}" for name in value]
+        return list(dict.fromkeys([*(before or []), *named]))
+    if key == "tied":
+        return {**(before or {}), **{f"{part}{name}": f"{part}{to}" for name, to in value.items()}}
+    found = dict(before or {})
+    for label, inner in value.items():
+        if isinstance(inner, (list, Mapping)):
+            found[label] = added("dtypes" if key == "dtypes" else label, found.get(label), inner, part)
+        else:
+            found[f"{part}{label}" if key != "other_tokens" else label] = inner
+    return found

@@ -18,7 +18,7 @@ from typing import Any
 from twinmerge.arguments import at_least_one
 from twinmerge.engine.beside import copy_side_files, without_code
 from twinmerge.engine.card import model_card
-from twinmerge.engine.check import Checked
+from twinmerge.engine.check import Checked, added
 from twinmerge.engine.folder import write_about, write_config
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
@@ -371,31 +371,9 @@ class MergeOfParts(Merge):
         total: dict[str, Any] = {}
         for path, part in self.parts.items():
             for key, value in part.check().items():
-                total[key] = _added(key, total.get(key), value, within(path))
+                total[key] = added(key, total.get(key), value, within(path))
         return Checked({**total, "parts": list(self.parts)})
 
     def varied(self, **parameters: Any) -> Merge:
         """The same merge with other parameters of the method."""
         return MergeOfParts(self.recipe.varied(parameters), self.progress, **self._how)
-
-
-def _added(key: str, before: Any, value: Any, part: str) -> Any:
-    """What is said of parts together."""
-    if key in ("method", "semantics", "parameters", "lines"):
-        return value if before is None else before
-    if isinstance(value, bool) or not isinstance(value, (int, float, list, Mapping)):
-        return value
-    if isinstance(value, (int, float)):
-        return value if before is None else max(before, value) if key == "memory_bytes" else before + value
-    if isinstance(value, list):
-        named = value if key in ("output_dtypes", "dtypes") else [f"{part}{name}" for name in value]
-        return list(dict.fromkeys([*(before or []), *named]))
-    if key == "tied":
-        return {**(before or {}), **{f"{part}{name}": f"{part}{to}" for name, to in value.items()}}
-    found = dict(before or {})
-    for label, inner in value.items():
-        if isinstance(inner, (list, Mapping)):
-            found[label] = _added("dtypes" if key == "dtypes" else label, found.get(label), inner, part)
-        else:
-            found[f"{part}{label}" if key != "other_tokens" else label] = inner
-    return found

@@ -12,7 +12,8 @@ from twinmerge.errors import RecipeError
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.plain_data import read_documents
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import recipe_from
 
 NAME = "name"
 
