@@ -4,10 +4,10 @@ Tables: docs/mergekit.md, "The recipes of others".
 
     python benchmarks/mergekit_recipes.py RECIPES --models DIR --work DIR [--only 03,07] [--seeds 8] [--out FILE.json]
 
-RECIPES is a folder of recipe files (.yaml) whose models are named relative to DIR. mergekit runs by its command alone,
+RECIPES is a folder of recipe files (.yaml) whose models are in DIR/models and named relative to DIR. mergekit runs by its command alone,
 in an environment that is kept in the work folder, and what it wrote is kept there too: only twinmerge runs again. Of
-every recipe there are two runs: as it is, and with dtype float32, in which mergekit's arithmetic has the precision of
-ours. Prints for each: both results, the largest difference in units in the last place of the output's dtype (of the
+every recipe there are two runs: as it is; and with dtype float32, in which mergekit's arithmetic has the precision of
+ours, on copies of the models in float32 with no two changes of one size, so that no method cuts among equals. Prints for each: both results, the largest difference in units in the last place of the output's dtype (of the
 largest number of the tensor, so that zeros count little), the share of entries that differ, what differs in configs
 and tokenizers, time and peak memory of both. What has random masks differs by its draws: with --seeds it is run in
 float32 with so many seeds by both, and the second table says how the shares of changed entries and the means agree.
@@ -31,6 +31,7 @@ from kit.mergekit import mergekit_yaml
 from kit.process import TWINMERGE, attempt
 from kit.table import table
 from mergekit_recipes_parts import seeds as seeds_parts
+from mergekit_recipes_parts.untied import untied
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 SAID_ELSEWHERE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
@@ -51,19 +52,21 @@ def main() -> None:
     constraints = Path(__file__).resolve().parent.parent / "constraints.txt"
     torch = version("torch").partition("+")[0]
     peer = chosen.mergekit or mergekit_yaml(work / "mergekit-env", torch, constraints)
+    other = untied(models / "models", work / "untied" / "models").parent
     only = {name for name in chosen.only.split(",") if name}
     rows = []
     for file in sorted(chosen.recipes.resolve().glob("*.yaml")):
         if only and file.stem not in only:
             continue
         for kind, text in variants(file):
-            row = {"recipe": file.stem, "run": kind, **both(text, f"{file.stem}.{kind}", peer, models, work)}
+            where = models if kind == "as it is" else other
+            row = {"recipe": file.stem, "run": kind, **both(text, f"{file.stem}.{kind}", peer, where, work)}
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     print("\n".join(report(rows)))
     if chosen.seeds:
         files = [file for file in sorted(chosen.recipes.resolve().glob("*.yaml")) if not only or file.stem in only]
-        found = [over_seeds(file, chosen.seeds, peer, models, work) for file in files]
+        found = [over_seeds(file, chosen.seeds, peer, other, work) for file in files]
         kept = [row for row in found if row is not None]
         rows += [{"run": "seeds", **row} for row in kept]
         print("\n".join(["", *table(seeds_parts.HEADS, "lllrrr", seeds_parts.lines(kept))]))

@@ -506,3 +506,14 @@ def test_a_density_that_mergekits_epsilon_forbids_is_refused():
 def test_weights_that_mergekit_ignores_are_told_of(method):
     with pytest.warns(UserWarning, match=f"weight of 'x/a', which {method} does not use"):
         recipe_from(listed(method))
+
+
+def test_what_mergekit_ignores_is_no_slip_of_the_pen():
+    """Parameters that real files have and mergekit does not, and ones that nobody would write on purpose."""
+    text = "merge_method: sce\nbase_model: b\nmodels: [{{model: x}}, {{model: y}}]\nparameters: {{{}: 1}}\n"
+    for key in ("smooth", "allow_negative_weights", "scaling"):
+        with pytest.warns(UserWarning, match=f"'{key}', which is no parameter of mergekit"):
+            recipe_from(yaml.safe_load(text.format(key)))
+    for key in ("densty", "select_top_k", "normalise", "weights", "gama"):
+        with pytest.raises(TwinmergeError, match=f"no parameter '{key}'. Did you mean"):
+            recipe_from(yaml.safe_load(text.format(key)))
