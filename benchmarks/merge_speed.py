@@ -52,7 +52,7 @@ def main() -> None:
     methods = args.methods.split(",")
     sizes = [float(size) for size in args.sizes.split(",") if size]
     for method in methods:
-        recipe(method, ["expert1", "expert2"])
+        recipe(method, ["expert1", "expert2"], 2)
     torch.set_num_threads(args.threads)
     work, out = args.work.resolve(), args.out.resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,17 @@
 """Recipes of mergekit, run by mergekit and by twinmerge on the same models, and what they wrote compared.
 
-Table: docs/mergekit.md, "The recipes of others".
+Tables: docs/mergekit.md, "The recipes of others".
 
-    python benchmarks/mergekit_recipes.py RECIPES --models DIR --work DIR [--only 03,07] [--out FILE.json]
+    python benchmarks/mergekit_recipes.py RECIPES --models DIR --work DIR [--only 03,07] [--seeds 8] [--out FILE.json]
 
-RECIPES is a folder of recipe files (.yaml) whose models are named relative to DIR. mergekit runs by its command alone,
+RECIPES is a folder of recipe files (.yaml) whose models are in DIR/models and named relative to DIR. mergekit runs by its command alone,
 in an environment that is kept in the work folder, and what it wrote is kept there too: only twinmerge runs again. Of
-every recipe there are two runs: as it is, and with dtype float32, in which mergekit's arithmetic has the precision of
-ours. Prints for each: both results, the largest difference in units in the last place of the output's dtype (of the
+every recipe there are two runs: as it is; and with dtype float32, in which mergekit's arithmetic has the precision of
+ours, on copies of the models in float32 with no two changes of one size, so that no method cuts among equals. Prints for each: both results, the largest difference in units in the last place of the output's dtype (of the
 largest number of the tensor, so that zeros count little), the share of entries that differ, what differs in configs
-and tokenizers, time and peak memory of both. Linux only.
+and tokenizers, time and peak memory of both. What has random masks differs by its draws: with --seeds it is run in
+float32 with so many seeds by both, and the second table says how the shares of changed entries and the means agree.
+Linux only.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ import yaml
 from kit.mergekit import mergekit_yaml
 from kit.process import TWINMERGE, attempt
 from kit.table import table
+from mergekit_recipes_parts import seeds as seeds_parts
+from mergekit_recipes_parts.untied import untied
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 SAID_ELSEWHERE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
@@ -41,22 +45,31 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="mergekit's environment and results, kept")
     parser.add_argument("--mergekit", type=Path, help="a mergekit-yaml that is there already")
     parser.add_argument("--only", default="", help="names of recipes, separated by commas")
+    parser.add_argument("--seeds", type=int, default=0, help="run those with random masks so often, and compare means")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     work, models = chosen.work.resolve(), chosen.models.resolve()
     constraints = Path(__file__).resolve().parent.parent / "constraints.txt"
     torch = version("torch").partition("+")[0]
     peer = chosen.mergekit or mergekit_yaml(work / "mergekit-env", torch, constraints)
+    other = untied(models / "models", work / "untied" / "models").parent
     only = {name for name in chosen.only.split(",") if name}
     rows = []
     for file in sorted(chosen.recipes.resolve().glob("*.yaml")):
         if only and file.stem not in only:
             continue
         for kind, text in variants(file):
-            row = {"recipe": file.stem, "run": kind, **both(text, f"{file.stem}.{kind}", peer, models, work)}
+            where = models if kind == "as it is" else other
+            row = {"recipe": file.stem, "run": kind, **both(text, f"{file.stem}.{kind}", peer, where, work)}
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     print("\n".join(report(rows)))
+    if chosen.seeds:
+        files = [file for file in sorted(chosen.recipes.resolve().glob("*.yaml")) if not only or file.stem in only]
+        found = [over_seeds(file, chosen.seeds, peer, other, work) for file in files]
+        kept = [row for row in found if row is not None]
+        rows += [{"run": "seeds", **row} for row in kept]
+        print("\n".join(["", *table(seeds_parts.HEADS, "lllrrr", seeds_parts.lines(kept))]))
     if chosen.out is not None:
         chosen.out.write_text(json.dumps(rows, indent=1))
 
@@ -110,8 +123,7 @@ def run_mergekit(text: str, file: Path, out: Path, peer: Path, models: Path, wor
         command += ["--out-path", str(out)]
     else:
         command = [str(peer), str(file), str(out), "--lora-merge-cache", str(work / "lora" / file.stem)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return attempt(command, models, environment)[0]
+    return attempt(command, models, offline())[0]
 
 
 def compared(theirs: Path, ours: Path) -> dict[str, Any]:
@@ -189,6 +201,34 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         "",
         f"mergekit runs {len(runs)} of them, twinmerge {len(done)} of those.",
     ]
+
+
+def over_seeds(file: Path, seeds: int, peer: Path, models: Path, work: Path) -> dict[str, Any] | None:
+    """Both tools on the float32 form of a recipe with a random method, over the seeds; None for any other recipe."""
+    (raw, *more) = yaml.safe_load_all(file.read_text())
+    if more or raw.get("merge_method") not in seeds_parts.RANDOM:
+        return None
+    path = work / "recipes" / f"{file.stem}.float32.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(variants(file)[1][1])
+    base = tensors(models / raw["base_model"])
+    found = {}
+    for name, program in (("mergekit", [str(peer)]), ("twinmerge", [*TWINMERGE, "merge"])):
+        found[name] = seeds_parts.Moments()
+        for seed in range(seeds):
+            out = work / "seeds" / name
+            shutil.rmtree(out, ignore_errors=True)
+            more = ["--lora-merge-cache", str(work / "lora" / file.stem)] if name == "mergekit" else []
+            used, said = attempt([*program, str(path), str(out), "--random-seed", str(seed), *more], models, offline())
+            if used["code"]:
+                raise SystemExit(f"{name} on {file.name}: {_last(said)}")
+            found[name].add(tensors(out), base)
+    agreed = seeds_parts.agreement(found["twinmerge"], found["mergekit"])
+    return {"recipe": file.stem, "method": raw["merge_method"], "seeds": seeds, **agreed}
+
+
+def offline() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def _last(said: str) -> str:

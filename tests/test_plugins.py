@@ -19,6 +19,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.maths import codecs
 from twinmerge.methods.kit.registry import METHODS, method_class
 from twinmerge.plugins import files_of
+from twinmerge.recipes.schema import from_description
 from twinmerge.twin import routers
 
 KINDS = {
@@ -188,7 +189,7 @@ def test_one_package_that_is_found_twice_is_one(monkeypatch: pytest.MonkeyPatch)
 def test_a_recipe_whose_package_is_gone_says_what_to_install(tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"twinmerge": 1, "merge_method": "gone", "base_model": "b", "models": [{"model": "x"}]}
     with pytest.raises(TwinmergeError, match="Unknown method 'gone'.*or install the package that offers it"):
-        tm.Recipe.from_description(recipe)
+        from_description(recipe)
 
 
 def test_files_of_a_folder_are_those_with_a_name() -> None:

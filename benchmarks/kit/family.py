@@ -40,6 +40,10 @@ class Family:
         return sorted((self.folder / model).glob("*.safetensors"))
 
     @property
+    def layers(self) -> int:
+        return int(json.loads((self.folder / "base" / "config.json").read_text())["num_hidden_layers"])
+
+    @property
     def bytes(self) -> int:
         """Of one model."""
         return weight_bytes(self.folder / "base")

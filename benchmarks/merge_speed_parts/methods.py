@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -28,10 +28,25 @@ ON_DELTAS: dict[str, tuple[dict[str, float], dict[str, float | str]]] = {
     "ramplus_tl": ({}, {}),
 }
 """A method on changes to a base -> what its recipe says of each expert, and of all."""
+OF_MODELS: dict[str, tuple[dict[str, float], dict[str, float | str]]] = {
+    "linear": ({"weight": 1.0}, {}),
+    "karcher": ({}, {}),
+    "nuslerp": ({"weight": 1.0}, {}),
+    "model_stock": ({}, {}),
+}
+"""A method on models, of which the base is one -> the same."""
 
 
-def recipe(method: str, experts: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe that both tools read, and the models that it reads."""
+class Recipe(NamedTuple):
+    """text: that both tools read; models: that it names; read: as many as are read whole, which the copy reads."""
+
+    text: str
+    models: list[str]
+    read: list[str]
+
+
+def recipe(method: str, experts: Sequence[str], layers: int) -> Recipe:
+    """The recipe of a method for models of so many layers. "slerp_gradient" is slerp with another t in every layer."""
 
     def models(names: Sequence[str], **parameters: float) -> str:
         own = "".join(f"      {key}: {value}\n" for key, value in parameters.items())
@@ -40,18 +55,29 @@ def recipe(method: str, experts: Sequence[str]) -> tuple[str, list[str]]:
         )
 
     everything = ["base", *experts]
-    if method == "linear":
-        names, body = everything, models(everything, weight=1.0)
-    elif method == "slerp":
+    if method in OF_MODELS:
+        own, shared = OF_MODELS[method]
+        names = list(experts[:2]) if method == "nuslerp" else everything
+        base = "base_model: ./base\n" if method == "model_stock" else ""
+        body = base + models(experts if method == "model_stock" else names, **own)
+    elif method in ("slerp", "slerp_gradient"):
         names = list(experts[:2])
-        body = f"base_model: ./{names[0]}\n" + models(names) + "parameters:\n  t: 0.5\n"
+        at = "0.5" if method == "slerp" else "[0, 0.5, 0.3, 0.7, 1]"
+        body = f"base_model: ./{names[0]}\n" + models(names) + f"parameters:\n  t: {at}\n"
+    elif method == "passthrough":
+        names = list(experts[:2])
+        body = "slices:\n" + "".join(
+            f"  - sources:\n      - {{model: ./{name}, layer_range: [{start}, {stop}]}}\n"
+            for name, (start, stop) in zip(names, ((0, layers // 2), (layers // 2, layers)), strict=True)
+        )
     elif method in ON_DELTAS:
         names, (own, shared) = everything, ON_DELTAS[method]
         body = "base_model: ./base\n" + models(experts, **own)
         body += "".join(["parameters:\n", *(f"  {key}: {value}\n" for key, value in shared.items())] if shared else [])
     else:
         raise SystemExit(f"There is no recipe for {method!r} here.")
-    return f"merge_method: {method}\n{body}dtype: bfloat16\n", names
+    read = names[:1] if method == "passthrough" else names  # half of each
+    return Recipe(f"merge_method: {method.removesuffix('_gradient')}\n{body}dtype: bfloat16\n", names, read)
 
 
 EXACT: dict[str, Callable[[list[Tensor]], Tensor]] = {

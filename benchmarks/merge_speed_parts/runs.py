@@ -69,10 +69,10 @@ class Bench:
 
     def pairs(self, method: str, family: Family, ways: Sequence[str], pairs: int) -> dict[str, Any]:
         """Interleaved runs of every way; the last outputs compared where both tools mean the same."""
-        text, models = recipe(method, family.experts)
+        text, models, copied = recipe(method, family.experts, family.layers)
         (family.folder / f"{method}.yaml").write_text(text)
-        groups = [",".join(map(str, group)) for group in zip(*map(family.files, models), strict=True)]
-        read = family.bytes * len(models)
+        groups = [",".join(map(str, group)) for group in zip(*map(family.files, copied), strict=True)]
+        read = family.bytes * len(copied)
         if read + 3 * family.bytes > 0.9 * MEMORY:  # the output in mergekit's memory and in the cache, and some more
             print(
                 f"{read / 1e9:.1f} GB of inputs may not stay in the page cache beside a merge: see what was read from "

@@ -75,12 +75,13 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said:.200}".removesuffix(": ")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """The end of an error about an unknown word: the closest known one as a question, or nothing.
 
     Args:
         word: what the user wrote.
         known: what would have been understood, in any order.
+        likeness: how near it must be, as `difflib` has it: 1 is the same.
 
     Returns:
         `" Did you mean 'x'?"` with its leading space, or `""` when nothing is close.
@@ -91,5 +92,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
         >>> nearest("rank", ["weights", "scale", "density"])
         ''
     """
-    close = difflib.get_close_matches(str(word), sorted(map(str, known)), n=1)
+    close = difflib.get_close_matches(str(word), sorted(map(str, known)), n=1, cutoff=likeness)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -380,16 +380,10 @@ def test_a_parameter_of_the_method_is_no_argument_of_the_call(command: Any, zoo:
         assert ran.code == 2 and f"-p {name} is no parameter of the method here" in ran.err
 
 
-def test_the_one_expert_that_is_added_may_have_its_data_with_or_without_its_name(
-    command: Any, zoo: Any, tmp_path: Path
-) -> None:
+def test_data_of_the_one_expert_that_is_added_may_have_its_name(command: Any, zoo: Any, tmp_path: Path) -> None:
     words = ["twin", "add", zoo.twin, "--expert", f"more={zoo.kind}"]
-    found = [
-        command(*words, *data, "-o", tmp_path / f"{i}", "--json")
-        for i, data in enumerate((["--data", zoo.data["kind"]], ["--data", f"more={zoo.data['kind']}"]))
-    ]
-    first, second = (steady(ran.json()) for ran in found)
-    assert first == second and "more" in first["experts"]
+    ran = command(*words, "--data", f"more={zoo.data['kind']}", "-o", tmp_path / "more", "--json")
+    assert "more" in ran.json()["experts"]  # the router must be told of its inputs
     ran = command(*words, "--data", f"other={zoo.data['kind']}", "-o", tmp_path / "no")
     assert ran.code == 2 and "--data names 'other', and 'more' is added" in ran.err
 

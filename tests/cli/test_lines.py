@@ -18,32 +18,55 @@ def too_long(text: str, width: int = 80) -> list[str]:
     return [line for line in text.splitlines() if len(line) > width and len(line.split()) > 1]
 
 
-def test_nothing_is_wider_than_the_terminal(
-    command: Any, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = [word for task, file in zoo.data.items() for word in ("--data", f"{task}={file}")]
-    cases: list[list[Any]] = [
-        *(["methods", name] for name in method_names()),
-        *(["twin", "routers", name] for name in list_routers()),
-        ["methods"],
-        ["twin", "routers"],
-        ["twin", "explain", zoo.twin, "w3 w4", "w20 w21"],
-        ["merge", "--method", "ties", "--base", zoo.base, *zoo.given, "-o", tmp_path / "merged"],
-        ["verify", tmp_path / "merged"],
-        ["lora", "extract", zoo.alice, "--base", zoo.lm, "--rank", 2, "-o", tmp_path / "lora"],
-        ["twin", "build", "--base", zoo.base, *zoo.given, "--rank", 2, *data, "-o", tmp_path / "twin"],
-        ["twin", "export", tmp_path / "twin", "--expert", "mood", "--lora", "-o", tmp_path / "adapter"],
-        ["masks", "build", "--base", zoo.base, *zoo.given, "-o", tmp_path / "masks"],
-        ["check", "--method", "tiess", "--base", zoo.base, *zoo.given],
-    ]
-    monkeypatch.delenv("COLUMNS")
+def check(command: Any, cases: list[list[Any]]) -> None:
     for words in cases:
         ran = command(*words)
         assert ran.code == (2 if "tiess" in words else 0), ran.err
         assert too_long(ran.out) == [] and too_long(ran.err) == [], words
+
+
+def test_nothing_is_wider_than_the_terminal(
+    command: Any, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    given = ["--base", zoo.base, *zoo.given]
+    check(
+        command,
+        [
+            ["methods", "ties"],
+            ["twin", "routers", "knn"],
+            ["twin", "explain", zoo.twin, "w3 w4", "w20 w21"],
+            ["merge", "--method", "ties", *given, "-o", tmp_path / "merged"],
+            ["check", "--method", "tiess", *given],
+        ],
+    )
     monkeypatch.setenv("COLUMNS", "50")
     narrow = command("methods", "ties").out
     assert too_long(narrow.split("Parameters")[0], 50) == [] and "\n   ⌊density" in narrow
+
+
+@pytest.mark.slow
+def test_no_command_is_wider_than_the_terminal(
+    command: Any, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    given = ["--base", zoo.base, *zoo.given]
+    data = [word for task, file in zoo.data.items() for word in ("--data", f"{task}={file}")]
+    check(
+        command,
+        [
+            *(["methods", name] for name in method_names()),
+            *(["twin", "routers", name] for name in list_routers()),
+            ["methods"],
+            ["twin", "routers"],
+            ["merge", "--method", "average", *zoo.given, "-o", tmp_path / "merged"],
+            ["verify", tmp_path / "merged"],
+            ["lora", "extract", zoo.alice, "--base", zoo.lm, "--rank", 2, "-o", tmp_path / "lora"],
+            ["twin", "build", *given, "--rank", 2, *data, "-o", tmp_path / "twin"],
+            ["twin", "export", tmp_path / "twin", "--expert", "mood", "--lora", "-o", tmp_path / "adapter"],
+            ["masks", "build", *given, "-o", tmp_path / "masks"],
+        ],
+    )
 
 
 def test_the_width_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

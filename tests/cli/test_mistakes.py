@@ -223,7 +223,7 @@ def test_what_to_merge_must_be_said_once(command: Any, zoo: Any, tmp_path: Path)
         (("ties", "tiess"), "Unknown method 'tiess'. Did you mean 'ties'?"),
         (("name: kind", "name: mood"), "names the expert 'mood' twice"),
         (("0.4", "4"), "density=4.0 is out of range"),
-        (("models:", "slices: []\nmodels:"), "'slices' is a key of mergekit"),
+        (("models:", "slices: []\nmodels:"), "has models and slices. Give one of models, slices and modules"),
         (("models:", "models: ]\nx:"), "cannot be read"),
     ],
 )

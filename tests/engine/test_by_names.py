@@ -18,6 +18,7 @@ from twinmerge.engine.verify import verify
 from twinmerge.errors import ModelError, TwinmergeError, UsageError
 from twinmerge.recipes.documents import read_recipe
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description
 from twinmerge.recipes.slices import Slice, Span
 
 CONFIG = {
@@ -93,7 +94,7 @@ def test_what_no_class_reads_is_merged_by_names(zoo: dict[str, str], tmp_path: P
     assert config == {k: v for k, v in CONFIG[kind].items() if k != "auto_map"}
     assert verify(tmp_path / "out", progress=False).ok
     described = json.loads((tmp_path / "out" / "twinmerge.json").read_text())["recipe"]
-    assert described["by_names"] is True and Recipe.from_description(described) == found.recipe
+    assert described["by_names"] is True and from_description(described) == found.recipe
     with pytest.raises(ModelError, match="by its tensors' names alone, so it cannot be run"):
         found.load()
 

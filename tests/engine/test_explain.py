@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from twinmerge.engine.explain import explain_recipe
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.registry import method_class, method_names
-from twinmerge.recipes.recipe import recipe_from
+from twinmerge.recipes.schema import recipe_from
 from twinmerge.recipes.template import recipe_template
 
 TINY: dict[str, Any] = {

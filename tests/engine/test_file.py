@@ -15,7 +15,7 @@ from twinmerge.engine.calls import merge
 from twinmerge.engine.verify import verify
 from twinmerge.errors import ModelError, TwinmergeError, UsageError
 from twinmerge.recipes.plain_data import from_yaml
-from twinmerge.recipes.recipe import recipe_from
+from twinmerge.recipes.schema import recipe_from
 
 UNET = "model.diffusion_model"
 SHAPES = {

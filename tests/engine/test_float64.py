@@ -45,6 +45,8 @@ def merged(method: str, base: str, experts: dict[str, str], **more: Any) -> dict
 @pytest.mark.parametrize("dtype, erased", [(None, 0), ("float32", 9)])
 def test_a_change_of_a_billionth_arrives_or_is_counted_as_erased(tmp_path, dtype, erased):
     base = nn.Linear(3, 3, bias=False).double()
+    with torch.no_grad():
+        base.weight.copy_(torch.arange(1.0, 10.0).reshape(3, 3) / 16)  # a billionth is far below half a unit of float32
     expert = copy.deepcopy(base)
     with torch.no_grad():
         expert.weight += 1e-9

@@ -25,7 +25,8 @@ from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
 from twinmerge.models.blocks import block_of, stacks
 from twinmerge.recipes.lines import Automatic, Lines, coefficient
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description, recipe_from
 
 LAYERS = 4
 SHAPES = {f"layers.{i}.{n}": s for i in range(LAYERS) for n, s in {"mlp.0.weight": (6, 9), "norm.bias": (7,)}.items()}
@@ -296,7 +297,7 @@ def test_recipe_goes_round(models, tmp_path):
     """
     recipe = recipe_from(yaml.safe_load(text))
     assert recipe.lines == Lines(None, 0.5)
-    assert Recipe.from_description(json.loads(json.dumps(recipe.describe()))) == recipe
+    assert from_description(json.loads(json.dumps(recipe.describe()))) == recipe
     out = Merge(recipe, progress=False).save(tmp_path / "out")
     told = json.loads((out / "twinmerge.json").read_text())
     assert told["recipe"]["lines"] == {"a": "auto", "b": 0.5} and told["blocks"] == {"layers": LAYERS}
@@ -306,7 +307,7 @@ def test_recipe_goes_round(models, tmp_path):
     assert "lines:\n  a: auto\n  b: 0.5" in card and f'"a": {a!r}' in card
     found = verify(out, progress=False)
     assert found.ok and found.tensors == len(SHAPES) * 4 + 2  # three inputs and the output; ids: base and output
-    kept = Recipe.from_description({k: v for k, v in recipe.describe().items() if k != "lines"})
+    kept = from_description({k: v for k, v in recipe.describe().items() if k != "lines"})
     assert kept.lines is None and "lines" not in kept.describe()
 
 

@@ -17,7 +17,7 @@ from twinmerge.engine.diff import diff, difference
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.registry import method_class, method_names
-from twinmerge.recipes.recipe import recipe_from
+from twinmerge.recipes.schema import recipe_from
 
 HEAD = ["classifier.bias", "classifier.weight"]
 SYMMETRIC = [

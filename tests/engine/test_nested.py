@@ -20,6 +20,7 @@ from twinmerge.methods.kit.registry import method_class, method_names
 from twinmerge.recipes.documents import documents_from, read_recipe
 from twinmerge.recipes.lines import Lines
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description
 
 TINY: dict[str, Any] = {
     "vocab_size": 90,
@@ -91,8 +92,8 @@ def test_a_file_of_three_recipes_is_merged_in_one_go(zoo: dict[str, str], tmp_pa
     assert got == saved(read_recipe(tmp_path / "last.yaml"), tmp_path / "last")
     assert verify(tmp_path / "out", progress=False).ok
     described = json.loads((tmp_path / "out" / "twinmerge.json").read_text())["recipe"]
-    assert Recipe.from_description(described) == recipe
-    assert saved(Recipe.from_description(described), tmp_path / "again") == got
+    assert from_description(described) == recipe
+    assert saved(from_description(described), tmp_path / "again") == got
 
 
 KINDS = [n for n in method_names() if method_class(n).outputs == "model" and not method_class(n).needs]

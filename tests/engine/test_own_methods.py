@@ -25,6 +25,7 @@ from twinmerge.maths.lowrank import Factors, truncate_product
 from twinmerge.methods import Known, Method, Partial, Pass, PerExpert, Place, Tile, weighted_sum
 from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.methods.ties import Ties
+from twinmerge.recipes.schema import from_description
 
 
 class Halfway(Method):
@@ -149,7 +150,7 @@ def saved(merge: tm.Merge, out: Path) -> dict[str, Any]:
 def test_provenance_names_module_and_class_and_the_recipe_runs_again(models, tmp_path):
     told = saved(tm.merge(Halfway(scale=0.25), **models), tmp_path / "out")
     assert told["recipe"]["merge_method"] == f"{__name__}:Halfway" and told["parameters"]["scale"] == 0.25
-    again = tm.Recipe.from_description(told["recipe"])
+    again = from_description(told["recipe"])
     assert same(tm.Merge(again, progress=False).state_dict(), load_file(tmp_path / "out/model.safetensors"))
     assert f"`{__name__}:Halfway`" in (tmp_path / "out/README.md").read_text()
 
@@ -164,7 +165,7 @@ def test_a_class_that_no_name_leads_to_merges_and_its_recipe_says_so(models, tmp
     with pytest.raises(
         TwinmergeError, match="Inner of .* was a class that no name leads to.*Put it in a module of its own"
     ):
-        tm.Recipe.from_description(told["recipe"])
+        from_description(told["recipe"])
 
 
 def test_a_class_of_a_script_merges_and_its_recipe_says_so(models, tmp_path):
@@ -192,7 +193,7 @@ def test_no_module_is_imported_because_a_recipe_names_it(models, tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     recipe = tm.merge("ties", **models).recipe.describe() | {"merge_method": "strangers:Method"}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    for read in (lambda: tm.Recipe.from_description(recipe), lambda: tm.read_recipe(tmp_path / "recipe.json")):
+    for read in (lambda: from_description(recipe), lambda: tm.read_recipe(tmp_path / "recipe.json")):
         with pytest.raises(TwinmergeError, match="no module is imported because a file names it. Import it first"):
             read()
     assert not (tmp_path / "ran").exists() and "strangers" not in sys.modules

@@ -21,10 +21,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from twinmerge.engine.calls import merge
+from twinmerge.engine.merge import Merge
 from twinmerge.engine.merge_parts import MergeOfParts
 from twinmerge.engine.verify import verify
 from twinmerge.errors import DataError, ModelError, RecipeError, TwinmergeError, UsageError
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description
 
 TINY: dict[str, Any] = {
     "vocab_size": 20,
@@ -138,7 +140,7 @@ def test_every_part_with_weights_is_merged(zoo: Any, tmp_path: Path) -> None:
             assert (tmp_path / "out" / name).read_bytes() == (zoo.base / name).read_bytes(), name
     assert verify(tmp_path / "out", progress=False).ok
     described = json.loads((tmp_path / "out" / "twinmerge.json").read_text())
-    assert Recipe.from_description(described["recipe"]).describe() == found.recipe.describe()
+    assert from_description(described["recipe"]).describe() == found.recipe.describe()
     assert list(described["parts"]) == [p.format(at=zoo.at) for p in PARTS]
     checked = found.check()
     assert checked["merged_tensors"] == len(wanted) and checked["parts"] == list(described["parts"])
@@ -436,3 +438,10 @@ def test_what_a_pipeline_says_otherwise(tmp_path: Path) -> None:
     shutil.rmtree(folders[1] / "vae")
     with pytest.raises(DataError, match="names the part 'vae', which is not in the folder"):
         merge("average", folders[0], {"a": folders[1]}).check()
+
+
+def test_a_merge_of_one_model_refuses_folders_of_parts(tmp_path: Path) -> None:
+    """Its output would have the files of all parts, and the weights of one."""
+    models = {name: str(sentence_transformer(tmp_path / name, seed)) for seed, name in enumerate("ab", 1)}
+    with pytest.raises(UsageError, match="folder of several parts. Merge it with tm.merge"):
+        Merge(Recipe("average", None, models), progress=False).check()

@@ -19,7 +19,8 @@ from twinmerge.engine.record import _pinned, resolved
 from twinmerge.engine.verify import verify
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
 from twinmerge.recipes.documents import read_recipe
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import recipe_from
 
 TINY: dict[str, Any] = {
     "vocab_size": 20,

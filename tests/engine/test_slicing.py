@@ -32,7 +32,8 @@ from twinmerge.engine.merge import Merge
 from twinmerge.engine.verify import verify
 from twinmerge.errors import ModelError, RecipeError, TwinmergeError
 from twinmerge.recipes.documents import read_recipe
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description, recipe_from
 
 SIZES: dict[str, Any] = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
 State = dict[str, Tensor]
@@ -239,7 +240,7 @@ slices:
     again.save(tmp_path / "again")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
-    recipe = Recipe.from_description(json.loads((out / "twinmerge.json").read_text())["recipe"])
+    recipe = from_description(json.loads((out / "twinmerge.json").read_text())["recipe"])
     assert recipe == merge.recipe
     (tmp_path / "ours.yaml").write_text(yaml.safe_dump(recipe.describe()))
     Merge(read_recipe(tmp_path / "ours.yaml"), progress=False).save(tmp_path / "ours")

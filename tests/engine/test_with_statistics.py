@@ -19,6 +19,7 @@ from twinmerge.methods.kit.base import Known, Place, Tile
 from twinmerge.models.opening import open_model
 from twinmerge.recipes.documents import read_recipe
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description
 from twinmerge.statistics.file import Statistics, save_statistics
 
 SHAPES = {"a.weight": (300, 257), "b.bias": (6,), "c.scalar": (), "d.never": (4, 5)}
@@ -165,7 +166,7 @@ def test_a_recipe_names_statistics_of_each_model(family, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("twinmerge: 1\nmerge_method: fisher\nmodels:\n" + "\n".join(lines))
     recipe = read_recipe(file)
-    again = Recipe.from_description(recipe.describe())
+    again = from_description(recipe.describe())
     want = in_memory(family)
     for each in (recipe, again):
         assert torch.equal(Merge(each, progress=False).state_dict()["a.weight"], want["a.weight"])

@@ -26,7 +26,7 @@ from twinmerge.maths.keyed_random import kept_bits
 from twinmerge.methods.kit.base import Method, PerExpert
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.recipes.documents import read_recipe
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.schema import from_description, recipe_from
 
 SHAPES = {"a.weight": (9, 11), "b.bias": (7,), "c.one": (1,), "d.zero": (3, 4), "e.kernel": (4, 3, 2)}
 MODELS = ("base", "x", "y", "z")
@@ -326,8 +326,8 @@ def test_the_recipe_on_the_card_gives_the_same_bytes(models, tmp_path, kind):
         (tmp_path / "card.yaml").write_text(card.split("```yaml\n")[1].split("```")[0])
         (tmp_path / "told.json").write_text(json.dumps(record["recipe"]))
         again = [read_recipe(tmp_path / "card.yaml"), read_recipe(tmp_path / "told.json")]
-        again.append(Recipe.from_description(record["recipe"]))
-        again.append(Recipe.from_description({k: v for k, v in record["recipe"].items() if k != "twinmerge"}))
+        again.append(from_description(record["recipe"]))
+        again.append(from_description({k: v for k, v in record["recipe"].items() if k != "twinmerge"}))
         assert all(each == again[0] for each in again) and again[0].describe() == recipe.describe()
         assert record["recipe"]["twinmerge"] == 1
         semantics = "mergekit" if kind.startswith("mergekit") else "paper"
@@ -377,7 +377,7 @@ def test_output_of_before_the_mark_still_verifies(models, tmp_path):
     sums = out / "twinmerge.checksums.json"  # which had no checksums of files then
     sums.write_text(json.dumps(json.loads(sums.read_text())["sums"]))
     assert verify(out, progress=False).ok
-    again = Recipe.from_description(record["recipe"])
+    again = from_description(record["recipe"])
     assert again.parameters == {"density": 0.5, "scale": 1.0, "x.weights": 1.0} and again.semantics == "paper"
     assert load_file(out / "model.safetensors").keys() == SHAPES.keys()
 
@@ -453,7 +453,7 @@ def test_a_method_brings_other_names_in_our_recipes_along():
 def test_mergekits_names_that_need_no_torch_import_none():
     code = """
 import sys
-from twinmerge.recipes.recipe import recipe_from
+from twinmerge.recipes.schema import from_description, recipe_from
 alone = ("linear", "passthrough", "karcher", "nuslerp", "multislerp")
 for name in (*alone, "slerp", "task_arithmetic", "dare_linear", "model_stock"):
     count = 1 if name == "passthrough" else 2
@@ -506,3 +506,14 @@ def test_a_density_that_mergekits_epsilon_forbids_is_refused():
 def test_weights_that_mergekit_ignores_are_told_of(method):
     with pytest.warns(UserWarning, match=f"weight of 'x/a', which {method} does not use"):
         recipe_from(listed(method))
+
+
+def test_what_mergekit_ignores_is_no_slip_of_the_pen():
+    """Parameters that real files have and mergekit does not, and ones that nobody would write on purpose."""
+    text = "merge_method: sce\nbase_model: b\nmodels: [{{model: x}}, {{model: y}}]\nparameters: {{{}: 1}}\n"
+    for key in ("smooth", "allow_negative_weights", "scaling"):
+        with pytest.warns(UserWarning, match=f"'{key}', which is no parameter of mergekit"):
+            recipe_from(yaml.safe_load(text.format(key)))
+    for key in ("densty", "select_top_k", "normalise", "weights", "gama"):
+        with pytest.raises(TwinmergeError, match=f"no parameter '{key}'. Did you mean"):
+            recipe_from(yaml.safe_load(text.format(key)))

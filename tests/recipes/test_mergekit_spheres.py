@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import TwinmergeError
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import recipe_from
 
 SHAPES = {"a.weight": (9, 11), "b.bias": (7,), "c.same": (3, 4), "d.column": (5, 1), "e.kernel": (4, 3, 2)}
 WEIGHT = {"weight": 1.0}

@@ -14,7 +14,8 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.documents import read_recipe
 from twinmerge.recipes.names import EXPERT_NAME, expert_name, expert_names
 from twinmerge.recipes.plain_data import from_yaml, to_yaml
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description, recipe_from
 
 
 def parse(text: str) -> Recipe:
@@ -423,7 +424,7 @@ def test_description_is_plain():
 def test_damaged_description(damage):
     described = Recipe("ties", "b", {"a": "m"}).describe()
     with pytest.raises(TwinmergeError, match="^The recipe of this folder"):
-        Recipe.from_description(described | damage)
+        from_description(described | damage)
 
 
 def test_parameter_of_an_unknown_expert():

@@ -9,7 +9,8 @@ import yaml
 
 from twinmerge.errors import RecipeError
 from twinmerge.recipes.chat_template import BUILT_IN, check_template, fault_of
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import recipe_from
 from twinmerge.recipes.tokenizer import TokenizerChoice, TokenRule
 
 MODELS = "models: [{model: x/a, parameters: {weight: 1}}, {model: x/b, parameters: {weight: 1}}]"

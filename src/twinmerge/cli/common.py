@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from inspect import signature
 from typing import Annotated, Any
@@ -120,15 +121,20 @@ def print_json(data: Any) -> None:
     typer.echo(json_text(data, indent=2))
 
 
+NUMBER = re.compile(r"[-+–−±]?\d|–?$")  # how a cell begins, or nothing to say
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout; the first column left, the others right; brackets and colons in a text stay what they are."""
+    """A table on stdout; columns of numbers stand right, others left; brackets and colons in a text stay what they
+    are."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    table, cells = Table(), [list(row) for row in rows]
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
+        numbers = i > 0 and all(NUMBER.match(row[i]) for row in cells)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
         table.add_row(*row)
     console = Console(markup=False, emoji=False, highlight=False)
     if title:

@@ -275,6 +275,7 @@ def recipe_of(
     """The recipe and the output that the options name."""
     from twinmerge.methods.kit.registry import require_model
     from twinmerge.recipes.lines import Lines
+    from twinmerge.recipes.override import throughout
     from twinmerge.recipes.recipe import Recipe
 
     if method is not None and recipe is not None and out is None:
@@ -315,15 +316,12 @@ def recipe_of(
         for change in changes:
             said(f"By an option: {change}.")
     if by_names and not read.by_names:
-        read = replace(read, by_names=True)
         said("By an option: tensors are matched by name and shape alone; no class is asked.")
-    return _with_beside(replace(read, allow_pickle=allow_pickle), *beside), output or out
+    return _with_beside(throughout(read, by_names, allow_pickle), *beside), output or out
 
 
 def _with_beside(recipe: Recipe, tokenizer: str | None, template: str | None, side_files_from: str | None) -> Recipe:
     """The recipe with what options say of the files beside the weights."""
-    from dataclasses import replace
-
     from twinmerge.recipes.tokenizer import TokenizerChoice
 
     if tokenizer is not None:
@@ -336,16 +334,14 @@ def _with_beside(recipe: Recipe, tokenizer: str | None, template: str | None, si
 def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickle: bool) -> Recipe:
     """The recipe of a file; of several, the last, with the others inside it or written where the option says."""
     from twinmerge.recipes.documents import read_all
+    from twinmerge.recipes.override import throughout
 
     documents = read_all(file)
     if intermediate_dir is None:
         return documents.nested
     from twinmerge.engine.steps import written
 
-    named = {
-        name: replace(each, by_names=by_names or each.by_names, allow_pickle=allow_pickle)
-        for name, each in documents.named.items()
-    }
+    named = {name: throughout(each, by_names, allow_pickle) for name, each in documents.named.items()}
     last = written(replace(documents, named=named), intermediate_dir, processes=True)
     if last is None:
         raise typer.Exit  # all have names, and all are written

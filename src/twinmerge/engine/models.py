@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from twinmerge.engine.plan import BASE, Entry, Plan
 from twinmerge.engine.sides import with_sides
 from twinmerge.engine.tokens.apply import Unified, unified
-from twinmerge.errors import ModelError
+from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.models.parts import layout_at
 from twinmerge.models.plain import open_plain
 from twinmerge.recipes.recipe import Recipe
 
@@ -45,6 +46,11 @@ class Models:
         """
         order, base = recipe.order, recipe.base
         models = [*([] if base is None else [base]), *(recipe.experts[name] for name in order)]
+        if several := next((model for model in models if layout_at(model) is not None), None):
+            raise UsageError(
+                f"{several} is a folder of several parts. Merge it with tm.merge or the command, which do it part by "
+                "part, or name the folder of one part in every model."
+            )
         asked = architecture or recipe.heads or recipe.by_names or recipe.allow_pickle
         plain = None if asked else open_plain(models, recipe.tokenizer is not None)
         if plain is not None:

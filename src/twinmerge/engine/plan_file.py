@@ -27,6 +27,7 @@ from twinmerge.methods.kit.registry import is_per_expert, make_method, method_cl
 from twinmerge.models.blocks import block_of, in_block
 from twinmerge.recipes.lines import Scaled
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import from_description
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.foreign import Most, read_json
 from twinmerge.store.header import CODES, DTYPES
@@ -109,7 +110,7 @@ def read_plan(file: str | Path) -> tuple[Recipe, dict[str, Any]]:
             f"{where}: its recipe was changed, and its rules are of the one before. Change the rules, or change the "
             "recipe and write the plan again with `twinmerge check … --plan FILE`."
         )
-    return Recipe.from_description(raw["recipe"]), raw
+    return from_description(raw["recipe"]), raw
 
 
 def plan_from(raw: Mapping[str, Any], plan: Plan, models: Models, where: str) -> Plan:

@@ -86,7 +86,7 @@ def other_settings(recipe: Recipe, models: Models) -> dict[str, Settings]:
 
 
 def warn_of_settings(found: Mapping[str, Settings], recipe: Recipe, stacklevel: int) -> None:
-    """Warn of every expert that has other settings than the output.
+    """Warn of the experts that have other settings than the output; those that differ alike in one sentence.
 
     Args:
         found: as `other_settings` gives it.
@@ -94,13 +94,18 @@ def warn_of_settings(found: Mapping[str, Settings], recipe: Recipe, stacklevel: 
         stacklevel: of the warnings.
     """
     of = "the base" if recipe.side_files_from is None else repr(recipe.side_files_from)
+    alike: dict[tuple[str, ...], list[str]] = {}
     for name, differ in found.items():
         shown = [TEMPLATE] if TEMPLATE in differ else []
         shown += [said({key: pair}) for key, pair in differ.items() if key != TEMPLATE]
+        alike.setdefault(tuple(shown), []).append(name)
+    for differing, names in alike.items():
+        one, *more = names
+        who = f"The experts {', '.join(map(repr, names))} have" if more else f"The expert {one!r} has"
         warnings.warn(
-            f"The expert {name!r} has other settings than {of}, which the output has: {'; '.join(shown[:5])}"
-            f"{f' and {len(shown) - 5} more' if len(shown) > 5 else ''}. Take its own with side_files_from: {name} "
-            f"(--side-files-from {name}).",
+            f"{who} other settings than {of}, which the output has: {'; '.join(differing[:5])}"
+            f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}. Take "
+            f"{'those of one' if more else 'its own'} with side_files_from: {one} (--side-files-from {one}).",
             stacklevel=stacklevel,
         )
 

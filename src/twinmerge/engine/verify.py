@@ -22,7 +22,8 @@ from twinmerge.errors import DataError, TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.opening import open_model, open_tensors
-from twinmerge.recipes.recipe import Recipe, is_reference
+from twinmerge.recipes.recipe import is_reference
+from twinmerge.recipes.schema import from_description
 from twinmerge.results import Table
 from twinmerge.store.artefact import ArtefactFile, head_of_state
 from twinmerge.store.checkpoint import Checkpoint
@@ -198,7 +199,7 @@ class _Found:
             ):
                 self.add_alone(places, wanted)
                 return
-            merge = merge_of(Recipe.from_description(described["recipe"]), progress=False)
+            merge = merge_of(from_description(described["recipe"]), progress=False)
             if isinstance(merge, MergeOfParts):
                 for path, part in merge.parts.items():
                     self.jobs += _of_inputs(part.plan, part.models, wanted, within(path))

@@ -103,11 +103,10 @@ def _open_in(ref: str, place: Located, part: str, name: str | None, by_names: bo
     if has_config and (by_names or found.adapter is not None):
         refuse_quantised(read_json(has_config, CONFIG, finite=False), found.folder, found.adapter)
     if by_names or not has_config:
-        if found.adapter is not None:
+        if found.adapter is not None and by_names:
             raise ModelError(
-                f"{ref}: an adapter is put on the modules of its base, which only a class names, and "
-                f"{'none is asked by names alone' if has_config else 'its base has no config.json'}. Merge the adapter "
-                "into its base first (merge_and_unload, save_pretrained)."
+                f"{ref}: an adapter is put on the modules of its base, which only a class names, and none is asked by "
+                "names alone. Merge the adapter into its base first (merge_and_unload, save_pretrained)."
             )
         refuse_tensors(checkpoint.specs, name or ref)
     else:

@@ -12,7 +12,9 @@ from twinmerge.errors import RecipeError
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.plain_data import documents_in, read_text
-from twinmerge.recipes.recipe import Recipe, Typed, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import recipe_from
+from twinmerge.recipes.typed import Typed
 
 NAME = "name"
 

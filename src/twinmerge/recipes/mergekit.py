@@ -21,7 +21,7 @@ from twinmerge.methods.kit.dialect import Dialect
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
 from twinmerge.recipes.mergekit_beside import beside
-from twinmerge.recipes.mergekit_parameters import PARAMETERS, Scope, idle, of_model, scope, shared
+from twinmerge.recipes.mergekit_parameters import LIKE, PARAMETERS, Scope, idle, of_model, scope, shared
 from twinmerge.recipes.names import expert_names
 from twinmerge.recipes.slices import BASE
 
@@ -271,7 +271,7 @@ def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool, ignored: lis
         known = [*TOP_KEYS, "compat", "twinmerge", *OWN_KEYS]
         if key in PARAMETERS:
             raise RecipeError(f"{where}: unknown key {key!r:.80}. It is a parameter: write parameters: {{{key}: …}}.")
-        if near := nearest(str(key), known):
+        if near := nearest(str(key), known, LIKE):
             raise RecipeError(f"{where}: unknown key {key!r:.80}.{near} Known: {', '.join(known)}.")
         ignored.append(f"{key!r}, which is no key of mergekit")
 
@@ -281,7 +281,7 @@ def _near_miss(raw: Mapping[str, Any], known: Sequence[str], at: str, ignored: l
     for key in raw:
         if key in known:
             continue
-        if near := nearest(str(key), known):
+        if near := nearest(str(key), known, LIKE):
             raise RecipeError(f"{at}: unknown key {key!r:.80}.{near} Known: {', '.join(known)}.")
         more = " (write model: PATH@REVISION)" if key == "revision" else ""
         ignored.append(f"{key!r} of {at.rpartition(', ')[2]}{more}")

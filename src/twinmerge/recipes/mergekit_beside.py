@@ -8,6 +8,7 @@ from typing import Any
 from twinmerge.errors import RecipeError, nearest
 from twinmerge.recipes.chat_template import KEY as TEMPLATE
 from twinmerge.recipes.chat_template import check_template
+from twinmerge.recipes.mergekit_parameters import LIKE
 from twinmerge.recipes.slices import BASE
 from twinmerge.recipes.tokenizer import KEY, KEYS, read_choice
 
@@ -45,7 +46,7 @@ def beside(
             raise RecipeError(f"{at} is {choice!r:.80}. Write {KEY}: {{source: union}}, or {SOURCE}: union.")
         for key in choice:
             if key not in KEYS:
-                if near := nearest(str(key), KEYS):
+                if near := nearest(str(key), KEYS, LIKE):
                     raise RecipeError(f"{at}: unknown key {key!r:.80}.{near} Known: {', '.join(KEYS)}.")
                 ignored.append(f"{key!r} of {KEY}")
         names: dict[str, str] = {each["model"]: each["name"] for each in found["models"]}

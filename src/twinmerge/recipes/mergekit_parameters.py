@@ -26,6 +26,11 @@ PARAMETERS = {
 }  # of any method of mergekit
 
 
+LIKE = 0.8
+"""How near a key must be to a known one to be a slip of the pen, and not one of those that mergekit ignores: `densty`
+is, `allow_negative_weights` beside `normalize_weights` is not."""
+
+
 @dataclass(frozen=True)
 class Scope:
     """Parameters that are written in one place.
@@ -58,7 +63,7 @@ def scope(raw: Any, dialect: Dialect, where: str, ignored: list[str]) -> Scope:
     known, found = {*PARAMETERS, *dialect.own, *dialect.shared}, {}
     for key, value in raw.items():
         if key not in known:
-            if near := nearest(str(key), known):
+            if near := nearest(str(key), known, LIKE):
                 raise RecipeError(
                     f"{where}: mergekit has no parameter {key!r:.80}.{near} It has: {', '.join(sorted(known))}."
                 )

@@ -9,6 +9,7 @@ from typing import Any
 from twinmerge.errors import RecipeError, nearest
 from twinmerge.methods.kit.dialect import SPELLINGS, Number
 from twinmerge.methods.kit.registry import is_per_expert, method_class, short_name
+from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.recipe import Recipe
 
 
@@ -81,3 +82,29 @@ def _here(slice_: Any, name: str, value: Any) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     text = str(value.describe() if hasattr(value, "describe") else value)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def throughout(recipe: Recipe, by_names: bool, allow_pickle: bool) -> Recipe:
+    """A recipe, and the recipes that are its models, with how all models are opened.
+
+    Args:
+        recipe: as it was read.
+        by_names: no class is asked, also where a recipe does not say so.
+        allow_pickle: old checkpoints are read.
+
+    Example:
+        >>> inner = Recipe("average", None, {"x": "one", "y": "two"})
+        >>> throughout(Recipe("average", None, {"a": inner}), True, False).experts["a"].by_names
+        True
+    """
+
+    def of(model: ModelLike) -> ModelLike:
+        return throughout(model, by_names, allow_pickle) if isinstance(model, Recipe) else model
+
+    return replace(
+        recipe,
+        base=None if recipe.base is None else of(recipe.base),
+        experts={name: of(model) for name, model in recipe.experts.items()},
+        by_names=by_names or recipe.by_names,
+        allow_pickle=allow_pickle,
+    )

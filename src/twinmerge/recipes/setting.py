@@ -173,3 +173,25 @@ def _gradient(raw: Sequence[Any], where: str) -> tuple[Any, ...]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def read_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Choices by filters as a `Setting`."""
+    read = {k: Setting.of(v, k).plain if is_setting(v) else v for k, v in parameters.items()}
+    if empty := next((k for k, v in read.items() if isinstance(v, Setting) and not v.choices), None):
+        raise RecipeError(f"{empty} has no value. Write {{filter: TEXT, value: NUMBER}}.")
+    return read
+
+
+def examples(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that some tensor may have."""
+    return {k: v.example if isinstance(v, Setting) else v for k, v in parameters.items()}
+
+
+def plain_value(value: Any) -> Any:
+    """Python's own numbers and lists for those of NumPy, as files have them."""
+    if isinstance(value, Setting):
+        return value.describe()
+    if isinstance(value, (list, tuple)):
+        return [plain_value(each) for each in value]
+    return value.item() if hasattr(value, "item") else value

@@ -20,6 +20,7 @@ from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import ModuleArchitecture, TorchModel
 from twinmerge.recipes.names import EXPERT_NAME
 from twinmerge.recipes.recipe import Recipe, is_reference, reference
+from twinmerge.recipes.schema import from_description
 from twinmerge.store.locate import locate
 from twinmerge.twin.compress import projected_factors
 from twinmerge.twin.core import Core
@@ -160,7 +161,7 @@ def recipe_of(
     """
     if "recipe" not in package.provenance:
         raise DataError("The twin does not say what it was made from. Build it again from its base and experts.")
-    recipe = Recipe.from_description(package.provenance["recipe"])
+    recipe = from_description(package.provenance["recipe"])
     models = models_of(package) | dict(experts or {})
     whole = {
         "base": _placed(package, recipe.base) if base is None else base,
@@ -193,7 +194,7 @@ def models_of(package: Package) -> dict[str, ModelLike]:
     if "recipe" not in provenance:
         return {}
     record = provenance.get("twin", {})
-    models = dict(Recipe.from_description(provenance["recipe"]).experts)
+    models = dict(from_description(provenance["recipe"]).experts)
     models |= {entry["name"]: entry["model"] for entry in record.get("added", ())}
     return {name: _placed(package, m) for name, m in models.items() if name not in record.get("removed", ())}
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 import twinmerge as tm
 from twinmerge.engine.merge import Merge
+from twinmerge.engine.settings import warn_of_settings
 from twinmerge.engine.tokens.ids import renumbered
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.chat_template import BUILT_IN
@@ -299,3 +300,12 @@ def test_a_tokenizer_that_does_not_load_is_found_before_anything_is_written(
     with pytest.raises(TwinmergeError, match="The tokenizer that was made of the one in .*base cannot be read"):
         tm.merge("average", base, {"x": x}, tmp_path / "out", tokenizer="union", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_differ_alike_are_told_of_together() -> None:
+    found = {name: {"temperature": (0.5, 1.0)} for name in "ab"} | {"c": {"top_k": (5, 50)}}
+    with pytest.warns(UserWarning, match="other settings") as told:
+        warn_of_settings(found, Recipe("average", None, dict.fromkeys("abc", "x")), stacklevel=1)
+    first, second = (str(each.message) for each in told)
+    assert first.startswith("The experts 'a', 'b' have other settings than the base, which the output has: temperature")
+    assert second.startswith("The expert 'c' has other settings") and "side_files_from: c" in second

@@ -19,7 +19,8 @@ from twinmerge.engine.merge import Merge
 from twinmerge.engine.verify import verify
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.documents import read_recipe
-from twinmerge.recipes.recipe import Recipe, recipe_from
+from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import recipe_from
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
