@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from twinmerge.engine.calls import merge
 from twinmerge.engine.merge_parts import merge_of
-from twinmerge.engine.record import _pinned, resolved
+from twinmerge.engine.record import _pinned, recipe_files, resolved
 from twinmerge.engine.verify import verify
 from twinmerge.methods.kit.registry import make_method, method_class, method_names
 from twinmerge.recipes.documents import read_recipe
@@ -224,3 +224,10 @@ def test_hub_ids_have_the_commit_that_was_read() -> None:
     assert _pinned("org/m+org/lora@v1", commit("c0ffee+dead")) == "org/m@c0ffee+org/lora@dead"
     assert _pinned("/+org/lora", commit("dead")) == "/+org/lora@dead"  # a folder, and an adapter of the hub
     assert _pinned("org/m", commit(None)) == _pinned("org/m", None) == "org/m"
+
+
+def test_the_resolved_recipe_of_very_many_experts_can_be_read(tmp_path: Path) -> None:
+    experts = {f"e{i}": f"somewhere/models/expert-{i}" for i in range(1024)}
+    recipe = Recipe("task_arithmetic", "base", experts, {f"{e}.weights": 0.001 for e in experts})
+    (tmp_path / "r.yaml").write_bytes(recipe_files(recipe)["twinmerge.resolved.yaml"])
+    assert read_recipe(tmp_path / "r.yaml").make_method() == recipe.make_method()

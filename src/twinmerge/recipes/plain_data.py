@@ -17,7 +17,7 @@ from twinmerge.errors import DataError, RecipeError
 from twinmerge.store.foreign import Most, parse_json, read_bytes
 
 BYTES = {"yaml": 1 << 18, "json": 1 << 22}  # of a file, at most; a recipe of a hundred models has 20 kB
-VALUES = 6_000  # of a recipe of 1,024 experts; aliases count as often as they are used
+VALUES = 10_000  # of a recipe of 1,024 experts with a weight each; aliases count as often as they are used
 DEPTH = 40
 NUMBER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?")
 """A number in a text, as `float` reads it; leading zeros, underscores and colons mean something else to some reader."""
