@@ -29,8 +29,8 @@ def transcription(x: dict[str, np.ndarray], experts: tuple[str, ...], p: SimpleN
 
     def solved(v: np.ndarray) -> np.ndarray:
         turned = p.inputs == "rows"
-        grams = [g.T @ g for g in (trimmed(t).T if turned else trimmed(t) for t in v)]
         v = v.transpose(0, 2, 1) if turned else v
+        grams = [trimmed(t).T @ trimmed(t) for t in v]
         normal = sum(each * t @ g for each, t, g in zip(w, v, grams, strict=True))
         merged = normal @ np.linalg.pinv(sum(grams), rcond=v.shape[2] * 2.0**-23, hermitian=True)
         return merged.T if turned else merged
