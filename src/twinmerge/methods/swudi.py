@@ -106,5 +106,5 @@ class Filtered(Coefficients):
         grams = grams / torch.where(squares > 0, squares, 1)[:, None, None]
         lead, v, h = self.swudi.directions_of(grams.sum(0), int(total["rows"]), grams.shape[-1])
         one = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device) - (v * h) @ v.mT
-        found = one + ((grams @ v) * (h / lead)) @ v.mT
+        found: Tensor = one + ((grams @ v) * (h / lead)) @ v.mT
         return column(self.weights(len(found)), found) * found

@@ -78,4 +78,5 @@ def over(normal: Tensor, grams: Tensor, least: float) -> Tensor:
     values, v = torch.linalg.eigh(grams)
     kept = (values > least * values.max()) & (values > 0)
     values, v = values[kept], v[:, kept]
-    return ((normal @ v) / values) @ v.mT
+    merged: Tensor = ((normal @ v) / values) @ v.mT
+    return merged
