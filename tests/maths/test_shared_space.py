@@ -63,7 +63,8 @@ def test_rank_1_by_brute_force_over_all_angles():
     turns = np.stack([np.cos(angles), np.sin(angles)])
     best = sum((turns.T @ part.to(torch.float64).dense().numpy() @ turns) ** 2 for part in own).max()
     space = SharedSpace.of(own, 1)
-    assert held(space.left, space.right, [part.to(torch.float64).dense() for part in own]) == pytest.approx(best, rel=1e-5)
+    stack = [part.to(torch.float64).dense() for part in own]
+    assert held(space.left, space.right, stack) == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -95,7 +96,8 @@ def test_norms_count_as_they_are_told_to():
 def test_who_does_not_share_is_brought_there_all_the_same():
     own = parts(2, 2)
     space = SharedSpace.of(own, 2, share=[True, False])
-    torch.testing.assert_close(space.factors(space.cores[0]).dense(), own[0].to(torch.float64).dense(), rtol=0, atol=1e-5)
+    whole = own[0].to(torch.float64).dense()
+    torch.testing.assert_close(space.factors(space.cores[0]).dense(), whole, rtol=0, atol=1e-5)
     want = space.left @ space.left.mT @ own[1].to(torch.float64).dense() @ space.right @ space.right.mT
     torch.testing.assert_close(space.factors(space.cores[1]).dense(), want, rtol=0, atol=1e-9)
     assert space.kept == pytest.approx(1, abs=1e-9)

@@ -50,7 +50,8 @@ def test_p1_two_equal_experts_keep_their_top_which_the_clamp_lowers(merge_rows):
 
 
 def test_by_hand(merge_rows):
-    """T = 2, d = 4: a clamp of 0.1 takes nothing from below, and Q of |1, 4, -2, 3| and |3, -4, 2, 1| is 3, the largest but one; sums 4, 0, 0, 4.
+    """T = 2, d = 4: a clamp of 0.1 takes nothing from below, and Q of |1, 4, -2, 3| and |3, -4, 2, 1| is 3,
+    the largest but one; sums 4, 0, 0, 4.
 
     a: u = 0, 1, .5, 1; scores e⁻² tanh 4, 0, 0, tanh 12. b: u = 1, 1, .5, 0; scores tanh 12, 0, 0, e⁻² tanh 4. Of
     density 0.5 the second largest is the least, so a's fourth and b's first have 1 and nothing else has more than 0.

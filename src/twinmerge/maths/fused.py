@@ -114,9 +114,8 @@ class Rule(NamedTuple):
     what `elect` makes of x_t, or with `overlap` the mean of the x_t that are not 0 where those are several, and wt x_t
     where it is one. First x_t is ranked or dropped, then trimmed, then loses what `cut` would keep, then is multiplied
     by its one of `factors`, and at last all are selected, where that is asked for. importance: the result is Σ It θt /
-    Σ It with It = factor · max(Ft, floor), and Σ wt θt / divisor where all It are 0; of deltas θ0 + scale · Σ It x_t / Σ
-    It, and θ0 there. ready: the values are x_t as
-    `staged` gives them, and sums over them are taken in that dtype.
+    Σ It with It = factor · max(Ft, floor), and Σ wt θt / divisor where all It are 0; of deltas θ0 + scale · Σ It x_t /
+    Σ It, and θ0 there. ready: the values are x_t as `staged` gives them, and sums over them are taken in that dtype.
     """
 
     weights: tuple[float, ...]

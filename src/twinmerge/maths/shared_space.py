@@ -20,8 +20,8 @@ class SharedSpace(NamedTuple):
     """τt ≈ U Mt Vᵀ for every t, with r directions on either side that hold the most of all τt together.
 
     U and V maximise Σt ‖Uᵀ τ̂t V‖² (a Tucker decomposition of the stack, τt along its third axis, by higher-order
-    orthogonal iteration), and Mt = Uᵀ τt V. All is computed in the core space of the matrices. Where that has r directions
-    or fewer on a side, it is the space itself, and nothing is lost.
+    orthogonal iteration), and Mt = Uᵀ τt V. All is computed in the core space of the matrices. Where that has r
+    directions or fewer on a side, it is the space itself, and nothing is lost.
 
     Args:
         left: U (m, r) with orthonormal columns.
@@ -30,8 +30,8 @@ class SharedSpace(NamedTuple):
         kept: Σt ‖Mt‖² / Σt ‖τt‖², over the matrices that were to share.
         is_cut: whether directions were left out.
 
-    Source: He et al. 2026, "Compress then Merge: From Multiple LoRAs into One Low-Rank Adapter", ICML, arXiv 2606.03723,
-    and its code; De Lathauwer et al. 2000, for the iteration.
+    Source: He et al. 2026, "Compress then Merge: From Multiple LoRAs into One Low-Rank Adapter", ICML, arXiv
+    2606.03723, and its code; De Lathauwer et al. 2000, for the iteration.
 
     Example:
         >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]])

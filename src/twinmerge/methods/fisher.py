@@ -189,8 +189,8 @@ def factor_of(expert: str, weight: float, size: Squares, normalize: bool) -> flo
         raise RecipeError(f"fisher: the weight of {expert!r} is {weight:g}. Give 0 or more.")
     if normalize and not size.squares > 0:
         raise DataError(
-            f"The Fisher information of {expert!r} is 0 in all merged tensors, so it has no norm to divide by. Measure it "
-            "again on data that the model is not certain of, leave the expert out, or set normalize=false."
+            f"The Fisher information of {expert!r} is 0 in all merged tensors, so it has no norm to divide by. Measure "
+            "it again on data that the model is not certain of, leave the expert out, or set normalize=false."
         )
     return weight / (size.squares**0.5 if normalize else size.examples)
 

@@ -30,13 +30,14 @@ class FisherDeltas(Method):
     """θ = θ0 + λ Σt ct Ft τt / Σt ct Ft, element by element, with ct = wt / ‖Ft‖.
 
     The weights are those of `fisher`: Ft is the diagonal of expert t's Fisher information, ‖Ft‖ its Euclidean norm over
-    all merged tensors (normalize=False leaves it out: ct = wt). Around the base nothing must stand where nobody measured
-    anything: the base's own value does, so there is no floor and no target. And λ is free: a mean gives every change the
-    weight of one expert among all, which for several tasks is less than the best sum has. λ = 1 without a floor is
-    `fisher` wherever something was measured.
+    all merged tensors (normalize=False leaves it out: ct = wt). Around the base nothing must stand where nobody
+    measured anything: the base's own value does, so there is no floor and no target. And λ is free: a mean gives every
+    change the weight of one expert among all, which for several tasks is less than the best sum has. λ = 1 without a
+    floor is `fisher` wherever something was measured.
 
     Cost: that of `fisher`, compiled: one pass over weights and statistics, and the base. Needs Fisher information of
-    every expert (`twinmerge measure fisher`). Strong for experts of different tasks, where λ is chosen on validation rows.
+    every expert (`twinmerge measure fisher`). Strong for experts of different tasks, where λ is chosen on validation
+    rows.
 
     Source: Matena & Raffel 2022, arXiv 2111.09832, equation 3, on task vectors as the code of arXiv 2604.01329 has it,
     whose least sum of Ft is 1e-8 where ours is 0; λ is Ilharco et al. 2023, arXiv 2212.04089.

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 class LocalizeAndStitch(TrimsDeltas):
     """θ = θ0 + λ Σt mt τt / Σt mt, element by element, mt being expert t's mask.
 
-    Localize: mt marks the k = ⌊density · d⌋ largest |τt|, of equal ones the first in the order of tensor name and index;
-    d counts the whole model (scope "model") or each tensor ("tensor"). Stitch: where masks overlap, their task vectors
-    are averaged; what one expert alone has is taken whole. An entry that the expert left as it was is in no mask, also
-    where it changed fewer than k. This is the paper's variant that sees no data; the masks that it trains are not here.
+    Localize: mt marks the k = ⌊density · d⌋ largest |τt|, of equal ones the first in the order of tensor name and
+    index; d counts the whole model (scope "model") or each tensor ("tensor"). Stitch: where masks overlap, their task
+    vectors are averaged; what one expert alone has is taken whole. An entry that the expert left as it was is in no
+    mask, also where it changed fewer than k. This is the paper's variant that sees no data; the masks that it trains
+    are not here.
 
     Cost: one pass for the thresholds, one to merge, both compiled. Strong where each expert needs little of what it
     changed: language models of 2 to 9 billion weights (MergeBench), and experts that are to be taken out again.

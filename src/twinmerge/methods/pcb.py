@@ -47,12 +47,12 @@ class Pcb(Method):
     Quantiles and scores are of the whole model (scope "model", as the paper has it) or of each tensor ("tensor"). Where
     nobody's entry is kept θ0 stays. tanh sees the task vectors as they are, so they may not be scaled.
 
-    Three things are decided where the authors' code divides 0 by 0 or keeps what lost: magnitudes that are all equal have
-    u = 1, scores that are all equal and positive st = 1, and of scores that are not positive none is kept. Their script
-    for vision models has clamp=0.01 and normalises Σs τs; their search of λ by evolution is `twinmerge search`.
+    Three things are decided where the authors' code divides 0 by 0 or keeps what lost: magnitudes that are all equal
+    have u = 1, scores that are all equal and positive st = 1, and of scores that are not positive none is kept. Their
+    script for vision models has clamp=0.01 and normalises Σs τs; their search of λ by evolution is `twinmerge search`.
 
-    Cost: a sample and a pass for the quantiles, the same for the scores, one to merge, in PyTorch. Needs no data. Strong
-    where few experts disagree much; a cheap baseline beside methods on singular values.
+    Cost: a sample and a pass for the quantiles, the same for the scores, one to merge, in PyTorch. Needs no data.
+    Strong where few experts disagree much; a cheap baseline beside methods on singular values.
 
     Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging", NeurIPS, arXiv 2410.02396, in the form
     of the authors' pcb-merging.py, whose density of 0.05 and λ of 1.2 are the defaults.
@@ -61,8 +61,9 @@ class Pcb(Method):
         >>> from twinmerge.methods.kit.base import Place
         >>> from twinmerge.methods.kit.threshold import Threshold
         >>> x, counts = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2), torch.ones(4, dtype=torch.int64)
-        >>> known = Known({name: Threshold(torch.tensor(edges).view(torch.int32), counts, counts, {}) for name, edges in (
-        ...     ("trim_bracket", [1.0, 5.0] * 2), ("pcb_trim_bracket", [0.5, 1.0] * 2))})
+        >>> edges = {"trim_bracket": [1.0, 5.0] * 2, "pcb_trim_bracket": [0.5, 1.0] * 2}
+        >>> bits = {name: torch.tensor(values).view(torch.int32) for name, values in edges.items()}
+        >>> known = Known({name: Threshold(values, counts, counts, {}) for name, values in bits.items()})
         >>> tile = Tile(x, torch.zeros(6), Place("w", (6,), 0, ("a", "b")))
         >>> Pcb(density=0.5, scale=1.0).apply(tile, known).tolist()
         [0.0, 0.0, 0.0, 0.0, 5.0, 5.0]

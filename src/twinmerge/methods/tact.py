@@ -17,10 +17,10 @@ EPS = torch.finfo(torch.float32).eps
 class Tact(OnInputs):
     """Matrices: θ = θ0 + λ (Σt wt τt Ct)(Σt Ct)⁺, Ct = τ′tᵀ τ′t; all other tensors: θ = θ0 + λ mean(wt τt).
 
-    τ′t is τt with all but its k = ⌊density · m n⌋ largest entries at zero, matrix by matrix (one at least, of equal ones
-    the first, output by output). Training moves the weights along the inputs that the expert saw, so τtᵀ τt stands for their Gram matrix,
-    and the small entries of τt are mostly noise in it: they are trimmed there, and nowhere else. density=1 is ACTMat.
-    Ct are not divided by ‖τt‖², so experts that went far weigh more (`wudi` divides).
+    τ′t is τt with all but its k = ⌊density · m n⌋ largest entries at zero, matrix by matrix (one at least, of equal
+    ones the first, output by output). Training moves the weights along the inputs that the expert saw, so τtᵀ τt stands
+    for their Gram matrix, and the small entries of τt are mostly noise in it: they are trimmed there, and nowhere else.
+    density=1 is ACTMat. Ct are not divided by ‖τt‖², so experts that went far weigh more (`wudi` divides).
 
     The pseudo-inverse takes the eigenvalues above n · 1.2e-7 of the largest, as that of float32 does in the authors'
     code; what lies beyond stays the base's. Their k is rounded, not cut off. An expert of weight 0 counts for nothing.

@@ -1,4 +1,4 @@
-"""Compress, then merge: adapters are brought into directions that they share, and a method merges what they are there."""
+"""Compress, then merge: adapters are brought into directions that they share, where a method merges them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Compressed:
         return Tile(x, torch.zeros_like(x[0]), at, torch.float64)
 
     def merged(self, progress: bool) -> Iterator[tuple[str, Factors, float]]:
-        """Name, merged factors of at most this rank, and the share of the adapters' squared norms that the space holds."""
+        """Name, merged factors of at most this rank, and the share of the adapters' squared norms that the space
+        holds."""
         cores = {
             name: torch.zeros(self.shapes[name], dtype=torch.float64) for name in self.parts if not self.whole(name)
         }

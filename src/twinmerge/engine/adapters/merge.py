@@ -49,8 +49,8 @@ class MergedLora(Result, _MergedLora):
     Attributes:
         folder: None where nothing was to be written.
         ranks: parameter -> rank of what the adapter adds to it, for those that it changes.
-        energy: parameter -> share of the squared norm that its rank keeps: of the merged matrix, or of all adapters where
-            they were compressed before.
+        energy: parameter -> share of the squared norm that its rank keeps: of the merged matrix, or of all adapters
+            where they were compressed before.
         dropped: expert -> tensors that it changes and that have no place in the adapter.
     """
 
@@ -89,13 +89,15 @@ def merge_lora(
     the Bt and the At on their own is another matrix: (Σ wt Bt)(Σ wt At) is off by 70 % for two independent adapters
     of equal weights, and more for more of them.
 
-    With a `rank` the adapters are compressed before they are merged (Compress-then-Merge): in every module they are
-    brought into the `rank` directions on either side that they share best, what they are there is merged by any method
-    that works on changes of weights, TIES and DARE too, and the result has that rank by itself. Cutting a finished merge
-    to a rank (compress_first=False) gives the nearest matrix to the sum, and in the authors' experiments models that are
-    worse. Where the adapters have no more directions than `rank` together, nothing is compressed. What an adapter does not change, it adds nothing to. What is no
-    product of low rank of one module's weight (heads, biases, rows of tables, experts in one tensor, tables that
-    several modules share) has no place in the sum, and is refused by name or left out.
+    With a `rank` the adapters are compressed before they are merged (Compress-then-Merge). In every module they are
+    brought into the `rank` directions on either side that they share best; there any method that works on changes of
+    weights merges them, TIES and DARE too. Cutting a finished merge to a rank (compress_first=False) gives the matrix
+    nearest to the sum, and in the authors' experiments worse models. Where the adapters have no more directions than
+    `rank` together, nothing is compressed.
+
+    What an adapter does not change, it adds nothing to. What is no product of low rank of one module's weight (heads,
+    biases, rows of tables, experts in one tensor, tables that several modules share) has no place in the sum, and is
+    refused by name or left out.
 
     Args:
         base: the model that the adapters belong to; the output is an adapter of its class.
@@ -116,8 +118,8 @@ def merge_lora(
 
     Raises:
         TwinmergeError: an adapter that is not LoRA, is of another base, holds NaN or infinity, or changes what has no
-            place in the sum; a method that does not know factors; rank and energy at once; by_norm outside [0, 1]; an output that is there; nothing to
-            write.
+            place in the sum; a method that does not know factors; rank and energy at once; by_norm outside [0, 1]; an
+            output that is there; nothing to write.
 
     Example:
         >>> import tempfile
@@ -237,8 +239,8 @@ def _unable(method: str, merges_cores: bool) -> RecipeError:
     able = [name for name, cls in METHODS.all().items() if cls.core_space]
     if merges_cores:
         return RecipeError(
-            f"{method} does not merge low-rank factors, but what they are in directions that they share. Give a rank and "
-            f"leave compress_first on, or choose from {', '.join(able)}."
+            f"{method} does not merge low-rank factors, but what they are in directions that they share. Give a rank "
+            f"and leave compress_first on, or choose from {', '.join(able)}."
         )
     return RecipeError(
         f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge "
