@@ -27,9 +27,10 @@ from twinmerge.methods.kit.base import (
     weighted_sum,
     weights_field,
 )
-from twinmerge.methods.kit.threshold import known_threshold
+from twinmerge.methods.kit.threshold import known_threshold, place
 from twinmerge.methods.kit.trim import TiesByTensor, TiesByTile, trim_passes
 
+PIECE = 1 << 14  # entries
 LEAST = 1e-12  # what the sum of the shares is at least, as in the authors' code
 OF_SCORES = "pcb_"  # before the names of the passes that look at scores
 MAGNITUDES = "pcb magnitudes"  # what the passes before those found
@@ -51,8 +52,8 @@ class Pcb(Method):
     have u = 1, scores that are all equal and positive st = 1, and of scores that are not positive none is kept. Their
     script for vision models has clamp=0.01 and normalises Σs τs; their search of λ by evolution is `twinmerge search`.
 
-    Cost: a sample and a pass for the quantiles, the same for the scores, one to merge, in PyTorch. Needs no data.
-    Strong where few experts disagree much; a cheap baseline beside methods on singular values.
+    Cost: a sample and a pass for the quantiles, a sample and two passes for the scores, one to merge, in PyTorch, with
+    two exponentials for each entry and pass. Needs no data. Strong where few experts disagree much; a cheap baseline beside methods on singular values.
 
     Source: Du et al. 2024, "Parameter Competition Balancing for Model Merging", NeurIPS, arXiv 2410.02396, in the form
     of the authors' pcb-merging.py, whose density of 0.05 and λ of 1.2 are the defaults.
@@ -61,9 +62,10 @@ class Pcb(Method):
         >>> from twinmerge.methods.kit.base import Place
         >>> from twinmerge.methods.kit.threshold import Threshold
         >>> x, counts = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2), torch.ones(4, dtype=torch.int64)
-        >>> edges = {"trim_bracket": [1.0, 5.0] * 2, "pcb_trim_bracket": [0.5, 1.0] * 2}
+        >>> edges = {"trim_bracket": [1.0, 5.0] * 2, "pcb_trim_bracket": [0.5] * 2}
         >>> bits = {name: torch.tensor(values).view(torch.int32) for name, values in edges.items()}
         >>> known = Known({name: Threshold(values, counts, counts, {}) for name, values in bits.items()})
+        >>> known[Highest.name] = (1.0, 1.0)
         >>> tile = Tile(x, torch.zeros(6), Place("w", (6,), 0, ("a", "b")))
         >>> Pcb(density=0.5, scale=1.0).apply(tile, known).tolist()
         [0.0, 0.0, 0.0, 0.0, 5.0, 5.0]
@@ -81,7 +83,7 @@ class Pcb(Method):
 
     def passes(self) -> list[Pass[Any]]:
         ofs = [(OfSampledScores if step.sampled else OfScores)(step) for step in _passes(Scores(self), self.scope)]
-        return [*_passes(self, self.scope), *ofs]
+        return [*_passes(self, self.scope), *ofs, Highest(self)]
 
     @property
     def trims_stored(self) -> bool:
@@ -99,37 +101,41 @@ class Pcb(Method):
         share = Fraction(str(self.clamp))
         return _ranks(totals, lambda d: (d - math.floor(share * d), d - math.floor((1 - share) * d) + 1))
 
-    def clamped(self, x: Tensor, edges: list[tuple[float, float]]) -> Tensor:
-        """|ct| (experts, *tile) float64."""
-        return torch.stack([row.double().abs().clamp(*edge) for row, edge in zip(x, edges, strict=True)])
-
-    def scores(self, x: Tensor, clamped: Tensor, edges: list[tuple[float, float]]) -> Tensor:
+    def scores(self, x: Tensor, edges: list[tuple[float, float]]) -> Tensor:
         """(experts, *tile) in the dtype of x, divided by exp(T); 0 where they are not positive."""
-        total = weighted_sum(1.0, x, torch.float64)
         out = torch.empty_like(x)
-        for row, own, (low, high), to in zip(x, clamped, edges, out, strict=True):
-            u = (own - low) / (high - low) if high > low else torch.ones_like(own)
-            to.copy_((len(x) * (u * u - 1)).exp_() * (row.double() * total).tanh_().clamp_min_(0))
+        pieces = zip(x.flatten(1).split(PIECE, 1), out.flatten(1).split(PIECE, 1), strict=True)
+        for rows, to in pieces:  # that stay in the cache
+            total = weighted_sum(1.0, rows, torch.float64)
+            for row, (low, high), score in zip(rows, edges, to, strict=True):
+                own = row.double()
+                u = own.abs().clamp_(low, high).sub_(low)
+                u = u.div_(high - low) if high > low else u.fill_(1.0)
+                u.mul_(u).sub_(1).mul_(len(x)).exp_()
+                score.copy_(u.mul_((own * total).tanh_().clamp_min_(0)))
         return out
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        edges = _edges(known)
-        clamped = self.clamped(tile.x, edges)
-        found = self.scores(tile.x, clamped, edges)
-        total, mass = torch.zeros_like(clamped[0]), torch.zeros_like(clamped[0])
-        each = zip(per_expert(self.weights, len(found)), tile.x, clamped, found, _edges(within(known)), strict=True)
-        for weight, row, own, score, (least, most) in each:
-            if most > least:
-                share = ((score.double() - least) / (most - least)).clamp_min_(0)
-            else:
-                share = ((score >= least) & (score > 0)).double()
-            mass += share
-            total.add_(share.mul_(own.copysign(row)).mul_(row != 0), alpha=weight)
-        return moved(tile, total.div_(mass.clamp_min_(LEAST)), self.scale)
+        edges, weights = _edges(known), per_expert(self.weights, len(tile.x))
+        ends = list(zip(_thresholds(within(known)), known.of(Highest), strict=True))
+        scores, merged = self.scores(tile.x, edges), tile.x.new_empty(tile.x.shape[1:], dtype=torch.float64)
+        every = [each.split(PIECE, -1) for each in (tile.x.flatten(1), scores.flatten(1), merged.view(-1))]
+        for x, found, to in zip(*every, strict=True):
+            total, mass = torch.zeros_like(to), torch.zeros_like(to)
+            for weight, row, score, edge, (least, most) in zip(weights, x, found, edges, ends, strict=True):
+                if most > least:
+                    share = (score.double() - least).div_(most - least).clamp_min_(0)
+                else:
+                    share = ((score >= least) & (score > 0)).double()
+                mass += share
+                own = row.double()
+                total.add_(share.mul_(own.abs().clamp_(*edge).mul_(own.sign())), alpha=weight)
+            torch.div(total, mass.clamp_min_(LEAST), out=to)
+        return moved(tile, merged, self.scale)
 
 
 class Scores:
-    """What the passes need to know to find the k-th largest score, and the largest.
+    """What the passes need to know to find the k-th largest score.
 
     Args:
         method: whose scores.
@@ -142,12 +148,33 @@ class Scores:
         self.method = method
 
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
-        edges = _edges(known[MAGNITUDES])
-        return self.method.scores(tile.x, self.method.clamped(tile.x, edges), edges)
+        return self.method.scores(tile.x, _edges(known[MAGNITUDES]))
 
     def keep_counts(self, totals: Tensor) -> Tensor:
         share = Fraction(str(self.method.density))
-        return _ranks(totals, lambda d: (math.ceil(share * d), 1))
+        return _ranks(totals, lambda d: (math.ceil(share * d),))
+
+
+class Highest(Pass[tuple[float, ...]]):
+    """The largest score of every expert; 0 where there is none.
+
+    Args:
+        method: whose scores.
+    """
+
+    name = "pcb_highest"
+
+    def __init__(self, method: Pcb) -> None:
+        self.method, self.scope = method, method.scope
+
+    def observe(self, tile: Tile, known: Known) -> Partial:
+        found = (0.0,) * len(tile.x)
+        if tile.x[0].numel():
+            found = tuple(self.method.scores(tile.x, _edges(known)).flatten(1).amax(1).tolist())
+        return {place(tile.at): found}
+
+    def finish(self, total: Partial, known: Known) -> tuple[float, ...]:
+        return tuple(map(max, zip(*total.values(), strict=True)))
 
 
 class OfScores(Pass[T_co]):
@@ -192,14 +219,19 @@ def _passes(method: Any, scope: Scope) -> list[Pass[Any]]:
 
 
 def _ranks(totals: Tensor, ranks: Any) -> Tensor:
-    """(experts, 2) of the experts' numbers of entries, at least 1 where there is one."""
+    """(experts, ranks) of the experts' numbers of entries, at least 1 where there is one."""
     found = [[min(max(rank, 1), d) for rank in ranks(d)] for d in totals.tolist()]
-    return torch.tensor(found, dtype=torch.int64, device=totals.device).reshape(-1, 2)
+    return torch.tensor(found, dtype=torch.int64, device=totals.device)
+
+
+def _thresholds(known: Known) -> list[float]:
+    """Those of every expert, one after the other."""
+    found = known_threshold(known)
+    dtype = torch.float64 if found.wide else torch.float32
+    return [number(bits, dtype) for bits in found.bits.tolist()]
 
 
 def _edges(known: Known) -> list[tuple[float, float]]:
-    """Both thresholds of every expert, the lower one first."""
-    found = known_threshold(known)
-    dtype = torch.float64 if found.wide else torch.float32
-    values = [number(bits, dtype) for bits in found.bits.tolist()]
+    """Both quantiles of every expert, the lower one first."""
+    values = _thresholds(known)
     return list(zip(values[::2], values[1::2], strict=True))
