@@ -8,7 +8,7 @@ from twinmerge.engine.transplant.texts import Texts
 from twinmerge.errors import ModelError
 from twinmerge.store.foreign import reason
 
-BEFORE = ("x", "q", ".", "1", "\n", "")
+BEFORE = ("x", "q", "a", ".", "1", "\n", "")
 """What a text is put after, one after the other, until that itself stays as it is: a text begins inside of another,
 not as a tokenizer treats the first word of all."""
 
@@ -51,10 +51,12 @@ def pieces(model: Texts, texts: Sequence[bytes], rows: int, unknown: int | None)
             found[number] = _of_bytes(model, raw)
     for before in BEFORE:
         alone = tokenizer.encode(before, add_special_tokens=False).ids
+        if before and (not alone or unknown in alone):  # a tokenizer that lacks it drops it, or a whole word with it
+            continue
         split = tokenizer.encode_batch([f"{before}{text}" for text in said], add_special_tokens=False)
         again = []
         for number, text, each in zip(left, said, split, strict=True):
-            if each.ids[: len(alone)] == alone:
+            if each.ids[: len(alone)] == alone and (len(each.ids) > len(alone) or not before):
                 found[number] = each.ids[len(alone) :]
             else:
                 again.append((number, text))
