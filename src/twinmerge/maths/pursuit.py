@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCORES = 1 << 26  # products of targets and atoms that are there at once
+SCORES = 1 << 25  # products of targets and atoms that are there at once
 BASIS = 1 << 24  # elements of the orthonormal bases of the targets that are worked on together
 DEPENDENT = 1e-7  # of an atom's norm: what is left of it beside those chosen is rounding
 DONE = 1e-7  # of a target's norm: what is left of it is rounding
@@ -105,4 +105,5 @@ def nearest(atoms: Tensor, targets: Tensor) -> Tensor:
         [1, 0]
     """
     units = atoms / atoms.norm(dim=1, keepdim=True)
-    return (targets.to(units.dtype) @ units.T).argmax(1)
+    found: Tensor = (targets.to(units.dtype) @ units.T).argmax(1)
+    return found

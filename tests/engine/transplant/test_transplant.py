@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,6 +330,18 @@ def test_what_is_refused(lab: SimpleNamespace, tmp_path: Path) -> None:
     bare = lab.make("bare", None, rows=9)
     refused("bare has no tokenizer that can be read .* which row is which", bare, donor)
     refused("bare has no tokenizer that can be read .* Name a folder", model, bare)
+    parts = lab.make("parts", one)
+    put(
+        parts, "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    )
+    refused("parts is a folder of several parts, and a tokenizer is of one", parts, donor)
+    put(model, "adapter_config.json", {"base_model_name_or_path": "x"})
+    refused("adapter on a base. Name the folder that has the tokenizer", donor, f"{donor}+{model}")
+    (Path(model) / "adapter_config.json").unlink()
+    shutil.copytree(donor, tmp_path / "tuned")
+    lab.change(str(tmp_path / "tuned"), "model.layers.0.mlp.up_proj.weight", {0: 0.5})
+    adapter = tm.extract_lora(str(tmp_path / "tuned"), donor, tmp_path / "l", rank=1, progress=False)
+    refused("is an adapter on a base. Merge it into its base first", f"{donor}+{adapter.folder}", donor)
     refused("k is 0", model, donor, k=0)
     refused("min_overlap is 1.5", model, donor, min_overlap=1.5)
     refused("takes method as 'copy' or", model, donor, method="svd")

@@ -29,6 +29,7 @@ from twinmerge.maths.threads import parallel
 from twinmerge.models.by_token import by_token
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.models.parts import layout_at
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import SIZES
@@ -62,7 +63,8 @@ def transplant(
       orthogonal matching pursuit; the model's row is Σj cj of its own rows of the same tokens. The output layer's rows
       are made so of the donor's output layer. The donor's rows of all shared tokens are held in memory, as float32.
     - "nearest": the model's row of the shared token whose donor's row has the largest cosine to the new one's.
-    - "subtokens": the mean of the rows of the tokens that the model's own tokenizer splits the new one's text into.
+    - "subtokens": the mean of the rows of the tokens that the model's own tokenizer splits the new one's text into, in the
+      middle of a longer text; its token for what it does not know is left out.
     - "copy": nothing; the mean of the rows of all shared tokens.
 
     A token that a method says nothing of (the donor has no row of it, or one of zeros) is made by "subtokens", and where
@@ -146,8 +148,13 @@ def _opened(ref: str) -> OpenedModel:
     """The model.
 
     Raises:
-        ModelError: an adapter.
+        ModelError: an adapter, a folder of several parts.
     """
+    if layout_at(ref) is not None:
+        raise ModelError(
+            f"{ref} is a folder of several parts, and a tokenizer is of one. Name the folder of that part; the others "
+            "are not written."
+        )
     found = open_model(ref)
     if found.adapter is not None:
         raise ModelError(
