@@ -352,6 +352,19 @@ def test_what_is_refused(lab: SimpleNamespace, tmp_path: Path) -> None:
     refused("of .*model holds NaN or infinity", model, tmp_path / "alone", method="copy")
 
 
+def test_inputs_that_change_on_the_way_are_refused(
+    lab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, donor = lab.make("model", lab.trained("byte", "one")), lab.make("donor", lab.trained("byte", "two"))
+
+    def writes(*given: Any) -> str:
+        lab.change(model, EMBED, {0: 1.0})
+        return ""
+
+    monkeypatch.setattr("twinmerge.engine.transplant.transplant.card", writes)
+    refused("changed while it was read", model, donor)
+
+
 def test_tokenizers_that_are_not_understood(lab: SimpleNamespace, tmp_path: Path) -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<s>": 2, "hat": 3, "odd": 4}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

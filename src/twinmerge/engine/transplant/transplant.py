@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from twinmerge.arguments import at_least_one, device_known, strict
 from twinmerge.engine.folder import Beside
+from twinmerge.engine.provenance import require_same, state_of
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.sides import check_sides, config_said, settings_folder
 from twinmerge.engine.tokens.apply import tokens_of
@@ -117,7 +120,9 @@ def transplant(
         return found
     changed = with_donor(opened, donor, own, shared, size)
     check_sides(changed)
-    check_written([opened] if weights is None else [opened, weights])
+    read = [opened] if weights is None else [opened, weights]
+    check_written(read)
+    before = _states(read)
     new = np.array(sorted(i for i in donor.tokens.ids.values() if shared.rows[i] < 0), np.int64)
     specs, changes, made = dict(opened.specs), dict(opened.changes), {}
     for lead, table in of.items():
@@ -129,7 +134,13 @@ def transplant(
             specs[name] = Spec(spec.code, (*spec.shape[:axis], size, *spec.shape[axis + 1 :]))
             changes[name] = Mixed(opened, name, composition, width_of(opened, name, tables[name]))
     found = found._replace(folder=Path(out), made=made)
-    _write(replace(changed, specs=specs, changes=changes), found, donor, progress)
+    _write(
+        replace(changed, specs=specs, changes=changes),
+        found,
+        donor,
+        progress,
+        lambda: require_same(before, _states(read)),
+    )
     return found
 
 
@@ -204,8 +215,17 @@ def _split(own: Texts, theirs: Texts, rows: int, unknown: int | None, ids: Ids) 
     return pieces(own, texts, rows, unknown)
 
 
-def _write(model: OpenedModel, found: Transplanted, donor: Donor, progress: bool) -> None:
-    """The folder, tensor by tensor, range by range."""
+def _states(models: Sequence[OpenedModel]) -> list[list[Any]]:
+    """Sizes and times of the files that are read."""
+    return [state_of(model.name, file) for model in models for file in model.files]
+
+
+def _write(model: OpenedModel, found: Transplanted, donor: Donor, progress: bool, require: Callable[[], None]) -> None:
+    """The folder, tensor by tensor, range by range.
+
+    Args:
+        require: refuses inputs that changed meanwhile.
+    """
     assert found.folder is not None
     names = {model.stored_name(name): name for name in model.specs}
     specs = {stored: model.specs[name] for stored, name in names.items()}
@@ -222,6 +242,7 @@ def _write(model: OpenedModel, found: Transplanted, donor: Donor, progress: bool
         finally:
             writer.close()
         Beside(model, model.folder, described(found, donor, model), card(found, donor, model)).write(folder)
+        require()
 
 
 def _copy(each: Range, model: OpenedModel, name: str, writer: CheckpointWriter) -> None:
