@@ -30,6 +30,7 @@ from merge_methods_parts.comparison import COUNTS, VALIDATION_ROWS, Comparison
 MEASURED_ROWS = 1000  # per expert
 DATA = {
     "fisher": f"{MEASURED_ROWS} texts per expert, {VALIDATION_ROWS} labelled rows",
+    "fisher_deltas": f"{MEASURED_ROWS} texts per expert, {VALIDATION_ROWS} labelled rows",
     "regmean": f"{MEASURED_ROWS} texts per expert, {VALIDATION_ROWS} labelled rows",
     "emr": "none",
 }
@@ -74,6 +75,7 @@ def main() -> None:
         choices=["too", "only"],
         help="methods on singular values, LiNeS and MagMax; alone: without masks and statistics",
     )
+    parser.add_argument("--newer", choices=["too", "only"], help="SWUDI, TACT, PCB-Merging and others of 2024 to 2026")
     parser.add_argument("--only", help="labels to score, such as wudi,iso_c + LiNeS; all where none is named")
     parser.add_argument("--tasks", default="sst2,cr,mpqa,trec,agnews,emotion,sick,banking77")
     options = parser.parse_args()

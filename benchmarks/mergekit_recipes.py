@@ -4,14 +4,17 @@ Tables: docs/mergekit.md, "The recipes of others".
 
     python benchmarks/mergekit_recipes.py RECIPES --models DIR --work DIR [--only 03,07] [--seeds 8] [--out FILE.json]
 
-RECIPES is a folder of recipe files (.yaml) whose models are in DIR/models and named relative to DIR. mergekit runs by its command alone,
-in an environment that is kept in the work folder, and what it wrote is kept there too: only twinmerge runs again. Of
-every recipe there are two runs: as it is; and with dtype float32, in which mergekit's arithmetic has the precision of
-ours, on copies of the models in float32 with no two changes of one size, so that no method cuts among equals. Prints for each: both results, the largest difference in units in the last place of the output's dtype (of the
-largest number of the tensor, so that zeros count little), the share of entries that differ, what differs in configs
-and tokenizers, time and peak memory of both. What has random masks differs by its draws: with --seeds it is run in
-float32 with so many seeds by both, and the second table says how the shares of changed entries and the means agree.
-Linux only.
+RECIPES is a folder of recipe files (.yaml) whose models are in DIR/models and named relative to DIR. mergekit runs by
+its command alone, in an environment that is kept in the work folder, and what it wrote is kept there too: only
+twinmerge runs again. Of every recipe there are two runs: as it is; and with dtype float32, in which mergekit's
+arithmetic has the precision of ours, on copies of the models in float32 with hardly two changes of one size, so that
+methods rarely cut among equals.
+
+Prints for each: both results, the largest difference in units in the last place of the output's dtype (of the largest
+number of the tensor, so that zeros count little), the share of entries that differ, how many differ by more than
+rounding, what differs in configs and tokenizers, time and peak memory of both. What has random masks differs by its
+draws: with --seeds it is run in float32 with so many seeds by both, and the second table says how the shares of changed
+entries and the means agree. Linux only.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from mergekit_recipes_parts.untied import untied
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 SAID_ELSEWHERE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
+FAR = 4  # units: more is no matter of rounding
 UNIT = {"torch.float32": 2.0**-23, "torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10}
 
 
@@ -123,16 +127,17 @@ def run_mergekit(text: str, file: Path, out: Path, peer: Path, models: Path, wor
         command += ["--out-path", str(out)]
     else:
         command = [str(peer), str(file), str(out), "--lora-merge-cache", str(work / "lora" / file.stem)]
+        if file.stem.endswith("float32"):
+            command += ["--lora-merge-dtype", "float32"]
     return attempt(command, models, offline())[0]
 
 
 def compared(theirs: Path, ours: Path) -> dict[str, Any]:
     """How two outputs differ."""
-    import torch
 
     one, two = tensors(theirs), tensors(ours)
     found: dict[str, Any] = {"names": sorted(one.keys() ^ two.keys())}
-    worst, where, differ, count, odd = 0.0, "", 0, 0, []
+    worst, where, differ, far, count, odd = 0.0, "", 0, 0, 0, []
     for name in sorted(one.keys() & two.keys()):
         a, b = one[name], two[name]
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -141,10 +146,11 @@ def compared(theirs: Path, ours: Path) -> dict[str, Any]:
         gap = (a.double() - b.double()).abs()
         differ, count = differ + int((gap > 0).sum()), count + gap.numel()
         largest = max(float(a.double().abs().max()), 1e-30) if a.numel() else 1.0
-        units = float(gap.max()) / (largest * UNIT[str(a.dtype)]) if a.numel() and a.dtype != torch.int64 else 0.0
+        unit = largest * UNIT.get(str(a.dtype), 1.0)
+        units, far = float(gap.max()) / unit if a.numel() else 0.0, far + int((gap > FAR * unit).sum())
         if units > worst:
             worst, where = units, name
-    found |= {"shapes": odd, "units": worst, "where": where, "differ": differ, "entries": count}
+    found |= {"shapes": odd, "units": worst, "where": where, "differ": differ, "far": far, "entries": count}
     return found | {"files": [said for name in FILES if (said := file_difference(theirs / name, ours / name))]}
 
 
@@ -173,6 +179,7 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         "twinmerge",
         "largest difference, ulp",
         "entries that differ",
+        f"by more than {FAR}",
         "files",
         "s",
         "MB",
@@ -189,6 +196,7 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
                 row["twinmerge"],
                 f"{row['units']:.2g}" if same else "–",
                 f"{100 * row['differ'] / max(1, row['entries']):.3g} %" if same else "–",
+                str(row["far"]) if same else "–",
                 "; ".join([*strange, *row.get("files", [])]) or "same",
                 f"{row['mergekit_s']:.1f} / {row['twinmerge_s']:.1f}",
                 f"{row['mergekit_mb']:.0f} / {row['twinmerge_mb']:.0f}",
@@ -197,7 +205,7 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
     runs = [row for row in rows if row["mergekit"] == "runs" and row["run"] == "as it is"]
     done = [row for row in runs if row["twinmerge"] == "runs"]
     return [
-        *table(heads, "llllrrlrr", lines),
+        *table(heads, "llllrrrlrr", lines),
         "",
         f"mergekit runs {len(runs)} of them, twinmerge {len(done)} of those.",
     ]

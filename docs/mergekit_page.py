@@ -47,7 +47,7 @@ COMMANDS = {
     "mergekit-multi FILE --intermediate-dir D": "`twinmerge merge FILE OUT`, without the folders on the way; with `--intermediate-dir D` they are written too",
     "mergekit-extract-lora": "`twinmerge lora extract`",
     "mergekit-moe": "not yet",
-    "mergekit-tokensurgeon": "not yet",
+    "mergekit-tokensurgeon": "`twinmerge transplant MODEL --tokenizer DONOR -o OUT`: its omp, and subword mean as `subtokens`; also `nearest` and `copy`; matched by text",
     "mergekit-pytorch": "not yet",
     "mergekit-evolve": "`twinmerge search` varies parameters on a suite",
     "mergekit-legacy": "`twinmerge merge --method … --expert …`",

@@ -33,6 +33,25 @@ COUNTS = (2, 4, 6, 8)
 MASKS = {"tall_masks (sum)": ("tall_masks", "sum"), "tall_masks (ties)": ("tall_masks", "ties"), "emr": ("emr", None)}
 
 
+STATISTICS = {"fisher": "fisher", "fisher_deltas": "fisher", "regmean": "gram"}
+
+NEWER = (
+    "swudi",
+    "tact",
+    "pcb",
+    "localize_and_stitch",
+    "fisher_deltas",
+    "magnitude",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della_linear",
+    "della",
+    "sce",
+    "ram",
+    "ram_plus",
+)
+
+
 class Comparison:
     """The plan for one number of experts."""
 
@@ -65,7 +84,9 @@ class Comparison:
     def run(self) -> None:
         if self.options.spectral:
             self.spectral()
-        if self.options.spectral == "only":
+        if self.options.newer:
+            self.newer()
+        if "only" in (self.options.spectral, self.options.newer):
             return
         for method in ("average", "task_arithmetic", "ties", "dare", "dare_ties", "tsv"):
             self.static(method, lambda m=method: candidates(m, self.names))
@@ -91,10 +112,14 @@ class Comparison:
         for method in ("knots", "null_space"):
             self.static(method, lambda m=method: candidates(m, self.names))
 
+    def newer(self) -> None:
+        """The baselines, and the methods of 2024 to 2026 that are no part of the tables above."""
+        for method in ("average", "task_arithmetic", "tsv", *NEWER):
+            self.static(method, lambda m=method: candidates(m, self.names))
+
     def recipe(self, method: str, **parameters: Any) -> Recipe:
         statistics = {}
-        if method in ("fisher", "regmean"):
-            what = {"fisher": "fisher", "regmean": "gram"}[method]
+        if what := STATISTICS.get(method):
             statistics = {n: str(self.options.out / "statistics" / f"{n}.{what}.safetensors") for n in self.names}
         return Recipe(method, self.options.base, self.experts, parameters, heads=("pooler",), statistics=statistics)
 

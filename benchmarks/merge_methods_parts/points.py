@@ -50,6 +50,34 @@ def candidates(method: str, experts: list[str]) -> list[dict[str, Any]]:
             return list(grid(form=["fixed", "released", "paper"], alpha=[0.2, 0.4, 0.5, 0.6]))
         case "null_space":
             return list(grid(rank=[32, 128], scale=[0.4, 0.6, 0.7, 0.85, 1.0, 1.3]))
+        case "swudi":
+            return list(grid(share=[0.3, 0.65, 0.85], scale=[0.8, 1.0])) + list(
+                grid(scale=[0.5, 0.65, 0.8, 0.9, 1.0, 1.2])
+            )
+        case "tact":
+            return list(grid(density=[0.3, 0.5, 1.0], scale=[0.65, 0.8, 1.0, 1.3]))
+        case "pcb":
+            return list(grid(density=[0.05, 0.1, 0.2], scale=[0.7, 1.0, 1.2, 1.6]))
+        case "localize_and_stitch":
+            return list(grid(density=[0.02, 0.05, 0.1, 0.2], scale=[0.7, 1.0, 1.3]))
+        case "fisher_deltas":
+            return list(grid(scale=[0.7, 0.85, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.5]))
+        case "magnitude":
+            return list(grid(density=[0.1, 0.2, 0.4], scale=[0.15, 0.25, 0.4, 0.6]))
+        case "breadcrumbs":
+            return list(grid(density=[0.5, 0.85], gamma=[0.01, 0.05], scale=[0.2, 0.3, 0.4]))
+        case "breadcrumbs_ties":
+            return list(grid(density=[0.5, 0.85], gamma=[0.01, 0.05], scale=[0.7, 1.0, 1.3]))
+        case "della_linear":
+            return list(grid(density=[0.5, 0.7, 0.84], scale=[0.15, 0.25, 0.4, 0.6]))
+        case "della":
+            return list(grid(density=[0.5, 0.7, 0.84], scale=means))
+        case "sce":
+            return list(grid(select_topk=[0.1, 0.5, 1.0], scale=means))
+        case "ram":
+            return list(grid(epsilon=[0.0, 1e-5, 1e-3], scale=[0.7, 1.0, 1.3, 1.8]))
+        case "ram_plus":
+            return list(grid(epsilon=[1e-5, 1e-3], r=[0.1, 0.2], scale=[0.7, 1.0, 1.4]))
         case "regmean":
             return list(grid(alpha=[0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0]))
     raise AssertionError(method)

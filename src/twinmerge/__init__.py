@@ -61,6 +61,7 @@ _WHERE = {
     "recipe_template": "recipes.template",
     "search": "study.search",
     "smoke_check": "study.smoke",
+    "transplant": "engine.transplant.transplant",
     "verify": "engine.verify",
 }
 __all__ = ["__version__", *_WHERE]
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from twinmerge.engine.explain import explain_recipe as explain_recipe
     from twinmerge.engine.merge import Merge as Merge
     from twinmerge.engine.push import push as push
+    from twinmerge.engine.transplant.transplant import transplant as transplant
     from twinmerge.engine.verify import verify as verify
     from twinmerge.errors import DamagedFile as DamagedFile
     from twinmerge.errors import DataError as DataError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from twinmerge.cli.command import COMMANDS, GROUPS
-from twinmerge.cli.complete import methods, of_adapters, of_masks, over_time, recipes
+from twinmerge.cli.complete import methods, of_masks, over_time, recipes
 from twinmerge.methods.kit.registry import method_class, method_names
 
 SHELLS = ("bash", "zsh", "fish")
@@ -62,7 +62,6 @@ def test_methods_of_a_command_are_those_that_it_takes() -> None:
     assert methods("") == method_names() and methods("no such") == []
     classes = {name: method_class(name) for name in method_names()}
     assert of_masks("") == [n for n, cls in classes.items() if cls.outputs == "masks"]
-    assert of_adapters("") == [n for n, cls in classes.items() if cls.core_space]
     assert {"iso_c", "magmax"} <= {*over_time("")} and "ties" not in over_time("")
 
 

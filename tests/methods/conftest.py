@@ -96,15 +96,15 @@ def prepare(
         dtypes = {state[tensor].dtype for state in ([] if base is None else [base]) + [experts[e] for e in names]}
         wide = torch.float64 in dtypes
         x = torch.stack([experts[e][tensor].to(torch.float64 if wide else torch.float32) for e in names])
+        fisher, grams, place = None, [], Place(tensor, tuple(x.shape[1:]), 0, names, wide=wide)
+        if "fisher" in method.needs:
+            fisher = torch.stack([fisher_of(e, tensor, tuple(x.shape[1:])) for e in names])
+        if "gram" in method.needs:
+            grams = [partial(gram_of, e, tensor, tuple(x.shape[1:])) for e in names]
         if method.space == "parameters" or base is None:
-            fisher, grams = None, []
-            if "fisher" in method.needs:
-                fisher = torch.stack([fisher_of(e, tensor, tuple(x.shape[1:])) for e in names])
-            if "gram" in method.needs:
-                grams = [partial(gram_of, e, tensor, tuple(x.shape[1:])) for e in names]
-            return Tile(x, None, Place(tensor, tuple(x.shape[1:]), 0, names, wide=wide), fisher=fisher, grams=grams)
+            return Tile(x, None, place, fisher=fisher, grams=grams)
         reference = base[tensor].to(x.dtype)
-        return Tile(x - reference, reference, Place(tensor, tuple(x.shape[1:]), 0, names, wide=wide))
+        return Tile(x - reference, reference, place, fisher=fisher, grams=grams)
 
     return method, load
 
@@ -611,6 +611,15 @@ def fisher(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
     return out
 
 
+def fisher_deltas(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
+    f = {n: np.stack([fisher_of(e, n, v.shape[1:]).double().numpy() for e in experts]) for n, v in x.items()}
+    flat = np.concatenate([v.reshape(len(v), -1) for v in f.values()], 1)
+    c = each(p.weights, len(experts)) / (np.sqrt((flat**2).sum(1)) if p.normalize else 1)
+    share = {n: c.reshape(-1, *[1] * (v.ndim - 1)) * v for n, v in f.items()}
+    total = {n: (share[n] * v).sum(0) for n, v in x.items()}
+    return {n: p.scale * v / np.where((f[n] > 0).any(0), share[n].sum(0), 1) for n, v in total.items()}
+
+
 def regmean(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
     """Least squares on the tokens themselves, with rows that pull to the mean."""
     out = average(x, experts, p)
@@ -629,7 +638,20 @@ def regmean(x: Arrays, experts: tuple[str, ...], p: SimpleNamespace) -> Arrays:
 
 TRANSCRIPTIONS = {
     f.__name__: f
-    for f in (average, fisher, regmean, task_arithmetic, ties, dare, dare_ties, slerp, tall_masks, consensus, emr)
+    for f in (
+        average,
+        fisher,
+        fisher_deltas,
+        regmean,
+        task_arithmetic,
+        ties,
+        dare,
+        dare_ties,
+        slerp,
+        tall_masks,
+        consensus,
+        emr,
+    )
 } | {f.__name__: f for f in (magnitude, breadcrumbs, breadcrumbs_ties, della_linear, della)}
 TRANSCRIPTIONS |= {
     f.__name__: f for f in (magmax, tsv, svc, iso_c, iso_cts, wudi, knots, opcm, null_space, continual_ties)

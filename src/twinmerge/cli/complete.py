@@ -41,11 +41,6 @@ def of_masks(incomplete: str) -> list[str]:
     return _some(incomplete, lambda cls: cls.outputs == "masks")
 
 
-def of_adapters(incomplete: str) -> list[str]:
-    """Methods that merge adapters into one."""
-    return _some(incomplete, lambda cls: cls.core_space)
-
-
 def _some(incomplete: str, fits: Callable[[type[Method]], bool]) -> list[str]:
     from twinmerge.methods.kit.registry import method_class
 

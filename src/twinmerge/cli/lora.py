@@ -22,7 +22,7 @@ from twinmerge.cli.common import (
     said,
     size,
 )
-from twinmerge.cli.complete import of_adapters
+from twinmerge.cli.complete import methods
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.results import bytes_of
@@ -48,10 +48,22 @@ def merge(
     ] = None,
     rank: Rank = None,
     energy: Energy = None,
+    compress_first: Annotated[
+        bool,
+        typer.Option(
+            "--compress-first/--compress-last",
+            help="With --rank: bring adapters into directions that they share, then merge; or cut the finished merge.",
+        ),
+    ] = True,
+    by_norm: Annotated[
+        float, typer.Option("--by-norm", help="How much adapters count by their norms in sharing: 0 (alike) to 1.")
+    ] = 0.0,
     method: Annotated[
         str,
         typer.Option(
-            "--method", help="task_arithmetic, or one on singular values, such as tsv.", autocompletion=of_adapters
+            "--method",
+            help="task_arithmetic, one on singular values, such as tsv; with --rank any.",
+            autocompletion=methods,
         ),
     ] = "task_arithmetic",
     parameter: Parameters = None,
@@ -66,6 +78,8 @@ def merge(
     """Merge LoRA adapters of one base into one adapter: the exact weighted sum, of any ranks, in its fewest directions.
 
     twinmerge lora merge --base B --expert a=ADAPTER --expert b=ADAPTER2 [--weight a=0.7] [--rank 16] -o OUT
+
+    With --rank the adapters are compressed before they are merged, by any method: --method ties --rank 16.
 
     twinmerge lora merge --method tsv --base B --expert a=ADAPTER --expert b=ADAPTER2 -o OUT
     """
@@ -84,6 +98,8 @@ def merge(
         pairs(expert, "--expert"),
         None if dry_run else output,
         method=method,
+        compress_first=compress_first,
+        by_norm=by_norm,
         drop_heads=drop_heads,
         **options,
         **parameters_for(merge_lora, parameter, also),
@@ -93,7 +109,8 @@ def merge(
         print_json(found.to_dict())
     elif dry_run:
         lines = [(name, str(r), f"{100 * found.energy[name]:.4g} %") for name, r in ranks.items()]
-        print_table("Nothing is written (--dry-run)", ["matrix", "rank", "of its squared norm"], lines)
+        share = "of the adapters' squared norms" if rank is not None and compress_first else "of its squared norm"
+        print_table("Nothing is written (--dry-run)", ["matrix", "rank", share], lines)
     else:
         said(f"Merged {len(ranks)} matrices, {_span(list(ranks.values()))}, {size(bytes_of(output))} -> {output}")
 

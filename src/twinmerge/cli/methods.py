@@ -49,7 +49,8 @@ def _list(found: Mapping[str, Mapping[str, Any]]) -> None:
             typer.echo(f"{group}")
         for name, about in rows.items():
             needs = ", ".join(each.removesuffix(" statistics") for each in about["needs"]) or "–"
-            typer.echo(f"  {name:<19} {about['cost'] or '?':<18} {needs:<6} {about['strong']}".rstrip())
+            room = min(18, 24 - len(needs))  # both together have 25 columns
+            typer.echo(f"  {name:<19} {about['cost'] or '?':<{room}} {needs:<6} {about['strong']}".rstrip())
     tell(
         "\nAfter the name: what it takes (a read: all models once), what it needs beside the experts, and where it is "
         "strong, by its paper or its formula. Formula and parameters of one: twinmerge methods NAME"

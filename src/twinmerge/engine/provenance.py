@@ -76,7 +76,7 @@ def states_of(plan: Plan) -> list[list[Any]]:
     files += [
         (f"statistics {name}", Path(plan.recipe.statistics[name])) for name in plan.experts if plan.recipe.statistics
     ]
-    return [_state(label, file) for label, file in files]
+    return [state_of(label, file) for label, file in files]
 
 
 def require_same(before: list[list[Any]], after: list[list[Any]]) -> None:
@@ -90,7 +90,12 @@ def require_same(before: list[list[Any]], after: list[list[Any]]) -> None:
             raise ModelError(f"{one[1]} ({one[0]}) changed while it was read. Run again when nobody writes it.")
 
 
-def _state(label: str, file: Path) -> list[Any]:
+def state_of(label: str, file: Path) -> list[Any]:
+    """Label, path, size, and times of change of content and entry of a file.
+
+    Raises:
+        TwinmergeError: it cannot be read.
+    """
     try:
         status = file.stat()
     except OSError as error:

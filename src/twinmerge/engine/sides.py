@@ -48,17 +48,17 @@ def with_sides(
         id(model): _ids(label, model, tokens, unified)
         for label, model in ((BASE, base), (recipe.side_files_from or BASE, donor))
     }
-    config = _config(base)
+    config = config_said(base)
     changed = {} if unified is None else resized(config, unified.order.size)
     own, lost = renumbered({**config, **changed}, ids[id(base)])
     changed |= own
     if donor is not base:
-        special = {key: value for key, value in _config(donor).items() if key.endswith(ONE)}
+        special = {key: value for key, value in config_said(donor).items() if key.endswith(ONE)}
         new, more = renumbered(special, ids[id(donor)])
         changed |= special | new
         lost += more
-    generates = donor if _generation(donor) else base
-    generation = _generation(generates)
+    generates = donor if generation_said(donor) else base
+    generation = generation_said(generates)
     new, more = renumbered(generation, ids[id(generates)])
     _warn_of_lost(dict.fromkeys((*lost, *more)))
     same = generates is base and was.generation is None and not new
@@ -73,12 +73,12 @@ def with_sides(
     return replace(base, sides=sides, config_changes={**base.config_changes, **changed})
 
 
-def _config(model: OpenedModel) -> dict[str, Any]:
+def config_said(model: OpenedModel) -> dict[str, Any]:
     """What the config.json of a model says; nothing of one in memory, whose class says it."""
     return {} if model.folder is None else {**json_in(model.folder, MODEL), **model.config_changes}
 
 
-def _generation(model: OpenedModel) -> Mapping[str, Any]:
+def generation_said(model: OpenedModel) -> Mapping[str, Any]:
     """What a model's generation_config.json says; empty without one."""
     if model.sides is not None and model.sides.generation is not None:
         return model.sides.generation

@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 5
+#define VERSION 6
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -539,20 +539,31 @@ INLINE uint32_t NAME(shares)(const void *fisher, const float *restrict x, size_t
     return worst;
 }
 
-/* Fisher-weighted averaging; where nothing has any weight, the plain weighted mean. */
+/* Fisher-weighted averaging; where nothing has any weight, the plain weighted mean, or of deltas the base. */
 static TARGET void NAME(weigh)(const Rule *rule, const Range *range, const void *const *fisher, Outcome *outcome) {
     double total[CHUNK], mass[CHUNK];
-    float x[CHUNK], merged[CHUNK];
-    int out = range->codes[rule->experts];
+    float x[CHUNK], merged[CHUNK], base[CHUNK];
+    const float *known = rule->deltas ? base : NULL;
+    const uint8_t *codes = range->codes + 1;
+    int out = codes[rule->experts];
     for (size_t at = 0, n; at < range->size; at += n) {
         n = least(CHUNK, range->size - at);
+        if (known)
+            outcome->sound &= NAME(load)(from(range->base, range->codes[0], at), range->codes[0], NULL, n, base);
         memset(total, 0, sizeof total);
         memset(mass, 0, sizeof mass);
         for (int64_t e = 0; e < rule->experts; e++) {
-            int code = range->codes[e];
-            outcome->sound &= NAME(load)(from(range->experts[e], code, at), code, NULL, n, x);
+            int code = codes[e];
+            outcome->sound &= NAME(load)(from(range->experts[e], code, at), code, known, n, x);
             uint32_t worst = NAME(shares)(from(fisher[e], F32, at), x, n, rule->importances[e], rule->floors[e], total, mass);
             outcome->sound &= worst < INFINITE;
+        }
+        if (known) {
+            for (size_t i = 0; i < n; i++)
+                total[i] = mass[i] > 0 ? total[i] / mass[i] : 0;
+            NAME(move_d)(total, base, n, rule->scale, merged);
+            NAME(round)(merged, known, n, (void *)from(range->out, out, at), out, outcome);
+            continue;
         }
         uint32_t none = 0;
         for (size_t i = 0; i < n; i++) {
@@ -562,7 +573,7 @@ static TARGET void NAME(weigh)(const Rule *rule, const Range *range, const void 
         if (none) {
             memset(total, 0, sizeof total);
             for (int64_t e = 0; e < rule->experts; e++) {
-                int code = range->codes[e];
+                int code = codes[e];
                 NAME(load)(from(range->experts[e], code, at), code, NULL, n, x);
                 for (size_t i = 0; i < n; i++)
                     total[i] += rule->weights[e] * x[i];
@@ -995,9 +1006,9 @@ EXPORT void twinmerge_fused_merge(const Rule *rule, const void *base, const void
 }
 
 /* found: as above; codes: of experts and out. */
-EXPORT void twinmerge_fused_weigh(const Rule *rule, const void *const *experts, const void *const *fisher, void *out,
-                                  const char *codes, size_t size, int64_t *found) {
-    Range range = {NULL, experts, out, (const uint8_t *)codes, size, 0, NULL};
+EXPORT void twinmerge_fused_weigh(const Rule *rule, const void *base, const void *const *experts, const void *const *fisher,
+                                  void *out, const char *codes, size_t size, int64_t *found) {
+    Range range = {base, experts, out, (const uint8_t *)codes, size, 0, NULL};
     Outcome outcome = {0, 0, 1, 1};
     levels[level]->weigh(rule, &range, fisher, &outcome);
     found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;

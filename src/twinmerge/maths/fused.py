@@ -29,7 +29,7 @@ CODES = ("BF16", "F16", "F32")
 
 SHARED = 4  # values that `in_bracket` counts apart, at most
 MOST = 1024  # experts, at most
-_VERSION = 5  # of fused.c
+_VERSION = 6  # of fused.c
 _BLOCK = 65_536
 _BRANCH, _LEVELS, _PANEL, _COLUMNS = 8, 8, 8, 64  # of fused.c: how the sums of a block are put together
 _CODE = {name: number for number, name in enumerate(CODES)}
@@ -116,8 +116,8 @@ class Rule(NamedTuple):
     mean of the x_t that are not 0 where those are several, and wt x_t where it is one. First x_t is ranked or dropped,
     then trimmed, then loses what `cut` would keep, then is multiplied by its one of `factors`, and at last all are
     selected, where that is asked for. importance: the result is Σ It θt / Σ It with It = factor · max(Ft, floor), and
-    Σ wt θt / divisor where all It are 0. ready: the values are x_t as `staged` gives them, and sums over them are taken
-    in that dtype.
+    Σ wt θt / divisor where all It are 0; of deltas θ0 + scale · Σ It x_t / Σ It, and θ0 there. ready: the values are
+    x_t as `staged` gives them, and sums over them are taken in that dtype.
     """
 
     weights: tuple[float, ...]
@@ -196,21 +196,18 @@ def merge(
     library, prepared = _required(), _prepared(rule)
     size = _size(out)
     found = _Found()
-    if rule.importance is not None:
-        order = rule.importance.order
-        if len(fisher) != len(experts) or sorted(order) != list(range(len(experts))):
-            raise ValueError(f"{len(fisher)} Fishers in the order {order} for {len(experts)} experts")
-        addresses = prepared.row(*[_address(experts[e], size) for e in order])
-        importances = prepared.row(*[_address(Values(fisher[e].memory, "F32"), size) for e in order])
-        codes = bytes([*[_CODE[experts[e].code] for e in order], _CODE[out.code]])
-        target = _address(out, size, writes=True)
-        library.twinmerge_fused_weigh(prepared.pointer, addresses, importances, target, codes, size, found)
-        return Outcome(0, 0, bool(found[2]), bool(found[3]))
     at, of_base = _stored(theirs, size)
-    addresses = prepared.row(*[_address(each, size) for each in experts])
-    codes = bytes([of_base, *[_CODE[each.code] for each in experts], _CODE[out.code]])
+    order = rule.importance.order if rule.importance is not None else range(len(experts))
+    if rule.importance is not None and not len(fisher) == len(experts) == len({*order} & {*range(len(experts))}):
+        raise ValueError(f"{len(fisher)} Fishers in the order {order} for {len(experts)} experts")
+    addresses = prepared.row(*[_address(experts[e], size) for e in order])
+    codes = bytes([of_base, *[_CODE[experts[e].code] for e in order], _CODE[out.code]])
     target = _address(out, size, writes=True)
-    library.twinmerge_fused_merge(prepared.pointer, at, addresses, target, codes, size, offset, None, found)
+    if rule.importance is not None:
+        importances = prepared.row(*[_address(Values(fisher[e].memory, "F32"), size) for e in order])
+        library.twinmerge_fused_weigh(prepared.pointer, at, addresses, importances, target, codes, size, found)
+    else:
+        library.twinmerge_fused_merge(prepared.pointer, at, addresses, target, codes, size, offset, None, found)
     changed, erased, sound, fits = found
     return Outcome(changed, erased, bool(sound), bool(fits))
 
@@ -584,7 +581,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
         ),
         ("ranked", [*values, ctypes.c_uint64, count, code, *[address] * 5], code),
         ("spread", [address, count, count, address], None),
-        ("weigh", [address, address, address, address, ctypes.c_char_p, count, address], None),
+        ("weigh", [address, address, address, address, address, ctypes.c_char_p, count, address], None),
         ("gram", [address, address, ctypes.c_char_p, count, count, address, address, address], None),
         ("norms", [*values, address, ctypes.c_uint32, ctypes.c_uint64, address], None),
         ("bracket", [*values, ctypes.c_int32, ctypes.c_uint32, address, address, address], count),

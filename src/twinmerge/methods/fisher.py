@@ -48,7 +48,7 @@ class FisherSquares(Pass[list[Squares]]):
         key, found = f"{tile.at.name}\0{tile.at.offset:020d}", {}
         for e, name in enumerate(tile.at.experts):
             f = tile.fisher[e]
-            _require_sound(f, tile.at, name)
+            require_sound(f, tile.at, name)
             found[f"{key}\0{e}"] = (
                 sums.block_sums(f).tolist(),
                 sums.blocked_dot(f, f).tolist(),
@@ -151,20 +151,11 @@ class Fisher(Method):
         for name, weight, size in zip(
             experts, per_expert(self.weights, len(experts)), known.of(FisherSquares), strict=True
         ):
-            if weight < 0:
-                raise RecipeError(f"fisher: the weight of {name!r} is {weight:g}. Give 0 or more.")
-            if self.normalize and not size.squares > 0:
-                raise DataError(
-                    f"The Fisher information of {name!r} is 0 in all merged tensors, so it has no norm to divide by. "
-                    "Measure it again on data that the model is not certain of, leave the expert out, or set "
-                    "normalize=false."
-                )
-            factors.append(weight / (size.squares**0.5 if self.normalize else size.examples))
+            factors.append(factor_of(name, weight, size, self.normalize))
             mean = size.examples if self.compat == "official" else size.total / max(size.entries, 1)
             least = self.floor * mean
             floors.append(0.0 if self.favor_target and name != target else least)
-        by_name = sorted(range(len(experts)), key=experts.__getitem__)  # the order given changes no bit
-        return Importance(tuple(factors), tuple(floors), tuple(by_name))
+        return Importance(tuple(factors), tuple(floors), by_name(experts))
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         import torch
@@ -174,7 +165,7 @@ class Fisher(Method):
         total = tile.x.new_zeros(tile.x.shape[1:], dtype=torch.float64)
         mass, plain = torch.zeros_like(total), torch.zeros_like(total)
         for e in found.order:
-            _require_sound(tile.fisher[e], tile.at, tile.at.experts[e])
+            require_sound(tile.fisher[e], tile.at, tile.at.experts[e])
             theta = tile.x[e].double()
             share = tile.fisher[e].double().clamp_min_(found.floors[e]).mul_(found.factors[e])
             total += share * theta
@@ -187,7 +178,37 @@ class Fisher(Method):
         return Rule(weights, deltas=False, divisor=sum(weights), importance=self.importance(at.experts, known))
 
 
-def _require_sound(fisher: Tensor, at: Place, expert: str) -> None:
+def factor_of(expert: str, weight: float, size: Squares, normalize: bool) -> float:
+    """ct of an expert, for Fisher information as it is stored: summed over examples and not divided by them.
+
+    Raises:
+        TwinmergeError: a negative weight, or Fisher information that is 0 everywhere and has no norm.
+
+    Example:
+        >>> factor_of("a", 2.0, Squares(3.0, 16.0, 4), normalize=True)
+        0.5
+    """
+    if weight < 0:
+        raise RecipeError(f"fisher: the weight of {expert!r} is {weight:g}. Give 0 or more.")
+    if normalize and not size.squares > 0:
+        raise DataError(
+            f"The Fisher information of {expert!r} is 0 in all merged tensors, so it has no norm to divide by. Measure "
+            "it again on data that the model is not certain of, leave the expert out, or set normalize=false."
+        )
+    return weight / (size.squares**0.5 if normalize else size.examples)
+
+
+def by_name(experts: Sequence[str]) -> tuple[int, ...]:
+    """The experts' numbers in the order of their names, in which sums are taken: the order given changes no bit."""
+    return tuple(sorted(range(len(experts)), key=experts.__getitem__))
+
+
+def require_sound(fisher: Tensor, at: Place, expert: str) -> None:
+    """Refuse Fisher information that cannot be any.
+
+    Raises:
+        DataError: it is negative, NaN or infinite somewhere.
+    """
     if not bool((fisher >= 0).all() & fisher.isfinite().all()):
         raise unsound(expert, at.name)
 

@@ -3,23 +3,21 @@ space."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from twinmerge.errors import ModelError
 from twinmerge.maths.gram_svd import gram
-from twinmerge.methods.kit.base import TABLES, Grain, Known, Partial, PerExpert, Place, column, per_expert
+from twinmerge.methods.kit.base import Known, Partial, PerExpert, Place, column, per_expert
 from twinmerge.methods.kit.fold import Seen, State, SumFold, stacked
-from twinmerge.methods.kit.spectral import Spectral, Weights, elementwise_field, share_of
+from twinmerge.methods.kit.spectral import OnInputs, Spectral, Weights, share_of
 from twinmerge.methods.kit.tall import Coefficients
 
 LARGEST_RIDGE = 1.0
 
 
-class Wudi(Spectral, SumFold):
+class Wudi(OnInputs, SumFold):
     """Matrices: θ = θ0 + λ M*, M* = argmin Σt ‖(M − τt) τtᵀ‖² / ‖τt‖²; all other tensors: θ = θ0 + λ mean(wt τt).
 
     The rows of τt span the inputs that the expert was trained on, as far as weights can tell. The paper takes 300
@@ -46,7 +44,6 @@ class Wudi(Spectral, SumFold):
                 [0., 3.]])
     """
 
-    sided = True
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Cheng et al. 2025, ICML, arXiv 2503.08099"
     group = "spectral"
@@ -54,18 +51,9 @@ class Wudi(Spectral, SumFold):
     strong = "vision, GLUE and LLM agents"
 
     ridge: float = Field(default=1e-2, gt=0, description="pull to the base, as a share of the mean eigenvalue")
-    elementwise: str = elementwise_field(TABLES)
-    inputs: Literal["auto", "columns", "rows"] = Field(default="auto", description="the axis that the layer reads")
 
     def passes(self) -> tuple[Interference, ...]:
         return () if self.calibration else (Interference(self, self.ridge),)
-
-    def grain_of(self, at: Place) -> Grain:
-        grain = super().grain_of(at)
-        return "matrix" if grain == "rows" and self.turns(at) else grain
-
-    def turns(self, at: Place) -> bool:
-        return at.transposed if self.inputs == "auto" else self.inputs == "rows"
 
     def combine(self, deltas: Tensor, weights: Weights, at: Place) -> Tensor:
         return self.solved(*normal_equations(deltas, weights), at).to(deltas.dtype)
@@ -104,11 +92,6 @@ class Wudi(Spectral, SumFold):
     def solved(self, normal: Tensor, grams: Tensor, at: Place) -> Tensor:
         """M*, (outputs, inputs) float64."""
         return solve(normal, grams, self.ridge, self.side(at), at.name)
-
-    def side(self, at: Place) -> int:
-        """n, the number of inputs of the whole matrix."""
-        m = at.shape[0]
-        return m if self.turns(at) else int(torch.Size(at.shape).numel() // max(m, 1))
 
 
 class Interference(Coefficients):

@@ -17,9 +17,9 @@ from twinmerge.methods.kit.listing import list_methods
 from twinmerge.methods.kit.registry import METHODS, make_method, method_class
 from twinmerge.methods.kit.sound import TOLD, check_class
 
-READS = ("one read", "two reads", "three reads")
+READS = ("one read", "two reads", "three reads", "four reads")
 HEADERS = {"FisherSquares"}  # passes that read the header of a file of statistics, and no model
-DECOMPOSED = ("SVD", "a solve")
+DECOMPOSED = ("SVD", "a solve", "eigh")
 
 
 @pytest.mark.parametrize("name", METHODS.files())

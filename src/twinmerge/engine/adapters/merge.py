@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 
 from twinmerge.arguments import strict
+from twinmerge.engine.adapters.compressed import Compressed, merges_cores
 from twinmerge.engine.adapters.folder import About, Limit, compress, write_lora
 from twinmerge.engine.front import licence_of
 from twinmerge.engine.ranges import Grains, Range, Shapes
 from twinmerge.engine.run import Load, Run
 from twinmerge.engine.seen import Digests
-from twinmerge.errors import ModelError, RecipeError, nearest
+from twinmerge.errors import ModelError, RecipeError, UsageError, nearest
 from twinmerge.maths.lowrank import Factors
-from twinmerge.methods.kit.base import Known, Place, Tile
+from twinmerge.methods.kit.base import Known, Method, Place, Tile
 from twinmerge.methods.kit.given import factors_of
 from twinmerge.methods.kit.registry import METHODS, MethodLike, given_to, method_name, short_name
 from twinmerge.models.adapter import read_adapter
@@ -48,7 +49,8 @@ class MergedLora(Result, _MergedLora):
     Attributes:
         folder: None where nothing was to be written.
         ranks: parameter -> rank of what the adapter adds to it, for those that it changes.
-        energy: parameter -> share of the squared norm that its rank keeps.
+        energy: parameter -> share of the squared norm that its rank keeps: of the merged matrix, or of all adapters
+            where they were compressed before.
         dropped: expert -> tensors that it changes and that have no place in the adapter.
     """
 
@@ -72,6 +74,8 @@ def merge_lora(
     scale: float | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    compress_first: bool = True,
+    by_norm: float = 0.0,
     method: MethodLike = "task_arithmetic",
     dtype: str | None = None,
     drop_heads: bool = False,
@@ -83,9 +87,17 @@ def merge_lora(
     The pairs side by side are the sum exactly; their rank is then cut to the numerical one by a QR decomposition of
     both sides and a small SVD between them, in float64, so that nothing beyond float32's rounding is lost. Averaging
     the Bt and the At on their own is another matrix: (Σ wt Bt)(Σ wt At) is off by 70 % for two independent adapters
-    of equal weights, and more for more of them. What an adapter does not change, it adds nothing to. What is no
-    product of low rank of one module's weight (heads, biases, rows of tables, experts in one tensor, tables that
-    several modules share) has no place in the sum, and is refused by name or left out.
+    of equal weights, and more for more of them.
+
+    With a `rank` the adapters are compressed before they are merged (Compress-then-Merge). In every module they are
+    brought into the `rank` directions on either side that they share best; there any method that works on changes of
+    weights merges them, TIES and DARE too. Cutting a finished merge to a rank (compress_first=False) gives the matrix
+    nearest to the sum, and in the authors' experiments worse models. Where the adapters have no more directions than
+    `rank` together, nothing is compressed.
+
+    What an adapter does not change, it adds nothing to. What is no product of low rank of one module's weight (heads,
+    biases, rows of tables, experts in one tensor, tables that several modules share) has no place in the sum, and is
+    refused by name or left out.
 
     Args:
         base: the model that the adapters belong to; the output is an adapter of its class.
@@ -93,18 +105,21 @@ def merge_lora(
         out: a folder that does not exist or is empty; without one all is computed and nothing is written.
         weights: one number for all, or expert -> number (1 where none is given).
         scale: λ; where None, 1 for task_arithmetic and another method's own default.
-        rank: at most so many directions per module, the best ones.
-        energy: or the fewest whose share of the squared norm is at least this.
+        rank: at most so many directions per module.
+        energy: or, of the finished merge, the fewest whose share of the squared norm is at least this.
+        compress_first: with a rank: share directions, then merge; or merge, then cut.
+        by_norm: how much adapters count by their norms when directions are shared, from 0, all alike, to 1, by the
+            squares of their norms.
         method: task_arithmetic, one on singular values, which merges the factors in their core space, or a class or
-            object of one's own with `core_space`.
+            object of one's own with `core_space`; to compress first, any that works on changes and needs no statistics.
         dtype: of the output; float32 where None.
         drop_heads: leave out what has no place in the sum, instead of refusing it.
         parameters: of the method; a mapping sets them per expert, as of `twinmerge.merge`.
 
     Raises:
         TwinmergeError: an adapter that is not LoRA, is of another base, holds NaN or infinity, or changes what has no
-            place in the sum; a method that does not know factors; rank and energy at once; an output that is there; nothing to
-            write.
+            place in the sum; a method that does not know factors; rank and energy at once; by_norm outside [0, 1]; an
+            output that is there; nothing to write.
 
     Example:
         >>> import tempfile
@@ -121,14 +136,18 @@ def merge_lora(
         >>> merge_lora(base, {"a": one, "b": one}, folder / "merged", weights={"b": -0.5}, progress=False).ranks
         {'pooler.dense.weight': 1}
 
-    Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; the 70 % is ‖(Σ wt Bt)(Σ wt At) − Σ wt Bt At‖ / ‖Σ wt Bt At‖,
+    Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; He et al. 2026, "Compress then Merge", ICML, arXiv 2606.03723 (see
+    `maths/shared_space.py`); the 70 % is ‖(Σ wt Bt)(Σ wt At) − Σ wt Bt At‖ / ‖Σ wt Bt At‖,
     computed for random factors.
     """
     limit = Limit.of(rank, energy)
     recipe = _recipe(method, base, experts, weights, scale, with_parameters(parameters), dtype)
     rule = recipe.make_method()
-    if not rule.core_space:
-        raise _unable(short_name(method))
+    first = rank is not None and compress_first
+    if not rule.core_space and not (first and merges_cores(rule)):
+        raise _unable(short_name(method), merges_cores(rule))
+    if not 0 <= by_norm <= 1:
+        raise UsageError(f"by_norm is {by_norm:g}. Give a number from 0, all adapters alike, to 1, by their norms.")
     if out is not None:
         OutputFolder(out).check()
     origin = open_model(base)
@@ -146,17 +165,12 @@ def merge_lora(
     names = {origin.stored[name]: name for name in parts}  # passes know tensors by their places' names
     places = {out: _place(origin, name, recipe.order) for out, name in names.items()}
 
-    def work(each: Range, known: Known) -> tuple[str, Factors, float]:
-        name = names[each.name]
-        at = places[each.name]
-        factors = factors_of(rule.merge_factors(parts[name], at, known), at.shape, name, rule)
-        return name, *compress(factors, limit, name)
-
-    run = Run(
-        rule, list(names), *_matrices({out: parts[name] for out, name in names.items()}, places), progress=progress
-    )
-    run.survey()
-    answers = [answer for group in run.merge(run.groups(), work) for answer in group]
+    if first:
+        ours = {name: parts[own] for name, own in names.items()}
+        merged = Compressed(rule, ours, places, rank or 0, by_norm).merged(progress)
+        answers = [(names[name], factors, kept) for name, factors, kept in merged]
+    else:
+        answers = _merged(rule, {name: parts[own] for name, own in names.items()}, names, places, limit, progress)
     found = {name: (factors, kept) for name, factors, kept in sorted(answers, key=lambda a: a[0]) if factors.rank}
     modules = carried(origin.architecture, {name: factors for name, (factors, _) in found.items()})
     if not modules:
@@ -164,7 +178,8 @@ def merge_lora(
     ranks = {name: factors.rank for name, (factors, _) in found.items()}
     kept = {name: share for name, (_, share) in found.items()}
     if out is not None:
-        record = {**recipe.describe(), **limit._asdict(), "ranks": ranks, "energy": kept, "dropped": dropped}
+        how = {**limit._asdict(), **({"compress_first": True, "by_norm": by_norm} if first else {})}
+        record = {**recipe.describe(), **how, "ranks": ranks, "energy": kept, "dropped": dropped}
         title, text = f"LoRA adapter merged from {', '.join(experts)}", _text(recipe, opened, dropped)
         about = About(title, text, {"lora_merge": record}, opened, (type(rule),))
         write_lora(out, origin, origin.architecture, modules, about, dtype)
@@ -172,6 +187,26 @@ def merge_lora(
 
 
 # ------------------------------------------------------------------------------------------------ inside
+
+
+def _merged(
+    rule: Method,
+    parts: Mapping[str, Sequence[Factors]],
+    names: Mapping[str, str],
+    places: Mapping[str, Place],
+    limit: Limit,
+    progress: bool,
+) -> list[tuple[str, Factors, float]]:
+    """The base's parameter, what is added to it, cut as the limit says, and the share that this keeps."""
+
+    def work(each: Range, known: Known) -> tuple[str, Factors, float]:
+        name, at = names[each.name], places[each.name]
+        factors = factors_of(rule.merge_factors(parts[each.name], at, known), at.shape, name, rule)
+        return name, *compress(factors, limit, name)
+
+    run = Run(rule, list(names), *_matrices(parts, places), progress=progress)
+    run.survey()
+    return [answer for group in run.merge(run.groups(), work) for answer in group]
 
 
 def _recipe(
@@ -200,8 +235,13 @@ def _recipe(
     return Recipe(method, base, dict(experts), given, dtype)
 
 
-def _unable(method: str) -> RecipeError:
+def _unable(method: str, merges_cores: bool) -> RecipeError:
     able = [name for name, cls in METHODS.all().items() if cls.core_space]
+    if merges_cores:
+        return RecipeError(
+            f"{method} does not merge low-rank factors, but what they are in directions that they share. Give a rank "
+            f"and leave compress_first on, or choose from {', '.join(able)}."
+        )
     return RecipeError(
         f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge "
         "full models "

@@ -117,7 +117,7 @@ class Spectral(Method):
             return moved(tile, weighted_sum(self.weights, tile.x, tile.work), scale)
         if tile.at.stack:
             return torch.stack([self.apply(part, known) for part in tile.parts])
-        if tile.factors is not None:
+        if tile.factors is not None and self.core_space:
             change = self.merge_factors(tile.factors, tile.at, known).dense()
             return moved(tile, change.reshape(tile.require_base().shape), 1.0)
         weights = per_expert(self.weights, len(tile.x))
@@ -184,6 +184,32 @@ class Spectral(Method):
     def directions(self, merged: Tensor, deltas: Tensor, weights: Weights, at: Place) -> SVD:
         """The singular value decomposition of the merged matrix that calibration works on."""
         return gram_svd(merged, at.name, at.rounded)
+
+
+class OnInputs(Spectral):
+    """One whose formula takes the inputs of each matrix for what the rows of its task vectors span.
+
+    Tables of embeddings are looked up and not multiplied with, so they are treated like vectors (`elementwise`).
+    `inputs`: which axis of the stored matrix the layer reads, columns for Linear, rows for GPT-2's Conv1D; auto asks
+    the model's class, and takes columns where there is none.
+    """
+
+    sided = True
+
+    elementwise: str = elementwise_field(TABLES)
+    inputs: Literal["auto", "columns", "rows"] = Field(default="auto", description="the axis that the layer reads")
+
+    def grain_of(self, at: Place) -> Grain:
+        grain = super().grain_of(at)
+        return "matrix" if grain == "rows" and self.turns(at) else grain
+
+    def turns(self, at: Place) -> bool:
+        return at.transposed if self.inputs == "auto" else self.inputs == "rows"
+
+    def side(self, at: Place) -> int:
+        """n, the number of inputs of the whole matrix."""
+        m = at.shape[0]
+        return m if self.turns(at) else int(torch.Size(at.shape).numel() // max(m, 1))
 
 
 def share_of(rest: Rest, experts: int) -> float:
