@@ -7,11 +7,13 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import twinmerge as tm
 from twinmerge.cli.command import COMMANDS
+from twinmerge.methods.kit.registry import METHODS
 from twinmerge.testing import check_codec, check_method, check_router
 
 ROOT = Path(__file__).parent.parent
@@ -42,11 +44,23 @@ def test_every_room_is_in_the_architecture() -> None:
             assert f"| `{path.name}/` |" in text, path.name
 
 
-def test_the_page_on_mergekit_is_what_the_tables_of_the_code_say() -> None:
-    spec = spec_from_file_location("mergekit_page", ROOT / "docs" / "mergekit_page.py")
+def script_of(name: str) -> Any:
+    """A script of docs/."""
+    spec = spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_page_on_methods_is_what_their_classes_say() -> None:
+    page = script_of("methods_page").page()
+    assert page == (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), "Run python docs/methods_page.py."
+    assert all(f"| `{name}` |" in page for name in METHODS.files())
+
+
+def test_the_page_on_mergekit_is_what_the_tables_of_the_code_say() -> None:
+    script = script_of("mergekit_page")
     written = (ROOT / "docs" / "mergekit.md").read_text(encoding="utf-8")
     assert script.page(script.by_hand()) == written, "Run python docs/mergekit_page.py."
 

@@ -55,6 +55,7 @@ _WHERE = {
     "merge_checkpoints": "engine.checkpoints",
     "merge_lora": "engine.adapters.merge",
     "open_suite": "tasks.suite",
+    "push": "engine.push",
     "read_inputs": "tasks.rows",
     "read_recipe": "recipes.documents",
     "recipe_template": "recipes.template",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from twinmerge.engine.diff import diff as diff
     from twinmerge.engine.explain import explain_recipe as explain_recipe
     from twinmerge.engine.merge import Merge as Merge
+    from twinmerge.engine.push import push as push
     from twinmerge.engine.transplant.transplant import transplant as transplant
     from twinmerge.engine.verify import verify as verify
     from twinmerge.errors import DamagedFile as DamagedFile

@@ -247,8 +247,12 @@ def test_methods(command: Any) -> None:
     found = command("methods", "--json").json()
     assert list(found) == method_names()
     table = command("methods").out
-    assert len(table.splitlines()) < 4 * len(found)
-    assert all(f"│ {name} " in table and about["paper"][:12] in table for name, about in found.items())
+    assert len(table.splitlines()) < 2 * len(found)
+    rows = {line.split()[0]: line for line in table.splitlines() if line.startswith("  ")}
+    assert all(about["cost"] in rows[name] and rows[name].endswith(about["strong"]) for name, about in found.items())
+    assert all(
+        "base" in rows[name].replace(",", "").split() for name, about in found.items() if "base" in about["needs"]
+    )
 
 
 def test_one_method(command: Any) -> None:

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from twinmerge.engine.calls import merge
 from twinmerge.engine.verify import verify
 from twinmerge.errors import ModelError, TwinmergeError, UsageError
+from twinmerge.recipes.plain_data import from_yaml
+from twinmerge.recipes.schema import recipe_from
 
 UNET = "model.diffusion_model"
 SHAPES = {
@@ -73,7 +75,12 @@ def test_files_into_a_file(files: dict[str, Path], tmp_path: Path) -> None:
     assert close(load_file(out), by_hand(files)) and found.output == out
     with safe_open(out, "np") as opened:
         said = opened.metadata()
-    assert said.keys() == {"format", "modelspec.title", "twinmerge"} and said["format"] == "pt"
+    recipes = {"twinmerge.recipe.yaml", "twinmerge.resolved.yaml"}
+    assert said.keys() == {"format", "modelspec.title", "twinmerge", *recipes} and said["format"] == "pt"
+    again = recipe_from(from_yaml(said["twinmerge.resolved.yaml"], "it"))
+    assert merge(again, progress=False).save(tmp_path / "again.safetensors") and close(
+        load_file(tmp_path / "again.safetensors"), by_hand(files)
+    )
     assert json.loads(said["twinmerge"])["recipe"]["base_model"] == str(files["base"])
     assert not (tmp_path / "out.safetensors.partial").exists()
     with pytest.raises(UsageError, match="is there already"):
@@ -91,7 +98,8 @@ def test_files_into_a_folder(files: dict[str, Path], tmp_path: Path) -> None:
     assert close(load_file(tmp_path / "out" / "model.safetensors"), by_hand(files))
     assert verify(tmp_path / "out", progress=False).ok
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *("README.md", "model.safetensors", "twinmerge.checksums.json", "twinmerge.json")
+        *("README.md", "model.safetensors", "twinmerge.checksums.json", "twinmerge.json"),
+        *("twinmerge.recipe.yaml", "twinmerge.resolved.yaml"),
     ]
     again = merged({"base": files["base"], "a": tmp_path / "out" / "model.safetensors"})
     assert again.check()["from_base"] == ["position_ids"]

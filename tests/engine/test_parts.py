@@ -134,7 +134,7 @@ def test_every_part_with_weights_is_merged(zoo: Any, tmp_path: Path) -> None:
     assert close(tensors_of(tmp_path / "out", zoo.at), wanted)
     there = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     own = {p.relative_to(zoo.base).as_posix() for p in zoo.base.rglob("*") if p.is_file() and "onnx" not in str(p)}
-    assert there == own | {"twinmerge.json", "twinmerge.checksums.json"}
+    assert there == own | {f"twinmerge.{x}" for x in ("json", "checksums.json", "recipe.yaml", "resolved.yaml")}
     for name in own - {"README.md"}:
         if not name.endswith(".safetensors"):
             assert (tmp_path / "out" / name).read_bytes() == (zoo.base / name).read_bytes(), name

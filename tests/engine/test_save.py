@@ -48,7 +48,8 @@ def test_files_of_the_folder(saved, zoo):
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     heads = [f"heads/{e}/{file}" for e in "xy" for file in ("config.json", "head.safetensors")]
     own = ["LICENSE", "README.md", "config.json", "heads.json", "model.safetensors", "tokenizer.json"]
-    assert files == sorted([*own, "twinmerge.checksums.json", "twinmerge.json", "vocab.txt", *heads])
+    said = ["twinmerge.checksums.json", "twinmerge.json", "twinmerge.recipe.yaml", "twinmerge.resolved.yaml"]
+    assert files == sorted([*own, *said, "vocab.txt", *heads])
     for file in ("config.json", "tokenizer.json", "vocab.txt", "LICENSE"):
         assert (out / file).read_bytes() == (zoo.root / "base" / file).read_bytes()
     assert not (out.parent / "merged.partial").exists()
@@ -98,7 +99,14 @@ def test_hub_commits_and_names_are_recorded(zoo, tmp_path, monkeypatch):
 
 def test_card_with_one_licence(saved):
     front, text = front_matter(saved[1])
-    assert front == {"library_name": "transformers", "tags": ["twinmerge", "merge"], "license": "apache-2.0"}
+    assert front == {
+        "base_model": ["base", "y", "x"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["twinmerge", "merge", "ties"],
+        "license": "apache-2.0",
+    }
+    assert "The licence is what base states; x, y: not stated." in text
     assert "`ties`" in text and "| apache-2.0 |" in text and text.count("| not stated |") == 2
     recipe = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     assert recipe["merge_method"] == "ties" and recipe["parameters"] == {"density": 0.4}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.documents import read_recipe
-from twinmerge.recipes.plain_data import BYTES, from_json, from_yaml, read_plain, to_yaml
+from twinmerge.recipes.plain_data import BYTES, documents_in, from_json, from_yaml, read_text, to_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n"
@@ -174,14 +174,18 @@ def test_what_is_written_is_read_back_by_us_and_by_others(data: dict[str, Any]):
     assert repr(yaml.safe_load(text)) == repr(data)
 
 
+def read_plain(file):
+    return documents_in(read_text(file, "recipe"), file.suffix == ".json", f"The recipe {file}")[0]
+
+
 def test_files(tmp_path):
     (tmp_path / "a.yaml").write_bytes("\ufeffa: é\r\nb: 1\r\n".encode())
-    assert read_plain(tmp_path / "a.yaml", "recipe") == {"a": "é", "b": 1}
+    assert read_plain(tmp_path / "a.yaml") == {"a": "é", "b": 1}
     (tmp_path / "a.json").write_bytes('\ufeff{"a": "é",\t"b": 1}'.encode())
-    assert read_plain(tmp_path / "a.json", "recipe") == {"a": "é", "b": 1}
+    assert read_plain(tmp_path / "a.json") == {"a": "é", "b": 1}
     for name in ("gone.yaml", ".", "a\0b", "x" * 300):
         with pytest.raises(TwinmergeError, match="cannot be read: |is a folder, where a file is expected"):
-            read_plain(tmp_path / name, "recipe")
+            read_plain(tmp_path / name)
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TwinmergeError, match="a.yaml cannot be read: 'utf-8' codec"):
-        read_plain(tmp_path / "a.yaml", "recipe")
+        read_plain(tmp_path / "a.yaml")

@@ -66,7 +66,7 @@ USES: dict[str, Use] = {
     "state": read_state,
     "measure": read_statistics,
 }
-UNREAD = {"README.md", "twinmerge.json", "vocab.txt"}
+UNREAD = {"README.md", "twinmerge.json", "twinmerge.recipe.yaml", "twinmerge.resolved.yaml", "vocab.txt"}
 """What some uses do not look at; `verify` does."""
 
 

@@ -22,7 +22,7 @@ for _file in files_of(__name__):
 app = typer.Typer(
     name="twinmerge",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn many fine-tuned models of one base into one: merged once, or mixed anew for every input.",

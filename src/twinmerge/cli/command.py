@@ -16,7 +16,19 @@ GROUPS = {
     "continual": "Experts that come, and go, one by one: a state of constant size, and the merged model of now.",
 }
 """First word of two -> what its commands have in common, in the order of the help."""
-FIRST = ("merge", "check", "search", "verify", "evaluate", "diff", "methods", "demo", "twin build", "twin predict")
+FIRST = (
+    "merge",
+    "check",
+    "search",
+    "verify",
+    "push",
+    "evaluate",
+    "diff",
+    "methods",
+    "demo",
+    "twin build",
+    "twin predict",
+)
 """What the help lists first; the others follow as their files are found."""
 COMMANDS: dict[str, Callable[..., Any]] = {}
 """Words of a command -> its function."""

@@ -22,6 +22,7 @@ from twinmerge.cli.common import (
     said,
     size,
 )
+from twinmerge.cli.complete import over_time
 from twinmerge.cli.twin_common import Data, DataOfOne, texts_for, texts_of
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -37,7 +38,9 @@ Moved = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Wher
 def init(
     state: State,
     base: Base = None,
-    method: Annotated[str, typer.Option("--method", help="One that takes experts one by one; see below.")] = "iso_c",
+    method: Annotated[
+        str, typer.Option("--method", help="One that takes experts one by one; see below.", autocompletion=over_time)
+    ] = "iso_c",
     parameter: Parameters = None,
     head: Heads = None,
     dtype: Annotated[

@@ -22,6 +22,7 @@ from twinmerge.cli.common import (
     said,
     size,
 )
+from twinmerge.cli.complete import methods
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.results import bytes_of
@@ -58,7 +59,12 @@ def merge(
         float, typer.Option("--by-norm", help="How much adapters count by their norms in sharing: 0 (alike) to 1.")
     ] = 0.0,
     method: Annotated[
-        str, typer.Option("--method", help="task_arithmetic, one on singular values, such as tsv; with --rank any.")
+        str,
+        typer.Option(
+            "--method",
+            help="task_arithmetic, one on singular values, such as tsv; with --rank any.",
+            autocompletion=methods,
+        ),
     ] = "task_arithmetic",
     parameter: Parameters = None,
     dtype: Dtype = None,

@@ -22,6 +22,7 @@ from twinmerge.cli.common import (
     said,
     size,
 )
+from twinmerge.cli.complete import of_masks
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.results import bytes_of
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
     method: Annotated[
-        str, typer.Option("--method", help="tall_masks, or emr, which has nothing to choose.")
+        str, typer.Option("--method", help="tall_masks, or emr, which has nothing to choose.", autocompletion=of_masks)
     ] = "tall_masks",
     base: Base = None,
     expert: Experts = None,

@@ -26,6 +26,7 @@ from twinmerge.cli.common import (
     size,
     values,
 )
+from twinmerge.cli.complete import methods, recipes
 from twinmerge.cli.lines import said
 from twinmerge.errors import DataError, UsageError
 from twinmerge.maths.threads import use_threads
@@ -33,10 +34,12 @@ from twinmerge.maths.threads import use_threads
 if TYPE_CHECKING:
     from twinmerge.recipes.recipe import Recipe
 
-RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.")]
+RecipeFile = Annotated[
+    Path | None, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.", autocompletion=recipes)
+]
 Out = Annotated[Path | None, typer.Argument(help="The folder to write.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")]
-MethodName = Annotated[str | None, typer.Option("--method", help="See `twinmerge methods`.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="See `twinmerge methods`.", autocompletion=methods)]
 Weights = Annotated[list[str] | None, typer.Option("--weight", metavar="NAME=NUMBER", help="An expert's weight.")]
 StatisticsFiles = Annotated[
     list[str] | None,

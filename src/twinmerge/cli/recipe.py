@@ -9,14 +9,17 @@ import typer
 
 from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, print_json, print_table
+from twinmerge.cli.complete import methods, recipes
 from twinmerge.cli.lines import said
 
-File = Annotated[Path, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.")]
+File = Annotated[
+    Path, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.", autocompletion=recipes)
+]
 
 
 @command("recipe new")
 def new(
-    method: Annotated[str, typer.Argument(help="See `twinmerge methods`.")],
+    method: Annotated[str, typer.Argument(help="See `twinmerge methods`.", autocompletion=methods)],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The file to write; else it is printed.")
     ] = None,
@@ -55,14 +58,27 @@ def check(recipe: File, json: Json = False) -> None:
 
 
 @command("recipe explain")
-def explain(recipe: File, json: Json = False) -> None:
+def explain(
+    recipe: File,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE.svg", help="Draw which model gives which layer.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Say what each tensor of the output is made of: models, layers, parameters.
 
-    twinmerge recipe explain RECIPE.yaml
+    twinmerge recipe explain RECIPE.yaml --picture layers.svg
     """
     from twinmerge.engine.explain import explain_recipe
 
+    if picture is not None:
+        from twinmerge.study.recipe_picture import check_svg, draw_recipe
+
+        check_svg(picture)
     found = explain_recipe(recipe)
+    if picture is not None:
+        draw_recipe(found, picture)
+        said(f"Picture: {picture}")
     if json:
         print_json(found.to_dict())
         return

@@ -25,7 +25,7 @@ from twinmerge.continual.heads import heads_bytes, remove_others, with_heads, wr
 from twinmerge.continual.pieces import Sums, in_shape, is_whole, kept_of, of_model, pieces, places_of, rounded, worked
 from twinmerge.continual.state import FILE, AddedExpert, Description, StateFile, next_state
 from twinmerge.engine.by_names import warn_of_names
-from twinmerge.engine.card import licence_of
+from twinmerge.engine.front import licence_of
 from twinmerge.engine.ranges import Range
 from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError, TwinmergeError, UsageError, nearest

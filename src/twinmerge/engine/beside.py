@@ -18,7 +18,9 @@ from twinmerge.store.foreign import UNREAD, find, is_text, matches, open_regular
 from twinmerge.store.manifest import CHECKSUMS, Manifest
 
 PROVENANCE = "twinmerge.json"
-NO_SIDE_FILES = {"README.md", "adapter_config.json", "heads.json", PROVENANCE, CHECKSUMS}
+TYPED, TYPED_JSON, RESOLVED = "twinmerge.recipe.yaml", "twinmerge.recipe.json", "twinmerge.resolved.yaml"
+"""The recipe as it was typed, in its language, and as it was resolved."""
+NO_SIDE_FILES = {"README.md", "adapter_config.json", "heads.json", PROVENANCE, CHECKSUMS, TYPED_JSON}
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".vocab", ".bpe"}
 MAX_SIDE_FILE = 1_000_000_000
 CODE = ("auto_map", "custom_pipelines")

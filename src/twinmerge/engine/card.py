@@ -1,69 +1,146 @@
-"""The model card of an output: what it was made from, how, and under which licences."""
+"""The model card of an output: what it was made of, how, under which licences, and how it is used and made again."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+from twinmerge.engine.beside import RESOLVED
+from twinmerge.engine.front import Front, base_models, front_of
+from twinmerge.engine.usage import usage_of
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.opened import OpenedModel
-from twinmerge.recipes.plain_data import from_yaml, to_yaml
+from twinmerge.methods.kit.listing import source_of
+from twinmerge.recipes.lines import KEY as LINES
+from twinmerge.recipes.lines import PAPER
+from twinmerge.recipes.plain_data import to_yaml
 from twinmerge.recipes.recipe import SEMANTICS
-from twinmerge.store.foreign import find, open_regular
 
-README_BYTES = 1 << 20  # that are looked at; the largest front matters, of embedding models, have half of it
-FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
-LICENCE = re.compile(r"^license:.*(?:\n[ \t-].*)*", re.MULTILINE)
+TITLE = "twinmerge: many fine-tuned models of one base become one model"
+AUTHORS = "The twinmerge authors"
 
 
-def licence_of(folder: Path | None) -> str | None:
-    """The licence in the front matter of a folder's README.md, where it has one."""
-    readme = find(folder, "README.md") if folder else None
-    if readme is None:
-        return None
-    with open(open_regular(readme), "rb") as opened:
-        front = FRONT.match(opened.read(README_BYTES).decode("utf-8", errors="replace"))
-    found = LICENCE.search(front[1]) if front else None
-    if found is None:
-        return None
-    try:
-        said = from_yaml(found[0], "The front matter")["license"]
-    except TwinmergeError:
-        return None
-    names = [said] if isinstance(said, str) else said if isinstance(said, list) else []
-    return ", ".join(" ".join(str(name).split()) for name in names)[:100] or None
+class Source(Protocol):
+    """A model that was merged: its name, its folder, and the commit of the hub that was read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path | None: ...
+
+    @property
+    def commit(self) -> str | None: ...
+
+
+class Named(NamedTuple):
+    """A source that is named otherwise than a part of it that was opened."""
+
+    name: str
+    folder: Path | None
+    commit: str | None
 
 
 def model_card(
     provenance: Mapping[str, Any],
-    base: OpenedModel,
-    experts: Mapping[str, OpenedModel],
+    base: Source,
+    experts: Mapping[str, Source],
     head_names: Sequence[str],
     kind: str = "merge",
+    folder: Path | None = None,
+    known: bool = True,
 ) -> str:
-    """README.md of an output folder."""
-    licences = {"base": licence_of(base.folder), **{n: licence_of(m.folder) for n, m in experts.items()}}
-    known = sorted({text for text in licences.values() if text})
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["twinmerge", kind]}
-    if len(known) == 1:
-        front["license"] = known[0]
+    """README.md of an output folder.
+
+    Args:
+        provenance: of the output.
+        base: the base; without one, the first expert stands for it.
+        experts: the models that were merged.
+        head_names: output layers that are kept for each expert.
+        kind: "merge" or "twin".
+        folder: the output, with all but its card; None of a twin.
+        known: whether some class opens it.
+    """
+    recipe = provenance["recipe"]
+    sources = {"base": base, **experts}
+    fronts = {label: front_of(source.folder) for label, source in sources.items()}
+    usage = usage_of(folder or Path(), known, twin=kind == "twin" or folder is None)
+    front: dict[str, Any] = {"base_model": base_models(recipe), "base_model_relation": "merge"}
+    if not front["base_model"]:
+        front = {}
+    if usage.library is not None:
+        front["library_name"] = usage.library
+    front["tags"] = list(dict.fromkeys(["twinmerge", kind, "merge", *_tag(recipe["merge_method"])]))
+    front |= _agreed(fronts)
     rows = "\n".join(
-        f"| {label} | {_shown(model)} | {licences[label] or 'not stated'} |"
-        for label, model in {"base": base, **experts}.items()
+        f"| {_cell(label)} | {_shown(source)} | {_cell(fronts[label].licence or 'not stated')} |"
+        for label, source in sources.items()
     )
-    recipe = to_yaml(provenance["recipe"])
     heads = f"\nEach expert's output layers ({', '.join(head_names)}) are kept in `heads/`.\n" if head_names else ""
-    mixed = "\nThe inputs name more than one licence; all of them apply.\n" if len(known) > 1 else ""
+    again = f"\nThe same weights again, from where the models are: `twinmerge merge {RESOLVED} OUT`.\n"
     return (
         f"---\n{to_yaml(front)}---\n\n# {_title(kind)} of {', '.join(experts)}\n\n"
-        f"Made with twinmerge by `{provenance['recipe']['merge_method']}`{_semantics(provenance)}.\n\n"
-        f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{mixed}{heads}\n"
-        f"## Recipe\n\n```yaml\n{recipe}```\n\n{_edited(provenance)}"
+        f"Made with twinmerge {version('twinmerge')} by `{recipe['merge_method']}`{_semantics(provenance)}.\n\n"
+        f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{_said(fronts)}{heads}\n"
+        f"## Use\n\n{_fenced('python', usage.code)}\n"
+        f"## Recipe\n\n{_fenced('yaml', to_yaml(recipe))}\n{_edited(provenance)}"
         f"Parameters after defaults: `{json.dumps(provenance['parameters'], ensure_ascii=False)}`\n"
+        f"{again if kind == 'merge' and 'rules' not in provenance else ''}\n"
+        f"## Cite\n\n{_cited(recipe)}"
     )
+
+
+def _agreed(fronts: Mapping[str, Front]) -> dict[str, Any]:
+    """Licence and datasets, where all sources that state any state the same."""
+    found: dict[str, Any] = {}
+    licences = {(front.licences, front.other) for front in fronts.values() if front.licences}
+    if len(licences) == 1:
+        names, other = licences.pop()
+        found["license"] = names[0] if len(names) == 1 else list(names)
+        found |= dict(other)
+    datasets = {front.datasets for front in fronts.values() if front.datasets}
+    if len(datasets) == 1:
+        found["datasets"] = list(datasets.pop())
+    return found
+
+
+def _said(fronts: Mapping[str, Front]) -> str:
+    """What of licences and datasets does not go into the front matter."""
+    stated = {label: front for label, front in fronts.items() if front.licences}
+    said = ""
+    if len({(front.licences, front.other) for front in stated.values()}) > 1:
+        said += "\nThe inputs name more than one licence; all of them apply.\n"
+    elif stated and len(stated) < len(fronts):
+        silent = ", ".join(label for label in fronts if label not in stated)
+        said += f"\nThe licence is what {', '.join(stated)} states; {silent}: not stated.\n"
+    trained = {label: front.datasets for label, front in fronts.items() if front.datasets}
+    if len(set(trained.values())) > 1:
+        said += "\nDatasets, as the inputs state them:\n\n"
+        said += "".join(f"- {label}: {', '.join(map(_cell, names))}\n" for label, names in trained.items())
+    return said
+
+
+def _cited(recipe: Mapping[str, Any]) -> str:
+    """What to cite: the method, what was put on top of it, and this library."""
+    try:
+        paper = source_of(recipe["merge_method"])
+    except TwinmergeError:  # a class that leads nowhere by its name
+        paper = None
+    lines = [f"The method `{recipe['merge_method']}`: {paper}"] if paper else []
+    if recipe.get(LINES) is not None:
+        lines.append(f"LiNeS: {PAPER}")
+    bib = f"@software{{twinmerge,\n  title = {{{TITLE}}},\n  author = {{{{{AUTHORS}}}}},\n  version = {{{version('twinmerge')}}}\n}}\n"
+    return "".join(f"- {line}\n" for line in lines) + f"- twinmerge:\n\n{_fenced('bibtex', bib)}"
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code, whatever stands in it."""
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}\n"
 
 
 def _semantics(provenance: Mapping[str, Any]) -> str:
@@ -83,5 +160,16 @@ def _title(kind: str) -> str:
     return "Twin" if kind == "twin" else "Merge"
 
 
-def _shown(model: OpenedModel) -> str:
-    return f"`{model.name}`" + (f" at commit {model.commit}" if model.commit else "")
+def _tag(method: str) -> list[str]:
+    return [method] if re.fullmatch(r"\w+", method, re.ASCII) else []
+
+
+def _shown(source: Source) -> str:
+    name = " ".join(source.name.replace("|", "\\|").split())
+    fence = "`" if "`" not in name else "``"
+    space = " " if fence == "``" else ""
+    return f"{fence}{space}{name}{space}{fence}" + (f" at commit {source.commit}" if source.commit else "")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

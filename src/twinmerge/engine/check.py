@@ -97,7 +97,14 @@ def _dtypes(model: OpenedModel) -> list[str]:
 
 
 def added(key: str, before: Any, value: Any, part: str) -> Any:
-    """What is said of parts together."""
+    """What is said of parts together.
+
+    Args:
+        key: of what is said.
+        before: of the parts before, None for none.
+        value: of this part.
+        part: what stands before its names.
+    """
     if key in ("method", "semantics", "parameters", "lines"):
         return value if before is None else before
     if isinstance(value, bool) or not isinstance(value, (int, float, list, Mapping)):

@@ -26,6 +26,7 @@ class Part(NamedTuple):
         sources: model -> the number of its first layer, or None where it gives the tensor of the same name.
         base: the model that changes are taken against, None where none is read.
         parameters: of the method; what differs between models by their names.
+        amounts: model -> its part in what comes out, as far as parameters say it; None where values alone decide.
     """
 
     layers: tuple[int, int] | None
@@ -33,6 +34,7 @@ class Part(NamedTuple):
     sources: Mapping[str, int | None]
     base: str | None
     parameters: Mapping[str, Any]
+    amounts: Mapping[str, float] | None
 
 
 class _Explained(NamedTuple):
@@ -115,7 +117,9 @@ def _part(
     sources = {label: None if first is None else first + shift for label, shift in shifts}
     layers = None if first is None or last is None else (first, last)
     base = entry.base_label if entry.base is not None else None
-    return Part(layers, tuple(sorted(names)), sources, base, fields)
+    amounts = method.amounts(len(entry.place.experts))
+    by_name = None if amounts is None else dict(zip(entry.place.experts, amounts, strict=True))
+    return Part(layers, tuple(sorted(names)), sources, base, fields, by_name)
 
 
 def _runs(by_layer: Mapping[int | None, set[str]]) -> list[tuple[int | None, int | None, set[str]]]:

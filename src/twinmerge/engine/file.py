@@ -10,10 +10,10 @@ from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import Plan
 from twinmerge.engine.provenance import provenance, require_same, states_of
+from twinmerge.engine.record import recipe_files
 from twinmerge.engine.run import Run
 from twinmerge.engine.write import Report, write_files
 from twinmerge.errors import TwinmergeError, UsageError
-from twinmerge.models.opened import OpenedModel
 from twinmerge.store.checkpoint import Checkpoint
 from twinmerge.store.checkpoint_writer import PYTORCH, layout
 from twinmerge.store.manifest import header_in
@@ -45,7 +45,7 @@ def save_file(
     output = OutputFile(out, plan.output_bytes, replace=overwrite)
     with output as file:
         files = {file.name: next(iter(layout(plan.specs, plan.output_bytes + 1).values()))}
-        report = write_files(*survey(), file.parent, files, output, metadata=metadata_of(plan, models.base))
+        report = write_files(*survey(), file.parent, files, output, metadata=metadata_of(plan, models))
         require_same(read, states_of(plan))
     return report
 
@@ -81,8 +81,15 @@ def require_files(plan: Plan, models: Models, out: Path, overwrite: bool) -> Non
             raise UsageError(f"The output {out} is one of the inputs. Name another one.")
 
 
-def metadata_of(plan: Plan, base: OpenedModel) -> dict[str, str]:
-    """What the file says: the base's own metadata, but for what is of its numbers, and the provenance."""
-    own = base.source.metadata if isinstance(base.source, Checkpoint) else {}
-    kept = {key: text for key, text in own.items() if not any(mark in key for mark in OF_CONTENT)}
-    return {**kept, **PYTORCH, KEY: json.dumps(provenance(plan), default=str)}
+def metadata_of(plan: Plan, models: Models) -> dict[str, str]:
+    """What the file says: the base's own metadata, but for what is of its numbers, the provenance, and the recipe as it
+    was typed and as it was resolved."""
+    source = models.base.source
+    own = source.metadata if isinstance(source, Checkpoint) else {}
+    kept = {
+        key: text
+        for key, text in own.items()
+        if not key.startswith("twinmerge.") and not any(mark in key for mark in OF_CONTENT)
+    }
+    recipe = {name: content.decode() for name, content in recipe_files(plan.recipe, models, edited=plan.edited).items()}
+    return {**kept, **PYTORCH, KEY: json.dumps(provenance(plan), default=str), **recipe}

@@ -4,7 +4,7 @@ heads, provenance and card; no code."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,25 +29,27 @@ class Beside:
         model: the model whose config is written where the side files have none.
         side_files: the folder whose small files travel along, if any.
         provenance: what the folder was made of, for twinmerge.json.
-        card: the text of README.md.
+        card: the text of README.md, or what makes it of the folder when all else is there.
         dtype: of the weights, where it is another than the config says.
         architecture: the class that the config is to name instead, with its own config.
         heads: expert -> its output layers.
         about: expert -> more keys of its entry in heads.json.
         codec: that the heads' numbers are stored with.
         changes: what the config says otherwise than the model's.
+        recipe: the files that say what was merged.
     """
 
     model: OpenedModel
     side_files: Path | None
     provenance: Mapping[str, Any]
-    card: str
+    card: str | Callable[[Path], str]
     dtype: str | None = None
     architecture: Architecture | None = None
     heads: Mapping[str, HeadSpec] = field(default_factory=dict)
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     codec: str = "none"
     changes: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, bytes] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write it into a folder whose weights are there."""
@@ -60,13 +62,20 @@ class Beside:
             from twinmerge.models.head_files import save_heads
 
             save_heads(folder, self.heads, folder_fingerprint(folder), self.about, self.codec)
-        write_about(folder, self.provenance, self.card)
+        write_about(folder, self.provenance, self.card, self.recipe)
 
 
-def write_about(folder: Path, provenance: Mapping[str, Any], card: str) -> None:
-    """Write provenance and card, which adapters have too."""
+def write_about(
+    folder: Path,
+    provenance: Mapping[str, Any],
+    card: str | Callable[[Path], str],
+    recipe: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Write provenance and card, which adapters have too, and the files of the recipe."""
+    for name, content in recipe.items():
+        disk.write_file(folder / name, content)
     disk.write_json(folder / PROVENANCE, provenance)
-    disk.write_text(folder / "README.md", card)
+    disk.write_text(folder / "README.md", card if isinstance(card, str) else card(folder))
 
 
 def write_config(

@@ -27,6 +27,7 @@ from twinmerge.engine.planning import planned
 from twinmerge.engine.prepare import matched_models, new_run, surveyed
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
 from twinmerge.engine.ranges import Range
+from twinmerge.engine.record import recipe_files
 from twinmerge.engine.rounding import narrowed
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
@@ -326,9 +327,11 @@ class Merge:
                 described["other_settings"] = self.told.settings
             if self.lines is not None:  # with the a that was found
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
-            card = model_card(described, self.base, self.experts, sorted(self.matched.head_names))
+            about_it = described, self.base, self.experts, sorted(self.matched.head_names), "merge"
+            card = partial(model_card, *about_it, known=self.models.knows_class and not self.recipe.by_names)
             side = self.base, self.base.folder, described, card, plan.written_dtype
-            Beside(*side, heads=self.heads(), about=about or {}, changes=plan.config).write(folder)
+            typed = recipe_files(plan.recipe, self.models, self.lines, plan.edited)
+            Beside(*side, heads=self.heads(), about=about or {}, changes=plan.config, recipe=typed).write(folder)
             if self.recipe.by_names:
                 write_named_heads(folder, self.experts, self.matched.heads)
             require_same(read, states_of(plan))

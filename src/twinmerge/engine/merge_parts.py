@@ -11,18 +11,19 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from twinmerge.arguments import at_least_one
 from twinmerge.engine.beside import copy_side_files, without_code
-from twinmerge.engine.card import model_card
+from twinmerge.engine.card import Named, model_card
 from twinmerge.engine.check import Checked, added
 from twinmerge.engine.folder import write_about, write_config
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
+from twinmerge.engine.record import recipe_files
 from twinmerge.engine.write import Report, write_files
 from twinmerge.errors import ModelError, RecipeError, UsageError
 from twinmerge.models.configs import said
@@ -30,7 +31,7 @@ from twinmerge.models.part_settings import differences, must_agree
 from twinmerge.models.parts import Layout, Module, Whole, config_in, layout_at
 from twinmerge.models.vocabulary import other_tokens
 from twinmerge.recipes.chat_template import KEY as TEMPLATE
-from twinmerge.recipes.recipe import SIDE_FILES, Recipe
+from twinmerge.recipes.recipe import SIDE_FILES, Recipe, reference
 from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.store import disk
 from twinmerge.store.checkpoint import DIFFUSION, SINGLE
@@ -306,11 +307,19 @@ class MergeOfParts(Merge):
                     self._write_config(parts[path], folder / path)
             described = {**self.provenance(), "rounding": whole.rounding(self.recipe.stochastic)}
             first = next(iter(parts.values()))
-            write_about(folder, described, model_card(described, first.base, first.experts, ()))
+            sources = {label: self._source(label, whole) for label, whole in self.wholes.items()}
+            base = sources.pop("base", None) or next(iter(sources.values()))
+            card = partial(model_card, described, base, sources, (), "merge")
+            write_about(folder, described, card, recipe_files(self.recipe, first.models))
             for path, part in parts.items():
                 require_same(read[path], states_of(part.plan))
         self.report, self.output = whole, Path(out)
         return self.output
+
+    def _source(self, label: str, whole: Whole) -> Named:
+        """What the card says of a model."""
+        model = self.recipe.base if label == "base" else self.recipe.experts[label]
+        return Named(str(reference(model)), whole.folder, whole.commit)
 
     def _write_config(self, part: Merge, folder: Path) -> None:
         """The config of the model whose tensors' names the part has: of a plain base, not that beside the parts."""

@@ -170,6 +170,9 @@ class ArceeFusion(Method):
     experts_min = experts_max = 2
     laws = frozenset({"idempotent"})
     paper = "none; mergekit 0.1.5"
+    group = "picked, layer by layer or entry by entry"
+    cost = "three reads"
+    strong = "one expert's largest changes"
     mergekit: ClassVar[Mapping[str, Dialect]] = {"arcee_fusion": Dialect(refuse=base_and_one("arcee_fusion"))}
 
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")

@@ -45,6 +45,9 @@ class Average(Method, SumFold):
     space = "parameters"
     laws = frozenset({"idempotent", "symmetric", "odd", "homogeneous"})
     paper = "Wortsman et al. 2022, arXiv 2203.05482"
+    group = "averages"
+    cost = "one read"
+    strong = "many runs of one task: a soup"
     linear = True
     aliases = ("linear",)
     mergekit: ClassVar[Mapping[str, Dialect]] = {

@@ -155,6 +155,9 @@ class Breadcrumbs(Band, SparseSum):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Davari & Belilovsky 2024, ECCV, arXiv 2312.06795"
+    group = "trim, drop, elect"
+    cost = "two reads"
+    strong = "many tasks: it cuts outliers too"
     scales_last = True
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "breadcrumbs": Dialect(

@@ -33,6 +33,9 @@ class BreadcrumbsTies(Band, Elects):
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Davari & Belilovsky 2024, arXiv 2312.06795; Yadav et al. 2023, arXiv 2306.01708"
+    group = "trim, drop, elect"
+    cost = "two reads"
+    strong = "the same, where signs conflict"
     scales_last = True
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"normalize": MEAN_OR_SUM}
     mergekit: ClassVar[Mapping[str, Dialect]] = {

@@ -33,6 +33,9 @@ class Consensus(Marking):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Wang et al. 2024, arXiv 2405.07813"
+    group = "masks"
+    cost = "one read"
+    strong = "many tasks: drops what one needs"
     scales_last = True
 
     scale: float = scale_field(0.3)

@@ -32,6 +32,9 @@ class ContinualTies(Method, Fold):
 
     grain = "matrix"
     paper = "Tang et al. 2025, arXiv 2501.09522 (baseline)"
+    group = "over time"
+    cost = "one read"
+    strong = "a baseline: its losses compound"
     unremovable: ClassVar[str] = "later experts were trimmed together with it"
 
     scale: float = scale_field(0.5)

@@ -99,6 +99,9 @@ class Dare(SparseSum):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Yu et al. 2024, arXiv 2311.03099"
+    group = "trim, drop, elect"
+    cost = "one read"
+    strong = "LLMs whose changes are small"
     scales_last = True
     aliases = ("dare_linear",)
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"rescale": Switch("rescale", "inverse_keep", "none")}

@@ -38,6 +38,9 @@ class DareTies(Ties):
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Yu et al. 2024, arXiv 2311.03099"
+    group = "trim, drop, elect"
+    cost = "one read"
+    strong = "small changes, signs in conflict"
     spellings: ClassVar[Mapping[str, Number | Switch]] = {**Ties.spellings, **Dare.spellings}
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "dare_ties": Dialect(

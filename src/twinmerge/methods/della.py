@@ -38,6 +38,9 @@ class Della(MagPrune, Elects):
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Deep et al. 2024, arXiv 2406.11617"
+    group = "trim, drop, elect"
+    cost = "one read, sorted"
+    strong = "13B LLMs: above DARE and TIES"
     scales_last = True
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"normalize": MEAN_OR_SUM, **DellaLinear.spellings}
     mergekit: ClassVar[Mapping[str, Dialect]] = {

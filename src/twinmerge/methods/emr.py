@@ -39,6 +39,9 @@ class Emr(MaskMethod):
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Huang et al. 2024, arXiv 2405.17461"
+    group = "masks"
+    cost = "one read"
+    strong = "each expert back, untuned"
 
     compat: Literal["paper", "official"] = Field(
         default="paper", description="rescale by sums of entries, or as the official code by sums of tensors' means"

@@ -115,6 +115,9 @@ class Fisher(Method):
     needs = ("fisher",)
     laws = frozenset({"idempotent", "odd", "homogeneous"})
     paper = "Matena & Raffel 2022, arXiv 2111.09832"
+    group = "by statistics of data"
+    cost = "one read"
+    strong = "one target, helped by donors"
 
     weights: PerExpert = weights_field()
     normalize: bool = Field(default=True, description="divide each Fisher by its norm over the whole model")

@@ -55,6 +55,9 @@ class FisherDeltas(Method):
     needs = ("fisher",)
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Matena & Raffel 2022, arXiv 2111.09832"
+    group = "by statistics of data"
+    cost = "one read"
+    strong = "different tasks, λ on validation"
     scales_last = True
 
     weights: PerExpert = weights_field()

@@ -40,6 +40,9 @@ class IsoC(Spectral, SumFold):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Marczak et al. 2025, ICML, arXiv 2502.04959"
+    group = "spectral"
+    cost = "SVD of the sum"
+    strong = "vision experts, also in turn"
 
     mean_over: Over = Field(default="size", description="what the singular values are averaged over")
 

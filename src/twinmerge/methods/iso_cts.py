@@ -42,6 +42,9 @@ class IsoCts(Spectral):
     sided = True
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Marczak et al. 2025, ICML, arXiv 2502.04959"
+    group = "spectral"
+    cost = "SVD of each change"
+    strong = "many vision experts: 14, 20"
 
     common: float = Field(
         default=0.8, ge=0, le=1, description="share of the directions that the experts have in common"

@@ -52,6 +52,9 @@ class Karcher(Method):
     space = "parameters"
     laws = frozenset({"idempotent", "symmetric", "odd", "homogeneous"})
     paper = "Karcher 1977"
+    group = "on the sphere"
+    cost = "two reads"
+    strong = "any number, none preferred"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "karcher": Dialect(shared={"max_iter": Number("max_iter", 10), "tol": Number("tol", 1e-5)})
     }

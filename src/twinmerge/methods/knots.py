@@ -55,6 +55,9 @@ class Knots(Spectral):
     sided = True
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Stoica et al. 2025, ICLR, arXiv 2410.19735"
+    group = "spectral"
+    cost = "SVD of all at once"
+    strong = "LoRA experts: above a plain sum"
 
     scale: float = scale_field(0.6)
     density: float = Field(default=0.2, ge=0, le=1, description="share of each expert's entries that TIES keeps")

@@ -57,6 +57,9 @@ class LocalizeAndStitch(TrimsDeltas):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "He et al. 2025, TMLR, arXiv 2408.13656"
+    group = "trim, drop, elect"
+    cost = "two reads"
+    strong = "LLMs of 2 to 9 B (MergeBench)"
     scales_last = True
 
     density: PerExpert = Field(default=0.05, description="share of the entries in a mask, 0 to 1")

@@ -40,6 +40,9 @@ class Magmax(Method, Fold):
 
     laws = frozenset({"odd", "homogeneous"})
     paper = "Marczak et al. 2024, ECCV, arXiv 2407.06322"
+    group = "over time"
+    cost = "one read"
+    strong = "fine-tunes one after another"
     scales_last = True
     unremovable: ClassVar[str] = "what it covered of the others is gone"
 

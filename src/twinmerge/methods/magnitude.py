@@ -39,6 +39,9 @@ class Magnitude(TrimsDeltas, SparseSum):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Yadav et al. 2023, arXiv 2306.01708; Yu et al. 2024, arXiv 2311.03099"
+    group = "trim, drop, elect"
+    cost = "two reads"
+    strong = "a baseline: trims and adds up"
     scales_last = True
 
     density: PerExpert = Field(default=0.2, description="share of the entries kept, 0 to 1")

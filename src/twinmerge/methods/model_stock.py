@@ -55,6 +55,9 @@ class ModelStock(Method):
     experts_min = 2
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Jang et al. 2024, arXiv 2403.19522"
+    group = "averages"
+    cost = "two reads"
+    strong = "a few runs of one task"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "model_stock": Dialect(shared={"filter_wise": Switch("filter_wise")}, refuse=unless_two)
     }

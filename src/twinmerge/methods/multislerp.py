@@ -58,6 +58,9 @@ class Multislerp(Method):
     space = "either"
     laws = frozenset({"symmetric", "odd"})
     paper = "none; mergekit 0.1.5"
+    group = "on the sphere"
+    cost = "two reads"
+    strong = "any number, with weights"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "multislerp": Dialect(
             {"weight": Number("weights")},

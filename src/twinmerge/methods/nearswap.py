@@ -37,6 +37,9 @@ class Nearswap(Method):
     experts_min = experts_max = 2
     laws = frozenset({"idempotent", "odd"})
     paper = "none; mergekit 0.1.5"
+    group = "picked, layer by layer or entry by entry"
+    cost = "one read"
+    strong = "what two models nearly agree on"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "nearswap": Dialect(shared={"t": Number("t")}, refuse=base_and_one("nearswap"))
     }

@@ -32,6 +32,9 @@ class NullSpace(Method, Fold):
 
     grain = "matrix"
     paper = "NUFILT, ICLR 2026, ablation"
+    group = "over time"
+    cost = "SVD per expert"
+    strong = "one by one: above OPCM on CLIP"
     scales_last = True
     unremovable: ClassVar[str] = "every later expert was filtered by what it had changed"
 

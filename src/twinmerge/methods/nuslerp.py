@@ -83,6 +83,9 @@ class Nuslerp(Method):
     experts_min = experts_max = 2
     laws = frozenset({"odd", "homogeneous"})
     paper = "none; mergekit 0.1.5"
+    group = "on the sphere"
+    cost = "two reads"
+    strong = "two models, also row by row"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "nuslerp": Dialect(
             {"weight": Number("weights")},

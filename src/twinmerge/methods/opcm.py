@@ -51,6 +51,9 @@ class Opcm(Method, Fold):
 
     grain = "matrix"
     paper = "Tang et al. 2025, NeurIPS, arXiv 2501.09522"
+    group = "over time"
+    cost = "SVD per expert"
+    strong = "vision experts, one by one"
     unremovable: ClassVar[str] = "every later expert was projected away from it"
 
     alpha: float = Field(

@@ -40,6 +40,9 @@ class Passthrough(Method):
     experts_min = experts_max = 1
     laws = frozenset({"idempotent", "odd", "homogeneous"})
     paper = "none; mergekit 0.1.5"
+    group = "picked, layer by layer or entry by entry"
+    cost = "one read"
+    strong = "layers of models, stacked anew"
     linear = True
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "passthrough": Dialect({"scale": Number("scale", 1.0)}, refuse=unless_one)
@@ -51,6 +54,9 @@ class Passthrough(Method):
     def coefficients(self, experts: int) -> tuple[float, ...]:
         by = per_expert(self.scale, experts)
         return tuple(np.array(by, np.float32).tolist()) if self.compat == "mergekit" else by
+
+    def amounts(self, experts: int) -> tuple[float, ...]:
+        return self.coefficients(experts)
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
         return weighted_sum(self.coefficients(len(tile.x)), tile.x, tile.work).to(tile.x.dtype)

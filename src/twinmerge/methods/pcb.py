@@ -73,6 +73,9 @@ class Pcb(Method):
 
     laws = frozenset({"symmetric", "odd"})
     paper = "Du et al. 2024, NeurIPS, arXiv 2410.02396"
+    group = "trim, drop, elect"
+    cost = "four reads"
+    strong = "few experts that disagree much"
     scales_last = True
 
     weights: PerExpert = weights_field()

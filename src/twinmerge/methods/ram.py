@@ -35,6 +35,9 @@ class Ram(Method):
 
     laws = frozenset({"symmetric", "odd"})
     paper = "Yuan et al. 2026, arXiv 2601.13572"
+    group = "sums of changes"
+    cost = "one read"
+    strong = "RL experts, with sparse changes"
     scales_last = True
     mergekit: ClassVar[Mapping[str, Dialect]] = {"ram": Dialect({}, {"epsilon": Number("epsilon", 1e-5)})}
 

@@ -61,6 +61,8 @@ class RamPlus(Ram):
         [1.5, 1.0, 0.0]
     """
 
+    cost = "two reads"
+    strong = "RL experts; lifts unshared parts"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "ramplus_tl": Dialect(
             {},

@@ -54,6 +54,9 @@ class Regmean(Method):
     needs = ("gram",)
     laws = frozenset({"idempotent", "symmetric", "odd", "homogeneous"})
     paper = "Jin et al. 2023, arXiv 2212.09849"
+    group = "by statistics of data"
+    cost = "a solve per matrix"
+    strong = "linear layers of small models"
 
     weights: PerExpert = weights_field()
     alpha: float = Field(default=0.9, ge=0, le=1, description="multiplies the off-diagonals of the Grams")

@@ -111,6 +111,9 @@ class Sce(Method):
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Wan et al. 2025, EMNLP, arXiv 2408.07990"
+    group = "trim, drop, elect"
+    cost = "three reads"
+    strong = "chat LLMs of one base"
     scales_last = True
     mergekit: ClassVar[Mapping[str, Dialect]] = {"sce": Dialect({}, {"select_topk": Number("select_topk", 1.0)})}
 

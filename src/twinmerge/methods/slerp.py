@@ -44,12 +44,18 @@ class Slerp(Method):
     experts_min = experts_max = 2
     laws = frozenset({"idempotent", "odd", "homogeneous"})
     paper = "Shoemake 1985"
+    group = "on the sphere"
+    cost = "two reads"
+    strong = "two models, along the arc"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "slerp": Dialect(shared={"t": Number("t")}, refuse=base_and_one("slerp"))
     }
 
     t: float = Field(default=0.5, ge=0.0, le=1.0, description="where on the way from the first expert to the second")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
+
+    def amounts(self, experts: int) -> tuple[float, ...]:
+        return 1 - self.t, self.t
 
     def passes(self) -> Sequence[Shares[tuple[float, float]]]:
         return (Shares(self.space, self.shares),)

@@ -30,6 +30,9 @@ class Svc(Spectral):
     sided = True
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Li et al. 2026, ICML, arXiv 2602.05536"
+    group = "spectral"
+    cost = "SVD of the sum"
+    strong = "directions that experts share"
 
     calibration: float = Field(default=0.1, gt=0, description="α, the least projection of an expert on a direction")
 

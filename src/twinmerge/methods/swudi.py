@@ -50,6 +50,9 @@ class Swudi(OnInputs):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Wei et al. 2026, arXiv 2606.07289"
+    group = "spectral"
+    cost = "eigh per matrix"
+    strong = "many or uneven experts, untuned"
 
     share: float | None = Field(
         default=None, gt=0, le=1, description="share of the directions kept; none: by each spectrum"

@@ -29,3 +29,6 @@ class TallMasks(Marking, MaskMethod):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Wang et al. 2024, arXiv 2405.07813"
+    group = "masks"
+    cost = "one read"
+    strong = "each expert back, to about 99 %"

@@ -50,6 +50,9 @@ class TaskArithmetic(Method, SumFold):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Ilharco et al. 2023, arXiv 2212.04089"
+    group = "sums of changes"
+    cost = "one read"
+    strong = "public LLMs: reliable gains"
     linear = core_space = scales_last = True
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "task_arithmetic": Dialect(

@@ -50,6 +50,9 @@ class Ties(TrimsDeltas, Elects):
 
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Yadav et al. 2023, arXiv 2306.01708"
+    group = "trim, drop, elect"
+    cost = "two reads"
+    strong = "conflicting signs; tune scale"
     scales_last = True
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"normalize": MEAN_OR_SUM}
     decided: ClassVar[Mapping[str, Mapping[str, str]]] = {

@@ -35,6 +35,9 @@ class Tsv(Spectral):
 
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Gargiulo et al. 2025, CVPR, arXiv 2412.00081"
+    group = "spectral"
+    cost = "SVD of each change"
+    strong = "simple and strong without data"
 
     def passes(self) -> tuple[Pass[Any], ...]:
         return () if self.calibration else (Triplets(self), Orthogonal(self))

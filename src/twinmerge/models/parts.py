@@ -148,11 +148,15 @@ class Whole:
         ref: as the recipe names it, or a folder that a model in memory was saved to.
         layout: its parts; None of a plain model, which has the one part that transformers has a class of.
         adapted: an adapter is put on that part.
+        folder: where it is.
+        commit: of the hub, that was read.
     """
 
     ref: str
     layout: Layout | None
     adapted: bool
+    folder: Path
+    commit: str | None = None
 
     @classmethod
     def at(cls, ref: str) -> Whole:
@@ -171,7 +175,7 @@ class Whole:
                         f"The adapter {found.adapter} brings the part {path!r} along, with weights of its own. Merge it "
                         "into its base first (merge_and_unload), save the whole model, and give that."
                     )
-        return cls(ref, layout, found.adapter is not None)
+        return cls(ref, layout, found.adapter is not None, found.folder, found.commit)
 
     def part(self, path: str, by_names: bool, allow_pickle: bool) -> Part:
         """One of its parts, with the adapter where that is put on it."""

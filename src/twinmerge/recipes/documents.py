@@ -11,9 +11,10 @@ from twinmerge.arguments import strict
 from twinmerge.errors import RecipeError
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.names import EXPERT_NAME
-from twinmerge.recipes.plain_data import read_documents
+from twinmerge.recipes.plain_data import documents_in, read_text
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.schema import recipe_from
+from twinmerge.recipes.typed import Typed
 
 NAME = "name"
 
@@ -67,12 +68,27 @@ def read_all(file: str | Path) -> Documents:
         TwinmergeError: as `read_recipe`.
     """
     file = Path(file)
-    raw = read_documents(file, "recipe")
+    return _documents(Typed(read_text(file, "recipe"), file.suffix == ".json"), str(file))
+
+
+def typed_recipe(typed: Typed) -> Recipe:
+    """The recipe that a text says, as `read_recipe` of its file.
+
+    Raises:
+        TwinmergeError: as `read_recipe`.
+    """
+    return _documents(typed, "as it was typed").nested
+
+
+def _documents(typed: Typed, where: str) -> Documents:
+    raw = documents_in(typed.content, typed.json, f"The recipe {where}")
     if len(raw) > 1:
-        return documents_from(raw, str(file))
+        found = documents_from(raw, where)
+        named = {name: replace(recipe, typed=typed) for name, recipe in found.named.items()}
+        return Documents(named, found.last and replace(found.last, typed=typed))
     if not raw or not isinstance(raw[0], dict):
-        raise RecipeError(f"The recipe {file} is no mapping of keys to values. Start with merge_method: and models:.")
-    return Documents({}, recipe_from(raw[0], str(file)))
+        raise RecipeError(f"The recipe {where} is no mapping of keys to values. Start with merge_method: and models:.")
+    return Documents({}, replace(recipe_from(raw[0], where), typed=typed))
 
 
 def documents_from(raw: Sequence[Any], where: str) -> Documents:

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 KEY = "lines"  # in recipes, in what is known of a run, and before the dot of a parameter
 KEYS = ("a", "b")
 AUTO = "auto"
+PAPER = (
+    'Wang et al. 2025, "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging", ICLR, '
+    "arXiv 2410.17146."
+)
 
 
 @dataclass(frozen=True)

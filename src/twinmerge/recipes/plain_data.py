@@ -17,7 +17,7 @@ from twinmerge.errors import DataError, RecipeError
 from twinmerge.store.foreign import Most, parse_json, read_bytes
 
 BYTES = {"yaml": 1 << 18, "json": 1 << 22}  # of a file, at most; a recipe of a hundred models has 20 kB
-VALUES = 6_000  # of a recipe of 1,024 experts; aliases count as often as they are used
+VALUES = 10_000  # of a recipe of 1,024 experts with a weight each; aliases count as often as they are used
 DEPTH = 40
 NUMBER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?")
 """A number in a text, as `float` reads it; leading zeros, underscores and colons mean something else to some reader."""
@@ -59,40 +59,36 @@ for _tag, _pattern, _first in _RESOLVERS:
         _class.add_implicit_resolver(_tag, _pattern, [*_first])
 
 
-def read_plain(file: Path, what: str) -> Any:
-    """The data in a YAML or (by its suffix) JSON file.
+def read_text(file: Path, what: str) -> bytes:
+    """What a YAML or (by its suffix) JSON file holds.
 
     Args:
         what: the file is, in messages.
 
     Raises:
-        TwinmergeError: no such file, no UTF-8, larger than a recipe is; and as `from_yaml` and `from_json`.
+        RecipeError: no such file, or a larger one than a recipe is.
     """
-    text, kind = _text(file, what)
-    return (from_json if kind == "json" else from_yaml)(text, f"The {what} {file}")
-
-
-def read_documents(file: Path, what: str) -> list[Any]:
-    """The data of every document in a YAML or (by its suffix) JSON file, which has one.
-
-    Raises:
-        TwinmergeError: as `read_plain`, but for several documents.
-    """
-    text, kind = _text(file, what)
-    where = f"The {what} {file}"
-    return [from_json(text, where)] if kind == "json" else all_from_yaml(text, where)
-
-
-def _text(file: Path, what: str) -> tuple[str, str]:
-    """What a file says, and in which language."""
-    kind = "json" if file.suffix == ".json" else "yaml"
     try:
-        text = read_bytes(file, BYTES[kind], f"Give a {what}.").decode("utf-8-sig")
+        return read_bytes(file, BYTES["json" if file.suffix == ".json" else "yaml"], f"Give a {what}.")
     except DataError as error:
         raise RecipeError(str(error)) from error
+
+
+def documents_in(content: bytes, json: bool, where: str) -> list[Any]:
+    """The data of every document in a YAML text, or of the one in a JSON text.
+
+    Raises:
+        TwinmergeError: no UTF-8; and as `from_yaml` and `from_json`, but for several documents.
+
+    Example:
+        >>> documents_in(b"a: 1", False, "it"), documents_in(b'{"a": 1}', True, "it")
+        ([{'a': 1}], [{'a': 1}])
+    """
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"The {what} {file} cannot be read: {error}. Write plain YAML or JSON.") from error
-    return text, kind
+        raise RecipeError(f"{where} cannot be read: {error}. Write plain YAML or JSON.") from error
+    return [from_json(text, where)] if json else all_from_yaml(text, where)
 
 
 def from_yaml(text: str, where: str) -> Any:

@@ -30,6 +30,7 @@ from twinmerge.recipes.setting import Setting, examples, plain_value, read_setti
 from twinmerge.recipes.slices import BASE, Slice
 from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.recipes.tokenizer import TokenizerChoice
+from twinmerge.recipes.typed import Typed
 
 MARK = "twinmerge"
 SIDE_FILES = "side_files_from"
@@ -55,7 +56,7 @@ class Recipe:
     tokenizer's own; side_files_from: the expert whose template, special tokens and generation settings the output
     has, None for the base's; by_names: no class is asked what tensors are, which are matched by name and shape;
     allow_pickle: old checkpoints are read, with torch's loader of tensors alone. That is for who runs a merge to say: no
-    file does, and it is not written down."""
+    file does, and it is not written down; typed: the file that it was read from, None of what a call says."""
 
     method: MethodLike
     base: ModelLike | None
@@ -72,6 +73,7 @@ class Recipe:
     side_files_from: str | None = None
     by_names: bool = False
     allow_pickle: bool = False
+    typed: Typed | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._take_method()

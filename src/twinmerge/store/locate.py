@@ -11,7 +11,17 @@ from twinmerge.errors import ModelError, ResourceError, UsageError
 from twinmerge.store.foreign import CONFIG, find, is_text, read_json, shown
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?$")
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README*", "LICENSE*"]
+HUB_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "README*",
+    "LICENSE*",
+    "twinmerge.*",
+]
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 """The end of the names of files that hold a part of a model's weights each, without the suffix."""

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
 from twinmerge.engine.adapters.folder import About, Limit, balanced, check_dtype, compress, write_lora
-from twinmerge.engine.card import licence_of
+from twinmerge.engine.front import licence_of
 from twinmerge.errors import ModelError
 from twinmerge.maths.lowrank import Factors, truncate
 from twinmerge.maths.sums import blocked_dot, total

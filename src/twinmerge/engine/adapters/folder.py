@@ -10,8 +10,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from twinmerge.engine.card import licence_of
 from twinmerge.engine.folder import write_about
+from twinmerge.engine.front import licence_of
 from twinmerge.engine.provenance import versions
 from twinmerge.errors import ModelError, UsageError, nearest
 from twinmerge.maths.lowrank import Factors

@@ -15,7 +15,7 @@ import torch
 from twinmerge.arguments import strict
 from twinmerge.engine.adapters.compressed import Compressed, merges_cores
 from twinmerge.engine.adapters.folder import About, Limit, compress, write_lora
-from twinmerge.engine.card import licence_of
+from twinmerge.engine.front import licence_of
 from twinmerge.engine.ranges import Grains, Range, Shapes
 from twinmerge.engine.run import Load, Run
 from twinmerge.engine.seen import Digests

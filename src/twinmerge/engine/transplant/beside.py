@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from twinmerge.engine.card import licence_of
+from twinmerge.engine.front import licence_of
 from twinmerge.engine.provenance import versions
 from twinmerge.engine.sides import config_said, generation_said, template_in, template_of
 from twinmerge.engine.tokens.ids import ONE, renumbered

@@ -37,6 +37,19 @@ if TYPE_CHECKING:
 
 Space = Literal["deltas", "parameters", "either"]
 Outputs = Literal["model", "masks"]
+Group = Literal[
+    "averages",
+    "sums of changes",
+    "trim, drop, elect",
+    "spectral",
+    "on the sphere",
+    "by statistics of data",
+    "masks",
+    "over time",
+    "picked, layer by layer or entry by entry",
+    "of other packages",
+]
+"""What methods have in common, in the order in which they are listed."""
 Law = Literal["idempotent", "symmetric", "odd", "homogeneous"]
 Need = Literal["fisher", "gram"]
 """Statistics that `twinmerge measure` takes of every expert."""
@@ -65,9 +78,11 @@ class Method(BaseModel, ABC):
         of the experts, by numbers that their values do not change (`coefficients`). core_space: it merges low-rank
         factors into low-rank factors (`merge_factors`), as adapters are merged. scales_last: its field `scale`
         multiplies the merged change and does nothing else, so that a tensor may have another one. paper: the source,
-        as printed by `twinmerge methods`. aliases: other names of the method in recipes of ours. spellings: other
-        names, or values, of its parameters there, beside `dialect.SPELLINGS`. mergekit: name of a method of mergekit
-        that this is -> how mergekit says it; recipes of mergekit set the field compat to "mergekit".
+        as printed by `twinmerge methods NAME`. group, cost, strong: what the list of methods says of it: what it has in
+        common with others; how often it reads the models, or what it decomposes; where it is strong, by a paper or by
+        its formula. aliases: other names of the method in recipes of ours. spellings: other names, or values, of its
+        parameters there, beside `dialect.SPELLINGS`. mergekit: name of a method of mergekit that this is -> how mergekit
+        says it; recipes of mergekit set the field compat to "mergekit".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -83,6 +98,9 @@ class Method(BaseModel, ABC):
     core_space: ClassVar[bool] = False
     scales_last: ClassVar[bool] = False
     paper: ClassVar[str] = ""
+    group: ClassVar[Group] = "of other packages"
+    cost: ClassVar[str] = ""
+    strong: ClassVar[str] = ""
     aliases: ClassVar[tuple[str, ...]] = ()
     spellings: ClassVar[Mapping[str, Number | Switch]] = {}
     mergekit: ClassVar[Mapping[str, Dialect]] = {}
@@ -131,6 +149,16 @@ class Method(BaseModel, ABC):
         """ct of a `linear` method: the merged change is Σt ct τt, or of space "parameters" the merged model Σt ct
         θt."""
         raise AssertionError(f"{type(self).__name__} is not linear")
+
+    def amounts(self, experts: int) -> tuple[float, ...] | None:
+        """What part each expert has in what comes out, as far as parameters say it: its weight over the sum of their
+        sizes; None where the experts' values alone decide."""
+        given = dict(self).get("weights")
+        if given is None:
+            return None
+        weights = per_expert(given, experts)
+        total = math.fsum(map(abs, weights))
+        return tuple(weight / total for weight in weights) if total else weights
 
     def merge_factors(self, parts: Sequence[Factors], at: Place, known: Known) -> Factors:
         """The merged change of low-rank experts as a low-rank product again, of a method with `core_space`.

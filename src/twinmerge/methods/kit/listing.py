@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 from twinmerge.arguments import strict
@@ -12,7 +14,7 @@ from twinmerge.results import Listing
 
 
 class Methods(Listing):
-    """Method -> paper, space, grain, laws, needs, outputs, over_time, parameters."""
+    """Method -> group, cost, strong, paper, space, grain, laws, needs, outputs, over_time, parameters."""
 
 
 @strict
@@ -35,6 +37,21 @@ def list_methods(method: MethodLike | None = None) -> Methods:
     return Methods({name: _about(cls) for name, cls in found.items()})
 
 
+def source_of(method: MethodLike) -> str | None:
+    """Where a method comes from: what its class says at "Source:", else its paper.
+
+    Raises:
+        TwinmergeError: an unknown method.
+
+    Example:
+        >>> source_of("slerp")
+        'Shoemake 1985, "Animating rotation with quaternion curves"; for weights as in the tools of the field.'
+    """
+    cls = method_class(method)
+    found = re.search(r"^Source: (.+?)(?:\n\s*\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else cls.paper or None
+
+
 def needs(method: type[Method]) -> list[str]:
     """What a method reads besides the experts' weights."""
     return ["base"] * (method.space == "deltas") + [f"{need} statistics" for need in method.needs]
@@ -50,6 +67,9 @@ def over_time(method: type[Method]) -> str | None:
 def _about(method: type[Method]) -> dict[str, Any]:
     fields = method.model_fields.items()
     return {
+        "group": method.group,
+        "cost": method.cost,
+        "strong": method.strong,
         "paper": method.paper,
         "space": method.space,
         "grain": method.grain,

@@ -13,6 +13,7 @@ from twinmerge.errors import TwinmergeError, UsageError, in_one_line, nearest
 from twinmerge.methods.kit.base import (
     NO_BASE,
     Grain,
+    Group,
     Known,
     Law,
     Method,
@@ -30,7 +31,9 @@ from twinmerge.origin import given_by, is_ours, misspelt
 if TYPE_CHECKING:
     from torch import Tensor
 
-ONE_OF = {"space": get_args(Space), "grain": get_args(Grain), "outputs": get_args(Outputs)}
+ONE_OF = {"space": get_args(Space), "grain": get_args(Grain), "outputs": get_args(Outputs), "group": get_args(Group)}
+TOLD = {"group": 40, "cost": 18, "strong": 32}
+"""What `twinmerge methods` prints of a class of ours -> letters that there is room for."""
 SOME_OF = {"laws": get_args(Law), "needs": get_args(Need)}
 ABLE = {"linear": "coefficients", "core_space": "merge_factors"}
 """What a class says it can -> the function that does it."""
@@ -66,6 +69,8 @@ def check_class(cls: type[Method], name: str) -> None:
     if len(cls.needs) > 1:
         raise UsageError(f"{name}: needs is {cls.needs!r}. A method reads one kind of statistics; name one.")
     _check_counts(cls, name)
+    if is_ours(cls):
+        _check_told(cls, name)
     for attribute, function in ABLE.items():
         if getattr(cls, attribute) and getattr(cls, function) is getattr(Method, function):
             raise UsageError(
@@ -180,6 +185,16 @@ def _known(value: object, attribute: str, known: Sequence[str], name: str) -> No
         raise UsageError(
             f"{name}: {attribute} is {value!r:.80}.{nearest(str(value), known)} Choose from {', '.join(known)}."
         )
+
+
+def _check_told(cls: type[Method], name: str) -> None:
+    """Refuse a class of ours that does not say what the list of methods tells of each."""
+    for attribute, most in TOLD.items():
+        value = getattr(cls, attribute)
+        if not value or value == Method.group or len(value) > most:
+            raise UsageError(
+                f"{name} has no {attribute} of up to {most} letters. Write {attribute} = … as the methods beside it do."
+            )
 
 
 def _check_counts(cls: type[Method], name: str) -> None:

@@ -1,0 +1,112 @@
+"""What the cards of a merge's sources say in their front matter, and which models a recipe names, as hubs want to
+know."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from twinmerge.errors import TwinmergeError
+from twinmerge.recipes.plain_data import from_yaml
+from twinmerge.recipes.recipe import is_reference
+from twinmerge.store.foreign import find, open_regular
+from twinmerge.store.locate import HUB_ID
+
+README_BYTES = 1 << 20  # that are looked at; the largest front matters, of embedding models, have half of it
+FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
+CACHED = re.compile(r"models--(.+?)[/\\]snapshots[/\\]")
+NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
+LONGEST, MOST = 100, 50  # of what is passed on: letters of a name, and names
+
+
+class Front(NamedTuple):
+    """What a card says.
+
+    Attributes:
+        licences: its licences, by their names on the hub.
+        other: of a licence that the hub does not know: its name and where it is.
+        datasets: that the model was trained on.
+    """
+
+    licences: tuple[str, ...] = ()
+    other: tuple[tuple[str, str], ...] = ()
+    datasets: tuple[str, ...] = ()
+
+    @property
+    def licence(self) -> str | None:
+        """The licences in one text."""
+        return ", ".join(self.licences)[:LONGEST] or None
+
+
+def front_of(folder: Path | None) -> Front:
+    """The front matter of a folder's README.md, as far as it can be read.
+
+    Args:
+        folder: of a model; None where it has none.
+    """
+    readme = find(folder, "README.md") if folder else None
+    if readme is None:
+        return Front()
+    with open(open_regular(readme), "rb") as opened:
+        front = FRONT.match(opened.read(README_BYTES).decode("utf-8", errors="replace"))
+    if front is None:
+        return Front()
+    licences = _texts(_said(front[1], "license"))
+    named = {key: _texts(_said(front[1], key)) for key in ("license_name", "license_link")} if licences else {}
+    other = tuple((key, found[0]) for key, found in named.items() if found)
+    return Front(licences, other, _texts(_said(front[1], "datasets")))
+
+
+def licence_of(folder: Path | None) -> str | None:
+    """The licence in the front matter of a folder's README.md, where it has one."""
+    return front_of(folder).licence
+
+
+def base_models(recipe: Mapping[str, Any]) -> list[str]:
+    """The models that a recipe names: ids of the hub, and the names of folders and files; none that was in memory.
+
+    Example:
+        >>> base_models({"base_model": "org/base@v1", "models": [{"model": "org/base+org/lora"}, {"model": "./my/b"}]})
+        ['org/base', 'org/lora', 'b']
+    """
+    return list(dict.fromkeys(_named(recipe)))
+
+
+def _named(recipe: Mapping[str, Any]) -> Iterator[str]:
+    for model in (recipe.get("base_model"), *(each["model"] for each in recipe["models"])):
+        if isinstance(model, dict):
+            yield from _named(model["recipe"])
+        elif isinstance(model, str) and is_reference(model):
+            whole = os.path.exists(os.path.expanduser(model))
+            for part in [model] if whole else model.split("+"):
+                if (name := _name(part)) is not None:
+                    yield name
+
+
+def _name(ref: str) -> str | None:
+    if (cached := CACHED.search(ref)) is not None:  # a folder of the hub's own cache
+        return cached[1].replace("--", "/")
+    here = os.path.exists(os.path.expanduser(ref))
+    if not here and HUB_ID.match(ref):
+        return ref.partition("@")[0]
+    last = Path(os.path.abspath(os.path.expanduser(ref))).name.removesuffix(".safetensors")
+    return last if NAME.fullmatch(last) else None  # the hub takes no card with another one
+
+
+def _said(front: str, key: str) -> Any:
+    """The value of a key at the top of a front matter, whatever else stands in it."""
+    found = re.search(rf"^{key}:.*(?:\n(?:[ \t-].*)?)*", front, re.MULTILINE)
+    try:
+        return None if found is None else from_yaml(found[0], "The front matter")[key]
+    except TwinmergeError:
+        return None
+
+
+def _texts(said: Any) -> tuple[str, ...]:
+    """Names in a value, each in one line."""
+    names = [said] if isinstance(said, str) else said if isinstance(said, list) else []
+    clean = (" ".join(str(name).split())[:LONGEST] for name in names if isinstance(name, (str, int, float)))
+    return tuple(name for name in clean if name)[:MOST]
