@@ -37,7 +37,7 @@ from mergekit_recipes_parts import seeds as seeds_parts
 from mergekit_recipes_parts.untied import untied
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-SAID_ELSEWHERE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
+SAID_ELSEWHERE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "is_local", "local_files_only")
 FAR = 4  # units: more is no matter of rounding
 UNIT = {"torch.float32": 2.0**-23, "torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10}
 
@@ -240,9 +240,9 @@ def offline() -> dict[str, str]:
 
 
 def _last(said: str) -> str:
-    """The last line of what a process said: the error."""
-    lines = [line for line in said.strip().split("\n") if line.strip()]
-    return lines[-1].removeprefix("Error: ")[:120] if lines else "fails"
+    """The first sentence of the error that a process ended with."""
+    text = " ".join(said.rpartition("Error: ")[2].split())
+    return f"refuses: {text.partition('. ')[0][-150:]}" if text else "fails"
 
 
 if __name__ == "__main__":
