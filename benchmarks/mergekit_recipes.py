@@ -117,6 +117,7 @@ def both(text: str, name: str, peer: Path, models: Path, work: Path) -> dict[str
 def run_mergekit(text: str, file: Path, out: Path, peer: Path, models: Path, work: Path) -> dict[str, Any]:
     """mergekit's command of the kind of recipe that it is."""
     shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(work / "lora" / file.stem, ignore_errors=True)
     documents = list(yaml.safe_load_all(text))
     if any("experts" in each for each in documents):
         command = [str(peer.with_name("mergekit-moe")), str(file), str(out)]
