@@ -510,7 +510,7 @@ def test_an_input_that_is_not_finite_is_found_wherever_it_is(code: str, bad: flo
     dropped = linear._replace(drop=Drop((key_of("a"),) * count, (0.0,) * count, (1.0,) * count))
     ranked = linear._replace(ranked=Ranked((rising(700, 0.0, 0.1, False),) * count))
     selected = elected._replace(select=Select(0x7FFF_FFFF, 0))
-    overlapping = linear._replace(trim=Trim((0x7F7F_FFFF,) * count, (0,) * count), overlap=True)
+    overlapping = linear._replace(trim=Trim((0x7F7F_FFFF,) * count, (0,) * count), combine="overlap")
     rules = (linear, elected, dropped, ranked, selected, overlapping)
     for at in (0, 15, 2047, 2048, size - 1):
         for who in range(count + 1):
