@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from twinmerge.arguments import strict
 from twinmerge.engine.card import model_card
@@ -45,10 +43,8 @@ from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
-from twinmerge.twin.masked import SCALES, TWIN_VERSION
+from twinmerge.twin.files import SCALES, TWIN, TWIN_VERSION
 from twinmerge.twin.masks.results import BuiltMasks
-from twinmerge.twin.package import TWIN
-from twinmerge.twin.split import is_buffer
 
 Bytes = NDArray[np.uint8]
 Answer = TypeVar("Answer")
@@ -128,7 +124,7 @@ class MaskMerge(Merge):
     def plan(self) -> Plan:
         """As of `Merge`, with buffers copied from the base."""
         plan = super().plan
-        kept = {n: e for n, e in plan.merged.items() if is_buffer(self.base, e.tensor)}
+        kept = {n: e for n, e in plan.merged.items() if self.base.is_buffer(e.tensor)}
         copied = {n: replace(e, experts=(), method=None, grain="element") for n, e in kept.items()}
         merged = {n: e for n, e in plan.merged.items() if n not in kept}
         return replace(plan, merged=merged, copied={**plan.copied, **copied})
@@ -205,7 +201,7 @@ def _write(
             held.clear()
     method = _method(merge)
     scales = in_given_order(merge, scales_of(method.scales(masses, sizes, count), count, method))
-    twin.write(SCALES, 0, torch.tensor(scales, dtype=torch.float64))
+    twin.write(SCALES, 0, np.array(scales, np.float64).view(np.uint8))
     by_task = tuple(in_given_order(merge, marks.by_task))
     trained = sum(sizes.values())
     return BuiltMasks(
