@@ -13,7 +13,7 @@ from twinmerge.errors import UsageError, nearest
 from twinmerge.maths.bits import byte_count, check, pack
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.artefact import Artefact
-from twinmerge.twin.files import SCALES, TWIN_VERSION
+from twinmerge.twin import SCALES, TWIN_VERSION
 from twinmerge.twin.split import Exclusive, Masked, shared_vectors
 
 

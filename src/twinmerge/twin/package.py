@@ -36,7 +36,7 @@ from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.foreign import AGAIN, find, read_json, read_text
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin.files import MASKS_VERSION, ROUTER, STATISTICS, TWIN, TWIN_VERSION
+from twinmerge.twin import MASKS_VERSION, ROUTER, STATISTICS, TWIN, TWIN_VERSION
 from twinmerge.twin.masked import pack_masks, told_of, unpack_masks
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router

@@ -43,7 +43,7 @@ from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
-from twinmerge.twin.files import SCALES, TWIN, TWIN_VERSION
+from twinmerge.twin import SCALES, TWIN, TWIN_VERSION
 from twinmerge.twin.masks.results import BuiltMasks
 
 Bytes = NDArray[np.uint8]

@@ -32,7 +32,7 @@ from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin.files import SCALES, TWIN, TWIN_VERSION
+from twinmerge.twin import SCALES, TWIN, TWIN_VERSION
 from twinmerge.twin.masked import unmasked
 from twinmerge.twin.masks.results import ExtractedExpert
 from twinmerge.twin.mixing.mixture import index_of

@@ -1,7 +1,0 @@
-"""What the files of a twin folder are called, and which version of the layout they have."""
-
-from __future__ import annotations
-
-TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
-MASKS_VERSION, TWIN_VERSION = 3, 4  # of a twin's layout: 1 factors, 2 packed by a codec, 3 masks, 4 any of them, sealed
-SCALES = "scales"
