@@ -548,10 +548,27 @@ static TARGET void NAME(round)(const float *x, const float *base, size_t n, void
     outcome->fits &= counts.worst < too_large(code);
 }
 
+INLINE uint32_t NAME(branch_loop)(const void *x, int code, const float (*base)[COLUMNS], size_t row, float to[BRANCH][COLUMNS]) {
+    uint32_t worst = 0;
+    for (size_t r = 0; r < BRANCH; r++) {
+        const void *there = from(x, code, (row + r * BRANCHES) * COLUMNS);
+        uint32_t found = NAME(load_loop)(there, code, base ? base[r] : NULL, COLUMNS, to[r]);
+        worst = found > worst ? found : worst;
+    }
+    return worst;
+}
+
 /* Rows `row`, `row` + 128, ... of a block of n elements, less the base's where there is a base; zeros beyond its end; false if one
  * is NaN or infinite. */
 INLINE bool NAME(branch)(const void *x, int code, const float (*base)[COLUMNS], size_t n, size_t row, float to[BRANCH][COLUMNS]) {
     bool sound = true;
+    if ((row + (BRANCH - 1) * BRANCHES + 1) * COLUMNS <= n) { /* all of it is there */
+        uint32_t worst;
+#define CALL(c) worst = base ? NAME(branch_loop)(x, c, base, row, to) : NAME(branch_loop)(x, c, NULL, row, to)
+        FOR_CODE(code, CALL)
+#undef CALL
+        return worst < unsound(code);
+    }
     for (size_t r = 0; r < BRANCH; r++) {
         size_t at = (row + r * BRANCHES) * COLUMNS, here = at < n ? least(n - at, COLUMNS) : 0;
         const float *theirs = base ? base[r] : NULL;
