@@ -27,6 +27,7 @@
 #define MAGNITUDE 0x7FFFFFFFu
 #define INFINITE 0x7F800000u
 #define NEVER 0x7FFFFFFFu
+#define ENDLESS (INT64_C(1) << 61) /* room for all entries that there can be */
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -360,8 +361,9 @@ static TARGET void NAME(drop)(float *restrict x, size_t n, const uint64_t *key, 
 /* Entries below the threshold become zero, and those equal to it but for the first `room`; returns what room is left. */
 static TARGET int64_t NAME(trim)(float *restrict x, size_t n, uint32_t threshold, int64_t room) {
     uint32_t equal = 0;
-    for (size_t i = 0; i < n; i++)
-        equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
+    if (room > 0 && room < ENDLESS)
+        for (size_t i = 0; i < n; i++)
+            equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
     if (equal > room && room > 0) {
         for (size_t i = 0; i < n; i++) {
             uint32_t size = as_bits(x[i]) & MAGNITUDE;
@@ -370,17 +372,18 @@ static TARGET int64_t NAME(trim)(float *restrict x, size_t n, uint32_t threshold
         }
         return 0;
     }
-    int32_t above = (int32_t)threshold - (equal <= room); /* -1: zeros, too, stay as they are */
+    int32_t above = (int32_t)threshold - (room > 0); /* -1: zeros, too, stay as they are */
     for (size_t i = 0; i < n; i++)
         x[i] = (int32_t)(as_bits(x[i]) & MAGNITUDE) > above ? x[i] : 0;
-    return room - (equal <= room ? equal : 0);
+    return room - equal;
 }
 
 /* Entries above the threshold become zero, and the first `room` equal to it; returns what room is left. */
 static TARGET int64_t NAME(cut)(float *restrict x, size_t n, uint32_t threshold, int64_t room) {
     uint32_t equal = 0;
-    for (size_t i = 0; i < n; i++)
-        equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
+    if (room > 0 && room < ENDLESS)
+        for (size_t i = 0; i < n; i++)
+            equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
     if (equal > room && room > 0) {
         for (size_t i = 0; i < n; i++) {
             uint32_t size = as_bits(x[i]) & MAGNITUDE;
@@ -389,10 +392,10 @@ static TARGET int64_t NAME(cut)(float *restrict x, size_t n, uint32_t threshold,
         }
         return 0;
     }
-    int32_t above = (int32_t)threshold - (equal <= room);
+    int32_t above = (int32_t)threshold - (room > 0);
     for (size_t i = 0; i < n; i++)
         x[i] = (int32_t)(as_bits(x[i]) & MAGNITUDE) > above ? 0 : x[i];
-    return room - (equal <= room ? equal : 0);
+    return room - equal;
 }
 
 /* The standard deviation over the experts, entry by entry, out of rows of x. */
@@ -773,33 +776,33 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
     float sizes[CHUNK];
     int32_t offsets[CHUNK];
     uint8_t flags[CHUNK + 64];
-    int32_t s0 = shared[0], s1 = shared[1], s2 = shared[2], s3 = shared[3];
     int32_t end = (int32_t)(width < NEVER ? width : NEVER);
     size_t found = 0;
     for (size_t at = 0, n; at < size; at += n) {
         n = least(CHUNK, size - at);
         NAME(size_of)(x, code, base, of_base, at, n, sizes);
-        uint32_t above = 0, c0 = 0, c1 = 0, c2 = 0, c3 = 0;
+        uint32_t above = 0;
         for (size_t i = 0; i < n; i++) {
             int32_t offset = (int32_t)(as_bits(sizes[i]) & MAGNITUDE) - low;
             offsets[i] = offset;
             above += offset >= end;
-            c0 += offset == s0, c1 += offset == s1, c2 += offset == s2, c3 += offset == s3;
-            flags[i] = ((uint32_t)offset < width) & (offset != s0) & (offset != s1) & (offset != s2) & (offset != s3);
+            flags[i] = (uint32_t)offset < width;
         }
         counts[0] += above;
-        counts[1] += c0, counts[2] += c1, counts[3] += c2, counts[4] += c3;
         memset(flags + n, 0, 64);
-        for (size_t i = 0; i < n; i += 64) { /* few are inside, mostly */
-            uint64_t some[8], any = 0;
-            memcpy(some, flags + i, 64);
-            for (int k = 0; k < 8; k++)
-                any |= some[k];
-            for (size_t k = 0; any && k < 8; k++)
-                for (size_t j = i + 8 * k; some[k] && j < least(i + 8 * k + 8, n); j++) {
-                    inside[found] = offsets[j];
-                    found += flags[j];
+        for (size_t i = 0; i < n; i += 8) { /* few are inside, mostly */
+            uint64_t some;
+            memcpy(&some, flags + i, 8);
+            for (; some; some &= some - 1) {
+                int32_t offset = offsets[i + (size_t)__builtin_ctzll(some) / 8];
+                bool apart = false;
+                for (int k = 0; k < SHARED; k++) {
+                    counts[1 + k] += offset == shared[k];
+                    apart |= offset == shared[k];
                 }
+                inside[found] = offset;
+                found += !apart;
+            }
         }
     }
     return found;

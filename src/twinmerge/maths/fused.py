@@ -371,7 +371,7 @@ def masks(
         room.append(np.empty((-(-size // _BLOCK), 2, count)))
         room.append(np.empty(count * _BRANCH * _COLUMNS, np.float32))
         room.append(np.empty(_LEVELS * 2 * count * _COLUMNS))
-    where = [each.ctypes.data for each in room] or [None] * 3
+    where: list[int | None] = [each.ctypes.data for each in room] if masses else [None] * 3
     target = _address(out, size, writes=True)
     library.twinmerge_fused_masks(
         prepared.pointer, at, addresses, target, codes, size, offset, rows, counts.ctypes.data, *where, found
