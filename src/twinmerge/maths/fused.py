@@ -378,7 +378,9 @@ def masks(
     )
     trained, *times = counts.tolist()
     by_block = room[0].transpose(1, 2, 0) if masses else None
-    return Masked(trained, tuple(times[: count + 1]), tuple(times[count + 1 :]), by_block, bool(found[2]), bool(found[3]))
+    return Masked(
+        trained, tuple(times[: count + 1]), tuple(times[count + 1 :]), by_block, bool(found[2]), bool(found[3])
+    )
 
 
 def _rank(

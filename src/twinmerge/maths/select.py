@@ -386,9 +386,7 @@ def in_bracket_stored(
     return above, *_binned(inside, ties, shift)
 
 
-def _binned(
-    inside: NDArray[np.int32], ties: list[int], shift: int
-) -> tuple[NDArray[np.int32], list[int], int]:
+def _binned(inside: NDArray[np.int32], ties: list[int], shift: int) -> tuple[NDArray[np.int32], list[int], int]:
     between = int(np.count_nonzero(inside & ((1 << shift) - 1))) if shift else 0
     return inside >> shift, ties, between
 

@@ -255,7 +255,9 @@ class Bracket(TrimPass[Threshold | Wide | None]):
             for row in threshold.undecided:
                 at = int(threshold.bits[row] - bracket.low[row]) >> int(bracket.shift[row])
                 for key, inside in total[f"inside {row}"]:
-                    by_block[key][row] = int(ties[key][row, hits[row][0]] if len(hits[row]) else np.count_nonzero(inside == at))
+                    by_block[key][row] = int(
+                        ties[key][row, hits[row][0]] if len(hits[row]) else np.count_nonzero(inside == at)
+                    )
             return threshold._replace(before=counted_before({key: tuple(counts) for key, counts in by_block.items()}))
         if all(len(hits[row]) for row in threshold.undecided):
             columns = [int(hit[0]) if len(hit) else 0 for hit in hits]

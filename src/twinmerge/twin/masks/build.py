@@ -252,9 +252,7 @@ def _compiled(
     return found if found.sound and found.fits else None
 
 
-def _by_pieces(
-    merge: Merge, twin: ArtefactWriter, each: Range, known: Known, stored: Stored, bits: Bytes
-) -> _Seen:
+def _by_pieces(merge: Merge, twin: ArtefactWriter, each: Range, known: Known, stored: Stored, bits: Bytes) -> _Seen:
     method, inputs, rounding = _method(merge), merge.inputs, merge.plan.rounding(each.name)
     name, seen = merge.plan.canonical[each.name], _Seen(Marks.none(len(bits)), [])
     for tile in inputs.pieces(each, stored):  # each starts at a multiple of 65,536 elements, so at a whole byte
