@@ -990,14 +990,17 @@ static TARGET void OF(further)(const float *restrict x, size_t n, bool first, do
 }
 
 /* EMR's vector: the sign of the sum, and the largest size that has it. */
-static TARGET void OF(unite)(const Rule *rule, const float *x, size_t n, WORK *total) {
+static TARGET void OF(unite)(const Rule *rule, const float *restrict x, size_t n, WORK *restrict total) {
     float high[CHUNK], low[CHUNK];
-    memset(high, 0, sizeof high);
-    memset(low, 0, sizeof low);
-    for (int64_t e = 0; e < rule->experts; e++) {
-        const float *row = x + e * n;
-        OF(add)(row, F32, NULL, n, e == 0, 1, total);
+    for (size_t i = 0; i < n; i++) {
+        total[i] = x[i];
+        high[i] = x[i] > 0 ? x[i] : 0;
+        low[i] = x[i] < 0 ? x[i] : 0;
+    }
+    for (int64_t e = 1; e < rule->experts; e++) {
+        const float *restrict row = x + e * n;
         for (size_t i = 0; i < n; i++) {
+            total[i] += row[i];
             high[i] = row[i] > high[i] ? row[i] : high[i];
             low[i] = row[i] < low[i] ? row[i] : low[i];
         }
@@ -1189,6 +1192,11 @@ static TARGET void OF(mask_block)(const Rule *rule, const Range *range, const OF
     int out = codes[experts + 1], waiting = 0;
     size_t n = least(BLOCK, range->size - at), width = 2 * (size_t)experts * COLUMNS;
     const void *theirs = from(range->base, codes[0], at);
+    for (int64_t e = -1; e < experts; e++) { /* in order, once, since branches jump about */
+        const char *own = e < 0 ? theirs : from(range->experts[e], codes[e + 1], at);
+        for (size_t i = 0; i < n * width_of(codes[e + 1]); i += 64)
+            __builtin_prefetch(own + i, 0, 2);
+    }
     for (size_t number = 0; number < BRANCHES; number++, waiting++) {
         size_t row = first_row(number);
         double *to = masks->sums + waiting * width;
