@@ -789,20 +789,25 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
             flags[i] = (uint32_t)offset < width;
         }
         counts[0] += above;
-        memset(flags + n, 0, 64);
-        for (size_t i = 0; i < n; i += 8) { /* few are inside, mostly */
-            uint64_t some;
-            memcpy(&some, flags + i, 8);
-            for (; some; some &= some - 1) {
-                int32_t offset = offsets[i + (size_t)__builtin_ctzll(some) / 8];
-                bool apart = false;
-                for (int k = 0; k < SHARED; k++) {
-                    counts[1 + k] += offset == shared[k];
-                    apart |= offset == shared[k];
-                }
-                inside[found] = offset;
-                found += !apart;
+        for (int k = 0; k < SHARED; k++) { /* of those that are none, no offset is one */
+            uint32_t same = 0;
+            int32_t value = shared[k];
+            for (size_t i = 0; value >= 0 && i < n; i++) {
+                uint8_t equal = offsets[i] == value;
+                same += equal;
+                flags[i] &= equal ^ 1;
             }
+            counts[1 + k] += same;
+        }
+        memset(flags + n, 0, 64);
+        for (size_t i = 0; i < n; i += 64) { /* few are inside, mostly */
+            uint64_t some[8], any = 0;
+            memcpy(some, flags + i, 64);
+            for (int k = 0; k < 8; k++)
+                any |= some[k];
+            for (size_t k = 0; any && k < 8; k++)
+                for (; some[k]; some[k] &= some[k] - 1)
+                    inside[found++] = offsets[i + 8 * k + (size_t)__builtin_ctzll(some[k]) / 8];
         }
     }
     return found;
