@@ -21,10 +21,12 @@ from torch import Tensor
 from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused, keyed_random, select, sums
+from twinmerge.maths.bits import pack
 from twinmerge.maths.fused import (
     CODES,
     Drop,
     Elect,
+    Mark,
     Outcome,
     Ranked,
     Rule,
@@ -33,6 +35,7 @@ from twinmerge.maths.fused import (
     Values,
     gram,
     in_bracket,
+    masks,
     merge,
     norms,
     staged,
@@ -41,13 +44,19 @@ from twinmerge.maths.keyed_random import philox_key, uniform
 from twinmerge.maths.ranks import band, rising
 from twinmerge.methods.average import Average
 from twinmerge.methods.breadcrumbs_ties import BreadcrumbsTies
+from twinmerge.methods.consensus import Consensus
 from twinmerge.methods.dare import Dare
 from twinmerge.methods.dare_ties import DareTies
 from twinmerge.methods.della import Della
 from twinmerge.methods.della_linear import DellaLinear
+from twinmerge.methods.emr import Emr
 from twinmerge.methods.kit.base import Known, Method, Place, Tile
+from twinmerge.methods.kit.masks import Marks, MaskMethod
+from twinmerge.methods.magmax import Magmax
+from twinmerge.methods.nearswap import Nearswap
 from twinmerge.methods.ram_plus import Overlaps, RamPlus
 from twinmerge.methods.sce import Sce, deviations
+from twinmerge.methods.tall_masks import TallMasks
 from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.methods.ties import Majority, Ties
 
@@ -510,7 +519,7 @@ def test_an_input_that_is_not_finite_is_found_wherever_it_is(code: str, bad: flo
     dropped = linear._replace(drop=Drop((key_of("a"),) * count, (0.0,) * count, (1.0,) * count))
     ranked = linear._replace(ranked=Ranked((rising(700, 0.0, 0.1, False),) * count))
     selected = elected._replace(select=Select(0x7FFF_FFFF, 0))
-    overlapping = linear._replace(trim=Trim((0x7F7F_FFFF,) * count, (0,) * count), overlap=True)
+    overlapping = linear._replace(trim=Trim((0x7F7F_FFFF,) * count, (0,) * count), combine="overlap")
     rules = (linear, elected, dropped, ranked, selected, overlapping)
     for at in (0, 15, 2047, 2048, size - 1):
         for who in range(count + 1):
@@ -688,3 +697,168 @@ def test_random_masks_are_those_of_keyed_random(offset: int, share: float) -> No
     merge(Rule((1.0,), False, drop=drop), None, [stored(np.ones(size), "F32")], out, offset)
     mask = keyed_random.kept_bits(5, "a", "w", offset, size, share)
     assert torch.equal(numbers(out) != 0, mask != 0)
+
+
+# --------------------------------------------------------------------------------------- marks, the furthest, the nearest
+
+
+class TrimmedConsensus(Consensus):
+    """Consensus whose TIES has thresholds and rooms that are given."""
+
+    @property
+    def ties(self) -> Ties:
+        return TrimmedTies(merge="sum", scale=1.0)
+
+
+class TrimmedMasks(TallMasks):
+    """TALL-masks of such a TIES."""
+
+    @property
+    def ties(self) -> Ties:
+        return TrimmedTies(merge="sum", scale=1.0)
+
+
+THRESHOLD = st.sampled_from([0.2, 0.4, 1.0]) | st.floats(0.01, 1)
+LITTLE = settings(FEW, max_examples=40)
+
+
+def summed(data: st.DataObject, x: Tensor) -> tuple[str, Known, Rule]:
+    """How the task vectors make up one: what the method is told, what is known, and the rule."""
+    ones = (1.0,) * len(x)
+    if data.draw(st.booleans(), "sum"):
+        return "sum", Known(), Rule(ones, deltas=True)
+    trim, elect = thresholds_of(data, x), Elect("sum", ones, 0, (False,) * len(x))
+    return "ties", Known({"trim": trim}), Rule(ones, deltas=True, trim=trim, elect=elect)
+
+
+@compiled
+@LITTLE
+@given(case=merges(), data=st.data())
+def test_consensus(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    base, experts, code = case
+    count = len(experts)
+    vector, known, rule = summed(data, deltas(base, experts)[0])
+    marks, scale = data.draw(st.tuples(*[THRESHOLD] * count)), data.draw(SCALE)
+    least = data.draw(st.integers(0, count + 1))
+    method = TrimmedConsensus(threshold=marks, k=least, scale=scale, vector=vector)
+    agree(method, rule._replace(scale=scale, mark=Mark(marks, least)), known, base, experts, code)
+
+
+@compiled
+@LITTLE
+@given(case=merges(), data=st.data())
+def test_magmax(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    base, experts, code = case
+    weights, scale = weights_of(data, len(experts)), data.draw(SCALE)
+    rule = Rule(weights, deltas=True, scale=scale, combine="furthest")
+    agree(Magmax(weights=weights, scale=scale), rule, Known(), base, experts, code)
+
+
+@compiled
+@LITTLE
+@given(case=merges(), data=st.data())
+def test_nearswap(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    base, (expert, *_), code = case
+    method = Nearswap(
+        t=data.draw(st.sampled_from([0.0, 1e-7, 1e-4, 1e-3, 1.0, -1.0])),
+        compat=data.draw(st.sampled_from(["paper", "mergekit"])),
+    )
+    agree(method, method.rule(Place("w", ()), Known()), Known(), None, [base, expert], code)
+
+
+@compiled
+@settings(FEW, max_examples=80)
+@given(case=merges(), data=st.data())
+def test_masks(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
+    """The vector, the bits, the counts and the masses are those of the torch path."""
+    base, experts, code = case
+    x, theirs = deltas(base, experts)
+    known: Known
+    method: MaskMethod
+    if data.draw(st.booleans(), "emr"):
+        method, known = Emr(), Known()
+        rule = method.mask_rule(Place("w", (), 0, tuple("abcdefghij"[: len(x)])), known)
+    else:
+        vector, known, rule = summed(data, x)
+        marks = data.draw(st.tuples(*[THRESHOLD] * len(x)))
+        method, rule = TrimmedMasks(threshold=marks, vector=vector), rule._replace(mark=Mark(marks))
+    work = torch.float64 if "F32" in [v.code for v in (base, *experts)] else torch.float32
+    tile = Tile(x, theirs, Place("w", tuple(x.shape[1:])), work)
+    one = method.one_vector(tile, known)
+    flags = method.masks(tile, one)
+    size, out = x.shape[1], empty(x.shape[1], code)
+    bits = np.full((len(x), -(-size // 8)), 255, np.uint8)
+    has_masses = type(method).has_masses()
+    found = masks(rule, base, experts, out, bits, masses=has_masses)
+    assert found.sound
+    if not bool(one.isfinite().all()):
+        return  # the engine takes the torch path, which says so
+    assert found.fits == bool(one.to(DTYPES[code]).isfinite().all())
+    if found.fits:
+        np.testing.assert_array_equal(out.memory, memory(one.to(DTYPES[code])))
+    np.testing.assert_array_equal(bits, np.stack([pack(row).numpy() for row in flags]))
+    assert Marks.counted(found) == Marks.of(x, one, flags)
+    if has_masses:
+        np.testing.assert_array_equal(found.masses, method.masses(tile, one, flags))
+
+
+@compiled
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 65_536, 2 * 65_536 + 1])
+def test_masks_by_hand(size: int) -> None:
+    """τ1 = 2, −1, 0, 0, … and τ2 = −1, −3, 4, 0, … again and again: EMR elects 2, −3, 4, 0."""
+    one, two = (np.resize(row, size).astype(np.float32) for row in ([2, -1, 0, 0], [-1, -3, 4, 0]))
+    base, out = stored(np.zeros(size), "BF16"), empty(size, "F16")
+    bits = np.zeros((2, -(-size // 8)), np.uint8)
+    rule = Rule((1.0, 1.0), deltas=True, combine="united")
+    found = masks(rule, base, [stored(one, "F16"), stored(two, "F32")], out, bits, masses=True)
+    flags = [np.resize(row, size) for row in ([1, 1, 0, 0], [0, 1, 1, 0])]
+    assert numbers(out).tolist() == np.resize([2.0, -3.0, 4.0, 0.0], size).tolist()
+    assert [np.unpackbits(row, count=size, bitorder="little").tolist() for row in bits] == [f.tolist() for f in flags]
+    both = int((flags[0] & flags[1]).sum())
+    assert found.by_task == (int(flags[0].sum()), int(flags[1].sum()))
+    assert found.by_count == (0, sum(found.by_task) - 2 * both, both)
+    assert found.trained == int(((one != 0) | (two != 0)).sum())
+    assert found.masses is not None and found.masses.shape == (2, 2, -(-size // 65_536))
+    vector = np.resize([2.0, 3.0, 4.0, 0.0], size)
+    expected = [[np.abs(one).sum(), np.abs(two).sum()], [(vector * f).sum() for f in flags]]
+    assert found.masses.sum(2).tolist() == expected  # of small whole numbers, exactly
+
+
+@compiled
+@pytest.mark.parametrize("place", [0, 100, 70_000])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("whose", [0, 1, 2])
+def test_masks_of_what_is_not_finite_are_not_sound(place: int, bad: float, whose: int) -> None:
+    rows = np.zeros((3, 70_001), np.float32)
+    rows[whose, place] = bad
+    base, *experts = (stored(row, "BF16") for row in rows)
+    bits = np.zeros((2, 8751), np.uint8)
+    for rule, masses in [
+        (Rule((1.0, 1.0), deltas=True, combine="united"), True),
+        (Rule((1.0, 1.0), deltas=True, mark=Mark((0.4, 0.4))), False),
+    ]:
+        assert not masks(rule, base, experts, empty(70_001, "BF16"), bits, masses=masses).sound
+
+
+@compiled
+def test_many_experts_and_their_limit() -> None:
+    x = torch.randn(300, 130, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    base, experts = stored(np.zeros(130), "BF16"), [stored(row, "BF16") for row in x]
+    bits, ones = np.zeros((300, 17), np.uint8), (1.0,) * 300
+    tile = Tile(x, torch.zeros(130), Place("w", (130,)), torch.float32)
+    for method, rule in [
+        (Emr(), Rule(ones, deltas=True, combine="united")),
+        (TallMasks(), Rule(ones, deltas=True, mark=Mark((0.4,) * 300))),
+    ]:
+        one = method.one_vector(tile, Known())
+        flags = method.masks(tile, one)
+        found = masks(rule, base, experts, empty(130, "BF16"), bits, masses=type(method).has_masses())
+        np.testing.assert_array_equal(bits, np.stack([pack(row).numpy() for row in flags]))
+        assert Marks.counted(found) == Marks.of(x, one, flags)
+    with pytest.raises(ValueError, match="masks are made of 1 to 512"):
+        masks(Rule((1.0,) * 513, deltas=True), base, [base] * 513, empty(130, "BF16"), np.zeros((513, 17), np.uint8))
+    with pytest.raises(ValueError, match=r"bits of uint8 \(300, 16\)"):
+        masks(Rule(ones, deltas=True), base, experts, empty(130, "BF16"), np.zeros((300, 16), np.uint8))
+    trim = Trim((0,) * 300, (0,) * 300)
+    with pytest.raises(ValueError, match="without masses"):
+        masks(Rule(ones, deltas=True, trim=trim), base, experts, empty(130, "BF16"), bits, masses=True)

@@ -25,6 +25,7 @@ from twinmerge.errors import DataError, ModelError, RecipeError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 from twinmerge.methods.kit.base import Gram, Place, Stored, Tile
+from twinmerge.methods.kit.masks import MaskMethod
 from twinmerge.models.opened import as_tensor
 from twinmerge.statistics.file import Statistics
 from twinmerge.store.checksum import block_digests, joined
@@ -391,7 +392,8 @@ def _needs_torch(entry: Entry) -> bool:
     rows and matrices."""
     method = entry.rule
     scaled_after = method.space == "parameters" and entry.base is not None
-    return not method.has_rule() or entry.grain != "element" or scaled_after
+    ruled = method.has_mask_rule() if isinstance(method, MaskMethod) else method.has_rule()
+    return not ruled or entry.grain != "element" or scaled_after
 
 
 def _not_finite(tensor: str, expert: str) -> str:

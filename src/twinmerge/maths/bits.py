@@ -7,10 +7,12 @@ with its length: ten bits are two bytes, and two bytes are sixteen bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLANES = 3  # bits of a level
 MOST = (1 << PLANES) - 1
@@ -39,9 +41,12 @@ def pack(mask: Tensor) -> Tensor:
         ValueError: a tensor of another dtype.
 
     Example:
+        >>> import torch
         >>> pack(torch.tensor([True, False, True, True] + [False] * 5 + [True])).tolist()
         [13, 2]
     """
+    import torch
+
     if mask.dtype != torch.bool:
         raise ValueError(f"expected a mask of booleans, not {mask.dtype}")
     return torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy(), bitorder="little"))
@@ -61,9 +66,12 @@ def unpack(bits: Tensor, count: int) -> Tensor:
         ValueError: bytes that are not those of so many entries: too few or many, or with bits beyond the last entry.
 
     Example:
+        >>> import torch
         >>> unpack(torch.tensor([13, 2], dtype=torch.uint8), 10).tolist()[:4]
         [True, False, True, True]
     """
+    import torch
+
     check(bits, count)
     if bits.device.type == "cpu":
         flags = np.unpackbits(bits.numpy(), count=count, bitorder="little")
@@ -78,6 +86,8 @@ def check(bits: Tensor, count: int) -> None:
     Raises:
         ValueError: as `unpack` says.
     """
+    import torch
+
     if bits.dtype != torch.uint8 or bits.shape != (byte_count(count),):
         raise ValueError(f"{count} bits are {byte_count(count)} bytes, not {tuple(bits.shape)} of {bits.dtype}")
     if count % 8 and int(bits[-1]) >> count % 8:
@@ -100,10 +110,13 @@ def planes(masks: Sequence[Tensor]) -> Tensor:
         ValueError: no mask or more than 7, or masks of different lengths.
 
     Example:
+        >>> import torch
         >>> wide, narrow = pack(torch.tensor([True, True, False])), pack(torch.tensor([False, True, False]))
         >>> planes([wide, narrow]).tolist()
         [[1], [2], [0]]
     """
+    import torch
+
     if not 1 <= len(masks) <= MOST or len({len(mask) for mask in masks}) > 1:
         raise ValueError(f"expected 1 to {MOST} masks of one length, got {len(masks)}")
     out = torch.zeros(PLANES, len(masks[0]), dtype=torch.uint8)
@@ -127,9 +140,12 @@ def plane_at(levels: Tensor, least: int) -> Tensor:
         ValueError: another level, or another number of planes.
 
     Example:
+        >>> import torch
         >>> plane_at(torch.tensor([[1], [2], [0]], dtype=torch.uint8), 2).tolist()  # the narrow mask again
         [2]
     """
+    import torch
+
     if not 1 <= least <= MOST or levels.dim() != 2 or len(levels) != PLANES:
         raise ValueError(f"expected {PLANES} planes and a level of 1 to {MOST}, got {tuple(levels.shape)} and {least}")
     found = torch.full_like(levels[0], 0xFF)

@@ -27,6 +27,7 @@
 #define MAGNITUDE 0x7FFFFFFFu
 #define INFINITE 0x7F800000u
 #define NEVER 0x7FFFFFFFu
+#define ENDLESS (INT64_C(1) << 61) /* room for all entries that there can be */
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -34,7 +35,7 @@
 #define JOIN(a, b) JOIN_(a, b)
 
 enum { BF16, F16, F32 };             /* codes of dtypes */
-enum { LINEAR, MEAN, SUM, LARGEST, OVERLAP }; /* how the experts' values combine */
+enum { LINEAR, MEAN, SUM, LARGEST, OVERLAP, FURTHEST, UNITED, NEAR }; /* how the experts' values combine */
 
 /* Memory of a file has no alignment to rely on. */
 typedef uint16_t __attribute__((aligned(1), may_alias)) stored16;
@@ -57,6 +58,9 @@ typedef struct {
     const double *importances;  /* factors of the Fisher information */
     const double *floors;       /* of it */
     double divides;             /* what a mean is divided by at least; 0: by its own least weight */
+    const double *marks;        /* an expert marks an entry of s where |x| > its mark times |s - x|; NULL: none marks */
+    int64_t marked;             /* entries that fewer experts mark become zero */
+    double step, least_step;    /* of NEAR: how far an entry goes, and what its way is divided by at least */
     int64_t select_room;        /* of the threshold below */
     int32_t selects, select;    /* whether entries are selected by their spread over the experts, and from which on */
     int32_t deltas, combine, tie;
@@ -79,9 +83,20 @@ typedef struct {
     int32_t sound, fits;
 } Outcome;
 
+/* Where the masks of a range go, and what is counted of them where the vector is not 0. */
+typedef struct {
+    uint8_t *const *bits;
+    int64_t *counts;   /* of entries that an expert changed; that 0, 1, ... experts mark; that each expert marks */
+    double *masses;    /* of each block: the sums of |x| of all experts, then of |vector| where each marks; NULL: none */
+    float *rows;       /* room for the branches of all experts, where there are masses */
+    double *sums;      /* and for their sums on every level */
+} Masks;
+
 /* A block is 1024 rows of 64. Folding it in half again and again adds row r and row r + 512, then r and r + 256, ...:
  * eight rows 128 apart are one branch of that tree, and the branches join like the carries of a counter. */
 enum { COLUMNS = 64, ROWS = BLOCK / COLUMNS, BRANCH = 8, BRANCHES = ROWS / BRANCH, LEVELS = 8 /* 1 + log2(BRANCHES) */ };
+#define AS_ROWS(x) ((float(*)[COLUMNS])(x)) /* of a branch */
+enum { MASKED = ROOM / COLUMNS }; /* experts that masks are made of, at most */
 enum { PANEL = 8 }; /* experts whose products with all others are summed up at once */
 
 typedef struct {
@@ -218,8 +233,33 @@ static uint64_t *sorted(uint64_t *x, uint64_t *other, size_t n) {
     return x;
 }
 
+/* Sums on every level, `width` of them: what waits joins its partner, now that branch `number` is in. Returns how many wait. */
+INLINE int joined(double *sums, size_t width, int waiting, size_t number) {
+    for (size_t carry = number; carry & 1; carry /= 2, waiting--)
+        for (size_t i = 0; i < width; i++)
+            sums[(waiting - 1) * width + i] += sums[waiting * width + i];
+    return waiting;
+}
+
+/* A sum of COLUMNS by folding them in half. */
+INLINE double folded(double *sum) {
+    for (int half = COLUMNS / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            sum[i] += sum[i + half];
+    return sum[0];
+}
+
+/* The first row of a branch: its number's bits in reverse. */
+INLINE size_t first_row(size_t number) {
+    size_t row = 0;
+    for (size_t bit = 1; bit < BRANCHES; bit *= 2)
+        row = row * 2 + (number & bit ? 1 : 0);
+    return row;
+}
+
 typedef struct {
     void (*merge[2])(const Rule *, const Range *, Outcome *); /* sums in float, in double */
+    void (*masks[2])(const Rule *, const Range *, const Masks *, Outcome *);
     void (*weigh)(const Rule *, const Range *, const void *const *, Outcome *);
     void (*gram)(const Range *, size_t, size_t, float *, double *, double *);
     void (*norms)(const void *, int, const void *, int, size_t, const uint64_t *, uint32_t, uint64_t, double *);
@@ -321,8 +361,9 @@ static TARGET void NAME(drop)(float *restrict x, size_t n, const uint64_t *key, 
 /* Entries below the threshold become zero, and those equal to it but for the first `room`; returns what room is left. */
 static TARGET int64_t NAME(trim)(float *restrict x, size_t n, uint32_t threshold, int64_t room) {
     uint32_t equal = 0;
-    for (size_t i = 0; i < n; i++)
-        equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
+    if (room > 0 && room < ENDLESS)
+        for (size_t i = 0; i < n; i++)
+            equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
     if (equal > room && room > 0) {
         for (size_t i = 0; i < n; i++) {
             uint32_t size = as_bits(x[i]) & MAGNITUDE;
@@ -331,17 +372,18 @@ static TARGET int64_t NAME(trim)(float *restrict x, size_t n, uint32_t threshold
         }
         return 0;
     }
-    int32_t above = (int32_t)threshold - (equal <= room); /* -1: zeros, too, stay as they are */
+    int32_t above = (int32_t)threshold - (room > 0); /* -1: zeros, too, stay as they are */
     for (size_t i = 0; i < n; i++)
         x[i] = (int32_t)(as_bits(x[i]) & MAGNITUDE) > above ? x[i] : 0;
-    return room - (equal <= room ? equal : 0);
+    return room - equal;
 }
 
 /* Entries above the threshold become zero, and the first `room` equal to it; returns what room is left. */
 static TARGET int64_t NAME(cut)(float *restrict x, size_t n, uint32_t threshold, int64_t room) {
     uint32_t equal = 0;
-    for (size_t i = 0; i < n; i++)
-        equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
+    if (room > 0 && room < ENDLESS)
+        for (size_t i = 0; i < n; i++)
+            equal += (as_bits(x[i]) & MAGNITUDE) == threshold;
     if (equal > room && room > 0) {
         for (size_t i = 0; i < n; i++) {
             uint32_t size = as_bits(x[i]) & MAGNITUDE;
@@ -350,10 +392,10 @@ static TARGET int64_t NAME(cut)(float *restrict x, size_t n, uint32_t threshold,
         }
         return 0;
     }
-    int32_t above = (int32_t)threshold - (equal <= room);
+    int32_t above = (int32_t)threshold - (room > 0);
     for (size_t i = 0; i < n; i++)
         x[i] = (int32_t)(as_bits(x[i]) & MAGNITUDE) > above ? 0 : x[i];
-    return room - (equal <= room ? equal : 0);
+    return room - equal;
 }
 
 /* The standard deviation over the experts, entry by entry, out of rows of x. */
@@ -509,6 +551,88 @@ static TARGET void NAME(round)(const float *x, const float *base, size_t n, void
     outcome->fits &= counts.worst < too_large(code);
 }
 
+INLINE uint32_t NAME(branch_loop)(const void *x, int code, const float (*base)[COLUMNS], size_t row, float to[BRANCH][COLUMNS]) {
+    uint32_t worst = 0;
+    for (size_t r = 0; r < BRANCH; r++) {
+        const void *there = from(x, code, (row + r * BRANCHES) * COLUMNS);
+        uint32_t found = NAME(load_loop)(there, code, base ? base[r] : NULL, COLUMNS, to[r]);
+        worst = found > worst ? found : worst;
+    }
+    return worst;
+}
+
+/* Rows `row`, `row` + 128, ... of a block of n elements, less the base's where there is a base; zeros beyond its end; false if one
+ * is NaN or infinite. */
+INLINE bool NAME(branch)(const void *x, int code, const float (*base)[COLUMNS], size_t n, size_t row, float to[BRANCH][COLUMNS]) {
+    bool sound = true;
+    if ((row + (BRANCH - 1) * BRANCHES + 1) * COLUMNS <= n) { /* all of it is there */
+        uint32_t worst;
+#define CALL(c) worst = base ? NAME(branch_loop)(x, c, base, row, to) : NAME(branch_loop)(x, c, NULL, row, to)
+        FOR_CODE(code, CALL)
+#undef CALL
+        return worst < unsound(code);
+    }
+    for (size_t r = 0; r < BRANCH; r++) {
+        size_t at = (row + r * BRANCHES) * COLUMNS, here = at < n ? least(n - at, COLUMNS) : 0;
+        const float *theirs = base ? base[r] : NULL;
+        if (here == COLUMNS) {
+            sound &= NAME(load)(from(x, code, at), code, theirs, COLUMNS, to[r]);
+            continue;
+        }
+        memset(to[r], 0, sizeof to[r]);
+        sound &= NAME(load)(from(x, code, at), code, theirs, here, to[r]);
+    }
+    return sound;
+}
+
+/* The sums of |x| over a branch, column by column. */
+INLINE void NAME(branch_size)(const float x[BRANCH][COLUMNS], double *restrict to) {
+    for (int i = 0; i < COLUMNS; i++) {
+        double p[BRANCH];
+        for (int r = 0; r < BRANCH; r++)
+            p[r] = (double)as_float(as_bits(x[r][i]) & MAGNITUDE);
+        to[i] = ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+    }
+}
+
+/* Flags of 0 and 1 as bits: entry 8 b + j is bit j of byte b. */
+INLINE void NAME(pack)(const uint8_t *flags, size_t words, uint64_t *restrict to) {
+    for (size_t w = 0; w < words; w++) {
+        uint64_t word = 0;
+        for (int b = 0; b < 8; b++) {
+            uint64_t eight;
+            memcpy(&eight, flags + 64 * w + 8 * b, 8);
+            word |= (eight * 0x0102040810204080 >> 56) << 8 * b;
+        }
+        to[w] = word;
+    }
+}
+
+/* Counts what `words` of every expert mark, rows of `count`, among the entries of `some`. */
+static TARGET void NAME(tally)(const uint64_t *words, size_t count, int64_t experts, const uint64_t *some, int64_t *by_count) {
+    int64_t *by_task = by_count + experts + 1;
+    for (size_t w = 0; w < count; w++) {
+        uint64_t planes[16] = {0}; /* bit p of how many experts mark an entry */
+        int depth = 0;
+        for (int64_t e = 0; e < experts; e++) {
+            uint64_t carry = words[e * count + w] & some[w];
+            by_task[e] += __builtin_popcountll(carry);
+            for (int p = 0; carry; p++) {
+                uint64_t both = planes[p] & carry;
+                planes[p] ^= carry;
+                carry = both;
+                depth = p >= depth ? p + 1 : depth;
+            }
+        }
+        for (int64_t times = 0; times <= experts && times >> depth == 0; times++) {
+            uint64_t those = some[w];
+            for (int p = 0; p < depth; p++)
+                those &= times >> p & 1 ? planes[p] : ~planes[p];
+            by_count[times] += __builtin_popcountll(those);
+        }
+    }
+}
+
 #define WORK float
 #define KIND f
 #define FMA fmaf
@@ -594,20 +718,6 @@ INLINE void NAME(products)(const float a[BRANCH][COLUMNS], const float b[BRANCH]
     }
 }
 
-/* Rows `row`, `row` + 128, ... of a block of n elements, less the base's where there is a base; zeros beyond its end. */
-INLINE void NAME(branch)(const void *x, int code, const float (*base)[COLUMNS], size_t n, size_t row, float to[BRANCH][COLUMNS]) {
-    for (size_t r = 0; r < BRANCH; r++) {
-        size_t at = (row + r * BRANCHES) * COLUMNS, here = at < n ? least(n - at, COLUMNS) : 0;
-        const float *theirs = base ? base[r] : NULL;
-        if (here == COLUMNS) {
-            NAME(load)(from(x, code, at), code, theirs, COLUMNS, to[r]);
-            continue;
-        }
-        memset(to[r], 0, sizeof to[r]);
-        NAME(load)(from(x, code, at), code, theirs, here, to[r]);
-    }
-}
-
 /* <x_i, x_j>, i <= j, row by row, of the block of n elements from `at` on; x = stored - base where there is a base.
  * rows, sums: room for the branches of all experts, and for the sums of a panel on every level. */
 static TARGET void NAME(gram)(const Range *range, size_t count, size_t at, float *rows, double *sums, double *found) {
@@ -621,9 +731,7 @@ static TARGET void NAME(gram)(const Range *range, size_t count, size_t at, float
         size_t width = pairs * COLUMNS;
         int waiting = 0;
         for (size_t number = 0; number < BRANCHES; number++, waiting++) {
-            size_t row = 0; /* the number's bits in reverse */
-            for (size_t bit = 1; bit < BRANCHES; bit *= 2)
-                row = row * 2 + (number & bit ? 1 : 0);
+            size_t row = first_row(number);
             if (range->base)
                 NAME(branch)(from(range->base, codes[0], at), codes[0], NULL, n, row, base);
             for (size_t e = first; e < count; e++)
@@ -632,16 +740,10 @@ static TARGET void NAME(gram)(const Range *range, size_t count, size_t at, float
             for (size_t i = first; i < last; i++)
                 for (size_t j = i; j < count; j++, to += COLUMNS)
                     NAME(products)(x[i], x[j], to);
-            for (size_t carry = number; carry & 1; carry /= 2, waiting--)
-                for (size_t i = 0; i < width; i++)
-                    sums[(waiting - 1) * width + i] += sums[waiting * width + i];
+            waiting = joined(sums, width, waiting, number);
         }
-        for (double *sum = sums; sum < sums + width; sum += COLUMNS, found++) {
-            for (int half = COLUMNS / 2; half; half /= 2)
-                for (int i = 0; i < half; i++)
-                    sum[i] += sum[i + half];
-            *found = sum[0];
-        }
+        for (double *sum = sums; sum < sums + width; sum += COLUMNS, found++)
+            *found = folded(sum);
     }
 }
 
@@ -651,24 +753,11 @@ static TARGET double NAME(block_size)(const float *x, size_t n) {
     float rows[BRANCH][COLUMNS];
     int waiting = 0;
     for (size_t number = 0; number < BRANCHES; number++, waiting++) {
-        size_t row = 0;
-        for (size_t bit = 1; bit < BRANCHES; bit *= 2)
-            row = row * 2 + (number & bit ? 1 : 0);
-        NAME(branch)(x, F32, NULL, n, row, rows);
-        for (int i = 0; i < COLUMNS; i++) {
-            double p[BRANCH];
-            for (int r = 0; r < BRANCH; r++)
-                p[r] = (double)as_float(as_bits(rows[r][i]) & MAGNITUDE);
-            sums[waiting][i] = ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
-        }
-        for (size_t carry = number; carry & 1; carry /= 2, waiting--)
-            for (int i = 0; i < COLUMNS; i++)
-                sums[waiting - 1][i] += sums[waiting][i];
+        NAME(branch)(x, F32, NULL, n, first_row(number), rows);
+        NAME(branch_size)(rows, sums[waiting]);
+        waiting = joined(sums[0], COLUMNS, waiting, number);
     }
-    for (int width = COLUMNS / 2; width; width /= 2)
-        for (int i = 0; i < width; i++)
-            sums[0][i] += sums[0][i + width];
-    return sums[0][0];
+    return folded(sums[0]);
 }
 
 /* The sums of |x - base| over one block, of all entries and of those that `drop` keeps. */
@@ -698,22 +787,29 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
     float sizes[CHUNK];
     int32_t offsets[CHUNK];
     uint8_t flags[CHUNK + 64];
-    int32_t s0 = shared[0], s1 = shared[1], s2 = shared[2], s3 = shared[3];
     int32_t end = (int32_t)(width < NEVER ? width : NEVER);
     size_t found = 0;
     for (size_t at = 0, n; at < size; at += n) {
         n = least(CHUNK, size - at);
         NAME(size_of)(x, code, base, of_base, at, n, sizes);
-        uint32_t above = 0, c0 = 0, c1 = 0, c2 = 0, c3 = 0;
+        uint32_t above = 0;
         for (size_t i = 0; i < n; i++) {
             int32_t offset = (int32_t)(as_bits(sizes[i]) & MAGNITUDE) - low;
             offsets[i] = offset;
             above += offset >= end;
-            c0 += offset == s0, c1 += offset == s1, c2 += offset == s2, c3 += offset == s3;
-            flags[i] = ((uint32_t)offset < width) & (offset != s0) & (offset != s1) & (offset != s2) & (offset != s3);
+            flags[i] = (uint32_t)offset < width;
         }
         counts[0] += above;
-        counts[1] += c0, counts[2] += c1, counts[3] += c2, counts[4] += c3;
+        for (int k = 0; k < SHARED; k++) { /* of those that are none, no offset is one */
+            uint32_t same = 0;
+            int32_t value = shared[k];
+            for (size_t i = 0; value >= 0 && i < n; i++) {
+                uint8_t equal = offsets[i] == value;
+                same += equal;
+                flags[i] &= equal ^ 1;
+            }
+            counts[1 + k] += same;
+        }
         memset(flags + n, 0, 64);
         for (size_t i = 0; i < n; i += 64) { /* few are inside, mostly */
             uint64_t some[8], any = 0;
@@ -721,17 +817,15 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
             for (int k = 0; k < 8; k++)
                 any |= some[k];
             for (size_t k = 0; any && k < 8; k++)
-                for (size_t j = i + 8 * k; some[k] && j < least(i + 8 * k + 8, n); j++) {
-                    inside[found] = offsets[j];
-                    found += flags[j];
-                }
+                for (; some[k]; some[k] &= some[k] - 1)
+                    inside[found++] = offsets[i + 8 * k + (size_t)__builtin_ctzll(some[k]) / 8];
         }
     }
     return found;
 }
 
 static const Level NAME(level) = {
-    {NAME(merge_f), NAME(merge_d)}, NAME(weigh), NAME(gram), NAME(norms), NAME(bracket), NAME(spread), NAME(ranked),
+    {NAME(merge_f), NAME(merge_d)}, {NAME(masks_f), NAME(masks_d)}, NAME(weigh), NAME(gram), NAME(norms), NAME(bracket), NAME(spread), NAME(ranked),
 };
 
 #undef NAME
@@ -902,55 +996,280 @@ static TARGET bool OF(stage)(const Rule *rule, int64_t e, const void *stored, in
     return sound;
 }
 
+/* Of every entry the value that is furthest from 0, of equal ones the last. */
+static TARGET void OF(further)(const float *restrict x, size_t n, bool first, double weight, WORK *restrict most) {
+    WORK by = (WORK)weight;
+    for (size_t i = 0; i < n; i++) {
+        WORK own = x[i] * by, size = own < 0 ? -own : own, so_far = most[i] < 0 ? -most[i] : most[i];
+        most[i] = first || size >= so_far ? own : most[i];
+    }
+}
+
+/* EMR's vector: the sign of the sum, and the largest size that has it. */
+static TARGET void OF(unite)(const Rule *rule, const float *restrict x, size_t n, WORK *restrict total) {
+    float high[CHUNK], low[CHUNK];
+    for (size_t i = 0; i < n; i++) {
+        total[i] = x[i];
+        high[i] = x[i] > 0 ? x[i] : 0;
+        low[i] = x[i] < 0 ? x[i] : 0;
+    }
+    for (int64_t e = 1; e < rule->experts; e++) {
+        const float *restrict row = x + e * n;
+        for (size_t i = 0; i < n; i++) {
+            total[i] += row[i];
+            high[i] = row[i] > high[i] ? row[i] : high[i];
+            low[i] = row[i] < low[i] ? row[i] : low[i];
+        }
+    }
+    for (size_t i = 0; i < n; i++)
+        total[i] = total[i] > 0 ? high[i] : low[i];
+}
+
+/* From the first of two rows towards the second, by a step at most. */
+static TARGET void OF(approach)(const Rule *rule, const float *restrict first, const float *restrict second, size_t n,
+                                float *restrict to) {
+    if (rule->rounds) { /* as plain code has it: s · second + (1 - s) · first */
+        float step = (float)rule->step, bound = (float)rule->least_step;
+        for (size_t i = 0; i < n; i++) {
+            float way = as_float(as_bits(first[i] - second[i]) & MAGNITUDE), share = 1 / (way < bound ? bound : way) * step;
+            share = share < 0 ? 0 : share > 1 ? 1 : share;
+            float own = (1 - share) * first[i];
+            to[i] = share * second[i] + own;
+        }
+        return;
+    }
+    WORK most = (WORK)rule->step, step = (WORK)(rule->step > 0 ? rule->step : 0), bound = (WORK)rule->least_step;
+    for (size_t i = 0; i < n; i++) {
+        WORK start = first[i], way = (WORK)second[i] - start, size = way < 0 ? -way : way;
+        size = size < bound ? bound : size;
+        WORK by = way * step / size;
+        float there = by == 0 ? first[i] : (float)(start + by);
+        to[i] = size <= most ? second[i] : there;
+    }
+}
+
+/* Which entries one expert marks: where |x| > mark · |vector - x|, or (mark < 0) where its sign is the vector's. */
+static TARGET void OF(flags)(const float *restrict x, const WORK *restrict vector, size_t n, double mark, uint8_t *restrict flags) {
+    WORK by = (WORK)mark;
+    if (mark < 0)
+        for (size_t i = 0; i < n; i++)
+            flags[i] = ((x[i] > 0) & (vector[i] > 0)) | ((x[i] < 0) & (vector[i] < 0));
+    else
+        for (size_t i = 0; i < n; i++) {
+            WORK own = x[i], away = vector[i] - own;
+            flags[i] = (own < 0 ? -own : own) > (away < 0 ? -away : away) * by;
+        }
+}
+
+/* What holds over all chunks of a range. */
+typedef struct {
+    int64_t left[MOST][2], select_left; /* room at the thresholds */
+    size_t rows, chunk;                 /* experts that are there at once, and elements */
+    bool staged;                        /* values are made before they are combined */
+    double least_weight;
+} OF(Walk);
+
+static void OF(begin)(const Rule *rule, const Range *range, OF(Walk) *walk) {
+    bool rows = rule->combine != LINEAR && rule->combine != FURTHEST;
+    walk->select_left = rule->select_room;
+    walk->rows = rows || rule->selects ? (size_t)rule->experts : 1;
+    walk->chunk = least(CHUNK, ROOM / walk->rows / 8 * 8);
+    walk->staged =
+        range->staged || rule->combine != LINEAR || rule->keys || rule->thresholds || rule->cuts || rule->after || rule->selects;
+    walk->least_weight = INFINITY;
+    for (int64_t e = 0; e < rule->experts; e++) {
+        walk->left[e][0] = rule->thresholds ? rule->rooms[e] : 0;
+        walk->left[e][1] = rule->cuts ? rule->cut_rooms[e] : 0;
+        walk->least_weight = rule->weights[e] < walk->least_weight ? rule->weights[e] : walk->least_weight;
+    }
+}
+
+/* What the rows of all experts combine to. */
+static TARGET void OF(combine)(const Rule *rule, const OF(Walk) *walk, const float *x, size_t n, WORK *sum) {
+    if (rule->combine == OVERLAP)
+        OF(overlap)(rule, x, n, sum);
+    else if (rule->combine == UNITED)
+        OF(unite)(rule, x, n, sum);
+    else if (rule->combine != LINEAR)
+        OF(elect)(rule, x, n, walk->least_weight, sum);
+    else
+        for (int64_t e = 0; e < rule->experts; e++)
+            OF(add)(x + e * n, F32, NULL, n, e == 0, rule->weights[e], sum);
+}
+
+/* A chunk from `at` on: x of all experts in `room`, or where the range wants them, and what they combine to. */
+static TARGET void OF(change)(const Rule *rule, const Range *range, OF(Walk) *walk, size_t at, size_t n, const float *base,
+                              float *room, WORK *sum, Outcome *outcome) {
+    float *first = range->staged ? range->staged + at : room;
+    size_t stride = range->staged ? range->size : walk->rows == 1 ? 0 : n;
+    for (int64_t e = 0; e < rule->experts; e++) {
+        int code = range->codes[e + 1];
+        const void *stored = from(range->experts[e], code, at);
+        if (!walk->staged) {
+            outcome->sound &= OF(add)(stored, code, base, n, e == 0, rule->weights[e], sum);
+            continue;
+        }
+        float *x = first + e * stride;
+        outcome->sound &= OF(stage)(rule, e, stored, code, base, n, range->offset + at, walk->left[e], x);
+        if (walk->rows > 1 || range->staged)
+            continue;
+        if (rule->combine == LINEAR)
+            OF(add)(x, F32, NULL, n, e == 0, rule->weights[e], sum);
+        else if (rule->combine == FURTHEST)
+            OF(further)(x, n, e == 0, rule->weights[e], sum);
+    }
+    if (rule->selects)
+        walk->select_left = NAME(pick)(first, stride, rule->experts, n, (uint32_t)rule->select, walk->select_left);
+    if (!range->staged && (walk->rows > 1 || (rule->combine != LINEAR && rule->combine != FURTHEST)) && rule->combine != NEAR)
+        OF(combine)(rule, walk, room, n, sum);
+}
+
+/* Entries of the sum that too few experts mark become zero. */
+static TARGET void OF(agreed)(const Rule *rule, const Range *range, size_t at, size_t n, const float *base, WORK *restrict sum) {
+    float x[CHUNK];
+    uint8_t flags[CHUNK];
+    uint16_t votes[CHUNK] = {0}, needed = (uint16_t)(rule->marked > MOST ? MOST + 1 : rule->marked);
+    for (int64_t e = 0; e < rule->experts; e++) {
+        int code = range->codes[e + 1];
+        NAME(load)(from(range->experts[e], code, at), code, base, n, x);
+        OF(flags)(x, sum, n, rule->marks[e], flags);
+        for (size_t i = 0; i < n; i++)
+            votes[i] += flags[i];
+    }
+    for (size_t i = 0; i < n; i++)
+        sum[i] = votes[i] < needed ? 0 : sum[i];
+}
+
 static TARGET void OF(merge)(const Rule *rule, const Range *range, Outcome *outcome) {
     float base[CHUNK], merged[CHUNK], room[ROOM];
     WORK sum[CHUNK];
-    int64_t left[MOST][2], select_left = rule->select_room;
-    size_t rows = rule->combine == LINEAR && !rule->selects ? 1 : (size_t)rule->experts; /* that are there at once */
-    size_t chunk = least(CHUNK, ROOM / rows / 8 * 8);
-    bool staged = range->staged || rule->combine != LINEAR || rule->keys || rule->thresholds || rule->cuts || rule->after;
+    OF(Walk) walk;
+    OF(begin)(rule, range, &walk);
     const float *known = rule->deltas ? base : NULL, *theirs = rule->ready ? NULL : known;
     const uint8_t *codes = range->codes;
-    double least_weight = INFINITY;
-    for (int64_t e = 0; e < rule->experts; e++) {
-        left[e][0] = rule->thresholds ? rule->rooms[e] : 0;
-        left[e][1] = rule->cuts ? rule->cut_rooms[e] : 0;
-        least_weight = rule->weights[e] < least_weight ? rule->weights[e] : least_weight;
-    }
     for (size_t at = 0, n; at < range->size; at += n) {
-        n = least(chunk, range->size - at);
+        n = least(walk.chunk, range->size - at);
         if (known)
             outcome->sound &= NAME(load)(from(range->base, codes[0], at), codes[0], NULL, n, base);
-        float *first = range->staged ? range->staged + at : room;
-        size_t stride = range->staged ? range->size : rows == 1 ? 0 : n;
-        for (int64_t e = 0; e < rule->experts; e++) {
-            int code = codes[e + 1];
-            const void *stored = from(range->experts[e], code, at);
-            if (!staged) {
-                outcome->sound &= OF(add)(stored, code, theirs, n, e == 0, rule->weights[e], sum);
-                continue;
-            }
-            float *x = first + e * stride;
-            outcome->sound &= OF(stage)(rule, e, stored, code, theirs, n, range->offset + at, left[e], x);
-            if (rows == 1 && !range->staged)
-                OF(add)(x, F32, NULL, n, e == 0, rule->weights[e], sum);
-        }
-        if (rule->selects)
-            select_left = NAME(pick)(first, stride, rule->experts, n, (uint32_t)rule->select, select_left);
+        OF(change)(rule, range, &walk, at, n, theirs, room, sum, outcome);
         if (range->staged)
             continue;
-        for (int64_t e = 0; rule->combine == LINEAR && rows > 1 && e < rule->experts; e++)
-            OF(add)(room + e * n, F32, NULL, n, e == 0, rule->weights[e], sum);
-        if (rule->combine == OVERLAP)
-            OF(overlap)(rule, room, n, sum);
-        else if (rule->combine != LINEAR)
-            OF(elect)(rule, room, n, least_weight, sum);
-        if (known)
+        if (rule->marks)
+            OF(agreed)(rule, range, at, n, theirs, sum);
+        if (rule->combine == NEAR)
+            OF(approach)(rule, room, room + n, n, merged);
+        else if (known)
             OF(move)(sum, base, n, rule->scale, merged);
         else
             OF(divide)(sum, n, rule->divisor, merged);
         int code = codes[rule->experts + 1];
         NAME(round)(merged, known, n, (void *)from(range->out, code, at), code, outcome);
+    }
+}
+
+/* Which entries an expert marks, as bytes and as bits, and which it touches. */
+INLINE void OF(mark)(double mark, const float *restrict x, const WORK *vector, size_t n, uint8_t *flags, uint64_t *words,
+                     uint8_t *restrict touched) {
+    OF(flags)(x, vector, n, mark, flags);
+    memset(flags + n, 0, COLUMNS);
+    NAME(pack)(flags, (n + COLUMNS - 1) / COLUMNS, words);
+    for (size_t i = 0; i < n; i++)
+        touched[i] |= x[i] != 0;
+}
+
+/* Counts a chunk, and rounds its vector. */
+static TARGET void OF(settle)(const WORK *restrict vector, size_t n, int64_t experts, const uint64_t *words,
+                              const uint8_t *restrict touched, float *restrict rounded, int64_t *counts) {
+    uint8_t some[CHUNK + COLUMNS];
+    uint64_t moved[CHUNK / COLUMNS];
+    size_t count = (n + COLUMNS - 1) / COLUMNS;
+    uint32_t trained = 0;
+    for (size_t i = 0; i < n; i++) {
+        rounded[i] = (float)vector[i];
+        some[i] = vector[i] != 0;
+        trained += touched[i];
+    }
+    memset(some + n, 0, COLUMNS);
+    NAME(pack)(some, count, moved);
+    NAME(tally)(words, count, experts, moved, counts + 1);
+    counts[0] += trained;
+}
+
+/* One block, in the order of its branches: a vector that needs no thresholds, with its masses. */
+static TARGET void OF(mask_block)(const Rule *rule, const Range *range, const OF(Walk) *walk, const Masks *masks, size_t at,
+                                  double *found, Outcome *outcome) {
+    enum { SIZE = BRANCH * COLUMNS };
+    float base[SIZE], kept[SIZE], rounded[SIZE], *x = masks->rows;
+    WORK vector[SIZE];
+    uint8_t flags[SIZE + COLUMNS], touched[SIZE];
+    uint64_t words[MASKED * BRANCH];
+    const uint8_t *codes = range->codes;
+    int64_t experts = rule->experts;
+    int out = codes[experts + 1], waiting = 0;
+    size_t n = least(BLOCK, range->size - at), width = 2 * (size_t)experts * COLUMNS;
+    const void *theirs = from(range->base, codes[0], at);
+    for (int64_t e = -1; e < experts; e++) { /* in order, once, since branches jump about */
+        const char *own = e < 0 ? theirs : from(range->experts[e], codes[e + 1], at);
+        for (size_t i = 0; i < n * width_of(codes[e + 1]); i += 64)
+            __builtin_prefetch(own + i, 0, 2);
+    }
+    for (size_t number = 0; number < BRANCHES; number++, waiting++) {
+        size_t row = first_row(number);
+        double *to = masks->sums + waiting * width;
+        outcome->sound &= NAME(branch)(theirs, codes[0], NULL, n, row, AS_ROWS(base));
+        for (int64_t e = 0; e < experts; e++)
+            outcome->sound &= NAME(branch)(from(range->experts[e], codes[e + 1], at), codes[e + 1], AS_ROWS(base), n, row,
+                                           AS_ROWS(x + e * SIZE));
+        OF(combine)(rule, walk, x, SIZE, vector);
+        memset(touched, 0, sizeof touched);
+        for (int64_t e = 0; e < experts; e++) {
+            OF(mark)(rule->marks ? rule->marks[e] : -1, x + e * SIZE, vector, SIZE, flags, words + e * BRANCH, touched);
+            for (int i = 0; i < SIZE; i++)
+                kept[i] = flags[i] ? (float)vector[i] : 0;
+            NAME(branch_size)(AS_ROWS(x + e * SIZE), to + e * COLUMNS);
+            NAME(branch_size)(AS_ROWS(kept), to + (experts + e) * COLUMNS);
+        }
+        OF(settle)(vector, SIZE, experts, words, touched, rounded, masks->counts);
+        for (size_t r = 0; r < BRANCH; r++) {
+            size_t first = (row + r * BRANCHES) * COLUMNS, here = first < n ? least(n - first, COLUMNS) : 0;
+            NAME(round)(rounded + r * COLUMNS, NULL, here, (void *)from(range->out, out, at + first), out, outcome);
+            for (int64_t e = 0; e < experts; e++)
+                memcpy(masks->bits[e] + (at + first) / 8, words + e * BRANCH + r, (here + 7) / 8);
+        }
+        waiting = joined(masks->sums, width, waiting, number);
+    }
+    for (size_t i = 0; i < 2 * (size_t)experts; i++)
+        found[i] = folded(masks->sums + i * COLUMNS);
+}
+
+/* The vector, and which of its entries each expert marks. */
+static TARGET void OF(masks)(const Rule *rule, const Range *range, const Masks *masks, Outcome *outcome) {
+    float base[CHUNK], x[CHUNK], rounded[CHUNK], room[ROOM];
+    WORK vector[CHUNK];
+    uint8_t flags[CHUNK + COLUMNS], touched[CHUNK];
+    uint64_t words[MASKED * BRANCH];
+    OF(Walk) walk;
+    OF(begin)(rule, range, &walk);
+    const uint8_t *codes = range->codes;
+    int64_t experts = rule->experts;
+    int out = codes[experts + 1];
+    for (size_t at = 0; masks->masses && at < range->size; at += BLOCK)
+        OF(mask_block)(rule, range, &walk, masks, at, masks->masses + at / BLOCK * 2 * (size_t)experts, outcome);
+    size_t chunk = least(CHUNK, ROOM / (size_t)experts / COLUMNS * COLUMNS);
+    for (size_t at = masks->masses ? range->size : 0, n; at < range->size; at += n) {
+        n = least(chunk, range->size - at);
+        size_t count = (n + COLUMNS - 1) / COLUMNS;
+        outcome->sound &= NAME(load)(from(range->base, codes[0], at), codes[0], NULL, n, base);
+        OF(change)(rule, range, &walk, at, n, base, room, vector, outcome);
+        memset(touched, 0, n);
+        for (int64_t e = 0; e < experts; e++) {
+            int code = codes[e + 1];
+            NAME(load)(from(range->experts[e], code, at), code, base, n, x);
+            OF(mark)(rule->marks ? rule->marks[e] : -1, x, vector, n, flags, words + e * count, touched);
+            memcpy(masks->bits[e] + at / 8, words + e * count, (n + 7) / 8);
+        }
+        OF(settle)(vector, n, experts, words, touched, rounded, masks->counts);
+        NAME(round)(rounded, NULL, n, (void *)from(range->out, out, at), out, outcome);
     }
 }
 
@@ -992,16 +1311,32 @@ EXPORT int twinmerge_fused_level(int wanted) {
     return level;
 }
 
+/* Whether sums are taken in double. */
+static bool is_wide(const Rule *rule, const Range *range) {
+    bool wide = range->base && range->codes[0] == F32;
+    for (int64_t e = 0; e < rule->experts; e++)
+        wide |= range->codes[e + 1] == F32;
+    return rule->ready ? rule->ready == 2 : wide;
+}
+
 /* found: changed, erased, whether all inputs are sound, whether the result fits. staged: NULL, or room for a row of each
  * expert, which is then all that is written. */
 EXPORT void twinmerge_fused_merge(const Rule *rule, const void *base, const void *const *experts, void *out, const char *codes,
                                   size_t size, uint64_t offset, float *staged, int64_t *found) {
     Range range = {base, experts, out, (const uint8_t *)codes, size, offset, staged};
     Outcome outcome = {0, 0, 1, 1};
-    bool wide = base && codes[0] == F32;
-    for (int64_t e = 0; e < rule->experts; e++)
-        wide |= codes[e + 1] == F32;
-    levels[level]->merge[rule->ready ? rule->ready == 2 : wide](rule, &range, &outcome);
+    levels[level]->merge[is_wide(rule, &range)](rule, &range, &outcome);
+    found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;
+}
+
+/* bits: where each expert's go; counts, masses, rows, sums: as of `Masks`; found: changed and erased are 0. */
+EXPORT void twinmerge_fused_masks(const Rule *rule, const void *base, const void *const *experts, void *out, const char *codes,
+                                  size_t size, uint64_t offset, uint8_t *const *bits, int64_t *counts, double *masses,
+                                  float *rows, double *sums, int64_t *found) {
+    Range range = {base, experts, out, (const uint8_t *)codes, size, offset, NULL};
+    Masks masks = {bits, counts, masses, rows, sums};
+    Outcome outcome = {0, 0, 1, 1};
+    levels[level]->masks[is_wide(rule, &range)](rule, &range, &masks, &outcome);
     found[0] = outcome.changed, found[1] = outcome.erased, found[2] = outcome.sound, found[3] = outcome.fits;
 }
 

@@ -35,7 +35,8 @@ _BRANCH, _LEVELS, _PANEL, _COLUMNS = 8, 8, 8, 64  # of fused.c: how the sums of 
 _CODE = {name: number for number, name in enumerate(CODES)}
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _COMBINE = {"mean": 1, "sum": 2, "max": 3}
-_OVERLAP = 4
+_OTHERS = {"sum": 0, "overlap": 4, "furthest": 5, "united": 6, "near": 7}
+MASKED = 512  # experts that masks are made of, at most
 _PIECE = 65_536  # elements at a time of what is combined in rows
 
 
@@ -99,6 +100,25 @@ class Elect(NamedTuple):
     least: float = 0.0
 
 
+class Mark(NamedTuple):
+    """Which entries of s an expert marks: where |x_t| > λt |s − x_t|, of values that nothing was left out of.
+
+    thresholds: λt of each expert; least: entries that fewer experts mark become 0.
+    """
+
+    thresholds: tuple[float, ...]
+    least: int = 0
+
+
+class Near(NamedTuple):
+    """From the first of two models towards the second. step: how far an entry goes at most; least: what its way is
+    divided by at least; rounds: in float32, each step rounded, and not in the dtype of sums."""
+
+    step: float
+    least: float
+    rounds: bool = False
+
+
 class Importance(NamedTuple):
     """Fisher-weighted averaging. factors: of each expert's Fisher information; floors: the least that it counts as;
     order: the experts' numbers, as they are summed up."""
@@ -112,8 +132,11 @@ class Rule(NamedTuple):
     """What is done with the values; whatever is used again is prepared once.
 
     deltas: x_t = θt - θ0, and the result is θ0 + scale · s; else x_t = θt, and it is s / divisor; None: the one where
-    there is a base, the other where there is none. s = Σt wt x_t, or what `elect` makes of x_t, or with `overlap` the
-    mean of the x_t that are not 0 where those are several, and wt x_t where it is one. First x_t is ranked or dropped,
+    there is a base, the other where there is none. s = Σt wt x_t, or what `elect` makes of x_t, or what `combine`
+    says: "overlap", the mean of the x_t that are not 0 where those are several, and wt x_t where it is one;
+    "furthest", the wt x_t of largest size, of equal ones the last; "united", the largest |x_t| with the sign of Σt x_t,
+    −1 where that is 0. With `mark` entries of s that too few experts mark become 0; with `near` the result is as that
+    says. First x_t is ranked or dropped,
     then trimmed, then loses what `cut` would keep, then is multiplied by its one of `factors`, and at last all are
     selected, where that is asked for. importance: the result is Σ It θt / Σ It with It = factor · max(Ft, floor), and
     Σ wt θt / divisor where all It are 0; of deltas θ0 + scale · Σ It x_t / Σ It, and θ0 there. ready: the values are
@@ -132,7 +155,9 @@ class Rule(NamedTuple):
     cut: Trim | None = None
     factors: tuple[float, ...] | None = None
     select: Select | None = None
-    overlap: bool = False
+    combine: Literal["sum", "overlap", "furthest", "united"] = "sum"
+    mark: Mark | None = None
+    near: Near | None = None
     ready: Literal["float", "double"] | None = None
 
 
@@ -276,6 +301,83 @@ def staged(
     codes = bytes([of_base, *[_CODE[each.code] for each in experts], 0])
     library.twinmerge_fused_merge(prepared.pointer, at, addresses, None, codes, size, offset, out.ctypes.data, found)
     return out, bool(found[2]) or rule.ready is not None
+
+
+class Masked(NamedTuple):
+    """What `masks` found.
+
+    trained: entries that at least one expert changed; by_count: where the vector is not 0, entries that exactly 0, 1, …
+    all experts mark; by_task: there, entries that each expert marks; masses: of each block of 65,536, as
+    `sums.block_sums` adds them, Σ|x_t| and Σ|s| where expert t marks, (2, experts, blocks), where they are asked for;
+    sound, fits: as in `Outcome`.
+    """
+
+    trained: int
+    by_count: tuple[int, ...]
+    by_task: tuple[int, ...]
+    masses: NDArray[np.float64] | None
+    sound: bool
+    fits: bool
+
+
+def masks(
+    rule: Rule,
+    base: Values,
+    experts: Sequence[Values],
+    out: Values,
+    bits: NDArray[np.uint8],
+    offset: int = 0,
+    masses: bool = False,
+) -> Masked:
+    """Write s, rounded once, to `out`, and to `bits` which of its entries each expert marks: by `mark`, or where there
+    is none those that have the sign of s.
+
+    Args:
+        rule: on deltas, with no ranks; its scale and the least of its `mark` are not read.
+        base, experts, out, offset: as of `merge`; at most 512 experts.
+        bits: (experts, ⌈size / 8⌉), C-contiguous; bit j of byte b is entry 8·b + j.
+        masses: give them; of a rule that leaves nothing out of its experts.
+
+    Raises:
+        ValueError, RuntimeError: as `merge`.
+
+    Example:
+        >>> base, x, y = (Values(np.array(row, np.float32).view(np.uint8), "F32") for row in ([0, 0], [2, -1], [-1, -3]))
+        >>> vector, bits = np.zeros(2, np.float32), np.zeros((2, 1), np.uint8)
+        >>> rule = Rule((1.0, 1.0), deltas=True, combine="united")
+        >>> if available():
+        ...     found = masks(rule, base, [x, y], Values(vector.view(np.uint8), "F32"), bits, masses=True)
+        ...     assert (vector.tolist(), bits.tolist()) == ([2.0, -3.0], [[3], [2]])
+        ...     assert (found.by_count, found.masses.tolist()) == ((0, 1, 1), [[[3.0], [4.0]], [[5.0], [3.0]]])
+    """
+    library, prepared, size, count = _required(), _prepared(rule), _size(out), len(experts)
+    if count != len(rule.weights) or not 1 <= count <= MASKED:
+        raise ValueError(f"{count} experts for {len(rule.weights)} weights; masks are made of 1 to {MASKED}")
+    left_out = (rule.drop, rule.trim, rule.cut, rule.factors, rule.select) != (None,) * 5
+    if not rule.deltas or rule.ranked or rule.near or rule.ready or (masses and left_out):
+        raise ValueError("masks are made of changes to a base as they are, or trimmed ones without masses")
+    if bits.shape != (count, -(-size // 8)) or bits.dtype != np.uint8 or not bits.flags.c_contiguous:
+        raise ValueError(f"bits of {bits.dtype} {bits.shape} for {count} masks of {size} entries")
+    at, of_base = _stored(base, size)
+    addresses = prepared.row(*[_address(each, size) for each in experts])
+    rows = prepared.row(*[row.ctypes.data for row in bits])
+    codes = bytes([of_base, *[_CODE[each.code] for each in experts], _CODE[out.code]])
+    counts, found = np.zeros(2 + 2 * count, np.int64), _Found()
+    room: list[NDArray[Any]] = []
+    if masses:
+        room.append(np.empty((-(-size // _BLOCK), 2, count)))
+        room.append(np.empty(count * _BRANCH * _COLUMNS, np.float32))
+        room.append(np.empty(_LEVELS * 2 * count * _COLUMNS))
+    where: list[int | None] = [each.ctypes.data for each in room] if masses else [None] * 3
+    target = _address(out, size, writes=True)
+    library.twinmerge_fused_masks(
+        prepared.pointer, at, addresses, target, codes, size, offset, rows, counts.ctypes.data, *where, found
+    )
+    trained, *times = counts.tolist()
+    by_block = room[0].transpose(1, 2, 0) if masses else None
+    return Masked(
+        trained, tuple(times[: count + 1]), tuple(times[count + 1 :]), by_block, bool(found[2]), bool(found[3])
+    )
 
 
 def _rank(
@@ -457,6 +559,10 @@ class _Rule(ctypes.Structure):
         ("importances", ctypes.c_void_p),
         ("floors", ctypes.c_void_p),
         ("divides", ctypes.c_double),
+        ("marks", ctypes.c_void_p),
+        ("marked", ctypes.c_int64),
+        ("step", ctypes.c_double),
+        ("least_step", ctypes.c_double),
         ("select_room", ctypes.c_int64),
         ("selects", ctypes.c_int32),
         ("select", ctypes.c_int32),
@@ -511,8 +617,14 @@ def _prepared(rule: Rule) -> _Prepared:
         filled.after = pointer(rule.factors, np.float64)
     if rule.select is not None:
         filled.selects, filled.select, filled.select_room = True, *rule.select
-    if rule.overlap:
-        filled.combine = _OVERLAP
+    filled.combine = _OTHERS[rule.combine]
+    if rule.mark is not None:
+        filled.marks, filled.marked = pointer(rule.mark.thresholds, np.float64), rule.mark.least
+    if rule.near is not None:
+        if count != 2 or rule.deltas:
+            raise ValueError(f"from one model near to another, and {count} are given, or their changes to a base")
+        filled.combine, filled.rounds = _OTHERS["near"], rule.near.rounds
+        filled.step, filled.least_step = rule.near.step, rule.near.least
     filled.ready = {None: 0, "float": 1, "double": 2}[rule.ready]
     if rule.elect is not None:
         filled.combine, filled.tie, filled.divides = _COMBINE[rule.elect.merge], rule.elect.tie, rule.elect.least
@@ -579,6 +691,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
             [address, address, address, address, ctypes.c_char_p, count, ctypes.c_uint64, address, address],
             None,
         ),
+        ("masks", [*[address] * 4, ctypes.c_char_p, count, ctypes.c_uint64, *[address] * 6], None),
         ("ranked", [*values, ctypes.c_uint64, count, code, *[address] * 5], code),
         ("spread", [address, count, count, address], None),
         ("weigh", [address, address, address, address, address, ctypes.c_char_p, count, address], None),

@@ -13,28 +13,32 @@ takes four (`digits`). Selecting over a whole model takes three reductions; coun
     3. ties(tile, thresholds), tile by tile    left = take less the ties in earlier tensors and tiles
     then keep_above(row, threshold, left, out) for each expert
 
-Here x is always (experts, ...) in float32 or float64, each expert is a selection of its own, and a tile is a run of
-consecutive flat entries. NaN is refused by the caller.
+Here x is always (experts, ...) in float32 or float64 (of NumPy: float32), each expert is a selection of its own, and a tile is a run of
+consecutive flat entries. NaN is refused by the caller. Thresholds, ranks and counts are NumPy's, and torch, which takes
+longer to import than many a merge, is only asked for entries that lie in its tensors.
 """
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from twinmerge.errors import UsageError
 from twinmerge.maths import fused
 from twinmerge.maths.fused import Values
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Counts = NDArray[np.int64]
+
 BINS = 65_536
 _NEVER = 0x7FFF_FFFF  # above the bits of infinity
 _WIDE_NEVER = 0x7FFF_FFFF_FFFF_FFFF  # the same of float64
-_INTEGERS = {torch.float32: (torch.int32, _NEVER), torch.float64: (torch.int64, _WIDE_NEVER)}
 
 
 def keep_count(density: float, total: int) -> int:
@@ -56,7 +60,7 @@ def keep_count(density: float, total: int) -> int:
     return math.floor(Fraction(str(density)) * total + Fraction(1, 10**9))
 
 
-def coarse(x: Tensor) -> Tensor:
+def coarse(x: Any) -> Any:
     """Pass 1: the histogram of the high 16 bits of |x|.
 
     Args:
@@ -66,13 +70,14 @@ def coarse(x: Tensor) -> Tensor:
         (experts, 65536) int64; the sum over tiles is the histogram of the whole.
 
     Example:
+        >>> import torch
         >>> coarse(torch.tensor([[1.0, -1.0, 2.0]]))[0, [0x3F80, 0x4000]].tolist()
         [2, 1]
     """
     return digits(x, 0)
 
 
-def fine(x: Tensor, bins: Tensor) -> Tensor:
+def fine(x: Any, bins: Counts) -> Any:
     """Pass 2: the histogram of the low 16 bits of |x|, among entries whose high bits are the expert's bin.
 
     Args:
@@ -83,13 +88,14 @@ def fine(x: Tensor, bins: Tensor) -> Tensor:
         (experts, 65536) int64.
 
     Example:
+        >>> import torch
         >>> fine(torch.tensor([[1.0, -1.0, 2.0]]), torch.tensor([0x3F80]))[0, 0].item()
         2
     """
     return digits(x, 1, bins)
 
 
-def digits(x: Tensor, level: int, higher: Tensor | None = None) -> Tensor:
+def digits(x: Any, level: int, higher: Counts | None = None) -> Any:
     """The histogram of 16 bits of |x|, the first ones at level 0, among entries whose bits above them are the expert's.
 
     Args:
@@ -101,40 +107,62 @@ def digits(x: Tensor, level: int, higher: Tensor | None = None) -> Tensor:
         (experts, 65536) int64.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[1.0, -1.0, 2.0]], dtype=torch.float64)
         >>> digits(x, 0)[0, 0x3FF0].item(), digits(x, 1, torch.tensor([0x3FF0]))[0, 0].item()
         (2, 2)
     """
-    rows, low = [], 16 * (x.element_size() // 2 - 1 - level)
+    rows, low = [], 16 * (x.itemsize // 2 - 1 - level)
     for row, above in zip(x, [0] * len(x) if higher is None else higher.tolist(), strict=True):
         bits = _bits(row) >> low
-        rows.append(torch.bincount(bits[bits >> 16 == above] & 0xFFFF if level else bits, minlength=BINS))
+        bits = bits[bits >> 16 == above] & 0xFFFF if level else bits
+        rows.append(np.bincount(bits, minlength=BINS) if isinstance(bits, np.ndarray) else _tallied(bits))
+    return np.stack(rows) if isinstance(x, np.ndarray) else _stacked(rows)
+
+
+def _tallied(bits: Tensor) -> Tensor:
+    return bits.bincount(minlength=BINS)
+
+
+def _stacked(rows: list[Any]) -> Tensor:
+    import torch
+
     return torch.stack(rows)
 
 
-def locate(counts: Tensor, k: Tensor | int) -> tuple[Tensor, Tensor]:
+def array(x: Any) -> NDArray[Any]:
+    """Of NumPy or of torch, on any device, as an array."""
+    return x.cpu().numpy() if hasattr(x, "cpu") else np.asarray(x)
+
+
+def locate(counts: Counts | Tensor, k: Counts | int) -> tuple[Counts, Counts]:
     """The bin that holds the k-th entry from the top, and how many entries of that bin are among the first k.
 
     Args:
-        counts: (experts, bins) int64.
+        counts: (experts, bins) int64, of NumPy or torch.
         k: how many to keep, one number or (experts,); more than there are means all.
 
     Returns:
         Two (experts,) int64. For k = 0: the top bin, and 0 of it.
 
     Example:
-        >>> [t.item() for t in locate(torch.tensor([[5, 4, 1]]), 3)]
+        >>> [found.item() for found in locate(np.array([[5, 4, 1]]), 3)]
         [1, 2]
     """
-    above = counts.flip(-1).cumsum(-1)  # [j]: the entries of the top j + 1 bins
-    wanted = torch.as_tensor(k, device=counts.device).expand(len(counts)).minimum(above[:, -1]).contiguous()
-    from_top = torch.searchsorted(above, wanted[:, None])[:, 0]
-    bins = counts.shape[-1] - 1 - from_top
-    before = (above - counts.flip(-1)).gather(1, from_top[:, None])[:, 0]
-    return bins, wanted - before
+    from_top = array(counts)[:, ::-1]
+    above = from_top.cumsum(1)  # [j]: the entries of the top j + 1 bins
+    wanted = np.minimum(array(k), above[:, -1])
+    at = np.array([row.searchsorted(k) for row, k in zip(above, wanted, strict=True)], np.int64)
+    return from_top.shape[1] - 1 - at, wanted - _at(above - from_top, at)
 
 
-def pin(bins: Tensor, counts: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+def _at(rows: Counts, columns: Counts) -> Counts:
+    """One entry of each row."""
+    found: Counts = np.take_along_axis(rows, columns[:, None], 1)[:, 0]
+    return found
+
+
+def pin(bins: Counts, counts: Counts | Tensor, rest: Counts) -> tuple[Counts, Counts]:
     """The threshold of each expert, out of the bin of pass 1 and the histogram of pass 2.
 
     Args:
@@ -146,17 +174,18 @@ def pin(bins: Tensor, counts: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         take: (experts,) int64, how many of the entries that equal the threshold are kept.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[1.0, -3.0, 2.0, -2.0]])
         >>> bins, rest = locate(coarse(x), 2)
         >>> thresholds, take = pin(bins, fine(x, bins), rest)
-        >>> thresholds.int().view(torch.float32).item(), take.item()
+        >>> number(thresholds.item()), take.item()
         (2.0, 1)
     """
     bits, take = deeper(bins, counts, rest)
-    return bits.clamp(max=_NEVER), take
+    return np.minimum(bits, _NEVER), take
 
 
-def deeper(higher: Tensor, counts: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+def deeper(higher: Counts, counts: Counts | Tensor, rest: Counts) -> tuple[Counts, Counts]:
     """The higher bits and the 16 that their histogram adds to them, and what is left to keep there.
 
     Args:
@@ -167,7 +196,7 @@ def deeper(higher: Tensor, counts: Tensor, rest: Tensor) -> tuple[Tensor, Tensor
     return (higher << 16) | low, take
 
 
-def ties(x: Tensor, thresholds: Tensor) -> Tensor:
+def ties(x: Tensor, thresholds: Counts) -> Counts:
     """Pass 3: how many entries of each expert equal its threshold, (experts,) int64.
 
     Args:
@@ -175,11 +204,12 @@ def ties(x: Tensor, thresholds: Tensor) -> Tensor:
         thresholds: (experts,) int64, from `pin`.
 
     Example:
-        >>> ties(torch.tensor([[1.0, -2.0, 2.0]]), torch.tensor([0x4000_0000])).item()
+        >>> import torch
+        >>> ties(torch.tensor([[1.0, -2.0, 2.0]]), np.array([0x4000_0000])).item()
         2
     """
     at = thresholds.tolist()
-    return torch.stack([(_bits(row) == bits).sum() for row, bits in zip(x, at, strict=True)])
+    return np.array([int((_bits(row) == bits).sum()) for row, bits in zip(x, at, strict=True)])
 
 
 def keep_above(x: Tensor, bits: int, left: int, out: Tensor) -> None:
@@ -191,30 +221,35 @@ def keep_above(x: Tensor, bits: int, left: int, out: Tensor) -> None:
         left: how many of the entries that equal it are kept, in flat order.
 
     Example:
+        >>> import torch
         >>> x, out = torch.tensor([2.0, -3.0, -2.0, 1.0]), torch.empty(4)
         >>> keep_above(x, 0x4000_0000, 1, out)
         >>> out.tolist()
         [2.0, -3.0, 0.0, 0.0]
     """
-    if bits >= never(x.dtype):
+    import torch
+
+    wide = x.dtype == torch.float64
+    if bits >= never(wide):
         out.zero_()
     elif left >= x.numel():  # all that equal it: strictly above the number before it
-        torch.hardshrink(x, number(bits - 1, x.dtype), out=out) if bits else out.copy_(x)
+        torch.hardshrink(x, number(bits - 1, wide), out=out) if bits else out.copy_(x)
     else:
-        torch.hardshrink(x, number(bits, x.dtype), out=out)
+        torch.hardshrink(x, number(bits, wide), out=out)
         if left:
             first = (_bits(x) == bits).nonzero()[:left, 0]
             out.view(-1)[first] = x.reshape(-1)[first]
 
 
-def number(bits: int, dtype: torch.dtype = torch.float32) -> float:
-    """The number that has these bits."""
-    return torch.tensor(bits, dtype=_INTEGERS[dtype][0]).view(dtype).item()
+def number(bits: int, wide: bool = False) -> float:
+    """The number that has these bits, as float64 where `wide`, else as float32."""
+    found: float = np.int64(bits).view(np.float64).item() if wide else np.int32(bits).view(np.float32).item()
+    return found
 
 
-def never(dtype: torch.dtype) -> int:
-    """A threshold that no number reaches."""
-    return _INTEGERS[dtype][1]
+def never(wide: bool = False) -> int:
+    """A threshold that no number of float32, or of float64, reaches."""
+    return _WIDE_NEVER if wide else _NEVER
 
 
 def narrowed(bits: int) -> tuple[int, bool]:
@@ -222,16 +257,16 @@ def narrowed(bits: int) -> tuple[int, bool]:
     equal.
 
     Example:
-        >>> bits = torch.tensor([0.5, 0.5 + 1e-12], dtype=torch.float64).view(torch.int64).tolist()
+        >>> bits = np.array([0.5, 0.5 + 1e-12]).view(np.int64).tolist()
         >>> [(number(low), equal) for low, equal in map(narrowed, bits)]
         [(0.5, True), (0.5, False)]
     """
     if bits >= _WIDE_NEVER:
         return _NEVER, False
-    wide = torch.tensor(bits).view(torch.float64)
-    low = int(wide.float().view(torch.int32))
-    equal = number(low) == wide.item()
-    return (low if number(low) <= wide.item() else low - 1), equal
+    exact = number(bits, wide=True)
+    with np.errstate(over="ignore"):  # what is beyond float32 is infinite there
+        low = int(np.float32(exact).view(np.int32))
+    return (low if number(low) <= exact else low - 1), number(low) == exact
 
 
 DEVIATIONS = 6  # standard deviations of a sampled rank on either side of a bracket's middle
@@ -250,17 +285,17 @@ class Bracket(NamedTuple):
     empty); shared: (experts, 4) int64, values near the rank that many entries have, -1 where there are fewer.
     """
 
-    low: Tensor
-    width: Tensor
-    shift: Tensor
-    shared: Tensor
+    low: Counts
+    width: Counts
+    shift: Counts
+    shared: Counts
 
     def bins(self, expert: int) -> int:
         """How many values the interval may hold."""
         return (int(self.width[expert] - 1) >> int(self.shift[expert])) + 1
 
 
-def bracket(sample: Tensor, k: Tensor, widest: int = WIDEST) -> Bracket | None:
+def bracket(sample: NDArray[np.int32], k: Counts, widest: int = WIDEST) -> Bracket | None:
     """Bracket the k-th largest |x| of what the sample is from.
 
     Args:
@@ -272,14 +307,14 @@ def bracket(sample: Tensor, k: Tensor, widest: int = WIDEST) -> Bracket | None:
         None where an interval may hold too many values to count; above all numbers where an expert keeps nothing.
 
     Example:
-        >>> found = bracket(torch.arange(10_000, dtype=torch.int32)[None], torch.tensor([5000]))
+        >>> found = bracket(np.arange(10_000, dtype=np.int32)[None], np.array([5000]))
         >>> found.low.tolist(), found.width.tolist(), found.shift.tolist()
         ([4699], [603], [0])
     """
     size = sample.shape[1]
-    low, width, shift = (torch.full((len(sample),), value) for value in (_NEVER, 1, 0))
-    found = Bracket(low, width, shift, torch.full((len(sample), SHARED), -1))
-    for e, (row, rank) in enumerate(zip(sample.cpu().numpy(), k.tolist(), strict=True)):
+    low, width, shift = (np.full(len(sample), value, np.int64) for value in (_NEVER, 1, 0))
+    found = Bracket(low, width, shift, np.full((len(sample), SHARED), -1, np.int64))
+    for e, (row, rank) in enumerate(zip(array(sample), array(k).tolist(), strict=True)):
         if rank < 1:
             continue
         margin = 1 + math.ceil(DEVIATIONS * math.sqrt(rank * max(0, size - rank) / size))
@@ -295,11 +330,11 @@ def bracket(sample: Tensor, k: Tensor, widest: int = WIDEST) -> Bracket | None:
         away = np.abs(np.arange(len(values)) - np.searchsorted(values, from_top[rank - 1]))
         nearest_first = np.argsort(away, kind="stable")
         often = values[nearest_first][counts[nearest_first] > max(1, OFTEN * size)][:SHARED]
-        found.shared[e, : len(often)] = torch.from_numpy(often.astype(np.int64))
+        found.shared[e, : len(often)] = often
     return found
 
 
-def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, list[int], int]:
+def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, NDArray[np.int32], list[int], int]:
     """What one expert has above and inside its bracket.
 
     Returns:
@@ -309,7 +344,8 @@ def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, l
         which the sample did not show.
 
     Example:
-        >>> found = bracket(torch.arange(10_000, dtype=torch.int32)[None], torch.tensor([5000]))
+        >>> import torch
+        >>> found = bracket(np.arange(10_000, dtype=np.int32)[None], np.array([5000]))
         >>> row = torch.tensor([4699, 5000, 9000], dtype=torch.int32).view(torch.float32)
         >>> above, bins, ties, between = in_bracket(row, found, 0)
         >>> above, bins.tolist(), ties, between
@@ -329,7 +365,7 @@ def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, l
                 same = offset == np.int32(value)
                 ties[i] += int(np.count_nonzero(same))
                 inside ^= same
-            rest.append(torch.from_numpy(offset[inside]))
+            rest.append(offset[inside])
         else:
             part = part - low
             above += int((part >= width).sum())
@@ -337,35 +373,38 @@ def in_bracket(row: Tensor, found: Bracket, expert: int) -> tuple[int, Tensor, l
             for i, value in enumerate(shared):
                 ties[i] += int((part == value).sum())
                 part = part[part != value]
-            rest.append(part)
-    return above, *_binned(torch.cat(rest), ties, shift)
+            rest.append(part.cpu().numpy())
+    return above, *_binned(np.concatenate(rest), ties, shift)
 
 
 def in_bracket_stored(
     x: Values, base: Values | None, found: Bracket, expert: int
-) -> tuple[int, Tensor, list[int], int]:
+) -> tuple[int, NDArray[np.int32], list[int], int]:
     """`in_bracket` of x − base as they are stored, by the compiled library."""
     low, width, shift = (int(of[expert]) for of in found[:3])
     above, inside, ties = fused.in_bracket(x, base, low, width, found.shared[expert].tolist())
-    return above, *_binned(torch.from_numpy(inside), ties, shift)
+    return above, *_binned(inside, ties, shift)
 
 
-def _binned(inside: Tensor, ties: list[int], shift: int) -> tuple[Tensor, list[int], int]:
-    between = int(((inside & ((1 << shift) - 1)) != 0).sum()) if shift else 0
+def _binned(inside: NDArray[np.int32], ties: list[int], shift: int) -> tuple[NDArray[np.int32], list[int], int]:
+    between = int(np.count_nonzero(inside & ((1 << shift) - 1))) if shift else 0
     return inside >> shift, ties, between
 
 
-def magnitude_bits(x: Tensor) -> Tensor:
-    """The bits of |x| of every expert: (experts, n) int32 (int64 of float64), which sort like the numbers.
+def magnitude_bits(x: Any) -> Any:
+    """The bits of |x| of every expert, of NumPy's float32 or torch's tensors: (experts, n) int32 (int64 of float64),
+    which sort like the numbers.
 
     Example:
+        >>> import torch
         >>> magnitude_bits(torch.tensor([[-0.0, -1.0]])).tolist()
         [[0, 1065353216]]
     """
-    return torch.stack([_bits(row) for row in x])
+    rows = [_bits(row) for row in x]
+    return np.stack(rows) if isinstance(x, np.ndarray) else _stacked(rows)
 
 
-def largest(x: Tensor, k: Tensor | int) -> Tensor:
+def largest(x: Tensor, k: Counts | int) -> Tensor:
     """The k entries of largest magnitude of each expert; the first in flat order among equals.
 
     Args:
@@ -376,13 +415,17 @@ def largest(x: Tensor, k: Tensor | int) -> Tensor:
         bool, of the shape of x.
 
     Example:
+        >>> import torch
         >>> largest(torch.tensor([[1.0, -3.0, 2.0, -2.0]]), 2).tolist()
         [[False, True, True, False]]
     """
+    import torch
+
     bits, take = locate(coarse(x), k)
     for level in range(1, x.element_size() // 2):
         bits, take = deeper(bits, digits(x, level, bits), take)
-    thresholds = bits.where(bits >= 0, never(x.dtype)).clamp(max=never(x.dtype))
+    most = never(x.dtype == torch.float64)
+    thresholds = np.where(bits >= 0, bits, most).clip(max=most)
     mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     for row, out, threshold, left in zip(x, mask, thresholds.tolist(), take.tolist(), strict=True):
         bits = _bits(row)
@@ -392,9 +435,14 @@ def largest(x: Tensor, k: Tensor | int) -> Tensor:
     return mask
 
 
-def _bits(row: Tensor) -> Tensor:
+def _bits(row: Any) -> Any:
     """|row| as int32, or int64 of float64, flat: a larger number has larger bits, and -0.0 equals 0.0."""
-    if row.dtype not in _INTEGERS:
+    if isinstance(row, np.ndarray):
+        return row.reshape(-1).view(np.int32) & np.int32(_NEVER)
+    import torch
+
+    integers = {torch.float32: (torch.int32, _NEVER), torch.float64: (torch.int64, _WIDE_NEVER)}
+    if row.dtype not in integers:
         raise TypeError(f"selection by magnitude works on float32 and float64, not {row.dtype}")
-    integers, most = _INTEGERS[row.dtype]
-    return row.contiguous().view(integers).flatten() & most
+    integer, most = integers[row.dtype]
+    return row.contiguous().view(integer).flatten() & most

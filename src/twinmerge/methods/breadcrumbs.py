@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -16,6 +17,8 @@ from twinmerge.methods.kit.sparse import L1Norms, Norm, SparseSum, TrimsDeltas, 
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from twinmerge.maths.select import Counts
 
 OWN = {"weight": Number("weights"), "density": Number("density", 1.0), "gamma": Number("gamma", 0.01)}
 """The parameters of mergekit that each model may have."""
@@ -85,12 +88,10 @@ class Band(TrimsDeltas):
 
         return [*trim_passes(self, "tensor"), *norm]
 
-    def keep_counts(self, totals: Tensor) -> Tensor:
+    def keep_counts(self, totals: Counts) -> Counts:
         """Of each expert: how many are left out at the top, and how many come before the small ones."""
-        import torch
-
         found = [self.counts(size, *own) for size, own in zip(totals.tolist(), self._shares(len(totals)), strict=True)]
-        return torch.tensor([[cut, cut + keep] for cut, keep in found], device=totals.device)
+        return np.array([[cut, cut + keep] for cut, keep in found], np.int64)
 
     def left(self, tile: Tile, known: Known) -> Tensor:
         if self.all_kept:

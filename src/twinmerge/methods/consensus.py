@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from twinmerge.methods.kit.base import Known, Tile, moved, per_expert, scale_field
+from twinmerge.maths.fused import Rule
+from twinmerge.methods.kit.base import Known, Place, Tile, moved, per_expert, scale_field
 from twinmerge.methods.kit.masks import Marking, important
 
 if TYPE_CHECKING:
@@ -51,3 +52,7 @@ class Consensus(Marking):
                 votes += important(row, vector, threshold)
             vector = vector.masked_fill_(votes < self.k, 0.0)
         return moved(tile, vector, self.scale)
+
+    def rule(self, at: Place, known: Known) -> Rule | None:
+        rule = self.vector_rule(at, known)
+        return None if rule is None else rule._replace(scale=self.scale, mark=self.mark(at, self.k) if self.k else None)

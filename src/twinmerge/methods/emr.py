@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from twinmerge.maths.fused import Rule
 from twinmerge.maths.sums import block_sums, total
-from twinmerge.methods.kit.base import Known, Tile, weighted_sum
+from twinmerge.methods.kit.base import Known, Place, Tile, weighted_sum
 from twinmerge.methods.kit.masks import MaskMethod
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class Emr(MaskMethod):
         rows = [block_sums(row.abs()) for row in tile.x]
         kept = [block_sums(size * mask) for mask in masks]
         return torch.stack([torch.stack(rows), torch.stack(kept)])
+
+    def mask_rule(self, at: Place, known: Known) -> Rule:
+        return Rule((1.0,) * len(at.experts), deltas=True, combine="united")
 
     def scales(
         self, masses: Mapping[str, Sequence[Sequence[float]]], sizes: Mapping[str, int], count: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from twinmerge.maths.fused import Rule
 from twinmerge.methods.kit.base import (
     Known,
     Method,
@@ -56,6 +57,9 @@ class Magmax(Method, Fold):
             change = row.to(tile.work) * weight
             most = change.where(change.abs() >= most.abs(), most)
         return moved(tile, most, self.scale)
+
+    def rule(self, at: Place, known: Known) -> Rule:
+        return Rule(per_expert(self.weights, len(at.experts)), deltas=True, scale=self.scale, combine="furthest")
 
     def absorbs_whole(self, at: Place) -> bool:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import Field
 
 from twinmerge.maths.fused import Rule
@@ -12,6 +13,8 @@ from twinmerge.methods.kit.sparse import L1Norms, Norm, SparseSum, TrimsDeltas, 
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from twinmerge.maths.select import Counts
 
 
 class Magnitude(TrimsDeltas, SparseSum):
@@ -55,17 +58,15 @@ class Magnitude(TrimsDeltas, SparseSum):
     def passes(self) -> list[Pass[Any]]:
         if not self.trims:
             return []
-        from twinmerge.methods.kit.trim import trim_passes  # with torch, which is not needed where nothing is trimmed
+        from twinmerge.methods.kit.trim import trim_passes
 
         return [*trim_passes(self, self.scope), *([L1Norms(self)] if self.rescale == "l1" else [])]
 
-    def keep_counts(self, totals: Tensor) -> Tensor:
-        import torch
-
+    def keep_counts(self, totals: Counts) -> Counts:
         from twinmerge.maths.select import keep_count
 
         shares = zip(per_expert(self.density, len(totals)), totals.tolist(), strict=True)
-        return torch.tensor([keep_count(share, size) for share, size in shares], device=totals.device)
+        return np.array([keep_count(share, size) for share, size in shares], np.int64)
 
     def left(self, tile: Tile, known: Known) -> Tensor:
         if not self.trims:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from twinmerge.methods.kit.base import Known, Method, Tile
+from twinmerge.maths.fused import Near, Rule
+from twinmerge.methods.kit.base import Known, Method, Place, Tile
 from twinmerge.methods.kit.dialect import Dialect, Number, base_and_one
 
 if TYPE_CHECKING:
@@ -60,3 +61,6 @@ class Nearswap(Method):
         step = way.mul_(max(self.t, 0.0)).div_(size)
         there = torch.where(step == 0, first, (start + step).to(tile.x.dtype))
         return torch.where(size <= self.t, second, there)
+
+    def rule(self, at: Place, known: Known) -> Rule:
+        return Rule((1.0, 1.0), deltas=False, near=Near(self.t, LEAST, self.compat == "mergekit"))

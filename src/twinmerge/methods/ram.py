@@ -69,4 +69,4 @@ class Ram(Method):
 
     def rule(self, at: Place, known: Known) -> Rule:
         count = len(at.experts)
-        return self.kept(count)._replace(weights=self.alone(count, known), scale=self.scale, overlap=True)
+        return self.kept(count)._replace(weights=self.alone(count, known), scale=self.scale, combine="overlap")

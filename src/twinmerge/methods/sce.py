@@ -29,6 +29,8 @@ from twinmerge.methods.kit.election import agreeing, signs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from twinmerge.maths.select import Counts
+
 DECIDED = {"mergekit": {"tie": "positive"}}
 LEAST_SQUARES = 1e-6  # the sum of the means of τ² below which mergekit weighs all experts alike
 LEAST_MASS = 1e-6  # what mergekit divides by at least
@@ -134,7 +136,7 @@ class Sce(Method):
     def passes(self) -> Sequence[Pass[Any]]:
         if self.select_topk >= 1:
             return [Squares(self)]
-        from twinmerge.methods.kit.trim import trim_passes  # with torch, which is not needed where all is selected
+        from twinmerge.methods.kit.trim import trim_passes
 
         return [*trim_passes(self, "tensor"), Squares(self)]
 
@@ -157,17 +159,15 @@ class Sce(Method):
                 return torch.from_numpy(spread(x))[None]
         return deviations(tile.x)[None]
 
-    def keep_counts(self, totals: Tensor) -> Tensor:
+    def keep_counts(self, totals: Counts) -> Counts:
         """k of the entries in which the experts differ."""
-        import torch
-
         from twinmerge.maths.select import keep_count
 
         if self.compat == "mergekit":  # floating point: int(0.29 * 100) is 28
             counts = [int(self.select_topk * size) for size in totals.tolist()]
         else:
             counts = [keep_count(self.select_topk, size) for size in totals.tolist()]
-        return torch.tensor(counts, device=totals.device)
+        return np.array(counts, np.int64)
 
     def selected(self, tile: Tile, known: Known) -> Tensor:
         """The stack with all but the selected entries at zero."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from twinmerge.maths.fused import Rule
+from twinmerge.methods.kit.base import Known, Place
 from twinmerge.methods.kit.masks import Marking, MaskMethod
 
 
@@ -32,3 +34,7 @@ class TallMasks(Marking, MaskMethod):
     group = "masks"
     cost = "one read"
     strong = "each expert back, to about 99 %"
+
+    def mask_rule(self, at: Place, known: Known) -> Rule | None:
+        rule = self.vector_rule(at, known)
+        return None if rule is None else rule._replace(mark=self.mark(at))

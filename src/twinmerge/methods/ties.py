@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from twinmerge.maths.fused import Rule
@@ -18,6 +19,8 @@ from twinmerge.methods.kit.sparse import L1Norms, Norm, TrimsDeltas, l1_factors,
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from twinmerge.maths.select import Counts
 
 
 class Ties(TrimsDeltas, Elects):
@@ -81,7 +84,7 @@ class Ties(TrimsDeltas, Elects):
         """Those that find the thresholds."""
         if not self.trims:
             return []
-        from twinmerge.methods.kit.trim import trim_passes  # with torch, which is not needed where nothing is trimmed
+        from twinmerge.methods.kit.trim import trim_passes
 
         return trim_passes(self, self.scope)
 
@@ -101,10 +104,8 @@ class Ties(TrimsDeltas, Elects):
     def trims(self) -> bool:
         return any(share < 1 for share in per_expert(self.share_kept, 1))
 
-    def keep_counts(self, totals: Tensor) -> Tensor:
+    def keep_counts(self, totals: Counts) -> Counts:
         """k for each expert out of its number of entries."""
-        import torch
-
         from twinmerge.maths import select
 
         shares = list(zip(per_expert(self.share_kept, len(totals)), totals.tolist(), strict=True))
@@ -114,7 +115,7 @@ class Ties(TrimsDeltas, Elects):
             counts = [min(int(size * share) + 1, size) for share, size in shares]
         else:
             counts = [select.keep_count(share, size) for share, size in shares]
-        return torch.tensor(counts, device=totals.device)
+        return np.array(counts, np.int64)
 
     def left(self, tile: Tile, known: Known) -> Tensor:
         """The stack with all but the kept entries at zero."""

@@ -194,6 +194,11 @@ class OpenedModel:
         known = self.architecture.tables if self.architecture is not None else self.tables
         return name in known if known is not None else f".{name}".endswith(USUAL_TABLES)
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is a float buffer (running statistics), of which there is no exact mixture, as its class says."""
+        known = self.architecture
+        return known is not None and any(known.of_module(each) == name for each, _ in known.skeleton.named_buffers())
+
     def has(self, name: str) -> bool:
         return name in self.specs or self.aliases.get(name) in self.specs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twinmerge.arguments import strict
 from twinmerge.errors import UsageError
@@ -13,10 +13,11 @@ from twinmerge.methods.kit.registry import MethodLike
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.output import OutputFolder
-from twinmerge.study.thresholds import choose_thresholds
-from twinmerge.tasks.suite import Task, open_suite
 from twinmerge.twin.masks.build import mask_merge, write_masks
 from twinmerge.twin.masks.results import BuiltMasks
+
+if TYPE_CHECKING:  # with torch and transformers, which only a suite asks for
+    from twinmerge.tasks.suite import Task
 
 
 @strict
@@ -68,6 +69,9 @@ def build_masks(
         return write_masks(recipe, out, about, progress=progress)
     if any(name.rpartition(".")[2] == "threshold" for name in recipe.parameters):
         raise UsageError("Both --suite and -p threshold are given. Leave out one of them.")
+    from twinmerge.study.thresholds import choose_thresholds
+    from twinmerge.tasks.suite import open_suite
+
     tasks = suite if isinstance(suite, Mapping) else open_suite(suite, list(recipe.experts))
     chosen = choose_thresholds(recipe, tasks, split=split, limit=limit, seed=seed, progress=progress)
     own = {f"{task}.threshold": threshold for task, threshold in chosen.thresholds.items()}

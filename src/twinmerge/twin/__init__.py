@@ -1,1 +1,8 @@
-"""Twin-Merging: one shared model, a low-rank exclusive part per expert, a router, an exact runtime."""
+"""Twin-Merging: one shared model, a low-rank exclusive part per expert, a router, an exact runtime.
+
+Here stands what the files of a twin folder are called, and which version of the layout they have.
+"""
+
+TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
+MASKS_VERSION, TWIN_VERSION = 3, 4  # of a twin's layout: 1 factors, 2 packed by a codec, 3 masks, 4 any of them, sealed
+SCALES = "scales"

@@ -31,7 +31,7 @@ from twinmerge.twin.reading import Given, read_features
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.novelty import Novelty, limits_of
-from twinmerge.twin.split import Exclusive, is_buffer, refuse_masks, split
+from twinmerge.twin.split import Exclusive, refuse_masks, split
 
 
 def added(
@@ -78,7 +78,7 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
     if bool(heads) != bool(package.heads):
         has, have = ("a head", "none") if heads else ("no head", "one each")
         raise ModelError(f"The expert {name!r} has {has}, the twin's experts have {have}. Build a twin of their kind.")
-    names = [n for n in matched.merged if not is_buffer(shared, n)]
+    names = [n for n in matched.merged if not shared.is_buffer(n)]
     part = split({n: shared.read(n) for n in names}, opened, names, rank, None, progress)[name]
     if package.codec != "none":
         part = _coded(part, package.codec)

@@ -13,10 +13,8 @@ from twinmerge.errors import UsageError, nearest
 from twinmerge.maths.bits import byte_count, check, pack
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.artefact import Artefact
+from twinmerge.twin import SCALES, TWIN_VERSION
 from twinmerge.twin.split import Exclusive, Masked, shared_vectors
-
-MASKS_VERSION, TWIN_VERSION = 3, 4  # of a twin's layout: 1 factors, 2 packed by a codec, 3 masks, 4 any of them, sealed
-SCALES = "scales"
 
 
 def masked(

@@ -36,14 +36,14 @@ from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.foreign import AGAIN, find, read_json, read_text
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin.masked import MASKS_VERSION, TWIN_VERSION, pack_masks, told_of, unpack_masks
+from twinmerge.twin import MASKS_VERSION, ROUTER, STATISTICS, TWIN, TWIN_VERSION
+from twinmerge.twin.masked import pack_masks, told_of, unpack_masks
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.fit import router_from
 from twinmerge.twin.routers.kit.registry import ROUTERS
 from twinmerge.twin.split import Exclusive, shared_vectors
 
-TWIN, ROUTER, STATISTICS = "twin.safetensors", "router.safetensors", "router.statistics.safetensors"
 ROUTER_VERSION, STATISTICS_VERSION = 2, 3  # the first that are sealed
 SINCE = "\n## Experts since the build\n\n"
 OWN_FILES = {TWIN, ROUTER, STATISTICS, "heads.json", PROVENANCE, *NO_SIDE_FILES}

@@ -235,13 +235,6 @@ def is_ordered(factors: Factors) -> bool:
     return torch.allclose(a @ a.T, torch.eye(len(a), dtype=a.dtype, device=a.device), atol=1e-2)
 
 
-def is_buffer(model: OpenedModel, name: str) -> bool:
-    """Float buffers (running statistics) have no exact mixture; they stay the shared model's."""
-    if model.architecture is None:
-        return False
-    return any(model.architecture.of_module(b) == name for b, _ in model.architecture.skeleton.named_buffers())
-
-
 def linear_coefficients(method: Method, order: Sequence[str], experts: Sequence[str]) -> list[float] | None:
     """c with θs = θ0 + Σ ci τi in the order of `experts`, for methods that are such a sum."""
     found = method.coefficients(len(order)) if method.linear else None

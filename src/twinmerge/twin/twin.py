@@ -35,7 +35,7 @@ from twinmerge.twin.routers.kit.calibration import RouterReport
 from twinmerge.twin.routers.kit.registry import RouterLike, kind_of, make_router
 from twinmerge.twin.routing import fitted, single_pass
 from twinmerge.twin.served import Served
-from twinmerge.twin.split import cut, is_buffer, linear_coefficients, refuse_masks, split
+from twinmerge.twin.split import cut, linear_coefficients, refuse_masks, split
 
 DEFAULT_RANK = 8
 CHOSEN_FROM = 64  # the rank that energy and bytes choose from, unless another is said
@@ -133,7 +133,7 @@ class Twin(Served):
             linear: as in
             `split`.
         """
-        names = [n for n in matched.merged if not is_buffer(base, n)]
+        names = [n for n in matched.merged if not base.is_buffer(n)]
         exclusive = split(state, experts, names, rank, linear, progress, base)
         head_specs = heads_of(experts, matched, list(experts))
         shared_model = package_file.shared_in_memory(base, state, f"twin of {', '.join(experts)}")

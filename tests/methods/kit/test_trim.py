@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from twinmerge.maths import select
+from twinmerge.maths import fused, select
+from twinmerge.maths.fused import Values
 from twinmerge.methods.kit import trim
-from twinmerge.methods.kit.base import Known, Method, Pass, Place, Scope, Tile, moved, weighted_sum
+from twinmerge.methods.kit.base import Known, Method, Pass, Place, Scope, Stored, Tile, moved, weighted_sum
 from twinmerge.methods.ties import Ties
 
 SIZES = {"a": 5000, "b": 3, "c": 40_000, "d": 1}
@@ -30,12 +31,27 @@ def model(kind: str, seed: int) -> dict[str, torch.Tensor]:
     return x
 
 
-def tiles(x: dict[str, torch.Tensor], step: int) -> list[Tile]:
+def tiles(x: dict[str, torch.Tensor], step: int, stored: bool = False) -> list[Tile]:
+    """As torch has them; or as they lie in files of float32, which no torch is asked for."""
+    if stored:
+        places = [(n, at) for n, v in x.items() for at in range(0, v.shape[1], step)]
+        return [
+            Tile.of(
+                lambda: pytest.fail("a tensor was asked for"),
+                Place(n, (x[n].shape[1],), at, NAMES),
+                Stored(None, tuple(Values(memory(row[at : at + step]), "F32") for row in x[n])),
+            )
+            for n, at in places
+        ]
     return [
         Tile(v[:, at : at + step], torch.zeros(v[0, at : at + step].shape), Place(n, (v.shape[1],), at, NAMES))
         for n, v in x.items()
         for at in range(0, v.shape[1], step)
     ]
+
+
+def memory(row: torch.Tensor) -> np.ndarray:
+    return row.contiguous().numpy().view(np.uint8)
 
 
 def kept(
@@ -46,13 +62,15 @@ def kept(
     return whole(x, step, lambda tile: trim.trimmed(tile.x, tile, known)), ran
 
 
-def passed(method: trim.Trims, x: dict[str, torch.Tensor], step: int, scope: Scope) -> tuple[Known, list[str]]:
+def passed(
+    method: trim.Trims, x: dict[str, torch.Tensor], step: int, scope: Scope, stored: bool = False
+) -> tuple[Known, list[str]]:
     """What the passes find, and the names of those that ran."""
     known, ran = Known(), []
     for each in trim.trim_passes(method, scope):
         wanted = each.wanted(known)
         total: dict = {}
-        some = [t for t in tiles(x, step) if wanted is None or t.at.name in wanted]
+        some = [t for t in tiles(x, step, stored) if wanted is None or t.at.name in wanted]
         for tile in reversed(some):
             each.add(total, each.observe(tile, known))
         if some:
@@ -92,10 +110,10 @@ def test_every_way_keeps_what_a_stable_sort_keeps(monkeypatch, kind, density, st
         if way == "no bracket" or found is None:
             return None
         if way == "bracket too low":
-            found = found._replace(low=found.low // 2, width=torch.ones_like(found.width))
+            found = found._replace(low=found.low // 2, width=np.ones_like(found.width))
         if way == "values between":
             found = found._replace(shift=found.shift + 3)
-        return found._replace(shared=torch.full_like(found.shared, -1))
+        return found._replace(shared=np.full_like(found.shared, -1))
 
     if way != "bracket":
         monkeypatch.setattr(select, "bracket", spoilt)
@@ -106,6 +124,27 @@ def test_every_way_keeps_what_a_stable_sort_keeps(monkeypatch, kind, density, st
     for name in ("b", "c") if density in (0.05, 0.5) else ():
         alone, _ = kept({name: x[name]}, density, step, "tensor")
         np.testing.assert_array_equal(alone[name], by_sorting({name: x[name]}, density)[name])
+
+
+@pytest.mark.skipif(not fused.available(), reason="the library was not compiled: no C compiler")
+@pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "equal"])
+@pytest.mark.parametrize("way", ["bracket", "no shared values", "no bracket"])
+def test_stored_values_have_the_thresholds_of_tensors(monkeypatch, kind, way):
+    plain = select.bracket
+
+    def spoilt(*sample):
+        found = plain(*sample)
+        return None if way == "no bracket" or found is None else found._replace(shared=np.full_like(found.shared, -1))
+
+    if way != "bracket":
+        monkeypatch.setattr(select, "bracket", spoilt)
+    x = model(kind, 3)
+    for density, scope, names in [(0.05, "model", x), (0.5, "model", x), (0.0, "model", x), (0.2, "tensor", ["c"])]:
+        own = {n: x[n] for n in names}
+        (one, ran), (other, others) = (passed(Ties(density=density), own, 65_536, scope, s) for s in (False, True))
+        assert ran == others
+        for tile in tiles(own, 65_536):
+            assert trim.trim_rule(tile.at, one) == trim.trim_rule(tile.at, other)
 
 
 def test_a_good_sample_saves_the_histograms_and_the_count_of_ties():
@@ -135,9 +174,9 @@ class Band(Method):
     def trimmed_quantity(self, tile: Tile, known: Known) -> torch.Tensor:
         return tile.x
 
-    def keep_counts(self, totals: torch.Tensor) -> torch.Tensor:
+    def keep_counts(self, totals: select.Counts) -> select.Counts:
         counts = [[select.keep_count(share, size) for share in (self.cut, self.keep)] for size in totals.tolist()]
-        return torch.tensor(counts, device=totals.device)
+        return np.array(counts)
 
     def passes(self) -> Sequence[Pass]:
         return trim.trim_passes(self, self.scope)

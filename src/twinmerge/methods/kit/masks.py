@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from twinmerge.methods.kit.base import Known, Method, Pass, PerExpert, Scope, Tile, moved, per_expert, weighted_sum
+from twinmerge.maths.fused import Mark, Masked, Rule
+from twinmerge.methods.kit.base import (
+    Known,
+    Method,
+    Pass,
+    PerExpert,
+    Place,
+    Scope,
+    Tile,
+    moved,
+    per_expert,
+    weighted_sum,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +106,11 @@ class Marks(NamedTuple):
         return cls(tuple(by_count.tolist()), tuple(by_task), trained)
 
     @classmethod
+    def counted(cls, found: Masked) -> Marks:
+        """The marks of what the compiled library counted."""
+        return cls(found.by_count, found.by_task, found.trained)
+
+    @classmethod
     def none(cls, tasks: int) -> Marks:
         """No weights at all."""
         return cls((0,) * (tasks + 1), (0,) * tasks, 0)
@@ -165,6 +182,30 @@ class MaskMethod(Method):
     def apply(self, tile: Tile, known: Known) -> Tensor:
         return moved(tile, self.one_vector(tile, known), 1.0)
 
+    def mask_rule(self, at: Place, known: Known) -> Rule | None:
+        """The vector and the masks as data, which `fused.masks` makes to the same bits; None where there is no such
+        rule."""
+        return None
+
+    @classmethod
+    def has_mask_rule(cls) -> bool:
+        """Whether `mask_rule` says what this class does: a class that is derived from the rule's and does something
+        else has none."""
+        own = [_definer(cls, name) for name in ("one_vector", "masks", "masses")]
+        return cls.mask_rule is not MaskMethod.mask_rule and all(
+            issubclass(_definer(cls, "mask_rule"), each) for each in own
+        )
+
+    @classmethod
+    def has_masses(cls) -> bool:
+        """Whether scales are made of the masses of `fused.masks`."""
+        return cls.masses is not MaskMethod.masses
+
+
+def _definer(cls: type, name: str) -> type:
+    """The class that a method is from."""
+    return next(each for each in cls.__mro__ if name in vars(each))
+
 
 class Marking(Method):
     """The fields of TALL-masks and Consensus: how task vectors add up to τ, and from which λt on a weight is a
@@ -199,6 +240,16 @@ class Marking(Method):
         if self.vector == "sum":
             return weighted_sum(1.0, tile.x, tile.work)
         return self.ties.change(tile, known)
+
+    def vector_rule(self, at: Place, known: Known) -> Rule | None:
+        """`one_vector` as data."""
+        if self.vector == "ties":
+            return self.ties.rule(at, known)
+        return Rule((1.0,) * len(at.experts), deltas=True)
+
+    def mark(self, at: Place, least: int = 0) -> Mark:
+        """`masks` as data."""
+        return Mark(per_expert(self.threshold, len(at.experts)), least)
 
     def masks(self, tile: Tile, vector: Tensor) -> Tensor:
         """mt of every expert, (experts, *tile) bool."""

@@ -8,18 +8,23 @@ two histograms of 65,536 bins find it; where a tile is float64 there is no brack
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from twinmerge.maths import select
-from twinmerge.maths.fused import Values, available
+from twinmerge.maths.fused import Rule, Values, available, part, staged
 from twinmerge.maths.sums import BLOCK
 from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, T_co, Tile
 from twinmerge.store.header import SIZES
 
+if TYPE_CHECKING:  # tiles as they are stored need no torch
+    from torch import Tensor
+
+    from twinmerge.methods.kit.base import Stored
+
+Counts = NDArray[np.int64]
 LEVELS = 4  # of 16 bits in a float64
 Wide = Literal["wide"]
 WIDE: Wide = "wide"
@@ -40,7 +45,7 @@ class Trims(Protocol):
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
         """What is trimmed, (experts, *tile) in the dtype of `tile.x`."""
 
-    def keep_counts(self, totals: Tensor) -> Tensor:
+    def keep_counts(self, totals: Counts) -> Counts:
         """k of each expert out of its number of entries that are counted, (experts,); with several thresholds
         (experts, thresholds)."""
 
@@ -50,32 +55,31 @@ class Threshold(NamedTuple):
     many there are; by_tensor: tensor -> (rows,) how many there are in it, None where that was not counted; before: of a
     trim by tensor the same by block (see `TiesByTile`); wide: the bits are those of float64."""
 
-    bits: Tensor
-    take: Tensor
-    equal: Tensor
-    by_tensor: Mapping[str, Tensor] | None
+    bits: Counts
+    take: Counts
+    equal: Counts
+    by_tensor: Mapping[str, Counts] | None
     before: Mapping[str, tuple[int, ...]] | None = None
     wide: bool = False
 
-    def among(self, dtype: torch.dtype) -> list[tuple[int, bool]]:
-        """For each row its bits among numbers of a dtype, and whether some of them can equal it."""
+    def among(self, wide: bool) -> list[tuple[int, bool]]:
+        """For each row its bits among numbers of float64 or float32, and whether some of them can equal it."""
         bits = self.bits.tolist()
-        return [select.narrowed(b) if self.wide and dtype == torch.float32 else (b, True) for b in bits]
+        return [select.narrowed(b) if self.wide and not wide else (b, True) for b in bits]
 
     @property
     def undecided(self) -> list[int]:
         """The rows that keep some of the equal entries, and not all."""
         some = (self.take > 0) & (self.take < self.equal)
-        return [int(e) for e in some.nonzero()[:, 0]]
+        return [int(e) for e in some.nonzero()[0]]
 
 
 def found(known: Known) -> Threshold | None:
     """The threshold, as soon as a pass has it."""
     bracketed, level = known.maybe(Bracket), known.get(digits(LEVELS - 1))
     if level is not None:
-        never = select.never(torch.float64)
-        bits = level.bits.where(level.bits >= 0, never)  # all bits set where nothing is kept
-        return Threshold(bits, level.take, torch.where(level.take > 0, level.equal, 0), None, wide=True)
+        bits = np.where(level.bits >= 0, level.bits, select.never(wide=True))  # all bits set where nothing is kept
+        return Threshold(bits, level.take, np.where(level.take > 0, level.equal, 0), None, wide=True)
     return (None if bracketed == WIDE else bracketed) or known.maybe(Fine)
 
 
@@ -90,11 +94,26 @@ class TrimPass(Pass[T_co]):
     def __init__(self, method: Trims, scope: Scope) -> None:
         self.method, self.scope = method, scope
 
-    def counted(self, x: Tensor) -> Tensor:
+    def counted(self, x: Tensor | NDArray[Any]) -> Counts:
         """How many entries of each expert are counted, of its values or their bits: (experts,)."""
+        rows = select.array(x).reshape(len(x), -1)
         if self.method.counts_zeros:
-            return torch.full((len(x),), x[0].numel())
-        return torch.tensor([np.count_nonzero(row) for row in x.flatten(1).cpu().numpy()])
+            return np.full(len(rows), rows.shape[1], np.int64)
+        return np.array([np.count_nonzero(row) for row in rows], np.int64)
+
+    def stored(self, tile: Tile) -> Stored | None:
+        """The tile as it is stored, where that is all that must be known of it."""
+        return tile.stored if self.method.trims_stored else None
+
+    def values(self, tile: Tile, known: Known) -> Any:
+        """What is trimmed, (experts, *tile): of NumPy where the compiled library makes it, else of torch."""
+        stored = self.stored(tile)
+        if stored is not None:
+            each = Rule((1.0,) * len(stored.experts), deltas=stored.base is not None)
+            x, sound = staged(each, stored.base, stored.experts)
+            if sound:  # else the tile says whose numbers are none
+                return x
+        return self.method.trimmed_quantity(tile, known)
 
 
 def _bracket(known: Known) -> select.Bracket:
@@ -111,22 +130,22 @@ class Sketch(TrimPass[select.Bracket | Wide | None]):
     sampled = True
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        x = self.method.trimmed_quantity(tile, known)
-        return {WIDE: 1} if x.dtype == torch.float64 else {place(tile.at): select.magnitude_bits(x)}
+        x = self.values(tile, known)
+        return {WIDE: 1} if x.itemsize == 8 else {place(tile.at): select.array(select.magnitude_bits(x))}
 
     def finish(self, total: Partial, known: Known) -> select.Bracket | Wide | None:
         if WIDE in total:
             return WIDE
-        bits = torch.cat([total[key] for key in sorted(total)], 1) if total else torch.empty(1, 0)
+        bits = np.concatenate([total[key] for key in sorted(total)], 1) if total else np.empty((1, 0), np.int32)
         size = bits.shape[1]
         if not size:
             return None
         ranks = self.method.keep_counts(self.counted(bits))
-        bits, ranks = repeated(bits, ranks.numel()), ranks.flatten()
+        bits, ranks = repeated(bits, ranks.size), ranks.reshape(-1)
         if self.scope == "model":
             return select.bracket(bits, ranks)
         found = select.bracket(bits, ranks, select.ANY_WIDTH)  # what is inside is kept, not counted by value
-        return None if found is None else found._replace(shift=torch.zeros_like(found.shift))
+        return None if found is None else found._replace(shift=np.zeros_like(found.shift))
 
 
 class Bracket(TrimPass[Threshold | Wide | None]):
@@ -139,52 +158,52 @@ class Bracket(TrimPass[Threshold | Wide | None]):
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         bracket = _bracket(known)
-        if tile.stored is not None and self.method.trims_stored:
-            base, stored = tile.stored.base, tile.stored.experts
-            size, experts = stored[0].memory.nbytes // SIZES[stored[0].code], len(stored)
-            sizes = torch.full((experts,), size)
+        stored = self.stored(tile)
+        if stored is not None:
+            base, values = stored.base, stored.experts
+            size, experts = values[0].memory.nbytes // SIZES[values[0].code], len(values)
+            sizes = np.full(experts, size, np.int64)
 
-            def look(row: int, start: int, stop: int) -> tuple[int, Tensor, list[int], int]:
-                reference = None if base is None else _part(base, start, stop)
-                return select.in_bracket_stored(_part(stored[row // each], start, stop), reference, bracket, row)
+            def look(row: int, start: int, stop: int) -> tuple[int, NDArray[np.int32], list[int], int]:
+                reference = None if base is None else part(base, start, stop)
+                return select.in_bracket_stored(part(values[row // each], start, stop), reference, bracket, row)
 
         else:
             x = self.method.trimmed_quantity(tile, known).flatten(1)
-            if x.dtype == torch.float64:  # which the sample has missed
+            if x.itemsize == 8:  # which the sample has missed
                 return {WIDE: 1}
             experts, size = x.shape
             sizes = self.counted(x)
 
-            def look(row: int, start: int, stop: int) -> tuple[int, Tensor, list[int], int]:
-                values = x[row // each, start:stop]
-                if available() and x.device.type == "cpu":
-                    own = Values(values.contiguous().view(torch.uint8).numpy(), "F32")
-                    return select.in_bracket_stored(own, None, bracket, row)
-                return select.in_bracket(values, bracket, row)
+            def look(row: int, start: int, stop: int) -> tuple[int, NDArray[np.int32], list[int], int]:
+                own = x[row // each, start:stop]
+                if available() and own.device.type == "cpu":
+                    memory = own.contiguous().numpy().view(np.uint8)
+                    return select.in_bracket_stored(Values(memory, "F32"), None, bracket, row)
+                return select.in_bracket(own, bracket, row)
 
         count = len(bracket.low)
         each = count // experts
         step = max(1, size) if self.scope == "model" else BLOCK
-        bins_of = torch.tensor([bracket.bins(row) for row in range(count)])
-        part: Partial = {"bins": bins_of, "sizes": sizes}
-        part |= {"above": torch.zeros(count, dtype=torch.int64), "between": torch.zeros(count, dtype=torch.int64)}
-        insides: list[list[Tensor]] = [[] for _ in range(count)]
+        found: Partial = {"bins": np.array([bracket.bins(row) for row in range(count)]), "sizes": sizes}
+        found |= {"above": np.zeros(count, np.int64), "between": np.zeros(count, np.int64)}
+        insides: list[list[NDArray[np.int32]]] = [[] for _ in range(count)]
         for start in range(0, max(1, size), step):
             above, bins, ties, between = zip(
                 *(look(row, start, min(start + step, size)) for row in range(count)), strict=True
             )
-            part["above"] += torch.tensor(above)
-            part["between"] += torch.tensor(between)
+            found["above"] += np.array(above)
+            found["between"] += np.array(between)
             if self.scope == "model":
-                part[f"ties {tile.at.name}"] = torch.tensor(ties)
+                found[f"ties {tile.at.name}"] = np.array(ties)
             else:  # numbers, as in `TiesByTile`
-                part[f"ties {place(tile.at, start)}"] = tuple(map(tuple, ties))
+                found[f"ties {place(tile.at, start)}"] = tuple(map(tuple, ties))
             for row, inside in enumerate(bins):
                 insides[row].append(inside)
         if self.scope == "tensor":
             keys = [place(tile.at, start) for start in range(0, max(1, size), step)]
-            return part | {f"inside {row}": list(zip(keys, each, strict=True)) for row, each in enumerate(insides)}
-        return part | {f"inside {row}": torch.cat(inside) for row, inside in enumerate(insides)}
+            return found | {f"inside {row}": list(zip(keys, each, strict=True)) for row, each in enumerate(insides)}
+        return found | {f"inside {row}": np.concatenate(inside) for row, inside in enumerate(insides)}
 
     def add(self, total: Partial, part: Partial) -> None:
         if WIDE in part:
@@ -193,11 +212,9 @@ class Bracket(TrimPass[Threshold | Wide | None]):
         for row, size in enumerate(part.pop("bins").tolist()):
             inside = part.pop(f"inside {row}")
             if self.scope == "tensor":  # hundreds are under way: their counts would take more room than what is counted
-                total.setdefault(f"inside {row}", []).extend((key, bins.cpu()) for key, bins in inside)
+                total.setdefault(f"inside {row}", []).extend(inside)
                 continue
-            inside = inside.cpu().long()
-            counts = total.setdefault(f"counts {row}", torch.zeros(size, dtype=torch.int64))
-            counts.index_add_(0, inside, torch.ones_like(inside))
+            np.add.at(total.setdefault(f"counts {row}", np.zeros(size, np.int64)), inside, 1)
         super().add(total, part)
 
     def finish(self, total: Partial, known: Known) -> Threshold | Wide | None:
@@ -206,9 +223,9 @@ class Bracket(TrimPass[Threshold | Wide | None]):
         bracket = _bracket(known)
         if total["between"].any():
             return None
-        ties = {key.removeprefix("ties "): torch.as_tensor(n) for key, n in total.items() if key.startswith("ties ")}
-        shared = sum(ties.values(), torch.zeros(1, dtype=torch.int64))
-        rest = self.method.keep_counts(total["sizes"]).flatten().cpu() - total["above"]
+        ties = {key.removeprefix("ties "): np.asarray(n) for key, n in total.items() if key.startswith("ties ")}
+        shared = sum(ties.values(), np.zeros(1, np.int64))
+        rest = self.method.keep_counts(total["sizes"]).reshape(-1) - total["above"]
         bits, take, equal = [], [], []
         for row, k in enumerate(rest.tolist()):
             low, shift = int(bracket.low[row]), int(bracket.shift[row])
@@ -220,49 +237,44 @@ class Bracket(TrimPass[Threshold | Wide | None]):
                 values, counts = None, total[f"counts {row}"]
                 for at, times in apart:
                     counts[at] += times
-            if (low, k) == (select.never(torch.float32), 0):  # nothing is kept, neither here nor in the sample
+            if (low, k) == (select.never(), 0):  # nothing is kept, neither here nor in the sample
                 bits.append(low)
                 take.append(0)
                 equal.append(0)
                 continue
             if not 1 <= k <= int(counts.sum()):
                 return None
-            at, some = (int(t) for t in select.locate(counts[None], k))
+            at, some = (int(found[0]) for found in select.locate(counts[None], k))
             bits.append(low + ((at if values is None else int(values[at])) << shift))
             take.append(some)
             equal.append(int(counts[at]))
-        threshold = Threshold(torch.tensor(bits), torch.tensor(take), torch.tensor(equal), None)
-        hits = [(bracket.shared[row] == threshold.bits[row]).nonzero()[:1, 0] for row in range(len(bits))]
+        threshold = Threshold(np.array(bits), np.array(take), np.array(equal), None)
+        hits = [(bracket.shared[row] == threshold.bits[row]).nonzero()[0][:1] for row in range(len(bits))]
         if self.scope == "tensor":
             by_block = {key: [0] * len(bits) for key in ties}
             for row in threshold.undecided:
                 at = int(threshold.bits[row] - bracket.low[row]) >> int(bracket.shift[row])
                 for key, inside in total[f"inside {row}"]:
-                    by_block[key][row] = int(ties[key][row, hits[row][0]] if len(hits[row]) else (inside == at).sum())
+                    by_block[key][row] = int(
+                        ties[key][row, hits[row][0]] if len(hits[row]) else np.count_nonzero(inside == at)
+                    )
             return threshold._replace(before=counted_before({key: tuple(counts) for key, counts in by_block.items()}))
         if all(len(hits[row]) for row in threshold.undecided):
-            column = torch.stack([hit[0] if len(hit) else torch.tensor(0) for hit in hits])
-            return threshold._replace(
-                by_tensor={key: n.cpu().gather(1, column[:, None])[:, 0] for key, n in ties.items()}
-            )
+            columns = [int(hit[0]) if len(hit) else 0 for hit in hits]
+            return threshold._replace(by_tensor={key: n[np.arange(len(columns)), columns] for key, n in ties.items()})
         return threshold
 
 
-def _part(values: Values, start: int, stop: int) -> Values:
-    size = SIZES[values.code]
-    return Values(values.memory[start * size : stop * size], values.code)
-
-
-def _tally(inside: list[Tensor], apart: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def _tally(inside: list[NDArray[np.int32]], apart: list[tuple[int, int]]) -> tuple[Counts, Counts]:
     """The values that are there, in order, and how often; `apart`: those that were counted by themselves."""
-    values, counts = torch.unique(torch.cat(inside).long(), return_counts=True)
-    values = torch.cat([values, torch.tensor([value for value, _ in apart], dtype=torch.int64)])
-    counts = torch.cat([counts, torch.tensor([times for _, times in apart], dtype=torch.int64)])
-    order = values.argsort()
+    values, counts = np.unique(np.concatenate(inside).astype(np.int64), return_counts=True)
+    values = np.concatenate([values, np.array([value for value, _ in apart], np.int64)])
+    counts = np.concatenate([counts, np.array([times for _, times in apart], np.int64)])
+    order = values.argsort(kind="stable")
     return values[order], counts[order]
 
 
-class Coarse(TrimPass[tuple[Tensor, Tensor] | Wide]):
+class Coarse(TrimPass[tuple[Counts, Counts] | Wide]):
     """Histogram of the high 16 bits of |x|: the bin that holds the threshold."""
 
     name = "trim_coarse"
@@ -271,16 +283,16 @@ class Coarse(TrimPass[tuple[Tensor, Tensor] | Wide]):
         return None if found(known) is None and not is_wide(known) else ()
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        x = self.method.trimmed_quantity(tile, known)
-        if x.dtype == torch.float64:
+        x = self.values(tile, known)
+        if x.itemsize == 8:
             return {WIDE: 1}
         return {"counts": select.coarse(x), "sizes": self.counted(x)}
 
-    def finish(self, total: Partial, known: Known) -> tuple[Tensor, Tensor] | Wide:
+    def finish(self, total: Partial, known: Known) -> tuple[Counts, Counts] | Wide:
         if WIDE in total:
             return WIDE
-        counts = total["counts"]
-        ranks = self.method.keep_counts(total["sizes"]).flatten()
+        counts = select.array(total["counts"])
+        ranks = self.method.keep_counts(total["sizes"]).reshape(-1)
         return select.locate(repeated(counts, len(ranks)), ranks)
 
 
@@ -294,16 +306,17 @@ class Fine(TrimPass[Threshold]):
 
     def observe(self, tile: Tile, known: Known) -> Partial:
         bins, _ = _coarse(known)
-        return {"counts": select.fine(repeated(self.method.trimmed_quantity(tile, known), len(bins)), bins)}
+        return {"counts": select.fine(repeated(self.values(tile, known), len(bins)), bins)}
 
     def finish(self, total: Partial, known: Known) -> Threshold:
         bins, rest = _coarse(known)
-        bits, take = select.pin(bins, total["counts"], rest)
-        equal = total["counts"].gather(1, (bits & 0xFFFF)[:, None])[:, 0]
-        return Threshold(bits, take, torch.where(take > 0, equal, 0), None)
+        counts = select.array(total["counts"])
+        bits, take = select.pin(bins, counts, rest)
+        equal = counts[np.arange(len(bits)), bits & 0xFFFF]
+        return Threshold(bits, take, np.where(take > 0, equal, 0), None)
 
 
-def _coarse(known: Known) -> tuple[Tensor, Tensor]:
+def _coarse(known: Known) -> tuple[Counts, Counts]:
     found = known.of(Coarse)
     assert found != WIDE
     return found
@@ -313,9 +326,9 @@ class Level(NamedTuple):
     """The bits of each row's threshold that are known, and how many of the entries that have them are kept, or equal
     it."""
 
-    bits: Tensor
-    take: Tensor
-    equal: Tensor
+    bits: Counts
+    take: Counts
+    equal: Counts
 
 
 class Digits(TrimPass[Level]):
@@ -339,15 +352,15 @@ class Digits(TrimPass[Level]):
         return {"counts": select.digits(repeated(x, len(higher.bits)), self.level, higher.bits)}
 
     def finish(self, total: Partial, known: Known) -> Level:
-        counts = total["counts"]
+        counts = select.array(total["counts"])
         if self.level:
             before: Level = known[digits(self.level - 1)]
             higher, rest = before.bits, before.take
         else:
-            rest = self.method.keep_counts(total["sizes"]).flatten()
-            counts, higher = repeated(counts, len(rest)), torch.zeros_like(rest)
+            rest = self.method.keep_counts(total["sizes"]).reshape(-1)
+            counts, higher = repeated(counts, len(rest)), np.zeros_like(rest)
         bits, take = select.deeper(higher, counts, rest)
-        return Level(bits, take, counts.gather(1, (bits & 0xFFFF)[:, None])[:, 0])
+        return Level(bits, take, counts[np.arange(len(bits)), bits & 0xFFFF])
 
 
 def digits(level: int) -> str:
@@ -366,14 +379,14 @@ def counted_before(ties: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return before
 
 
-def repeated(x: Tensor, rows: int) -> Tensor:
-    """The stack with each expert as often as it has thresholds, (rows, ...).
+def repeated(x: Any, rows: int) -> Any:
+    """The stack, of NumPy or torch, with each expert as often as it has thresholds, (rows, ...).
 
     Example:
-        >>> repeated(torch.tensor([[1.0], [2.0]]), 4).tolist()
+        >>> repeated(np.array([[1.0], [2.0]]), 4).tolist()
         [[1.0], [1.0], [2.0], [2.0]]
     """
-    return x if rows == len(x) else x.repeat_interleave(rows // max(1, len(x)), 0)
+    return x if rows == len(x) else x[np.arange(rows) // (rows // len(x))]
 
 
 def known_threshold(known: Known) -> Threshold:

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from twinmerge.maths import select
-from twinmerge.maths.fused import Trim
+from twinmerge.maths.fused import Trim, in_bracket, part
 from twinmerge.maths.sums import BLOCK
-from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, Tile
+from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, T_co, Tile
 from twinmerge.methods.kit.threshold import (
     LEVELS,
     Bracket,
     Coarse,
+    Counts,
     Digits,
     Fine,
     Sketch,
@@ -37,6 +37,10 @@ from twinmerge.methods.kit.threshold import (
     place,
     repeated,
 )
+from twinmerge.store.header import SIZES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALL = 1 << 62  # room for every entry that equals a threshold
 
@@ -57,7 +61,34 @@ def trim_passes(method: Trims, scope: Scope, sampled: bool = True) -> list[Pass[
     return [Sketch(method, scope), Bracket(method, scope), *exact]
 
 
-class TiesByTensor(TrimPass[dict[str, Tensor]]):
+class TiesPass(TrimPass[T_co]):
+    """A count of the entries that equal the threshold."""
+
+    def ties(self, tile: Tile, known: Known, block: int) -> list[Counts]:
+        """How many equal that of each row, (rows,), of each block of so many entries; of the tile where that is 0."""
+        threshold = known_threshold(known)
+        stored = self.stored(tile)
+        if stored is not None:  # float32, so that its own bits are the threshold's
+            size, base = stored.experts[0].memory.nbytes // SIZES[stored.experts[0].code], stored.base
+            each = len(threshold.bits) // len(stored.experts)
+
+            def count(row: int, bits: int, start: int, stop: int) -> int:
+                theirs = None if base is None else part(base, start, stop)
+                return in_bracket(part(stored.experts[row // each], start, stop), theirs, bits, 1, [bits])[2][0]
+
+            rows = list(enumerate(threshold.among(wide=False)))
+            step = block or max(1, size)
+            return [
+                np.array([count(row, bits, at, min(at + step, size)) * some for row, (bits, some) in rows])
+                for at in range(0, max(1, size) if not block else size, step)
+            ]
+        x = self.method.trimmed_quantity(tile, known).flatten(1)
+        bits, some = map(np.array, zip(*threshold.among(x.itemsize == 8), strict=True))
+        parts = x.split(block, 1) if block else [x]
+        return [select.ties(repeated(part, len(bits)), bits) * some for part in parts if part.shape[1] or not block]
+
+
+class TiesByTensor(TiesPass[dict[str, Counts]]):
     """How many entries of each tensor equal the threshold, where that is still to be counted."""
 
     name = "trim_ties"
@@ -67,9 +98,9 @@ class TiesByTensor(TrimPass[dict[str, Tensor]]):
         return () if threshold.by_tensor is not None or not threshold.undecided else None
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        return {tile.at.name: _ties(known_threshold(known), self.method.trimmed_quantity(tile, known))}
+        return {tile.at.name: self.ties(tile, known, 0)[0]}
 
-    def finish(self, total: Partial, known: Known) -> dict[str, Tensor]:
+    def finish(self, total: Partial, known: Known) -> dict[str, Counts]:
         return dict(total)
 
 
@@ -95,7 +126,7 @@ def edges(known: Known) -> dict[int, Edge]:
     return places
 
 
-class TiesByTile(TrimPass[tuple[Mapping[str, tuple[int, ...]], Mapping[int, Edge]]]):
+class TiesByTile(TiesPass[tuple[Mapping[str, tuple[int, ...]], Mapping[int, Edge]]]):
     """The same, block by block, in the tensors where they run out; a tile that is merged lies in one block."""
 
     name = "trim_ties_by_tile"
@@ -109,11 +140,8 @@ class TiesByTile(TrimPass[tuple[Mapping[str, tuple[int, ...]], Mapping[int, Edge
         return {edge.tensor for edge in edges(known).values()}
 
     def observe(self, tile: Tile, known: Known) -> Partial:
-        threshold = known_threshold(known)
-        x = self.method.trimmed_quantity(tile, known).flatten(1)
-        blocks = range(0, x.shape[1], BLOCK)
-        # numbers, not tensors: thousands of small tensors that stay would break up the memory of the large ones that go
-        return {place(tile.at, at): tuple(_ties(threshold, x[:, at : at + BLOCK]).tolist()) for at in blocks}
+        # numbers, not arrays: thousands of small ones that stay would break up the memory of the large ones that go
+        return {place(tile.at, i * BLOCK): tuple(n.tolist()) for i, n in enumerate(self.ties(tile, known, BLOCK))}
 
     def finish(self, total: Partial, known: Known) -> tuple[Mapping[str, tuple[int, ...]], Mapping[int, Edge]]:
         """`counted_before` of the equal entries; and the edges."""
@@ -121,12 +149,6 @@ class TiesByTile(TrimPass[tuple[Mapping[str, tuple[int, ...]], Mapping[int, Edge
             return counted_before(total), edges(known)
         tensor = next(iter(total)).partition("\0")[0]
         return counted_before(total), _edges_of_a_tensor(tensor, known_threshold(known))
-
-
-def _ties(threshold: Threshold, x: Tensor) -> Tensor:
-    """How many entries of a stack equal the threshold of each row."""
-    bits, some = (torch.tensor(each) for each in zip(*threshold.among(x.dtype), strict=True))
-    return select.ties(repeated(x, len(bits)), bits).cpu() * some
 
 
 def _edges_of_a_tensor(tensor: str, threshold: Threshold) -> dict[int, Edge]:
@@ -156,7 +178,9 @@ def trimmed(x: Tensor, tile: Tile, known: Known, keep_all_equal: bool = False, t
         keep_all_equal: keep every entry that equals the threshold.
         threshold: which of each expert's; what one keeps and another does not is the difference of both.
     """
-    rows = _kept(tile.at, known, keep_all_equal, x.dtype)
+    import torch
+
+    rows = _kept(tile.at, known, keep_all_equal, x.dtype == torch.float64)
     each = len(rows) // len(x)
     out = torch.empty_like(x)
     for row, to, (bits, left) in zip(x, out, rows[threshold::each], strict=True):
@@ -166,14 +190,15 @@ def trimmed(x: Tensor, tile: Tile, known: Known, keep_all_equal: bool = False, t
 
 def trim_rule(at: Place, known: Known, keep_all_equal: bool = False, threshold: int = 0) -> Trim:
     """`trimmed` as data; the compiled library has float32 entries."""
-    rows = _kept(at, known, keep_all_equal, torch.float32)
+    rows = _kept(at, known, keep_all_equal, wide=False)
     each = max(1, len(rows) // len(at.experts))  # or one for all experts together
     thresholds, rooms = zip(*rows[threshold::each], strict=True)
     return Trim(thresholds, rooms)
 
 
-def _kept(at: Place, known: Known, keep_all_equal: bool, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """For each row the bits of its threshold among entries of a dtype, and how many that equal it are kept."""
+def _kept(at: Place, known: Known, keep_all_equal: bool, wide: bool) -> list[tuple[int, int]]:
+    """For each row the bits of its threshold among entries of float64 or float32, and how many that equal it are
+    kept."""
     threshold = known_threshold(known)
     rooms = [ALL] * len(threshold.bits) if keep_all_equal else room(at, known)
-    return [(bits, left * some) for (bits, some), left in zip(threshold.among(dtype), rooms, strict=True)]
+    return [(bits, left * some) for (bits, some), left in zip(threshold.among(wide), rooms, strict=True)]

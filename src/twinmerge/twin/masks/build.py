@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from twinmerge.arguments import strict
 from twinmerge.engine.card import model_card
 from twinmerge.engine.folder import Beside
+from twinmerge.engine.inputs import Inputs
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.plan import Plan
 from twinmerge.engine.provenance import provenance
 from twinmerge.engine.ranges import Range, ranges
 from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError, RecipeError
+from twinmerge.maths import fused
 from twinmerge.maths.bits import byte_count, pack
+from twinmerge.maths.fused import Values
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
-from twinmerge.methods.kit.base import Known
-from twinmerge.methods.kit.given import masks_of, masses_of, scales_of, vector_of
+from twinmerge.methods.kit.base import Known, Stored
+from twinmerge.methods.kit.given import masks_of, masses_of, rule_of, scales_of, vector_of
 from twinmerge.methods.kit.masks import Marks, MaskMethod, described
 from twinmerge.methods.kit.registry import method_class, short_name
 from twinmerge.models.opened import as_tensor
@@ -42,10 +43,8 @@ from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
-from twinmerge.twin.masked import SCALES, TWIN_VERSION
+from twinmerge.twin import SCALES, TWIN, TWIN_VERSION
 from twinmerge.twin.masks.results import BuiltMasks
-from twinmerge.twin.package import TWIN
-from twinmerge.twin.split import is_buffer
 
 Bytes = NDArray[np.uint8]
 Answer = TypeVar("Answer")
@@ -115,7 +114,7 @@ def mask_merge(recipe: Recipe, progress: bool = True, tile: int | None = None) -
         )
     if recipe.dtype is not None or recipe.stochastic is not None:
         raise RecipeError("Masks belong to the base as it is. Leave the dtype and stochastic rounding out.")
-    return MaskMerge(recipe, progress, architecture=True, tile=tile)
+    return MaskMerge(recipe, progress, tile=tile)
 
 
 class MaskMerge(Merge):
@@ -125,7 +124,7 @@ class MaskMerge(Merge):
     def plan(self) -> Plan:
         """As of `Merge`, with buffers copied from the base."""
         plan = super().plan
-        kept = {n: e for n, e in plan.merged.items() if is_buffer(self.base, e.tensor)}
+        kept = {n: e for n, e in plan.merged.items() if self.base.is_buffer(e.tensor)}
         copied = {n: replace(e, experts=(), method=None, grain="element") for n, e in kept.items()}
         merged = {n: e for n, e in plan.merged.items() if n not in kept}
         return replace(plan, merged=merged, copied={**plan.copied, **copied})
@@ -141,13 +140,25 @@ def changed_tensors(merge: Merge) -> list[str]:
     """
 
     def is_changed(name: str) -> bool:
-        return any(bool(merge.inputs.load(each).x.any()) for each in ranges([name], merge.inputs.shapes, BLOCK))
+        return any(_changes(merge.inputs, each) for each in ranges([name], merge.inputs.shapes, BLOCK))
 
     names = list(merge.plan.merged)
     found = [name for name, one in zip(names, parallel(is_changed, names), strict=True) if one]
     if not found:
         raise ModelError("No expert changes anything of the base, so there is nothing to mask. Check the paths.")
     return found
+
+
+def _changes(inputs: Inputs, each: Range) -> bool:
+    """Whether an expert changes an entry of the range."""
+    stored = inputs.stored(each)
+    assert stored.base is not None
+    if inputs.compiled and {stored.base.code, *(v.code for v in stored.experts)} <= set(fused.CODES):
+        changes = fused.Rule((1.0,), deltas=True)
+        rows = [fused.staged(changes, stored.base, [v]) for v in stored.experts]
+        if all(sound for _, sound in rows):
+            return any(bool(x.any()) for x, _ in rows)
+    return bool(inputs.load(each).x.any())
 
 
 def walk(merge: Merge, names: Sequence[str], work: Callable[[Range, Known], Answer]) -> Iterator[tuple[Range, Answer]]:
@@ -165,10 +176,11 @@ def in_given_order(merge: Merge, values: Sequence[Any]) -> list[Any]:
 
 
 class _Seen(NamedTuple):
-    """Of one range: how many weights how many tasks marked, and what the scales are made of."""
+    """Of one range: how many weights how many tasks marked, and what the scales are made of, (2, experts, blocks)
+    float64 of NumPy or torch."""
 
     marks: Marks
-    masses: list[Tensor]
+    masses: list[Any]
 
 
 def _write(
@@ -179,7 +191,7 @@ def _write(
         model.write(each.name, each.start, _of_base(merge, kept[each.name], each.start, each.stop))
     marks, count = Marks.none(len(merge.experts)), len(merge.experts)
     masses: dict[str, list[list[float]]] = {}
-    held: list[Tensor] = []  # of the tensor under way, so that what is kept is one number for each tensor and expert
+    held: list[Any] = []  # of the tensor under way, so that what is kept is one number for each tensor and expert
     sizes = {name: math.prod(merge.inputs.shapes[name]) for name in changed}
     for each, seen in walk(merge, changed, partial(_write_range, merge, model, twin)):
         marks = marks.plus(seen.marks)
@@ -189,7 +201,7 @@ def _write(
             held.clear()
     method = _method(merge)
     scales = in_given_order(merge, scales_of(method.scales(masses, sizes, count), count, method))
-    twin.write(SCALES, 0, torch.tensor(scales, dtype=torch.float64))
+    twin.write(SCALES, 0, np.array(scales, np.float64).view(np.uint8))
     by_task = tuple(in_given_order(merge, marks.by_task))
     trained = sum(sizes.values())
     return BuiltMasks(
@@ -205,13 +217,44 @@ def _write(
 
 
 def _write_range(merge: Merge, model: CheckpointWriter, twin: ArtefactWriter, each: Range, known: Known) -> _Seen:
-    method, inputs, rounding = _method(merge), merge.inputs, merge.plan.rounding(each.name)
-    name = merge.plan.canonical[each.name]
+    inputs, rounding, name = merge.inputs, merge.plan.rounding(each.name), merge.plan.canonical[each.name]
     stored = inputs.stored(each)
     assert stored.base is not None
     model.write(each.name, each.start, _as_code(stored.base.memory, stored.base.code, rounding.code))
     bits = np.empty((len(merge.experts), byte_count(each.size)), np.uint8)
-    seen = _Seen(Marks.none(len(bits)), [])
+    values = inputs.buffer("vector", each.size * rounding.itemsize)
+    found = _compiled(merge, each, known, stored, Values(values, rounding.code), bits)
+    if found is not None:
+        twin.write(f"vector/{name}", each.start, values)
+        seen = _Seen(Marks.counted(found), [] if found.masses is None else [found.masses])
+    else:  # torch does it, or finds out what is wrong with the values, and where
+        seen = _by_pieces(merge, twin, each, known, stored, bits)
+    for i, row in enumerate(in_given_order(merge, list(bits))):
+        twin.write(f"{i}/m/{name}", each.start // 8, row)
+    return seen
+
+
+def _compiled(
+    merge: Merge, each: Range, known: Known, stored: Stored, vector: Values, bits: Bytes
+) -> fused.Masked | None:
+    """The vector and the bits by the compiled library, where it knows the rule and the values are sound."""
+    method, inputs = _method(merge), merge.inputs
+    assert stored.base is not None
+    codes = {vector.code, stored.base.code, *(v.code for v in stored.experts)}
+    known_rule = inputs.compiled and codes <= set(fused.CODES) and len(bits) <= fused.MASKED
+    if not known_rule or not type(method).has_mask_rule():
+        return None
+    rule = rule_of(method.mask_rule(inputs.place(each), known), method)
+    if rule is None:
+        return None
+    masses = type(method).has_masses()
+    found = fused.masks(rule, stored.base, stored.experts, vector, bits, each.start, masses)
+    return found if found.sound and found.fits else None
+
+
+def _by_pieces(merge: Merge, twin: ArtefactWriter, each: Range, known: Known, stored: Stored, bits: Bytes) -> _Seen:
+    method, inputs, rounding = _method(merge), merge.inputs, merge.plan.rounding(each.name)
+    name, seen = merge.plan.canonical[each.name], _Seen(Marks.none(len(bits)), [])
     for tile in inputs.pieces(each, stored):  # each starts at a multiple of 65,536 elements, so at a whole byte
         vector = vector_of(method.one_vector(tile, known), tile, method)
         masks = masks_of(method.masks(tile, vector), tile, method)
@@ -222,8 +265,6 @@ def _write_range(merge: Merge, model: CheckpointWriter, twin: ArtefactWriter, ea
         seen = seen._replace(marks=seen.marks.plus(Marks.of(tile.x, vector, masks)))
         if (masses := masses_of(method.masses(tile, vector, masks), tile, method)) is not None:
             seen.masses.append(masses)
-    for i, row in enumerate(in_given_order(merge, list(bits))):
-        twin.write(f"{i}/m/{name}", each.start // 8, row)
     return seen
 
 

@@ -32,10 +32,11 @@ from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin.masked import SCALES, TWIN_VERSION, unmasked
+from twinmerge.twin import SCALES, TWIN, TWIN_VERSION
+from twinmerge.twin.masked import unmasked
 from twinmerge.twin.masks.results import ExtractedExpert
 from twinmerge.twin.mixing.mixture import index_of
-from twinmerge.twin.package import TWIN, is_twin
+from twinmerge.twin.package import is_twin
 
 RANGE = 16 * BLOCK  # elements that a thread works on at once
 
