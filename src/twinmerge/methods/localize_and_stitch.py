@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import Field
 
 from twinmerge.maths.fused import Rule
-from twinmerge.maths.select import keep_count
+from twinmerge.maths.select import Counts, keep_count
 from twinmerge.methods.kit.base import (
     Known,
     Pass,
@@ -73,11 +74,9 @@ class LocalizeAndStitch(TrimsDeltas):
     def passes(self) -> list[Pass[Any]]:
         return trim_passes(self, self.scope) if self.trims else []
 
-    def keep_counts(self, totals: Tensor) -> Tensor:
-        import torch
-
+    def keep_counts(self, totals: Counts) -> Counts:
         shares = zip(per_expert(self.density, len(totals)), totals.tolist(), strict=True)
-        return torch.tensor([keep_count(share, size) for share, size in shares], device=totals.device)
+        return np.array([keep_count(share, size) for share, size in shares], np.int64)
 
     def left(self, tile: Tile, known: Known) -> Tensor:
         return trimmed(tile.x, tile, known) if self.trims else tile.x
@@ -91,5 +90,5 @@ class LocalizeAndStitch(TrimsDeltas):
         return moved(tile, weighted_sum(1.0, x, tile.work) / masks.clamp_min(1), self.scale)
 
     def rule(self, at: Place, known: Known) -> Rule:
-        rule = Rule((1.0,) * len(at.experts), deltas=True, scale=self.scale, overlap=True)
+        rule = Rule((1.0,) * len(at.experts), deltas=True, scale=self.scale, combine="overlap")
         return self.staged(rule, at, known)

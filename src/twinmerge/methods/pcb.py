@@ -7,11 +7,12 @@ from collections.abc import Collection
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.maths.select import number
+from twinmerge.maths.select import Counts, number
 from twinmerge.methods.kit.base import (
     Known,
     Method,
@@ -99,7 +100,7 @@ class Pcb(Method):
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
         return tile.x
 
-    def keep_counts(self, totals: Tensor) -> Tensor:
+    def keep_counts(self, totals: Counts) -> Counts:
         """As ranks from above those of q and Q, which are entries ⌊clamp · d⌋ and ⌊(1 − clamp) d⌋ − 1 from below."""
         share = Fraction(str(self.clamp))
         return _ranks(totals, lambda d: (d - math.floor(share * d), d - math.floor((1 - share) * d) + 1))
@@ -153,7 +154,7 @@ class Scores:
     def trimmed_quantity(self, tile: Tile, known: Known) -> Tensor:
         return self.method.scores(tile.x, _edges(known[MAGNITUDES]))
 
-    def keep_counts(self, totals: Tensor) -> Tensor:
+    def keep_counts(self, totals: Counts) -> Counts:
         share = Fraction(str(self.method.density))
         return _ranks(totals, lambda d: (math.ceil(share * d),))
 
@@ -221,17 +222,16 @@ def _passes(method: Any, scope: Scope) -> list[Pass[Any]]:
     return [step for step in trim_passes(method, scope) if not isinstance(step, (TiesByTensor, TiesByTile))]
 
 
-def _ranks(totals: Tensor, ranks: Any) -> Tensor:
+def _ranks(totals: Counts, ranks: Any) -> Counts:
     """(experts, ranks) of the experts' numbers of entries, at least 1 where there is one."""
     found = [[min(max(rank, 1), d) for rank in ranks(d)] for d in totals.tolist()]
-    return torch.tensor(found, dtype=torch.int64, device=totals.device)
+    return np.array(found, np.int64)
 
 
 def _thresholds(known: Known) -> list[float]:
     """Those of every expert, one after the other."""
     found = known_threshold(known)
-    dtype = torch.float64 if found.wide else torch.float32
-    return [number(bits, dtype) for bits in found.bits.tolist()]
+    return [number(bits, found.wide) for bits in found.bits.tolist()]
 
 
 def _edges(known: Known) -> list[tuple[float, float]]:

@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from twinmerge.maths import select
 from twinmerge.maths.fused import Rule, Values, available, part, staged
 from twinmerge.maths.sums import BLOCK
-from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, T_co, Tile
+from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, Stored, T_co, Tile
 from twinmerge.store.header import SIZES
 
 if TYPE_CHECKING:  # tiles as they are stored need no torch
     from torch import Tensor
-
-    from twinmerge.methods.kit.base import Stored
 
 Counts = NDArray[np.int64]
 LEVELS = 4  # of 16 bits in a float64
