@@ -274,6 +274,14 @@ def test_weights_of_both_signs_in_mergekit(merge_rows, weights, want):
     assert got == pytest.approx(want)
 
 
+@pytest.mark.parametrize("compat, row, want", [("mergekit", -1.0, 0.6), ("paper", 2.0, 0.0)])
+def test_weights_that_cancel_but_for_rounding_divide_nothing(merge_rows, compat, row, want):
+    """0.1 + 0.2 − 0.3 is 5.6e-17 in float64. All three agree: their sum stays undivided, or is 0."""
+    weights = {"a": 0.1, "b": 0.2, "c": -0.3}
+    got = merge_rows("ties", [[1.0], [1.0], [row]], density=1.0, weights=weights, compat=compat).item()
+    assert got == pytest.approx(want, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["ties", "dare_ties"])
 @pytest.mark.parametrize(
     ("compat", "field", "decided", "other"),

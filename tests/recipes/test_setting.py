@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinmerge.errors import RecipeError
+from twinmerge.errors import RecipeError, TwinmergeError
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.schema import recipe_from
 from twinmerge.recipes.setting import Choice, Setting, is_setting
@@ -96,3 +96,8 @@ def test_settings_out_of_range_are_refused_by_name() -> None:
     assert rules.of("w", ["x"], {"x": "w"}, 0.25).density == 0.75
     with pytest.raises(RecipeError, match="density=1.5 is out of range"):
         rules.of("w", ["x"], {"x": "w"}, 1.0)
+
+
+def test_a_choice_without_values_is_refused():
+    with pytest.raises(TwinmergeError, match="has an empty list of values"):
+        Setting.of([{"filter": "mlp", "value": []}, {"value": 1}], "here", True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import secrets
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.arguments import at_least_one, device_known, strict, strict_class
+from twinmerge.engine import as_mergekit
 from twinmerge.engine.by_names import warn_of_names, write_named_heads
 from twinmerge.engine.card import model_card
 from twinmerge.engine.check import Checked, checked
@@ -317,6 +319,8 @@ class Merge:
         check_sides(self.base)
         self.matched.warn()
         self.told.warn(stacklevel=4)
+        for each in as_mergekit.differences(self.recipe, self.models, self.matched):
+            warnings.warn(each, stacklevel=3)
         with output as folder:
             report = write_files(*self.surveyed(spread), folder, files, output)
             output.sums |= report.checksums

@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 6
+#define VERSION 7
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -27,6 +27,7 @@
 #define MAGNITUDE 0x7FFFFFFFu
 #define INFINITE 0x7F800000u
 #define NEVER 0x7FFFFFFFu
+#define CANCELLED 1e-8   /* a sum of weights below it is 0, as in base.py */
 #define ENDLESS (INT64_C(1) << 61) /* room for all entries that there can be */
 
 #define EXPORT __attribute__((visibility("default")))
@@ -908,8 +909,9 @@ static TARGET void OF(means)(WORK *restrict total, const WORK *restrict mass, si
             total[i] /= mass[i] < bound ? bound : mass[i];
     else
         for (size_t i = 0; i < n; i++) {
-            WORK mean = total[i] / (mass[i] != 0 ? mass[i] : 1);
-            total[i] = mass[i] != 0 ? mean : 0;
+            int some = at_least < 0 ? mass[i] >= (WORK)CANCELLED || mass[i] <= -(WORK)CANCELLED : mass[i] != 0;
+            WORK mean = total[i] / (some ? mass[i] : 1);
+            total[i] = some ? mean : 0;
         }
 }
 
@@ -1066,7 +1068,7 @@ typedef struct {
     int64_t left[MOST][2], select_left; /* room at the thresholds */
     size_t rows, chunk;                 /* experts that are there at once, and elements */
     bool staged;                        /* values are made before they are combined */
-    double least_weight;
+    double least_weight; /* below 0 where weights of both signs may cancel */
 } OF(Walk);
 
 static void OF(begin)(const Rule *rule, const Range *range, OF(Walk) *walk) {
@@ -1076,12 +1078,16 @@ static void OF(begin)(const Rule *rule, const Range *range, OF(Walk) *walk) {
     walk->chunk = least(CHUNK, ROOM / walk->rows / 8 * 8);
     walk->staged =
         range->staged || rule->combine != LINEAR || rule->keys || rule->thresholds || rule->cuts || rule->after || rule->selects;
+    double most = 0;
     walk->least_weight = INFINITY;
     for (int64_t e = 0; e < rule->experts; e++) {
         walk->left[e][0] = rule->thresholds ? rule->rooms[e] : 0;
         walk->left[e][1] = rule->cuts ? rule->cut_rooms[e] : 0;
         walk->least_weight = rule->weights[e] < walk->least_weight ? rule->weights[e] : walk->least_weight;
+        most = rule->weights[e] > most ? rule->weights[e] : most;
     }
+    if (most <= 0 && walk->least_weight < 0)
+        walk->least_weight = 0; /* none cancel */
 }
 
 /* What the rows of all experts combine to. */

@@ -159,6 +159,10 @@ def _choice(raw: Any, where: str, mergekit: bool) -> Choice:
     text, value = raw.get(FILTER, raw.get(CONTAINS)), raw[VALUE]
     if text is not None and (not isinstance(text, str) or not text):
         raise RecipeError(f"{where}: the filter {text!r:.80} is no text. Put it in quotes.")
+    if isinstance(value, (list, tuple)) and not value:
+        raise RecipeError(
+            f"{where}: {raw!r:.80} has an empty list of values. Give it a number, or leave the choice out."
+        )
     values = _gradient(value, where) if isinstance(value, (list, tuple)) else (value,)
     if mergekit and text == "*":
         text = None

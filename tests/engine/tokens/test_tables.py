@@ -21,6 +21,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.documents import read_recipe
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.schema import recipe_from
+from twinmerge.recipes.tokenizer import TokenizerChoice
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -407,3 +408,21 @@ def test_encoders_have_a_bias_for_each_token_too(lab: SimpleNamespace, tmp_path:
         x, y = states["x"][name], states["y"][name]
         y = torch.cat([y[:n], x[n : n + 1], y[n : n + 1]])  # its own token comes second now, and the other's row is its
         torch.testing.assert_close(got[name], (x + y) / 2)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "nuslerp", "multislerp"])
+def test_a_token_that_an_expert_lacks_has_the_bases_row_where_changes_are_merged(
+    lab: SimpleNamespace, tmp_path: Path, method: str
+) -> None:
+    one = lab.trained("BPE", "one")
+    base, x, y = (lab.make(n, t) for n, t in (("base", lab.with_added(one, "<|t|>")), ("x", one), ("y", one)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="The expert")
+        models = Merge(Recipe(method, base, {"x": x, "y": y}, tokenizer=TokenizerChoice("union"))).models
+    number = Tokenizer.from_file(f"{base}/tokenizer.json").token_to_id("<|t|>")
+    for name in TABLES:
+        want = lab.state_of(Path(base))[name][number]
+        for expert in models.experts.values():
+            got = expert.read(name.removeprefix("model.")).float()
+            np.testing.assert_array_equal(np.asarray(got)[number], np.asarray(want, np.float32))

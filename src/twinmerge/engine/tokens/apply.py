@@ -15,7 +15,6 @@ from twinmerge.engine.tokens.read import read_tokens
 from twinmerge.engine.tokens.rows import Filling, Rows
 from twinmerge.engine.tokens.table import Table
 from twinmerge.errors import ModelError
-from twinmerge.methods.kit.registry import method_class
 from twinmerge.models.by_token import by_token, resized
 from twinmerge.models.opened import Changed, OpenedModel
 from twinmerge.models.tokens import Tokens
@@ -40,12 +39,14 @@ class Unified:
         models: label -> model; the base is "base".
         order: the tokens of the output.
         tokens: label -> tokenizer that the model had.
+        rows: label -> how many rows its tables had.
         zeros: tokens that no input has a row of.
     """
 
     models: Mapping[str, OpenedModel]
     order: Order
     tokens: Mapping[str, Tokens]
+    rows: Mapping[str, int]
     zeros: Sequence[str] = field(default=())
 
     def to_dict(self) -> dict[str, object]:
@@ -123,7 +124,7 @@ def unified(recipe: Recipe, models: Mapping[str, OpenedModel]) -> Unified:
             model, specs={**model.specs, **specs[label]}, stored=stored, changes=changes, files=tuple(files)
         )
         made[label].architecture = _architecture(model, order.size, renumbering(tokens[label], order.tokens))
-    return Unified(made, order, tokens, tuple(filling.zeros))
+    return Unified(made, order, tokens, rows, tuple(filling.zeros))
 
 
 def renumbering(tokens: Tokens, order: Tokens) -> dict[int, int | None] | None:
@@ -236,7 +237,7 @@ def _inputs(recipe: Recipe, models: Mapping[str, OpenedModel], name: str) -> lis
         mergekit = recipe.semantics == "mergekit"
         spans = end_sources(recipe.slices, mergekit) if after else recipe.slices[0].sources
         return [span.model for span in spans]
-    reads_base = recipe.base is not None and (method_class(recipe.method).space == "deltas" or recipe.lines is not None)
+    reads_base = recipe.base is not None and (recipe.on_changes or recipe.lines is not None)
     return [label for label in models if label != BASE or reads_base]
 
 

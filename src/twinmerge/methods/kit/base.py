@@ -283,6 +283,10 @@ def moved(tile: Tile, change: Tensor, scale: float) -> Tensor:
     return out
 
 
+CANCELLED = 1e-8
+"""Weights whose sum is smaller cancel, as in mergekit: 0.1 + 0.2 − 0.3 is 5.6e-17 in float64."""
+
+
 def over_weights(scale: float, weights: tuple[float, ...], normalize: bool) -> float:
     """λ, or λ / Σt wt where a sum over the experts is to be their weighted mean; λ where the weights cancel.
 
@@ -291,7 +295,7 @@ def over_weights(scale: float, weights: tuple[float, ...], normalize: bool) -> f
         (0.25, 1.0)
     """
     total = math.fsum(weights)
-    return scale / total if normalize and abs(total) >= 1e-8 else scale
+    return scale / total if normalize and abs(total) >= CANCELLED else scale
 
 
 def decided(values: Any, by: Mapping[str, Mapping[str, str]]) -> Any:

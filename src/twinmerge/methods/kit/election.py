@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from twinmerge.maths.fused import Elect, Rule
 from twinmerge.methods.kit.base import (
+    CANCELLED,
     Known,
     Partial,
     Pass,
@@ -186,7 +187,7 @@ def agreeing(
         if bound > 0:  # no entry agrees: 0 / its bound is the 0 that is wanted
             total /= mass.clamp_min_(bound)
         else:
-            some = mass != 0
+            some = mass.abs() >= CANCELLED if min(weights) < 0 < max(weights) else mass != 0
             mean = total / mass.where(some, 1.0)
             total = mean if undivided else mean.where(some, 0.0)
     return total.mul_(sign)
