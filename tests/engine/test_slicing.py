@@ -211,6 +211,31 @@ slices:
         assert torch.allclose(value, want, atol=1e-6), name
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_slice_of_the_base_alone_is_its_layers(zoo: Path, tmp_path: Path, kind: str) -> None:
+    """A stack with layers that nothing is merged into: embeddings are those of the first slice, so the base's."""
+    path, (a, b) = KINDS[kind][1], (zoo / kind / n for n in "ab")
+    text = f"""
+merge_method: task_arithmetic
+base_model: {a}
+dtype: float32
+parameters: {{weight: 0.5}}
+slices:
+- sources: [{{model: {a}, layer_range: [1, 2]}}]
+- sources: [{{model: {a}, layer_range: [0, 1]}}, {{model: {b}, layer_range: [2, 3]}}]
+- sources: [{{model: {a}, layer_range: [2, 4]}}]
+"""
+    out = merged(text, tmp_path)
+    got, sa, sb = loaded(out), loaded(a), loaded(b)
+    for at, number in ((0, 1), (2, 2), (3, 3)):
+        found, own = layer(got, path, at), layer(sa, path, number)
+        assert all(torch.equal(found[n], own[n]) for n in own)
+    found, own, other = layer(got, path, 1), layer(sa, path, 0), layer(sb, path, 2)
+    assert all(torch.allclose(found[n], own[n] + 0.5 * (other[n] - own[n]), atol=1e-6) for n in own)
+    assert all(torch.equal(tensor, sa[name]) for name, tensor in outside(got, path).items())
+    assert verify(out, progress=False).ok
+
+
 def test_the_module_default_is_the_model(zoo: Path, tmp_path: Path) -> None:
     plain = f"slices: [{{sources: [{{model: {zoo}/llama/a, layer_range: [0, 4]}}, {{model: {zoo}/llama/b, layer_range: [0, 4]}}]}}]"
     head = "merge_method: linear\nparameters: {weight: 0.5}\ndtype: float32\n"

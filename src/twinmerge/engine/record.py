@@ -62,6 +62,8 @@ def resolved(recipe: Recipe, models: Models | None = None, lines: Lines | None =
         replace(
             each, parameters=_filled(replace(recipe, slices=(each,)), each.parameters, [s.model for s in each.sources])
         )
+        if recipe.merged_in(each)  # else its layers are the base's
+        else each
         for each in recipe.slices
     )
     parameters = recipe.parameters if slices else _filled(recipe, recipe.parameters, list(recipe.experts))

@@ -195,8 +195,6 @@ class _Stack:
         )
         if model.spec(own).is_float and experts:
             return replace(target, experts=self.recipe.ordered(experts))
-        if model.spec(own).is_float:
-            raise RecipeError(f"A slice merges {first!r} with nothing but itself. Add a model, or use passthrough.")
         for label, tensor in tensors.items():
             other = self.models.labelled(label)
             if label != first and not _equal(model.read(own), other.read(tensor)):

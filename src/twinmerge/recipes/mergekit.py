@@ -155,7 +155,8 @@ class _Reader:
         slices: list[dict[str, Any]] = []
         for at, own, listed, inner in read:
             names = {s.model: BASE if s.model == at_top[id(listed)] else label[s.model] for s in listed}
-            merged = self._merged(listed, own, at)
+            alone = self.on_deltas and [s.model for s in listed] == [own]  # layers of the base as they are
+            merged = [] if alone else self._merged(listed, own, at)
             in_order = listed if self.on_deltas else merged  # of changes the base stays where it stands
             found: dict[str, Any] = {
                 "sources": [{"model": names[s.model], "layer_range": s.span} for s in in_order],

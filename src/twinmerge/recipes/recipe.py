@@ -290,6 +290,11 @@ class Recipe:
         space = method_class(self.method).space
         return space == "deltas" or (space == "either" and self.base is not None)
 
+    def merged_in(self, slice_: Slice) -> tuple[str, ...]:
+        """The models that are merged in a slice: its sources but for the base that changes are taken against."""
+        base = slice_.base or BASE
+        return tuple(span.model for span in slice_.sources if not self.on_changes or span.model != base)
+
     @property
     def varies(self) -> bool:
         """Whether some parameter differs between tensors."""
@@ -310,9 +315,8 @@ class Recipe:
     def typical_method(self) -> Method:
         """The method of some tensor: what is asked of its class holds for all."""
         if self.slices:
-            first = self.slices[0]
-            base = first.base or BASE
-            merged = tuple(s.model for s in first.sources if not self.on_changes or s.model != base)
+            each = [(first, self.merged_in(first)) for first in self.slices]
+            first, merged = next((found for found in each if found[1]), each[0])
             own = examples(first.parameters or self.parameters)
             return make_method(
                 self.method, merged, {k: v for k, v in own.items() if k.rpartition(".")[0] in ("", *merged)}
