@@ -171,6 +171,7 @@ def test_regression_and_independent_labels():
     assert_same(measured(model, "classifier", ids).sums, brute(model, ids, bernoullis))
 
 
+@pytest.mark.slow
 def test_sampled_labels_come_near_the_exact_sum_and_follow_the_row():
     model, ids = bert(3), texts()
     exact = measured(model, "classifier", ids).sums

@@ -102,6 +102,7 @@ def by_sorting(x: dict[str, torch.Tensor], density: float, cut: float = 0.0) -> 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.2, 0.5, 0.95])
 @pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "equal"])
 @pytest.mark.parametrize("way", ["bracket", "no shared values", "bracket too low", "values between", "no bracket"])
+@pytest.mark.few(20)
 def test_every_way_keeps_what_a_stable_sort_keeps(monkeypatch, kind, density, step, way):
     plain = select.bracket
 
@@ -195,6 +196,7 @@ BANDS = [(0.01, 0.2), (0.2, 0.2), (0.05, 0.95), (0.0, 0.3), (0.3, 1.0), (0.0001,
 @pytest.mark.parametrize("cut, keep", BANDS)
 @pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "equal"])
 @pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.few(12)
 def test_two_thresholds_of_each_expert_keep_what_a_stable_sort_keeps(monkeypatch, kind, cut, keep, step, sampled):
     if not sampled:
         monkeypatch.setattr(select, "bracket", lambda *_: None)
