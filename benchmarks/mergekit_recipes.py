@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from importlib.metadata import version
@@ -242,8 +243,8 @@ def offline() -> dict[str, str]:
 
 def _last(said: str) -> str:
     """The first sentence of the error that a process ended with."""
-    text = " ".join(said.rpartition("Error: ")[2].split())
-    return f"refuses: {text.partition('. ')[0][-150:]}" if text else "fails"
+    text = re.sub(r"\S+\.yaml[:,]? ", "", " ".join(said.rpartition("Error: ")[2].split()))
+    return f"refuses: {text.partition('. ')[0][:150]}" if text else "fails"
 
 
 if __name__ == "__main__":

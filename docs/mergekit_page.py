@@ -48,7 +48,7 @@ COMMANDS = {
     "mergekit-extract-lora": "`twinmerge lora extract`",
     "mergekit-moe": "not yet",
     "mergekit-tokensurgeon": "`twinmerge transplant MODEL --tokenizer DONOR -o OUT`: its omp, and subword mean as `subtokens`; also `nearest` and `copy`; matched by text",
-    "mergekit-pytorch": "not yet",
+    "mergekit-pytorch": "`twinmerge merge --by-names`: tensors by their names alone, single files too",
     "mergekit-evolve": "`twinmerge search` varies parameters on a suite",
     "mergekit-legacy": "`twinmerge merge --method … --expert …`",
     "mergekit-layershuffle, bakllama": "do not run in 0.1.5; write `slices`",
