@@ -31,7 +31,7 @@ KEYS = {
     "out_dtype": "of the output",
     "tokenizer": "union, base or a model's; rules for tokens; `pad_to_multiple_of`; in a union the other models' tokens come in the order of the models, where mergekit's order differs from run to run",
     "tokenizer_source": "the same in its older form",
-    "chat_template": "auto, a name, or a template; alpaca, exaone, llama3 and mistral write what their models publish, without the white space that mergekit's have besides",
+    "chat_template": "auto, a name, or a template; alpaca, chatml, exaone, llama3 and mistral write what their models publish, without the white space that mergekit's have besides",
     "name": "of one of several documents; ignored in a file of one, with a warning",
     "model": "a path, a hub id, `model@revision`, `model+adapter`, or mergekit's long form",
     "layer_range": "half-open; backwards or empty is refused",

@@ -7,6 +7,7 @@ from typing import Any
 
 from twinmerge.errors import RecipeError
 from twinmerge.methods.kit.base import Method
+from twinmerge.methods.kit.dialect import theirs
 from twinmerge.methods.kit.registry import make_method, method_class, short_name
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.setting import Setting
@@ -53,8 +54,11 @@ class Rules:
             if isinstance(value, Setting):
                 value = value.at(names[expert] if expert else out, depth)
                 if value is None and self._needed(field):
+                    method = short_name(self.recipe.method)
+                    if self.recipe.semantics == "mergekit":
+                        method, field = theirs(method_class(self.recipe.method).mergekit, method, field)
                     raise RecipeError(
-                        f"{short_name(self.recipe.method)} needs a {field} for every tensor, and no filter of "
+                        f"{method} needs a {field} for every tensor, and no filter of "
                         f"{expert or 'the recipe'!r} fits {names.get(expert, out)!r}. Add a value without a filter."
                     )
             if value is not None:

@@ -51,6 +51,22 @@ class Dialect:
     refuse: Callable[[int, bool], str | None] = lambda count, based: None
 
 
+def theirs(dialects: Mapping[str, Dialect], method: str, key: str) -> tuple[str, str]:
+    """What mergekit calls a method and one of its parameters, for messages; ours where it has no name for it.
+
+    Example:
+        >>> theirs({"linear": Dialect(own={"weight": Number("weights")})}, "average", "weights")
+        ('linear', 'weight')
+        >>> theirs({}, "average", "weights")
+        ('average', 'weights')
+    """
+    for name, dialect in dialects.items():
+        for written, said in [*dialect.own.items(), *dialect.shared.items()]:
+            if said.field == key:
+                return name, written
+    return method, key
+
+
 def base_and_one(method: str) -> Callable[[int, bool], str | None]:
     """`Dialect.refuse` of a method of mergekit that goes from its base_model to one other model.
 
