@@ -72,7 +72,9 @@ def test_it_is_there_wherever_there_is_a_compiler() -> None:
     assert fused.available(), "install again: pip install -e ."
 
 
-@pytest.fixture(autouse=True, scope="module", params=[0, 1, 2], ids=["any", "AVX2", "AVX-512"])
+@pytest.fixture(
+    autouse=True, scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow), 2], ids=["any", "AVX2", "AVX-512"]
+)
 def level(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each instruction set that this machine has."""
     library = fused._library()
