@@ -22,26 +22,10 @@ from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused, keyed_random, select, sums
 from twinmerge.maths.bits import pack
-from twinmerge.maths.fused import (
-    CODES,
-    Drop,
-    Elect,
-    Mark,
-    Outcome,
-    Ranked,
-    Rule,
-    Select,
-    Trim,
-    Values,
-    gram,
-    in_bracket,
-    masks,
-    merge,
-    norms,
-    staged,
-)
+from twinmerge.maths.fused import CODES, gram, in_bracket, masks, merge, norms, staged
 from twinmerge.maths.keyed_random import philox_key, uniform
 from twinmerge.maths.ranks import band, rising
+from twinmerge.maths.rule import Drop, Elect, Mark, Outcome, Ranked, Rule, Select, Trim, Values
 from twinmerge.methods.average import Average
 from twinmerge.methods.breadcrumbs_ties import BreadcrumbsTies
 from twinmerge.methods.consensus import Consensus

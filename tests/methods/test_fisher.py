@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from twinmerge.errors import TwinmergeError
 from twinmerge.maths import fused
-from twinmerge.maths.fused import Values
+from twinmerge.maths.rule import Values
 from twinmerge.methods.fisher import Fisher, FisherSquares, squares_of
 from twinmerge.methods.kit.base import Known, Place, Tile
 

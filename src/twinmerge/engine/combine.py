@@ -13,7 +13,7 @@ from twinmerge.engine.rounding import Rounding, erased
 from twinmerge.engine.seen import Digests
 from twinmerge.errors import UsageError
 from twinmerge.maths import fused
-from twinmerge.maths.fused import Values
+from twinmerge.maths.rule import Values
 from twinmerge.methods.kit.base import Known, Method, Stored
 from twinmerge.methods.kit.given import rule_of
 from twinmerge.methods.kit.sound import applied

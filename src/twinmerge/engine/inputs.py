@@ -23,7 +23,7 @@ from twinmerge.engine.seen import Digests, Seen
 from twinmerge.engine.written import check_tensors, require_read
 from twinmerge.errors import DataError, ModelError, RecipeError
 from twinmerge.maths import fused
-from twinmerge.maths.fused import Values
+from twinmerge.maths.rule import Values
 from twinmerge.methods.kit.base import Gram, Place, Stored, Tile
 from twinmerge.methods.kit.masks import MaskMethod
 from twinmerge.models.opened import as_tensor

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from twinmerge.errors import UsageError
 from twinmerge.maths import fused
-from twinmerge.maths.fused import Values
+from twinmerge.maths.rule import Values
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from twinmerge.maths.fused import Ranked, Rule
 from twinmerge.maths.ranks import Ranks, band, kept_by_rank
+from twinmerge.maths.rule import Ranked, Rule
 from twinmerge.methods.kit.base import Grain, Known, Pass, PerExpert, Place, Tile, decided, per_expert, scale_field
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.methods.kit.sparse import L1Norms, Norm, SparseSum, TrimsDeltas, l1_factors, norm_field

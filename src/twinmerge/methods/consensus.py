@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods.kit.base import Known, Place, Tile, moved, per_expert, scale_field
 from twinmerge.methods.kit.masks import Marking, important
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from twinmerge.maths.fused import Drop, Rule, norms
+from twinmerge.maths.fused import norms
 from twinmerge.maths.keyed_random import kept_bits, philox_key
+from twinmerge.maths.rule import Drop, Rule
 from twinmerge.methods.kit.base import Known, PerExpert, Place, Stored, Tile, per_expert, seed_field
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.methods.kit.sparse import L1Norms, SparseSum, Sums, l1_factors

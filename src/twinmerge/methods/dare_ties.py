@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods.dare import L1_OR_NONE, Dare, DropNorms, Rescale, check_rescale, drop, drop_rule, factors
 from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Tile, seed_field
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from twinmerge.maths.fused import Ranked, Rule
 from twinmerge.maths.keyed_random import draws24, philox_key
 from twinmerge.maths.ranks import Ranks, kept_by_rank, rising
+from twinmerge.maths.rule import Ranked, Rule
 from twinmerge.methods.dare import L1_OR_NONE, Rescale, check_rescale
 from twinmerge.methods.kit.base import Grain, Known, Pass, PerExpert, Place, Tile, per_expert, seed_field
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch

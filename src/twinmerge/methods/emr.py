@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.kit.base import Known, Place, Tile, weighted_sum
 from twinmerge.methods.kit.masks import MaskMethod

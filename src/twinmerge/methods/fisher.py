@@ -9,7 +9,7 @@ from pydantic import Field
 
 from twinmerge.errors import DataError, RecipeError
 from twinmerge.maths import sums
-from twinmerge.maths.fused import Importance, Rule
+from twinmerge.maths.rule import Importance, Rule
 from twinmerge.methods.kit.base import (
     Known,
     Method,

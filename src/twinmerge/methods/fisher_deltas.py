@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from twinmerge.maths.fused import Importance, Rule
+from twinmerge.maths.rule import Importance, Rule
 from twinmerge.methods.fisher import FisherSquares, by_name, factor_of, require_sound
 from twinmerge.methods.kit.base import (
     Known,

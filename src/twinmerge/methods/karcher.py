@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods.kit.base import Known, Method, Place, Tile, weighted_sum
 from twinmerge.methods.kit.dialect import Dialect, Number
 from twinmerge.methods.kit.inner_products import Products, Shares

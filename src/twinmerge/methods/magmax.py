@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods.kit.base import (
     Known,
     Method,

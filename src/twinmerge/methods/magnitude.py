@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Scope, Tile, per_expert
 from twinmerge.methods.kit.sparse import L1Norms, Norm, SparseSum, TrimsDeltas, l1_factors, norm_field
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from twinmerge.maths.fused import Near, Rule
+from twinmerge.maths.rule import Near, Rule
 from twinmerge.methods.kit.base import Known, Method, Place, Tile
 from twinmerge.methods.kit.dialect import Dialect, Number, base_and_one
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from twinmerge.maths.fused import Rule, Trim
+from twinmerge.maths.rule import Rule, Trim
 from twinmerge.methods.kit.base import Known, Method, Place, Tile, moved, scale_field, weighted_sum
 from twinmerge.methods.kit.dialect import Dialect, Number
 

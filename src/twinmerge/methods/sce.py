@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from twinmerge.maths.fused import Elect, Rule, Select, Values, gram, spread, staged
+from twinmerge.maths.fused import gram, spread, staged
+from twinmerge.maths.rule import Elect, Rule, Select, Values
 from twinmerge.maths.sums import blocked_dot, total
 from twinmerge.methods.kit.base import (
     Known,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods.kit.base import Known, Method, Place, Tile, weighted_sum
 from twinmerge.methods.kit.dialect import Dialect, Number, base_and_one
 from twinmerge.methods.kit.inner_products import Products, Shares

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods.kit.base import Known, Place
 from twinmerge.methods.kit.masks import Marking, MaskMethod
 

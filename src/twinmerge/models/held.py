@@ -87,7 +87,10 @@ def _memory(tensor: Tensor) -> int:
     """Where a tensor's numbers begin; 0 where it has none."""
     try:
         return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # a tensor of another kind
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # sparse and other kinds have no storage, which torch says in either way
         return 0
 
 

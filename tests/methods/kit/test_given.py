@@ -15,8 +15,8 @@ from torch import Tensor
 import twinmerge as tm
 from twinmerge.continual.continual import Continual
 from twinmerge.errors import TwinmergeError, UsageError
-from twinmerge.maths.fused import Rule
 from twinmerge.maths.lowrank import Factors
+from twinmerge.maths.rule import Rule
 from twinmerge.methods import Known, Method, Partial, Pass, Place, Tile
 from twinmerge.methods.kit.fold import Seen, State, SumFold
 from twinmerge.methods.kit.given import factors_of, merged_tile

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import twinmerge as tm
 from twinmerge.errors import TwinmergeError
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods import Known, Method, Partial, Pass, PerExpert, Place, Tile, moved, weighted_sum
 from twinmerge.methods.kit import registry
 from twinmerge.methods.kit.masks import MaskMethod

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from twinmerge.maths import fused, select
-from twinmerge.maths.fused import Values
+from twinmerge.maths.rule import Values
 from twinmerge.methods.kit import trim
 from twinmerge.methods.kit.base import Known, Method, Pass, Place, Scope, Stored, Tile, moved, weighted_sum
 from twinmerge.methods.ties import Ties

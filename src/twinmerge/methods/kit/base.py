@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from twinmerge.maths.fused import Rule
+from twinmerge.maths.rule import Rule
 from twinmerge.methods.kit.dialect import Dialect, Number, Switch
 from twinmerge.methods.kit.passes import Known as Known
 from twinmerge.methods.kit.passes import Partial as Partial

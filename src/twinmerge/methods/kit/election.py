@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from twinmerge.maths.fused import Elect, Rule
+from twinmerge.maths.rule import Elect, Rule
 from twinmerge.methods.kit.base import (
     CANCELLED,
     Known,

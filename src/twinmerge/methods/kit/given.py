@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from twinmerge.maths.fused import Rule
     from twinmerge.maths.lowrank import Factors
+    from twinmerge.maths.rule import Rule
     from twinmerge.methods.kit.base import Method, Partial, Pass, Tile
 
 
@@ -135,10 +135,10 @@ def rule_of(found: Any, method: Method) -> Rule | None:
     Raises:
         UsageError: it is neither a `Rule` nor None.
     """
-    from twinmerge.maths.fused import Rule
+    from twinmerge.maths.rule import Rule
 
     if found is not None and not isinstance(found, Rule):
-        raise UsageError(f"{_name(method)}: rule gives {_what(found)}. Give a twinmerge.maths.fused.Rule, or None.")
+        raise UsageError(f"{_name(method)}: rule gives {_what(found)}. Give a twinmerge.maths.rule.Rule, or None.")
     return found
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from twinmerge.maths.fused import Mark, Masked, Rule
+from twinmerge.maths.fused import Masked
+from twinmerge.maths.rule import Mark, Rule
 from twinmerge.methods.kit.base import (
     Known,
     Method,

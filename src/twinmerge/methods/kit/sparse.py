@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from twinmerge.maths.fused import Rule, Values, norms, staged
+from twinmerge.maths.fused import norms, staged
+from twinmerge.maths.rule import Rule, Values
 from twinmerge.maths.sums import block_sums, total
 from twinmerge.methods.kit.base import (
     Known,

@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from twinmerge.maths.core_space import CoreSpace
-from twinmerge.maths.fused import Rule
 from twinmerge.maths.gram_svd import gram_svd
 from twinmerge.maths.lowrank import Factors
+from twinmerge.maths.rule import Rule
 from twinmerge.maths.svd import SVD
 from twinmerge.methods.kit.base import (
     TABLES,

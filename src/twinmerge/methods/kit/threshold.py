@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinmerge.maths import select
-from twinmerge.maths.fused import Rule, Values, available, part, staged
+from twinmerge.maths.fused import available, part, staged
+from twinmerge.maths.rule import Rule, Values
 from twinmerge.maths.sums import BLOCK
 from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, Stored, T_co, Tile
 from twinmerge.store.header import SIZES

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from twinmerge.errors import UsageError
-from twinmerge.maths.fused import Values
+from twinmerge.maths.rule import Values
 
 if TYPE_CHECKING:  # the compiled library does without torch, whose import takes longer than many a merge
     import torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from twinmerge.errors import UsageError
 from twinmerge.maths import fused
-from twinmerge.maths.fused import Values
+from twinmerge.maths.rule import Values
 from twinmerge.methods.kit.base import Grain, Gram, Known, Method, Partial, Pass, Place, Tile
 
 if TYPE_CHECKING:

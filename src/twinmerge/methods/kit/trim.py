@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from twinmerge.maths import select
-from twinmerge.maths.fused import Trim, in_bracket, part
+from twinmerge.maths.fused import in_bracket, part
+from twinmerge.maths.rule import Trim
 from twinmerge.maths.sums import BLOCK
 from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, T_co, Tile
 from twinmerge.methods.kit.threshold import (

@@ -27,7 +27,7 @@ from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError, RecipeError
 from twinmerge.maths import fused
 from twinmerge.maths.bits import byte_count, pack
-from twinmerge.maths.fused import Values
+from twinmerge.maths.rule import Rule, Values
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import Known, Stored
@@ -154,7 +154,7 @@ def _changes(inputs: Inputs, each: Range) -> bool:
     stored = inputs.stored(each)
     assert stored.base is not None
     if inputs.compiled and {stored.base.code, *(v.code for v in stored.experts)} <= set(fused.CODES):
-        changes = fused.Rule((1.0,), deltas=True)
+        changes = Rule((1.0,), deltas=True)
         rows = [fused.staged(changes, stored.base, [v]) for v in stored.experts]
         if all(sound for _, sound in rows):
             return any(bool(x.any()) for x, _ in rows)
