@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +35,25 @@ def is_ours(kind: type[Any]) -> bool:
         (True, False)
     """
     return kind.__module__.partition(".")[0] == OURS
+
+
+def other_arguments(cls: type[Any], takes: Mapping[str, str]) -> str | None:
+    """What is said of the first function of a class that cannot be called as it is going to be; None where all can.
+
+    Args:
+        cls: the class.
+        takes: name of a function -> its arguments but for self.
+
+    Example:
+        >>> other_arguments(Plugins, {"names": "first, second, third, fourth"})
+        'names takes other arguments. Write def names(self, first, second, third, fourth).'
+    """
+    for function, arguments in takes.items():
+        try:
+            inspect.signature(getattr(cls, function)).bind(None, *arguments.split(", "))
+        except TypeError:
+            return f"{function} takes other arguments. Write def {function}(self, {arguments})."
+    return None
 
 
 def misspelt(cls: type[Any], base: type[Any]) -> tuple[str, str] | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from twinmerge.errors import TwinmergeError, UsageError, in_one_line
 from twinmerge.maths.codecs.kit.base import Codec
-from twinmerge.origin import is_ours, misspelt
+from twinmerge.origin import is_ours, misspelt, other_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +29,8 @@ def check_class(cls: type[Codec], name: str) -> None:
         raise UsageError(f"{name} packs numbers, and has no slices to pack them in. Let it be sliced.")
     if (wrong := misspelt(cls, Codec)) is not None:
         raise UsageError(f"{name}: {wrong[0]} is no attribute of a codec. Did you mean {wrong[1]!r}?")
-    for function, takes in TAKES.items():
-        try:
-            inspect.signature(getattr(cls, function)).bind(None, *takes.split(", "))
-        except TypeError as error:
-            raise UsageError(
-                f"{name}: {function} takes other arguments. Write def {function}(self, {takes})."
-            ) from error
+    if (other := other_arguments(cls, TAKES)) is not None:
+        raise UsageError(f"{name}: {other}")
 
 
 def made(cls: type[Codec], name: str) -> Codec:

@@ -14,7 +14,7 @@ from pydantic import PydanticUserError, ValidationError
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError, UsageError, in_one_line, nearest
-from twinmerge.origin import is_ours, misspelt
+from twinmerge.origin import is_ours, misspelt, other_arguments
 from twinmerge.twin.routers.kit.base import Reads, Router, fields_of, lacks
 
 if TYPE_CHECKING:
@@ -69,13 +69,8 @@ def check_class(cls: type[Router], name: str) -> None:
         raise UsageError(f"{name} is no router yet: {cls.__name__} lacks {', '.join(missing)}. Add it.")
     if not isinstance(inspect.getattr_static(cls, "shape"), (property, cached_property)):
         raise UsageError(f"{name}: shape is no property. Write @property above def shape(self).")
-    for function, takes in TAKES.items():
-        try:
-            inspect.signature(getattr(cls, function)).bind(None, *takes.split(", "))
-        except TypeError as error:
-            raise UsageError(
-                f"{name}: {function} takes other arguments. Write def {function}(self, {takes})."
-            ) from error
+    if (other := other_arguments(cls, TAKES)) is not None:
+        raise UsageError(f"{name}: {other}")
     try:
         fields.options.model_validate({n: field.default for n, field in fields.options.model_fields.items()})
     except ValidationError as error:
