@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -58,14 +58,8 @@ class Table:
 
     def read_range(self, stored: Callable[[int, Flat], None], spec: Spec, start: int, out: Flat) -> None:
         """Fill `out` with elements from `start` on, flat; what is stored is read of every model by itself."""
-        to = out if isinstance(out, np.ndarray) else as_bytes(out)
-        size, width = SIZES[self.code], self.width
-        at, stop = start, start + to.nbytes // size
-        run = int(np.searchsorted(self.starts, at // width, "right")) - 1
-        while at < stop:
-            end = min(int(self.starts[run + 1]) * width, stop)
-            self._fill(int(self.starts[run]), at, to[(at - start) * size : (end - start) * size])
-            at, run = end, run + 1
+        for first, at, to in parts_by_run(self.starts, self.width, SIZES[self.code], start, out):
+            self._fill(first, at, to)
 
     def _fill(self, first: int, start: int, to: NDArray[np.uint8]) -> None:
         """Elements from `start` on, of a run of rows that begins at row `first`."""
@@ -131,3 +125,29 @@ def _runs(rows: Rows) -> NDArray[np.int64]:
     alike = ((held >= 0)[:, 1:] == (held >= 0)[:, :-1]) & ((held[:, 1:] == held[:, :-1] + 1) | (held[:, 1:] < 0))
     goes_on = np.where(source[1:] >= 0, follows, np.where(source[1:] == MEAN, alike.all(0), True))
     return np.concatenate([[0], 1 + np.flatnonzero(~(same & goes_on)), [len(source)]]).astype(np.int64)
+
+
+def parts_by_run(
+    starts: NDArray[np.int64], width: int, size: int, start: int, out: Flat
+) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
+    """The parts of a range that fall into runs of rows, each with the first row of its run and its first element.
+
+    Args:
+        starts: the row at which each run begins, and at the end the number of rows.
+        width: elements of a row.
+        size: bytes of an element.
+        start: the first element of the range.
+        out: its memory.
+
+    Example:
+        >>> parts = parts_by_run(np.array([0, 2, 3]), 2, 1, 3, np.zeros(3, np.uint8))
+        >>> [(first, at, len(part)) for first, at, part in parts]
+        [(0, 3, 1), (2, 4, 2)]
+    """
+    to = out if isinstance(out, np.ndarray) else as_bytes(out)
+    at, stop = start, start + to.nbytes // size
+    run = int(np.searchsorted(starts, at // width, "right")) - 1
+    while at < stop:
+        end = min(int(starts[run + 1]) * width, stop)
+        yield int(starts[run]), at, to[(at - start) * size : (end - start) * size]
+        at, run = end, run + 1

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinmerge.engine.rounding import narrowed
+from twinmerge.engine.tokens.table import parts_by_run
 from twinmerge.errors import ModelError
-from twinmerge.models.opened import OpenedModel, as_bytes, as_tensor
+from twinmerge.models.opened import OpenedModel, as_tensor
 from twinmerge.store.header import SIZES, torch_dtype
 from twinmerge.store.ranges import bytes_of
 from twinmerge.store.values import decoded
@@ -84,20 +85,15 @@ class Mixed:
 
     def read_range(self, stored: Callable[[int, Flat], None], spec: Spec, start: int, out: Flat) -> None:
         """Fill `out` with elements from `start` on, flat."""
-        to = out if isinstance(out, np.ndarray) else as_bytes(out)
         size, width = SIZES[self.code], self.width
-        at, stop = start, start + to.nbytes // size
-        run = int(np.searchsorted(self.starts, at // width, "right")) - 1
-        while at < stop:
-            first, end = int(self.starts[run]), min(int(self.starts[run + 1]) * width, stop)
-            part, row = to[(at - start) * size : (end - start) * size], int(self.made_of.row[first])
+        for first, at, part in parts_by_run(self.starts, width, size, start, out):
+            row, end = int(self.made_of.row[first]), at + part.nbytes // size
             if row >= 0:
                 self.model.read_range(self.name, (row - first) * width + at, part)
             elif row == MEAN:
                 part[:] = self._mean.reshape(width, size)[np.arange(at, end) % width].reshape(-1)
             else:
                 self._sums(at, end, part)
-            at, run = end, run + 1
 
     def _sums(self, start: int, stop: int, to: NDArray[np.uint8]) -> None:
         """Elements of rows that are sums; a block of whole rows at once."""
