@@ -1,8 +1,7 @@
 """Thresholds of a trim by magnitude: the passes that find the k-th largest |x| of each expert, exactly.
 
-Over the whole model the inputs are read once and a bit: a small sample brackets each expert's threshold, one pass
-counts what is above the bracket and what lies inside it, and the threshold follows exactly. Where the bracket misses,
-two histograms of 65,536 bins find it; where a tile is float64 there is no bracket, and four of them do.
+A small sample brackets each expert's threshold, and one pass counts what lies above and inside. Where the bracket
+misses, two histograms of 65,536 bins find it; where a tile is float64 there is no bracket, and four of them do.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from twinmerge.maths import select
 from twinmerge.maths.fused import available, part, staged
 from twinmerge.maths.rule import Rule, Values
+from twinmerge.maths.select import Counts
 from twinmerge.maths.sums import BLOCK
 from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, Stored, T_co, Tile
 from twinmerge.store.header import SIZES
@@ -23,7 +23,6 @@ from twinmerge.store.header import SIZES
 if TYPE_CHECKING:  # tiles as they are stored need no torch
     from torch import Tensor
 
-Counts = NDArray[np.int64]
 LEVELS = 4  # of 16 bits in a float64
 Wide = Literal["wide"]
 WIDE: Wide = "wide"

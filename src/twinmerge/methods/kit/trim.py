@@ -20,13 +20,13 @@ import numpy as np
 from twinmerge.maths import select
 from twinmerge.maths.fused import in_bracket, part
 from twinmerge.maths.rule import Trim
+from twinmerge.maths.select import Counts
 from twinmerge.maths.sums import BLOCK
 from twinmerge.methods.kit.base import Known, Partial, Pass, Place, Scope, T_co, Tile
 from twinmerge.methods.kit.threshold import (
     LEVELS,
     Bracket,
     Coarse,
-    Counts,
     Digits,
     Fine,
     Sketch,
