@@ -151,6 +151,7 @@ def staged(
         ValueError, RuntimeError: as `merge`.
 
     Example:
+        >>> from twinmerge.maths.rule import Trim
         >>> base, x = (Values(np.array(row, np.float32).view(np.uint8), "F32") for row in ([1, 1, 1], [2, -3, 2]))
         >>> rule = Rule((1.0,), deltas=True, trim=Trim((0x40000000,), (1,)))
         >>> if available():
