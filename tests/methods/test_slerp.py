@@ -28,6 +28,13 @@ def test_values_of_the_specification(merge_rows, a, b, t, want):
     )
 
 
+@pytest.mark.parametrize("compat", ["paper", "mergekit"])
+def test_a_factor_of_one_is_not_the_end_of_the_way(merge_rows, compat):
+    # tφ = 180° − φ, so that sin tφ / sin φ is 1
+    got = merge_rows("slerp", [(-4, -4), (-2, 3)], t=0.7767260879989132, compat=compat)
+    torch.testing.assert_close(got, torch.tensor([-3.5689291, 1.4310709]), rtol=0, atol=1e-5)
+
+
 def test_unit_vectors_stay_on_the_sphere(merge_rows):
     got = merge_rows("slerp", [(1, 0), (-0.5, math.sqrt(0.75))], t=0.3)
     assert got.norm().item() == pytest.approx(1, abs=1e-6)

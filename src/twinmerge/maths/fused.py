@@ -85,6 +85,8 @@ def merge(
     if rule.deltas is None:
         rule = rule._replace(deltas=base is not None)
     theirs = _base_of(rule, base, experts)
+    if rule.only is not None:
+        return merge(Rule((1.0,), deltas=False), None, [experts[rule.only]], out, offset)
     if rule.ranked is not None:
         return _merge_rows(rule, theirs, experts, out, offset)
     library, prepared = _required(), _prepared(rule)

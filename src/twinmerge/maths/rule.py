@@ -111,7 +111,8 @@ class Rule(NamedTuple):
     then trimmed, then loses what `cut` would keep, then is multiplied by its one of `factors`, and at last all are
     selected, where that is asked for. importance: the result is Σ It θt / Σ It with It = factor · max(Ft, floor), and
     Σ wt θt / divisor where all It are 0; of deltas θ0 + scale · Σ It x_t / Σ It, and θ0 there. ready: the values are
-    x_t as `staged` gives them, and sums over them are taken in that dtype.
+    x_t as `staged` gives them, and sums over them are taken in that dtype. only: the expert whose own values are the
+    result, without deltas; nothing else is read.
     """
 
     weights: tuple[float, ...]
@@ -130,6 +131,7 @@ class Rule(NamedTuple):
     mark: Mark | None = None
     near: Near | None = None
     ready: Literal["float", "double"] | None = None
+    only: int | None = None
 
 
 class Outcome(NamedTuple):

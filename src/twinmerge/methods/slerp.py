@@ -54,11 +54,16 @@ class Slerp(Method):
     t: float = Field(default=0.5, ge=0.0, le=1.0, description="where on the way from the first expert to the second")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
 
+    @property
+    def end(self) -> int | None:
+        """The expert that the result is, bit by bit, at either end of the way."""
+        return int(self.t) if self.t in (0.0, 1.0) else None
+
     def amounts(self, experts: int) -> tuple[float, ...]:
         return 1 - self.t, self.t
 
     def passes(self) -> Sequence[Shares[tuple[float, float]]]:
-        return (Shares(self.space, self.shares),)
+        return (Shares(self.space, self.shares),) if self.end is None else ()
 
     def shares(self, products: Products) -> tuple[float, float]:
         """What θa and θb are multiplied with."""
@@ -66,14 +71,14 @@ class Slerp(Method):
         none = 0.0 if self.compat == "mergekit" else 1.0
         cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else none
         of_a, of_b = arc(self.t, cosine, LERP_ABOVE).tolist()
-        return (of_a, of_b) if 0.0 < self.t < 1.0 else (1.0 - self.t, self.t)
+        return of_a, of_b
 
     def apply(self, tile: Tile, known: Known) -> Tensor:
-        of_a, of_b = known.of(Shares)
-        if of_b in (0.0, 1.0):
-            return tile.x[int(of_b)].clone()
-        return weighted_sum((of_a, of_b), tile.x, tile.work).to(tile.x.dtype)
+        if self.end is not None:
+            return tile.x[self.end].clone()
+        return weighted_sum(known.of(Shares), tile.x, tile.work).to(tile.x.dtype)
 
-    def rule(self, at: Place, known: Known) -> Rule | None:
-        of_a, of_b = known.of(Shares)
-        return None if of_b in (0.0, 1.0) else Rule((of_a, of_b), deltas=False)
+    def rule(self, at: Place, known: Known) -> Rule:
+        if self.end is not None:
+            return Rule(self.amounts(2), deltas=False, only=self.end)
+        return Rule(known.of(Shares), deltas=False)
