@@ -7,7 +7,7 @@ import os
 import shutil
 import sysconfig
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from twinmerge.maths import fused, keyed_random, select, sums
 from twinmerge.maths.bits import pack
 from twinmerge.maths.fused import CODES, gram, in_bracket, masks, merge, norms, staged
 from twinmerge.maths.keyed_random import philox_key, uniform
-from twinmerge.maths.ranks import band, rising
+from twinmerge.maths.ranks import DRAWS, Ranks, band, rising
 from twinmerge.maths.rule import Drop, Elect, Mark, Outcome, Ranked, Rule, Select, Trim, Values
 from twinmerge.methods.average import Average
 from twinmerge.methods.breadcrumbs_ties import BreadcrumbsTies
@@ -447,6 +447,37 @@ def test_rows_of_equal_magnitudes_are_in_order(length: int) -> None:
     rule = Rule((1.0,), False, ranked=Ranked((band(length, length // 4, length // 2),)))
     left, _ = staged(rule, None, [stored(x, "F32")])
     assert np.flatnonzero(left[0]).tolist() == list(range(length // 4, length // 4 + length // 2))
+
+
+ROWS: dict[str, Callable[[np.random.Generator, int], Any]] = {
+    "normal": lambda draw, n: draw.standard_normal(n),
+    "few values": lambda draw, n: np.round(3 * draw.standard_normal(n)),
+    "zeros and a few": lambda draw, n: np.where(draw.random(n) < 0.9, 0, draw.standard_normal(n)),
+    "one": lambda draw, n: np.full(n, -2.5),
+    "all sizes": lambda draw, n: np.exp(30 * draw.standard_normal(n)).clip(1e-44, 3e38),
+    "subnormal": lambda draw, n: 1e-42 * draw.standard_normal(n),
+    "close": lambda draw, n: 1 + 1e-6 * draw.random(n),
+    "many of each": lambda draw, n: draw.choice(np.exp(2 * draw.standard_normal(3000)), n),
+    "one far off": lambda draw, n: np.where(np.arange(n) == n // 2, 1e30, 1e-5 * draw.standard_normal(n)),
+    "falling": lambda draw, n: -np.sort(-np.abs(draw.standard_normal(n))),
+}
+"""Rows that a sort may stumble over."""
+
+
+@compiled
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("rising_", [True, False])
+def test_every_rank_by_a_stable_sort(kind: str, rising_: bool) -> None:
+    draw = np.random.default_rng(0)
+    for length in (1, 31, 32, 100, 4096, 70_000):
+        row = ROWS[kind](draw, length).astype(np.float32)
+        factors, below = draw.random(length) + 0.5, np.where(draw.random(length) < 0.7, DRAWS, 0).astype(np.uint32)
+        ranks = Ranks(below, factors, rising_)
+        left, _ = staged(Rule((1.0,), False, ranked=Ranked((ranks,))), None, [stored(row, "F32")])
+        size, wanted = np.abs(row), np.zeros(length, np.float32)
+        order = np.argsort(size, kind="stable") if rising_ else length - 1 - np.argsort(size[::-1], kind="stable")
+        wanted[order] = np.where(below > 0, (row[order] * factors).astype(np.float32), 0)
+        np.testing.assert_array_equal(left[0], wanted)
 
 
 @compiled

@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 7
+#define VERSION 8
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -192,22 +192,22 @@ typedef struct {
     uint32_t *draws;
 } Sorting;
 
-enum { SHORT = 32, MIDDLE = 1024 }; /* rows below are sorted by insertion, or by 8 bits at once, not 11 */
-enum { OCTAVES = 8, DOUBTS = 64 };  /* of magnitudes that are told apart without a sort; entries of a row left to count */
-enum { KEPT = 1 << 30, DOUBTFUL = 1 << 29, DRAW = (1 << 24) - 1 }; /* beside a draw */
+enum { SHORT = 32, MIDDLE = 1024 }; /* what is shorter is sorted by insertion, or by 8 bits at once, not 11 */
+enum { OCTAVES = 8, FINEST = 9, MOST_CROWDED = 255 }; /* of magnitudes with buckets of their own, 2^FINEST each at most */
+
+/* Few entries, or entries almost in order. */
+INLINE void inserted(uint64_t *x, size_t n) {
+    for (size_t i = 1; i < n; i++) {
+        uint64_t one = x[i];
+        size_t j = i;
+        for (; j && x[j - 1] > one; j--)
+            x[j] = x[j - 1];
+        x[j] = one;
+    }
+}
 
 /* Distinct entries in order, whose lower 32 bits are in order already; returns where they are. */
-static uint64_t *sorted(uint64_t *x, uint64_t *other, size_t n) {
-    if (n < SHORT) {
-        for (size_t i = 1; i < n; i++) {
-            uint64_t one = x[i];
-            size_t j = i;
-            for (; j && x[j - 1] > one; j--)
-                x[j] = x[j - 1];
-            x[j] = one;
-        }
-        return x;
-    }
+static uint64_t *by_digits(uint64_t *x, uint64_t *other, size_t n) {
     const int bits = n < MIDDLE ? 8 : 11, digits = (31 + bits - 1) / bits;
     const uint64_t mask = (1u << bits) - 1;
     uint32_t counts[4][2048];
@@ -431,62 +431,75 @@ static TARGET int64_t NAME(pick)(float *x, size_t stride, int64_t experts, size_
     return room;
 }
 
-/* What is kept of a row whose limits rise with the rank, without a sort: buckets of magnitudes bracket each entry's rank, and
- * the limits of both ends mostly say the same. False, and nothing done, where they do not too often, as among many equals. */
-static TARGET bool NAME(quick)(float *restrict x, const Ranks *ranks, Sorting room) {
-    size_t n = ranks->length, doubts = 0, doubtful[DOUBTS];
-    const uint32_t *restrict below = ranks->below;
-    int parts = 1; /* of an octave, as a power of 2: two buckets for each entry, at least */
-    while (parts < 12 && (size_t)4 << parts < n)
+/* The entries of a row by their magnitude, as magnitude << 32 | index. Of equal ones the first comes first; with `back` the last
+ * does, and indices count from the end. Buckets bring all in order but what shares one: that is of one magnitude in most changes
+ * of 16-bit models, and few entries otherwise. */
+static TARGET const uint64_t *NAME(sorted)(const float *restrict x, size_t n, bool back, Sorting room) {
+    uint64_t *order = room.other;
+    if (n < SHORT) {
+        for (size_t i = 0; i < n; i++)
+            order[i] = (uint64_t)(as_bits(x[back ? n - 1 - i : i]) & MAGNITUDE) << 32 | i;
+        inserted(order, n);
+        return order;
+    }
+    uint32_t starts[(OCTAVES << FINEST) + 1], top = 0;
+    uint16_t *own = (uint16_t *)room.entries;
+    int parts = 2; /* of an octave, as a power of 2 */
+    while (parts < FINEST && (size_t)OCTAVES << parts < n)
         parts++;
-    const int shift = 23 - parts;
-    const int32_t buckets = OCTAVES << parts;
-    uint32_t top = 0, *restrict starts = (uint32_t *)room.entries, *restrict draws = room.draws;
-    if (sizeof(uint32_t) * (size_t)(buckets + 1) > 2 * n * sizeof(uint64_t))
-        return false;
     for (size_t i = 0; i < n; i++) {
         uint32_t size = as_bits(x[i]) & MAGNITUDE;
         top = size > top ? size : top;
     }
-    const int32_t first = (int32_t)(top >> shift) - buckets + 1;
-#define BUCKET(i) ((int32_t)((as_bits(x[i]) & MAGNITUDE) >> shift) < first ? 0 : (int32_t)((as_bits(x[i]) & MAGNITUDE) >> shift) - first)
-    memset(starts, 0, sizeof(uint32_t) * (size_t)(buckets + 1));
+    const int shift = 23 - parts;
+    const int32_t buckets = (OCTAVES << parts) + 1, below = (int32_t)(top >> shift) - buckets + 1;
+    for (size_t i = 0; i < n; i++) { /* zeros are in the first, and all below the first octave in the second */
+        uint32_t size = as_bits(x[i]) & MAGNITUDE;
+        int32_t bucket = (int32_t)(size >> shift) - below;
+        bucket = bucket < 1 ? 1 : bucket;
+        own[i] = (uint16_t)(size == 0 ? 0 : bucket);
+    }
+    memset(starts, 0, sizeof *starts * (size_t)buckets);
     for (size_t i = 0; i < n; i++)
-        starts[BUCKET(i)]++;
+        starts[own[i]]++;
+    size_t many = 0;
+    uint16_t crowded[1 + MOST_CROWDED];
     uint32_t at = 0;
-    for (int32_t bucket = 0; bucket <= buckets; bucket++) {
+    for (int32_t bucket = 0; bucket < buckets; bucket++) {
         uint32_t count = starts[bucket];
+        crowded[many] = (uint16_t)bucket;
+        many += count >= SHORT && many < MOST_CROWDED;
         starts[bucket] = at;
         at += count;
     }
     for (size_t i = 0; i < n; i++) {
-        int32_t bucket = BUCKET(i);
-        uint32_t draw = draws[i], least = below[starts[bucket]], most = below[starts[bucket + 1] - 1];
-        uint32_t doubt = (draw >= least) & (draw < most) & ((as_bits(x[i]) & MAGNITUDE) != 0);
-        draws[i] = draw | (draw < least ? KEPT : 0) | (doubt ? DOUBTFUL : 0);
+        size_t from_start = back ? n - 1 - i : i;
+        order[starts[own[from_start]]++] = (uint64_t)(as_bits(x[from_start]) & MAGNITUDE) << 32 | i;
     }
-#undef BUCKET
-    for (size_t i = 0; i < n; i++)
-        if (draws[i] & DOUBTFUL) {
-            if (doubts == DOUBTS) {
-                for (size_t j = 0; j < n; j++)
-                    draws[j] &= DRAW;
-                return false;
-            }
-            doubtful[doubts++] = i;
-        }
-    for (size_t d = 0; d < doubts; d++) {
-        size_t i = doubtful[d];
-        uint32_t size = as_bits(x[i]) & MAGNITUDE, rank = 0;
-        for (size_t j = 0; j < i; j++)
-            rank += (as_bits(x[j]) & MAGNITUDE) <= size;
-        for (size_t j = i; j < n; j++)
-            rank += (as_bits(x[j]) & MAGNITUDE) < size;
-        draws[i] |= (draws[i] & DRAW) < below[rank] ? KEPT : 0;
+    if (many == MOST_CROWDED)
+        return by_digits(order, room.entries, n);
+    for (size_t c = 0; c < many; c++) {
+        uint32_t begin = crowded[c] ? starts[crowded[c] - 1] : 0, count = starts[crowded[c]] - begin;
+        uint64_t *those = order + begin, unlike = 0;
+        for (size_t i = 1; i < count; i++)
+            unlike |= those[i] ^ those[0];
+        const uint64_t *done = unlike >> 32 ? by_digits(those, room.entries, count) : those;
+        if (done != those)
+            memcpy(those, done, count * sizeof *those);
     }
-    for (size_t i = 0; i < n; i++)
-        x[i] = draws[i] & KEPT ? x[i] : 0;
-    return true;
+    inserted(order, n);
+    return order;
+}
+
+/* What is left of a row in this order. */
+static TARGET void NAME(leave)(float *restrict x, const Ranks *ranks, const uint64_t *restrict order, const uint32_t *restrict draws) {
+    size_t n = ranks->length;
+    for (size_t r = 0; r < n; r++) {
+        size_t i = ranks->rising ? (uint32_t)order[r] : n - 1 - (uint32_t)order[r];
+        uint32_t kept = ranks->key ? draws[i] < ranks->below[r] : ranks->below[r] > 0;
+        float left = ranks->factors ? (float)(x[i] * ranks->factors[r]) : x[i];
+        x[i] = as_float(as_bits(left) & -kept); /* a coin is no branch to predict */
+    }
 }
 
 /* Whole rows of stored - base. An entry of rank r stays if its draw is below[r], times factors[r]; the rest becomes zero.
@@ -512,16 +525,7 @@ static TARGET bool NAME(ranked)(const void *stored, int code, const void *base, 
                     room.draws[i + j] = draws[j] >> 8;
             }
         }
-        if (ranks->key && ranks->rising && !ranks->factors && length >= SHORT && NAME(quick)(x, ranks, room))
-            continue;
-        for (size_t i = 0; i < length; i++) /* from the end, where of equal ones the last is to come first */
-            room.entries[i] = (uint64_t)(as_bits(x[ranks->rising ? i : length - 1 - i]) & MAGNITUDE) << 32 | i;
-        const uint64_t *order = sorted(room.entries, room.other, length);
-        for (size_t r = 0; r < length; r++) {
-            size_t i = ranks->rising ? (uint32_t)order[r] : length - 1 - (uint32_t)order[r];
-            bool kept = ranks->key ? room.draws[i] < ranks->below[r] : ranks->below[r] > 0;
-            x[i] = kept ? (ranks->factors ? (float)(x[i] * ranks->factors[r]) : x[i]) : 0;
-        }
+        NAME(leave)(x, ranks, NAME(sorted)(x, length, !ranks->rising, room), room.draws);
     }
     return sound;
 }

@@ -30,7 +30,7 @@ CODES = ("BF16", "F16", "F32")
 
 SHARED = 4  # values that `in_bracket` counts apart, at most
 MOST = 1024  # experts, at most
-_VERSION = 7  # of fused.c
+_VERSION = 8  # of fused.c
 _BLOCK = 65_536
 _BRANCH, _LEVELS, _PANEL, _COLUMNS = 8, 8, 8, 64  # of fused.c: how the sums of a block are put together
 _CODE = {name: number for number, name in enumerate(CODES)}
