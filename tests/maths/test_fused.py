@@ -45,6 +45,7 @@ from twinmerge.methods.task_arithmetic import TaskArithmetic
 from twinmerge.methods.ties import Majority, Ties
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 ALL = 1 << 62
 COMPILER = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
 
@@ -447,6 +448,35 @@ def test_rows_of_equal_magnitudes_are_in_order(length: int) -> None:
     rule = Rule((1.0,), False, ranked=Ranked((band(length, length // 4, length // 2),)))
     left, _ = staged(rule, None, [stored(x, "F32")])
     assert np.flatnonzero(left[0]).tolist() == list(range(length // 4, length // 4 + length // 2))
+
+
+@compiled
+@pytest.mark.parametrize("code", CODES)
+def test_one_model_alone_is_copied(code: str) -> None:
+    """Every number of 16 bits, and as many of float32, at odd addresses."""
+    bits = np.arange(1 << 16, dtype=np.uint32)
+    raw = (bits << 16 | bits).view(np.uint8) if code == "F32" else bits.astype(np.uint16).view(np.uint8)
+    width, nan = raw.size >> 16, np.full(raw.size + 1, 0xFF, np.uint8)
+    finite = np.isfinite(numbers(Values(raw, code)).double().numpy())
+    rule = Rule((0.0, 1.0), deltas=False, only=1)
+
+    def copied(some: NDArray[np.uint8], to: str) -> tuple[Outcome, NDArray[np.uint8]]:
+        odd, out = np.concatenate([nan[:1], some])[1:], np.empty(some.size // width * BYTES[to] + 1, np.uint8)[1:]
+        others = Values(nan[1 : 1 + some.size], code)
+        return merge(rule, None, [others, Values(odd, code)], Values(out, to)), out
+
+    sound = raw.reshape(-1, width)[finite].reshape(-1)
+    outcome, out = copied(sound, code)
+    assert outcome == (0, 0, True, True)
+    assert out.tobytes() == sound.tobytes()
+    outcome, out = copied(sound, "F32")
+    assert outcome == (0, 0, True, True)
+    torch.testing.assert_close(
+        torch.from_numpy(out.copy()).view(torch.float32), numbers(Values(sound, code)).float(), rtol=0, atol=0
+    )
+    for at in np.flatnonzero(~finite)[::97]:
+        outcome, _ = copied(np.concatenate([sound[: 64 * width], raw[at * width : (at + 1) * width]]), code)
+        assert not outcome.sound
 
 
 ROWS: dict[str, Callable[[np.random.Generator, int], Any]] = {

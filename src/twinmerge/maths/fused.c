@@ -17,7 +17,7 @@
 #error "safetensors and the random words are little-endian"
 #endif
 
-#define VERSION 8
+#define VERSION 9
 #define BLOCK 65536      /* elements of a sum, as in sums.py */
 #define CHUNK 1024       /* elements of a stage at most, a multiple of 64 */
 #define LEAST 32         /* the same at least */
@@ -267,6 +267,7 @@ typedef struct {
     size_t (*bracket)(const void *, int, const void *, int, size_t, int32_t, uint32_t, const int32_t *, int64_t *, int32_t *);
     void (*spread)(const float *, size_t, int64_t, size_t, float *);
     bool (*ranked)(const void *, int, const void *, int, size_t, uint64_t, const Ranks *, float *, Sorting);
+    bool (*copy)(const void *, int, size_t, void *);
 } Level;
 
 #define LANES 1 /* blocks of random words at once */
@@ -528,6 +529,30 @@ static TARGET bool NAME(ranked)(const void *stored, int code, const void *base, 
         NAME(leave)(x, ranks, NAME(sorted)(x, length, !ranks->rising, room), room.draws);
     }
     return sound;
+}
+
+/* The bytes as they are; false if a value is NaN or infinite. */
+static TARGET bool NAME(copy)(const void *stored, int code, size_t n, void *to) {
+    if (code == F32) {
+        const stored32 *restrict x = stored;
+        stored32 *restrict out = to;
+        uint32_t worst = 0;
+        for (size_t i = 0; i < n; i++) {
+            uint32_t size = x[i] & MAGNITUDE;
+            worst = size > worst ? size : worst;
+            out[i] = x[i];
+        }
+        return worst < INFINITE;
+    }
+    const stored16 *restrict x = stored;
+    stored16 *restrict out = to;
+    int16_t worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        int16_t size = (int16_t)(x[i] & 0x7FFF);
+        worst = size > worst ? size : worst;
+        out[i] = x[i];
+    }
+    return worst < (code == F16 ? 0x7C00 : (int)(INFINITE >> 16));
 }
 
 INLINE Counts NAME(round_loop)(const float *restrict x, const float *restrict base, size_t n, void *restrict out, int code) {
@@ -830,7 +855,7 @@ static TARGET size_t NAME(bracket)(const void *x, int code, const void *base, in
 }
 
 static const Level NAME(level) = {
-    {NAME(merge_f), NAME(merge_d)}, {NAME(masks_f), NAME(masks_d)}, NAME(weigh), NAME(gram), NAME(norms), NAME(bracket), NAME(spread), NAME(ranked),
+    {NAME(merge_f), NAME(merge_d)}, {NAME(masks_f), NAME(masks_d)}, NAME(weigh), NAME(gram), NAME(norms), NAME(bracket), NAME(spread), NAME(ranked), NAME(copy),
 };
 
 #undef NAME
@@ -1380,6 +1405,9 @@ EXPORT size_t twinmerge_fused_bracket(const void *x, int code, const void *base,
                                       uint32_t width, const int32_t *shared, int64_t *counts, int32_t *inside) {
     return levels[level]->bracket(x, code, base, of_base, size, low, width, shared, counts, inside);
 }
+
+/* Returns whether all are sound. */
+EXPORT int twinmerge_fused_copy(const void *x, int code, size_t size, void *out) { return levels[level]->copy(x, code, size, out); }
 
 /* x: rows of floats, one for each expert. */
 EXPORT void twinmerge_fused_spread(const float *x, size_t experts, size_t size, float *to) {

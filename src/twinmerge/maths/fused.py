@@ -30,7 +30,7 @@ CODES = ("BF16", "F16", "F32")
 
 SHARED = 4  # values that `in_bracket` counts apart, at most
 MOST = 1024  # experts, at most
-_VERSION = 8  # of fused.c
+_VERSION = 9  # of fused.c
 _BLOCK = 65_536
 _BRANCH, _LEVELS, _PANEL, _COLUMNS = 8, 8, 8, 64  # of fused.c: how the sums of a block are put together
 _CODE = {name: number for number, name in enumerate(CODES)}
@@ -86,7 +86,7 @@ def merge(
         rule = rule._replace(deltas=base is not None)
     theirs = _base_of(rule, base, experts)
     if rule.only is not None:
-        return merge(Rule((1.0,), deltas=False), None, [experts[rule.only]], out, offset)
+        return _copy(experts[rule.only], out)
     if rule.ranked is not None:
         return _merge_rows(rule, theirs, experts, out, offset)
     library, prepared = _required(), _prepared(rule)
@@ -106,6 +106,15 @@ def merge(
         library.twinmerge_fused_merge(prepared.pointer, at, addresses, target, codes, size, offset, None, found)
     changed, erased, sound, fits = found
     return Outcome(changed, erased, bool(sound), bool(fits))
+
+
+def _copy(x: Values, out: Values) -> Outcome:
+    """One expert's own values, whose bits stay where the dtype does."""
+    if x.code != out.code:
+        return merge(Rule((1.0,), deltas=False), None, [x], out)
+    size = _size(out)
+    sound = bool(_required().twinmerge_fused_copy(*_stored(x, size), size, _address(out, size, writes=True)))
+    return Outcome(0, 0, sound, sound)
 
 
 def _base_of(rule: Rule, base: Values | None, experts: Sequence[Values]) -> Values | None:
@@ -570,6 +579,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
         ("gram", [address, address, ctypes.c_char_p, count, count, address, address, address], None),
         ("norms", [*values, address, ctypes.c_uint32, ctypes.c_uint64, address], None),
         ("bracket", [*values, ctypes.c_int32, ctypes.c_uint32, address, address, address], count),
+        ("copy", [address, code, count, address], code),
         ("level", [code], code),
     ]:
         function = getattr(library, f"twinmerge_fused_{name}")

@@ -62,4 +62,5 @@ class Passthrough(Method):
         return weighted_sum(self.coefficients(len(tile.x)), tile.x, tile.work).to(tile.x.dtype)
 
     def rule(self, at: Place, known: Known) -> Rule:
-        return Rule(self.coefficients(len(at.experts)), deltas=False)
+        by = self.coefficients(len(at.experts))
+        return Rule(by, deltas=False, only=0 if by == (1.0,) else None)
