@@ -9,7 +9,8 @@ from twinmerge.engine.plan import Plan, grains_of
 from twinmerge.engine.planning import planned
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.slicing import Sliced, sliced
-from twinmerge.models.matching import Matched, check_ancestry, match
+from twinmerge.models.ancestry import check_ancestry
+from twinmerge.models.matching import Matched, match
 from twinmerge.recipes.lines import KEY, Automatic
 from twinmerge.recipes.recipe import Recipe
 

@@ -8,20 +8,14 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.configs import differing, replaced, said
 from twinmerge.models.opened import OpenedModel
-from twinmerge.store.values import decoded
 
 if TYPE_CHECKING:
     from twinmerge.models.architecture import Architecture
 
-SAMPLE = 1 << 20  # entries of the matrix that is looked at
 CLASSIFIERS = re.compile(r"For(\w*(?:Classification|Choice|Answering|Segmentation|Detection))$")
-UNRELATED_BELOW = 0.2  # cosine of base and expert; a fine-tune stays above 0.9, two trainings from scratch are near 0
 
 
 class Matched(NamedTuple):
@@ -222,38 +216,6 @@ def _is_part(model: OpenedModel, name: str) -> bool:
 
 def _outside(model: OpenedModel, name: str) -> bool:
     return _is_part(model, name) and not _in_body(model, name)
-
-
-def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged: Sequence[str]) -> None:
-    """Refuse an expert whose weights have nothing in common with the base's, judged on the
-    first million entries of one matrix of the body.
-
-    Raises:
-        ModelError: the cosine of base and expert is below 0.2.
-    """
-    matrices = [n for n in merged if len(base.spec(n).shape) >= 2 and base.spec(n).numel >= 64]
-    if not matrices:
-        return
-    inner = [n for n in matrices if not base.table(n)] or matrices
-    name = max(inner, key=lambda n: base.spec(n).numel)
-    count = min(SAMPLE, base.spec(name).numel)
-    reference = _direction(base, name, count)
-    for expert in experts.values():
-        cosine = float(reference @ _direction(expert, name, count))
-        if cosine < UNRELATED_BELOW and reference.any():
-            raise ModelError(
-                f"{expert.name} does not come from the base {base.name}: their {name!r} have cosine {cosine:.2f} (a "
-                "fine-tune "
-                "is close to 1). Name the base that it was tuned from."
-            )
-
-
-def _direction(model: OpenedModel, name: str, count: int) -> NDArray[np.float32]:
-    """The first `count` numbers of a tensor, scaled to length one; zeros stay zeros."""
-    x = decoded(*model.stored_beginning(name, count))
-    with np.errstate(all="ignore"):  # numbers that are not finite are refused later, with their place
-        length = np.sqrt(np.vdot(x, x))
-        return x / length if length else x
 
 
 def matches(pattern: str, name: str) -> bool:
