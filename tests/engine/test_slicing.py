@@ -3,7 +3,9 @@ stock transformers."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -374,3 +377,17 @@ def test_encoders_are_sliced_too(tmp_path: Path) -> None:
     assert got["encoder.layer.3.output.dense.weight"].equal(b["encoder.layer.2.output.dense.weight"])
     assert got["embeddings.LayerNorm.weight"].equal(a["embeddings.LayerNorm.weight"])
     assert got["pooler.dense.weight"].equal(b["pooler.dense.weight"])
+
+
+def test_tensors_that_a_class_does_not_have_are_left_out(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "llama" / "b", tmp_path / "b")
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    more = {"score.weight": torch.ones(2, 8), "model.layers.1.extra": torch.ones(3)}
+    save_file(tensors | more, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    for one, other in itertools.permutations([str(zoo / "llama" / "a"), str(tmp_path / "b")]):
+        sources = [{"sources": [{"model": model, "layer_range": [1, 3]}]} for model in (one, other)]
+        with pytest.warns(
+            UserWarning, match="'layers.1.extra', 'score.weight', which LlamaForCausalLM has not: left out"
+        ):
+            got = Merge(recipe_from({"merge_method": "passthrough", "slices": sources}), progress=False).state_dict()
+        assert got.keys() == tensors.keys()

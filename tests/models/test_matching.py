@@ -201,3 +201,22 @@ def test_untied_base_and_tied_expert_merge_the_output_layer(build, with_body_of)
     base = build("LlamaForCausalLM", tie_word_embeddings=False)
     expert = with_body_of(build("LlamaForCausalLM", tie_word_embeddings=True), base)
     assert "lm_head.weight" in matched(base, {"a": expert}).merged
+
+
+def test_tensors_that_no_class_has_are_left_out_where_asked(build, save, tuned, with_body_of):
+    """As mergekit leaves them out: a value head, and a bias that the class does not have."""
+    base = build("LlamaForCausalLM")
+
+    def add(tensors):
+        tensors["v_head.summary.weight"] = torch.ones(1, 16)
+        tensors["model.layers.0.self_attn.extra"] = torch.ones(16)
+
+    more = rewrite(save(tuned(base, 1)), add)
+    names = ["layers.0.self_attn.extra", "v_head.summary.weight"]
+    own, experts = open_model(base, "base"), opened(a=more, b=tuned(base, 2))
+    with pytest.raises(TwinmergeError, match=f"{names[0]!r}.* nor a part of LlamaForCausalLM"):
+        match(own, experts)
+    with pytest.warns(UserWarning, match=f"has {names[0]!r}, {names[1]!r}, which LlamaForCausalLM has not: left out"):
+        found = match(own, experts, strangers=True)
+    assert found.ignored == {"a": names, "b": []} and not set(names) & {*found.merged, *found.from_base}
+    assert found.heads == {"a": [], "b": []}

@@ -28,7 +28,7 @@ def matched_models(recipe: Recipe, models: Models, layers: Sliced | None) -> Mat
     """
     if layers is not None:
         return layers.matched
-    found = match(models.base, models.experts, recipe.heads)
+    found = match(models.base, models.experts, recipe.heads, recipe.semantics == "mergekit")
     if recipe.by_names or models.base.is_file:
         found = found._replace(configs=checked_by_names(models))
     check_ancestry(models.base, models.experts, found.merged)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.configs import differing, replaced, said
 from twinmerge.models.opened import OpenedModel
+from twinmerge.results import some
 
 if TYPE_CHECKING:
     from twinmerge.models.architecture import Architecture
@@ -48,12 +49,23 @@ class Matched(NamedTuple):
                 )
 
 
-def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: Sequence[str] = ()) -> Matched:
+def match(
+    base: OpenedModel,
+    experts: Mapping[str, OpenedModel],
+    head_patterns: Sequence[str] = (),
+    strangers: bool = False,
+) -> Matched:
     """Sort all tensors by the rules of docs/rules.md.
 
     A head is a float tensor outside the body that the base lacks or has in another shape, a part that the base's class
     does not have (a pooler), or what `head_patterns` names (globs, or whole dotted components). A head travels
     whole: with one tensor of its class, all outside the body are.
+
+    Args:
+        base: what the experts were tuned from.
+        experts: label -> model.
+        head_patterns: of heads.
+        strangers: tensors that neither an expert's class nor the base knows are left out with a warning.
 
     Raises:
         TwinmergeError: another architecture, or configs of other shapes; a tensor of the body that only one side has,
@@ -72,7 +84,9 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
     heads: dict[str, set[str]] = {}
     ignored: dict[str, list[str]] = {}
     for e, expert in experts.items():
-        heads[e], ignored[e] = _sorted(base, expert, head_patterns)
+        left_out = [n for n in strange(expert) if not base.has(n)] if strangers else []
+        warn_of_strange(expert, left_out)
+        heads[e], ignored[e] = _sorted(base, expert, head_patterns, left_out)
     _parts_of_some(base, experts, heads)
     anchored = any(_is_part(experts[e], name) for e, names in heads.items() for name in names)
     if anchored or _labels_differ(base, experts):
@@ -102,7 +116,9 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
     return Matched(merged, {e: sorted(h) for e, h in heads.items()}, from_base, ignored, configs)
 
 
-def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]) -> tuple[set[str], list[str]]:
+def _sorted(
+    base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str], left_out: Sequence[str]
+) -> tuple[set[str], list[str]]:
     """The tensors of an expert that are heads by themselves, and those that are ignored."""
     heads: set[str] = set()
     ignored: list[str] = []
@@ -129,7 +145,7 @@ def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
             elif name not in base.specs:
                 require_tied(base, expert, name)
                 ignored.append(name)
-        elif not spec.is_float:
+        elif not spec.is_float or name in left_out:
             ignored.append(name)
         else:
             _new_part(base, expert, name)
@@ -206,6 +222,24 @@ def _all_there(
                     f"{other or known.model_class.__name__} has. Check that it is complete"
                     f"{' and was tuned from this base' if i else ''}."
                 )
+
+
+def strange(model: OpenedModel) -> list[str]:
+    """Canonical names of the tensors that a model's class does not have, so that transformers does not load them; none
+    where no class is known."""
+    return [] if model.architecture is None else [n for n in model.specs if not _is_part(model, n)]
+
+
+def warn_of_strange(model: OpenedModel, names: Sequence[str]) -> None:
+    """Tell that some of them are left out."""
+    if told := [name for name in names if model.spec(name).is_float and not is_dropped(model, name)]:
+        assert model.architecture is not None
+        warnings.warn(
+            f"{model.name} has {some(map(repr, told))}, which {model.architecture.model_class.__name__} has not: left "
+            "out, as by mergekit. Name the right class under `architectures` in its config.json where that is not "
+            "meant.",
+            stacklevel=4,
+        )
 
 
 def _is_part(model: OpenedModel, name: str) -> bool:
