@@ -9,6 +9,7 @@ Source: mergekit 0.1.5 as it behaves; the formulas are those of the methods with
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,16 @@ from twinmerge.methods.kit.dialect import Dialect
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
 from twinmerge.recipes.mergekit_beside import beside
-from twinmerge.recipes.mergekit_parameters import LIKE, PARAMETERS, Scope, idle, of_model, scope, shared
+from twinmerge.recipes.mergekit_parameters import (
+    LIKE,
+    PARAMETERS,
+    Scope,
+    idle,
+    of_model,
+    scope,
+    shared,
+    whole_numbers,
+)
 from twinmerge.recipes.names import expert_names
 from twinmerge.recipes.slices import BASE
 
@@ -36,6 +46,7 @@ MODEL_KEYS = ("model", "name", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 MODULE_KEYS = ("slices", "models", "parameters")
+OVERRIDE = "override_architecture"
 OF_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 
 
@@ -87,7 +98,8 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
     found |= beside(raw, found, where, ignored, lambda each, at: _reference(each, at))
     if ignored:
         warnings.warn(f"{where}: ignored, as by mergekit: {'; '.join(dict.fromkeys(ignored))}.", stacklevel=2)
-    kept = {key: raw[key] for key in ("dtype", "out_dtype", *OWN_KEYS) if key in raw}
+    kept = {key: raw[key] for key in OWN_KEYS if key in raw}
+    kept |= {key: _dtype(raw[key]) for key in ("dtype", "out_dtype") if key in raw}
     return {"merge_method": ours, **found, **kept}
 
 
@@ -201,7 +213,10 @@ class _Reader:
                 )
         _near_miss(raw, known, at, self.ignored)
         return _Source(
-            model, scope(raw.get("parameters"), self.dialect, at, self.ignored), raw.get("name"), raw.get("layer_range")
+            model,
+            scope(raw.get("parameters"), self.dialect, at, self.ignored),
+            raw.get("name"),
+            whole_numbers(raw.get("layer_range")),
         )
 
     def _merged(self, listed: list[_Source], base: str | None, at: str) -> list[_Source]:
@@ -308,15 +323,47 @@ def _ours(method: str, where: str) -> str:
     raise RecipeError(f"{where}: Unknown method {method!r:.80}.{nearest(method, known)} See `twinmerge methods`.")
 
 
+def _without_revision(model: str, where: str) -> str:
+    """A model without the revisions of folders on this disk, which have none: mergekit passes over them."""
+    found = []
+    for part in model.split("+") if not os.path.exists(model) else [model]:
+        folder, at, revision = part.rpartition("@")
+        if at and os.path.isdir(os.path.expanduser(folder)) and not os.path.exists(os.path.expanduser(part)):
+            warnings.warn(
+                f"{where}: {folder!r} is a folder, which has no revisions: {revision!r} is passed over, as by mergekit.",
+                stacklevel=3,
+            )
+            part = folder
+        found.append(part)
+    return "+".join(found)
+
+
+def _dtype(raw: Any) -> Any:
+    """The name of a dtype, which mergekit takes as torch writes it too.
+
+    Example:
+        >>> _dtype("torch.bfloat16")
+        'bfloat16'
+    """
+    return raw.removeprefix("torch.") if isinstance(raw, str) else raw
+
+
 def _reference(raw: Any, where: str) -> str:
     """A model as text; mergekit's long form is {model: {path, revision}, lora: {path, revision}}."""
     if isinstance(raw, str) and raw:
-        return raw
+        return _without_revision(raw, where)
+    if isinstance(raw, dict) and raw.get(OVERRIDE) is not None:
+        raw = {key: value for key, value in raw.items() if key != OVERRIDE}
+        warnings.warn(
+            f"{where}: {OVERRIDE} is passed over, since a model's class is the one that its config.json names. Name "
+            "another there, if that is meant.",
+            stacklevel=2,
+        )
     if isinstance(raw, dict) and set(raw) <= {"model", "lora", "path", "revision"}:
         if "path" in raw and not {"model", "lora"} & raw.keys():
             parts = [raw.get("path"), *([raw["revision"]] if raw.get("revision") is not None else [])]
             if all(isinstance(part, str) and part for part in parts):
-                return "@".join(parts)
+                return _without_revision("@".join(parts), where)
         elif "model" in raw and not {"path", "revision"} & raw.keys():
             parts = [raw["model"], *([raw["lora"]] if raw.get("lora") is not None else [])]
             return "+".join(_reference(part, where) for part in parts)
