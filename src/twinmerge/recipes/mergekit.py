@@ -22,6 +22,8 @@ from twinmerge.methods.kit.dialect import Dialect
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
 from twinmerge.recipes.mergekit_beside import beside
+from twinmerge.recipes.mergekit_modules import KEYS as MODULE_KEYS
+from twinmerge.recipes.mergekit_modules import module_of
 from twinmerge.recipes.mergekit_parameters import (
     LIKE,
     PARAMETERS,
@@ -45,7 +47,6 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "name", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
-MODULE_KEYS = ("slices", "models", "parameters")
 OVERRIDE = "override_architecture"
 OF_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 
@@ -87,7 +88,8 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
         ignored.append("name, which only mergekit-multi reads")
     body = raw
     if forms == ["modules"]:
-        body, at = _module(raw["modules"], where, ignored)
+        body, at = module_of(raw, where)
+        _near_miss(body, MODULE_KEYS, at, ignored)
         outer.insert(0, scope(body.get("parameters"), reader.dialect, at, ignored))
     base = None if raw.get("base_model") is None else _reference(raw["base_model"], f"{where}, base_model")
     found = (
@@ -153,6 +155,11 @@ class _Reader:
         read = [self._slice(each, base, f"{self.where}, slice {i}") for i, each in enumerate(raw, 1)]
         bases = [own for _, own, _, _ in read]
         if self.on_deltas and None in bases:
+            if self.space == "either":
+                raise RecipeError(
+                    f"{read[bases.index(None)][0]} has no base, and another slice has one: {self.method} works on "
+                    "changes in the one and on models in the other. Give base_model to every slice, or to none."
+                )
             raise RecipeError(f"{self.where}: {self.method} works on changes to a base. Add base_model: its path.")
         base = base or (bases[0] if self.on_deltas else None)
         at_top = {id(listed): base if self.on_deltas and own == base else None for _, own, listed, _ in read}
@@ -196,7 +203,7 @@ class _Reader:
         if (
             own is not None
             and own not in [source.model for source in listed]
-            and (self.on_deltas or raw.get("base_model"))
+            and (self.on_deltas or self.dialect.refuse(len(listed), False) != self.dialect.refuse(len(listed), True))
         ):
             raise RecipeError(f"{at}: the base {own!r} is none of the sources. List it, with its layers.")
         return at, own, listed, scope(raw.get("parameters"), self.dialect, at, self.ignored)
@@ -231,7 +238,8 @@ class _Reader:
             merged = sorted(listed, key=lambda source: source.model != base)
         if not merged:
             raise RecipeError(
-                f"{at}: There is no expert to merge. Add one '- model: path' per expert besides the base."
+                f"{at}: There is no expert to merge. Add one '- model: path' per expert besides the base; for a copy of "
+                "the base write merge_method: passthrough, and no base_model."
             )
         if (why := self.dialect.refuse(len(merged), base is not None)) is not None:
             raise RecipeError(f"{at}: {why}")
@@ -250,24 +258,6 @@ class _Reader:
                     self.ignored.append(f"{key} of {source.model!r}, which {self.method} does not use")
             found |= of_model(name, source.model, [source.scope, *outer], self.method, self.dialect, at)
         return found
-
-
-def _module(raw: Any, where: str, ignored: list[str]) -> tuple[dict[str, Any], str]:
-    """The one module of a model that has one."""
-    if not isinstance(raw, dict) or not raw:
-        raise RecipeError(f"{where}: modules is {raw!r:.80}. Write modules: {{default: {{slices: …}}}}.")
-    if len(raw) > 1:
-        raise RecipeError(
-            f"{where}: modules names {', '.join(map(str, raw))}; models of several modules are not read yet."
-        )
-    name, body = next(iter(raw.items()))
-    at = f"{where}, module {name}"
-    if not isinstance(body, dict):
-        raise RecipeError(f"{at} is {body!r:.80}. Give it slices or models.")
-    _near_miss(body, MODULE_KEYS, at, ignored)
-    if len([key for key in ("slices", "models") if body.get(key) is not None]) != 1:
-        raise RecipeError(f"{at}: give it one of slices and models.")
-    return body, at
 
 
 def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool, ignored: list[str]) -> None:

@@ -176,9 +176,9 @@ def whole_numbers(raw: Any) -> Any:
     """
     if not isinstance(raw, (list, tuple)):
         return raw
-    found = [same_number(each.strip()) if isinstance(each, str) else each for each in raw]
-    whole = all(isinstance(each, (int, float)) and not isinstance(each, bool) and each == each // 1 for each in found)
-    return [int(each) for each in found] if whole else raw
+    read = [same_number(each.strip()) if isinstance(each, str) else each for each in raw]
+    found = [int(n) for n in read if isinstance(n, (int, float)) and not isinstance(n, bool) and n % 1 == 0]
+    return found if len(found) == len(raw) else raw
 
 
 def _switch(key: str, value: Any, where: str) -> bool:
