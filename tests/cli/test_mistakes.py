@@ -222,7 +222,7 @@ def test_what_to_merge_must_be_said_once(command: Any, zoo: Any, tmp_path: Path)
         (("density", "densty"), "mergekit has no parameter 'densty'. Did you mean 'density'?"),
         (("ties", "tiess"), "Unknown method 'tiess'. Did you mean 'ties'?"),
         (("name: kind", "name: mood"), "names the expert 'mood' twice"),
-        (("0.4", "4"), "density=4.0 is out of range"),
+        (("0.4", "0.4x"), "density is '0.4x', which is no number. Write density: 0.5"),
         (("models:", "slices: []\nmodels:"), "has models and slices. Give one of models, slices and modules"),
         (("models:", "models: ]\nx:"), "cannot be read"),
     ],

@@ -3,7 +3,9 @@ stock transformers."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -236,6 +239,19 @@ slices:
     assert verify(out, progress=False).ok
 
 
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_a_base_that_is_no_source_changes_nothing_where_all_are_inputs(zoo: Path, method: str) -> None:
+    a, b, c = (str(zoo / "llama" / n) for n in "abc")
+    slice_ = {"sources": [{"model": model, "layer_range": ["0", 4.0]} for model in (a, b)]}
+    raw = {"merge_method": method, "dtype": "float32", "parameters": {"weight": 0.5}, "slices": [slice_]}
+    want = Merge(recipe_from(raw), progress=False).state_dict()
+    based = Merge(recipe_from(raw | {"slices": [slice_ | {"base_model": c}]}), progress=False).state_dict()
+    assert want.keys() == based.keys() and all(torch.equal(want[n], based[n]) for n in want)
+    if method == "linear":
+        sa, sb = loaded(Path(a)), loaded(Path(b))
+        assert all(torch.allclose(x, 0.5 * sa[n] + 0.5 * sb[n], atol=1e-6) for n, x in want.items())
+
+
 def test_the_module_default_is_the_model(zoo: Path, tmp_path: Path) -> None:
     plain = f"slices: [{{sources: [{{model: {zoo}/llama/a, layer_range: [0, 4]}}, {{model: {zoo}/llama/b, layer_range: [0, 4]}}]}}]"
     head = "merge_method: linear\nparameters: {weight: 0.5}\ndtype: float32\n"
@@ -302,6 +318,25 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
             "slices": [{"sources": [source(z, "a", [0, 2])]}],
         },
         "is none of the sources",
+    ),
+    "no base on the sphere": (
+        lambda z: {
+            "merge_method": "slerp",
+            "parameters": {"t": 0.5},
+            "base_model": str(z / "llama" / "c"),
+            "slices": [{"sources": [source(z, "a", [0, 2]), source(z, "b", [0, 2])]}],
+        },
+        "is none of the sources",
+    ),
+    "a base of one slice": (
+        lambda z: {
+            "merge_method": "nuslerp",
+            "slices": [
+                {"sources": [source(z, n, [0, 2]) for n in "abc"], "base_model": str(z / "llama" / "c")},
+                {"sources": [source(z, n, [2, 4]) for n in "ab"]},
+            ],
+        },
+        "slice 2 has no base, and another slice has one: .* Give base_model to every slice, or to none",
     ),
     "another class": (
         lambda z: {"slices": [{"sources": [source(z, "a", [0, 2])]}, {"sources": [source(z, "a", [0, 2], "gpt2")]}]},
@@ -374,3 +409,17 @@ def test_encoders_are_sliced_too(tmp_path: Path) -> None:
     assert got["encoder.layer.3.output.dense.weight"].equal(b["encoder.layer.2.output.dense.weight"])
     assert got["embeddings.LayerNorm.weight"].equal(a["embeddings.LayerNorm.weight"])
     assert got["pooler.dense.weight"].equal(b["pooler.dense.weight"])
+
+
+def test_tensors_that_a_class_does_not_have_are_left_out(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "llama" / "b", tmp_path / "b")
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    more = {"score.weight": torch.ones(2, 8), "model.layers.1.extra": torch.ones(3)}
+    save_file(tensors | more, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    for one, other in itertools.permutations([str(zoo / "llama" / "a"), str(tmp_path / "b")]):
+        sources = [{"sources": [{"model": model, "layer_range": [1, 3]}]} for model in (one, other)]
+        with pytest.warns(
+            UserWarning, match="'layers.1.extra', 'score.weight', which LlamaForCausalLM has not: left out"
+        ):
+            got = Merge(recipe_from({"merge_method": "passthrough", "slices": sources}), progress=False).state_dict()
+        assert got.keys() == tensors.keys()

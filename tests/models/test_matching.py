@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.models.matching import check_ancestry, match, matches
+from twinmerge.models.matching import match, matches
 from twinmerge.models.opening import open_model
 
 CLASSIFIER = ["classifier.bias", "classifier.weight"]
@@ -203,11 +203,20 @@ def test_untied_base_and_tied_expert_merge_the_output_layer(build, with_body_of)
     assert "lm_head.weight" in matched(base, {"a": expert}).merged
 
 
-def test_expert_of_another_start_is_refused(build, tuned, bert):
-    base = open_model(bert, "base")
-    experts = opened(near=tuned(bert, 1), far=build("BertModel", seed=9))
-    merged = match(base, experts).merged
-    with pytest.raises(TwinmergeError, match=r"^far does not come from the base base: .* cosine -?0\.[01]\d"):
-        check_ancestry(base, experts, merged)
-    del experts["far"]
-    check_ancestry(base, experts, merged)
+def test_tensors_that_no_class_has_are_left_out_where_asked(build, save, tuned, with_body_of):
+    """As mergekit leaves them out: a value head, and a bias that the class does not have."""
+    base = build("LlamaForCausalLM")
+
+    def add(tensors):
+        tensors["v_head.summary.weight"] = torch.ones(1, 16)
+        tensors["model.layers.0.self_attn.extra"] = torch.ones(16)
+
+    more = rewrite(save(tuned(base, 1)), add)
+    names = ["layers.0.self_attn.extra", "v_head.summary.weight"]
+    own, experts = open_model(base, "base"), opened(a=more, b=tuned(base, 2))
+    with pytest.raises(TwinmergeError, match=f"{names[0]!r}.* nor a part of LlamaForCausalLM"):
+        match(own, experts)
+    with pytest.warns(UserWarning, match=f"has {names[0]!r}, {names[1]!r}, which LlamaForCausalLM has not: left out"):
+        found = match(own, experts, strangers=True)
+    assert found.ignored == {"a": names, "b": []} and not set(names) & {*found.merged, *found.from_base}
+    assert found.heads == {"a": [], "b": []}

@@ -353,15 +353,57 @@ def test_by_option_the_papers_semantics_stay(models):
     assert recipe_from(raw | {"compat": "mergekit", "twinmerge": 1}).make_method() == theirs
 
 
-def test_models_of_different_dtypes_want_a_dtype(tmp_path):
-    for model, dtype in {"base": torch.bfloat16, "x": torch.float32}.items():
-        (tmp_path / model).mkdir()
-        save_file({"w": torch.ones(3, dtype=dtype)}, tmp_path / model / "model.safetensors")
+def one_of_each(root: Path, **dtypes: torch.dtype) -> None:
+    """Models of one tensor: 1 + 2⁻⁸ of each, which bfloat16 rounds to 1 and float16 holds."""
+    for model, dtype in dtypes.items():
+        (root / model).mkdir()
+        tensor = torch.tensor([1 + 2**-8, 3.0]).to(dtype)
+        save_file({"w": tensor}, root / model / "model.safetensors")
+        said = {"model_type": "own", "torch_dtype": str(dtype).removeprefix("torch.")}
+        (root / model / "config.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("base", "expert", "written_in"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.float64, torch.bfloat16, torch.float64),
+        (torch.float16, torch.float16, torch.float16),
+    ],
+)
+def test_models_of_different_dtypes_give_one_that_holds_all(tmp_path, base, expert, written_in):
+    """As mergekit gives them, and torch: bfloat16 and float16 together are float32."""
+    one_of_each(tmp_path, base=base, x=expert)
+    assert written_in == torch.promote_types(base, expert)
     raw = written(SimpleNamespace(root=tmp_path), "ties", {"x": {"weight": 1}}, {}, {"base_model": "base"})
-    with pytest.raises(TwinmergeError, match="different dtypes .bfloat16, float32 for 'w'.*Add dtype"):
-        Merge(recipe_from(raw), progress=False).state_dict()
-    assert Merge(recipe_from(raw | {"dtype": "float32"}), progress=False).state_dict()["w"].dtype == torch.float32
-    assert Merge(recipe_from(raw | {"compat": "paper"}), progress=False).state_dict()["w"].dtype == torch.bfloat16
+    raw |= {"compat": "mergekit", "by_names": True}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        out = Merge(recipe_from(raw), progress=False).save(tmp_path / "out")
+    got = load_file(out / "model.safetensors")["w"]
+    want = torch.tensor([1 + 2**-8, 3.0]).to(expert).to(written_in)
+    assert got.dtype == written_in and torch.equal(got, want)
+    told = [str(each.message) for each in said if "different dtypes" in str(each.message)]
+    config = json.loads((out / "config.json").read_text())
+    name = str(written_in).removeprefix("torch.")
+    if base == expert:
+        assert not told and config["torch_dtype"] == name
+        return
+    assert "for 'w', which is written in " + name in told[0] and len(told) == 1 and "Add dtype" in told[0]
+    assert config["dtype"] == name and "torch_dtype" not in config
+
+
+def test_a_dtype_or_the_papers_semantics_say_which_is_written(tmp_path):
+    one_of_each(tmp_path, base=torch.bfloat16, x=torch.float32)
+    raw = written(SimpleNamespace(root=tmp_path), "ties", {"x": {"weight": 1}}, {}, {"base_model": "base"})
+    raw |= {"by_names": True}
+    for more, dtype in [
+        ({"compat": "mergekit", "dtype": "float16"}, torch.float16),
+        ({"compat": "paper"}, torch.bfloat16),
+    ]:
+        assert Merge(recipe_from(raw | more), progress=False).state_dict()["w"].dtype == dtype
 
 
 @in_float32

@@ -30,7 +30,7 @@ HUGE = {
     "many keys": "".join(f"k{i}: 1\n" for i in range(25_000)),
     "many anchors": "".join(f"- &a{i} x\n" for i in range(20_000)),
     "itself": "a: &a\n  b: *a",
-    "merges": "a: &a {x: 1}\n" + "".join(f"b{i}: {{<<: [*a, *a]}}\n" for i in range(9)),
+    "merges": "b: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(20)),
     "too large": "a: " + "x" * BYTES["yaml"],
     "number": "a: " + "9" * 200_000,
     "comments": "#\n" * 100_000,
@@ -94,7 +94,8 @@ def test_nor_does_it_take_memory(text):
         ("a: !!binary aGk=", "line 1 has the tag"),
         ("a: !mine {b: 1}", "line 1 has the tag '!mine'"),
         ("a: !!int x", "line 1 has 'x', which is no int"),
-        ("a: {<<: {b: 1}}", "line 1 has a merge key"),
+        ("a: {<<: [{b: 1}, 2]}", "line 1 has a merge key .<<. of what is no mapping"),
+        ("a: {<<: {b: 1}, b: 2, b: 3}", "line 1 has the key 'b' a second time"),
         ("a: *x", "undefined alias"),
         ("a: [", "line 1, expected the node content"),
         ("a: b\n---\na: c", "several documents"),
@@ -189,3 +190,22 @@ def test_files(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TwinmergeError, match="a.yaml cannot be read: 'utf-8' codec"):
         read_plain(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3, z: 4}",
+        "a: &a {x: 1, y: 2}\nb: {y: 3, <<: *a}",
+        "a: &a {x: 1}\nb: &b {x: 2, y: 2}\nc: {<<: [*a, *b], z: 1}\nd: {<<: [*b, *a]}",
+        "a: &a {x: 1}\nb: &b {<<: *a, y: {<<: *a}}\nc: {<<: *b}",
+        "a: {<<: []}\nb: {<<: {x: [1, 2]}}",
+    ],
+)
+def test_merge_keys_are_those_of_yaml(text):
+    """Against PyYAML: what a mapping says itself wins, then the first of several."""
+    assert from_yaml(text, "it") == yaml.safe_load(text)
+
+
+def test_a_merge_key_in_quotes_is_a_key():
+    assert from_yaml("{'<<': 1}", "it") == {"<<": 1}

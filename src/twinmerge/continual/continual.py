@@ -32,9 +32,10 @@ from twinmerge.errors import ModelError, TwinmergeError, UsageError, nearest
 from twinmerge.methods.kit.fold import Seen
 from twinmerge.methods.kit.given import change_of
 from twinmerge.methods.kit.registry import MethodLike, given_to, method_name
+from twinmerge.models.ancestry import check_ancestry
 from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.heads import heads_of
-from twinmerge.models.matching import check_ancestry, match
+from twinmerge.models.matching import match
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.recipes.names import EXPERT_NAME

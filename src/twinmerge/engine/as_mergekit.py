@@ -24,7 +24,8 @@ def differences(recipe: Recipe, models: Models, matched: Matched) -> list[str]:
     """
     if recipe.semantics != "mergekit":
         return []
-    return [*_adapters(models), *_copied(models, matched), *_tokens(recipe, models)]
+    copied = [] if recipe.slices else _copied(models, matched)
+    return [*_adapters(models), *copied, *_tokens(recipe, models)]
 
 
 def _adapters(models: Models) -> Iterator[str]:

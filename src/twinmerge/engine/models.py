@@ -14,6 +14,7 @@ from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.models.parts import layout_at
 from twinmerge.models.plain import open_plain
+from twinmerge.models.untied import untied
 from twinmerge.recipes.recipe import Recipe
 
 
@@ -61,6 +62,8 @@ class Models:
             experts = {name: _open(recipe.experts[name], name, *how) for name in order}
             named = base is not None
             first = open_model(base, None, *how) if named else experts[next(iter(recipe.experts))]
+            if recipe.semantics == "mergekit":
+                first = untied(first, experts, recipe.heads)
         found = unified(recipe, {BASE: first, **experts}) if recipe.tokenizer is not None else None
         if found is not None:
             first, experts = found.models[BASE], {name: found.models[name] for name in order}

@@ -179,12 +179,20 @@ class Plan:
 
     @property
     def written_dtype(self) -> str | None:
-        """What the output's config is to say: the recipe's, or the widest that an edited plan writes, so that loading
-        rounds nothing off; None for the base's."""
-        if not self.edited:
+        """What the output's config is to say: the recipe's, or the widest that is written where that is another than
+        the base's, so that loading rounds nothing off; None for the base's."""
+        if not self.edited and (self.recipe.dtype is not None or not self._widened):
             return self.recipe.dtype
         written = [entry.spec for entry in self.entries.values() if entry.spec.is_float]
         return max(written, key=lambda spec: (spec.itemsize, spec.code == "BF16")).name
+
+    @property
+    def _widened(self) -> bool:
+        """Whether a tensor is wider than one of its inputs, as mergekit writes them of several dtypes."""
+        return self.recipe.semantics == "mergekit" and any(
+            entry.spec.itemsize > min(SIZES[source.code] for source in entry.sources.values())
+            for entry in self.merged.values()
+        )
 
     @cached_property
     def parameters(self) -> dict[str, Any]:

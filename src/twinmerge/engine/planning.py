@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import Entry, Input, Plan, Source, element_bytes
@@ -41,14 +42,13 @@ def planned(
         sliced: the tensors of a model that is put together out of layers; whole models are merged where None.
 
     Raises:
-        TwinmergeError: dtypes that differ where the recipe says not which is written; a parameter that some tensor
-            has no value of.
+        TwinmergeError: a parameter that some tensor has no value of.
     """
     base, rules = models.base, Rules(recipe)
     code = CODES[recipe.dtype] if recipe.dtype else None
     targets = list(whole(recipe, models, matched)) if sliced is None else sliced.targets
     if code is None and recipe.semantics == "mergekit":
-        _require_one_dtype(models, targets)
+        targets = _widened(models, targets)
 
     def spec_of(spec: Spec) -> Spec:
         return Spec(code, spec.shape) if code and spec.is_float else spec
@@ -160,16 +160,27 @@ def _input(model: OpenedModel, ref: ModelLike) -> Input:
     return Input(ref, model.name, model.commit, model.files)
 
 
-def _require_one_dtype(models: Models, targets: Sequence[Target]) -> None:
-    """mergekit writes the widest dtype of the inputs where the recipe names none; here that is the base's."""
+def _widened(models: Models, targets: Sequence[Target]) -> list[Target]:
+    """The targets with the dtype that mergekit writes where the recipe names none: one that holds all of its inputs'
+    numbers."""
+    found = []
+    told = ""
     for target in targets:
-        read = target.models(models, models.has_base)
-        found = sorted({model.spec(target.tensors[label]).name for label, model in read.items()})
-        if len(found) > 1:
-            raise RecipeError(
-                f"The models have different dtypes ({', '.join(found)} for {target.name!r}), and the recipe says not "
-                "which is written. Add dtype: to it."
-            )
+        read = target.models(models, models.has_base) if target.experts else {}
+        codes = {model.spec(target.tensors[label]).code for label, model in read.items()}
+        if len(codes) > 1 and target.spec.is_float:
+            wide = Spec("F64" if "F64" in codes else "F32", target.spec.shape)
+            names = ", ".join(sorted({Spec(code, ()).name for code in codes}))
+            told = told or f"{names} for {target.name!r}, which is written in {wide.name}"
+            target = replace(target, spec=wide)
+        found.append(target)
+    if told:
+        warnings.warn(
+            f"The models have different dtypes, and the recipe says not which is written: as by mergekit, each tensor "
+            f"has one that holds the numbers of all ({told}). Add dtype: to write one.",
+            stacklevel=5,
+        )
+    return found
 
 
 def _warn_of_no_blocks(base: OpenedModel) -> None:

@@ -9,7 +9,8 @@ from twinmerge.engine.plan import Plan, grains_of
 from twinmerge.engine.planning import planned
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.slicing import Sliced, sliced
-from twinmerge.models.matching import Matched, check_ancestry, match
+from twinmerge.models.ancestry import check_ancestry
+from twinmerge.models.matching import Matched, match
 from twinmerge.recipes.lines import KEY, Automatic
 from twinmerge.recipes.recipe import Recipe
 
@@ -27,7 +28,7 @@ def matched_models(recipe: Recipe, models: Models, layers: Sliced | None) -> Mat
     """
     if layers is not None:
         return layers.matched
-    found = match(models.base, models.experts, recipe.heads)
+    found = match(models.base, models.experts, recipe.heads, recipe.semantics == "mergekit")
     if recipe.by_names or models.base.is_file:
         found = found._replace(configs=checked_by_names(models))
     check_ancestry(models.base, models.experts, found.merged)

@@ -14,7 +14,7 @@ from twinmerge.errors import ModelError, RecipeError
 from twinmerge.models.blocks import in_block, stacks
 from twinmerge.models.configs import differing
 from twinmerge.models.depth import BY_LAYER, BY_NUMBER, DEPTH, NUMBERS, config_of, restacked
-from twinmerge.models.matching import Matched, is_dropped, require_tied
+from twinmerge.models.matching import Matched, is_dropped, require_tied, strange, warn_of_strange
 from twinmerge.models.opened import OpenedModel
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.slices import BASE, Slice, Span, end_sources
@@ -55,7 +55,11 @@ def sliced(recipe: Recipe, models: Models) -> Sliced:
             other tensors, a config that says something of its layers which is not understood.
     """
     path = _path(recipe, models)
-    stack = _Stack(recipe, models, path)
+    left_out: dict[int, frozenset[str]] = {}
+    for model in {id(each): each for each in (models.base, *models.experts.values())}.values():
+        left_out[id(model)] = frozenset(strange(model) if recipe.semantics == "mergekit" else ())
+        warn_of_strange(model, sorted(left_out[id(model)]))
+    stack = _Stack(recipe, models, path, left_out)
     targets = list(stack.outside())
     layers: list[tuple[OpenedModel, int]] = []
     for slice_ in recipe.slices:
@@ -102,11 +106,17 @@ def _path(recipe: Recipe, models: Models) -> str:
 
 @dataclass(frozen=True)
 class _Stack:
-    """path: of the layers, in canonical names."""
+    """path: of the layers, in canonical names; left_out: id of a model -> names that its class does not have."""
 
     recipe: Recipe
     models: Models
     path: str
+    left_out: Mapping[int, frozenset[str]]
+
+    def kept(self, model: OpenedModel) -> list[str]:
+        """Canonical names of all that is neither left out nor passed over by loading."""
+        out = self.left_out[id(model)]
+        return [name for name in model.specs if name not in out and not is_dropped(model, name)]
 
     @cached_property
     def spelled(self) -> dict[str, str]:
@@ -119,7 +129,7 @@ class _Stack:
         depth = j / (len(slice_) - 1) if len(slice_) > 1 else 1.0
         layers = {span.model: f"{self.path}.{span.start + j}." for span in slice_.sources}
         inside = {
-            label: {n.removeprefix(prefix) for n in _kept(self.models.labelled(label)) if n.startswith(prefix)}
+            label: {n.removeprefix(prefix) for n in self.kept(self.models.labelled(label)) if n.startswith(prefix)}
             for label, prefix in layers.items()
         }
         first = next(iter(inside))
@@ -150,14 +160,14 @@ class _Stack:
         base = self.models.base
         for label in {span.model for slice_ in (first, last) for span in slice_.sources}:
             self._require_same_ends(self.models.labelled(label))
-        for name in sorted(n for n in _kept(base) if not n.startswith(f"{self.path}.")):
+        for name in sorted(n for n in self.kept(base) if not n.startswith(f"{self.path}.")):
             slice_, sources = (last, ends) if self._is_after(name, base) else (first, first.sources)
             yield self._target(slice_, sources, name, dict.fromkeys((span.model for span in sources), name), 0.0)
 
     def _require_same_ends(self, model: OpenedModel) -> None:
         """Refuse a model whose tensors outside the layers are not those of the model whose config is written."""
         base, prefix = self.models.base, f"{self.path}."
-        for name in _kept(model):
+        for name in self.kept(model):
             if not name.startswith(prefix) and name not in base.specs:
                 if not base.has(name):
                     raise ModelError(
@@ -165,7 +175,7 @@ class _Stack:
                         "one class."
                     )
                 require_tied(base, model, name)
-        for name in _kept(base):
+        for name in self.kept(base):
             if not name.startswith(prefix) and not model.has(name):
                 raise ModelError(f"{model.name} lacks {name!r} that {base.name} has. Merge models of one class.")
 
@@ -216,8 +226,3 @@ class _Stack:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
-
-
-def _kept(model: OpenedModel) -> list[str]:
-    """Canonical names of all that loading does not pass over."""
-    return [name for name in model.specs if not is_dropped(model, name)]

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from twinmerge.maths.ranks import Ranks, band, kept_by_rank
 from twinmerge.maths.rule import Ranked, Rule
 from twinmerge.methods.kit.base import Grain, Known, Pass, PerExpert, Place, Tile, decided, per_expert, scale_field
-from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.dialect import SHARE, Dialect, Number, Switch
 from twinmerge.methods.kit.sparse import L1Norms, Norm, SparseSum, TrimsDeltas, l1_factors, norm_field
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from twinmerge.maths.select import Counts
 
-OWN = {"weight": Number("weights"), "density": Number("density", 1.0), "gamma": Number("gamma", 0.01)}
+OWN = {"weight": Number("weights"), "density": SHARE, "gamma": Number("gamma", 0.01, most=1.0)}
 """The parameters of mergekit that each model may have."""
 RESCALE = Switch("rescale", "l1", "none")
 

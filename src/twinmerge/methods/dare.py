@@ -12,7 +12,7 @@ from twinmerge.maths.fused import norms
 from twinmerge.maths.keyed_random import kept_bits, philox_key
 from twinmerge.maths.rule import Drop, Rule
 from twinmerge.methods.kit.base import Known, PerExpert, Place, Stored, Tile, per_expert, seed_field
-from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.dialect import COIN, Dialect, Number, Switch
 from twinmerge.methods.kit.sparse import L1Norms, SparseSum, Sums, l1_factors
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Dare(SparseSum):
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"rescale": Switch("rescale", "inverse_keep", "none")}
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "dare_linear": Dialect(
-            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {"weight": Number("weights"), "density": COIN},
             {"normalize": Switch("normalize"), "rescale": L1_OR_NONE, "lambda": Number("scale", 1.0)},
         )
     }

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from twinmerge.maths.rule import Rule
 from twinmerge.methods.dare import L1_OR_NONE, Dare, DropNorms, Rescale, check_rescale, drop, drop_rule, factors
 from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Tile, seed_field
-from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.dialect import COIN, Dialect, Number, Switch
 from twinmerge.methods.kit.election import MEAN_OR_SUM
 from twinmerge.methods.kit.sparse import times
 from twinmerge.methods.ties import Ties
@@ -44,7 +44,7 @@ class DareTies(Ties):
     spellings: ClassVar[Mapping[str, Number | Switch]] = {**Ties.spellings, **Dare.spellings}
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "dare_ties": Dialect(
-            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {"weight": Number("weights"), "density": COIN},
             {"normalize": MEAN_OR_SUM, "rescale": L1_OR_NONE, "lambda": Number("scale", 1.0)},
         )
     }

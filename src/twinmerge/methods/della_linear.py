@@ -13,13 +13,13 @@ from twinmerge.maths.ranks import Ranks, kept_by_rank, rising
 from twinmerge.maths.rule import Ranked, Rule
 from twinmerge.methods.dare import L1_OR_NONE, Rescale, check_rescale
 from twinmerge.methods.kit.base import Grain, Known, Pass, PerExpert, Place, Tile, per_expert, seed_field
-from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.dialect import SHARE, Dialect, Number, Switch
 from twinmerge.methods.kit.sparse import L1Norms, Sparse, SparseSum, l1_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OWN = {"weight": Number("weights"), "density": Number("density", 1.0), "epsilon": Number("epsilon", 0.15)}
+OWN = {"weight": Number("weights"), "density": SHARE, "epsilon": Number("epsilon", 0.15)}
 """The parameters of mergekit that each model may have."""
 
 

@@ -118,7 +118,9 @@ class Sce(Method):
     cost = "three reads"
     strong = "chat LLMs of one base"
     scales_last = True
-    mergekit: ClassVar[Mapping[str, Dialect]] = {"sce": Dialect({}, {"select_topk": Number("select_topk", 1.0)})}
+    mergekit: ClassVar[Mapping[str, Dialect]] = {
+        "sce": Dialect({}, {"select_topk": Number("select_topk", 1.0, least=0.0, most=1.0)})
+    }
 
     select_topk: float = Field(default=0.1, ge=0, le=1, description="share kept of the entries that experts differ in")
     scale: float = scale_field(1.0)

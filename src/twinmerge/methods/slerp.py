@@ -48,10 +48,12 @@ class Slerp(Method):
     cost = "two reads"
     strong = "two models, along the arc"
     mergekit: ClassVar[Mapping[str, Dialect]] = {
-        "slerp": Dialect(shared={"t": Number("t")}, refuse=base_and_one("slerp"))
+        "slerp": Dialect(shared={"t": Number("t", usual=(0.0, 1.0))}, refuse=base_and_one("slerp"))
     }
 
-    t: float = Field(default=0.5, ge=0.0, le=1.0, description="where on the way from the first expert to the second")
+    t: float = Field(
+        default=0.5, description="where on the way from the first expert to the second; it may go on past both"
+    )
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
 
     @property

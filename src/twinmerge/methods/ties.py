@@ -11,7 +11,7 @@ from pydantic import Field
 
 from twinmerge.maths.rule import Rule
 from twinmerge.methods.kit.base import Known, Pass, PerExpert, Place, Scope, Tile, per_expert
-from twinmerge.methods.kit.dialect import Dialect, Number, Switch
+from twinmerge.methods.kit.dialect import SHARE, Dialect, Number, Switch
 from twinmerge.methods.kit.election import MEAN_OR_SUM, Elects
 from twinmerge.methods.kit.election import Majority as Majority
 from twinmerge.methods.kit.election import Tie as Tie
@@ -64,7 +64,7 @@ class Ties(TrimsDeltas, Elects):
     }
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "ties": Dialect(
-            {"weight": Number("weights"), "density": Number("density", 1.0)},
+            {"weight": Number("weights"), "density": SHARE},
             {
                 "normalize": replace(MEAN_OR_SUM, default=True),
                 "rescale": Switch("rescale", "l1", "none"),

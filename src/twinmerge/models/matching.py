@@ -8,20 +8,15 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.configs import differing, replaced, said
 from twinmerge.models.opened import OpenedModel
-from twinmerge.store.values import decoded
+from twinmerge.results import some
 
 if TYPE_CHECKING:
     from twinmerge.models.architecture import Architecture
 
-SAMPLE = 1 << 20  # entries of the matrix that is looked at
 CLASSIFIERS = re.compile(r"For(\w*(?:Classification|Choice|Answering|Segmentation|Detection))$")
-UNRELATED_BELOW = 0.2  # cosine of base and expert; a fine-tune stays above 0.9, two trainings from scratch are near 0
 
 
 class Matched(NamedTuple):
@@ -54,12 +49,23 @@ class Matched(NamedTuple):
                 )
 
 
-def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: Sequence[str] = ()) -> Matched:
+def match(
+    base: OpenedModel,
+    experts: Mapping[str, OpenedModel],
+    head_patterns: Sequence[str] = (),
+    strangers: bool = False,
+) -> Matched:
     """Sort all tensors by the rules of docs/rules.md.
 
     A head is a float tensor outside the body that the base lacks or has in another shape, a part that the base's class
     does not have (a pooler), or what `head_patterns` names (globs, or whole dotted components). A head travels
     whole: with one tensor of its class, all outside the body are.
+
+    Args:
+        base: what the experts were tuned from.
+        experts: label -> model.
+        head_patterns: of heads.
+        strangers: tensors that neither an expert's class nor the base knows are left out with a warning.
 
     Raises:
         TwinmergeError: another architecture, or configs of other shapes; a tensor of the body that only one side has,
@@ -78,7 +84,9 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
     heads: dict[str, set[str]] = {}
     ignored: dict[str, list[str]] = {}
     for e, expert in experts.items():
-        heads[e], ignored[e] = _sorted(base, expert, head_patterns)
+        left_out = [n for n in strange(expert) if not base.has(n)] if strangers else []
+        warn_of_strange(expert, left_out)
+        heads[e], ignored[e] = _sorted(base, expert, head_patterns, left_out)
     _parts_of_some(base, experts, heads)
     anchored = any(_is_part(experts[e], name) for e, names in heads.items() for name in names)
     if anchored or _labels_differ(base, experts):
@@ -108,7 +116,9 @@ def match(base: OpenedModel, experts: Mapping[str, OpenedModel], head_patterns: 
     return Matched(merged, {e: sorted(h) for e, h in heads.items()}, from_base, ignored, configs)
 
 
-def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]) -> tuple[set[str], list[str]]:
+def _sorted(
+    base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str], left_out: Sequence[str]
+) -> tuple[set[str], list[str]]:
     """The tensors of an expert that are heads by themselves, and those that are ignored."""
     heads: set[str] = set()
     ignored: list[str] = []
@@ -135,7 +145,7 @@ def _sorted(base: OpenedModel, expert: OpenedModel, head_patterns: Sequence[str]
             elif name not in base.specs:
                 require_tied(base, expert, name)
                 ignored.append(name)
-        elif not spec.is_float:
+        elif not spec.is_float or name in left_out:
             ignored.append(name)
         else:
             _new_part(base, expert, name)
@@ -214,6 +224,24 @@ def _all_there(
                 )
 
 
+def strange(model: OpenedModel) -> list[str]:
+    """Canonical names of the tensors that a model's class does not have, so that transformers does not load them; none
+    where no class is known."""
+    return [] if model.architecture is None else [n for n in model.specs if not _is_part(model, n)]
+
+
+def warn_of_strange(model: OpenedModel, names: Sequence[str]) -> None:
+    """Tell that some of them are left out."""
+    if told := [name for name in names if model.spec(name).is_float and not is_dropped(model, name)]:
+        assert model.architecture is not None
+        warnings.warn(
+            f"{model.name} has {some(map(repr, told))}, which {model.architecture.model_class.__name__} has not: left "
+            "out, as by mergekit. Name the right class under `architectures` in its config.json where that is not "
+            "meant.",
+            stacklevel=4,
+        )
+
+
 def _is_part(model: OpenedModel, name: str) -> bool:
     """Whether loading the model puts the tensor somewhere."""
     known = model.architecture
@@ -222,38 +250,6 @@ def _is_part(model: OpenedModel, name: str) -> bool:
 
 def _outside(model: OpenedModel, name: str) -> bool:
     return _is_part(model, name) and not _in_body(model, name)
-
-
-def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged: Sequence[str]) -> None:
-    """Refuse an expert whose weights have nothing in common with the base's, judged on the
-    first million entries of one matrix of the body.
-
-    Raises:
-        ModelError: the cosine of base and expert is below 0.2.
-    """
-    matrices = [n for n in merged if len(base.spec(n).shape) >= 2 and base.spec(n).numel >= 64]
-    if not matrices:
-        return
-    inner = [n for n in matrices if not base.table(n)] or matrices
-    name = max(inner, key=lambda n: base.spec(n).numel)
-    count = min(SAMPLE, base.spec(name).numel)
-    reference = _direction(base, name, count)
-    for expert in experts.values():
-        cosine = float(reference @ _direction(expert, name, count))
-        if cosine < UNRELATED_BELOW and reference.any():
-            raise ModelError(
-                f"{expert.name} does not come from the base {base.name}: their {name!r} have cosine {cosine:.2f} (a "
-                "fine-tune "
-                "is close to 1). Name the base that it was tuned from."
-            )
-
-
-def _direction(model: OpenedModel, name: str, count: int) -> NDArray[np.float32]:
-    """The first `count` numbers of a tensor, scaled to length one; zeros stay zeros."""
-    x = decoded(*model.stored_beginning(name, count))
-    with np.errstate(all="ignore"):  # numbers that are not finite are refused later, with their place
-        length = np.sqrt(np.vdot(x, x))
-        return x / length if length else x
 
 
 def matches(pattern: str, name: str) -> bool:

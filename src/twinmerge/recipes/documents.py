@@ -126,25 +126,46 @@ def with_models(recipe: Recipe, made: Mapping[str, ModelLike]) -> Recipe:
         made: name -> what stands for it.
 
     Raises:
-        RecipeError: an adapter on such a name.
+        RecipeError: an adapter on such a name, or a tokenizer of its own, which want a folder.
     """
 
     def of(model: ModelLike | None) -> ModelLike | None:
         if isinstance(model, str):
-            base, plus, _ = model.partition("+")
+            base, plus, adapter = model.partition("+")
             if plus and base in made:
-                raise RecipeError(
-                    f"{model!r} puts an adapter on a model that is merged on the way. Write that one first."
-                )
+                if not isinstance(made[base], str):
+                    raise RecipeError(
+                        f"{model!r} puts an adapter on a model that is merged on the way. Say where that one goes with "
+                        "--intermediate-dir DIR."
+                    )
+                return f"{made[base]}+{adapter}"
             return made.get(model, model)
         return model
 
-    return replace(recipe, base=of(recipe.base), experts={name: of(model) for name, model in recipe.experts.items()})
+    choice = recipe.tokenizer
+    if choice is not None and choice.source in made and choice.source not in recipe.experts:
+        choice = replace(choice, source=_tokens_of(choice.source, made[choice.source]))
+    experts = {name: of(model) for name, model in recipe.experts.items()}
+    return replace(recipe, base=of(recipe.base), experts=experts, tokenizer=choice)
+
+
+def _tokens_of(name: str, made: ModelLike) -> str:
+    """Where the tokenizer of a merged model is: where its base's is, or its first model's, if it has no other."""
+    while isinstance(made, Recipe) and made.tokenizer is None and made.chat_template is None:
+        made = made.base if made.base is not None else next(iter(made.experts.values()))
+    if isinstance(made, str) and "+" not in made:
+        return made
+    raise RecipeError(
+        f"The tokenizer's source {name!r} is merged on the way, with a tokenizer that is in no folder yet. Say where it "
+        "goes with --intermediate-dir DIR."
+    )
 
 
 def names_in(recipe: Recipe) -> list[str]:
-    """What stands where models stand, as far as it is text."""
-    return [model.partition("+")[0] for model in (recipe.base, *recipe.experts.values()) if isinstance(model, str)]
+    """What stands where models and the tokenizer's source stand, as far as it is text."""
+    source = None if recipe.tokenizer is None else recipe.tokenizer.source
+    named = (recipe.base, *recipe.experts.values(), source)
+    return [model.partition("+")[0] for model in named if isinstance(model, str)]
 
 
 def _in_order(named: Mapping[str, Recipe], where: str) -> dict[str, Recipe]:

@@ -9,6 +9,7 @@ Source: mergekit 0.1.5 as it behaves; the formulas are those of the methods with
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,18 @@ from twinmerge.methods.kit.dialect import Dialect
 from twinmerge.methods.kit.registry import method_class, method_names, said_otherwise
 from twinmerge.recipes.lines import KEY as LINES
 from twinmerge.recipes.mergekit_beside import beside
-from twinmerge.recipes.mergekit_parameters import LIKE, PARAMETERS, Scope, idle, of_model, scope, shared
+from twinmerge.recipes.mergekit_modules import KEYS as MODULE_KEYS
+from twinmerge.recipes.mergekit_modules import module_of
+from twinmerge.recipes.mergekit_parameters import (
+    LIKE,
+    PARAMETERS,
+    Scope,
+    idle,
+    of_model,
+    scope,
+    shared,
+    whole_numbers,
+)
 from twinmerge.recipes.names import expert_names
 from twinmerge.recipes.slices import BASE
 
@@ -35,7 +47,7 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "name", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
-MODULE_KEYS = ("slices", "models", "parameters")
+OVERRIDE = "override_architecture"
 OF_MOE = ("experts", "gate_mode", "experts_per_token", "shared_experts")
 
 
@@ -76,7 +88,8 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
         ignored.append("name, which only mergekit-multi reads")
     body = raw
     if forms == ["modules"]:
-        body, at = _module(raw["modules"], where, ignored)
+        body, at = module_of(raw, where)
+        _near_miss(body, MODULE_KEYS, at, ignored)
         outer.insert(0, scope(body.get("parameters"), reader.dialect, at, ignored))
     base = None if raw.get("base_model") is None else _reference(raw["base_model"], f"{where}, base_model")
     found = (
@@ -87,7 +100,8 @@ def translated(raw: Mapping[str, Any], where: str, own_keys: bool) -> dict[str, 
     found |= beside(raw, found, where, ignored, lambda each, at: _reference(each, at))
     if ignored:
         warnings.warn(f"{where}: ignored, as by mergekit: {'; '.join(dict.fromkeys(ignored))}.", stacklevel=2)
-    kept = {key: raw[key] for key in ("dtype", "out_dtype", *OWN_KEYS) if key in raw}
+    kept = {key: raw[key] for key in OWN_KEYS if key in raw}
+    kept |= {key: _dtype(raw[key]) for key in ("dtype", "out_dtype") if key in raw}
     return {"merge_method": ours, **found, **kept}
 
 
@@ -141,6 +155,11 @@ class _Reader:
         read = [self._slice(each, base, f"{self.where}, slice {i}") for i, each in enumerate(raw, 1)]
         bases = [own for _, own, _, _ in read]
         if self.on_deltas and None in bases:
+            if self.space == "either":
+                raise RecipeError(
+                    f"{read[bases.index(None)][0]} has no base, and another slice has one: {self.method} works on "
+                    "changes in the one and on models in the other. Give base_model to every slice, or to none."
+                )
             raise RecipeError(f"{self.where}: {self.method} works on changes to a base. Add base_model: its path.")
         base = base or (bases[0] if self.on_deltas else None)
         at_top = {id(listed): base if self.on_deltas and own == base else None for _, own, listed, _ in read}
@@ -184,7 +203,7 @@ class _Reader:
         if (
             own is not None
             and own not in [source.model for source in listed]
-            and (self.on_deltas or raw.get("base_model"))
+            and (self.on_deltas or self.dialect.refuse(len(listed), False) != self.dialect.refuse(len(listed), True))
         ):
             raise RecipeError(f"{at}: the base {own!r} is none of the sources. List it, with its layers.")
         return at, own, listed, scope(raw.get("parameters"), self.dialect, at, self.ignored)
@@ -201,7 +220,10 @@ class _Reader:
                 )
         _near_miss(raw, known, at, self.ignored)
         return _Source(
-            model, scope(raw.get("parameters"), self.dialect, at, self.ignored), raw.get("name"), raw.get("layer_range")
+            model,
+            scope(raw.get("parameters"), self.dialect, at, self.ignored),
+            raw.get("name"),
+            whole_numbers(raw.get("layer_range")),
         )
 
     def _merged(self, listed: list[_Source], base: str | None, at: str) -> list[_Source]:
@@ -216,7 +238,8 @@ class _Reader:
             merged = sorted(listed, key=lambda source: source.model != base)
         if not merged:
             raise RecipeError(
-                f"{at}: There is no expert to merge. Add one '- model: path' per expert besides the base."
+                f"{at}: There is no expert to merge. Add one '- model: path' per expert besides the base; for a copy of "
+                "the base write merge_method: passthrough, and no base_model."
             )
         if (why := self.dialect.refuse(len(merged), base is not None)) is not None:
             raise RecipeError(f"{at}: {why}")
@@ -235,24 +258,6 @@ class _Reader:
                     self.ignored.append(f"{key} of {source.model!r}, which {self.method} does not use")
             found |= of_model(name, source.model, [source.scope, *outer], self.method, self.dialect, at)
         return found
-
-
-def _module(raw: Any, where: str, ignored: list[str]) -> tuple[dict[str, Any], str]:
-    """The one module of a model that has one."""
-    if not isinstance(raw, dict) or not raw:
-        raise RecipeError(f"{where}: modules is {raw!r:.80}. Write modules: {{default: {{slices: …}}}}.")
-    if len(raw) > 1:
-        raise RecipeError(
-            f"{where}: modules names {', '.join(map(str, raw))}; models of several modules are not read yet."
-        )
-    name, body = next(iter(raw.items()))
-    at = f"{where}, module {name}"
-    if not isinstance(body, dict):
-        raise RecipeError(f"{at} is {body!r:.80}. Give it slices or models.")
-    _near_miss(body, MODULE_KEYS, at, ignored)
-    if len([key for key in ("slices", "models") if body.get(key) is not None]) != 1:
-        raise RecipeError(f"{at}: give it one of slices and models.")
-    return body, at
 
 
 def _check_keys(raw: Mapping[str, Any], where: str, own_keys: bool, ignored: list[str]) -> None:
@@ -308,15 +313,47 @@ def _ours(method: str, where: str) -> str:
     raise RecipeError(f"{where}: Unknown method {method!r:.80}.{nearest(method, known)} See `twinmerge methods`.")
 
 
+def _without_revision(model: str, where: str) -> str:
+    """A model without the revisions of folders on this disk, which have none: mergekit passes over them."""
+    found = []
+    for part in model.split("+") if not os.path.exists(model) else [model]:
+        folder, at, revision = part.rpartition("@")
+        if at and os.path.isdir(os.path.expanduser(folder)) and not os.path.exists(os.path.expanduser(part)):
+            warnings.warn(
+                f"{where}: {folder!r} is a folder, which has no revisions: {revision!r} is passed over, as by mergekit.",
+                stacklevel=3,
+            )
+            part = folder
+        found.append(part)
+    return "+".join(found)
+
+
+def _dtype(raw: Any) -> Any:
+    """The name of a dtype, which mergekit takes as torch writes it too.
+
+    Example:
+        >>> _dtype("torch.bfloat16")
+        'bfloat16'
+    """
+    return raw.removeprefix("torch.") if isinstance(raw, str) else raw
+
+
 def _reference(raw: Any, where: str) -> str:
     """A model as text; mergekit's long form is {model: {path, revision}, lora: {path, revision}}."""
     if isinstance(raw, str) and raw:
-        return raw
+        return _without_revision(raw, where)
+    if isinstance(raw, dict) and raw.get(OVERRIDE) is not None:
+        raw = {key: value for key, value in raw.items() if key != OVERRIDE}
+        warnings.warn(
+            f"{where}: {OVERRIDE} is passed over, since a model's class is the one that its config.json names. Name "
+            "another there, if that is meant.",
+            stacklevel=2,
+        )
     if isinstance(raw, dict) and set(raw) <= {"model", "lora", "path", "revision"}:
         if "path" in raw and not {"model", "lora"} & raw.keys():
             parts = [raw.get("path"), *([raw["revision"]] if raw.get("revision") is not None else [])]
             if all(isinstance(part, str) and part for part in parts):
-                return "@".join(parts)
+                return _without_revision("@".join(parts), where)
         elif "model" in raw and not {"path", "revision"} & raw.keys():
             parts = [raw["model"], *([raw["lora"]] if raw.get("lora") is not None else [])]
             return "+".join(_reference(part, where) for part in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,11 @@ def scope(raw: Any, dialect: Dialect, where: str, ignored: list[str]) -> Scope:
                 )
             ignored.append(f"{key!r}, which is no parameter of mergekit")
             continue
+        said = dialect.own.get(key) or dialect.shared.get(key)
         for each in Setting.of(value, f"{where}, {key}", True).values():
-            _read(key, dialect, f"{where}, {key}")(each)
+            read = _read(key, dialect, f"{where}, {key}")(each)
+            if isinstance(said, Number) and (told := said.told(read)):
+                warnings.warn(f"{where}, {key}: {told}.", stacklevel=3)
         found[key] = value
     return Scope(found, where)
 
@@ -154,13 +158,27 @@ def _read(key: str, dialect: Dialect, where: str) -> Callable[[Any], Any]:
 
 def _number(key: str, value: Any, where: str) -> float:
     """A number, or the text of one."""
-    number = same_number(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    number = same_number(value.strip()) if isinstance(value, str) else value
+    if not isinstance(number, (int, float)):
         raise RecipeError(f"{where}: {key} is {value!r:.80}, which is no number. Write {key}: 0.5.")
     try:
         return float(number)
     except OverflowError as error:
         raise RecipeError(f"{where}: {key} is no number of a size that can be used. Write {key}: 0.5.") from error
+
+
+def whole_numbers(raw: Any) -> Any:
+    """A list whose texts and floats are whole numbers, as mergekit reads them; else what it is.
+
+    Example:
+        >>> whole_numbers(["0", 16.0]), whole_numbers(["0", "x"])
+        ([0, 16], ['0', 'x'])
+    """
+    if not isinstance(raw, (list, tuple)):
+        return raw
+    read = [same_number(each.strip()) if isinstance(each, str) else each for each in raw]
+    found = [int(n) for n in read if isinstance(n, (int, float)) and not isinstance(n, bool) and n % 1 == 0]
+    return found if len(found) == len(raw) else raw
 
 
 def _switch(key: str, value: Any, where: str) -> bool:

@@ -1,7 +1,7 @@
 """Plain data out of YAML and JSON that somebody wrote: strictly, and in bounded time and memory.
 
-YAML is read with JSON's idea of a number (`1e-5` is one; `1:30`, `010` and `1_000` are texts), without tags, merge
-keys and dates. A key that is there twice, a key that is no text, and more values than any recipe has are errors.
+YAML is read with JSON's idea of a number (`1e-5` is one; `1:30`, `010` and `1_000` are texts), without tags
+and dates. Keys of a merge key (`<<`) are those that the mapping does not say itself. A key that is there twice, a key that is no text, and more values than any recipe has are errors.
 """
 
 from __future__ import annotations
@@ -215,18 +215,29 @@ class _Reader:
             return [self.value(each, depth + 1) for each in node.value]
         if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             found: dict[str, Any] = {}
+            merged: dict[str, Any] = {}
             for key_node, each in node.value:
                 line = key_node.start_mark.line + 1
                 key = self.value(key_node, depth + 1)
-                if key == "<<":
-                    raise _UnreadableError(f"line {line} has a merge key (<<). Write the keys out.")
+                if key == "<<" and key_node.style is None:  # in quotes it is a key like any other
+                    for other in reversed(self._mappings(each, depth + 1, line)):
+                        merged |= other
+                    continue
                 if not isinstance(key, str):
                     raise _UnreadableError(f"line {line} has the key {key!r:.60}, which is no text. Put it in quotes.")
                 if key in found:
                     raise _UnreadableError(f"line {line} has the key {key!r:.60} a second time. Keep one of them.")
                 found[key] = self.value(each, depth + 1)
-            return found
+            return {**{key: merged[key] for key in merged if key not in found}, **found}
         raise _UnreadableError(f"line {line} has the tag {node.tag!r:.60}. Write plain values.")
+
+    def _mappings(self, node: yaml.Node, depth: int, line: int) -> list[dict[str, Any]]:
+        """What a merge key (<<) names: a mapping, or several of which the first wins."""
+        value = self.value(node, depth)
+        found = value if isinstance(value, list) else [value]
+        if not all(isinstance(each, dict) for each in found):
+            raise _UnreadableError(f"line {line} has a merge key (<<) of what is no mapping. Write the keys out.")
+        return found
 
 
 def _scalar(tag: str, text: str, line: int) -> Any:

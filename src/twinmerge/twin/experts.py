@@ -13,8 +13,9 @@ from torch import Tensor
 
 from twinmerge.errors import DataError, ModelError, TwinmergeError, UsageError
 from twinmerge.maths.codec import projected
+from twinmerge.models.ancestry import check_ancestry
 from twinmerge.models.heads import heads_of
-from twinmerge.models.matching import check_ancestry, match
+from twinmerge.models.matching import match
 from twinmerge.models.opened import ModelLike
 from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import ModuleArchitecture, TorchModel

@@ -27,8 +27,9 @@ from twinmerge.models.adapter_files import (
     task_of,
     tied_weights,
 )
+from twinmerge.models.ancestry import check_ancestry
 from twinmerge.models.architecture import Architecture
-from twinmerge.models.matching import Matched, check_ancestry, match
+from twinmerge.models.matching import Matched, match
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.results import Result, bytes_of

@@ -26,8 +26,8 @@ from twinmerge.methods.kit.given import factors_of
 from twinmerge.methods.kit.registry import METHODS, MethodLike, given_to, method_name, short_name
 from twinmerge.models.adapter import read_adapter
 from twinmerge.models.adapter_files import adaptable, carried, tied_weights
+from twinmerge.models.ancestry import check_ancestry
 from twinmerge.models.change import Change, Stack
-from twinmerge.models.matching import check_ancestry
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import adapted, open_model
 from twinmerge.moved import with_parameters

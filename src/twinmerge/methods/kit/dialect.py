@@ -9,10 +9,33 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Number:
-    """A parameter that is a number. field: its name here; default: mergekit's, None where it must be given."""
+    """A parameter that is a number. field: its name here; default: mergekit's, None where it must be given; least,
+    most: what lesser and greater numbers count as, None where they are what they are; usual: where it mostly lies,
+    though mergekit takes others as they are.
+
+    Example:
+        >>> Number("density", 1.0, least=0.0, most=1.0).counted(1.5)
+        1.0
+    """
 
     field: str
     default: float | None = None
+    least: float | None = None
+    most: float | None = None
+    usual: tuple[float, float] | None = None
+
+    def counted(self, value: float) -> float:
+        """What a number counts as."""
+        low = value if self.least is None else max(value, self.least)
+        return low if self.most is None else min(low, self.most)
+
+    def told(self, value: float) -> str:
+        """What is to be said of a number, if anything."""
+        if (counts := self.counted(value)) != value:
+            return f"{value:g} counts as {counts:g}, as by mergekit"
+        if self.usual is not None and not self.usual[0] <= value <= self.usual[1]:
+            return f"{value:g} is not between {self.usual[0]:g} and {self.usual[1]:g}: it goes on past the models"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,12 @@ def base_and_one(method: str) -> Callable[[int, bool], str | None]:
 
     return refuse
 
+
+SHARE = Number("density", 1.0, least=0.0, most=1.0)
+"""A density: from 1 on nothing is left out, up to 0 everything."""
+
+COIN = Number("density", 1.0, most=1.0)
+"""A density that a coin keeps by: a negative one has no meaning."""
 
 SPELLINGS: Mapping[str, Number | Switch] = {"weight": Number("weights"), "lambda": Number("scale")}
 """Other names that recipes of ours may have for parameters of any method."""

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from twinmerge.errors import RecipeError, TwinmergeError, nearest
 from twinmerge.methods.kit.base import Method, PerExpert
+from twinmerge.methods.kit.dialect import Number
 from twinmerge.methods.kit.sound import check_class, check_object
 from twinmerge.methods.kit.trial import try_method
 from twinmerge.origin import class_named, name_of
@@ -178,6 +179,8 @@ def make_method(given: MethodLike, experts: tuple[str, ...], parameters: Mapping
         if len(general) == len(experts):  # else all of them are told of below
             values[field] = tuple(chosen.get(e, own) for e, own in zip(experts, general, strict=True))
     values = {field: _plain(value) for field, value in values.items()}
+    if values.get("compat") == "mergekit":
+        values |= _counted(cls, values)
     for field, value in values.items():
         if field.endswith("density"):
             _check_share(name, field, value)
@@ -208,6 +211,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_plain(each) for each in value)
     return value.item() if hasattr(value, "item") and getattr(value, "size", 0) == 1 else value
+
+
+def _counted(cls: type[Method], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What mergekit's numbers count as, of those that have limits."""
+    said = [number for dialect in cls.mergekit.values() for number in [*dialect.own.values(), *dialect.shared.values()]]
+    found = {}
+    for number in said:
+        if isinstance(number, Number) and number.field in values:
+            value = values[number.field]
+            of = value if isinstance(value, tuple) else (value,)
+            if all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in of):
+                counted = tuple(number.counted(each) for each in of)
+                found[number.field] = counted if isinstance(value, tuple) else counted[0]
+    return found
 
 
 def _check_share(name: str, field: str, value: Any) -> None:
