@@ -1,4 +1,4 @@
-"""Which of a test's many cases run always; the others are slow.
+"""Threads stay as they were; and which of a test's many cases run always, while the others are slow.
 
 `@pytest.mark.few(n)`: n at even distances. `@pytest.mark.kinds("method")`: where this parameter names a merging method,
 the first of each kind of methods, with whatever other parameters the case has. Hypothesis tries 40 examples, and 100
@@ -7,18 +7,34 @@ with `make test-all`, where a test does not say how many.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
+from twinmerge.maths.threads import OMP
 from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.registry import method_class
 
 settings.register_profile("thorough", settings(), max_examples=100)
 settings.register_profile("quick", settings(), max_examples=40)
 settings.load_profile("quick")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A test leaves the number of threads as it was: with more of them than cores, what comes after takes many times as
+    long."""
+    threads, said = torch.get_num_threads(), os.environ.get(OMP)
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    os.environ.pop(OMP, None)
+    if said is not None:
+        os.environ[OMP] = said
 
 
 def kind(name: str) -> Hashable:
