@@ -27,7 +27,7 @@ test: lint ## Lint, types, layers, then all tests and doctests but the slow ones
 	$(PYTEST) tests src
 
 test-all: lint ## The same with the slow tests
-	$(PYTEST) -m "" tests src
+	$(PYTEST) -m "" --hypothesis-profile=thorough tests src
 
 dist: $(DEV) ## Build sdist and wheel into dist/, try both in an empty environment
 	rm -rf dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import twinmerge
@@ -19,6 +20,7 @@ def test_files_are_short_or_say_why() -> None:
             assert "Longer than other files:" in (ast.get_docstring(ast.parse(text)) or ""), path
 
 
+@cache
 def imported() -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports anywhere."""
     files = {".".join(("twinmerge", *p.relative_to(ROOT).with_suffix("").parts)): p for p in ROOT.rglob("*.py")}

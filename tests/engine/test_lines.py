@@ -139,6 +139,7 @@ def test_a_block_kept_as_a_head_does_not_change_the_depth_of_the_others(models):
 # ------------------------------------------------------------------------- on top of every method
 
 
+@pytest.mark.kinds("method")
 @pytest.mark.parametrize("method", PLAIN)
 def test_every_method_moves_every_tensor_by_its_coefficient(models, method):
     plain, scaled = plan(models, method, None).state_dict(), plan(models, method, {"a": A, "b": B}).state_dict()
@@ -178,6 +179,7 @@ def test_without_b_it_is_the_scale(models, method):
     assert bits(got) == bits(plan(models, method, None, scale=0.75 * 0.25).state_dict())
 
 
+@pytest.mark.kinds("method")
 @pytest.mark.parametrize("method", PLAIN)
 def test_one_and_zero_are_the_method_and_zero_is_the_base(models, method):
     one = plan(models, method, {"a": 1, "b": 0}).state_dict()

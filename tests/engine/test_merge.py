@@ -90,6 +90,7 @@ def test_adapters_equal_the_materialised_expert(zoo, tmp_path):
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6)
 
 
+@pytest.mark.kinds("method")
 @pytest.mark.parametrize("method", SYMMETRIC)
 def test_order_of_the_experts_changes_no_byte(zoo, tmp_path, method):
     files = {}

@@ -99,6 +99,7 @@ def test_a_file_of_three_recipes_is_merged_in_one_go(zoo: dict[str, str], tmp_pa
 KINDS = [n for n in method_names() if method_class(n).outputs == "model" and not method_class(n).needs]
 
 
+@pytest.mark.kinds("name")
 @pytest.mark.parametrize("name", KINDS)
 def test_every_method_may_stand_on_the_way(zoo: dict[str, str], tmp_path: Path, name: str) -> None:
     """And after it: passes of the outer merge read what the inner one computes, several times."""

@@ -150,6 +150,7 @@ def test_result_that_is_not_finite_is_an_error(tmp_path):
         merged.state_dict()
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tile", [65_536, 1 << 20])
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def run(method, tile):
     return method.apply(tile, known)
 
 
+@pytest.mark.few(17)
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_t7_o10_a_merge_in_the_core_is_the_dense_merge(name, ranks):
@@ -90,6 +91,7 @@ def test_ranks_that_are_all_zero_leave_the_base(name):
     assert got.numpy().tobytes() == base.numpy().tobytes()
 
 
+@pytest.mark.few(23)
 @pytest.mark.parametrize("scale", [1.0, 0.01, 100.0, 3.3])
 @pytest.mark.parametrize("rank", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", METHODS)

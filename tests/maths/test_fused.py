@@ -231,7 +231,14 @@ def merges(draw: st.DrawFn) -> tuple[Values, list[Values], str]:
 
 WEIGHT = st.sampled_from([1.0, 0.3, -0.7, 0.0, 2.0, 1e-3]) | st.floats(-4, 4, allow_subnormal=False)
 SCALE = st.sampled_from([1.0, 0.4, 0.0, -0.3]) | st.floats(-2, 2, allow_subnormal=False)
-FEW = settings(deadline=None, max_examples=60)
+
+
+def at_most(examples: int) -> settings:
+    """So many with the slow tests, else two fifths of them (tests/conftest.py)."""
+    return settings(deadline=None, max_examples=examples * settings().max_examples // 100)
+
+
+FEW = at_most(60)
 
 
 def weights_of(data: st.DataObject, count: int) -> tuple[float, ...]:
@@ -292,7 +299,7 @@ def test_dare(case: tuple[Values, list[Values], str], data: st.DataObject) -> No
 
 
 @compiled
-@settings(FEW, max_examples=200)
+@at_most(200)
 @given(case=merges(), data=st.data())
 def test_ties(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
     base, experts, code = case
@@ -330,7 +337,7 @@ def test_a_vote_that_is_no_number_does_not_fit(rounds: bool) -> None:
 
 
 @compiled
-@settings(FEW, max_examples=100)
+@at_most(100)
 @given(case=merges(), data=st.data())
 def test_dare_ties(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
     base, experts, code = case
@@ -766,7 +773,7 @@ class TrimmedMasks(TallMasks):
 
 
 THRESHOLD = st.sampled_from([0.2, 0.4, 1.0]) | st.floats(0.01, 1)
-LITTLE = settings(FEW, max_examples=40)
+LITTLE = at_most(40)
 
 
 def summed(data: st.DataObject, x: Tensor) -> tuple[str, Known, Rule]:
@@ -814,7 +821,7 @@ def test_nearswap(case: tuple[Values, list[Values], str], data: st.DataObject) -
 
 
 @compiled
-@settings(FEW, max_examples=80)
+@at_most(80)
 @given(case=merges(), data=st.data())
 def test_masks(case: tuple[Values, list[Values], str], data: st.DataObject) -> None:
     """The vector, the bits, the counts and the masses are those of the torch path."""

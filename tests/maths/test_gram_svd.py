@@ -60,6 +60,7 @@ def test_low_rank_is_seen_through_one_rounding(shape, rank):
     check(x, *gram_svd(x))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("power", [-126, -100, -60, 60, 100, 124])
 @pytest.mark.parametrize("shape", [(6, 9), (270, 260)])
 def test_powers_of_two_scale_the_values_to_the_bit(shape, power):

@@ -66,17 +66,19 @@ def test_plain_and_whole_paths_give_the_same_bytes_under_the_same_names(families
     assert plain.provenance() == whole.provenance()
 
 
-@pytest.mark.parametrize("method", ["average", "task_arithmetic", "slerp", "dare", "dare_ties", "ties"])
-def test_a_plain_merge_does_not_import_what_it_does_not_need(families, tmp_path, method):
-    root, out = families["llama"], tmp_path / "out"
-    words = ["merge", "--method", method, "--base", str(root / "base"), "-o", str(out)]
-    words += [word for name in "ab" for word in ("--expert", f"{name}={root / name}")]
-    program = f"import sys; sys.argv[1:] = {words!r}\nfrom twinmerge.cli import app\napp(standalone_mode=False)\n"
-    program += "print([m for m in ('torch', 'transformers', 'scipy', 'matplotlib', 'peft') if m in sys.modules])"
+def test_a_plain_merge_does_not_import_what_it_does_not_need(families, tmp_path):
+    """In one process that is looked at after each method."""
+    root, methods = families["llama"], ["average", "task_arithmetic", "slerp", "dare", "dare_ties", "ties"]
+    given = ["--base", str(root / "base"), *(word for n in "ab" for word in ("--expert", f"{n}={root / n}"))]
+    lines = [["twinmerge", "merge", "--method", m, *given, "-o", str(tmp_path / m)] for m in methods]
+    program = f"import sys\nfrom twinmerge.cli import app\nfor sys.argv in {lines!r}:\n    app(standalone_mode=False)\n"
+    heavy = ("torch", "transformers", "scipy", "matplotlib", "peft")
+    program += f"    print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     needs_torch = not fused.available()
-    assert done.stdout.strip() == ("['torch']" if needs_torch else "[]")
-    AutoModelForCausalLM.from_pretrained(out)
+    assert done.stdout.splitlines() == ["['torch']" if needs_torch else "[]"] * len(methods)
+    for method in methods:
+        AutoModelForCausalLM.from_pretrained(tmp_path / method)
 
 
 def changed(root, tmp_path, edit):

@@ -251,6 +251,7 @@ def spectral(seed: int, **sizes: int) -> tuple[Any, dict[str, Any]]:
     return base, experts
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "seed, sizes",
     [(1, {}), (2, {"hidden_size": 64, "intermediate_size": 256}), (3, {"num_hidden_layers": 5, "hidden_size": 48})],

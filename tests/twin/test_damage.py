@@ -318,7 +318,9 @@ def opens_or_says_why(folder: Path, calls: Callable[[Twin], Any] | None) -> None
 
 
 FUZZ = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=settings().max_examples // 4,  # 10, with the slow tests 25
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 SPOILED = [
     ("classifiers", TWIN),

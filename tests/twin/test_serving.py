@@ -96,6 +96,7 @@ def ways(owners: Tensor) -> dict[str, list[Tensor]]:
     return {"one task": [(owners == k).nonzero()[:, 0] for k in range(3)], "shuffled": list(shuffled.split(16))}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("way", ["one task", "shuffled"])
 @pytest.mark.parametrize("experts_per_row", [1, 2, None])
 def test_serving02_each_of_64_samples_alone_and_in_company(
@@ -165,6 +166,7 @@ def peak(call: Callable[[], Any]) -> int:
     return most
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("strategy", ["stacked", "grouped"])
 @pytest.mark.parametrize("kind", ["soft", "one_hot"])
 def test_serving03_memory_is_that_of_the_factors(lab: Any, eight: Twin, kind: str, strategy: str) -> None:

@@ -47,7 +47,7 @@ def test_early_states_are_those_of_a_whole_pass(lab: Any, name: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(early.states, whole[: deepest + 1], strict=True))
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("strategy", ["stacked", "grouped", "rebuild", "auto"])
 @pytest.mark.parametrize("experts_per_row", [1, None])
 @pytest.mark.parametrize("name", ["bert", "roberta", "vit", "gpt2_classifier", "llama"])

@@ -74,6 +74,7 @@ def by_rows(name, deltas, base, work=None, **parameters):
     return out
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("parameters", [{}, {"scale": -0.7}, {"e0.weights": 2.0, "e1.weights": -0.5}])
 @pytest.mark.parametrize("ranks", [(None, None, None), (4, 4, 4), (4, 0, None), (None,), (2, 2)])
 @pytest.mark.parametrize("name", METHODS)

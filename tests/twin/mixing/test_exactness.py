@@ -15,6 +15,7 @@ from twinmerge.twin.twin import Twin
 FAMILIES = ["bert", "roberta", "vit", "clip_vision", "t5", "gpt2", "gpt2_classifier", "llama", "llama_tied", "mpnet"]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_check2_one_hot_equals_expert_in_float32(lab: Any, name: str) -> None:
     """Check 2: in float32, to 1e-5."""
@@ -45,6 +46,7 @@ def test_check3_the_rest_of_a_row_is_the_shared_models(lab: Any, name: str) -> N
         assert (case.row_of(answer, row, 0) - expected).abs().max() <= 1e-10
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("strategy", ["stacked", "grouped", "rebuild"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_check8_small_resnet(lab: Any, rank: int | None, strategy: str) -> None:

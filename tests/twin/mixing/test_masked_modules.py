@@ -91,7 +91,7 @@ def rebuilt(case: Any, twin: Twin, weights: Sequence[float], head: str) -> Any:
 FAMILIES = ["bert", "gpt2", "gpt2_classifier", "vit", "t5", "llama_tied", "clip_vision", "mpnet"]
 
 
-@pytest.mark.few(48)
+@pytest.mark.few(26)
 @pytest.mark.parametrize("strategy", ["stacked", "grouped", "rebuild", "auto"])
 @pytest.mark.parametrize("kind", ["one_hot", "sparse", "soft", "raw"])
 @pytest.mark.parametrize("name", FAMILIES)

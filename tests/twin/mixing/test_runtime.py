@@ -38,6 +38,7 @@ def tolerance(case: Any, dtype: torch.dtype, answer: torch.Tensor) -> float:
     return 1e-10 if exact else 1e-5 * float(answer[answer.isfinite()].std())
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize(
     "dtype, rank", [(torch.float64, None), (torch.float64, 3), (torch.float32, 3)], ids=["whole", "rank3", "float32"]
 )

@@ -23,6 +23,7 @@ from twinmerge.twin.twin import Twin
 FAMILIES = ["bert", "roberta", "vit", "clip_vision", "gpt2_classifier", "llama", "llama_tied", "t5"]
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("kind", ["soft", "one_hot", "sparse", "raw"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_serving01_every_strategy_is_one_function(lab: Any, name: str, kind: str) -> None:
@@ -121,6 +122,7 @@ def test_folded_weights_are_kept_for_the_next_call_and_given_back(lab: Any) -> N
     assert twin.planner.folding(torch.tensor([1.0, 0, 0])) > 0
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 @pytest.mark.parametrize("rows", [2, 64])
 def test_serving02_a_row_does_not_depend_on_its_batch_whatever_the_strategy(lab: Any, name: str, rows: int) -> None:
