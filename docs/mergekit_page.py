@@ -34,7 +34,7 @@ KEYS = {
     "chat_template": "auto, a name, or a template; alpaca, chatml, exaone, llama3 and mistral write what their models publish, without the white space that mergekit's have besides",
     "name": "of one of several documents; ignored in a file of one, with a warning",
     "model": "a path, a hub id, `model@revision`, `model+adapter`, or mergekit's long form; a folder has no revision, and its class is that of its config: `@revision` and `override_architecture` are passed over with a warning",
-    "layer_range": "half-open, whole numbers in any form (`[\"0\", 16.0]`); backwards or empty is refused",
+    "layer_range": 'half-open, whole numbers in any form (`["0", 16.0]`); backwards or empty is refused',
     "sources": "of a slice, side by side",
     "residual_weight": "read, and used nowhere, as by mergekit",
     "experts": "mergekit-moe's files are named so, and not read yet",

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from twinmerge.errors import TwinmergeError
+
 
 @pytest.mark.parametrize(
     "a, b, t, want",
@@ -33,6 +35,15 @@ def test_a_factor_of_one_is_not_the_end_of_the_way(merge_rows, compat):
     # tφ = 180° − φ, so that sin tφ / sin φ is 1
     got = merge_rows("slerp", [(-4, -4), (-2, 3)], t=0.7767260879989132, compat=compat)
     torch.testing.assert_close(got, torch.tensor([-3.5689291, 1.4310709]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.5])
+def test_past_the_models_only_as_mergekit_does(merge_rows, t):
+    got = merge_rows("slerp", [(1, 0), (0, 1)], t=t, compat="mergekit")
+    angle = t * math.pi / 2
+    torch.testing.assert_close(got, torch.tensor([math.cos(angle), math.sin(angle)]), rtol=0, atol=1e-6)
+    with pytest.raises(TwinmergeError, match="lies past the models"):
+        merge_rows("slerp", [(1, 0), (0, 1)], t=t)
 
 
 def test_unit_vectors_stay_on_the_sphere(merge_rows):

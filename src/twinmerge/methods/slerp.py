@@ -51,10 +51,14 @@ class Slerp(Method):
         "slerp": Dialect(shared={"t": Number("t", usual=(0.0, 1.0))}, refuse=base_and_one("slerp"))
     }
 
-    t: float = Field(
-        default=0.5, description="where on the way from the first expert to the second; it may go on past both"
-    )
+    t: float = Field(default=0.5, description="where on the way from the first expert to the second, 0 to 1")
     compat: Literal["paper", "mergekit"] = Field(default="paper", description="whose semantics")
+
+    def check(self, experts: Sequence[str]) -> None:
+        if self.compat == "paper" and not 0 <= self.t <= 1:
+            raise ValueError(
+                f"t = {self.t:g} lies past the models. Take one from 0 to 1; with compat=mergekit it may go on."
+            )
 
     @property
     def end(self) -> int | None:

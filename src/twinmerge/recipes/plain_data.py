@@ -1,7 +1,8 @@
 """Plain data out of YAML and JSON that somebody wrote: strictly, and in bounded time and memory.
 
-YAML is read with JSON's idea of a number (`1e-5` is one; `1:30`, `010` and `1_000` are texts), without tags
-and dates. Keys of a merge key (`<<`) are those that the mapping does not say itself. A key that is there twice, a key that is no text, and more values than any recipe has are errors.
+YAML is read with JSON's idea of a number (`1e-5` is one; `1:30`, `010` and `1_000` are texts), without tags and dates.
+What a merge key (`<<`) brings are the keys that the mapping does not have itself. A key that is there twice, a key that
+is no text, and more values than any recipe has are errors.
 """
 
 from __future__ import annotations
