@@ -57,6 +57,16 @@ def test_options_take_the_place_of_what_the_recipe_says(zoo: Path, tmp_path: Pat
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
+def test_check_prints_a_recipe_that_merges_to_the_same(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    checked = command("recipe", "check", zoo / "r.yaml")
+    (tmp_path / "checked.yaml").write_text(checked.out)
+    assert "by mergekit's semantics" in checked.err
+    assert command("recipe", "check", tmp_path / "checked.yaml").out == checked.out
+    command("merge", zoo / "r.yaml", tmp_path / "out")
+    command("merge", tmp_path / "checked.yaml", tmp_path / "same")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "same/model.safetensors").read_bytes()
+
+
 def test_mergekits_options_are_understood(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
     words = [
         "--lazy-unpickle",

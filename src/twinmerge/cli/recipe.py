@@ -47,14 +47,15 @@ def check(recipe: File, json: Json = False) -> None:
     twinmerge recipe check RECIPE.yaml
     """
     from twinmerge.recipes.documents import read_recipe
+    from twinmerge.recipes.plain_data import to_yaml
 
     found = read_recipe(recipe)
     described = found.describe()
     if json:
         print_json(described)
         return
-    rows = [(key, str(value)) for key, value in described.items() if value not in (None, [], {})]
-    print_table(f"{recipe} by {found.semantics}'s semantics", ["what", "value"], rows)
+    said(f"{recipe}, by {found.semantics}'s semantics, is this recipe of twinmerge:")
+    typer.echo(to_yaml({key: value for key, value in described.items() if value not in (None, [], {})}), nl=False)
 
 
 @command("recipe explain")
