@@ -52,10 +52,15 @@ def check_ancestry(base: OpenedModel, experts: Mapping[str, OpenedModel], merged
                 f"cosine {mean:.2f} (a fine-tune is close to 1). Name the base that it was tuned from; layers under "
                 "slices are merged without this look."
             )
+        apart = next((n for n in strange if n in heads), None)
+        advice = (
+            f"To keep {apart!r} apart, name it under heads (--head {apart})."
+            if apart
+            else "Look whether it is an expert of this base."
+        )
         warnings.warn(
             f"{expert.name} has {some(map(repr, strange))} in common with {base.name} by name alone (cosine "
-            f"{cosines[strange[0]]:.2f}), as after a new start: it is merged as any other. To keep it apart, name it "
-            f"under heads (--head {strange[0]}).",
+            f"{cosines[strange[0]]:.2f}), as after a new start: it is merged as any other. {advice}",
             stacklevel=3,
         )
 

@@ -71,7 +71,7 @@ def test_trim_density_out_of_range():
         ("ties", {"scale": float("nan")}, "scale"),
         ("ties", {"a.weights": float("inf")}, "weights"),
         ("dare", {"seed": -1}, "seed"),
-        ("slerp", {"t": 1.1}, "t"),
+        ("sce", {"select_topk": 1.1}, "select_topk"),
     ],
 )
 def test_values_that_a_field_does_not_take_are_named(name, parameters, field):
