@@ -47,7 +47,7 @@ def test_a_new_matrix_is_told_of(new):
     assert len(said) == bool(new)
     if new:
         shown = f"(cosine {cosine(base[new[0]], other[new[0]]):.2f})"
-        assert shown in said[0] and f"(--head {new[0]})" in said[0] and all(repr(n) in said[0] for n in new)
+        assert shown in said[0] and "Look whether it is" in said[0] and all(repr(n) in said[0] for n in new)
 
 
 def test_a_stranger_is_refused_by_the_mean_of_all_matrices():
@@ -80,5 +80,7 @@ def test_an_output_layer_that_starts_anew_is_no_stranger(build, tuned, with_body
     own = build("LlamaForCausalLM", tie_word_embeddings=False)
     expert = with_body_of(build("LlamaForCausalLM", seed=9, tie_word_embeddings=False), tuned(own, 1))
     base, opened = open_model(own, "base"), {"a": open_model(expert, "a")}
-    with pytest.warns(UserWarning, match="a has 'lm_head.weight' in common with base by name alone"):
+    with pytest.warns(
+        UserWarning, match=r"a has .lm_head.weight. in common with base by name alone.*--head lm_head.weight"
+    ):
         check_ancestry(base, opened, match(base, opened).merged)
