@@ -86,6 +86,8 @@ def merge(
         rule = rule._replace(deltas=base is not None)
     theirs = _base_of(rule, base, experts)
     if rule.only is not None:
+        if rule.deltas or not 0 <= rule.only < len(experts):
+            raise ValueError(f"only {rule.only} of {len(experts)} experts, of deltas: {rule.deltas}")
         return _copy(experts[rule.only], out)
     if rule.ranked is not None:
         return _merge_rows(rule, theirs, experts, out, offset)
