@@ -120,11 +120,13 @@ def test_models_of_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 def encode(self, texts: list[str]) -> torch.Tensor:
                     return torch.zeros(len(texts), 2)
 
+                predict = encode
+
             Opened.__name__ = name
             setattr(module, name, Opened)
         monkeypatch.setitem(sys.modules, library, module)
 
-    fake("sentence_transformers", "SentenceTransformer")
+    fake("sentence_transformers", "SentenceTransformer", "CrossEncoder")
     fake("diffusers", "DiffusionPipeline", "UNet2DModel")
     kinds = {
         "modules.json": (b"[]", "sentence-transformers", "SentenceTransformer"),
@@ -138,6 +140,11 @@ def test_models_of_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         usage = usage_of(folder)
         assert usage.library == library
         ran(usage.code, folder, monkeypatch, capsys)
+        assert asked[-1] == (called, ".")
+    for named, called in (("CrossEncoder", "CrossEncoder"), ("os.system", "SentenceTransformer")):
+        folder = tmp_path / "SentenceTransformer"
+        (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": named}))
+        ran(usage_of(folder).code, folder, monkeypatch, capsys)
         assert asked[-1] == (called, ".")
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from twinmerge.engine.calls import merge
 from twinmerge.engine.merge import Merge
@@ -308,6 +308,10 @@ def test_what_a_whole_says_otherwise_is_told(tmp_path: Path) -> None:
         merge("average", folders[0], {"a": f"{folders[0]}+{tmp_path / 'lora'}"}, progress=False).check()
 
 
+def tensors_in(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.safetensors")}
+
+
 @pytest.mark.filterwarnings("ignore:onnx in")
 def test_models_in_memory_save_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By their class's module alone, so that nothing is imported."""
@@ -318,8 +322,9 @@ def test_models_in_memory_save_themselves(tmp_path: Path, monkeypatch: pytest.Mo
     class SentenceTransformer:
         __module__ = named.__name__
 
-        def __init__(self, folder: Path) -> None:
-            self.folder = folder
+        def __init__(self, folder: Path, device: str = "meta") -> None:
+            self.folder, self.device = folder, device
+            self.tensors = tensors_in(Path(folder))
 
         def save_pretrained(self, path: str) -> None:
             shutil.copytree(self.folder, path)
@@ -330,10 +335,48 @@ def test_models_in_memory_save_themselves(tmp_path: Path, monkeypatch: pytest.Mo
     for file in (tmp_path / "same").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "out" / file.relative_to(tmp_path / "same")).read_bytes()
     assert found.recipe.describe()["base_model"] == "<SentenceTransformer in memory>"
+    opened = found.load()
+    assert type(opened) is SentenceTransformer and opened.device == "meta"
+    assert opened.tensors == tensors_in(tmp_path / "same") != {}
+    monkeypatch.setitem(sys.modules, "sentence_transformers", named)
+    named.SentenceTransformer = SentenceTransformer  # type: ignore[attr-defined]
+    from_folders = merge("average", folders["base"], {"a": folders["a"]}, progress=False)
+    assert from_folders.load().tensors == opened.tensors and from_folders.output is None
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UsageError, match="is of sentence-transformers, which is not installed"):
+        from_folders.load()
     kept = Path(found._folder)
     assert kept.is_dir()
     del found
     assert not kept.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_library_itself(tmp_path: Path) -> None:
+    """Where it is installed: objects in, an object out, with the mean of all weights and finite embeddings."""
+    library = pytest.importorskip("sentence_transformers", reason="comes with make bench-deps")
+    modules, made = library.sentence_transformer.modules, []
+    for seed in range(2):
+        folder = tmp_path / str(seed)
+        encoder = bert(0)
+        encoder.embeddings.word_embeddings.weight.data += 0.01 * seed
+        encoder.save_pretrained(folder)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "text", "another"]
+        BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
+        size = TINY["hidden_size"]
+        torch.manual_seed(0)
+        layers = [modules.Transformer(str(folder)), modules.Pooling(size), modules.Dense(size, 4)]
+        layers[2].linear.weight.data += 0.01 * seed
+        made.append(library.SentenceTransformer(modules=layers, device="cpu"))
+    merged = merge("average", None, dict(zip("ab", made, strict=True)), progress=False)
+    for found in (merged.load(), library.SentenceTransformer(str(merged.save(tmp_path / "out")), device="cpu")):
+        got, one, other = (m.state_dict() for m in (found, *made))
+        assert got.keys() == one.keys()
+        for name, value in got.items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value, (one[name] + other[name]) / 2)
+        assert np.isfinite(found.encode(["a text", "another"])).all()
 
 
 def pipeline(folder: Path, seed: int, sharded: bool = False) -> Path:

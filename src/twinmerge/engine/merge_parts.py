@@ -22,6 +22,7 @@ from twinmerge.engine.check import Checked, added
 from twinmerge.engine.folder import write_about, write_config
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
+from twinmerge.engine.opened_parts import opened_parts
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
 from twinmerge.engine.record import recipe_files
 from twinmerge.engine.write import Report, write_files
@@ -82,7 +83,7 @@ def within(path: str) -> str:
 class MergeOfParts(Merge):
     """A merge of SentenceTransformers or of diffusers pipelines: by one recipe, part by part.
 
-    What belongs to one model (its plan, its tensors as a module, its heads) is asked of `parts`.
+    What belongs to one model (its plan, its heads) is asked of `parts`.
 
     Args:
         recipe, progress, how: as of `Merge`.
@@ -255,6 +256,21 @@ class MergeOfParts(Merge):
         for part in self.parts.values():
             part.matched.warn()
             part.told.warn(stacklevel=4)
+
+    def load(self) -> Any:
+        """The merged model as the object that its library opens its folder as.
+
+        Returns:
+            where models in memory were given, another one of the class of the first; else a SentenceTransformer,
+            CrossEncoder, SparseEncoder or DiffusionPipeline.
+
+        Raises:
+            TwinmergeError: as `save`; that library is not installed.
+        """
+        given = next((model for model in self._named if saves_itself(model)), None)
+        with tempfile.TemporaryDirectory(prefix="twinmerge-") as folder:
+            out = MergeOfParts(self.recipe, self.progress, **self._how).save(Path(folder, "merged"))
+            return opened_parts(out, given)
 
     @cached_property
     def _left_out(self) -> list[str]:

@@ -7,13 +7,19 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from twinmerge.models.parts import MODULES, PIPELINE, config_in
+from twinmerge.models.parts import MODULES, PIPELINE, class_of_parts, config_in
 from twinmerge.store.foreign import matches
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece.*", "*.tiktoken")
 IMAGES = ("preprocessor_config.json", "processor_config.json")
 HERE = 'folder = "."  # where this folder is, or its id on the hub\n'
 TEXT = 'tokenizer("The film was", return_tensors="pt")'
+ANSWERS = {
+    "SentenceTransformer": 'model.encode(["A text", "Another text"]).shape',
+    "SparseEncoder": 'model.encode(["A text", "Another text"]).shape',
+    "CrossEncoder": 'model.predict([("A question", "A text")])',
+}
+"""What shows that a class of sentence-transformers works."""
 
 
 class Usage(NamedTuple):
@@ -36,10 +42,11 @@ def usage_of(folder: Path, known: bool = True, twin: bool = False) -> Usage:
             "twinmerge", f"import twinmerge as tm\n\n{HERE}twin = tm.Twin.from_pretrained(folder)\nprint(twin)\n"
         )
     if (folder / MODULES).is_file():
-        code = 'model = SentenceTransformer(folder)\nprint(model.encode(["A text", "Another text"]).shape)\n'
-        return Usage("sentence-transformers", f"from sentence_transformers import SentenceTransformer\n\n{HERE}{code}")
+        name = class_of_parts(folder).name
+        code = f"model = {name}(folder)\nprint({ANSWERS[name]})\n"
+        return Usage("sentence-transformers", f"from sentence_transformers import {name}\n\n{HERE}{code}")
     if (folder / PIPELINE).is_file():
-        return Usage("diffusers", _opened("diffusers", "DiffusionPipeline", "pipeline"))
+        return Usage("diffusers", _opened(*class_of_parts(folder), "pipeline"))
     config = config_in(folder)
     if (own := _word(config.get("_class_name"))) is not None:
         return Usage("diffusers", _opened("diffusers", own, "model"))

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twinmerge.errors import DataError, ModelError, TwinmergeError
 from twinmerge.models.opened import Openable, OpenedModel
@@ -21,6 +21,8 @@ from twinmerge.store.foreign import CONFIG, find, is_file_name, matches, read_an
 from twinmerge.store.locate import locate
 
 MODULES, PIPELINE = "modules.json", "model_index.json"
+SETTINGS = "config_sentence_transformers.json"
+ENCODERS = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 NO_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.pt", "rng_state*", "openvino_model.bin")
 
 
@@ -82,6 +84,23 @@ class Layout:
                 if "model_type" in config_in(self.folder / path):
                     return path
         raise ModelError(f"{self.folder} has no part that an adapter can be put on. Name the folder of one part.")
+
+
+class Opens(NamedTuple):
+    """A library, as Python imports it, and its class that opens a folder."""
+
+    library: str
+    name: str
+
+
+def class_of_parts(folder: Path) -> Opens:
+    """What opens a folder of several parts: of sentence-transformers the class that its settings name, where it is one
+    of that library's."""
+    if (folder / PIPELINE).is_file():
+        return Opens("diffusers", "DiffusionPipeline")
+    file = find(folder, SETTINGS)
+    named = None if file is None else read_json(file, CONFIG).get("model_type")
+    return Opens("sentence_transformers", named if named in ENCODERS else ENCODERS[0])
 
 
 def layout_of(folder: Path) -> Layout | None:
