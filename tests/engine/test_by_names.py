@@ -73,8 +73,25 @@ def by_hand(zoo: dict[str, str], scale: float = 0.5) -> dict[str, Any]:
     return {n: moved[n].astype(np.float32) if base[n].dtype == np.float32 else base[n] for n in base}
 
 
+def test_files_are_called_as_the_library_calls_them(zoo: dict[str, str], tmp_path: Path) -> None:
+    """diffusers looks for diffusion_pytorch_model alone."""
+    for folder in zoo.values():
+        Path(folder, "config.json").write_text(json.dumps(CONFIG["another"]))
+    models = {n: zoo[n] for n in "ab"}
+    out = merge("average", zoo["base"], models, tmp_path / "out", by_names=True, progress=False).output
+    assert [f.name for f in out.glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    again = merge("average", out, models, tmp_path / "again", by_names=True, progress=False).output
+    merge("average", zoo["base"], models, by_names=True, progress=False).save(tmp_path / "shards", shard_bytes=100)
+    assert (tmp_path / "shards" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    assert (
+        load_file(again / "diffusion_pytorch_model.safetensors").keys()
+        == load_file(Path(zoo["a"], "model.safetensors")).keys()
+    )
+
+
 def equal(folder: Path, wanted: dict[str, Any]) -> bool:
-    got = load_file(folder / "model.safetensors")
+    (file,) = folder.glob("*.safetensors")
+    got = load_file(file)
     return got.keys() == wanted.keys() and all(
         got[n].dtype == wanted[n].dtype and np.allclose(got[n], wanted[n], rtol=0, atol=1e-7) for n in got
     )

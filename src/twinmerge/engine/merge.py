@@ -43,6 +43,7 @@ from twinmerge.methods.kit.registry import require_model
 from twinmerge.models.heads import headed, heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import OpenedModel, as_tensor
+from twinmerge.models.parts import weights_file
 from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
@@ -312,7 +313,8 @@ class Merge:
             self.report, self.output = save_file(self.plan, self.models, survey, Path(out), overwrite), Path(out)
             return self.output
         plan, spread = self.plan, self.spread
-        files = layout(plan.specs, SHARD_BYTES if shard_bytes is None else at_least_one("shard_bytes", shard_bytes))
+        most = SHARD_BYTES if shard_bytes is None else at_least_one("shard_bytes", shard_bytes)
+        files = layout(plan.specs, most, weights_file(self.base.folder))
         output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files, overwrite=overwrite)
         output.check()
         read = states_of(plan)

@@ -29,18 +29,17 @@ from twinmerge.engine.write import Report, write_files
 from twinmerge.errors import ModelError, RecipeError, UsageError
 from twinmerge.models.configs import said
 from twinmerge.models.part_settings import differences, must_agree
-from twinmerge.models.parts import Layout, Module, Whole, config_in, layout_at
+from twinmerge.models.parts import ENCODERS, Layout, Module, Whole, config_in, layout_at, weights_file
 from twinmerge.models.vocabulary import other_tokens
 from twinmerge.recipes.chat_template import KEY as TEMPLATE
 from twinmerge.recipes.recipe import SIDE_FILES, Recipe, reference
 from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.store import disk
-from twinmerge.store.checkpoint import DIFFUSION, SINGLE
 from twinmerge.store.checkpoint_writer import SHARD_BYTES, layout
 from twinmerge.store.output import OutputFolder
 
-SAVED = ("sentence_transformers.", "diffusers.")
-"""Packages whose models in memory save themselves as folders of parts."""
+SAVED = {"sentence_transformers": ENCODERS, "diffusers": ("DiffusionPipeline",)}
+"""Package -> its classes whose models in memory save themselves as folders of parts."""
 
 
 def merge_of(recipe: Recipe, progress: bool = True, **how: Any) -> Merge:
@@ -66,8 +65,8 @@ def merge_of(recipe: Recipe, progress: bool = True, **how: Any) -> Merge:
 
 def saves_itself(model: Any) -> bool:
     """Whether a model in memory is a SentenceTransformer or a pipeline, without importing either."""
-    own = any(f"{cls.__module__}.".startswith(SAVED) for cls in type(model).__mro__)
-    return own and hasattr(model, "save_pretrained") and not hasattr(model, "peft_config")
+    own = any(cls.__name__ in SAVED.get(cls.__module__.partition(".")[0], ()) for cls in type(model).__mro__)
+    return own and not hasattr(model, "peft_config")
 
 
 def within(path: str) -> str:
@@ -292,7 +291,10 @@ class MergeOfParts(Merge):
         bytes_ = SHARD_BYTES if shard_bytes is None else at_least_one("shard_bytes", shard_bytes)
         if Path(out).suffix == ".safetensors":
             raise UsageError(f"These are models of several parts, which {out} cannot hold. Name a folder to write.")
-        files = {path: layout(part.plan.specs, bytes_, self._file(path)) for path, part in parts.items()}
+        files = {
+            path: layout(part.plan.specs, bytes_, weights_file(self.layout.folder / path))
+            for path, part in parts.items()
+        }
         kept = [f"{within(path)}{file}" for path, of in files.items() for file in of]
         output = OutputFolder(
             out, sum(p.plan.output_bytes for p in parts.values()), self._key, kept=kept, overwrite=overwrite
@@ -349,10 +351,6 @@ class MergeOfParts(Merge):
         """All folders of the output that files are copied into, the root first."""
         own = (path for module in self.layout.modules for path in self.layout.folders(module))
         return list(dict.fromkeys(["", *own]))
-
-    def _file(self, path: str) -> str:
-        """What the library that loads a part calls its weights."""
-        return DIFFUSION if "_class_name" in config_in(self.layout.folder / path) else SINGLE
 
     def _require_no_heads(self) -> None:
         for path, part in self.parts.items():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from twinmerge.errors import DataError, ModelError, TwinmergeError
 from twinmerge.models.opened import Openable, OpenedModel
 from twinmerge.models.opening import open_part
-from twinmerge.store.checkpoint import PICKLES
+from twinmerge.store.checkpoint import DIFFUSION, PICKLES, SINGLE
 from twinmerge.store.foreign import CONFIG, find, is_file_name, matches, read_any_json, read_json, shown
 from twinmerge.store.locate import locate
 
@@ -101,6 +101,11 @@ def class_of_parts(folder: Path) -> Opens:
     file = find(folder, SETTINGS)
     named = None if file is None else read_json(file, CONFIG).get("model_type")
     return Opens("sentence_transformers", named if named in ENCODERS else ENCODERS[0])
+
+
+def weights_file(folder: Path | None) -> str:
+    """What the library that loads a folder of one model calls its weights."""
+    return DIFFUSION if folder is not None and "_class_name" in config_in(folder) else SINGLE
 
 
 def layout_of(folder: Path) -> Layout | None:
