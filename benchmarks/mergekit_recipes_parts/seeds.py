@@ -76,7 +76,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             row["method"],
             str(row["seeds"]),
             " / ".join(f"{100 * share:.2f} %" for share in row["changed"]),
-            f"{row['z']:.3f} ({row['by_chance']:.3f})",
+            "none drops (–)" if math.isnan(row["z"]) else f"{row['z']:.3f} ({row['by_chance']:.3f})",
             f"{row['fixed']:.2g}",
         )
         for row in rows

@@ -20,7 +20,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenize
 import twinmerge
 from twinmerge.engine.calls import merge
 from twinmerge.engine.card import AUTHORS, TITLE, Named, model_card
-from twinmerge.engine.front import base_models, front_of
+from twinmerge.engine.front import all_on_hub, base_models, front_of
 from twinmerge.engine.usage import usage_of
 from twinmerge.methods.kit.listing import source_of
 from twinmerge.methods.kit.registry import method_names
@@ -239,7 +239,7 @@ def test_licences_and_datasets_go_on_where_they_agree_and_are_told_else(tmp_path
     assert "license" not in front and "datasets" not in front and text.count("| not stated |") == 3
 
 
-def test_base_models_are_ids_of_the_hub_or_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_models_are_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     cached = tmp_path / "models--org--cached" / "snapshots" / "abc"
@@ -247,10 +247,10 @@ def test_base_models_are_ids_of_the_hub_or_names(tmp_path: Path, monkeypatch: py
     inner = Recipe("average", None, {"x": "org/x@main", "y": "<X in memory>"}).describe()
     models = [{"model": "mine"}, {"model": str(cached)}, {"model": {"recipe": inner}}, {"model": "org/b+org/lora"}]
     found = base_models({"base_model": "org/b", "models": models})
-    assert found == ["org/b", "mine", "org/cached", "org/x", "org/lora"]
-    assert base_models(
-        {"base_model": None, "models": [{"model": "./é é"}, {"model": "/"}, {"model": "x.safetensors"}]}
-    ) == ["x"]
+    assert found == ["org/b", "org/cached", "org/x", "org/lora"]
+    assert base_models({"base_model": None, "models": [{"model": "./b"}, {"model": "/"}, {"model": "mine"}]}) == []
+    assert not all_on_hub({"base_model": "org/b", "models": models})
+    assert all_on_hub({"base_model": None, "models": [{"model": "org/b+org/lora"}]})
 
 
 def test_a_recipe_with_fences_is_one_block(tmp_path: Path) -> None:

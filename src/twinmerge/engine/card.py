@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from twinmerge.engine.beside import RESOLVED
-from twinmerge.engine.front import Front, base_models, front_of
+from twinmerge.engine.front import Front, all_on_hub, base_models, front_of
 from twinmerge.engine.usage import usage_of
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.listing import source_of
@@ -20,6 +20,7 @@ from twinmerge.recipes.plain_data import to_yaml
 from twinmerge.recipes.recipe import SEMANTICS
 
 TITLE = "twinmerge: many fine-tuned models of one base become one model"
+LOCAL = "\nFolders are not in `base_model`. Put the ids of these models there before an upload.\n"
 AUTHORS = "The twinmerge authors"
 
 
@@ -71,6 +72,7 @@ def model_card(
     front: dict[str, Any] = {"base_model": base_models(recipe), "base_model_relation": "merge"}
     if not front["base_model"]:
         front = {}
+    local = "" if all_on_hub(recipe) else LOCAL
     if usage.library is not None:
         front["library_name"] = usage.library
     front["tags"] = list(dict.fromkeys(["twinmerge", kind, "merge", *_tag(recipe["merge_method"])]))
@@ -84,7 +86,7 @@ def model_card(
     return (
         f"---\n{to_yaml(front)}---\n\n# {_title(kind)} of {', '.join(experts)}\n\n"
         f"Made with twinmerge {version('twinmerge')} by `{recipe['merge_method']}`{_semantics(provenance)}.\n\n"
-        f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{_said(fronts)}{heads}\n"
+        f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{local}{_said(fronts)}{heads}\n"
         f"## Use\n\n{_fenced('python', usage.code)}\n"
         f"## Recipe\n\n{_fenced('yaml', to_yaml(recipe))}\n{_edited(provenance)}"
         f"Parameters after defaults: `{json.dumps(provenance['parameters'], ensure_ascii=False)}`\n"

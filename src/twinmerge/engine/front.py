@@ -18,7 +18,6 @@ from twinmerge.store.locate import HUB_ID
 README_BYTES = 1 << 20  # that are looked at; the largest front matters, of embedding models, have half of it
 FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
 CACHED = re.compile(r"models--(.+?)[/\\]snapshots[/\\]")
-NAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
 LONGEST, MOST = 100, 50  # of what is passed on: letters of a name, and names
 
 
@@ -66,34 +65,37 @@ def licence_of(folder: Path | None) -> str | None:
 
 
 def base_models(recipe: Mapping[str, Any]) -> list[str]:
-    """The models that a recipe names: ids of the hub, and the names of folders and files; none that was in memory.
+    """The models that a recipe names by their ids on the hub; a folder's name may be another model's id.
 
     Example:
         >>> base_models({"base_model": "org/base@v1", "models": [{"model": "org/base+org/lora"}, {"model": "./my/b"}]})
-        ['org/base', 'org/lora', 'b']
+        ['org/base', 'org/lora']
     """
-    return list(dict.fromkeys(_named(recipe)))
+    return list(dict.fromkeys(name for name in _named(recipe) if name is not None))
 
 
-def _named(recipe: Mapping[str, Any]) -> Iterator[str]:
-    for model in (recipe.get("base_model"), *(each["model"] for each in recipe["models"])):
+def all_on_hub(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe names all of its models by their ids on the hub."""
+    return None not in _named(recipe)
+
+
+def _named(recipe: Mapping[str, Any]) -> Iterator[str | None]:
+    base = recipe.get("base_model")
+    for model in (*([] if base is None else [base]), *(each["model"] for each in recipe["models"])):
         if isinstance(model, dict):
             yield from _named(model["recipe"])
         elif isinstance(model, str) and is_reference(model):
             whole = os.path.exists(os.path.expanduser(model))
-            for part in [model] if whole else model.split("+"):
-                if (name := _name(part)) is not None:
-                    yield name
+            yield from map(_name, [model] if whole else model.split("+"))
+        else:
+            yield None
 
 
 def _name(ref: str) -> str | None:
     if (cached := CACHED.search(ref)) is not None:  # a folder of the hub's own cache
         return cached[1].replace("--", "/")
     here = os.path.exists(os.path.expanduser(ref))
-    if not here and HUB_ID.match(ref):
-        return ref.partition("@")[0]
-    last = Path(os.path.abspath(os.path.expanduser(ref))).name.removesuffix(".safetensors")
-    return last if NAME.fullmatch(last) else None  # the hub takes no card with another one
+    return ref.partition("@")[0] if not here and HUB_ID.match(ref) else None
 
 
 def _said(front: str, key: str) -> Any:

@@ -22,6 +22,7 @@ from twinmerge.errors import DataError, TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.opening import open_model, open_tensors
+from twinmerge.store.checkpoint import only_pickles
 from twinmerge.recipes.recipe import is_reference
 from twinmerge.recipes.schema import from_description
 from twinmerge.results import Table
@@ -195,7 +196,8 @@ class _Found:
             described = _read(folder / PROVENANCE)
             places = _places(described["recipe"])
             if "parts" not in described and not all(
-                is_reference(place) and not os.path.isfile(place) for place in places.values()
+                is_reference(place) and not os.path.isfile(place) and not only_pickles(Path(place))
+                for place in places.values()
             ):
                 self.add_alone(places, wanted)
                 return
@@ -213,7 +215,7 @@ class _Found:
             self.unreadable["inputs"] = str(error)
 
     def add_alone(self, places: Mapping[str, str], wanted: Mapping[str, Mapping[str, str]]) -> None:
-        """Each input by itself, since some were in memory, or are files of a module that is not here.
+        """Each input by itself, since some were in memory, or are pickles or files of a module that is not here.
 
         Args:
             places: label -> what the provenance calls the model.
@@ -221,6 +223,9 @@ class _Found:
         for label in sorted(wanted.keys() - {OUTPUT}):
             if not is_reference(place := places.get(label, "")):
                 self.uncompared[label] = "it was in memory"
+                continue
+            if only_pickles(Path(place)):
+                self.uncompared[label] = "its weights are pickles, which are read by a merge alone"
                 continue
             try:
                 model = open_tensors(Path(place), label) if os.path.isfile(place) else open_model(place)

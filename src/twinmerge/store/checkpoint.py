@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from twinmerge.errors import DamagedFile, ModelError, unreadable
 from twinmerge.store.checksum import block_digests, joined, streamed
-from twinmerge.store.foreign import find, is_file_name, read_json, reason, shown
+from twinmerge.store.foreign import find, is_file_name, matches, read_json, reason, shown
 from twinmerge.store.header import Spec as Spec
 from twinmerge.store.header import read_header
 from twinmerge.store.locate import SHARD, converting
@@ -31,6 +31,17 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_SHARDS = 10_000
 
 _IN_USE: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
+
+
+def only_pickles(place: Path) -> bool:
+    """Whether a file or folder holds weights in pickles alone, which are opened only when a merge is asked to."""
+    if place.is_dir():
+        return bool(_pickles(place)) and not any(place.glob("*.safetensors"))
+    return matches(place.name, PICKLES)
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
 
 
 class Checkpoint:
@@ -124,8 +135,7 @@ class Checkpoint:
             return cls([only])
         if loose:
             raise ModelError(f"{folder} holds {len(loose)} safetensors files but no {INDEX}. Add the index.")
-        pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-        if pickles:
+        if pickles := _pickles(folder):
             raise ModelError(
                 f"{folder} holds only pickled weights ({pickles[0]}), which can run code when they are opened. "
                 f"{converting(folder / pickles[0])}"
