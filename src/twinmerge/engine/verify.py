@@ -22,12 +22,11 @@ from twinmerge.errors import DataError, TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.opening import open_model, open_tensors
-from twinmerge.store.checkpoint import only_pickles
 from twinmerge.recipes.recipe import is_reference
 from twinmerge.recipes.schema import from_description
 from twinmerge.results import Table
 from twinmerge.store.artefact import ArtefactFile, head_of_state
-from twinmerge.store.checkpoint import Checkpoint
+from twinmerge.store.checkpoint import Checkpoint, only_pickles
 from twinmerge.store.checksum import of_file, streamed
 from twinmerge.store.foreign import read_json, shown_path
 from twinmerge.store.header import SIZES
