@@ -10,7 +10,7 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from twinmerge.engine.calls import merge
-from twinmerge.errors import TwinmergeError
+from twinmerge.errors import RecipeError, TwinmergeError
 from twinmerge.recipes.documents import read_recipe
 from twinmerge.recipes.names import EXPERT_NAME, expert_name, expert_names
 from twinmerge.recipes.plain_data import from_yaml, to_yaml
@@ -555,3 +555,12 @@ def test_what_is_set_for_the_base_under_the_papers_semantics():
         assert list(parse(text.format("weight: 3, density: 0.5")).experts) == ["m"]
     with pytest.raises(TwinmergeError, match="has no parameter 'weigth'"):
         parse(text.format("weigth: 3"))
+
+
+@pytest.mark.parametrize(
+    "written, meant", [("fp16", "float16"), ("half", "float16"), ("BF16", "bfloat16"), ("fp32", "float32")]
+)
+def test_dtypes_as_people_call_them_are_told(written: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=f"Cannot write dtype '{written}'. Did you mean '{meant}'"):
+        Recipe("average", None, {"a": "x"}, dtype=written)
+    assert Recipe("average", None, {"a": "x"}, dtype=f"torch.{meant}").dtype == meant

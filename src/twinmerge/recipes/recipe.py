@@ -41,6 +41,9 @@ SEMANTICS = {
     "mergekit": "mergekit's semantics",
 }
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+SHORT = {"fp64": "float64", "double": "float64", "fp32": "float32", "float": "float32", "full": "float32"}
+SHORT |= {"fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+"""What people write for them."""
 
 
 @strict_class
@@ -99,10 +102,12 @@ class Recipe:
             raise RecipeError(
                 f"stochastic is a seed, which cannot be negative, got {self.stochastic}. Write 0 or more."
             )
+        if f"{self.dtype}".startswith("torch."):  # as torch writes it, or its own object
+            object.__setattr__(self, "dtype", f"{self.dtype}".removeprefix("torch."))
         if self.dtype is not None and self.dtype not in DTYPES:
+            usual = SHORT.get(f"{self.dtype}".lower(), f"{self.dtype}")
             raise RecipeError(
-                f"Cannot write dtype {self.dtype!r:.80}.{nearest(str(self.dtype), DTYPES)} Choose from "
-                f"{', '.join(DTYPES)}."
+                f"Cannot write dtype {self.dtype!r:.80}.{nearest(usual, DTYPES)} Choose from {', '.join(DTYPES)}."
             )
         if self.base is None and method_class(self.method).space == "deltas":
             raise RecipeError(f"{short_name(self.method)} works on changes to a base. Name the base with --base.")
