@@ -4,13 +4,14 @@ documents, outputs that are there."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from twinmerge.errors import UsageError
@@ -147,3 +148,12 @@ models: [{{model: mid, parameters: {{weight: 0.5}}}}]
     (tmp_path / "two.yaml").write_text(text.replace("weight: 0.5}\n---", "weight: 0.4}\n---"))
     done = command("merge", tmp_path / "two.yaml", tmp_path / "three", "--intermediate-dir", tmp_path / "on_the_way")
     assert done.code == 4 and "was made by another recipe" in done.err
+    (tmp_path / "two.yaml").write_text(text)
+    shutil.copytree(zoo / "a", tmp_path / "a")
+    (tmp_path / "own.yaml").write_text(text.replace(f"{zoo}/a", f"{tmp_path}/a"))
+    again = ["merge", tmp_path / "own.yaml", tmp_path / "four", "--intermediate-dir", tmp_path / "others"]
+    assert command(*again).code == 0 == command(*again, "--overwrite").code
+    file = tmp_path / "a" / "model.safetensors"
+    save_file({n: 1.5 * x for n, x in load_file(file).items()}, file, metadata={"format": "pt"})
+    done = command(*again, "--overwrite")
+    assert done.code == 4 and f"model.safetensors changed after {tmp_path}" in done.err.replace("\n", "")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -423,3 +424,72 @@ def test_tensors_that_a_class_does_not_have_are_left_out(zoo: Path, tmp_path: Pa
         ):
             got = Merge(recipe_from({"merge_method": "passthrough", "slices": sources}), progress=False).state_dict()
         assert got.keys() == tensors.keys()
+
+
+SMALL: dict[str, Any] = {**SIZES, "num_hidden_layers": 4, "num_key_value_heads": 1}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 4, "num_experts": 2, "num_experts_per_tok": 1}
+BY_NUMBER: dict[str, Callable[[], Any]] = {
+    "num_dense_layers": lambda: transformers.Lfm2MoeConfig(
+        **SMALL, **EXPERTS, num_dense_layers=2, layer_types=["conv", "full_attention"] * 2
+    ),
+    "moe_layer_start_index": lambda: transformers.Ernie4_5_MoeConfig(
+        **SMALL, moe_num_experts=2, moe_k=1, moe_intermediate_size=4, moe_layer_start_index=1, moe_layer_end_index=2
+    ),
+    "scale_attn_by_inverse_layer_idx": lambda: GPT2Config(
+        vocab_size=24, n_embd=8, n_head=2, n_layer=4, n_positions=16, scale_attn_by_inverse_layer_idx=True
+    ),
+}
+"""Configs that say by its number of what kind a layer is."""
+
+
+def stacked(folder: Path) -> Merge:
+    spans = ([0, 2], [1, 4])
+    sources = [{"sources": [{"model": str(folder), "layer_range": span}]} for span in spans]
+    return Merge(recipe_from({"merge_method": "passthrough", "slices": sources}), progress=False)
+
+
+@pytest.mark.parametrize("key", BY_NUMBER)
+def test_kinds_by_number_are_refused(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the key; and where it is not known, by what the class has under the new config, if that is other tensors."""
+    AutoModelForCausalLM.from_config(BY_NUMBER[key]()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=f"says by {key} = "):
+        stacked(tmp_path / "model").check()
+    if key != "scale_attn_by_inverse_layer_idx":
+        monkeypatch.setattr("twinmerge.models.depth.BY_NUMBER", ())
+        with pytest.raises(ModelError, match="With layers in this order .*(needs|has no place for) '"):
+            stacked(tmp_path / "model").check()
+
+
+def test_lists_of_layers_go_with_them(tmp_path: Path) -> None:
+    more = {"mamba_n_heads": 4, "mamba_d_head": 4, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_expand": 2}
+    made = AutoModelForCausalLM.from_config(transformers.BambaConfig(**SMALL, **more, attn_layer_indices=[1]))
+    made.save_pretrained(tmp_path / "model")
+    out = stacked(tmp_path / "model").save(tmp_path / "out")
+    found, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert found.config.attn_layer_indices == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*(left out, as by mergekit|no part of the model)")
+def test_layers_that_the_config_denies_are_no_layers(tmp_path: Path) -> None:
+    """mergekit counts as many as the config says."""
+    torch.manual_seed(1)
+    base = llama(4)
+    near = llama(4)
+    near.load_state_dict({n: t + 0.01 * torch.randn_like(t) for n, t in base.state_dict().items()})
+    for name, model in (("base", base), ("near", near)):
+        model.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(RecipeError, match="asks for layer 3 of .*, which has 3"):
+        stacked(tmp_path / "base").check()
+    text = f"""
+merge_method: task_arithmetic
+base_model: {tmp_path}/base
+dtype: float32
+models: [{{model: {tmp_path}/near, parameters: {{weight: [0, 1]}}}}]
+"""
+    got, one, other = load_file(merged(text, tmp_path) / "model.safetensors"), base.state_dict(), near.state_dict()
+    for number, weight in enumerate((0, 0.5, 1)):
+        for name in (n for n in got if f"layers.{number}." in n):
+            torch.testing.assert_close(got[name], one[name] + weight * (other[name] - one[name]), rtol=0, atol=1e-6)

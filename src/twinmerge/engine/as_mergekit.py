@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import BASE
-from twinmerge.models.matching import Matched
+from twinmerge.models.matching import Matched, strange
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import some
 
@@ -44,6 +44,9 @@ def _adapters(models: Models) -> Iterator[str]:
 def _copied(models: Models, matched: Matched) -> Iterator[str]:
     base = models.base
     alone = [name for name in matched.from_base if base.spec(name).is_float]
+    merged = [name for name in matched.merged if name in set(strange(base))]
+    if merged:
+        yield f"{some(merged)}: no part of the model's class, merged all the same. mergekit leaves such tensors out."
     if alone:
         yield f"Only {base.name} has {some(alone)}, copied as it is. mergekit leaves such tensors out."
 

@@ -14,8 +14,7 @@ from twinmerge.engine.targets import Target, whole
 from twinmerge.engine.view import WHOLE, View
 from twinmerge.errors import RecipeError
 from twinmerge.methods.kit.base import Method, Place
-from twinmerge.models.blocks import stacks
-from twinmerge.models.matching import Matched
+from twinmerge.models.matching import Matched, layers_of
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.rules import Rules
@@ -68,7 +67,7 @@ def planned(
         merged[target.out] = entry_of(models, target, method, reads_base, spec_of(target.spec))
     blocks: Mapping[str, int] = {}
     if recipe.lines is not None:
-        blocks = stacks(base.specs)
+        blocks = layers_of(base)
         if not blocks and recipe.lines.b:
             _warn_of_no_blocks(base)
     as_is = {target.out: copied_of(models, target, spec_of(target.spec)) for target in copied}

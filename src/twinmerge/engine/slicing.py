@@ -13,7 +13,7 @@ from twinmerge.engine.targets import Target
 from twinmerge.errors import ModelError, RecipeError
 from twinmerge.models.blocks import in_block, stacks
 from twinmerge.models.configs import differing
-from twinmerge.models.depth import BY_LAYER, BY_NUMBER, DEPTH, NUMBERS, config_of, restacked
+from twinmerge.models.depth import BY_LAYER, BY_NUMBER, DEPTH, NUMBERS, config_of, require_class, restacked
 from twinmerge.models.matching import Matched, is_dropped, require_tied, strange, warn_of_strange
 from twinmerge.models.opened import OpenedModel
 from twinmerge.recipes.recipe import Recipe
@@ -54,11 +54,11 @@ def sliced(recipe: Recipe, models: Models) -> Sliced:
         TwinmergeError: a model without one stack of layers, layers that it does not have, sources whose layers have
             other tensors, a config that says something of its layers which is not understood.
     """
-    path = _path(recipe, models)
     left_out: dict[int, frozenset[str]] = {}
     for model in {id(each): each for each in (models.base, *models.experts.values())}.values():
         left_out[id(model)] = frozenset(strange(model) if recipe.semantics == "mergekit" else ())
         warn_of_strange(model, sorted(left_out[id(model)]))
+    path = _path(recipe, models, left_out)
     stack = _Stack(recipe, models, path, left_out)
     targets = list(stack.outside())
     layers: list[tuple[OpenedModel, int]] = []
@@ -78,15 +78,17 @@ def sliced(recipe: Recipe, models: Models) -> Sliced:
                 f"{model.name} is a {kind} model, and {models.base.name}, whose config is written, is a "
                 f"{own.get('model_type')}. Merge models of one class."
             )
-    return Sliced(targets, restacked(own, layers), differences)
+    changes = restacked(own, layers)
+    require_class(models.base, changes, {target.out: target.spec.shape for target in targets})
+    return Sliced(targets, changes, differences)
 
 
-def _path(recipe: Recipe, models: Models) -> str:
+def _path(recipe: Recipe, models: Models, left_out: Mapping[int, frozenset[str]]) -> str:
     """Where the layers of all models are."""
     paths: dict[str, OpenedModel] = {}
     for span in (span for slice_ in recipe.slices for span in slice_.sources):
         model = models.labelled(span.model)
-        found = stacks(model.specs)
+        found = stacks(name for name in model.specs if name not in left_out[id(model)])
         if len(found) != 1:
             raise ModelError(
                 f"Slices need a model with one stack of layers, and {model.name} has {', '.join(found) or 'none'}. List "

@@ -8,8 +8,8 @@ from typing import Any
 
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import BASE
-from twinmerge.models.blocks import block_of, stacks
-from twinmerge.models.matching import Matched
+from twinmerge.models.blocks import block_of
+from twinmerge.models.matching import Matched, layers_of
 from twinmerge.models.opened import OpenedModel
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store.checkpoint import Spec
@@ -59,7 +59,7 @@ class Target:
 def whole(recipe: Recipe, models: Models, matched: Matched) -> Iterator[Target]:
     """The tensors of a merge of whole models."""
     experts, base = tuple(models.experts), models.base
-    depths = stacks(base.specs) if recipe.varies else {}
+    depths = layers_of(base) if recipe.varies else {}
     for name in matched.merged:
         tensors = dict.fromkeys((*experts, BASE), name)
         yield Target(base.stored[name], name, base.spec(name), experts, tensors, depth=depth_of(name, depths))
@@ -68,7 +68,8 @@ def whole(recipe: Recipe, models: Models, matched: Matched) -> Iterator[Target]:
 
 
 def depth_of(name: str, stacks_: Mapping[str, int]) -> float:
-    """Where the layer of a tensor stands in its stack: 0 is the first, 1 the last; 0 outside.
+    """Where the layer of a tensor stands in its stack: 0 is the first, 1 the last and all that a class does not have
+    after it; 0 outside.
 
     Example:
         >>> depth_of("layers.3.norm.weight", {"layers": 5}), depth_of("norm.weight", {"layers": 5})
@@ -78,4 +79,4 @@ def depth_of(name: str, stacks_: Mapping[str, int]) -> float:
     if found is None or found[0] not in stacks_:
         return 0.0
     last = stacks_[found[0]] - 1
-    return found[1] / last if last else 1.0
+    return min(1.0, found[1] / last) if last else 1.0

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twinmerge.errors import ModelError
+from twinmerge.models.blocks import block_of, in_block
 from twinmerge.models.configs import HARMLESS
 from twinmerge.models.opened import OpenedModel
 from twinmerge.store.foreign import CONFIG, find, read_json
+
+if TYPE_CHECKING:
+    from twinmerge.models.architecture import Architecture
 
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Keys of the number of layers."""
@@ -17,13 +21,17 @@ BY_LAYER = (
     *("num_key_value_heads_per_layer", "intermediate_sizes", "layers_types", "attn_layer_types"),
 )
 """Keys of lists with an entry for each layer."""
-NUMBERS = ("mlp_only_layers", "full_attention_idxs", "full_attn_idxs", "cross_attention_layers", "moe_layers_idx")
+NUMBERS = (
+    *("mlp_only_layers", "full_attention_idxs", "full_attn_idxs", "cross_attention_layers", "moe_layers_idx"),
+    *("attn_layer_indices",),
+)
 """Keys of lists of the numbers of layers."""
 BY_NUMBER = (
     *("sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval", "no_rope_layer_interval"),
     *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset", "decoder_sparse_step"),
     *("moe_layer_freq", "first_k_dense_replace", "interleave_moe_layer_step", "max_window_layers", "attention_types"),
-    *("num_kv_shared_layers", "num_hash_layers"),
+    *("num_kv_shared_layers", "num_hash_layers", "num_dense_layers", "scale_attn_by_inverse_layer_idx"),
+    *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
 )
 """Keys by which the number of a layer decides what kind it is."""
 IDLE = {
@@ -33,6 +41,11 @@ IDLE = {
     "interleave_moe_layer_step": (1,),
     "num_kv_shared_layers": (0,),
     "num_hash_layers": (0,),
+    "num_dense_layers": (0,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "moe_layer_start_index": (0,),
+    "moe_layer_end_index": (-1,),
+    "moe_layer_interval": (1,),
 }
 """Values with which all layers are alike."""
 
@@ -92,6 +105,50 @@ def restacked(config: Mapping[str, Any], layers: Sequence[tuple[OpenedModel, int
                 "of the layers. Merge whole models."
             )
     return found
+
+
+def require_class(base: OpenedModel, changes: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse tensors that the class with the changed config does not have, lacks, or has in other shapes: then the
+    config says something of its layers that is not known here.
+
+    Args:
+        base: whose class and config they are; nothing is refused where its class is not known.
+        changes: of its config.
+        shapes: by the names in the output's files.
+
+    Raises:
+        ModelError: it does.
+    """
+    known = base.architecture
+    if known is None or known.config is None:
+        return
+    made = known.with_config({**known.config.to_dict(), **changes})
+    unknown = {_any_layer(name) for name in base.stored.values() if not known.filled(name)}
+    unfilled = {_any_layer(name) for name in known.parameters.keys() - base.filled}
+    filled: set[str] = set()
+    for name, shape in shapes.items():
+        into, wanted = made.filled(name), made.shape(name)
+        if (not into and _any_layer(name) not in unknown) or (wanted is not None and tuple(wanted) != tuple(shape)):
+            raise _other_class(
+                made, f"has {name!r} in the shape {list(wanted)}" if wanted else f"has no place for {name!r}"
+            )
+        filled.update(into)
+    for name in sorted(made.parameters.keys() - filled):
+        if made.aliases.get(name) not in filled and _any_layer(name) not in unfilled:
+            raise _other_class(made, f"needs {name!r}, which no slice gives")
+
+
+def _other_class(known: Architecture, why: str) -> ModelError:
+    return ModelError(
+        f"With layers in this order {known.model_class.__name__} {why}: its config says by numbers which kind each layer "
+        "is. Merge whole models, or slices that leave every layer at its number."
+    )
+
+
+def _any_layer(name: str) -> str:
+    """A tensor's name without the number of its layer."""
+    found = block_of(name)
+    return name if found is None else in_block(name, 0)
 
 
 def _alike(config: Mapping[str, Any], name: str) -> bool:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinmerge.errors import ModelError, TwinmergeError
+from twinmerge.models.blocks import stacks
 from twinmerge.models.configs import differing, replaced, said
 from twinmerge.models.opened import OpenedModel
 from twinmerge.results import some
@@ -228,6 +229,13 @@ def strange(model: OpenedModel) -> list[str]:
     """Canonical names of the tensors that a model's class does not have, so that transformers does not load them; none
     where no class is known."""
     return [] if model.architecture is None else [n for n in model.specs if not _is_part(model, n)]
+
+
+def layers_of(model: OpenedModel) -> dict[str, int]:
+    """The stacks of blocks that a model's class runs, as `stacks` has them; layers that it does not have count for
+    none."""
+    out = set(strange(model))
+    return stacks(name for name in model.specs if name not in out)
 
 
 def warn_of_strange(model: OpenedModel, names: Sequence[str]) -> None:
