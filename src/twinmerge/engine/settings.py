@@ -10,7 +10,7 @@ from typing import Any
 
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import BASE
-from twinmerge.engine.sides import GENERATION, MODEL, json_in, sides_folder, template_in
+from twinmerge.engine.sides import GENERATION, MODEL, json_in, settings_folder, sides_folder, template_in
 from twinmerge.engine.tokens.ids import ONE
 from twinmerge.engine.tokens.read import SPECIAL, config_of
 from twinmerge.models.configs import said
@@ -35,11 +35,13 @@ class Told:
         recipe: of the merge.
         tokens: expert -> what its tokenizer means otherwise than the base's, where rows go together by their number.
         settings: expert -> what it says otherwise beside its weights.
+        torn: where the output's tokenizer and its config say otherwise: key -> (the one, the other).
     """
 
     recipe: Recipe
     tokens: Mapping[str, str]
     settings: Mapping[str, Settings]
+    torn: Settings
 
     @classmethod
     def of(cls, recipe: Recipe, models: Models) -> Told:
@@ -48,12 +50,19 @@ class Told:
         if models.unified is None:
             found = {name: other_tokens(models.base.folder, model.folder) for name, model in models.experts.items()}
             tokens = {name: each for name, each in found.items() if each}
-        return cls(recipe, tokens, other_settings(recipe, models))
+        return cls(recipe, tokens, other_settings(recipe, models), _torn(recipe, models))
 
     def warn(self, stacklevel: int) -> None:
         """Warn of every expert that something is told of."""
         warn_of_tokens(self.tokens, stacklevel + 1)
         warn_of_settings(self.settings, self.recipe, stacklevel + 1)
+        if self.torn:
+            told = "; ".join(f"{key} is {one!r} and {other!r}" for key, (one, other) in self.torn.items())
+            warnings.warn(
+                f"The output's tokenizer and its config are of different models, and disagree: {told}. Texts may end "
+                "where they should not. Take both from one model, by tokenizer and side_files_from.",
+                stacklevel=stacklevel,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -69,13 +78,13 @@ def other_settings(recipe: Recipe, models: Models) -> dict[str, Settings]:
     """
     reference = models.base if recipe.side_files_from is None else models.experts[recipe.side_files_from]
     tokens: Mapping[str, Tokens] = {} if models.unified is None else models.unified.tokens
-    folder = sides_folder(reference)
-    own = _settings(folder, tokens.get(recipe.side_files_from or BASE))
+    folder, tokenizer = sides_folder(reference), settings_folder(models.base)
+    own = _settings(folder, tokens.get(recipe.side_files_from or BASE), tokenizer)
     found: dict[str, Settings] = {}
     for name, expert in models.experts.items():
-        if (theirs_in := sides_folder(expert)) is None or theirs_in == folder:
+        if (theirs_in := sides_folder(expert)) is None or theirs_in == folder == tokenizer:
             continue
-        theirs = _settings(theirs_in, tokens.get(name))
+        theirs = _settings(theirs_in, tokens.get(name), theirs_in)
         differ = {key: (value, own.get(key)) for key, value in theirs.items() if value != own.get(key)}
         if TEMPLATE in differ:
             one, other = differ.pop(TEMPLATE)
@@ -93,30 +102,46 @@ def warn_of_settings(found: Mapping[str, Settings], recipe: Recipe, stacklevel: 
         recipe: of the merge.
         stacklevel: of the warnings.
     """
-    of = "the base" if recipe.side_files_from is None else repr(recipe.side_files_from)
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, differ in found.items():
         shown = [TEMPLATE] if TEMPLATE in differ else []
-        shown += [said({key: pair}) for key, pair in differ.items() if key != TEMPLATE]
+        shown += [said({key: pair}, "the output") for key, pair in differ.items() if key != TEMPLATE]
         alike.setdefault(tuple(shown), []).append(name)
     for differing, names in alike.items():
         one, *more = names
         who = f"The experts {', '.join(map(repr, names))} have" if more else f"The expert {one!r} has"
         warnings.warn(
-            f"{who} other settings than {of}, which the output has: {'; '.join(differing[:5])}"
+            f"{who} other settings than the output: {'; '.join(differing[:5])}"
             f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}. Take "
             f"{'those of one' if more else 'its own'} with side_files_from: {one} (--side-files-from {one}).",
             stacklevel=stacklevel,
         )
 
 
-def _settings(folder: Path | None, tokens: Tokens | None) -> dict[str, Any]:
-    """What a folder says of them, as far as it says more than nothing."""
+def _torn(recipe: Recipe, models: Models) -> Settings:
+    """Tokens that texts begin and end with by the output's tokenizer, and by its config, where those are of two
+    models."""
+    side = BASE if recipe.side_files_from is None else recipe.side_files_from
+    folder, tokenizer = sides_folder(models.labelled(side)), settings_folder(models.base)
+    if models.unified is None or tokenizer in (None, folder):
+        return {}
+    own = _settings(folder, models.unified.tokens.get(side), tokenizer)
+    found: Settings = {}
+    for key in ("bos_token", "eos_token"):
+        one, other = own.get(key), own.get(f"{key}_id")
+        if one is not None and other is not None and one not in (other if isinstance(other, list) else [other]):
+            found[key] = one, other
+    return found
+
+
+def _settings(folder: Path | None, tokens: Tokens | None, tokenizer: Path | None) -> dict[str, Any]:
+    """What a folder says of them, and that of a tokenizer, as far as they say more than nothing."""
     if folder is None:
         return {}
-    tokenizer = config_of(folder)
-    found: dict[str, Any] = {TEMPLATE: (template_in(folder) or "").strip() or None}
-    found |= {key: _content(tokenizer.get(key)) for key in SPECIAL}
+    named = {} if tokenizer is None else config_of(tokenizer)
+    template = None if tokenizer is None else template_in(tokenizer)
+    found: dict[str, Any] = {TEMPLATE: (template or "").strip() or None}
+    found |= {key: _content(named.get(key)) for key in SPECIAL}
     ids = {key: value for key, value in json_in(folder, MODEL).items() if key.endswith(ONE)}
     ids |= {key: value for key, value in json_in(folder, GENERATION).items() if key not in IDLE}
     found |= {key: _meant(value, tokens) if key.endswith(ONE) else value for key, value in ids.items()}

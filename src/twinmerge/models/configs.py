@@ -170,14 +170,14 @@ def replaced(config: Mapping[str, Any], other: Mapping[str, Any], key: str) -> d
     return {**config, first: other[first]}
 
 
-def said(differences: Mapping[str, tuple[Any, Any]]) -> str:
+def said(differences: Mapping[str, tuple[Any, Any]], other: str = "the base") -> str:
     """The differences in words.
 
     Example:
         >>> said({"num_hidden_layers": (3, 2), "hidden_act": ("gelu", "relu")})
         "num_hidden_layers is 3 (2 in the base), hidden_act is 'gelu' ('relu' in the base)"
     """
-    return ", ".join(f"{key} is {_short(own)} ({_short(base)} in the base)" for key, (own, base) in differences.items())
+    return ", ".join(f"{key} is {_short(own)} ({_short(base)} in {other})" for key, (own, base) in differences.items())
 
 
 def _short(value: Any) -> str:

@@ -220,13 +220,11 @@ def settled(lab: SimpleNamespace, x_adds: tuple[str, ...] = ()) -> tuple[str, st
 
 def test_other_settings_are_told(lab: SimpleNamespace, tmp_path: Path) -> None:
     base, x, same = settled(lab)
-    with pytest.warns(
-        UserWarning, match="The expert 'x' has other settings than the base, which the output has: "
-    ) as told:
+    with pytest.warns(UserWarning, match="The expert 'x' has other settings than the output: ") as told:
         merged = tm.merge("average", base, {"x": x, "same": same}, tmp_path / "out", progress=False)
     said = next(str(each.message) for each in told if "other settings" in str(each.message))
-    parts = ("chat_template", "eos_token is '<s>' ('</s>' in the base)", "eos_token_id is [2, 1] (2 in the base)")
-    assert all(part in said for part in (*parts, "temperature is 0.5 (None in the base)", "--side-files-from x"))
+    parts = ("chat_template", "eos_token is '<s>' ('</s>' in the output)", "eos_token_id is [2, 1] (2 in the output)")
+    assert all(part in said for part in (*parts, "temperature is 0.5 (None in the output)", "--side-files-from x"))
     differ = merged.check()["other_settings"]
     assert differ.keys() == {"x"} and differ["x"].keys() == {
         "chat_template",
@@ -239,11 +237,27 @@ def test_other_settings_are_told(lab: SimpleNamespace, tmp_path: Path) -> None:
     assert got(tmp_path / "out", "generation_config.json")["top_p"] == 0.9
 
 
+def test_a_tokenizer_and_a_config_that_disagree_are_told(lab: SimpleNamespace, tmp_path: Path) -> None:
+    """The tokenizer of x ends texts with <s>, and the base's config with </s>."""
+    base, x, _ = settled(lab)
+    with pytest.warns(UserWarning, match="disagree|other settings") as told:
+        tm.merge("average", base, {"x": x}, tmp_path / "out", tokenizer=x, progress=False)
+    said = [str(each.message) for each in told]
+    assert any("disagree: eos_token is '<s>' and '</s>'." in each for each in said), said
+    own = next(each for each in said if "'x' has other settings than the output" in each)
+    assert "eos_token_id is" in own and "; eos_token is" not in own and "chat_template" not in own
+    assert got(tmp_path / "out", "tokenizer_config.json")["eos_token"] == "<s>"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tm.merge("average", base, {"x": x}, tmp_path / "alike", tokenizer=x, side_files_from="x", progress=False)
+    assert not any("disagree" in str(each.message) for each in told)
+
+
 def test_settings_are_taken_from_an_expert(lab: SimpleNamespace, tmp_path: Path) -> None:
     base, x, same = settled(lab)
     put(base, "preprocessor_config.json", {"of": "base"})
     out = tmp_path / "out"
-    with pytest.warns(UserWarning, match="The expert 'same' has other settings than 'x', which the output has"):
+    with pytest.warns(UserWarning, match="The expert 'same' has other settings than the output"):
         tm.merge("average", base, {"x": x, "same": same}, out, side_files_from="x", progress=False)
     assert (out / "chat_template.jinja").read_text() == A and got(out, "tokenizer_config.json")["eos_token"] == "<s>"
     assert got(out, "generation_config.json") == got(Path(x), "generation_config.json")
@@ -307,5 +321,5 @@ def test_experts_that_differ_alike_are_told_of_together() -> None:
     with pytest.warns(UserWarning, match="other settings") as told:
         warn_of_settings(found, Recipe("average", None, dict.fromkeys("abc", "x")), stacklevel=1)
     first, second = (str(each.message) for each in told)
-    assert first.startswith("The experts 'a', 'b' have other settings than the base, which the output has: temperature")
+    assert first.startswith("The experts 'a', 'b' have other settings than the output: temperature")
     assert second.startswith("The expert 'c' has other settings") and "side_files_from: c" in second
