@@ -58,8 +58,9 @@ class Recipe:
     where rows of the models go together by their number; chat_template: "auto", a name or Jinja, None for the
     tokenizer's own; side_files_from: the expert whose template, special tokens and generation settings the output
     has, None for the base's; by_names: no class is asked what tensors are, which are matched by name and shape;
-    allow_pickle: old checkpoints are read, with torch's loader of tensors alone. That is for who runs a merge to say: no
-    file does, and it is not written down; typed: the file that it was read from, None of what a call says."""
+    allow_pickle: old checkpoints are read, with torch's loader of tensors alone, which who runs a merge says and no file;
+    typed: the file that it was read from, None of what a call says; translated: it is mergekit's in schema and
+    semantics, and so are options beside it."""
 
     method: MethodLike
     base: ModelLike | None
@@ -77,6 +78,7 @@ class Recipe:
     by_names: bool = False
     allow_pickle: bool = False
     typed: Typed | None = field(default=None, compare=False, repr=False)
+    translated: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._take_method()
