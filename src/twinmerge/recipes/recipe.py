@@ -26,8 +26,8 @@ from twinmerge.recipes.chat_template import KEY as TEMPLATE
 from twinmerge.recipes.chat_template import check_template
 from twinmerge.recipes.lines import KEY, KEYS, Lines
 from twinmerge.recipes.names import EXPERT_NAME
-from twinmerge.recipes.setting import Setting, examples, plain_value, read_settings
-from twinmerge.recipes.slices import BASE, Slice
+from twinmerge.recipes.setting import Setting, by_expert, examples, plain_value, read_settings
+from twinmerge.recipes.slices import BASE, Slice, within
 from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.recipes.tokenizer import TokenizerChoice
 from twinmerge.recipes.typed import Typed
@@ -321,19 +321,17 @@ class Recipe:
 
     def typical_method(self) -> Method:
         """The method of some tensor: what is asked of its class holds for all."""
+        own, merged = self.parameters, self.order
         if self.slices:
             each = [(first, self.merged_in(first)) for first in self.slices]
             first, merged = next((found for found in each if found[1]), each[0])
-            own = examples(first.parameters or self.parameters)
-            return make_method(
-                self.method, merged, {k: v for k, v in own.items() if k.rpartition(".")[0] in ("", *merged)}
-            )
-        given, values = list(self.experts), examples(self.parameters)
-        for key in self._per_expert & values.keys():
-            value = values[key]
-            if isinstance(value, (list, tuple)) and len(value) == len(given):
-                values[key] = tuple(value[given.index(name)] for name in self.order)
-        return make_method(self.method, self.order, values)
+            own = within(first.parameters, own)
+        out, values = self.experts.keys() - set(merged), self.by_expert(examples(own))
+        return make_method(self.method, merged, {k: v for k, v in values.items() if k.rpartition(".")[0] not in out})
+
+    def by_expert(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters of the recipe with one key per expert in the place of a list."""
+        return by_expert(parameters, self.experts, self._per_expert)
 
     def resolved(self, method: Method) -> dict[str, Any]:
         """The parameters of the method with their defaults; lists are in the order in which the recipe names the
