@@ -121,6 +121,7 @@ def test_what_changes_nothing_is_told() -> None:
         ("m.weight", 0.3, "m.weight names no expert of the recipe. It has: x_m, y_m."),
         ("y.weight", 0.3, "It has: y_m, x_m."),
         ("densty", 0.3, "no parameter 'densty'. Did you mean 'density'?"),
+        ("normalise", True, "no parameter 'normalise'. Did you mean 'normalize'? It has: weight, density, normalize,"),
         ("x_m.normalize", True, "normalize is one value for all experts. Write normalize=True."),
         ("density", "x", "-p density, density: density is 'x', which is no number"),
         ("density", [{"fliter": "mlp", "value": 1}], "unknown key 'fliter' of a choice. Did you mean 'filter'?"),

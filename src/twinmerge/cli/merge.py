@@ -79,7 +79,9 @@ AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt files, with torch's loader of tensors alone.")
 ]
 
-RandomSeed = Annotated[int | None, typer.Option("--random-seed", hidden=True)]  # mergekit's, translated to this
+RandomSeed = Annotated[
+    int | None, typer.Option("--random-seed", metavar="SEED", help="As mergekit's: -p seed=SEED where a method draws.")
+]
 
 
 @command("merge")

@@ -139,7 +139,8 @@ def _read(recipe: Recipe, key: str, field: str, value: Any) -> dict[str, Any]:
                 "gradient over the layers."
             )
     if ours not in cls.model_fields:
-        known = list(cls.model_fields)
+        theirs = [key for d in cls.mergekit.values() for key in (*d.own, *d.shared)] if recipe.translated else []
+        known = list(dict.fromkeys([*theirs, *cls.model_fields]))
         raise RecipeError(
             f"{short_name(recipe.method)} has no parameter {field!r}.{nearest(field, known)} It has: {', '.join(known)}."
         )
