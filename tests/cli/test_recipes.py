@@ -58,6 +58,40 @@ def test_options_take_the_place_of_what_the_recipe_says(zoo: Path, tmp_path: Pat
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
+def test_a_gradient_beside_a_file_is_that_of_the_file(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    sources = f"[{{model: {zoo}/base, layer_range: [0, 2]}}, {{model: {zoo}/a, layer_range: [0, 2]}}]"
+    text = (
+        f"merge_method: slerp\nbase_model: {zoo}/base\ndtype: float32\nslices: [{{sources: {sources}}}]\nparameters: "
+    )
+    said = "[{filter: tn.q, value: [0, 1]}, {filter: mpl, value: 0}, {value: 0.25}]"
+    (tmp_path / "file.yaml").write_text(f"{text}{{t: {said}}}\n")
+    (tmp_path / "plain.yaml").write_text(f"{text}{{t: 0.5}}\n")
+    in_file = command("merge", tmp_path / "file.yaml", tmp_path / "one")
+    beside = command("merge", tmp_path / "plain.yaml", tmp_path / "two", "-p", f"t={said}", "--random-seed", "3")
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    base = load_file(zoo / "base/model.safetensors")
+    layers = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+    assert torch.equal(two[layers[0]], base[layers[0]]) and not torch.equal(two[layers[1]], base[layers[1]])
+    for done in (in_file, beside):
+        told = done.err.replace("\n", " ")
+        assert told.count("no merged tensor") == 1 and "'mpl' (of t; did you mean 'mlp'?)" in told
+    told = (beside.out + beside.err).replace("\n", " ")
+    assert "in the place of t = 0.5" in told and "slerp draws nothing at random" in told
+    assert "no merged tensor" in command("check", tmp_path / "file.yaml").err.replace("\n", " ")
+
+
+def test_what_may_stand_beside_a_recipe(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    done = command("merge", zoo / "same.yaml", tmp_path / "out", "--head", "lm_head", "--chat-template", "chatml")
+    told = (done.out + done.err).replace("\n", " ")
+    assert "By an option: heads = lm_head." in told and "By an option: chat_template = chatml." in told
+    assert sorted(each.name for each in (tmp_path / "out/heads").iterdir())[0].startswith("a")
+    refused = command("merge", zoo / "same.yaml", tmp_path / "x", "--lines", "b=1").err.replace("\n", " ")
+    for option in ("-p", "--head", "--tokenizer", "--chat-template", "--side-files-from", "--allow-pickle"):
+        assert f"{option}," in refused
+    assert command("check", zoo / "same.yaml", "--side-files-from", "c").code == 2
+
+
 def test_check_prints_a_recipe_that_merges_to_the_same(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
     checked = command("recipe", "check", zoo / "r.yaml")
     (tmp_path / "checked.yaml").write_text(checked.out)

@@ -322,7 +322,8 @@ def test_models_in_memory_save_themselves(tmp_path: Path, monkeypatch: pytest.Mo
     class SentenceTransformer:
         __module__ = named.__name__
 
-        def __init__(self, folder: Path, device: str = "meta") -> None:
+        def __init__(self, folder: Path, device: str = "meta", trust_remote_code: bool = False) -> None:
+            assert not trust_remote_code
             self.folder, self.device = folder, device
             self.tensors = tensors_in(Path(folder))
 

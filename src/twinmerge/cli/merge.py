@@ -79,6 +79,10 @@ AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt files, with torch's loader of tensors alone.")
 ]
 
+RandomSeed = Annotated[
+    int | None, typer.Option("--random-seed", metavar="SEED", help="As mergekit's: -p seed=SEED where a method draws.")
+]
+
 
 @command("merge")
 def merge(
@@ -98,6 +102,7 @@ def merge(
     tokenizer: TokenizerSource = None,
     chat_template: Template = None,
     side_files_from: SideFiles = None,
+    random_seed: RandomSeed = None,
     smoke: Annotated[
         Path | None,
         typer.Option("--smoke", help="Texts (.jsonl or .txt): print their loss under base, experts and result."),
@@ -142,6 +147,7 @@ def merge(
     if plan is not None:
         given = (
             *(method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines, out, *beside),
+            random_seed,
             by_names or None,
             allow_pickle or None,
         )
@@ -154,6 +160,7 @@ def merge(
         described, target = recipe_of(
             *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
             beside=beside,
+            random_seed=random_seed,
             by_names=by_names,
             allow_pickle=allow_pickle,
             intermediate_dir=intermediate_dir,
@@ -222,6 +229,7 @@ def check(
     tokenizer: TokenizerSource = None,
     chat_template: Template = None,
     side_files_from: SideFiles = None,
+    random_seed: RandomSeed = None,
     plan: Annotated[
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Write down what would be done, for `twinmerge merge --plan`."),
@@ -243,6 +251,7 @@ def check(
     described, target = recipe_of(
         *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
         beside=(tokenizer, chat_template, side_files_from),
+        random_seed=random_seed,
         by_names=by_names,
         allow_pickle=allow_pickle,
     )
@@ -267,6 +276,7 @@ def recipe_of(
     stochastic: int | None,
     lines: str | None = None,
     beside: tuple[str | None, str | None, str | None] = (None, None, None),
+    random_seed: int | None = None,
     by_names: bool = False,
     allow_pickle: bool = False,
     intermediate_dir: Path | None = None,
@@ -275,7 +285,7 @@ def recipe_of(
     """The recipe and the output that the options name."""
     from twinmerge.methods.kit.registry import require_model
     from twinmerge.recipes.lines import Lines
-    from twinmerge.recipes.override import throughout
+    from twinmerge.recipes.override import overridden, seeded, throughout, with_beside
     from twinmerge.recipes.recipe import Recipe
 
     if method is not None and recipe is not None and out is None:
@@ -299,36 +309,30 @@ def recipe_of(
         named = pairs(expert, "--expert")
         given = (method, base, named, parameters, dtype, heads, stochastic, measured, depth)
         found = Recipe(*given, by_names=by_names, allow_pickle=allow_pickle)
-        return _with_beside(found, *beside), output or out
+        found = found if random_seed is None else _told(seeded(found, random_seed))
+        return with_beside(found, *beside)[0], output or out
     if recipe is None:
         raise UsageError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
-    if expert or base or weight or statistics or head or lines is not None or stochastic is not None:
+    if expert or base or weight or statistics or lines is not None or stochastic is not None:
         raise UsageError(
-            "A recipe file and options are both given. Put everything into the recipe (-p, --dtype and --by-names may "
-            "be given with it), or use --method."
+            "A recipe file and options are both given. Put everything into the recipe, or use --method. Beside a recipe "
+            "there may be -p, --dtype, --head, --tokenizer, --chat-template, --side-files-from, --by-names, "
+            "--allow-pickle, and what says how a merge is run."
         )
     read = _read(recipe, None if dry_run else intermediate_dir, by_names, allow_pickle)
     require_model(read.method)
-    if parameter or dtype:
-        from twinmerge.recipes.override import overridden
-
-        read, changes = overridden(read, values(parameter, "-p"), dtype)
-        for change in changes:
-            said(f"By an option: {change}.")
+    read = _told(overridden(read, values(parameter, "-p"), dtype))
+    read = read if random_seed is None else _told(seeded(read, random_seed))
+    read = _told(with_beside(read, *beside, tuple(head) if head else None))
     if by_names and not read.by_names:
         said("By an option: tensors are matched by name and shape alone; no class is asked.")
-    return _with_beside(throughout(read, by_names, allow_pickle), *beside), output or out
+    return throughout(read, by_names, allow_pickle), output or out
 
 
-def _with_beside(recipe: Recipe, tokenizer: str | None, template: str | None, side_files_from: str | None) -> Recipe:
-    """The recipe with what options say of the files beside the weights."""
-    from twinmerge.recipes.tokenizer import TokenizerChoice
-
-    if tokenizer is not None:
-        recipe = replace(recipe, tokenizer=TokenizerChoice.of(tokenizer, "--tokenizer"))
-    if template is not None:
-        recipe = replace(recipe, chat_template=template)
-    return recipe if side_files_from is None else replace(recipe, side_files_from=side_files_from)
+def _told(changed: tuple[Recipe, list[str]]) -> Recipe:
+    for change in changed[1]:
+        said(f"By an option: {change}.")
+    return changed[0]
 
 
 def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickle: bool) -> Recipe:

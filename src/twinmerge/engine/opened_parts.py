@@ -32,6 +32,6 @@ def opened_parts(folder: Path, like: Any = None) -> Any:
     else:
         made = type(like)
     if library == "diffusers":
-        pipeline = made.from_pretrained(str(folder))
+        pipeline = made.from_pretrained(str(folder), trust_remote_code=False)
         return pipeline if like is None else pipeline.to(like.device)
-    return made(str(folder), device=str(getattr(like, "device", "cpu")))
+    return made(str(folder), device=str(getattr(like, "device", "cpu")), trust_remote_code=False)

@@ -65,6 +65,7 @@ def planned(
         stored = {label: models.experts[label].stored_name(target.tensors[label]) for label in target.experts}
         method = rules.of(target.out, target.experts, stored, target.depth, target.parameters)
         merged[target.out] = entry_of(models, target, method, reads_base, spec_of(target.spec))
+    rules.warn_of_unfit(4)
     blocks: Mapping[str, int] = {}
     if recipe.lines is not None:
         blocks = layers_of(base)

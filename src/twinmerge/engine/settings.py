@@ -113,9 +113,15 @@ def warn_of_settings(found: Mapping[str, Settings], recipe: Recipe, stacklevel: 
         warnings.warn(
             f"{who} other settings than the output: {'; '.join(differing[:5])}"
             f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}. Take "
-            f"{'those of one' if more else 'its own'} with side_files_from: {one} (--side-files-from {one}).",
+            f"{'those of one' if more else 'its own'} with {_remedy(recipe, one)}.",
             stacklevel=stacklevel,
         )
+
+
+def _remedy(recipe: Recipe, expert: str) -> str:
+    """What takes an expert's settings: a file in mergekit's schema has no such key."""
+    option = f"--side-files-from {expert}"
+    return option if recipe.translated else f"side_files_from: {expert} ({option})"
 
 
 def _torn(recipe: Recipe, models: Models) -> Settings:

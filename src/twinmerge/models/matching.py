@@ -326,7 +326,7 @@ def _other_shape(base: OpenedModel, expert: OpenedModel, name: str) -> None:
     if _in_body(expert, name):
         raise ModelError(
             f"Tensor {name!r} is {list(expert.spec(name).shape)} in {expert.name} and {list(base.spec(name).shape)} in "
-            f"the base {base.name}. Say tokenizer: union in the recipe where their vocabularies differ, give every "
+            f"the base {base.name}. Say tokenizer: union in the recipe (--tokenizer union) where their vocabularies differ, give every "
             "model the same size, or name the tensor as a head with --head."
         )
 

@@ -88,6 +88,6 @@ def warn_of_tokens(found: Mapping[str, str], stacklevel: int) -> None:
     for name, said in found.items():
         warnings.warn(
             f"The expert {name!r} has another tokenizer: {said}. Rows of the embeddings go together by their number, "
-            "so say tokenizer: union in the recipe, or keep the embeddings with --head.",
+            "so say tokenizer: union in the recipe (--tokenizer union), or keep the embeddings with --head.",
             stacklevel=stacklevel,
         )

@@ -45,9 +45,7 @@ OPTIONS = {
     "--out-shard-size": Option("", takes=True, here=("--shard-size", "{}")),
     "--quiet": Option(""),
     "-q": Option(""),
-    "--random-seed": Option(
-        "random masks have a seed of their own; -p seed=N is it", takes=True, here=("-p", "seed={}")
-    ),
+    "--random-seed": Option("", takes=True, here=("--random-seed", "{}")),
     "--read-to-gpu": Option(NOTHING),
     "--safe-serialization": Option(""),
     "--no-safe-serialization": Option("pickles are not written", refused=True),

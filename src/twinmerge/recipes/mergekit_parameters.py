@@ -116,12 +116,42 @@ def shared(scopes: Sequence[Scope], method: str, dialect: Dialect, where: str) -
         if isinstance(said, Number):
             found[said.field] = value
             continue
-        values = list(value.values()) if isinstance(value, Setting) else [value]
-        if any(values) and said.refused:
-            raise RecipeError(f"{where}: {said.refused}")
-        if said.field is not None:
-            found[said.field] = value.mapped(said.of) if isinstance(value, Setting) else said.of(value)
+        if said.field is not None or said.refused:
+            found |= _switched(said, value, where)
     return found
+
+
+def _switched(said: Switch, value: Any, where: str) -> dict[str, Any]:
+    """What a switch of mergekit sets here."""
+    values = list(value.values()) if isinstance(value, Setting) else [value]
+    if any(values) and said.refused:
+        raise RecipeError(f"{where}: {said.refused}")
+    if said.field is None:
+        return {}
+    return {said.field: value.mapped(said.of) if isinstance(value, Setting) else said.of(value)}
+
+
+def one_parameter(key: str, value: Any, dialect: Dialect, where: str) -> dict[str, Any]:
+    """A parameter by itself, as a file has it, under our name; nothing where it changes nothing here.
+
+    Args:
+        key: mergekit's name, which the dialect has.
+        value: as it is written.
+        dialect: of the method.
+        where: for messages.
+
+    Raises:
+        RecipeError: as `scope`; a switch that no method here follows.
+
+    Example:
+        >>> one_parameter("lambda", "5e-1", Dialect(shared={"lambda": Number("scale", 1.0)}), "here")
+        {'scale': 0.5}
+    """
+    said = dialect.own.get(key) or dialect.shared.get(key)
+    if said is None:
+        return {}
+    read = setting(key, [scope({key: value}, dialect, where, [])], dialect, said.default)
+    return {said.field: read} if isinstance(said, Number) else _switched(said, read, where)
 
 
 def of_model(

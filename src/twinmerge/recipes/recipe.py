@@ -26,8 +26,8 @@ from twinmerge.recipes.chat_template import KEY as TEMPLATE
 from twinmerge.recipes.chat_template import check_template
 from twinmerge.recipes.lines import KEY, KEYS, Lines
 from twinmerge.recipes.names import EXPERT_NAME
-from twinmerge.recipes.setting import Setting, examples, plain_value, read_settings
-from twinmerge.recipes.slices import BASE, Slice
+from twinmerge.recipes.setting import Setting, by_expert, examples, plain_value, read_settings
+from twinmerge.recipes.slices import BASE, Slice, within
 from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.recipes.tokenizer import TokenizerChoice
 from twinmerge.recipes.typed import Typed
@@ -58,8 +58,9 @@ class Recipe:
     where rows of the models go together by their number; chat_template: "auto", a name or Jinja, None for the
     tokenizer's own; side_files_from: the expert whose template, special tokens and generation settings the output
     has, None for the base's; by_names: no class is asked what tensors are, which are matched by name and shape;
-    allow_pickle: old checkpoints are read, with torch's loader of tensors alone. That is for who runs a merge to say: no
-    file does, and it is not written down; typed: the file that it was read from, None of what a call says."""
+    allow_pickle: old checkpoints are read, with torch's loader of tensors alone, which who runs a merge says and no file;
+    typed: the file that it was read from, None of what a call says; translated: it is mergekit's in schema and
+    semantics, and so are options beside it."""
 
     method: MethodLike
     base: ModelLike | None
@@ -77,6 +78,7 @@ class Recipe:
     by_names: bool = False
     allow_pickle: bool = False
     typed: Typed | None = field(default=None, compare=False, repr=False)
+    translated: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._take_method()
@@ -319,19 +321,17 @@ class Recipe:
 
     def typical_method(self) -> Method:
         """The method of some tensor: what is asked of its class holds for all."""
+        own, merged = self.parameters, self.order
         if self.slices:
             each = [(first, self.merged_in(first)) for first in self.slices]
             first, merged = next((found for found in each if found[1]), each[0])
-            own = examples(first.parameters or self.parameters)
-            return make_method(
-                self.method, merged, {k: v for k, v in own.items() if k.rpartition(".")[0] in ("", *merged)}
-            )
-        given, values = list(self.experts), examples(self.parameters)
-        for key in self._per_expert & values.keys():
-            value = values[key]
-            if isinstance(value, (list, tuple)) and len(value) == len(given):
-                values[key] = tuple(value[given.index(name)] for name in self.order)
-        return make_method(self.method, self.order, values)
+            own = within(first.parameters, own)
+        out, values = self.experts.keys() - set(merged), self.by_expert(examples(own))
+        return make_method(self.method, merged, {k: v for k, v in values.items() if k.rpartition(".")[0] not in out})
+
+    def by_expert(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters of the recipe with one key per expert in the place of a list."""
+        return by_expert(parameters, self.experts, self._per_expert)
 
     def resolved(self, method: Method) -> dict[str, Any]:
         """The parameters of the method with their defaults; lists are in the order in which the recipe names the

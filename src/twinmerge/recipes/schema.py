@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from twinmerge.errors import RecipeError, nearest
@@ -76,7 +77,8 @@ def recipe_from(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if compat == "paper":
         return _own(raw, where, ours)
     unmarked = {key: value for key, value in raw.items() if key not in (MARK, "compat")}
-    return _own(translated(unmarked, where, own_keys=len(unmarked) < len(raw)), where, ours=True)
+    found = _own(translated(unmarked, where, own_keys=len(unmarked) < len(raw)), where, ours=True)
+    return replace(found, translated=True)
 
 
 def from_description(raw: Mapping[str, Any]) -> Recipe:

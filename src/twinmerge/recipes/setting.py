@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -190,6 +190,25 @@ def read_settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def examples(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Values that some tensor may have."""
     return {k: v.example if isinstance(v, Setting) else v for k, v in parameters.items()}
+
+
+def by_expert(parameters: Mapping[str, Any], experts: Iterable[str], fields: Collection[str]) -> dict[str, Any]:
+    """The parameters with one key per expert in the place of a list that has a value for each.
+
+    Args:
+        parameters: field (or expert.field) -> value.
+        experts: in the order of the lists.
+        fields: that may have such lists.
+
+    Example:
+        >>> by_expert({"density": [0.2, 0.8], "y.density": 0.5, "scale": 1}, ["x", "y"], ["density"])
+        {'x.density': 0.2, 'y.density': 0.5, 'scale': 1}
+    """
+    names, found = list(experts), dict[str, Any]()
+    for key, value in parameters.items():
+        whole = key in fields and isinstance(value, (list, tuple)) and len(value) == len(names)
+        found |= {f"{n}.{key}": each for n, each in zip(names, value, strict=True)} if whole else {}
+    return found | {k: v for k, v in parameters.items() if not (k in fields and f"{names[0]}.{k}" in found)}
 
 
 def plain_value(value: Any) -> Any:

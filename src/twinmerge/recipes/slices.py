@@ -58,6 +58,16 @@ class Slice:
         return {"sources": sources} | ({} if self.base is None else {"base_model": self.base})
 
 
+def within(inner: Mapping[str, Any], outer: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a slice, and those of its recipe of which it says nothing.
+
+    Example:
+        >>> within({"density": 0.5, "x.scale": 2}, {"x.density": 0.2, "scale": 1, "seed": 3})
+        {'scale': 1, 'seed': 3, 'density': 0.5, 'x.scale': 2}
+    """
+    return {key: value for key, value in outer.items() if key.rpartition(".")[2] not in inner} | dict(inner)
+
+
 def span_of(model: str, raw: Any, where: str) -> Span:
     """A `layer_range` of a model.
 

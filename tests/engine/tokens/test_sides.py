@@ -18,6 +18,7 @@ from twinmerge.engine.tokens.ids import renumbered
 from twinmerge.errors import TwinmergeError
 from twinmerge.recipes.chat_template import BUILT_IN
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.schema import recipe_from
 from twinmerge.study.evaluate import tokenizer_folder
 
 quiet = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -323,3 +324,8 @@ def test_experts_that_differ_alike_are_told_of_together() -> None:
     first, second = (str(each.message) for each in told)
     assert first.startswith("The experts 'a', 'b' have other settings than the output: temperature")
     assert second.startswith("The expert 'c' has other settings") and "side_files_from: c" in second
+    file = recipe_from(
+        {"merge_method": "linear", "parameters": {"weight": 1}, "models": [{"model": "c"}, {"model": "d"}]}
+    )
+    with pytest.warns(UserWarning, match="Take its own with --side-files-from c.$"):  # the file has no such key
+        warn_of_settings({"c": found["c"]}, file, stacklevel=1)
