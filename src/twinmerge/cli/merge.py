@@ -1,4 +1,4 @@
-"""`twinmerge merge` and `twinmerge check`: one set of weights out of many, and what that would take."""
+"""`twinmerge merge`: one set of weights out of many."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twinmerge.arguments import byte_count
+from twinmerge.cli.checked import print_checked
 from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
@@ -173,7 +174,7 @@ def merge(
     if target is None and not dry_run:
         raise UsageError("No output is named. Add -o FOLDER.")
     if dry_run:
-        _checked(merged, target, json, "Nothing is written (--dry-run)")
+        print_checked(merged, target, json, "Nothing is written (--dry-run)")
         return
     assert target is not None
     merged.save(target, shard_bytes=_shard_bytes(shard_size), overwrite=overwrite)
@@ -209,56 +210,6 @@ def merge(
     if json:
         smoked = [r._asdict() for r in losses] if losses else None
         print_json({**merged.to_dict(), "smoke": smoked})
-
-
-@command("check")
-def check(
-    recipe: RecipeFile = None,
-    out: Out = None,
-    output: Output = None,
-    method: MethodName = None,
-    base: Base = None,
-    expert: Experts = None,
-    weight: Weights = None,
-    parameter: Parameters = None,
-    statistics: StatisticsFiles = None,
-    head: Heads = None,
-    dtype: Dtype = None,
-    stochastic: Stochastic = None,
-    lines: Depth = None,
-    tokenizer: TokenizerSource = None,
-    chat_template: Template = None,
-    side_files_from: SideFiles = None,
-    random_seed: RandomSeed = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option("--plan", metavar="FILE", help="Write down what would be done, for `twinmerge merge --plan`."),
-    ] = None,
-    by_names: ByNames = False,
-    allow_pickle: AllowPickle = False,
-    threads: Threads = None,
-    json: Json = False,
-) -> None:
-    """What a merge would do and take: names, shapes, ties, dtypes, disk, memory and time; no model is written.
-
-    twinmerge check RECIPE.yaml OUT
-
-    twinmerge check RECIPE.yaml --plan plan.json
-    """
-    from twinmerge.engine.merge_parts import merge_of
-
-    use_threads(threads)
-    described, target = recipe_of(
-        *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
-        beside=(tokenizer, chat_template, side_files_from),
-        random_seed=random_seed,
-        by_names=by_names,
-        allow_pickle=allow_pickle,
-    )
-    merged = merge_of(described)
-    if plan is not None:
-        merged.write_plan(plan)
-    _checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}")
 
 
 def recipe_of(
@@ -352,19 +303,6 @@ def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickl
     return last
 
 
-def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
-    from twinmerge.store.output import OutputFile, OutputFolder
-
-    found = merged.check()
-    if target is not None:
-        kind = OutputFile if target.suffix == ".safetensors" else OutputFolder
-        kind(target, found["output_bytes"]).check()
-    if json:
-        print_json(found)
-    else:
-        print_table(title, ["what", "value"], [(key, _short(value, key)) for key, value in found.items()])
-
-
 def _shard_bytes(text: str | None) -> int | None:
     if text is None:
         return None
@@ -372,27 +310,3 @@ def _shard_bytes(text: str | None) -> int | None:
     if found < 1 or "%" in text:
         raise UsageError(f"--shard-size is {text!r}, which is no size of a file. Write 5GB or 500MB.")
     return found
-
-
-def _short(value: object, key: str = "") -> str:
-    if key.endswith("_bytes") and isinstance(value, int):
-        return size(value)
-    if key == "configs" and isinstance(value, dict):
-        from twinmerge.models.configs import said as differences
-
-        return "; ".join(f"{name}: {differences(found)}" for name, found in value.items()) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {_within(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, list):
-        return f"{len(value)}: {_first(value)}" if value else "none"
-    return str(value)
-
-
-def _within(value: object) -> str:
-    if isinstance(value, list):
-        return f"{len(value)} ({_first(value)})" if value else "0"
-    return str(len(value)) if isinstance(value, dict) else str(value) or "none"
-
-
-def _first(names: list[object]) -> str:
-    return f"{', '.join(map(str, names[:3]))}{' …' if len(names) > 3 else ''}"
