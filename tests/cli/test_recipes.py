@@ -191,3 +191,20 @@ models: [{{model: mid, parameters: {{weight: 0.5}}}}]
     save_file({n: 1.5 * x for n, x in load_file(file).items()}, file, metadata={"format": "pt"})
     done = command(*again, "--overwrite")
     assert done.code == 4 and f"model.safetensors changed after {tmp_path}" in done.err.replace("\n", "")
+
+
+def test_documents_that_all_have_names_go_to_folders_and_none_to_the_output(
+    zoo: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    text = f"name: mid\nmerge_method: linear\nmodels: [{{model: {zoo}/a}}, {{model: {zoo}/b}}]\nparameters: {{weight: 1}}\n"
+    (tmp_path / "two.yaml").write_text(f"{text}---\n{text.replace('mid', 'end').replace(f'{zoo}/a', 'mid')}")
+    way, out = tmp_path / "way", tmp_path / "out"
+    for last in ([out], ["-o", out]):
+        done = command("merge", tmp_path / "two.yaml", *last, "--intermediate-dir", way)
+        assert (
+            done.code == 2 and "a name (mid, end), so each is written to" in done.err and f"Leave {out} out" in done.err
+        )
+        assert not way.exists() and not out.exists()
+    done = command("merge", tmp_path / "two.yaml", "--intermediate-dir", way)
+    assert f"Merged mid -> {way}/mid" in done.err and f"Merged end -> {way}/end" in done.err
+    assert all((way / name / "model.safetensors").is_file() for name in ("mid", "end"))

@@ -270,7 +270,7 @@ def recipe_of(
             "there may be -p, --dtype, --head, --tokenizer, --chat-template, --side-files-from, --by-names, "
             "--allow-pickle, and what says how a merge is run."
         )
-    read = _read(recipe, None if dry_run else intermediate_dir, by_names, allow_pickle)
+    read = _read(recipe, output or out, None if dry_run else intermediate_dir, by_names, allow_pickle)
     require_model(read.method)
     read = _told(overridden(read, values(parameter, "-p"), dtype))
     read = read if random_seed is None else _told(seeded(read, random_seed))
@@ -286,7 +286,7 @@ def _told(changed: tuple[Recipe, list[str]]) -> Recipe:
     return changed[0]
 
 
-def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickle: bool) -> Recipe:
+def _read(file: Path, target: Path | None, intermediate_dir: Path | None, by_names: bool, allow_pickle: bool) -> Recipe:
     """The recipe of a file; of several, the last, with the others inside it or written where the option says."""
     from twinmerge.recipes.documents import read_all
     from twinmerge.recipes.override import throughout
@@ -296,10 +296,18 @@ def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickl
         return documents.nested
     from twinmerge.engine.steps import written
 
+    if documents.last is None and target is not None:
+        raise UsageError(
+            f"Every document of {file} has a name ({', '.join(documents.named)}), so each is written to "
+            f"{intermediate_dir}/NAME and none to {target}. Leave {target} out, or leave out the name of the document "
+            "that is to be there."
+        )
     named = {name: throughout(each, by_names, allow_pickle) for name, each in documents.named.items()}
     last = written(replace(documents, named=named), intermediate_dir, processes=True)
-    if last is None:
-        raise typer.Exit  # all have names, and all are written
+    if last is None:  # all have names, and all are written
+        for name in named:
+            said(f"Merged {name} -> {intermediate_dir / name}")
+        raise typer.Exit
     return last
 
 

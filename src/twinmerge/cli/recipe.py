@@ -48,13 +48,14 @@ def check(recipe: File, json: Json = False) -> None:
     """
     from twinmerge.recipes.documents import read_recipe
     from twinmerge.recipes.plain_data import to_yaml
+    from twinmerge.recipes.recipe import SEMANTICS
 
     found = read_recipe(recipe)
     described = found.describe()
     if json:
         print_json(described)
         return
-    said(f"{recipe}, by {found.semantics}'s semantics, is this recipe of twinmerge:")
+    said(f"{recipe}, by {SEMANTICS[found.semantics]}, is this recipe of twinmerge:")
     typer.echo(to_yaml({key: value for key, value in described.items() if value not in (None, [], {})}), nl=False)
 
 
@@ -71,6 +72,7 @@ def explain(
     twinmerge recipe explain RECIPE.yaml --picture layers.svg
     """
     from twinmerge.engine.explain import explain_recipe
+    from twinmerge.recipes.recipe import SEMANTICS
 
     if picture is not None:
         from twinmerge.study.recipe_picture import check_svg, draw_recipe
@@ -83,7 +85,10 @@ def explain(
     if json:
         print_json(found.to_dict())
         return
-    columns, rows = found._table()
-    print_table(f"{found.method}, by {found.semantics}'s semantics", columns, [[str(c) for c in row] for row in rows])
-    if found.copied:
-        said(f"{len(found.copied)} tensors are copied as they are.")
+    for name, each in found.in_turn:
+        columns, rows = each._table()
+        document = f"Document {name}: " if name else "The output: " if found.documents else ""
+        title = f"{document}{each.method}, by {SEMANTICS[each.semantics]}"
+        print_table(title, columns, [[str(c) for c in row] for row in rows])
+        if each.copied:
+            said(f"{len(each.copied)} tensors are copied as they are.")
