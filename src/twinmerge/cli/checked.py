@@ -9,14 +9,16 @@ from typing import Any
 from twinmerge.cli.common import print_json, print_table, size
 
 
-def print_checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
+def print_checked(merged: Any, target: Path | None, json: bool, title: str, overwrite: bool = False) -> None:
     """Print what is found of a merge, and refuse a place for its output that it cannot be written to."""
     from twinmerge.store.output import OutputFile, OutputFolder
 
     found = merged.check()
     if target is not None:
-        kind = OutputFile if target.suffix == ".safetensors" else OutputFolder
-        kind(target, found["output_bytes"]).check()
+        if target.suffix == ".safetensors":
+            OutputFile(target, found["output_bytes"], replace=overwrite).check()
+        else:
+            OutputFolder(target, found["output_bytes"], overwrite=overwrite, offers=True).check()
     if json:
         print_json(found)
     else:
