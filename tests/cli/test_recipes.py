@@ -208,3 +208,17 @@ def test_documents_that_all_have_names_go_to_folders_and_none_to_the_output(
     done = command("merge", tmp_path / "two.yaml", "--intermediate-dir", way)
     assert f"Merged mid -> {way}/mid" in done.err and f"Merged end -> {way}/end" in done.err
     assert all((way / name / "model.safetensors").is_file() for name in ("mid", "end"))
+
+
+def test_a_line_of_merge_is_checked_as_it_is(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    text = f"merge_method: slerp\nbase_model: {zoo}/a\nmodels: [{{model: {zoo}/a}}, {{model: {zoo}/b}}]\nparameters: {{t: 0.5}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    out, options = tmp_path / "out", ("--out-shard-size", "1B", "--device", "cpu", "--overwrite", "-p", "t=0.25")
+    assert command("merge", tmp_path / "r.yaml", out).code == 0
+    assert command("check", tmp_path / "r.yaml", out, *options).code == 0
+    again = command("check", tmp_path / "r.yaml", out)
+    assert again.code == 2 and "or add --overwrite (overwrite=True), since twinmerge wrote it" in again.err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "--overwrite" not in command("merge", tmp_path / "r.yaml", tmp_path / "mine").err
+    assert "t 0.25" in command("recipe", "explain", tmp_path / "r.yaml", "-p", "t=0.25").out

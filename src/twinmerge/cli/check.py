@@ -9,7 +9,7 @@ import typer
 
 from twinmerge.cli.checked import print_checked
 from twinmerge.cli.command import command
-from twinmerge.cli.common import Base, Experts, Heads, Json, Parameters, Threads
+from twinmerge.cli.common import Base, Device, Experts, Heads, Json, Parameters, Threads, device_of
 from twinmerge.cli.merge import (
     AllowPickle,
     ByNames,
@@ -27,8 +27,11 @@ from twinmerge.cli.merge import (
     TokenizerSource,
     Weights,
     recipe_of,
+    shard_bytes,
 )
 from twinmerge.maths.threads import use_threads
+
+AS_MERGE = "As of `twinmerge merge`, whose line may be checked as it is; nothing is written."
 
 
 @command("check")
@@ -56,6 +59,11 @@ def check(
     ] = None,
     by_names: ByNames = False,
     allow_pickle: AllowPickle = False,
+    intermediate_dir: Annotated[Path | None, typer.Option("--intermediate-dir", help=AS_MERGE)] = None,
+    shard_size: Annotated[str | None, typer.Option("--shard-size", metavar="BYTES", help=AS_MERGE)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="The output may be one that twinmerge wrote.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="As always here.")] = False,
+    device: Device = "cpu",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -75,7 +83,8 @@ def check(
         by_names=by_names,
         allow_pickle=allow_pickle,
     )
-    merged = merge_of(described)
+    shard_bytes(shard_size)
+    merged = merge_of(described, device=device_of(device))
     if plan is not None:
         merged.write_plan(plan)
-    print_checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}")
+    print_checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}", overwrite)

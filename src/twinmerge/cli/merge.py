@@ -29,6 +29,7 @@ from twinmerge.cli.common import (
 )
 from twinmerge.cli.complete import methods, recipes
 from twinmerge.cli.lines import said
+from twinmerge.cli.named import meant
 from twinmerge.errors import DataError, UsageError
 from twinmerge.maths.threads import use_threads
 
@@ -174,10 +175,10 @@ def merge(
     if target is None and not dry_run:
         raise UsageError("No output is named. Add -o FOLDER.")
     if dry_run:
-        print_checked(merged, target, json, "Nothing is written (--dry-run)")
+        print_checked(merged, target, json, "Nothing is written (--dry-run)", overwrite)
         return
     assert target is not None
-    merged.save(target, shard_bytes=_shard_bytes(shard_size), overwrite=overwrite)
+    merged.save(target, shard_bytes=shard_bytes(shard_size), overwrite=overwrite)
     report = merged.report
     assert report is not None
     found = merged.check()
@@ -248,6 +249,7 @@ def recipe_of(
             raise UsageError(
                 "A recipe file and --method are both given. Put everything into the recipe, or use options."
             )
+        method = meant(method)
         require_model(method)
         parameters = values(parameter, "-p")
         weights = {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
@@ -311,7 +313,8 @@ def _read(file: Path, target: Path | None, intermediate_dir: Path | None, by_nam
     return last
 
 
-def _shard_bytes(text: str | None) -> int | None:
+def shard_bytes(text: str | None) -> int | None:
+    """What --shard-size says."""
     if text is None:
         return None
     found = int(byte_count(text, 0))

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from twinmerge.cli.command import command
-from twinmerge.cli.common import Json, print_json, print_table
+from twinmerge.cli.common import Json, Parameters, print_json, print_table, values
 from twinmerge.cli.complete import methods, recipes
 from twinmerge.cli.lines import said
+from twinmerge.cli.named import meant
 
 File = Annotated[
     Path, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.", autocompletion=recipes)
@@ -29,15 +30,16 @@ def new(
 
     twinmerge recipe new ties -o ties.yaml
     """
-    from twinmerge.recipes.template import recipe_template
+    from twinmerge.recipes.template import command_of, recipe_template
 
+    method = meant(method)
     text = recipe_template(method, output)
     if json:
         print_json({"recipe": text})
     elif output is None:
         typer.echo(text, nl=False)
     else:
-        said(f"Fill in the models, then: twinmerge merge {output} OUT")
+        said(f"Fill in the models, then: {command_of(method, str(output))}")
 
 
 @command("recipe check")
@@ -65,6 +67,7 @@ def explain(
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE.svg", help="Draw which model gives which layer.")
     ] = None,
+    parameter: Parameters = None,
     json: Json = False,
 ) -> None:
     """Say what each tensor of the output is made of: models, layers, parameters.
@@ -78,7 +81,7 @@ def explain(
         from twinmerge.study.recipe_picture import check_svg, draw_recipe
 
         check_svg(picture)
-    found = explain_recipe(recipe)
+    found = explain_recipe(recipe, values(parameter, "-p"))
     if picture is not None:
         draw_recipe(found, picture)
         said(f"Picture: {picture}")

@@ -15,6 +15,7 @@ from twinmerge.methods.kit.registry import is_per_expert
 from twinmerge.models.blocks import block_of
 from twinmerge.recipes.documents import read_all
 from twinmerge.recipes.lines import Scaled
+from twinmerge.recipes.override import overridden
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import Table, cell
 
@@ -83,13 +84,14 @@ class Explained(Table, _Explained):
 
 
 @strict
-def explain_recipe(recipe: Recipe | str | Path) -> Explained:
+def explain_recipe(recipe: Recipe | str | Path, parameters: Mapping[str, Any] | None = None) -> Explained:
     """Say of every tensor of the output which models and layers it is made of, and by which parameters.
 
     Of several documents each is explained in turn. Headers are read, and no weights but the beginning of one matrix.
 
     Args:
         recipe: or its file.
+        parameters: that take the place of the recipe's, as `twinmerge merge -p` has them.
 
     Raises:
         TwinmergeError: as a merge of it.
@@ -99,6 +101,8 @@ def explain_recipe(recipe: Recipe | str | Path) -> Explained:
     else:
         several = read_all(recipe)
         found, names = several.nested, {id(each): name for name, each in several.made.items()}
+    if parameters:
+        found = overridden(found, parameters)[0]
     documents: dict[str, Explained] = {}
     whole = _explained(found, names, documents)
     return whole._replace(documents=documents)
