@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import twinmerge as tm
-from twinmerge.cli.merge import _short
+from twinmerge.cli.checked import _short
 from twinmerge.methods.kit.registry import method_names
 
 
@@ -277,3 +277,7 @@ def test_check_names_the_first_of_what_it_counts() -> None:
     assert _short({"told_by": "class", "names": [*"abcd"]}, "tables") == "told_by: class, names: 4 (a, b, c …)"
     assert _short({"a": {"eps": [0.1, 0.2]}}, "configs") == "a: eps is 0.1 (0.2 in the base)"
     assert _short({"rest": "mean", "elementwise": ""}, "parameters") == "rest: mean, elementwise: none"
+    mixed = {"a": [{"contains": "mlp", "value": [0.1, 1.0]}, {"value": 0.5}], "b": 0.2}
+    assert _short({"t": {"slice 1": mixed}}, "parameters") == (
+        "t: {slice 1: {a: contains 'mlp' [0.1, 1.0]; 0.5, b: 0.2}}"
+    )

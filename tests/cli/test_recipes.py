@@ -191,3 +191,34 @@ models: [{{model: mid, parameters: {{weight: 0.5}}}}]
     save_file({n: 1.5 * x for n, x in load_file(file).items()}, file, metadata={"format": "pt"})
     done = command(*again, "--overwrite")
     assert done.code == 4 and f"model.safetensors changed after {tmp_path}" in done.err.replace("\n", "")
+
+
+def test_documents_that_all_have_names_go_to_folders_and_none_to_the_output(
+    zoo: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    text = f"name: mid\nmerge_method: linear\nmodels: [{{model: {zoo}/a}}, {{model: {zoo}/b}}]\nparameters: {{weight: 1}}\n"
+    (tmp_path / "two.yaml").write_text(f"{text}---\n{text.replace('mid', 'end').replace(f'{zoo}/a', 'mid')}")
+    way, out = tmp_path / "way", tmp_path / "out"
+    for last in ([out], ["-o", out]):
+        done = command("merge", tmp_path / "two.yaml", *last, "--intermediate-dir", way)
+        assert (
+            done.code == 2 and "a name (mid, end), so each is written to" in done.err and f"Leave {out} out" in done.err
+        )
+        assert not way.exists() and not out.exists()
+    done = command("merge", tmp_path / "two.yaml", "--intermediate-dir", way)
+    assert f"Merged mid -> {way}/mid" in done.err and f"Merged end -> {way}/end" in done.err
+    assert all((way / name / "model.safetensors").is_file() for name in ("mid", "end"))
+
+
+def test_a_line_of_merge_is_checked_as_it_is(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    text = f"merge_method: slerp\nbase_model: {zoo}/a\nmodels: [{{model: {zoo}/a}}, {{model: {zoo}/b}}]\nparameters: {{t: 0.5}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    out, options = tmp_path / "out", ("--out-shard-size", "1B", "--device", "cpu", "--overwrite", "-p", "t=0.25")
+    assert command("merge", tmp_path / "r.yaml", out).code == 0
+    assert command("check", tmp_path / "r.yaml", out, *options).code == 0
+    again = command("check", tmp_path / "r.yaml", out)
+    assert again.code == 2 and "or add --overwrite (overwrite=True), since twinmerge wrote it" in again.err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert "--overwrite" not in command("merge", tmp_path / "r.yaml", tmp_path / "mine").err
+    assert "t 0.25" in command("recipe", "explain", tmp_path / "r.yaml", "-p", "t=0.25").out

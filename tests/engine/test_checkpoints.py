@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +106,29 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     (run / "checkpoint-0500").rename(run / "run2-step7")
     with pytest.raises(DataError, match="several numbers"):
         checkpoints_in(run)
+
+
+def test_folders_of_no_run_adapters_and_pickles_are_told_of(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "other"
+    for name, message in {
+        "model-v2": "is no checkpoint of a run",
+        "epoch-3": "names of two kinds",
+    }.items():
+        copy.mkdir()
+        for each in ("checkpoint-500", "checkpoint-1000"):
+            (copy / each).symlink_to(run / each, target_is_directory=True)
+        (copy / name).symlink_to(run / "checkpoint-1500", target_is_directory=True)
+        with pytest.raises(DataError, match=message):
+            checkpoints_in(copy)
+        shutil.rmtree(copy)
+    for name, message in {
+        "adapter_model.safetensors": "twinmerge lora merge",
+        "pytorch_model.bin": "Add --allow-pickle",
+    }.items():
+        (copy / "checkpoint-1").mkdir(parents=True)
+        (copy / "checkpoint-1" / name).write_bytes(b"")
+        with pytest.raises(DataError, match=message):
+            checkpoints_in(copy)
+        if name.endswith(".bin"):
+            assert [*checkpoints_in(copy, allow_pickle=True)] == [1]
+        shutil.rmtree(copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from twinmerge.errors import UsageError
 from twinmerge.methods.kit.registry import method_class, method_names
 from twinmerge.recipes.schema import recipe_from
 from twinmerge.recipes.template import recipe_template
+from twinmerge.study.recipe_picture import picture
 
 TINY: dict[str, Any] = {
     "vocab_size": 12,
@@ -48,6 +50,34 @@ slices:
     count = sum(len(p.tensors) * ((p.layers[1] - p.layers[0] + 1) if p.layers else 1) for p in found.parts)
     assert count == 2 * 9 + 3
     assert found.to_dict()["parts"][0]["layers"] is None
+
+
+def test_documents_are_explained_in_turn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    for name in "abc":
+        model.save_pretrained(tmp_path / name)
+
+    def of(name: str, *models: str, base: str = "") -> str:
+        listed = "".join(f"- {{model: {m}, parameters: {{weight: 1}}}}\n" for m in models)
+        named = (f"name: {name}\n" if name else "") + (f"base_model: {base}\n" if base else "")
+        return f"{named}merge_method: {'task_arithmetic' if base else 'linear'}\nmodels:\n{listed}"
+
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    documents = (of("two", "one", c), of("one", a, b), of("", "two", b, base="one"))
+    (tmp_path / "r.yaml").write_text("---\n".join(documents))
+    found = explain_recipe(tmp_path / "r.yaml")
+    assert [name for name, _ in found.in_turn] == ["one", "two", ""]
+    assert found.made == {"base": "one", "two": "two"} and found.documents["two"].made == {"one": "one"}
+    assert [row[2] for row in found._table()[1] if row[0] == "0–2"] == [
+        "two 0–2 (document), b 0–2, base 0–2 (base, document one)"
+    ]
+    assert {row[2] for row in found.documents["one"]._table()[1]} == {"a 0–2, b 0–2", "a, b"}
+    assert [*found.to_dict()["documents"]] == ["one", "two"]
+    texts = re.findall("<text[^>]*>([^<]*)<", picture(found))
+    heads = [text.partition(":")[0] for text in texts if "semantics" in text]
+    assert heads == ["document one", "document two", "the output"]
+    assert "base is document one" in texts
 
 
 @pytest.mark.parametrize("name", method_names())

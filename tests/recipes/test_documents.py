@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from twinmerge.errors import RecipeError
@@ -48,3 +50,23 @@ def test_an_adapter_is_put_on_a_document_in_its_folder():
         _ = found.nested
     assert found.last is not None
     assert [*with_models(found.last, {"one": "steps/one"}).experts.values()] == ["steps/one+lora", "c"]
+
+
+def test_a_document_that_nobody_names_is_told_of():
+    raw = [
+        linear("a", "b"),
+        linear("c", "four", name="two"),
+        linear("x", "two", name="three"),
+        linear("y", name="four"),
+    ]
+    with pytest.warns(
+        UserWarning, match="^four, two, three: no document that is merged takes them.*--intermediate-dir"
+    ):
+        assert [*documents_from(raw, "it").nested.experts.values()] == ["a", "b"]
+    raw[0] = linear("a", "two")
+    with pytest.warns(UserWarning, match="^three: no document"):
+        _ = documents_from(raw, "it").nested
+    raw[0] = linear("a", "three")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _ = documents_from(raw, "it").nested

@@ -16,6 +16,7 @@ from twinmerge.recipes.names import EXPERT_NAME, expert_name, expert_names
 from twinmerge.recipes.plain_data import from_yaml, to_yaml
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.schema import from_description, recipe_from
+from twinmerge.recipes.used import parameters_used
 
 
 def parse(text: str) -> Recipe:
@@ -499,7 +500,7 @@ def test_lists_are_in_the_order_of_the_recipe(method):
     assert by_name == {"z": 1.0, "a": 2.0, "k": 3.0}
     one_by_one = Recipe(method, "base", recipe.experts, {"z.weights": 1.0, "a.weights": 2.0, "k.weights": 3.0})
     assert one_by_one.make_method() == recipe.make_method()
-    assert recipe.resolved(recipe.make_method())["weights"] == (1.0, 2.0, 3.0)
+    assert parameters_used(recipe)["weights"] == (1.0, 2.0, 3.0)
     read = recipe_from(recipe.describe())
     assert read.make_method() == recipe.make_method() and list(read.experts) == ["z", "a", "k"]
 

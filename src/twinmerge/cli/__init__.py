@@ -64,7 +64,7 @@ def main() -> None:
             words, renamed = new_command(sys.argv[1:])
             if renamed is not None:
                 say(f"Warning: {renamed}")
-            if words[:1] == ["merge"]:
+            if words[:1] in (["merge"], ["check"]):
                 own, notes = translated_options(words[1:])
                 words = [*words[:1], *own]
                 for note in notes:

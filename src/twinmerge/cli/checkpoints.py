@@ -10,6 +10,7 @@ import typer
 from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, Threads, print_json, size
 from twinmerge.cli.lines import said
+from twinmerge.cli.merge import AllowPickle
 from twinmerge.maths.threads import use_threads
 
 
@@ -23,6 +24,10 @@ def checkpoints(
     last: Annotated[int | None, typer.Option("--last", min=1, help="How many of the last ones. [all]")] = None,
     decay: Annotated[float, typer.Option("--decay", help="Of ema.")] = 0.9,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Of the output: float32, bfloat16, float16.")] = None,
+    allow_pickle: AllowPickle = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take the place of an output that twinmerge wrote.")
+    ] = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -33,8 +38,11 @@ def checkpoints(
     from twinmerge.engine.checkpoints import merge_checkpoints
 
     use_threads(threads)
-    merge = merge_checkpoints(folder, output, schedule=schedule, last=last, decay=decay, dtype=dtype)
+    how = {"allow_pickle": allow_pickle, "overwrite": overwrite}
+    merge = merge_checkpoints(folder, output, schedule=schedule, last=last, decay=decay, dtype=dtype, **how)
     found = merge.check()
-    said(f"Merged {len(merge.recipe.experts)} checkpoints, {size(found['output_bytes'])} -> {output}")
+    steps = sorted((Path(str(model)).name for model in merge.recipe.experts.values()), key=lambda n: (len(n), n))
+    listed = ", ".join(steps if len(steps) <= 12 else [*steps[:5], "…", *steps[-5:]])
+    said(f"Merged {len(steps)} checkpoints ({listed}), {size(found['output_bytes'])} -> {output}")
     if json:
         print_json(merge.to_dict())

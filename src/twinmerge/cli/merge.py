@@ -1,4 +1,4 @@
-"""`twinmerge merge` and `twinmerge check`: one set of weights out of many, and what that would take."""
+"""`twinmerge merge`: one set of weights out of many."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twinmerge.arguments import byte_count
+from twinmerge.cli.checked import print_checked
 from twinmerge.cli.command import command
 from twinmerge.cli.common import (
     Base,
@@ -28,6 +29,7 @@ from twinmerge.cli.common import (
 )
 from twinmerge.cli.complete import methods, recipes
 from twinmerge.cli.lines import said
+from twinmerge.cli.named import meant
 from twinmerge.errors import DataError, UsageError
 from twinmerge.maths.threads import use_threads
 
@@ -173,10 +175,10 @@ def merge(
     if target is None and not dry_run:
         raise UsageError("No output is named. Add -o FOLDER.")
     if dry_run:
-        _checked(merged, target, json, "Nothing is written (--dry-run)")
+        print_checked(merged, target, json, "Nothing is written (--dry-run)", overwrite)
         return
     assert target is not None
-    merged.save(target, shard_bytes=_shard_bytes(shard_size), overwrite=overwrite)
+    merged.save(target, shard_bytes=shard_bytes(shard_size), overwrite=overwrite)
     report = merged.report
     assert report is not None
     found = merged.check()
@@ -209,56 +211,6 @@ def merge(
     if json:
         smoked = [r._asdict() for r in losses] if losses else None
         print_json({**merged.to_dict(), "smoke": smoked})
-
-
-@command("check")
-def check(
-    recipe: RecipeFile = None,
-    out: Out = None,
-    output: Output = None,
-    method: MethodName = None,
-    base: Base = None,
-    expert: Experts = None,
-    weight: Weights = None,
-    parameter: Parameters = None,
-    statistics: StatisticsFiles = None,
-    head: Heads = None,
-    dtype: Dtype = None,
-    stochastic: Stochastic = None,
-    lines: Depth = None,
-    tokenizer: TokenizerSource = None,
-    chat_template: Template = None,
-    side_files_from: SideFiles = None,
-    random_seed: RandomSeed = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option("--plan", metavar="FILE", help="Write down what would be done, for `twinmerge merge --plan`."),
-    ] = None,
-    by_names: ByNames = False,
-    allow_pickle: AllowPickle = False,
-    threads: Threads = None,
-    json: Json = False,
-) -> None:
-    """What a merge would do and take: names, shapes, ties, dtypes, disk, memory and time; no model is written.
-
-    twinmerge check RECIPE.yaml OUT
-
-    twinmerge check RECIPE.yaml --plan plan.json
-    """
-    from twinmerge.engine.merge_parts import merge_of
-
-    use_threads(threads)
-    described, target = recipe_of(
-        *(recipe, out, output, method, base, expert, weight, parameter, statistics, head, dtype, stochastic, lines),
-        beside=(tokenizer, chat_template, side_files_from),
-        random_seed=random_seed,
-        by_names=by_names,
-        allow_pickle=allow_pickle,
-    )
-    merged = merge_of(described)
-    if plan is not None:
-        merged.write_plan(plan)
-    _checked(merged, target, json, "Nothing is written" if plan is None else f"The plan is in {plan}")
 
 
 def recipe_of(
@@ -297,6 +249,7 @@ def recipe_of(
             raise UsageError(
                 "A recipe file and --method are both given. Put everything into the recipe, or use options."
             )
+        method = meant(method)
         require_model(method)
         parameters = values(parameter, "-p")
         weights = {f"{name}.weights": number for name, number in numbers(weight, "--weight").items()}
@@ -319,7 +272,7 @@ def recipe_of(
             "there may be -p, --dtype, --head, --tokenizer, --chat-template, --side-files-from, --by-names, "
             "--allow-pickle, and what says how a merge is run."
         )
-    read = _read(recipe, None if dry_run else intermediate_dir, by_names, allow_pickle)
+    read = _read(recipe, output or out, None if dry_run else intermediate_dir, by_names, allow_pickle)
     require_model(read.method)
     read = _told(overridden(read, values(parameter, "-p"), dtype))
     read = read if random_seed is None else _told(seeded(read, random_seed))
@@ -335,7 +288,7 @@ def _told(changed: tuple[Recipe, list[str]]) -> Recipe:
     return changed[0]
 
 
-def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickle: bool) -> Recipe:
+def _read(file: Path, target: Path | None, intermediate_dir: Path | None, by_names: bool, allow_pickle: bool) -> Recipe:
     """The recipe of a file; of several, the last, with the others inside it or written where the option says."""
     from twinmerge.recipes.documents import read_all
     from twinmerge.recipes.override import throughout
@@ -345,54 +298,26 @@ def _read(file: Path, intermediate_dir: Path | None, by_names: bool, allow_pickl
         return documents.nested
     from twinmerge.engine.steps import written
 
+    if documents.last is None and target is not None:
+        raise UsageError(
+            f"Every document of {file} has a name ({', '.join(documents.named)}), so each is written to "
+            f"{intermediate_dir}/NAME and none to {target}. Leave {target} out, or leave out the name of the document "
+            "that is to be there."
+        )
     named = {name: throughout(each, by_names, allow_pickle) for name, each in documents.named.items()}
     last = written(replace(documents, named=named), intermediate_dir, processes=True)
-    if last is None:
-        raise typer.Exit  # all have names, and all are written
+    if last is None:  # all have names, and all are written
+        for name in named:
+            said(f"Merged {name} -> {intermediate_dir / name}")
+        raise typer.Exit
     return last
 
 
-def _checked(merged: Any, target: Path | None, json: bool, title: str) -> None:
-    from twinmerge.store.output import OutputFile, OutputFolder
-
-    found = merged.check()
-    if target is not None:
-        kind = OutputFile if target.suffix == ".safetensors" else OutputFolder
-        kind(target, found["output_bytes"]).check()
-    if json:
-        print_json(found)
-    else:
-        print_table(title, ["what", "value"], [(key, _short(value, key)) for key, value in found.items()])
-
-
-def _shard_bytes(text: str | None) -> int | None:
+def shard_bytes(text: str | None) -> int | None:
+    """What --shard-size says."""
     if text is None:
         return None
     found = int(byte_count(text, 0))
     if found < 1 or "%" in text:
         raise UsageError(f"--shard-size is {text!r}, which is no size of a file. Write 5GB or 500MB.")
     return found
-
-
-def _short(value: object, key: str = "") -> str:
-    if key.endswith("_bytes") and isinstance(value, int):
-        return size(value)
-    if key == "configs" and isinstance(value, dict):
-        from twinmerge.models.configs import said as differences
-
-        return "; ".join(f"{name}: {differences(found)}" for name, found in value.items()) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {_within(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, list):
-        return f"{len(value)}: {_first(value)}" if value else "none"
-    return str(value)
-
-
-def _within(value: object) -> str:
-    if isinstance(value, list):
-        return f"{len(value)} ({_first(value)})" if value else "0"
-    return str(len(value)) if isinstance(value, dict) else str(value) or "none"
-
-
-def _first(names: list[object]) -> str:
-    return f"{', '.join(map(str, names[:3]))}{' …' if len(names) > 3 else ''}"

@@ -11,6 +11,7 @@ from twinmerge.cli import complete
 from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, print_json, print_table
 from twinmerge.cli.lines import tell, tell_class
+from twinmerge.cli.named import meant
 
 
 @command("methods")
@@ -22,6 +23,8 @@ def methods(
     from twinmerge.methods.kit.listing import list_methods
     from twinmerge.methods.kit.registry import method_class
 
+    if name is not None:
+        name = meant(name)
     found = list_methods(name)
     if json:
         print_json(found.to_dict())
@@ -32,10 +35,10 @@ def methods(
     about = found[name]
     tell_class(name, method_class(name))
     tell(
-        f"Needs: {', '.join(about['needs'])}. Gives: {_gives(about)}. Takes: {about['cost'] or '?'}. Paper: "
+        f"Needs: {', '.join(about['needs']) or 'the models alone'}. Gives: {_gives(about)}. Takes: {about['cost'] or '?'}. Paper: "
         f"{about['paper']}.\n"
     )
-    lines = [(f, str(parameter["default"]), parameter["about"] or "") for f, parameter in about["parameters"].items()]
+    lines = [(f, str(parameter["default"]), _meaning(parameter)) for f, parameter in about["parameters"].items()]
     print_table("Parameters", ["name", "default", "meaning"], lines)
 
 
@@ -55,6 +58,12 @@ def _list(found: Mapping[str, Mapping[str, Any]]) -> None:
         "\nAfter the name: what it takes (a read: all models once), what it needs beside the experts, and where it is "
         "strong, by its paper or its formula. Formula and parameters of one: twinmerge methods NAME"
     )
+
+
+def _meaning(parameter: Mapping[str, Any]) -> str:
+    """What a parameter is for, and the values that it may have where they are a closed list."""
+    closed = f"({', '.join(parameter['choices'])})" if "choices" in parameter else ""
+    return " ".join(filter(None, (parameter["about"], closed)))
 
 
 def _gives(about: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from twinmerge.cli.command import command
-from twinmerge.cli.common import Json, print_json, print_table
+from twinmerge.cli.common import Json, Parameters, print_json, print_table, values
 from twinmerge.cli.complete import methods, recipes
 from twinmerge.cli.lines import said
+from twinmerge.cli.named import meant
 
 File = Annotated[
     Path, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.", autocompletion=recipes)
@@ -29,15 +30,16 @@ def new(
 
     twinmerge recipe new ties -o ties.yaml
     """
-    from twinmerge.recipes.template import recipe_template
+    from twinmerge.recipes.template import command_of, recipe_template
 
+    method = meant(method)
     text = recipe_template(method, output)
     if json:
         print_json({"recipe": text})
     elif output is None:
         typer.echo(text, nl=False)
     else:
-        said(f"Fill in the models, then: twinmerge merge {output} OUT")
+        said(f"Fill in the models, then: {command_of(method, str(output))}")
 
 
 @command("recipe check")
@@ -48,13 +50,14 @@ def check(recipe: File, json: Json = False) -> None:
     """
     from twinmerge.recipes.documents import read_recipe
     from twinmerge.recipes.plain_data import to_yaml
+    from twinmerge.recipes.recipe import SEMANTICS
 
     found = read_recipe(recipe)
     described = found.describe()
     if json:
         print_json(described)
         return
-    said(f"{recipe}, by {found.semantics}'s semantics, is this recipe of twinmerge:")
+    said(f"{recipe}, by {SEMANTICS[found.semantics]}, is this recipe of twinmerge:")
     typer.echo(to_yaml({key: value for key, value in described.items() if value not in (None, [], {})}), nl=False)
 
 
@@ -64,6 +67,7 @@ def explain(
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE.svg", help="Draw which model gives which layer.")
     ] = None,
+    parameter: Parameters = None,
     json: Json = False,
 ) -> None:
     """Say what each tensor of the output is made of: models, layers, parameters.
@@ -71,19 +75,23 @@ def explain(
     twinmerge recipe explain RECIPE.yaml --picture layers.svg
     """
     from twinmerge.engine.explain import explain_recipe
+    from twinmerge.recipes.recipe import SEMANTICS
 
     if picture is not None:
         from twinmerge.study.recipe_picture import check_svg, draw_recipe
 
         check_svg(picture)
-    found = explain_recipe(recipe)
+    found = explain_recipe(recipe, values(parameter, "-p"))
     if picture is not None:
         draw_recipe(found, picture)
         said(f"Picture: {picture}")
     if json:
         print_json(found.to_dict())
         return
-    columns, rows = found._table()
-    print_table(f"{found.method}, by {found.semantics}'s semantics", columns, [[str(c) for c in row] for row in rows])
-    if found.copied:
-        said(f"{len(found.copied)} tensors are copied as they are.")
+    for name, each in found.in_turn:
+        columns, rows = each._table()
+        document = f"Document {name}: " if name else "The output: " if found.documents else ""
+        title = f"{document}{each.method}, by {SEMANTICS[each.semantics]}"
+        print_table(title, columns, [[str(c) for c in row] for row in rows])
+        if each.copied:
+            said(f"{len(each.copied)} tensors are copied as they are.")

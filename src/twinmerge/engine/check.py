@@ -9,6 +9,7 @@ from twinmerge.engine.by_names import tables_of
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import Plan, element_bytes, grains_of, shapes_of
 from twinmerge.engine.ranges import SEEN, Range, ranges
+from twinmerge.engine.reads import read_bytes
 from twinmerge.engine.run import Run
 from twinmerge.engine.settings import Told
 from twinmerge.maths.threads import thread_count
@@ -33,8 +34,8 @@ def checked(plan: Plan, models: Models, run: Run, statistics: Mapping[str, Stati
     than the base's (the expert's value, the base's), and the bytes, memory and time of the merge.
 
     Headers and the beginning of one matrix were read for it. Memory is that of the tiles under way (of whole
-    matrices, for methods that need them), beside what the libraries themselves take; time is what a disk of 1 GB/s
-    needs for the bytes.
+    matrices, for methods that need them), beside what the libraries themselves take. Bytes are those of every sweep
+    that runs, but for passes that rarely do; time is what a disk of 1 GB/s needs for them.
 
     Args:
         plan: what is to be done.
@@ -43,13 +44,7 @@ def checked(plan: Plan, models: Models, run: Run, statistics: Mapping[str, Stati
         statistics: of each expert, where the method reads them.
         told: what is told of experts.
     """
-    reads = 1 + sum(not step.sampled and not step.rare and step.name not in run.known for step in run.leading)
-    input_bytes = sum(
-        models.of_source(entry, label).spec(source.tensor).itemsize * entry.size
-        for entry in plan.merged.values()
-        for label, source in entry.sources.items()
-    )
-    input_bytes += sum(spec.bytes for found in statistics.values() for spec in found.specs.values())
+    reads = read_bytes(plan, models, run, statistics)
     tables = tables_of(plan, models)
     found: dict[str, Any] = {
         "method": plan.recipe.method_name,
@@ -67,10 +62,10 @@ def checked(plan: Plan, models: Models, run: Run, statistics: Mapping[str, Stati
         **told.to_dict(),
         "dtypes": {label: _dtypes(model) for label, model in {"base": models.base, **models.experts}.items()},
         "output_dtypes": sorted({spec.name for spec in plan.specs.values()}),
-        "read_bytes": reads * input_bytes,
+        "read_bytes": reads,
         "output_bytes": plan.output_bytes,
         "memory_bytes": _memory(plan),
-        "seconds_at_1_GB_per_s": round((reads * input_bytes + plan.output_bytes) / RATE, 1),
+        "seconds_at_1_GB_per_s": round((reads + plan.output_bytes) / RATE, 1),
     }
     if plan.recipe.lines is not None:
         found["lines"] = {**plan.recipe.lines.describe(), "blocks": plan.blocks}

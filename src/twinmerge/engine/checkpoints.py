@@ -21,6 +21,8 @@ DECAYS: Mapping[str, Callable[[float], float]] = {
 }
 """What the learning rate would fall by: the share that is left after the share u of the window."""
 STEP = re.compile(r"\d+")
+NAME = re.compile(r"(?:.*[-_])?(checkpoint|ckpt|step|iter|epoch)s?[-_]?(\d+)", re.IGNORECASE)
+"""How trainers call the checkpoints of a run."""
 
 
 def checkpoint_weights(count: int, schedule: Schedule = "linear", decay: float = 0.9) -> list[float]:
@@ -56,24 +58,54 @@ def checkpoint_weights(count: int, schedule: Schedule = "linear", decay: float =
     return [left[j] - left[j + 1] for j in range(count)]
 
 
-def checkpoints_in(folder: str | Path) -> dict[int, Path]:
-    """Step -> checkpoint: the folders inside one that hold weights and have one number in their names, by step.
+def checkpoints_in(folder: str | Path, allow_pickle: bool = False) -> dict[int, Path]:
+    """Step -> checkpoint: the folders inside one that hold weights and are called like checkpoint-500, by step.
+
+    Args:
+        folder: of the run.
+        allow_pickle: those with .bin files are taken too.
 
     Raises:
-        DataError: no folder, none with weights inside, two of one step, a name with several numbers.
+        DataError: no folder, none with weights inside, two of one step, names of several kinds or numbers, adapters.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Name the one that has the checkpoints inside.")
     found: dict[int, Path] = {}
+    kinds: dict[str, str] = {}  # what stands before the step -> a name that has it
     for each in sorted(folder.iterdir()):
-        if not each.is_dir() or not any(each.glob("*.safetensors")):
+        if not each.is_dir() or not STEP.search(each.name):
             continue
+        if any(each.glob("adapter_*")):
+            raise DataError(
+                f"{each} holds an adapter, and checkpoints of whole models are merged here. Merge the run's adapters with "
+                f"`twinmerge lora merge --base B --expert s1={each} --expert s2=… -o OUT`."
+            )
+        pickles = sorted(each.glob("pytorch_model*.bin"))
+        if not any(each.glob("*.safetensors")):
+            if not pickles:
+                continue
+            if not allow_pickle:
+                raise DataError(
+                    f"{each} holds pickled weights ({pickles[0].name}). Add --allow-pickle to read its tensors."
+                )
         numbers = STEP.findall(each.name)
         if not numbers:
             continue
         if len(numbers) > 1:
             raise DataError(f"{each} has several numbers in its name, so its step is not known. Rename it to step-N.")
+        named = NAME.fullmatch(each.name)
+        if named is None:
+            raise DataError(
+                f"{each} is no checkpoint of a run: its name is not like checkpoint-500. Rename it, or take it out of the "
+                "folder."
+            )
+        kinds.setdefault(each.name[: named.start(2)], each.name)
+        if len(kinds) > 1:
+            raise DataError(
+                f"{' and '.join(kinds.values())} in {folder} have names of two kinds, so they may be of two runs. Take one "
+                "kind away."
+            )
         step = int(numbers[0])
         if step in found:
             raise DataError(f"{found[step].name} and {each.name} in {folder} are of one step. Take one away.")
@@ -96,6 +128,8 @@ def merge_checkpoints(
     decay: float = 0.9,
     dtype: str | None = None,
     progress: bool = True,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
 ) -> Merge:
     """Merge the checkpoints of a training run, as a decay of the learning rate over them would end.
 
@@ -110,13 +144,15 @@ def merge_checkpoints(
         decay: of "ema".
         dtype: of the output, that of the checkpoints where None.
         progress: show how far it is.
+        allow_pickle: read .bin files, with torch's loader of tensors alone.
+        overwrite: take the place of a folder that twinmerge wrote.
 
     Raises:
         TwinmergeError: as `checkpoints_in`, `checkpoint_weights` and a merge.
 
     Source: as `checkpoint_weights`.
     """
-    found = checkpoints_in(folder)
+    found = checkpoints_in(folder, allow_pickle)
     if last is not None and at_least_one("last", last) > len(found):
         raise UsageError(f"last is {last}, and {folder} has {len(found)} checkpoints. Name that many at most.")
     steps = list(found)[-last:] if last is not None else list(found)
@@ -130,8 +166,9 @@ def merge_checkpoints(
         {f"step{step}": str(found[step]) for step in order},
         {f"step{step}.weights": share[step] for step in order},
         dtype,
+        allow_pickle=allow_pickle,
     )
     merge = Merge(recipe, progress)
     if out is not None:
-        merge.save(out)
+        merge.save(out, overwrite=overwrite)
     return merge

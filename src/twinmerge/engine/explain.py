@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
-from twinmerge.engine.plan import Entry, Plan
+from twinmerge.engine.plan import BASE, Entry, Plan
 from twinmerge.methods.kit.registry import is_per_expert
 from twinmerge.models.blocks import block_of
-from twinmerge.recipes.documents import read_recipe
+from twinmerge.recipes.documents import read_all
 from twinmerge.recipes.lines import Scaled
+from twinmerge.recipes.override import overridden
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import Table, cell
 
@@ -42,6 +45,8 @@ class _Explained(NamedTuple):
     semantics: str
     parts: list[Part]
     copied: list[str]
+    made: Mapping[str, str] = MappingProxyType({})
+    documents: Mapping[str, Explained] = MappingProxyType({})
 
 
 class Explained(Table, _Explained):
@@ -52,13 +57,15 @@ class Explained(Table, _Explained):
         semantics: whose its formula is.
         parts: in the order of the layers, what is outside them first.
         copied: tensors that the base gives as they are.
+        made: source -> the document that it is, where a recipe of several stands in the place of a model.
+        documents: name -> what is said of it, each after those that it takes.
     """
 
     def _summary(self) -> str:
         return f"{self.method}, {len(self.parts)} kinds of tensors, {len(self.copied)} copied"
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-        rows = [(_layers(p), _names(p.tensors), _sources(p), _settings(p.parameters)) for p in self.parts]
+        rows = [(_layers(p), _names(p.tensors), _sources(p, self.made), _settings(p.parameters)) for p in self.parts]
         return ("layers", "tensors", "made of", "parameters"), rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,22 +74,56 @@ class Explained(Table, _Explained):
             {**p._asdict(), "tensors": list(p.tensors), "layers": list(p.layers) if p.layers else None}
             for p in self.parts
         ]
-        return {**self._asdict(), "parts": parts}
+        found = {**self._asdict(), "parts": parts, "made": dict(self.made)}
+        return {**found, "documents": {name: each.to_dict() for name, each in self.documents.items()}}
+
+    @property
+    def in_turn(self) -> list[tuple[str, Explained]]:
+        """The documents, then this one, which has no name."""
+        return [*self.documents.items(), ("", self)]
 
 
 @strict
-def explain_recipe(recipe: Recipe | str | Path) -> Explained:
+def explain_recipe(recipe: Recipe | str | Path, parameters: Mapping[str, Any] | None = None) -> Explained:
     """Say of every tensor of the output which models and layers it is made of, and by which parameters.
 
-    Headers are read, and no weights but the beginning of one matrix.
+    Of several documents each is explained in turn. Headers are read, and no weights but the beginning of one matrix.
 
     Args:
         recipe: or its file.
+        parameters: that take the place of the recipe's, as `twinmerge merge -p` has them.
 
     Raises:
         TwinmergeError: as a merge of it.
     """
-    found = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    if isinstance(recipe, Recipe):
+        found, names = recipe, {}
+    else:
+        several = read_all(recipe)
+        found, names = several.nested, {id(each): name for name, each in several.made.items()}
+    if parameters:
+        found = overridden(found, parameters)[0]
+    documents: dict[str, Explained] = {}
+    whole = _explained(found, names, documents)
+    return whole._replace(documents=documents)
+
+
+def _explained(found: Recipe, known: dict[int, str], documents: dict[str, Explained]) -> Explained:
+    """What is said of one recipe alone; that of the recipes that are its models is put among the documents.
+
+    Args:
+        found: the recipe.
+        known: names of recipes that are models, by their identity.
+        documents: what is known so far.
+    """
+    made: dict[str, str] = {}
+    for label, model in {BASE: found.base, **found.experts}.items():
+        inner = getattr(model, "recipe", model)
+        if isinstance(inner, Recipe):
+            name = known.setdefault(id(inner), _free(label, known.values()))
+            if name not in documents:
+                documents[name] = _explained(inner, known, documents)
+            made[label] = name
     plan = Merge(found, progress=False).plan
     kinds: dict[tuple[Any, ...], list[tuple[int | None, str]]] = {}
     said: dict[tuple[Any, ...], Entry] = {}
@@ -101,7 +142,13 @@ def explain_recipe(recipe: Recipe | str | Path) -> Explained:
         for first, last, names in _runs(by_layer):
             parts.append(_part(plan, said[key], first, last, names, key[3]))
     parts.sort(key=lambda p: (p.layers is not None, p.layers or (0, 0), p.tensors))
-    return Explained(found.method_name, found.semantics, parts, sorted(e.tensor for e in plan.copied.values()))
+    return Explained(found.method_name, found.semantics, parts, sorted(e.tensor for e in plan.copied.values()), made)
+
+
+def _free(label: str, taken: Collection[str]) -> str:
+    """A name that no document has yet."""
+    names = chain([label], (f"{label}_{i}" for i in count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _part(
@@ -162,14 +209,16 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(own[0] if len(own) == 1 else f"{head}.* ({len(own)})" for head, own in heads.items())
 
 
-def _sources(part: Part) -> str:
+def _sources(part: Part, made: Mapping[str, str]) -> str:
     said = []
     for label, layer in part.sources.items():
         run = ""
         if layer is not None and part.layers is not None:
             last = layer + part.layers[1] - part.layers[0]
             run = f" {layer}" if last == layer else f" {layer}–{last}"
-        said.append(f"{label}{run}{' (base)' if label == part.base else ''}")
+        document = "" if label not in made else "document" if made[label] == label else f"document {made[label]}"
+        roles = ", ".join(filter(None, ("base" if label == part.base else "", document)))
+        said.append(f"{label}{run}{f' ({roles})' if roles else ''}")
     return ", ".join(said)
 
 

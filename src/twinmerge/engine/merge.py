@@ -315,7 +315,7 @@ class Merge:
         plan, spread = self.plan, self.spread
         most = SHARD_BYTES if shard_bytes is None else at_least_one("shard_bytes", shard_bytes)
         files = layout(plan.specs, most, weights_file(self.base.folder))
-        output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files, overwrite=overwrite)
+        output = OutputFolder(out, plan.output_bytes, plan_key(plan), kept=files, overwrite=overwrite, offers=True)
         output.check()
         read = states_of(plan)
         check_sides(self.base)

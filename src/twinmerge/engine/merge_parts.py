@@ -297,7 +297,12 @@ class MergeOfParts(Merge):
         }
         kept = [f"{within(path)}{file}" for path, of in files.items() for file in of]
         output = OutputFolder(
-            out, sum(p.plan.output_bytes for p in parts.values()), self._key, kept=kept, overwrite=overwrite
+            out,
+            sum(p.plan.output_bytes for p in parts.values()),
+            self._key,
+            kept=kept,
+            overwrite=overwrite,
+            offers=True,
         )
         output.check()
         read = {path: states_of(part.plan) for path, part in parts.items()}

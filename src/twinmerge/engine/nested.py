@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -123,15 +124,12 @@ class Computed:
         stop = start + to.nbytes // size
         if stop == start:
             return
-        at = start
-        while at < stop:
-            piece = self._piece(name, at, stop)
+        for piece in self.pieces(name, start, stop):
             values = self._values(piece)
-            end = min(stop, piece.stop)
+            at, end = max(start, piece.start), min(stop, piece.stop)
             to[(at - start) * size : (end - start) * size] = values[
                 (at - piece.start) * size : (end - piece.start) * size
             ]
-            at = end
 
     def place(self, name: str) -> tuple[int, int]:
         """Where its first input lies."""
@@ -145,6 +143,14 @@ class Computed:
         inputs = Inputs.of(self.plan, self.models)
         run = new_run(self.plan, inputs, progress=False, spread=map)  # whoever reads is a worker itself
         return run, surveyed(run, inputs)
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[Range]:
+        """The ranges that are computed for the elements from `start` to `stop` − 1."""
+        at = start
+        while at < stop:
+            piece = self._piece(name, at, stop)
+            yield piece
+            at = piece.stop
 
     def _piece(self, name: str, at: int, stop: int) -> Range:
         """The range that is computed for the elements from `at` on: whole blocks, whole rows, or all."""

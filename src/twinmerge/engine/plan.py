@@ -20,6 +20,7 @@ from twinmerge.methods.kit.base import Grain, Method, Need, Place
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.lines import Lines, Scaled, at_depth, coefficient
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.recipes.used import of_rules, parameters_used
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.header import SIZES
 
@@ -196,13 +197,12 @@ class Plan:
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
-        """The method's parameters with their defaults: the recipe's, or those of an edited plan's rules, and "by
-        tensor" for those that differ between them."""
+        """The method's parameters with their defaults, as `parameters_used` has them; or those of an edited plan's
+        rules, and "by tensor" for those that differ between them."""
         if not self.edited:
-            return self.recipe.resolved(self.method)
-        own = {rule.method if isinstance(rule, Scaled) else rule for rule in methods_of(self.merged)}
-        found = [self.recipe.resolved(method) for method in own]
-        return {key: value if all(f[key] == value for f in found) else "by tensor" for key, value in found[0].items()}
+            return parameters_used(self.recipe)
+        own = {rule.method if isinstance(rule, Scaled) else rule: None for rule in methods_of(self.merged)}
+        return of_rules(self.recipe, own)
 
     def rounding(self, name: str) -> Rounding:
         """How a tensor of the output is rounded."""

@@ -131,6 +131,38 @@ class Run:
                 continue
             self._sweep(step, self.names, f"pass {number} of {len(self.leading)}")
 
+    def looked_at(self) -> Iterator[Range]:
+        """What is read of every input, as far as headers tell: in each pass that runs, and where tensors are merged."""
+        yield from self.surveyed_at()
+        groups = self.groups()
+        for batch in self._batches(groups) if self.has_trailing else ():
+            yield from self.settled_at(_names(batch))
+        yield from (each for group in groups for each in group)
+
+    def surveyed_at(self) -> Iterator[Range]:
+        """The same of `survey` alone."""
+        for step in self.leading:
+            if step.name not in self.known:
+                yield from self._swept(step, self.names)
+
+    def settled_at(self, names: Sequence[str]) -> Iterator[Range]:
+        """The same of the passes that run just before tensors that are merged together."""
+        for rule in self.rules:
+            own = [name for name in names if name in rule.names]
+            for step in rule.trailing:
+                yield from self._swept(step, own)
+
+    def _swept(self, step: Pass[Any], names: Sequence[str]) -> Iterator[Range]:
+        names = [n for n in names if step.grain in (None, self.grains[n])]
+        if not step.rare:
+            yield from self._work(step, names)
+
+    def _work(self, step: Pass[Any], names: Sequence[str]) -> Iterator[Range]:
+        """The ranges that a pass over some tensors looks at."""
+        if step.sampled:
+            return sample(names, self.shapes)
+        return ranges(names, self.shapes, min(SEEN, self.tile), self.grains)
+
     def groups(self, order: Iterable[str] | None = None) -> list[list[Range]]:
         """The work of `merge`, in its order: ranges that are done together."""
         names = list(order or self.names)
@@ -161,7 +193,7 @@ class Run:
             disable=_off(self.progress),
         ) as bar:
             for batch in self._batches(groups):
-                self._sweep_tensors(list(dict.fromkeys(each.name for group in batch for each in group)))
+                self._sweep_tensors(_names(batch))
                 # what waits are answers, not tiles; a matrix takes longer than many that follow it
                 ahead = len(batch) if self.matrices else None
                 items = [_Item(group, {each.name: self.known_of[each.name] for each in group}) for group in batch]
@@ -208,9 +240,7 @@ class Run:
         if not seen:
             return
         totals: dict[str, Partial] = {name: {} for name in seen} if by_tensor else {"": {}}
-        tile = min(SEEN, self.tile)
-        work = sample(seen, self.shapes) if step.sampled else ranges(seen, self.shapes, tile, self.grains)
-        groups = list(grouped(work, tile))
+        groups = list(grouped(self._work(step, seen), min(SEEN, self.tile)))
         # floating sums are taken over the same blocks in the same order, whatever the number of threads
         count = -(-len(groups) // BLOCKS) if step.grain else min(len(groups), SHARES * thread_count())
         shares = [groups[i * len(groups) // count : (i + 1) * len(groups) // count] for i in range(count)]
@@ -303,6 +333,10 @@ class _Merge(Generic[Answer]):
 
     def __call__(self, item: _Item[Range]) -> list[Answer]:
         return [self.combine(each, _joined(self.known, item.own[each.name])) for each in item.work]
+
+
+def _names(batch: Sequence[list[Range]]) -> list[str]:
+    return list(dict.fromkeys(each.name for group in batch for each in group))
 
 
 def _joined(known: Known, own: Known) -> Known:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,28 @@ class Documents:
     named: Mapping[str, Recipe]
     last: Recipe | None
 
+    @cached_property
+    def made(self) -> dict[str, Recipe]:
+        """Name -> recipe, in which the others stand where it names them."""
+        found: dict[str, ModelLike] = {}
+        for name, recipe in self.named.items():
+            found[name] = with_models(recipe, found)
+        return found  # type: ignore[return-value]
+
+    @property
+    def unused(self) -> list[str]:
+        """Names that neither the last recipe nor one that it needs has."""
+        left = [] if self.last is None else [self.last]
+        used: set[str] = set()
+        while left:
+            new = self.named.keys() & set(names_in(left.pop())) - used
+            used |= new
+            left += [self.named[name] for name in new]
+        return [name for name in self.named if name not in used]
+
     @property
     def nested(self) -> Recipe:
-        """The last recipe, in which the others stand where it names them.
+        """The last recipe, in which the others stand where it names them; a warning names those that it does not.
 
         Raises:
             RecipeError: every document has a name, so that none is the last.
@@ -43,10 +64,18 @@ class Documents:
                 f"Every document has a name ({', '.join(self.named)}), so none is the model to write. Leave out the "
                 "name of that one, or say where all go with --intermediate-dir."
             )
-        made: dict[str, ModelLike] = {}
-        for name, recipe in self.named.items():
-            made[name] = with_models(recipe, made)
-        return with_models(self.last, made)
+        if self.unused:
+            warnings.warn(
+                f"{', '.join(self.unused)}: no document that is merged takes {_one(self.unused)}, so "
+                f"{_one(self.unused, 'it is', 'they are')} left out. Put the name where a model stands, or say where all "
+                "go with --intermediate-dir DIR.",
+                stacklevel=2,
+            )
+        return with_models(self.last, self.made)
+
+
+def _one(names: Sequence[str], one: str = "it", several: str = "them") -> str:
+    return several if names[1:] else one
 
 
 @strict

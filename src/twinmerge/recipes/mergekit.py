@@ -306,11 +306,13 @@ def _ours(method: str, where: str) -> str:
             "`twinmerge: 1` to the file to "
             "merge by the paper's semantics."
         )
-    known = [*names]
+    known = {name: name for name in names}
     for name in names:
         with suppress(TwinmergeError):  # of another package that cannot be loaded
-            known += method_class(name).mergekit
-    raise RecipeError(f"{where}: Unknown method {method!r:.80}.{nearest(method, known)} See `twinmerge methods`.")
+            known |= dict.fromkeys(method_class(name).mergekit, name)
+    near = nearest(method, known)
+    here = next((f" It is {ours} here." for said, ours in known.items() if repr(said) in near and said != ours), "")
+    raise RecipeError(f"{where}: Unknown method {method!r:.80}.{near}{here} See `twinmerge methods`.")
 
 
 def _without_revision(model: str, where: str) -> str:

@@ -333,15 +333,6 @@ class Recipe:
         """Parameters of the recipe with one key per expert in the place of a list."""
         return by_expert(parameters, self.experts, self._per_expert)
 
-    def resolved(self, method: Method) -> dict[str, Any]:
-        """The parameters of the method with their defaults; lists are in the order in which the recipe names the
-        experts."""
-        found = method.model_dump()
-        for key in self._per_expert:
-            if isinstance(found[key], tuple) and not self.slices:
-                found[key] = tuple(found[key][self.order.index(name)] for name in self.experts)
-        return found | {k: v.describe() for k, v in self.parameters.items() if isinstance(v, Setting)}
-
     @property
     def _per_expert(self) -> frozenset[str]:
         cls = method_class(self.method)

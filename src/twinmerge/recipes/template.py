@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.arguments import strict
+from twinmerge.methods.kit.listing import choices
 from twinmerge.methods.kit.registry import is_per_expert, method_class, method_name
 from twinmerge.recipes.plain_data import to_yaml
 from twinmerge.store import disk
@@ -37,7 +38,7 @@ def recipe_template(method: str, out: str | Path | None = None) -> str:
         f"\n    statistics: a.{cls.needs[0]}.safetensors  # `twinmerge measure {cls.needs[0]} …`" if cls.needs else ""
     )
     lines = [
-        f"# {method_name(method)} ({cls.paper}): fill in the models, then `twinmerge merge THIS OUT`.",
+        f"# {method_name(method)} ({cls.paper}): fill in the models, then `{command_of(method, 'THIS')}`.",
         "twinmerge: 1",
         f"merge_method: {method_name(method)}",
         f"base_model: path/or/hub-id{'' if cls.space == 'deltas' else '  # may be left out'}",
@@ -48,6 +49,8 @@ def recipe_template(method: str, out: str | Path | None = None) -> str:
     ]
     for name, field in cls.model_fields.items():
         about = f"{field.description or ''}{' (or a list, one per model)' if is_per_expert(cls, name) else ''}"
+        if closed := choices(field):
+            about = f"{about} ({', '.join(closed)})".strip()
         lines += [f"  # {about}"] if about else []
         value = None if field.is_required() else field.default
         lines.append(f"  {_line(name, value)}" if value is not None else f"  # {name}: ")
@@ -56,6 +59,18 @@ def recipe_template(method: str, out: str | Path | None = None) -> str:
         with OutputFile(out) as file:
             disk.write_text(file, text)
     return text
+
+
+def command_of(method: str, file: str) -> str:
+    """The command that a recipe of a method is for; masks are built from options alone.
+
+    Example:
+        >>> command_of("ties", "r.yaml"), command_of("emr", "r.yaml")
+        ('twinmerge merge r.yaml OUT', 'twinmerge masks build --method emr --base B --expert a=A … -o OUT')
+    """
+    if method_class(method).outputs == "model":
+        return f"twinmerge merge {file} OUT"
+    return f"twinmerge masks build --method {method} --base B --expert a=A … -o OUT"
 
 
 def _names(cls: Any) -> list[str]:

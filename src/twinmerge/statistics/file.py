@@ -59,7 +59,10 @@ class Statistics:
         """
         path = Path(os.path.realpath(file) if os.path.islink(file) else file)  # the user named it, wherever it leads
         if not os.path.exists(path):
-            raise DataError(f"There is no statistics file {path}. Name one that `twinmerge measure` wrote.")
+            raise DataError(
+                f"There is no statistics file {path}. Take it with `twinmerge measure {what or 'WHAT'} MODEL --data FILE "
+                f"-o {path}`, or name one that it wrote."
+            )
         found = cls(open_artefact(path, KIND, VERSION))
         if what is not None and found.what != what:
             raise DataError(

@@ -258,6 +258,7 @@ class OutputFolder(_Output):
         key: what identifies the work: same key, same bytes.
         kept: the files that a journal speaks of; whatever else an earlier run left is removed and written anew.
         manifest: write one; not for a folder whose files will change.
+        offers: whoever writes it can be asked to overwrite, which the refusal says.
         overwrite: a folder that has the name and was written here gives way at the end. Where a process dies between
             the two renames, it lies in `<name>.partial/replaced`, and gets its name back at the next run.
 
@@ -299,9 +300,11 @@ class OutputFolder(_Output):
         kept: Collection[str] = (),
         manifest: bool = True,
         overwrite: bool = False,
+        offers: bool = False,
     ) -> None:
         super().__init__(folder, key, needed_bytes)
         self.folder, self._kept, self._manifest, self._overwrite = self.target, set(kept), manifest, overwrite
+        self._offers = offers
         self.sums: dict[str, Mapping[str, str]] = {}
 
     def finish(self) -> bool:
@@ -327,11 +330,22 @@ class OutputFolder(_Output):
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         if not self._overwrite:
-            raise UsageError(f"The output {self.folder} is there already and not empty. Name another one or remove it.")
+            more = " or add --overwrite (overwrite=True), since twinmerge wrote it" if self._may_give_way() else ""
+            comma = "," if more else " or"
+            raise UsageError(
+                f"The output {self.folder} is there already and not empty. Name another one{comma} remove it{more}."
+            )
         if not self.folder.is_dir() or Manifest.of(self.folder) is None:
             raise UsageError(f"{self.folder} was not written by twinmerge, so it is not overwritten. Move it away.")
         if is_in_use(self.folder):
             raise UsageError(f"The output {self.folder} is one of the inputs. Name another one.")
+
+    def _may_give_way(self) -> bool:
+        """Whether it would be overwritten if that was asked."""
+        with contextlib.suppress(TwinmergeError):
+            ours = self.folder.is_dir() and Manifest.of(self.folder) is not None
+            return self._offers and ours and not is_in_use(self.folder)
+        return False
 
     def _begin(self) -> None:
         replaced = self.partial / REPLACED

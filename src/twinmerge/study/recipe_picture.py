@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from twinmerge.engine.explain import Explained, Part
 from twinmerge.errors import UsageError
+from twinmerge.recipes.recipe import SEMANTICS
 from twinmerge.store.output import OutputFile
 
 WIDE, ROW, GAP, CHAR = 880, 22, 26, 7.4  # of the layers, of a model's row, before a panel, of a letter, in pixels
@@ -127,6 +128,35 @@ def panels(found: Explained) -> list[Panel]:
 
 def picture(found: Explained) -> str:
     """The picture as SVG: the same for the same recipe, readable on light and dark ground."""
+    body: list[str] = []
+    y, right = 26.0, 0.0
+    for name, each in found.in_turn:
+        document = f"document {name}: " if name else "the output: " if found.documents else ""
+        drawn, y, edge = _section(each, document, y)
+        body, right = body + drawn, max(right, edge)
+    notes = [
+        "Bars: a model's weight over the sum of all weights' sizes; dashed: taken away. Rows without bars: values alone decide.",
+        "Numbers are layers of the model. Grey: what changes are taken against. What a method drops or elects is not shown.",
+    ]
+    if copied := sum(len(each.copied) for _, each in found.in_turn):
+        notes.append(f"{copied} tensors are copied as they are.")
+    body += [_text(12, y + 16 * i, note, "dim small", "#5f6873") for i, note in enumerate(notes)]
+    width, height = max(right + 16, 24 + 5.6 * max(map(len, notes))), y + 16 * len(notes)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'height="{height:.0f}" role="img">\n<title>{escape(_title(found))}</title>\n<style>{STYLE}</style>\n'
+        f'<rect class="paper" width="100%" height="100%" fill="#fbfbfa"/>\n' + "\n".join(body) + "\n</svg>\n"
+    )
+
+
+def _title(found: Explained) -> str:
+    layers = max((part.layers[1] + 1 for part in found.parts if part.layers), default=0)
+    models = {model for part in found.parts for model in part.sources}
+    return f"{found.method}, by {SEMANTICS[found.semantics]}: {len(models)} models, {layers} layers"
+
+
+def _section(found: Explained, document: str, y: float) -> tuple[list[str], float, float]:
+    """One recipe from y on: what is drawn, its lower end, and its right one."""
     shown = panels(found)
     bases = dict.fromkeys(part.base for part in found.parts if part.base is not None)
     models = list(dict.fromkeys([*bases, *(model for part in found.parts for model in part.sources)]))
@@ -135,29 +165,19 @@ def picture(found: Explained) -> str:
     ]
     colours = {model: COLOURS[i % len(COLOURS)] for i, model in enumerate(experts)}
     left = 24 + CHAR * max([len(_cut(model)) for model in models] or [0])
-    body: list[str] = []
-    y, right = 58.0, left + 420
+    title = f"{document}{_title(found)}"
+    body = [_text(12, y, _cut(title, TITLE), "ink head", "#1c2024", False, title)]
+    y, right = y + 32, max(left + 420, 12 + CHAR * min(len(title), TITLE))
+    made = [f"{label} is document {name}" for label, name in found.made.items()]
+    for note in made:
+        body.append(_text(12, y - 10, note, "dim small", "#5f6873"))
+        y += 16
     for panel in shown:
         order = [model for model in models if model in panel.rows]
         drawn, bottom, edge = _panel(panel, order, colours, left, y)
         body += drawn
         y, right = bottom + GAP, max(right, edge, 12 + CHAR * min(len(panel.title), TITLE))
-    notes = [
-        "Bars: a model's weight over the sum of all weights' sizes; dashed: taken away. Rows without bars: values alone decide.",
-        "Numbers are layers of the model. Grey: what changes are taken against. What a method drops or elects is not shown.",
-    ]
-    if found.copied:
-        notes.append(f"{len(found.copied)} tensors are copied as they are.")
-    body += [_text(12, y + 16 * i, note, "dim small", "#5f6873") for i, note in enumerate(notes)]
-    width, height = max(right + 16, 24 + 5.6 * max(map(len, notes))), y + 16 * len(notes)
-    layers = len(next((panel.columns for panel in shown if panel.columns[:1] == ["0"]), []))
-    title = f"{found.method}, by {found.semantics}'s semantics: {len(models)} models, {layers} layers"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        f'height="{height:.0f}" role="img">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n'
-        f'<rect class="paper" width="100%" height="100%" fill="#fbfbfa"/>\n'
-        f"{_text(12, 26, title, 'ink head', '#1c2024')}\n" + "\n".join(body) + "\n</svg>\n"
-    )
+    return body, y, right
 
 
 def _panel(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from twinmerge.arguments import strict
 from twinmerge.methods.kit.base import Method
@@ -57,6 +60,19 @@ def needs(method: type[Method]) -> list[str]:
     return ["base"] * (method.space == "deltas") + [f"{need} statistics" for need in method.needs]
 
 
+def choices(field: FieldInfo) -> list[str]:
+    """The values that a parameter may have, where they are a closed list of words.
+
+    Example:
+        >>> from twinmerge.methods.kit.registry import method_class
+        >>> choices(method_class("ties").model_fields["scope"])
+        ['tensor', 'model']
+    """
+    kind = field.annotation
+    of = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [value for each in of if get_origin(each) is Literal for value in get_args(each) if isinstance(value, str)]
+
+
 def over_time(method: type[Method]) -> str | None:
     """How a method takes experts one by one: "sum" in any order, "order", or not at all."""
     if not issubclass(method, Fold):
@@ -77,5 +93,9 @@ def _about(method: type[Method]) -> dict[str, Any]:
         "needs": needs(method),
         "outputs": method.outputs,
         "over_time": over_time(method),
-        "parameters": {name: {"default": field.default, "about": field.description} for name, field in fields},
+        "parameters": {
+            name: {"default": field.default, "about": field.description}
+            | ({"choices": closed} if (closed := choices(field)) else {})
+            for name, field in fields
+        },
     }

@@ -65,6 +65,8 @@ def trim_passes(method: Trims, scope: Scope, sampled: bool = True) -> list[Pass[
 class TiesPass(TrimPass[T_co]):
     """A count of the entries that equal the threshold."""
 
+    rare = True
+
     def ties(self, tile: Tile, known: Known, block: int) -> list[Counts]:
         """How many equal that of each row, (rows,), of each block of so many entries; of the tile where that is 0."""
         threshold = known_threshold(known)
