@@ -11,6 +11,7 @@ from twinmerge.arguments import strict
 from twinmerge.errors import RecipeError
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.names import EXPERT_NAME
+from twinmerge.recipes.nesting import require_few
 from twinmerge.recipes.plain_data import documents_in, read_text
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.schema import recipe_from
@@ -36,7 +37,7 @@ class Documents:
         """The last recipe, in which the others stand where it names them.
 
         Raises:
-            RecipeError: every document has a name, so that none is the last.
+            RecipeError: every document has a name, so that none is the last; as `require_few`.
         """
         if self.last is None:
             raise RecipeError(
@@ -46,7 +47,9 @@ class Documents:
         made: dict[str, ModelLike] = {}
         for name, recipe in self.named.items():
             made[name] = with_models(recipe, made)
-        return with_models(self.last, made)
+        whole = with_models(self.last, made)
+        require_few(whole)
+        return whole
 
 
 @strict
