@@ -97,10 +97,11 @@ def _filled(recipe: Recipe, given: Mapping[str, Any], experts: list[str]) -> dic
     return found
 
 
-def _pinned(model: Any, opened: OpenedModel | None, known: dict[int, Recipe]) -> Any:
+def _pinned(model: Any, opened: OpenedModel | None, known: dict[int, Recipe] | None = None) -> Any:
     """A hub id with its commit, a recipe resolved as well, anything else as it is."""
     inner = getattr(model, "recipe", model)
     if isinstance(inner, Recipe):
+        known = {} if known is None else known
         if id(inner) not in known:
             source = opened.source if opened is not None else None
             models = source.models if isinstance(source, Computed) else None

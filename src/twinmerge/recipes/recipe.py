@@ -221,20 +221,8 @@ class Recipe:
             TwinmergeError: a recipe, and something beside it.
         """
         if isinstance(method, Recipe):
-            if (
-                base is not None
-                or experts
-                or dtype
-                or heads
-                or stochastic is not None
-                or statistics
-                or lines
-                or tokenizer
-                or chat_template
-                or side_files_from
-                or parameters
-                or by_names
-            ):
+            beside = (experts, dtype, heads, statistics, lines, tokenizer, chat_template, side_files_from, parameters)
+            if base is not None or stochastic is not None or by_names or any(beside):
                 raise RecipeError("A recipe says all of a merge. Change it with Recipe.varied, or name no recipe.")
             return replace(method, allow_pickle=True) if allow_pickle else method
         flat: dict[str, Any] = {}
@@ -389,10 +377,7 @@ class Recipe:
 
 def reference(model: ModelLike, known: dict[int, dict[str, Any]] | None = None) -> Any:
     """What the provenance calls a model: where it is, of a `TorchModel` where its weights are; of a recipe all of it.
-
-    Args:
-        model: of a recipe.
-        known: what was said of recipes before, by their ids; each is described once.
+    `known` has what was said of recipes before, by their ids; each is described once.
 
     Example:
         >>> reference("x/base"), is_reference("x/base"), is_reference("<BertModel in memory>")
