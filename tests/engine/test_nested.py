@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from twinmerge.engine import nested
 from twinmerge.engine.merge import Merge
+from twinmerge.engine.nested import Nested, with_nested
+from twinmerge.engine.steps import written
 from twinmerge.engine.verify import verify
-from twinmerge.errors import ModelError, RecipeError
+from twinmerge.errors import DataError, ModelError, RecipeError
 from twinmerge.methods.kit.registry import method_class, method_names
-from twinmerge.recipes.documents import documents_from, read_recipe
+from twinmerge.recipes.documents import documents_from, read_all, read_recipe
 from twinmerge.recipes.lines import Lines
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.schema import from_description
@@ -170,6 +178,131 @@ def test_a_plan_of_nested_recipes_pickles_and_is_written(zoo: dict[str, str], tm
         Merge.from_plan(merge.write_plan(tmp_path / "p.json"), progress=False),
     ):
         assert all(torch.equal(value, want[name]) for name, value in again.state_dict().items())
+
+
+METHODS = {
+    "linear": "merge_method: linear\nparameters: {weight: 0.5}",
+    "ties": "merge_method: ties\nparameters: {weight: 0.5, density: 0.4}",  # a pass of each tensor
+    "breadcrumbs": "merge_method: breadcrumbs\nparameters: {weight: 0.5, density: 0.8, gamma: 0.1}",
+    "slerp": "merge_method: slerp\nparameters: {t: 0.3}",
+    "nuslerp": "merge_method: nuslerp\nparameters: {weight: 0.5, nuslerp_row_wise: true, nuslerp_flatten: false}",
+}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tensors without a class, which are opened at once."""
+    root = tmp_path_factory.mktemp("bare")
+    torch.manual_seed(1)
+    shapes = {"w": (24, 16), "x": (2, 5, 8), "v": (16,), "one": (1,), "row": (7, 1)}
+    base = {name: torch.randn(shape) for name, shape in shapes.items()}
+    for folder in ("base", "a", "b"):
+        (root / folder).mkdir()
+        moved = {n: t + 0.1 * torch.randn_like(t) * (folder != "base") for n, t in base.items()}
+        save_file({**moved, "ids": torch.arange(3)}, root / folder / "model.safetensors")
+    return {name: str(root / name) for name in ("base", "a", "b")}
+
+
+def shared_documents(zoo: dict[str, str], method: str, count: int) -> str:
+    """Documents that are each made of the two before."""
+    models = [zoo["a"], zoo["b"], *(f"d{i}" for i in range(count))]
+    texts = []
+    for i in range(count + 1):
+        one, two = models[i], models[i + 1]
+        base = f"base_model: {one if method == 'slerp' else zoo['base']}\n" if method in ("slerp", "ties") else ""
+        base = f"base_model: {zoo['base']}\n" if method == "breadcrumbs" else base
+        name = f"name: d{i}\n" if i < count else ""
+        texts.append(f"{name}{METHODS[method]}\n{base}models: [{{model: {one}}}, {{model: {two}}}]\ndtype: float32\n")
+    return "---\n".join(texts)
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m in ("breadcrumbs", "slerp"))) for m in METHODS]
+)
+def test_a_document_that_is_named_often_is_computed_once(
+    bare: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Of six documents the first is reached on 13 ways; the folders of --intermediate-dir say what is right."""
+    (tmp_path / "r.yaml").write_text(shared_documents(bare, method, 6))
+    documents = read_all(tmp_path / "r.yaml")
+    last = written(documents, tmp_path / "steps", progress=False)
+    assert last is not None
+    want = saved(last, tmp_path / "want")
+    runs, ranges = Counter[str](), Counter[tuple[int, str]]()
+    new_run, combine = nested.new_run, nested.combine
+
+    def counted_run(plan: Any, *rest: Any, **more: Any) -> Any:
+        runs["all"] += 1
+        return new_run(plan, *rest, **more)
+
+    def counted(each: Any, known: Any, inputs: Any, rounding: Any) -> Any:
+        ranges[id(inputs), each.name] += 1
+        return combine(each, known, inputs, rounding)
+
+    monkeypatch.setattr(nested, "new_run", counted_run)
+    monkeypatch.setattr(nested, "combine", counted)
+    merge = Merge(documents.nested, progress=False)
+    assert (merge.save(tmp_path / "out") / "model.safetensors").read_bytes() == want
+    assert runs["all"] == 6  # what is known of whole tensors is found once for each document
+    tensors = len(merge.plan.merged)
+    assert len(ranges) == 6 * tensors
+    assert max(ranges.values()) <= 4  # one for all uses, in each pass over the last and over what reads it
+
+
+def test_equal_recipes_are_one_model(zoo: dict[str, str]) -> None:
+    def inner(**more: Any) -> Recipe:
+        return Recipe(
+            "average", None, {"a": Recipe("average", None, {"x": zoo["a"], "y": zoo["b"]}), "c": zoo["c"]}, **more
+        )
+
+    found = with_nested(Recipe("average", None, {"p": inner(), "q": inner(), "r": inner(dtype="float32")})).experts
+    assert isinstance(found["p"], Nested)
+    assert found["p"] is found["q"] and found["p"] is not found["r"]
+    assert found["p"].recipe.experts["a"] is found["r"].recipe.experts["a"]
+    again = pickle.loads(pickle.dumps(found))
+    assert again["p"] is again["q"] and again["p"] == found["p"]
+
+
+def test_parts_are_read_in_any_order_from_what_is_kept(
+    zoo: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 65,536, a tile of two of them, and room for three: ranges across all of that are those of the whole."""
+    torch.manual_seed(0)
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.randn(700_001), "e": torch.empty(0, 3)}, tmp_path / name / "model.safetensors")
+    recipe = Recipe("average", None, {name: str(tmp_path / name) for name in "xy"}, by_names=True)
+    want = Merge(recipe, progress=False).state_dict()["w"]
+    opened = with_nested(Recipe("average", None, {"i": recipe})).experts["i"].opened("i")
+    monkeypatch.setattr(nested, "TILE_BYTES", 3 * 65_536 * 4)
+    opened.source.plan = replace(opened.source.plan, tile=2 * 65_536)
+    for start, stop in [
+        (0, 1),
+        (65_535, 65_537),
+        (3, 700_001),
+        (400_000, 400_000),
+        (131_072, 393_216),
+        (699_999, 700_001),
+    ]:
+        out = torch.empty(stop - start)
+        opened.read_range("w", start, out)
+        assert out.equal(want[start:stop])
+        kept = opened.source._own()
+        assert kept.bytes == sum(block.nbytes for block in kept.blocks.values())
+    assert 0 < kept.bytes <= 3 * 65_536 * 4
+    assert opened.read("e").shape == (0, 3)
+
+
+def test_what_is_kept_is_not_taken_for_a_file_that_changed(zoo: dict[str, str], tmp_path: Path) -> None:
+    copy = shutil.copytree(zoo["a"], tmp_path / "a")
+    inner = Recipe("average", None, {"a": str(copy), "b": zoo["b"]})
+    opened = with_nested(Recipe("average", None, {"i": inner})).experts["i"].opened("i")
+    name = "norm.weight"
+    opened.read(name)
+    file = copy / "model.safetensors"
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(DataError, match="changed since"):
+        opened.read(name)
 
 
 REFUSED = {

@@ -44,18 +44,25 @@ def recipe_files(
     return {name: own, RESOLVED: ("".join(f"# {note}\n" for note in notes) + to_yaml(_brief(described))).encode()}
 
 
-def resolved(recipe: Recipe, models: Models | None = None, lines: Lines | None = None) -> Recipe:
+def resolved(
+    recipe: Recipe,
+    models: Models | None = None,
+    lines: Lines | None = None,
+    known: dict[int, Recipe] | None = None,
+) -> Recipe:
     """The recipe with every default written out, and hub ids with the commits that were read.
 
     Args:
         recipe: of the merge.
         models: its opened models.
         lines: of LiNeS as they were found.
+        known: recipes inside that are resolved already, by their ids; each is once.
 
     Example:
         >>> resolved(Recipe("task_arithmetic", "base", {"x": "model"}, {"scale": 0.5})).parameters
         {'scale': 0.5, 'weights': 1.0, 'normalize': False, 'compat': 'paper'}
     """
+    known = {} if known is None else known
     opened = {} if models is None else models.experts
     base = models.base if models is not None and models.has_base else None
     slices = tuple(
@@ -69,8 +76,8 @@ def resolved(recipe: Recipe, models: Models | None = None, lines: Lines | None =
     parameters = recipe.parameters if slices else _filled(recipe, recipe.parameters, list(recipe.experts))
     return replace(
         recipe,
-        base=None if recipe.base is None else _pinned(recipe.base, base),
-        experts={name: _pinned(model, opened.get(name)) for name, model in recipe.experts.items()},
+        base=None if recipe.base is None else _pinned(recipe.base, base, known),
+        experts={name: _pinned(model, opened.get(name), known) for name, model in recipe.experts.items()},
         parameters=parameters,
         slices=slices,
         lines=lines or recipe.lines,
@@ -90,12 +97,16 @@ def _filled(recipe: Recipe, given: Mapping[str, Any], experts: list[str]) -> dic
     return found
 
 
-def _pinned(model: Any, opened: OpenedModel | None) -> Any:
+def _pinned(model: Any, opened: OpenedModel | None, known: dict[int, Recipe] | None = None) -> Any:
     """A hub id with its commit, a recipe resolved as well, anything else as it is."""
     inner = getattr(model, "recipe", model)
     if isinstance(inner, Recipe):
-        source = opened.source if opened is not None else None
-        return resolved(inner, source.models if isinstance(source, Computed) else None)
+        known = {} if known is None else known
+        if id(inner) not in known:
+            source = opened.source if opened is not None else None
+            models = source.models if isinstance(source, Computed) else None
+            known[id(inner)] = resolved(inner, models, known=known)
+        return known[id(inner)]
     if opened is None or opened.commit is None or not isinstance(model, (str, os.PathLike)):
         return model
     parts, commits = os.fspath(model).rsplit("+", 1), opened.commit.split("+")

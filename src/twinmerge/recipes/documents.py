@@ -13,6 +13,7 @@ from twinmerge.arguments import strict
 from twinmerge.errors import RecipeError
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.names import EXPERT_NAME
+from twinmerge.recipes.nesting import require_few
 from twinmerge.recipes.plain_data import documents_in, read_text
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.recipes.schema import recipe_from
@@ -57,7 +58,7 @@ class Documents:
         """The last recipe, in which the others stand where it names them; a warning names those that it does not.
 
         Raises:
-            RecipeError: every document has a name, so that none is the last.
+            RecipeError: every document has a name, so that none is the last; as `require_few`.
         """
         if self.last is None:
             raise RecipeError(
@@ -71,7 +72,9 @@ class Documents:
                 "go with --intermediate-dir DIR.",
                 stacklevel=2,
             )
-        return with_models(self.last, self.made)
+        whole = with_models(self.last, self.made)
+        require_few(whole)
+        return whole
 
 
 def _one(names: Sequence[str], one: str = "it", several: str = "them") -> str:

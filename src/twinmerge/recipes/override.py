@@ -219,13 +219,17 @@ def throughout(recipe: Recipe, by_names: bool, allow_pickle: bool) -> Recipe:
         True
     """
 
-    def of(model: ModelLike) -> ModelLike:
-        return throughout(model, by_names, allow_pickle) if isinstance(model, Recipe) else model
+    known: dict[int, Recipe] = {}  # a recipe that is a model of several stays one
 
-    return replace(
-        recipe,
-        base=None if recipe.base is None else of(recipe.base),
-        experts={name: of(model) for name, model in recipe.experts.items()},
-        by_names=by_names or recipe.by_names,
-        allow_pickle=allow_pickle,
-    )
+    def of(model: ModelLike | None) -> ModelLike | None:
+        if not isinstance(model, Recipe):
+            return model
+        if id(model) not in known:
+            experts = {name: of(expert) for name, expert in model.experts.items()}
+            names = by_names or model.by_names
+            known[id(model)] = replace(
+                model, base=of(model.base), experts=experts, by_names=names, allow_pickle=allow_pickle
+            )
+        return known[id(model)]
+
+    return of(recipe)  # type: ignore[return-value]

@@ -221,20 +221,8 @@ class Recipe:
             TwinmergeError: a recipe, and something beside it.
         """
         if isinstance(method, Recipe):
-            if (
-                base is not None
-                or experts
-                or dtype
-                or heads
-                or stochastic is not None
-                or statistics
-                or lines
-                or tokenizer
-                or chat_template
-                or side_files_from
-                or parameters
-                or by_names
-            ):
+            beside = (experts, dtype, heads, statistics, lines, tokenizer, chat_template, side_files_from, parameters)
+            if base is not None or stochastic is not None or by_names or any(beside):
                 raise RecipeError("A recipe says all of a merge. Change it with Recipe.varied, or name no recipe.")
             return replace(method, allow_pickle=True) if allow_pickle else method
         flat: dict[str, Any] = {}
@@ -339,14 +327,17 @@ class Recipe:
         return frozenset(name for name in cls.model_fields if is_per_expert(cls, name))
 
     def describe(self) -> dict[str, Any]:
-        """The recipe as plain data, for the provenance of an output."""
+        """The recipe as plain data, for the provenance of an output; a recipe that is a model of several is one object."""
+        return self._described({})
+
+    def _described(self, known: dict[int, dict[str, Any]]) -> dict[str, Any]:
         return (
             {
                 MARK: VERSION,
                 "merge_method": self.method_name,
-                "base_model": None if self.base is None else reference(self.base),
+                "base_model": None if self.base is None else reference(self.base, known),
                 "models": [
-                    {"name": n, "model": reference(m)}
+                    {"name": n, "model": reference(m, known)}
                     | ({"statistics": str(self.statistics[n])} if n in self.statistics else {})
                     for n, m in self.experts.items()
                 ],
@@ -375,8 +366,9 @@ class Recipe:
         }
 
 
-def reference(model: ModelLike) -> Any:
+def reference(model: ModelLike, known: dict[int, dict[str, Any]] | None = None) -> Any:
     """What the provenance calls a model: where it is, of a `TorchModel` where its weights are; of a recipe all of it.
+    `known` has what was said of recipes before, by their ids; each is described once.
 
     Example:
         >>> reference("x/base"), is_reference("x/base"), is_reference("<BertModel in memory>")
@@ -384,7 +376,10 @@ def reference(model: ModelLike) -> Any:
     """
     inner = getattr(model, "recipe", model)
     if isinstance(inner, Recipe):
-        return {"recipe": inner.describe()}
+        known = {} if known is None else known
+        if id(inner) not in known:
+            known[id(inner)] = {"recipe": inner._described(known)}
+        return known[id(inner)]
     own = sys.modules.get("twinmerge.models.torch_module")  # there is a TorchModel only where that is imported
     place = model.weights if own is not None and isinstance(model, own.TorchModel) else model
     return os.fspath(place) if isinstance(place, (str, os.PathLike)) else f"<{type(model).__name__} in memory>"
