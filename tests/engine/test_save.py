@@ -100,12 +100,11 @@ def test_hub_commits_and_names_are_recorded(zoo, tmp_path, monkeypatch):
 def test_card_with_one_licence(saved):
     front, text = front_matter(saved[1])
     assert front == {
-        "base_model": ["base", "y", "x"],
-        "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["twinmerge", "merge", "ties"],
         "license": "apache-2.0",
     }
+    assert "Folders are not in `base_model`." in text
     assert "The licence is what base states; x, y: not stated." in text
     assert "`ties`" in text and "| apache-2.0 |" in text and text.count("| not stated |") == 2
     recipe = yaml.safe_load(text.split("```yaml")[1].split("```")[0])

@@ -22,14 +22,14 @@ from twinmerge.engine.check import Checked, added
 from twinmerge.engine.folder import write_about, write_config
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.models import Models
-from twinmerge.engine.opened_parts import opened_parts
+from twinmerge.engine.opened_parts import opened_parts, saves_itself
 from twinmerge.engine.provenance import plan_key, provenance, require_same, states_of
 from twinmerge.engine.record import recipe_files
 from twinmerge.engine.write import Report, write_files
 from twinmerge.errors import ModelError, RecipeError, UsageError
 from twinmerge.models.configs import said
 from twinmerge.models.part_settings import differences, must_agree
-from twinmerge.models.parts import ENCODERS, Layout, Module, Whole, config_in, layout_at, weights_file
+from twinmerge.models.parts import Layout, Module, Whole, config_in, layout_at, weights_file
 from twinmerge.models.vocabulary import other_tokens
 from twinmerge.recipes.chat_template import KEY as TEMPLATE
 from twinmerge.recipes.recipe import SIDE_FILES, Recipe, reference
@@ -37,9 +37,6 @@ from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.store import disk
 from twinmerge.store.checkpoint_writer import SHARD_BYTES, layout
 from twinmerge.store.output import OutputFolder
-
-SAVED = {"sentence_transformers": ENCODERS, "diffusers": ("DiffusionPipeline",)}
-"""Package -> its classes whose models in memory save themselves as folders of parts."""
 
 
 def merge_of(recipe: Recipe, progress: bool = True, **how: Any) -> Merge:
@@ -61,12 +58,6 @@ def merge_of(recipe: Recipe, progress: bool = True, **how: Any) -> Merge:
                 raise RecipeError("A merge of folders of several parts is no input on the way. Write it to a folder.")
     parts = any(saves_itself(model) or layout_at(model) is not None for model in models)
     return (MergeOfParts if parts else Merge)(recipe, progress, **how)
-
-
-def saves_itself(model: Any) -> bool:
-    """Whether a model in memory is a SentenceTransformer or a pipeline, without importing either."""
-    own = any(cls.__name__ in SAVED.get(cls.__module__.partition(".")[0], ()) for cls in type(model).__mro__)
-    return own and not hasattr(model, "peft_config")
 
 
 def within(path: str) -> str:

@@ -1,4 +1,4 @@
-"""A merged folder of several parts, opened by the library that it is of."""
+"""Models of several parts in memory: which ones there are, and how a folder becomes one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.errors import UsageError
-from twinmerge.models.parts import class_of_parts
+from twinmerge.models.parts import ENCODERS, class_of_parts
+
+SAVED = {"sentence_transformers": ENCODERS, "diffusers": ("DiffusionPipeline",)}
+"""Package -> its classes whose models in memory save themselves as folders of parts."""
+
+
+def saves_itself(model: Any) -> bool:
+    """Whether a model in memory is a SentenceTransformer or a pipeline, without importing either."""
+    own = any(cls.__name__ in SAVED.get(cls.__module__.partition(".")[0], ()) for cls in type(model).__mro__)
+    return own and not hasattr(model, "peft_config")
 
 
 def opened_parts(folder: Path, like: Any = None) -> Any:

@@ -1,4 +1,5 @@
-"""How many bytes a merge asks of its stores: every sweep that runs, and those of merges that are its inputs."""
+"""How many bytes a merge asks of its stores: every sweep that runs, and those of merges that are its inputs (at most:
+what uses of one share is counted for each)."""
 
 from __future__ import annotations
 
@@ -83,10 +84,12 @@ def _computed(source: Computed, asked: list[Range]) -> int:
     in_pieces = {name for name in merged if plan.merged[name].grain != "element"}
     fits = sum(plan.merged[name].spec.bytes for name in in_pieces) <= KEPT
     kept: set[Range] = set()
+    last = None
     for each in asked:
         for piece in source.pieces(each.name, each.start, each.stop):
-            if piece not in kept:
+            if piece not in kept and piece != last:  # what was computed last is there still, for the next of a sample
                 ranges.append(piece)
             if fits and each.name in in_pieces:
                 kept.add(piece)
+            last = piece
     return _of(_asked(plan, models, ranges))

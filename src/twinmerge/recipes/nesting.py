@@ -5,7 +5,7 @@ from __future__ import annotations
 from twinmerge.errors import RecipeError
 from twinmerge.recipes.recipe import Recipe
 
-DEEP = 64  # recipes inside each other: each takes a dozen of the 1,000 calls that Python has inside each other
+DEEP = 14  # recipes inside each other: each takes four of the 64 brackets that what is written of them may have
 MANY = 10_000  # recipes, each counted as often as it is named: as often is it written down beside the weights
 
 
@@ -16,17 +16,17 @@ def require_few(recipe: Recipe) -> None:
         recipe: whose models may be recipes.
 
     Raises:
-        RecipeError: more than 64 inside each other, or more than 10,000 where each counts as often as it is named.
+        RecipeError: more than 14 inside each other, or more than 10,000 where each counts as often as it is named.
 
     Example:
         >>> chain = Recipe("average", None, {"x": "model"})
-        >>> for _ in range(64):
+        >>> for _ in range(14):
         ...     chain = Recipe("average", None, {"x": chain})
         >>> require_few(chain)
         >>> require_few(Recipe("average", None, {"x": chain}))
         Traceback (most recent call last):
         ...
-        twinmerge.errors.RecipeError: More than 64 recipes stand inside each other. Write the models on the way to \
+        twinmerge.errors.RecipeError: More than 14 recipes stand inside each other. Write the models on the way to \
 folders, with --intermediate-dir DIR.
     """
     _, count = _measured(recipe, 0, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ _IN_USE: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
 
 def only_pickles(place: Path) -> bool:
     """Whether a file or folder holds weights in pickles alone, which are opened only when a merge is asked to."""
-    if place.is_dir():
+    if os.path.isdir(place):  # also of what is no path at all
         return bool(_pickles(place)) and not any(place.glob("*.safetensors"))
     return matches(place.name, PICKLES)
 
