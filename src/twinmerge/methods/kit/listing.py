@@ -61,16 +61,19 @@ def needs(method: type[Method]) -> list[str]:
 
 
 def choices(field: FieldInfo) -> list[str]:
-    """The values that a parameter may have, where they are a closed list of words.
+    """The values that a parameter may have, where they are a closed list of words, by the alphabet: Python takes two
+    lists of the same words for one.
 
     Example:
         >>> from twinmerge.methods.kit.registry import method_class
         >>> choices(method_class("ties").model_fields["scope"])
-        ['tensor', 'model']
+        ['model', 'tensor']
     """
     kind = field.annotation
     of = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return [value for each in of if get_origin(each) is Literal for value in get_args(each) if isinstance(value, str)]
+    return sorted(
+        value for each in of if get_origin(each) is Literal for value in get_args(each) if isinstance(value, str)
+    )
 
 
 def over_time(method: type[Method]) -> str | None:
