@@ -44,7 +44,8 @@ def _adapters(models: Models) -> Iterator[str]:
 def _copied(models: Models, matched: Matched) -> Iterator[str]:
     base = models.base
     alone = [name for name in matched.from_base if base.spec(name).is_float]
-    merged = [name for name in matched.merged if name in set(strange(base))]
+    unknown = set(strange(base))
+    merged = [name for name in matched.merged if name in unknown]
     if merged:
         yield f"{some(merged)}: no part of the model's class, merged all the same. mergekit leaves such tensors out."
     if alone:
