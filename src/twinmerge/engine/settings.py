@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from twinmerge.engine.sides import GENERATION, MODEL, json_in, settings_folder, 
 from twinmerge.engine.tokens.ids import ONE
 from twinmerge.engine.tokens.read import SPECIAL, config_of
 from twinmerge.models.configs import said
+from twinmerge.models.opened import OpenedModel
 from twinmerge.models.tokens import Tokens
-from twinmerge.models.vocabulary import other_tokens, warn_of_tokens
+from twinmerge.models.vocabulary import other_tokens, tokens_in, warn_of_tokens
 from twinmerge.recipes.chat_template import KEY as TEMPLATE
 from twinmerge.recipes.recipe import Recipe
 
@@ -25,6 +27,8 @@ Settings = dict[str, tuple[Any, Any]]
 IDLE = ("transformers_version", "_from_model_config", "_name_or_path", "_commit_hash")
 USUAL = {"use_cache": True}
 """What is said where nothing is; else None and False are."""
+MARKS = re.compile(r"<\|\w+\|>|\[\|\w+\|\]")
+"""What templates of chats write around a message, and tokenizers that know them have a token for."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class Told:
         tokens: expert -> what its tokenizer means otherwise than the base's, where rows go together by their number.
         settings: expert -> what it says otherwise beside its weights.
         torn: where the output's tokenizer and its config say otherwise: key -> (the one, the other).
+        lacking: what the template of chats that was asked for writes, and the output's tokenizer has no token for.
     """
 
     recipe: Recipe
     tokens: Mapping[str, str]
     settings: Mapping[str, Settings]
     torn: Settings
+    lacking: tuple[str, ...]
 
     @classmethod
     def of(cls, recipe: Recipe, models: Models) -> Told:
@@ -50,7 +56,8 @@ class Told:
         if models.unified is None:
             found = {name: other_tokens(models.base.folder, model.folder) for name, model in models.experts.items()}
             tokens = {name: each for name, each in found.items() if each}
-        return cls(recipe, tokens, other_settings(recipe, models), _torn(recipe, models))
+        settings = other_settings(recipe, models)
+        return cls(recipe, tokens, settings, _torn(recipe, models), _lacking(recipe, models.base))
 
     def warn(self, stacklevel: int) -> None:
         """Warn of every expert that something is told of."""
@@ -61,6 +68,12 @@ class Told:
             warnings.warn(
                 f"The output's tokenizer and its config are of different models, and disagree: {told}. Texts may end "
                 "where they should not. Take both from one model, by tokenizer and side_files_from.",
+                stacklevel=stacklevel,
+            )
+        if self.lacking:
+            warnings.warn(
+                f"The template of chats writes {', '.join(self.lacking)}, for which the output's tokenizer has no "
+                "token: models read it in pieces. Take a tokenizer that has it (--tokenizer), or another template.",
                 stacklevel=stacklevel,
             )
 
@@ -116,6 +129,17 @@ def warn_of_settings(found: Mapping[str, Settings], recipe: Recipe, stacklevel: 
             f"{'those of one' if more else 'its own'} with {_remedy(recipe, one)}.",
             stacklevel=stacklevel,
         )
+
+
+def _lacking(recipe: Recipe, base: OpenedModel) -> tuple[str, ...]:
+    """Marks of the template that a recipe asks for which are no tokens of the output's tokenizer."""
+    sides = base.sides
+    if recipe.chat_template is None or sides is None or sides.template is None:
+        return ()
+    folder = settings_folder(base)
+    known = sides.tokens.ids if sides.tokens is not None else None if folder is None else tokens_in(folder)
+    marks = dict.fromkeys(MARKS.findall(sides.template))
+    return () if known is None else tuple(mark for mark in marks if mark not in known)
 
 
 def _remedy(recipe: Recipe, expert: str) -> str:

@@ -127,10 +127,13 @@ def _open_in(ref: str, place: Located, part: str, name: str | None, by_names: bo
     if found.adapter is None:
         return opened
     from twinmerge.models.adapter import ADAPTER_FILES, read_adapter
+    from twinmerge.models.adapter_base import warn_of_other_base
 
+    base = ref.rpartition("+")[0]
+    warn_of_other_base(found.adapter, base, found.folder)
     opened.adapter = found.adapter
     opened.files += tuple(found.adapter / name for name in ADAPTER_FILES)
-    return adapted(opened, read_adapter(found.adapter), ref.rpartition("+")[0])
+    return adapted(opened, read_adapter(found.adapter), base)
 
 
 def _open_file(file: Path, name: str | None) -> OpenedModel:

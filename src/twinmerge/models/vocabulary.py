@@ -39,6 +39,22 @@ def other_tokens(base: Path | None, expert: Path | None) -> str | None:
     return None
 
 
+def tokens_in(folder: Path) -> dict[str, int] | None:
+    """Token -> id of the tokenizer in a folder; None where there is none that can be read.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "vocab.txt").write_text("[PAD]\\ncat")
+        >>> tokens_in(folder)
+        {'[PAD]': 0, 'cat': 1}
+    """
+    for name in READABLE:
+        if (file := find(folder, name)) is not None:
+            return _tokens(name, read_bytes(file, VOCABULARY.bytes, "Take it away, or restore it."))
+    return None
+
+
 def _both(base: Path, expert: Path, name: str) -> tuple[bytes, bytes] | None:
     theirs, own = find(base, name), find(expert, name)
     if theirs is None or own is None:

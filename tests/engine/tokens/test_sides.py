@@ -254,6 +254,32 @@ def test_a_tokenizer_and_a_config_that_disagree_are_told(lab: SimpleNamespace, t
     assert not any("disagree" in str(each.message) for each in told)
 
 
+ADDED = "<|im_end|>", "[|system|]"
+
+
+@pytest.mark.parametrize("template, lacking", [
+    ("chatml", ["<|im_start|>", "<|im_end|>"]),
+    ("llama3", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+    ("exaone", ["[|system|]", "[|endofturn|]", "[|assistant|]"]),
+    ("alpaca", []),
+    ("mistral", []),
+    ("{{ '<|im_end|>' }}{{ '<|user|>' }} and more", ["<|im_end|>", "<|user|>"]),
+])  # fmt: skip
+@pytest.mark.parametrize("tokenizer", [None, "union"])
+def test_marks_of_a_template_that_are_no_tokens_are_told(
+    lab: SimpleNamespace, tmp_path: Path, template: str, lacking: list[str], tokenizer: str | None
+) -> None:
+    one = lab.trained("BPE", "one")
+    base, x = lab.make("base", one), lab.make("x", one if tokenizer is None else lab.with_added(one, *ADDED))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tm.merge("average", base, {"x": x}, tmp_path / "out", tokenizer=tokenizer, chat_template=template)
+    said = [str(each.message) for each in told if "no token" in str(each.message)]
+    if tokenizer == "union":
+        lacking = [mark for mark in lacking if mark not in ADDED]
+    assert [f"writes {', '.join(lacking)}, for which" in each for each in said] == [True] * bool(lacking)
+
+
 def test_settings_are_taken_from_an_expert(lab: SimpleNamespace, tmp_path: Path) -> None:
     base, x, same = settled(lab)
     put(base, "preprocessor_config.json", {"of": "base"})
