@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,11 @@ pytest.importorskip("jinja2")
 from twinmerge.cli.demo import demo as command
 from twinmerge.errors import TwinmergeError
 from twinmerge.study import demo, report
+from twinmerge.study.demo_models import SETTINGS, Design
 from twinmerge.study.digits import NAMES, TASKS, load_splits, rows_of_tasks
 from twinmerge.twin.twin import Twin
 
-TINY = demo.Design(
+TINY = Design(
     train_rows=600,
     hidden=32,
     layers=2,
@@ -100,7 +104,7 @@ def test_the_command_prints_the_numbers(
 ) -> None:
     app = typer.Typer()
     app.command()(command)
-    monkeypatch.setattr(demo, "demo", lambda out, seeds, quick, progress: results)
+    monkeypatch.setattr(demo, "demo", lambda out, seeds, quick, progress, processes: results)
     printed = CliRunner().invoke(app, ["--out", str(tmp_path), "--json"])
     assert printed.exit_code == 0 and json.loads(printed.stdout) == results
     shown = CliRunner().invoke(app, ["--seeds", "1", "--quick"])
@@ -115,7 +119,7 @@ def test_a_row_is_the_mean_of_its_seeds(results: dict[str, Any]) -> None:
         assert by_seed[0] == pytest.approx(100 * sum(scores[t] / experts[t] for t in NAMES) / len(NAMES))
     assert {row["key"] for row in results["table"]} == {
         *("experts", "average", "task_arithmetic", "ties"),
-        *(f"twin, {setting}" for setting in demo.SETTINGS),
+        *(f"twin, {setting}" for setting in SETTINGS),
     }
 
 
@@ -138,6 +142,31 @@ def test_the_saved_twin_gives_the_mixed_answers_again(folder: Path, results: dic
     assert answers == [row["answer"] for row in results["mixed"]]
     assert out.expert == [row["expert"] for row in results["mixed"]]
     assert sorted(row["task"] for row in results["mixed"]) == sorted(2 * NAMES)
+
+
+FORKED = """
+import sys, torch
+from twinmerge.study.demo import demo
+from twinmerge.study.demo_models import Design
+design = Design(train_rows=600, hidden=16, layers=1, base_steps=5, expert_steps=5, grids={"average": {}})
+torch.set_num_threads(2)
+found = [demo(f"{sys.argv[1]}/{way}", 3, progress=False, design=design, processes=way) for way in (True, False)]
+for each in found:
+    assert each.pop("seconds") > 0
+assert found[0] == found[1] and torch.get_num_threads() == 2
+"""
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_numbers_and_models(tmp_path: Path) -> None:
+    """In a process of its own: torch's gradients do not survive a fork after their first use."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(tmp_path)], capture_output=True, text=True, env={**os.environ}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("base", "experts/rotated", "merged/average", "twin"):
+        one, other = (tmp_path / f"{way}" / "models" / name / "model.safetensors" for way in (True, False))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_folder_with_other_things_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def demo(
     from twinmerge.study.demo import demo as run
     from twinmerge.study.report import terminal
 
-    results = run(out, seeds, quick, progress=not json)
+    results = run(out, seeds, quick, progress=not json, processes=True)
     if json:
         from json import dumps
 

@@ -1,36 +1,25 @@
-"""The demo: five small experts on scikit-learn's digits, merged in every way, measured, and written as a folder.
-
-One small vision transformer learns the ten digits. Five copies of it then learn a pair of digits each, seen through one
-transformation each. What static merging and Twin-Merging keep of them is measured on rows that nothing was fitted on.
-"""
+"""The demo: five small experts on scikit-learn's digits, merged in every way, measured, and written as a folder."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
 from twinmerge.arguments import strict
-from twinmerge.engine.calls import merge
-from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
+from twinmerge.maths.threads import thread_count
+from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.results import Record
 from twinmerge.store.output import OutputFolder
-from twinmerge.study.digits import NAMES, TASKS, Rows, load_splits, rows_of_tasks
+from twinmerge.study.demo_models import QUICK, Design, Spread, measure, rows_of, train
 from twinmerge.study.report import (
-    LABELS,
-    TWIN,
-    Tick,
     check_output,
     clear,
     mixed_inputs,
@@ -40,68 +29,8 @@ from twinmerge.study.report import (
     summary,
     write_results,
 )
-from twinmerge.study.scores import Evaluation, Setting
-from twinmerge.tasks.bootstrap import Scored
-from twinmerge.twin.twin import Twin
 
 FIRST_SEED = 30  # the design was settled on seeds below 30
-MERGE_COST = 40  # training steps that take about as long as one merge with its evaluation
-SETTINGS: tuple[Setting, ...] = ("task given", "head given", "nothing given")
-
-
-@dataclass(frozen=True)
-class Design:
-    """All numbers of the demo; `grids` are what a static method's parameters are chosen from, on validation rows."""
-
-    train_rows: int = 900
-    validation_rows: int = 300
-    hidden: int = 64
-    layers: int = 4
-    base_steps: int = 100
-    base_rate: float = 1e-3
-    expert_steps: int = 300
-    expert_rate: float = 3e-3
-    batch: int = 32
-    rank: int = 8
-    shared: str = "tsv"
-    grids: Mapping[str, Mapping[str, Sequence[float]]] = field(
-        default_factory=lambda: {
-            "average": {},
-            "task_arithmetic": {"scale": (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)},
-            "ties": {"density": (0.1, 0.2, 0.5, 1.0), "scale": (0.3, 0.5, 0.7, 1.0)},
-            "tsv": {"scale": (0.2, 0.4, 0.6, 0.8, 1.0)},
-        }
-    )
-
-    def work(self) -> int:
-        """The length of one seed, in training steps."""
-        merges = sum(len(_choices(grid)) for grid in self.grids.values()) + len(SETTINGS) + 1
-        return self.base_steps + len(TASKS) * self.expert_steps + MERGE_COST * merges
-
-
-QUICK = Design(
-    train_rows=600,
-    layers=2,
-    base_steps=60,
-    expert_steps=60,
-    grids={
-        "average": {},
-        "task_arithmetic": {"scale": (0.2, 0.4)},
-        "ties": {"density": (0.2,), "scale": (0.5, 1.0)},
-        "tsv": {"scale": (0.4, 0.8)},
-    },
-)
-
-
-class Seed(NamedTuple):
-    """What one seed made: the models, its rows, and what was measured."""
-
-    base: ViTForImageClassification
-    experts: dict[str, ViTForImageClassification]
-    merges: dict[str, Merge]
-    twin: Twin
-    test: Rows
-    found: dict[str, Any]
 
 
 class DemoResults(Record):
@@ -113,7 +42,12 @@ class DemoResults(Record):
 
 @strict
 def demo(
-    out: str | Path, seeds: int = 3, quick: bool = False, progress: bool = True, design: Design | None = None
+    out: str | Path,
+    seeds: int = 3,
+    quick: bool = False,
+    progress: bool = True,
+    design: Design | None = None,
+    processes: bool = False,
 ) -> DemoResults:
     """Run the demo and write its folder: report.html, results.json, mixed.safetensors and models/.
 
@@ -123,6 +57,8 @@ def demo(
         quick: a few training steps only; shows how it works, not how well.
         progress: show a bar.
         design: other numbers than the demo's own.
+        processes: spread the work over forked processes, as the command does, with the same numbers; only where this
+            process does nothing else.
 
     Returns:
         what results.json holds.
@@ -136,214 +72,43 @@ def demo(
     out, started = Path(out), time.perf_counter()
     check_output(out)
     design = design or (QUICK if quick else Design())
+    numbers = range(FIRST_SEED, FIRST_SEED + seeds)
+    spread = _over(thread_count()) if processes and CAN_FORK else map
     with quiet_torch(), progress_bar(seeds * design.work(), progress) as tick:
-        made = [
-            run_seed(number, design, lambda says, done, n=number: tick(says and f"seed {n}: {says}", done))  # type: ignore[misc]
-            for number in range(FIRST_SEED, FIRST_SEED + seeds)
-        ]
-        tick("writing the report", 0)
+        trained = train(numbers, design, spread, tick)
+        tick("merging and measuring", 0)
+        others = []  # of which numbers alone are needed: what is written is the first seed's
+        for found in spread(lambda n: measure(n, trained[n], design).found, numbers[1:]):
+            others.append(found)
+            tick("", design.measuring())
+        first = measure(numbers[0], trained[numbers[0]], design)
+        tick("writing the report", design.measuring())
         clear(out)
         with OutputFolder(out) as folder:
-            first, command = made[0], f"twinmerge demo --seeds {seeds}{' --quick' if quick else ''}"
-            save_models(folder / "models", first.base, first.experts, first.merges, first.twin)
+            command = f"twinmerge demo --seeds {seeds}{' --quick' if quick else ''}"
+            save_models(folder / "models", *trained[numbers[0]], first.merges, first.twin)
             results = {
                 "command": command,
                 "quick": quick,
-                **summary([one.found for one in made], asdict(design)),
-                "mixed": mixed_inputs(folder, first.test, FIRST_SEED),
+                **summary([first.found, *others], asdict(design)),
+                "mixed": mixed_inputs(folder, rows_of(numbers[0], design)[2], numbers[0]),
                 "seconds": round(time.perf_counter() - started, 1),
             }
             write_results(folder, results)
     return DemoResults(results)
 
 
-# ------------------------------------------------------------------------------------------ one seed
+def _over(count: int) -> Spread:
+    """Over so many forked processes."""
 
+    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        torch.set_num_threads(count)  # which says how many processes there are
+        try:
+            yield from forked(function, items)
+        finally:
+            torch.set_num_threads(1)
 
-def run_seed(seed: int, design: Design, tick: Tick) -> Seed:
-    """Train, merge and measure with one seed, which decides splits, initial weights and the order of the batches."""
-    started = time.perf_counter()
-    torch.manual_seed(seed)
-    images, digits, splits = load_splits(seed, design.train_rows, design.validation_rows)
-    train, validation, test = (rows_of_tasks(images[at], digits[at]) for at in splits)
-
-    base = ViTForImageClassification(vit_config(design, [str(d) for d in range(10)]))
-    own, unseen = splits[0], splits[2]
-    tick("training the base", 0)
-    fit(base, images[own][:, None], digits[own], design.base_steps, design.base_rate, design.batch * 2, seed, tick)
-    experts = {}
-    for task in TASKS:
-        tick(f"training the expert {task.name!r}", 0)
-        expert = ViTForImageClassification(vit_config(design, [str(d) for d in task.digits]))
-        expert.vit.load_state_dict(base.vit.state_dict())
-        rows = train.of(task.name)
-        fit(expert, rows.pixels, rows.labels, design.expert_steps, design.expert_rate, design.batch, seed, tick)
-        experts[task.name] = expert
-
-    reference = evaluate_experts(experts, test)
-    found: dict[str, Any] = {
-        "seed": seed,
-        "base_accuracy": _accuracy(base(images[unseen][:, None]).logits, digits[unseen]),
-        "experts": reference.scores,
-        "methods": {},
-    }
-    merges = {}
-    for method, grid in design.grids.items():
-        chosen, merges[method], validated = choose(method, grid, base, experts, validation, tick)
-        answers = evaluate_merge(merges[method], test)
-        found["methods"][method] = _measured(answers, reference) | {"parameters": chosen, "validation": validated}
-
-    tick("building the twin", 0)
-    twin = Twin.build(base, experts, design.rank, shared=design.shared, progress=False)
-    twin.fit_router({name: {"pixel_values": train.of(name).pixels} for name in NAMES}, progress=False)
-    tick("measuring the twin", MERGE_COST)
-    for setting in SETTINGS:
-        answers, routed = evaluate_twin(twin, test, setting)
-        found["methods"][f"{TWIN}, {setting}"] = _measured(answers, reference)
-        if setting == "nothing given":
-            found["routed_right"], found["confusion"] = answers.routed_right, routed
-        tick("measuring the twin", MERGE_COST)
-    found["parameters"] = sizes(base, twin)
-    found["rows"] = {"train": len(train.tasks), "validation": len(validation.tasks), "test": len(test.tasks)}
-    found["seconds"] = round(time.perf_counter() - started, 1)
-    return Seed(base, experts, merges, twin, test, found)
-
-
-def vit_config(design: Design, labels: Sequence[str]) -> ViTConfig:
-    """A vision transformer for 8×8 pixels in patches of 2×2."""
-    return ViTConfig(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_size=design.hidden,
-        num_hidden_layers=design.layers,
-        num_attention_heads=4,
-        intermediate_size=2 * design.hidden,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-    )
-
-
-def fit(
-    model: ViTForImageClassification,
-    pixels: Tensor,
-    labels: Tensor,
-    steps: int,
-    rate: float,
-    batch: int,
-    seed: int,
-    tick: Tick,
-) -> None:
-    """AdamW on all weights, gradients clipped to norm 1, the rate rising to `rate` and falling to zero once."""
-    draws = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    model.train()
-    with torch.enable_grad():
-        for _ in range(steps):
-            rows = torch.randint(len(pixels), (batch,), generator=draws)
-            optimizer.zero_grad()
-            F.cross_entropy(model(pixels[rows]).logits, labels[rows]).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            tick("", 1)
-    model.eval()
-
-
-def choose(
-    method: str,
-    grid: Mapping[str, Sequence[float]],
-    base: ViTForImageClassification,
-    experts: Mapping[str, ViTForImageClassification],
-    validation: Rows,
-    tick: Tick,
-) -> tuple[dict[str, float], Merge, float]:
-    """The parameters of the best mean accuracy over tasks on the validation rows; the first of equals."""
-    best: tuple[dict[str, float], Merge, float] | None = None
-    for parameters in _choices(grid):
-        tick(f"trying {LABELS[method]}", 0)
-        merged = merge(method, base=base, experts=experts, progress=False, **parameters)
-        score = float(np.mean(list(evaluate_merge(merged, validation).scores.values())))
-        if best is None or score > best[2]:
-            best = (parameters, merged, score)
-        tick("", MERGE_COST)
-    assert best is not None
-    return best
-
-
-def _choices(grid: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """All combinations of a grid; an empty one is the single choice of nothing."""
-    found: list[dict[str, Any]] = [{}]
-    for name, values in grid.items():
-        found = [{**one, name: value} for one in found for value in values]
-    return found
-
-
-# ----------------------------------------------------------------------------------------- measuring
-
-
-def evaluate_experts(experts: Mapping[str, ViTForImageClassification], rows: Rows) -> Evaluation:
-    """Every expert on its own task."""
-    parts = {name: rows.of(name) for name in NAMES}
-    answers = {n: _scored(n, part, experts[n](part.pixels).logits.argmax(-1)) for n, part in parts.items()}
-    return Evaluation.of(answers, "task given")
-
-
-def evaluate_merge(merged: Merge, rows: Rows) -> Evaluation:
-    """A static model; it has no router, so it is told which head answers."""
-    answers = merged.load()({"pixel_values": rows.pixels}, rows.tasks)["logits"].argmax(-1)
-    return _evaluation(rows, answers, "head given")
-
-
-def evaluate_twin(twin: Twin, rows: Rows, setting: Setting) -> tuple[Evaluation, list[list[int]]]:
-    """The twin on one mixed batch of all tasks, and how many rows of each task it gave to each expert.
-
-    With nothing given, an answer of another task's head is wrong, whatever its label.
-    """
-    sent = {"task given": {"expert": rows.tasks}, "head given": {"head": rows.tasks}, "nothing given": {}}[setting]
-    output = twin(pixel_values=rows.pixels, **sent)
-    answers = output.logits.argmax(-1)
-    right_head = torch.tensor([head == task for head, task in zip(output.head, rows.tasks, strict=True)])
-    went = [[0] * len(NAMES) for _ in NAMES]
-    for task, expert in zip(rows.tasks, output.expert, strict=True):
-        went[NAMES.index(task)][NAMES.index(expert)] += 1
-    routed = sum(went[i][i] for i in range(len(NAMES))) / len(rows.tasks)
-    return _evaluation(rows, torch.where(right_head, answers, -1), setting, routed), went
-
-
-def _evaluation(rows: Rows, answers: Tensor, setting: Setting, routed: float | None = None) -> Evaluation:
-    scored = {}
-    for name in NAMES:
-        at = [i for i, task in enumerate(rows.tasks) if task == name]
-        scored[name] = _scored(name, rows.take(at), answers[at])
-    return Evaluation.of(scored, setting, "strict" if setting == "nothing given" else None, routed)
-
-
-def _scored(task: str, rows: Rows, answers: Tensor) -> Scored:
-    return Scored(task, "accuracy", rows.labels.numpy(), answers.numpy())
-
-
-def _measured(answers: Evaluation, experts: Evaluation) -> dict[str, Any]:
-    return {"setting": answers.setting, "scores": answers.scores, "normalised": answers.normalised(experts)}
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(-1) == labels).double().mean())
-
-
-def sizes(base: ViTForImageClassification, twin: Twin) -> dict[str, int]:
-    """How many numbers each way keeps (heads apart): one model, all experts, the twin with its router."""
-    body = sum(p.numel() for p in base.vit.parameters())
-    assert twin.router is not None
-    router = sum(t.numel() for t in twin.router.state_dict().values())
-    exclusive = sum(part.numel() for part in twin.package.exclusive.values())
-    return {"one model": body, "experts": len(TASKS) * body, "twin": body + exclusive + router}
-
-
-# --------------------------------------------------------------------------------------------- around it
+    return spread
 
 
 @contextmanager
