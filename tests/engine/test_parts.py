@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
 from twinmerge.engine.calls import merge
 from twinmerge.engine.merge import Merge
@@ -489,3 +489,71 @@ def test_a_merge_of_one_model_refuses_folders_of_parts(tmp_path: Path) -> None:
     models = {name: str(sentence_transformer(tmp_path / name, seed)) for seed, name in enumerate("ab", 1)}
     with pytest.raises(UsageError, match="folder of several parts. Merge it with tm.merge"):
         Merge(Recipe("average", None, models), progress=False).check()
+
+
+def classifier(folder: Path, seed: int, labels: int = 2) -> Path:
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(BertConfig(**TINY, num_labels=labels))
+    model.bert.load_state_dict(bert(seed).state_dict())
+    model.save_pretrained(folder)
+    return folder
+
+
+def task_adapter(folder: Path, base: Path, seed: int) -> str:
+    """As PEFT saves one for a classifier on the encoder at the root of the base's folder."""
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification.from_pretrained(base)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder)
+    return f"{base}+{folder}"
+
+
+@pytest.mark.parametrize("kinds", ["models", "adapters", "both"])
+def test_classifiers_made_of_an_encoder_are_merged_as_plain_models(tmp_path: Path, kinds: str) -> None:
+    """The base is a SentenceTransformer; transformers sees the encoder at its root, and so did who trained them."""
+    base = sentence_transformer(tmp_path / "base", 0)
+    a = task_adapter(tmp_path / "a", base, 1) if kinds == "adapters" else str(classifier(tmp_path / "a", 1))
+    b = str(classifier(tmp_path / "b", 2, 3)) if kinds == "models" else task_adapter(tmp_path / "b", base, 2)
+    found = merge("average", base, {"a": a, "b": b}, tmp_path / "out", progress=False)
+    assert not isinstance(found, MergeOfParts)
+    other = merge("average", tmp_path / "base", {"a": a, "b": b}, progress=False).state_dict()
+    experts = [full_bert(each) for each in (a, b)]
+    assert all(torch.allclose(other[n], (experts[0][n] + experts[1][n]) / 2, atol=1e-6) for n in other)
+    out = BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=False)
+    assert torch.equal(
+        out.encoder.layer[0].attention.self.query.weight, _at(other, "layer.0.attention.self.query.weight")
+    )
+    names = {each.name for each in (tmp_path / "out").iterdir()}
+    assert not names & {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "2_Dense"}
+    assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
+    assert verify(tmp_path / "out", progress=False).ok
+    assert Merge(Recipe("average", str(base), {"a": a, "b": b}), progress=False).check()["heads"].keys() == {"a", "b"}
+
+
+def full_bert(ref: str) -> dict[str, torch.Tensor]:
+    """The encoder of a classifier, by stock transformers and PEFT."""
+    base, _, adapter = ref.rpartition("+")
+    model: Any = BertForSequenceClassification.from_pretrained(base or ref)
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload() if base else model
+    found: dict[str, torch.Tensor] = model.bert.state_dict()
+    return found
+
+
+def test_heads_of_adapters_alone_ask_for_their_base(tmp_path: Path) -> None:
+    bert(0).save_pretrained(tmp_path / "base")
+    both = {name: task_adapter(tmp_path / name, tmp_path / "base", seed) for seed, name in enumerate("ab")}
+    with pytest.raises(ModelError, match=r"'classifier.*' from its adapter alone.*--base"):
+        merge("average", None, both, progress=False).check()
+    assert merge("average", tmp_path / "base", both, progress=False).check()["heads"].keys() == {"a", "b"}
+
+
+def _at(tensors: dict[str, torch.Tensor], end: str) -> torch.Tensor:
+    (found,) = (tensor for name, tensor in tensors.items() if name.endswith(end))
+    return found
+
+
+def test_a_classifier_beside_an_encoder_of_several_parts_is_refused(tmp_path: Path) -> None:
+    base, a = (sentence_transformer(tmp_path / name, seed) for seed, name in enumerate(("base", "a")))
+    b = classifier(tmp_path / "b", 2)
+    with pytest.raises(ModelError, match=r"plain model, without the part '2_Dense'"):
+        merge("average", base, {"a": a, "b": b}, progress=False).check()

@@ -12,6 +12,8 @@ from twinmerge.engine.sides import GENERATION, TEMPLATE, settings_folder
 from twinmerge.engine.tokens.read import CONFIG, FILE, VOCABULARIES
 from twinmerge.errors import ModelError
 from twinmerge.models.opened import OpenedModel
+from twinmerge.models.parts import MODULES
+from twinmerge.models.parts import SETTINGS as PARTS_SETTINGS
 from twinmerge.models.tokens import Tokens
 from twinmerge.store import disk
 from twinmerge.store.foreign import UNREAD, find, is_text, matches, open_regular, read_any_json, read_json, shown_path
@@ -28,6 +30,8 @@ CODE = ("auto_map", "custom_pipelines")
 
 TOKENS = (FILE, *VOCABULARIES)
 SETTINGS = (CONFIG, "special_tokens_map.json", "chat_template.*")
+OF_PARTS = (MODULES, PARTS_SETTINGS, "sentence_bert_config.json")
+"""Beside an encoder at the root of a SentenceTransformer's folder, and of its parts: they say nothing of a plain model."""
 
 
 def write_side_files(model: OpenedModel, source: Path | None, folder: Path) -> None:
@@ -41,12 +45,13 @@ def write_side_files(model: OpenedModel, source: Path | None, folder: Path) -> N
     Raises:
         TwinmergeError: as `copy_side_files`.
     """
+    of_parts = OF_PARTS if source is not None and (source / MODULES).exists() else ()
     sides = model.sides
     if sides is None:
-        copy_side_files(source, folder)
+        copy_side_files(source, folder, lambda name: name not in of_parts)
         return
     tokens, settings = sides.tokens, settings_folder(model)
-    copy_side_files(source, folder, lambda name: not matches(name, (*TOKENS, *SETTINGS)))
+    copy_side_files(source, folder, lambda name: name not in of_parts and not matches(name, (*TOKENS, *SETTINGS)))
     copy_side_files(settings, folder, lambda name: matches(name, SETTINGS))
     if tokens is None or not tokens.made:
         theirs = settings is not None and any(matches(name, TOKENS) for name in os.listdir(settings))

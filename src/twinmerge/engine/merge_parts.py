@@ -29,7 +29,7 @@ from twinmerge.engine.write import Report, write_files
 from twinmerge.errors import ModelError, RecipeError, UsageError
 from twinmerge.models.configs import said
 from twinmerge.models.part_settings import differences, must_agree
-from twinmerge.models.parts import Layout, Module, Whole, config_in, layout_at, weights_file
+from twinmerge.models.parts import Layout, Module, Whole, config_in, of_parts, weights_file
 from twinmerge.models.vocabulary import other_tokens
 from twinmerge.recipes.chat_template import KEY as TEMPLATE
 from twinmerge.recipes.recipe import SIDE_FILES, Recipe, reference
@@ -56,7 +56,7 @@ def merge_of(recipe: Recipe, progress: bool = True, **how: Any) -> Merge:
             inner = merge_of(model, progress)
             if isinstance(inner, MergeOfParts):
                 raise RecipeError("A merge of folders of several parts is no input on the way. Write it to a folder.")
-    parts = any(saves_itself(model) or layout_at(model) is not None for model in models)
+    parts = any(map(saves_itself, models)) or of_parts(recipe.base, [*recipe.experts.values()]) is not None
     return (MergeOfParts if parts else Merge)(recipe, progress, **how)
 
 

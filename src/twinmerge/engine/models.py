@@ -12,7 +12,7 @@ from twinmerge.engine.tokens.apply import Unified, unified
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
-from twinmerge.models.parts import layout_at
+from twinmerge.models.parts import of_parts
 from twinmerge.models.plain import open_plain
 from twinmerge.models.untied import untied
 from twinmerge.recipes.recipe import Recipe
@@ -47,7 +47,7 @@ class Models:
         """
         order, base = recipe.order, recipe.base
         models = [*([] if base is None else [base]), *(recipe.experts[name] for name in order)]
-        if several := next((model for model in models if layout_at(model) is not None), None):
+        if several := of_parts(base, [*recipe.experts.values()]):
             raise UsageError(
                 f"{several} is a folder of several parts. Merge it with tm.merge or the command, which do it part by "
                 "part, or name the folder of one part in every model."

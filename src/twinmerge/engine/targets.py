@@ -8,6 +8,7 @@ from typing import Any
 
 from twinmerge.engine.models import Models
 from twinmerge.engine.plan import BASE
+from twinmerge.errors import ModelError
 from twinmerge.models.blocks import block_of
 from twinmerge.models.matching import Matched, layers_of
 from twinmerge.models.opened import OpenedModel
@@ -61,6 +62,11 @@ def whole(recipe: Recipe, models: Models, matched: Matched) -> Iterator[Target]:
     experts, base = tuple(models.experts), models.base
     depths = layers_of(base) if recipe.varies else {}
     for name in matched.merged:
+        if name not in base.stored:
+            raise ModelError(
+                f"{base.name} has {name!r} from its adapter alone, and its base has no name for it in a file. Name the "
+                "base (--base), with which every expert keeps its head, or merge the adapters into full models first."
+            )
         tensors = dict.fromkeys((*experts, BASE), name)
         yield Target(base.stored[name], name, base.spec(name), experts, tensors, depth=depth_of(name, depths))
     for name in matched.from_base:

@@ -8,7 +8,7 @@ settings alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,3 +245,47 @@ def layout_at(ref: object) -> Layout | None:
     except TwinmergeError:  # whoever opens it says what is wrong
         return None
     return layout_of(found.folder) or (None if found.adapter is None else layout_of(found.adapter))
+
+
+def of_parts(base: object, experts: Sequence[object]) -> object | None:
+    """The first of some models that has several parts, so that they are merged part by part; None of plain models.
+
+    An encoder of sentence-transformers that lies at the root of its folder is a plain model to experts that are models
+    for a task made of it, such as classifiers: they have layers of their own, and none of its other parts.
+
+    Args:
+        base: of the experts; None without one.
+        experts: as the user named them.
+    """
+    layouts = {i: found for i, model in enumerate((base, *experts)) if (found := layout_at(model)) is not None}
+    if not layouts:
+        return None
+    first = min(layouts)
+    encoder = layouts[first]
+    plain = all(i not in layouts or _adapter(model) is not None for i, model in enumerate(experts, 1))
+    if plain and _at_root(encoder) and any(_for_a_task(model, encoder.folder) for model in experts):
+        return None
+    return (base, *experts)[first]
+
+
+def _at_root(layout: Layout) -> bool:
+    """Whether an encoder lies at the root, where transformers finds it too."""
+    return layout.index == MODULES and any("" in layout.weights(module) for module in layout.modules)
+
+
+def _adapter(ref: object) -> Path | None:
+    """The folder of the adapter of `base+adapter`."""
+    return locate(ref).adapter if isinstance(ref, (str, os.PathLike)) else None
+
+
+def _for_a_task(ref: object, encoder: Path) -> bool:
+    """Whether a model is of another class than the encoder, or an adapter with the head of a task."""
+    if not isinstance(ref, (str, os.PathLike)):
+        config = getattr(ref, "config", None)
+        return getattr(config, "architectures", None) != config_in(encoder).get("architectures")
+    found = locate(ref)
+    if found.adapter is not None:
+        file = find(found.adapter, "adapter_config.json")
+        said = {} if file is None else read_json(file, CONFIG, finite=False)
+        return said.get("task_type") not in (None, "FEATURE_EXTRACTION")
+    return config_in(found.folder).get("architectures") != config_in(encoder).get("architectures")
