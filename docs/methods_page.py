@@ -25,8 +25,8 @@ models: of public ones, task arithmetic alone gains reliably.
 """
 
 
-def page() -> str:
-    """The page as it must be."""
+def page(linked: bool = False) -> str:
+    """The page as it must be; on the site each name is a link to the method's own page."""
     found = {name: about for name, about in list_methods().items() if name in METHODS.files()}
     lines = [HEAD]
     for group in get_args(Group):
@@ -39,7 +39,7 @@ def page() -> str:
                 "| --- | --- | --- | --- | --- |",
             ]
             lines += [
-                f"| `{name}` | {about['cost']} | {', '.join(about['needs']) or '–'} | {about['strong']} | {source_of(name)} |"
+                f"| {f'[`{name}`](methods/{name}.md)' if linked else f'`{name}`'} | {about['cost']} | {', '.join(about['needs']) or '–'} | {about['strong']} | {source_of(name)} |"
                 for name, about in rows.items()
             ]
             lines.append("")
