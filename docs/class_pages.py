@@ -47,7 +47,7 @@ def method_page(name: str, about: Mapping[str, Any]) -> str:
     head, body = said_of(cls)
     lines = [f"# {name}", "", title_of(cls), "", formula_block(head, cls.model_fields), ""]
     if body:
-        lines += ["## What it does", "", prose(body, name), ""]
+        lines += ["## What it does", "", prose(body, name, cls.model_fields), ""]
     lines += ["## At a glance", "", "| | |", "| --- | --- |", *_glance(name, cls, about), ""]
     lines += ["## Parameters", "", *table_of(parameter_rows.of_method(name, cls)), ""]
     lines += ["## Run it", "", *examples(name, cls), ""]
@@ -76,16 +76,32 @@ def formula_block(text: str, names: Any = ()) -> str:
     return f'<p class="formula">{mathematics(text, tuple(names))}</p>'
 
 
-def prose(text: str, itself: str = "") -> str:
-    """Paragraphs of a docstring as Markdown; indented lines are formulas."""
+def prose(text: str, itself: str = "", names: Any = ()) -> str:
+    """Paragraphs and lists of a docstring as Markdown, with the formulas in them drawn; indented lines are formulas."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text):
-        lines = paragraph.split("\n")
-        if all(line.startswith("    ") for line in lines):
-            found += [formula_block(line) for line in lines]
+        if all(line.startswith("    ") for line in paragraph.split("\n")):
+            found += [formula_block(line, names) for line in paragraph.split("\n")]
             continue
-        found.append(re.sub(r"\n\s+", "\n    ", escaped(with_links(linked(paragraph, itself)))))
+        items = re.split(r"^(?=\d+\. |- )", paragraph, flags=re.MULTILINE)
+        lines = []
+        for item in filter(None, items):
+            marker = re.match(r"\d+\. |- |", item)
+            start = marker[0] if marker else ""
+            lines.append(start + _sentence(item[len(start) :], itself, names))
+        found.append("\n".join(lines))
     return "\n\n".join(found)
+
+
+def _sentence(text: str, itself: str, names: Any) -> str:
+    """Text of one paragraph; code and links stay what they are."""
+    parts = re.split(r"(`[^`]*`|\[[^\]]*\]\([^)]*\))", with_links(linked(" ".join(text.split()), itself)))
+    for i in range(0, len(parts), 2):
+        drawn = mathematics(parts[i], tuple(names)) if parts[i].strip() else ""
+        drawn = re.sub(r"[*_#|\[\]\\]", lambda mark: f"&#{ord(mark[0])};", drawn)
+        ends = [" " if parts[i][end : end + 1 or None].isspace() and drawn else "" for end in (0, -1)]
+        parts[i] = f"{ends[0]}{drawn}{ends[1]}" if drawn else parts[i]
+    return "".join(parts)
 
 
 def escaped(text: str) -> str:
@@ -292,15 +308,27 @@ def command_of(name: str, cls: type[Method]) -> list[str]:
     given = [f"-p {key}={value:g}" for key, value in chosen(cls).items()]
     if cls.outputs == "masks":
         words = ["twinmerge masks build", f"--method {name}", *base, *models, *given, "-o MASKS"]
-        return [" ".join(words), f"twinmerge masks extract MASKS {experts[0]} -o MODEL"]
+        return [*broken(words), f"twinmerge masks extract MASKS {experts[0]} -o MODEL"]
     measured = [
         f"twinmerge measure {need} {expert.upper()} --data {expert}.jsonl -o {expert}.{need}"
         for need in cls.needs
         for expert in experts
     ]
     statistics = [f"--statistics {expert}={expert}.{need}" for need in cls.needs for expert in experts]
-    words = ["twinmerge merge", f"--method {name}", *base, *models, *statistics, *given, "-o OUT"]
-    return [*measured, " ".join(words)]
+    first = ["twinmerge merge", f"--method {name}", *base, *models]
+    return [*measured, *broken([*first, *statistics, *given, "-o OUT"])]
+
+
+def broken(words: list[str], width: int = 72) -> list[str]:
+    """A command in lines that are no wider, with what is typed at the end of each."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines[-1] += " \\"
+            lines.append("    " + word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".lstrip() if len(lines) == 1 else f"{lines[-1]} {word}"
+    return ["\n".join(lines)]
 
 
 def call_of(name: str, cls: type[Method]) -> list[str]:
@@ -323,6 +351,6 @@ def call_of(name: str, cls: type[Method]) -> list[str]:
     statistics = f", statistics={{{files}}}" if files else ""
     return [
         *lines,
-        f'merge = tm.merge("{name}", {base}, {models}{statistics}{given})  # reads nothing yet',
+        f'merge = tm.merge("{name}", {base}, {models}{statistics}{given})',
         'merge.save("OUT")',
     ]

@@ -13,29 +13,28 @@ from html import escape
 from typing import NamedTuple
 
 RAISED = {"ᵀ": "T", "²": "2", "³": "3", "⁺": "+", "⁻": "−", "¹": "1", "ᵖ": "p"}
-UPRIGHT = {"sin", "cos", "tanh", "log", "exp", "argmin", "argmax", "softmax", "diag", "tr", "sign"}
-WORDS = frozenset(
-    ["a", "an", "as", "at", "be", "by", "do", "go", "he", "if", "in", "is", "it", "me", "my", "no", "of", "on"]
-)
+UPRIGHT = {"sin", "cos", "tanh", "log", "exp", "argmin", "argmax", "softmax", "diag", "tr"}
+WORDS = frozenset(re.findall(r"\w+", "a an as at be by do go he if in is it me my no of on or so t5 to up us we"))
 """Short words of prose, which are no letter with an index."""
 TOKEN = re.compile(
     r"""
-    (?P<code>`[^`]+`)
+    (?P<code>`[^`]+`|\b\w{2,}=(?:"\w*"|[\w.]*\w)|\b\w+/[\w/]*\w\.\w+)
+  | (?P<said>"[\w-]+"|\d+-\d+)
   | (?P<number>\d+(?:[.,]\d+)*(?:e-?\d+)?(?:⁻[¹²³⁴⁵⁶⁷⁸⁹]+)?)
   | (?P<sum>[Σ∏])(?P<over>[a-z](?![a-z]))?
   | (?P<function>[A-Za-z][A-Za-z_]+)(?=\()|(?P<mean>mean)(?=\ [‖θτ])
   | (?P<letter>[A-Za-zα-ωΑ-Ω][\u0300-\u036f]*′?(?:'(?!s\b))?|[a-z]{2,}(?=_[a-z]\b))
     (?P<index>_[A-Za-z0-9]+|\d+|[a-zTᵢⱼₖ⊥](?![A-Za-z]))?
     (?P<power>[ᵀ²³⁺⁻¹ᵖ]+|\*(?![\w*])|\^[A-Za-z0-9])?
-    (?![A-Za-z]|['’]s\b)
-  | (?P<word>[A-Za-z][\w'’]*(?:-\w+)*)
-  | (?P<close>[)\]}⌋⌉‖|])(?P<raised>[ᵀ²³⁺⁻¹ᵖ]+|\^[A-Za-z0-9])
+    (?![A-Za-z]|['’]s\b|-[a-z]{2})
+  | (?P<word>[A-Za-z][\w'’]*(?:-\w+)*(?:['’]s\b)?)
+  | (?P<close>[)\]}⟩⌋⌉‖|])(?=[₀-₉ᵀ²³⁺⁻¹ᵖ^])(?P<lowered>[₀-₉])?(?P<raised>[ᵀ²³⁺⁻¹ᵖ]+|\^[A-Za-z0-9])?
   | (?P<mark>.)
     """,
     re.VERBOSE | re.DOTALL,
 )
-OPERATORS = set("=+−·⊙/≈≥≤<>∈∼~←→×±√*-⊥∇…")
-OPEN, CLOSE = "([{⌊⌈", ")]}⌋⌉"
+OPERATORS = set("=+−·⊙/≈≥≤<>∈∼~←→×±√*-⊥∇")
+OPEN, CLOSE = "([{⟨⌊⌈", ")]}⟩⌋⌉"
 BARS = "‖|"
 
 
@@ -72,7 +71,7 @@ def mathematics(text: str, names: Collection[str] = ()) -> str:
             i = j
         else:
             said = pieces[i]
-            shown = f"<code>{escape(said.text[1:-1])}</code>" if said.text.startswith("`") else escape(said.text)
+            shown = said.drawn or escape(said.text, quote=False)
             out.append(f"{' ' if said.space and out else ''}{shown}")
             i += 1
     return "".join(out)
@@ -104,6 +103,8 @@ def _drawn(match: re.Match[str], names: Collection[str]) -> tuple[str, str]:
     """What a token is, and its MathML."""
     whole = match[0]
     if match["code"]:
+        return "text", f"<code>{escape(whole.strip('`'), quote=False)}</code>"
+    if match["said"]:
         return "text", ""
     if match["number"]:
         base, power = re.fullmatch(r"([^⁻]+)(⁻.+)?", whole).groups()  # type: ignore[union-attr]
@@ -115,7 +116,7 @@ def _drawn(match: re.Match[str], names: Collection[str]) -> tuple[str, str]:
     if match["function"] or match["mean"]:
         return "math", f'<mi mathvariant="normal">{whole}</mi>'
     if match["close"]:
-        return "bracket", _script(_mark(match["close"]), None, match["raised"])
+        return "bracket", _script(_mark(match["close"]), match["lowered"], match["raised"])
     if match["word"] or (len(whole) > 1 and whole.lower() in WORDS):
         known = whole in names or whole in UPRIGHT
         return "name" if known else "text", f'<mi mathvariant="normal">{escape(whole)}</mi>' if known else ""
@@ -123,6 +124,8 @@ def _drawn(match: re.Match[str], names: Collection[str]) -> tuple[str, str]:
         letter = _script(f"<mi>{match['letter']}</mi>", match["index"], match["power"])
         sure = match["index"] or match["power"] or not match["letter"].isascii()
         return ("math" if sure else "letter"), letter
+    if whole == "…":
+        return "number", _mark(whole)
     if whole in OPERATORS:
         return "operator", _mark(whole)
     if whole in OPEN + CLOSE + BARS:
@@ -163,34 +166,59 @@ def _script(base: str, index: str | None, power: str | None) -> str:
 def _decided(pieces: Sequence[Piece]) -> list[Piece]:
     """Brackets, commas, letters and numbers are mathematics where what is beside or in them is."""
     kinds = [piece.kind for piece in pieces]
+    for i, kind in enumerate(kinds):
+        if kind == "text" and pieces[i].text.lower() in WORDS and _glued(pieces, i):
+            kinds[i] = "name"
+        elif (kind == "letter" and pieces[i].text not in ("a", "A", "I")) or pieces[i].text[0] in BARS:
+            kinds[i] = "math"
+    for i, kind in enumerate(kinds):
+        if kind == "operator":
+            kinds[i] = "math" if any(each not in ("text", "comma") for each in _near(kinds, i)) else "text"
+    weak = ("letter", "name", "number")
+    for _ in range(2):  # what is beside a number that is mathematics is so too
+        for i, kind in enumerate(kinds):
+            if kind in weak and "math" in _pulling(pieces, kinds, i):
+                kinds[i] = "math"
     inside = _inside(pieces)
-    sure = {"math", "operator"}
-    said = list(kinds)
-    for i, kind in enumerate(kinds):
-        near = [said[k] for k in (i - 1, i + 1) if 0 <= k < len(kinds)]
-        if kind in ("letter", "number", "name"):
-            apart = {"text", "comma"} | (
-                {"name"} if kind == "letter" else {"letter", "number"} if kind == "name" else set()
-            )
-            alone = all(each in apart for each in near) and pieces[i].text != "0"
-            prose = alone and (kind != "letter" or pieces[i].text in ("a", "A", "I"))
-            kinds[i] = "text" if prose else "math"
-    for i, kind in enumerate(kinds):
-        if kind == "bracket" and i not in inside:
-            kinds[i] = "text" if pieces[i].text[0] in OPEN + CLOSE else "math"
-    for first, last in sorted(set(inside.values()), key=lambda pair: pair[1] - pair[0]):
+    pairs = sorted(set(inside.values()), key=lambda pair: pair[1] - pair[0])
+    for first, last in pairs:
         within = kinds[first + 1 : last]
-        called = first > 0 and kinds[first - 1] in sure and not pieces[first].space
-        some = called or (any(kind in sure for kind in within) and "text" not in within)
+        called = first > 0 and kinds[first - 1] == "math" and not pieces[first].space
+        some = called or ("math" in within and "text" not in within)
         kinds[first] = kinds[last] = "math" if some else "text"
-    pairs = sorted(set(inside.values()))
+        for i in range(first + 1, last):
+            if some and kinds[i] in (*weak, "comma"):
+                kinds[i] = "math"
     for i, kind in enumerate(kinds):
-        if kind == "comma":
-            held = any(first < i < last and kinds[first] == "math" for first, last in pairs)
-            kinds[i] = "math" if held else "text"
-    return [
-        piece._replace(kind="text" if kind == "text" else "math") for piece, kind in zip(pieces, kinds, strict=True)
-    ]
+        if kind in weak or kind == "comma" or kind == "bracket":
+            kinds[i] = "text"
+    return [piece._replace(kind=kind, drawn=_as(piece, kind)) for piece, kind in zip(pieces, kinds, strict=True)]
+
+
+def _near(kinds: Sequence[str], i: int) -> list[str]:
+    """What stands before and behind."""
+    return [kinds[k] for k in (i - 1, i + 1) if 0 <= k < len(kinds)]
+
+
+def _glued(pieces: Sequence[Piece], i: int) -> bool:
+    """Whether a word stands at a sign without a space, as in "in·kh·kw"."""
+    before = i > 0 and not pieces[i].space and pieces[i - 1].text in "/·"
+    return before or (i + 1 < len(pieces) and not pieces[i + 1].space and pieces[i + 1].text in "/·")
+
+
+def _pulling(pieces: Sequence[Piece], kinds: Sequence[str], i: int) -> list[str]:
+    """What stands beside a piece and makes it mathematics, where it is so itself; words and "a" ask for a sign."""
+    word = pieces[i].kind in ("name", "text") and pieces[i].text not in UPRIGHT
+    if not word and pieces[i].text != "a":
+        return _near(kinds, i)
+    return [kinds[k] for k in (i - 1, i + 1) if 0 <= k < len(kinds) and pieces[k].kind == "operator"]
+
+
+def _as(piece: Piece, kind: str) -> str:
+    """What draws a piece, once it is decided what it is."""
+    if kind == "math":
+        return piece.drawn or f'<mi mathvariant="normal">{escape(piece.text, quote=False)}</mi>'
+    return piece.drawn if piece.drawn.startswith("<code>") else ""
 
 
 def _inside(pieces: Sequence[Piece]) -> dict[int, tuple[int, int]]:

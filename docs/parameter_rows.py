@@ -35,13 +35,20 @@ def of_method(name: str, cls: type[Method]) -> list[Parameter]:
         make_method(name, experts, {field: value}).check(experts)
 
     def loosely(field: str, value: Any) -> None:
-        make_method(name, experts, {field: value})
+        try:
+            make_method(name, experts, {field: value})
+        except TwinmergeError:  # it may be one expert's beside others, as a negative weight is
+            if not is_per_expert(cls, field) or len(experts) < 2:
+                raise
+            more = dict.fromkeys(experts, 1 + 2 * abs(value)) | {experts[0]: value}
+            make_method(name, experts, {f"{expert}.{field}": number for expert, number in more.items()})
 
     found = []
     for field, info in cls.model_fields.items():
         own = is_per_expert(cls, field)
         kind = "number, or one for each expert" if own else kind_of(info.annotation)
-        allowed = allowed_of(float if own else info.annotation, (strictly, loosely), field)
+        tries = (loosely,) if own else (strictly, loosely)  # of one expert; together they may ask for more
+        allowed = allowed_of(float if own else info.annotation, tries, field)
         found.append(Parameter(field, kind, default_of(info.default), allowed, info.description or ""))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -19,7 +20,7 @@ import typer
 
 import twinmerge as tm
 import twinmerge.cli
-from twinmerge.methods.kit.registry import METHODS, method_class
+from twinmerge.methods.kit.registry import METHODS, make_method, method_class
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -134,7 +135,12 @@ def test_ranges_that_were_found_by_trying_are_those_that_classes_declare(scripts
             if "density" not in row.name and (declared := bounds(info)) != (None, None, None, None):
                 assert row.allowed == SAID[declared], (name, row)
                 seen.add(declared)
-            if row.name == "density" and name != "pcb":
+            if name in ("della", "della_linear") and row.name in (
+                "density",
+                "epsilon",
+            ):  # density ± epsilon is a chance
+                assert row.allowed == f"0 to {0.93 if row.name == 'density' else 0.3}, with the other defaults"
+            elif row.name == "density" and name != "pcb":
                 assert row.allowed == "0 to 1", name
             if row.name in ("scale", "weights"):
                 assert row.allowed == "any number", name
@@ -147,31 +153,34 @@ def test_ranges_that_were_found_by_trying_are_those_that_classes_declare(scripts
 def typed(page: str) -> list[list[str]]:
     """The words of the commands that a page shows."""
     blocks = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    return [shlex.split(line.removeprefix("$ "))[1:] for block in blocks for line in block.splitlines()]
+    return [
+        shlex.split(line.removeprefix("$ "))[1:] for block in blocks for line in block.replace("\\\n", "").splitlines()
+    ]
 
 
-def parsed(words: list[str]) -> None:
+def parsed(found: Any, words: list[str]) -> None:
     """Let typer read a command without running it."""
-    found: Any = typer.main.get_command(twinmerge.cli.app)
     while hasattr(found, "commands"):
         found, words = found.commands[words[0]], words[1:]
     found.make_context("twinmerge", list(words))
 
 
 def test_commands_and_calls_of_the_method_pages_can_be_given(method_pages: dict[str, str]) -> None:
+    known = typer.main.get_command(twinmerge.cli.app)
     for path, page in method_pages.items():
         commands = typed(page)
         assert commands, path
         for words in commands:
-            parsed(words)
+            parsed(known, words)
         (call,) = re.findall(r"^(?:merge = )?(tm\.(?:merge|build_masks)\(.*\))", page, re.MULTILINE)
         if call.startswith("tm.merge"):
-            merge = eval(call, {"tm": tm})
-            assert merge.recipe.method == Path(path).stem
+            assert eval(call, {"tm": tm}).recipe.method == Path(path).stem  # without an out nothing is done
         else:
-            inspect.signature(tm.build_masks).bind(
-                *eval(f"({call.partition('(')[2].partition(', threshold')[0].rstrip(')')},)")
-            )
+            given: Any = ast.parse(call, mode="eval").body
+            method, base, experts, out = map(ast.literal_eval, given.args)
+            parameters = {each.arg: ast.literal_eval(each.value) for each in given.keywords}
+            assert (method, base, out) == (Path(path).stem, "BASE", "MASKS")
+            assert make_method(method, tuple(experts), parameters).outputs == "masks"
 
 
 def test_scores_on_the_pages_stand_in_the_measurements(method_pages: dict[str, str]) -> None:
@@ -254,14 +263,14 @@ def test_what_is_broken_in_a_site_is_found(scripts: Any, tmp_path: Path) -> None
         '<link rel="stylesheet" href="//fonts.example.org/f.css"><img src="q.png"><a href="../outside">x</a>'
     )
     (tmp_path / "s.css").write_text("a { background: url(https://example.org/f.woff2) }")
-    assert [fault.partition(" ")[2] for fault in faults(tmp_path)] == [
+    assert sorted(fault.partition(" ")[2] for fault in faults(tmp_path)) == [
         "../outside leads nowhere",
-        "none.html leads nowhere",
-        "q.png leads nowhere",
-        "sub/b.html#gone has no such anchor",
         "fetches //fonts.example.org/f.css",
         "fetches https://cdn.example.org/k.js",
         "fetches https://example.org/f.woff2",
+        "none.html leads nowhere",
+        "q.png leads nowhere",
+        "sub/b.html#gone has no such anchor",
     ]
     assert faults(tmp_path / "sub" / "nothing") == [f"{tmp_path / 'sub' / 'nothing'} has no page"]
 
