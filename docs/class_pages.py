@@ -73,7 +73,7 @@ def title_of(cls: type) -> str:
 
 def formula_block(text: str, names: Any = ()) -> str:
     """A formula in a place of its own."""
-    return f'<p class="formula">{mathematics(text, tuple(names))}</p>'
+    return f'<p class="formula">{mathematics(text, tuple(names), large=True)}</p>'
 
 
 def prose(text: str, itself: str = "", names: Any = ()) -> str:

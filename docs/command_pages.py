@@ -133,7 +133,7 @@ def _allowed(option: Any) -> str:
         return f"{least} or more" if most is None else f"{least} to {most}"
     if most is not None:
         return f"at most {most}"
-    return "may be repeated" if option.multiple else ""
+    return "may be repeated" if option.multiple and "epeat" not in (option.help or "") else ""
 
 
 # ------------------------------------------------------------------------------------------------- calls
@@ -226,13 +226,20 @@ def _body(command: Command, level: str) -> list[str]:
     for option in options(command):
         by_panel.setdefault(option.panel, []).append(option)
     for panel, of in by_panel.items():
-        lines += [f"**{panel}**", "", "| option | meaning | allowed | default |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| `{each.typed.replace('|', chr(92) + '|')}` | {escaped(each.meaning)} | {each.allowed} | {each.default} |"
-            for each in of
-        ]
-        lines += [""]
+        lines += [f"**{panel}**", "", *_table(of), ""]
     return lines[:-1]
+
+
+def _table(of: list[Option]) -> list[str]:
+    """Options as a table, without the columns in which nothing stands."""
+    rows = [
+        (f"`{each.typed.replace('|', chr(92) + '|')}`", escaped(each.meaning), each.allowed, each.default)
+        for each in of
+    ]
+    heads = ("option", "meaning", "allowed", "default")
+    kept = [i for i in range(len(heads)) if i < 2 or any(row[i] for row in rows)]
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(line[i] for i in kept) + " |" for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------- man page

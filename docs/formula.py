@@ -47,16 +47,18 @@ class Piece(NamedTuple):
     space: bool
 
 
-def mathematics(text: str, names: Collection[str] = ()) -> str:
+def mathematics(text: str, names: Collection[str] = (), large: bool = False) -> str:
     """HTML of a line of formulas and words.
 
     Args:
         names: words that are parameters in these formulas.
+        large: for a line of its own: what a sum goes over stands below it.
 
     Example:
         >>> mathematics("θ0 by row")
-        '<math displaystyle="true"><msub><mi>θ</mi><mn>0</mn></msub></math> by row'
+        '<math><msub><mi>θ</mi><mn>0</mn></msub></math> by row'
     """
+    opened = '<math displaystyle="true">' if large else "<math>"
     pieces = _decided(_pieces(" ".join(text.split()), names))
     out: list[str] = []
     i = 0
@@ -67,7 +69,7 @@ def mathematics(text: str, names: Collection[str] = ()) -> str:
         if j > i:
             lead = " " if pieces[i].space and out else ""
             drawn = "".join(piece.drawn for piece in pieces[i:j])
-            out.append(f'{lead}<math displaystyle="true">{drawn}</math>')
+            out.append(f"{lead}{opened}{drawn}</math>")
             i = j
         else:
             said = pieces[i]
@@ -110,7 +112,7 @@ def _drawn(match: re.Match[str], names: Collection[str]) -> tuple[str, str]:
         base, power = re.fullmatch(r"([^⁻]+)(⁻.+)?", whole).groups()  # type: ignore[union-attr]
         return "number", _script(f"<mn>{base}</mn>", None, power)
     if match["sum"]:
-        sign = f'<mo movablelimits="false">{"∑" if match["sum"] == "Σ" else match["sum"]}</mo>'
+        sign = f'<mo movablelimits="true">{"∑" if match["sum"] == "Σ" else match["sum"]}</mo>'
         over = match["over"]
         return "math", f"<munder>{sign}<mi>{over}</mi></munder>" if over else sign
     if match["function"] or match["mean"]:

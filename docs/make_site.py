@@ -23,7 +23,7 @@ from typing import Any, get_args
 from check_site import faults
 from class_pages import codec_page, method_pages, router_page
 from command_pages import command_pages, man_page
-from reference_pages import places, reference_pages
+from reference_pages import CALLS, ERRORS, places, reference_pages
 
 from twinmerge import __version__
 
@@ -109,7 +109,8 @@ def expansions(made: dict[str, str]) -> dict[str, str]:
         if names:
             methods.append({group.capitalize(): [{name: f"methods/{name}.md"} for name in names]})
     commands = [place for place in made if place.startswith("commands/")]
-    titles = {page: name for name, page in places().items()} | {"calls": "Calls", "errors": "Errors"}
+    classes = {page: name for name, page in places().items() if page not in (CALLS, ERRORS)}
+    titles = {CALLS: "Calls", **classes, ERRORS: "Errors"}
     reference: list[Any] = [
         {"Reference": ["reference/index.md", *({t: f"reference/{p}.md"} for p, t in titles.items())]}
     ]
