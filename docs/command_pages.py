@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import typer
 from class_pages import escaped
+from reference_pages import places
 
 import twinmerge.cli
 from twinmerge.cli import failure
@@ -219,7 +220,8 @@ def _body(command: Command, level: str) -> list[str]:
         lines += ["```console", *[f"$ {example}" for example in command.examples], "```", ""]
     told = calls().get(command.words, [])
     if told:
-        lines += ["From Python: " + "; ".join(told) + ". See [From Python](../python.md#commands-and-calls).", ""]
+        said = "; ".join(re.sub(r"`[^`]+`", _call, each) for each in told)
+        lines += [f"From Python: {said}. See [From Python](../python.md#commands-and-calls).", ""]
     if command.words in FOUND:
         lines += [f"The exit code is 1 where it finds what it looks for: {exit_codes()['1']}.", ""]
     by_panel: dict[str, list[Option]] = {}
@@ -228,6 +230,17 @@ def _body(command: Command, level: str) -> list[str]:
     for panel, of in by_panel.items():
         lines += [f"**{panel}**", "", *_table(of), ""]
     return lines[:-1]
+
+
+def _call(code: re.Match[str]) -> str:
+    """A call in code, as a link into the reference where it begins with what is in there."""
+    words = re.match(r"`(tm|twin|state)\.(\w+)(?:\.(\w+))?\(", code[0])
+    if words is None:
+        return code[0]
+    start, first, second = words.groups()
+    name, own = (first, second) if start == "tm" else ({"twin": "Twin", "state": "Continual"}[start], first)
+    page = places().get(name)
+    return f"[{code[0]}](../reference/{page}.md#twinmerge.{name}{f'.{own}' if own else ''})" if page else code[0]
 
 
 def _table(of: list[Option]) -> list[str]:

@@ -46,12 +46,27 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def generated() -> dict[str, str]:
-    """Path in the site's sources -> text of the pages that are made of the code."""
+def generated(run: bool = True) -> dict[str, str]:
+    """Path in the site's sources -> text of the pages that are made of the code, and of notebooks.
+
+    Args:
+        run: run the notebooks; else their pages have no outputs.
+    """
     from methods_page import page
 
     made = {"methods.md": page(linked=True), "routers.md": router_page(), "codecs.md": codec_page()}
-    return {**made, **method_pages(), **command_pages(), **reference_pages()}
+    return {**made, **method_pages(), **command_pages(), **reference_pages(), **notebook_pages(run)}
+
+
+def notebook_pages(run: bool) -> dict[str, str]:
+    """Path in the site's sources -> page of a notebook, of all in docs/notebooks."""
+    found = {}
+    for file in sorted((DOCS / "notebooks").glob("*.ipynb")):
+        from notebooks import executed, page
+
+        book = executed(file) if run else json.loads(file.read_text(encoding="utf-8"))
+        found[f"notebooks/{file.stem}.md"] = page(book, file.stem)
+    return found
 
 
 def relinked(text: str, source: Path, place: str, there: dict[str, Path]) -> str:
@@ -74,10 +89,14 @@ def relinked(text: str, source: Path, place: str, there: dict[str, Path]) -> str
     return "".join(parts)
 
 
-def stage() -> None:
-    """Write all that Zensical reads into build/site."""
+def stage(run: bool = True) -> None:
+    """Write all that Zensical reads into build/site.
+
+    Args:
+        run: as in `generated`.
+    """
     shutil.rmtree(WORK, ignore_errors=True)
-    there, made = sources(), generated()
+    there, made = sources(), generated(run)
     for place, path in there.items():
         out = WORK / "docs" / place
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +127,7 @@ def expansions(made: dict[str, str]) -> dict[str, str]:
         names = [name for name, each in about.items() if each["group"] == group and f"methods/{name}.md" in made]
         if names:
             methods.append({group.capitalize(): [{name: f"methods/{name}.md"} for name in names]})
-    commands = [place for place in made if place.startswith("commands/")]
+    commands, notebooks = ([place for place in made if place.startswith(f"{of}/")] for of in ("commands", "notebooks"))
     classes = {page: name for name, page in places().items() if page not in (CALLS, ERRORS)}
     titles = {CALLS: "Calls", **classes, ERRORS: "Errors"}
     reference: list[Any] = [
@@ -118,6 +137,7 @@ def expansions(made: dict[str, str]) -> dict[str, str]:
         "methods/*": ", ".join(map(toml, methods)),
         "commands/*": toml([each if "index" in each else {Path(each).stem: each} for each in commands]),
         "reference/*": ", ".join(map(toml, reference)),
+        "notebooks/*": toml(notebooks),
         "src/*": toml(str(ROOT / "src")),
         "docs/griffe_docstrings.py": toml(str(DOCS / "griffe_docstrings.py")),
     }
@@ -151,13 +171,18 @@ def check_navigation(config: str) -> None:
         raise SystemExit("\n".join(wrong))
 
 
-def main() -> None:
-    """Stage, build, check, and put the man page beside it."""
-    stage()
-    shutil.rmtree(WORK / "site", ignore_errors=True)
-    done = subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=WORK, check=False)
+def main(run: bool = True) -> None:
+    """Stage, build, check, and put the site in its place.
+
+    Args:
+        run: as in `generated`.
+    """
+    stage(run)
+    words = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
+    done = subprocess.run(words, cwd=WORK, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(done.stdout.partition("Traceback")[0].strip())
     if done.returncode:
-        raise SystemExit("Zensical stopped. What it found is above.")
+        raise SystemExit(f"Zensical stopped: {done.stdout.strip().splitlines()[-1]}")
     if wrong := faults(WORK / "site"):
         raise SystemExit("\n".join(wrong))
     shutil.rmtree(SITE, ignore_errors=True)

@@ -286,13 +286,29 @@ def test_links_are_moved_with_their_pages(scripts: Any) -> None:
     assert site.relinked("[r](../README.md)", DOCS / "quality.md", "quality.md", there) == "[r](index.md)"
 
 
+def test_a_page_in_no_navigation_and_one_that_is_not_there_stop_the_build(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = scripts("make_site")
+    monkeypatch.setattr(site, "WORK", tmp_path)
+    (tmp_path / "docs" / "sub").mkdir(parents=True)
+    for name in ("a.md", "sub/b.md", "c.md"):
+        (tmp_path / "docs" / name).write_text("# Page")
+    nav = '[project]\nnav = [{ "A" = "a.md" }, { "S" = ["sub/b.md", { "C" = "c.md" }] }]'
+    site.check_navigation(nav)
+    with pytest.raises(SystemExit, match=r"^c\.md is in no navigation"):
+        site.check_navigation(nav.replace('{ "C" = "c.md" }', ""))
+    with pytest.raises(SystemExit, match=r"^d\.md is in nav of docs/zensical\.toml, and there is no such page$"):
+        site.check_navigation(nav.replace("nav = [", 'nav = ["d.md", '))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("zensical") is None, reason="Zensical is not installed: make docs installs it")
 def test_the_site_builds(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = scripts("make_site")
     monkeypatch.setattr(site, "WORK", tmp_path / "work")
     monkeypatch.setattr(site, "SITE", tmp_path / "site")
-    site.main()
+    site.main(run=False)
     home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
     assert "methods/ties.html" in home
     assert "<math" in (tmp_path / "site" / "methods" / "ties.html").read_text(encoding="utf-8")
