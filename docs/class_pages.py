@@ -21,7 +21,7 @@ from twinmerge.methods.kit.registry import METHODS, method_class
 
 DOCS = Path(__file__).parent
 LAWS = {
-    "idempotent": "Experts that are all equal give exactly that expert, to the bit (where `scale` is 1).",
+    "idempotent": "Experts that are all equal give exactly that expert, to the bit{scale}.",
     "symmetric": "The order of the experts does not matter, to {close} of each number.",
     "odd": "From a base of zeros, negated changes give the negated result, to {close} of each number.",
     "homogeneous": "From a base of zeros, changes times 2 give twice the result, to {close} of each number.",
@@ -100,6 +100,7 @@ def _sentence(text: str, itself: str, names: Any) -> str:
         drawn = mathematics(parts[i], tuple(names)) if parts[i].strip() else ""
         drawn = re.sub(r"[*_#|\[\]\\]", lambda mark: f"&#{ord(mark[0])};", drawn)
         ends = [" " if parts[i][end : end + 1 or None].isspace() and drawn else "" for end in (0, -1)]
+        drawn = re.sub(r"^(<math>.*?</math>)", r"<span>\1</span>", drawn) if i == 0 else drawn  # else it is a block
         parts[i] = f"{ends[0]}{drawn}{ends[1]}" if drawn else parts[i]
     return "".join(parts)
 
@@ -125,7 +126,7 @@ def with_links(text: str) -> str:
 def table_of(rows: list[parameter_rows.Parameter]) -> list[str]:
     """Markdown of a table of parameters."""
     if not rows:
-        return ["None: there is nothing to choose."]
+        return ["It has none: there is nothing to choose."]
     lines = ["| name | kind | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         meaning = escaped(row.meaning)
@@ -177,7 +178,8 @@ def laws(cls: type[Method]) -> list[str]:
     if not cls.laws:
         return ["None is declared."]
     close = "10⁻⁵" if cls.grain == "matrix" else "10⁻⁶"
-    lines = [f"- **{law}**: {text.format(close=close)}" for law, text in LAWS.items() if law in cls.laws]
+    scale = ", where `scale` is 1" if "scale" in cls.model_fields else ""
+    lines = [f"- **{law}**: {text.format(close=close, scale=scale)}" for law, text in LAWS.items() if law in cls.laws]
     return ["The conformance test holds the method to these:", "", *lines]
 
 
@@ -232,7 +234,9 @@ def router_page() -> str:
             f"| **reads** | {reads} |",
             f"| **experts come and go without a new fit** | {'yes' if stays else 'no'} |",
         ]
-        lines += ["", *table_of(parameter_rows.of_router(name, cls)), ""]
+        if options := parameter_rows.of_router(name, cls):
+            lines += ["", *table_of(options)]
+        lines += [""]
         lines += [with_links(f"Source: {source}") for source in sources(cls)] + [""]
     return "\n".join(lines)
 
@@ -348,7 +352,8 @@ def call_of(name: str, cls: type[Method]) -> list[str]:
         for expert in experts
     ]
     files = ", ".join(f'"{expert}": "{expert}.{need}"' for need in cls.needs for expert in experts)
-    statistics = f", statistics={{{files}}}" if files else ""
+    lines += [f"statistics = {{{files}}}"] if files else []
+    statistics = ", statistics=statistics" if files else ""
     return [
         *lines,
         f'merge = tm.merge("{name}", {base}, {models}{statistics}{given})',

@@ -20,7 +20,7 @@ TOKEN = re.compile(
     r"""
     (?P<code>`[^`]+`|\b\w{2,}=(?:"\w*"|[\w.]*\w)|\b\w+/[\w/]*\w\.\w+)
   | (?P<said>"[\w-]+"|\d+-\d+)
-  | (?P<number>\d+(?:[.,]\d+)*(?:e-?\d+)?(?:⁻[¹²³⁴⁵⁶⁷⁸⁹]+)?)
+  | (?P<number>½|\d+(?:[.,]\d+)*(?:e-?\d+)?(?:⁻[¹²³⁴⁵⁶⁷⁸⁹]+)?)
   | (?P<sum>[Σ∏])(?P<over>[a-z](?![a-z]))?
   | (?P<function>[A-Za-z][A-Za-z_]+)(?=\()|(?P<mean>mean)(?=\ [‖θτ])
   | (?P<letter>[A-Za-zα-ωΑ-Ω][\u0300-\u036f]*′?(?:'(?!s\b))?|[a-z]{2,}(?=_[a-z]\b))
@@ -33,7 +33,7 @@ TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-OPERATORS = set("=+−·⊙/≈≥≤<>∈∼~←→×±√*-⊥∇")
+OPERATORS = set("=+−·⊙/≈≥≤<>∈∼~←→×±√*-⊥∇^")
 OPEN, CLOSE = "([{⟨⌊⌈", ")]}⟩⌋⌉"
 BARS = "‖|"
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from textwrap import shorten
 
 from class_pages import escaped
 
@@ -54,5 +55,5 @@ def _index(where: dict[str, str]) -> str:
     ]
     for name, page in where.items():
         said = (inspect.getdoc(getattr(tm, name)) or "").partition("\n\n")[0]
-        lines.append(f"| [`tm.{name}`]({page}.md#twinmerge.{name}) | {escaped(' '.join(said.split()))} |")
+        lines.append(f"| [`tm.{name}`]({page}.md#twinmerge.{name}) | {escaped(shorten(said, 160, placeholder=' …'))} |")
     return "\n".join([*lines, ""])

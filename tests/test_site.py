@@ -103,6 +103,7 @@ def test_every_method_has_a_page_that_says_what_its_class_says(method_pages: dic
         assert rows == list(cls.model_fields), name
         assert set(re.findall(r"^- \*\*(\w+)\*\*:", page, re.MULTILINE)) == cls.laws, name
         assert all(f"`{theirs}`" in page for theirs in cls.mergekit)
+        assert not re.search(r"^ *(\d+\. |- )?<math", page, re.MULTILINE), "Markdown would take it for a block"
         assert cls.strong in page.replace("\\", "") and '<p class="formula">' in page
         assert all(f"https://arxiv.org/abs/{found}" in page for found in re.findall(r"\d{4}\.\d{5}", cls.paper)), name
 
@@ -174,11 +175,13 @@ def test_commands_and_calls_of_the_method_pages_can_be_given(method_pages: dict[
             parsed(known, words)
         (call,) = re.findall(r"^(?:merge = )?(tm\.(?:merge|build_masks)\(.*\))", page, re.MULTILINE)
         if call.startswith("tm.merge"):
-            assert eval(call, {"tm": tm}).recipe.method == Path(path).stem  # without an out nothing is done
+            given = dict(re.findall(r"^(statistics) = (.+)$", page, re.MULTILINE))
+            names = {"tm": tm, **{name: ast.literal_eval(value) for name, value in given.items()}}
+            assert eval(call, names).recipe.method == Path(path).stem  # without an out nothing is done
         else:
-            given: Any = ast.parse(call, mode="eval").body
-            method, base, experts, out = map(ast.literal_eval, given.args)
-            parameters = {each.arg: ast.literal_eval(each.value) for each in given.keywords}
+            parsed_call: Any = ast.parse(call, mode="eval").body
+            method, base, experts, out = map(ast.literal_eval, parsed_call.args)
+            parameters = {each.arg: ast.literal_eval(each.value) for each in parsed_call.keywords}
             assert (method, base, out) == (Path(path).stem, "BASE", "MASKS")
             assert make_method(method, tuple(experts), parameters).outputs == "masks"
 
