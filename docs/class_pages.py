@@ -225,8 +225,9 @@ def router_page() -> str:
     for name, about in found.items():
         cls: Any = router_class(name)
         head, body = said_of(cls)
+        options = parameter_rows.of_router(name, cls)
         stays = cls.keeps_statistics or not cls.needs_inputs
-        lines += [f"## {name}", "", formula_block(head), "", prose(body), ""]
+        lines += [f"## {name}", "", formula_block(head), "", prose(body, names=[each.name for each in options]), ""]
         lines += ["| | |", "| --- | --- |"]
         lines += [f"| **needs** | {'inputs of every expert' if about['needs_inputs'] else 'no data'} |"]
         reads = "hidden states of the shared model" if about["reads"] == "states" else "each expert's own answer"
@@ -234,7 +235,7 @@ def router_page() -> str:
             f"| **reads** | {reads} |",
             f"| **experts come and go without a new fit** | {'yes' if stays else 'no'} |",
         ]
-        if options := parameter_rows.of_router(name, cls):
+        if options:
             lines += ["", *table_of(options)]
         lines += [""]
         lines += [with_links(f"Source: {source}") for source in sources(cls)] + [""]

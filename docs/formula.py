@@ -121,7 +121,11 @@ def _drawn(match: re.Match[str], names: Collection[str]) -> tuple[str, str]:
         return "bracket", _script(_mark(match["close"]), match["lowered"], match["raised"])
     if match["word"] or (len(whole) > 1 and whole.lower() in WORDS):
         known = whole in names or whole in UPRIGHT
-        return "name" if known else "text", f'<mi mathvariant="normal">{escape(whole)}</mi>' if known else ""
+        room = '<mspace width="0.17em"/>' if whole in UPRIGHT else ""
+        return (
+            "name" if known else "text",
+            f'{room}<mi mathvariant="normal">{escape(whole)}</mi>{room}' if known else "",
+        )
     if match["letter"]:
         letter = _script(f"<mi>{match['letter']}</mi>", match["index"], match["power"])
         sure = match["index"] or match["power"] or not match["letter"].isascii()
@@ -146,7 +150,7 @@ def _mark(sign: str) -> str:
 def _script(base: str, index: str | None, power: str | None) -> str:
     below = above = ""
     if index:
-        index = index.removeprefix("_")
+        index = unicodedata.normalize("NFKC", index.removeprefix("_"))
         tag = "mn" if index.isdigit() else "mo" if index == "⊥" else "mi"
         below = f"<{tag}>{index}</{tag}>"
     if power:
