@@ -54,7 +54,8 @@ def generated(run: bool = True) -> dict[str, str]:
     """
     from methods_page import page
 
-    made = {"methods.md": page(linked=True), "routers.md": router_page(), "codecs.md": codec_page()}
+    methods = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](methods/\1.md) |", page(), flags=re.MULTILINE)
+    made = {"methods.md": methods, "routers.md": router_page(), "codecs.md": codec_page()}
     return {**made, **method_pages(), **command_pages(), **reference_pages(), **notebook_pages(run)}
 
 

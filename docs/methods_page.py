@@ -26,8 +26,8 @@ models: of public ones, task arithmetic alone gains reliably.
 """
 
 
-def page(linked: bool = False) -> str:
-    """The page as it must be; on the site each name is a link to the method's own page."""
+def page() -> str:
+    """The page as it must be."""
     found = {name: about for name, about in list_methods().items() if name in METHODS.files()}
     lines = [HEAD]
     for group in get_args(Group):
@@ -40,7 +40,7 @@ def page(linked: bool = False) -> str:
                 "| --- | --- | --- | --- | --- |",
             ]
             lines += [
-                f"| {f'[`{name}`](methods/{name}.md)' if linked else f'`{name}`'} | {about['cost']} | {', '.join(about['needs']) or '–'} | {about['strong']} | {source_of(name)} |"
+                f"| `{name}` | {about['cost']} | {', '.join(about['needs']) or '–'} | {about['strong']} | {source_of(name)} |"
                 for name, about in rows.items()
             ]
             lines.append("")
