@@ -237,7 +237,7 @@ def test_the_man_page_is_read_without_a_warning(scripts: Any, tmp_path: Path) ->
     file = tmp_path / "twinmerge.1"
     file.write_text(scripts("command_pages").man_page("1.0", "2026-01-01"), encoding="utf-8")
     ran = subprocess.run(
-        ["groff", "-man", "-Tutf8", "-k", "-ww", "-b", file], capture_output=True, text=True, check=True
+        ["groff", "-man", "-Tutf8", "-P-cbou", "-k", "-ww", "-b", file], capture_output=True, text=True, check=True
     )
     assert ran.stderr == "" and "COMMANDS" in ran.stdout
 
