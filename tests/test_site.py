@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -34,6 +35,14 @@ def scripts() -> Iterator[Any]:
         yield importlib.import_module
     finally:
         sys.path.remove(str(DOCS))
+
+
+@pytest.mark.parametrize("name", ["formula", "parameter_rows", "griffe_docstrings"])
+def test_examples_in_the_scripts_run(scripts: Any, name: str) -> None:
+    if name == "griffe_docstrings":
+        pytest.importorskip("griffe", reason="griffe is not installed: make docs installs it")
+    ran = doctest.testmod(scripts(name))
+    assert ran.attempted and not ran.failed
 
 
 # -------------------------------------------------------------------------------------------- formulas
