@@ -8,6 +8,7 @@ PIP_INSTALL = "$(PY)" -m pip install --disable-pip-version-check -c constraints.
 DEV = $(VENV)/.installed-dev
 DEMO = $(VENV)/.installed-demo
 BENCH = $(VENV)/.installed-bench
+DOCS = $(VENV)/.installed-docs
 PINS = pyproject.toml setup.py constraints.txt src/twinmerge/maths/fused.c
 
 # One torch thread for each pytest worker: more would fight for the cores.
@@ -15,13 +16,16 @@ PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$(PY)" -m pytest -n $(J
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all dist lint format bench-deps clean
+.PHONY: help demo docs test test-all dist lint format bench-deps clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(DEMO) ## Build a small suite, merge it, write the report to demo/
 	"$(VENV)/bin/twinmerge" demo --out demo
+
+docs: $(DOCS) ## Build the documentation site into site/, and its man page; stops at a broken link
+	"$(PY)" docs/make_site.py
 
 test: lint ## Lint, types, layers, then all tests and doctests but the slow ones
 	$(PYTEST) tests src
@@ -47,7 +51,7 @@ format: $(DEV) ## Mend what ruff can mend
 bench-deps: $(BENCH) ## Install what the benchmarks need
 
 clean: ## Remove caches and build outputs; never an environment, a model or a result
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	for folder in src tests benchmarks; do \
 	    if [ -d "$$folder" ]; then find "$$folder" -type d -name __pycache__ -prune -exec rm -rf {} +; fi; \
 	done
@@ -72,4 +76,8 @@ $(DEMO): $(PINS) | $(PY)
 
 $(BENCH): $(PINS) | $(PY)
 	$(PIP_INSTALL) '.[bench]'
+	@touch "$@"
+
+$(DOCS): $(PINS) | $(PY)
+	$(PIP_INSTALL) '.[docs]'
 	@touch "$@"

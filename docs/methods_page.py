@@ -16,8 +16,9 @@ from twinmerge.methods.kit.registry import METHODS
 PAGE = Path(__file__).with_name("methods.md")
 HEAD = """# Methods
 
-`python docs/methods_page.py` writes this page out of the methods' classes; `twinmerge methods` lists the same, and
-`twinmerge methods NAME` shows a formula with its parameters.
+<!-- python docs/methods_page.py writes this page out of the methods' classes -->
+
+`twinmerge methods` lists these, and `twinmerge methods NAME` shows one in full: its formula and its parameters.
 
 A *read* is all models once; memory is that of the ranges under way. Methods that decompose hold one matrix of all experts for each thread.
 Where a method is strong is said by its paper's or its authors' figures, or by its formula. Order among CLIP models does not carry over to language

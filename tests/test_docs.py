@@ -37,6 +37,55 @@ def test_pictures_and_pages_that_the_architecture_links_are_there() -> None:
         assert (ROOT / "docs" / target).exists(), target
 
 
+def without_code(text: str) -> str:
+    """A page without what stands in it as code."""
+    return re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors of a page's headings, as code hosts and the site name them, and those that are written out."""
+    found: list[str] = []
+    for heading in re.findall(
+        r"^#{1,6} +(.+?) *$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.M
+    ):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        found.append(re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-"))
+    return {*found, *re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text)}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links of a page to files or headings that are not there."""
+    text = page.read_text(encoding="utf-8")
+    wrong = []
+    for target in re.findall(r"\]\(([^()\s]+)\)", without_code(text)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (
+            anchor and file.suffix == ".md" and anchor not in anchors_of(file.read_text(encoding="utf-8"))
+        ):
+            wrong.append(target)
+    return wrong
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_anchors_of_the_pages_are_there(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("# Here, `now`\n\n```\n# not this\n```\n")
+    page = tmp_path / "a.md"
+    page.write_text(
+        "[a](b.md#here-now) [b](b.md#not-this) [c](none.md) `[d](x.md)` [e](#top) [f](https://a.b)\n\n# Top\n"
+    )
+    assert broken_links(page) == ["b.md#not-this", "none.md"]
+
+
 def test_every_room_is_in_the_architecture() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for path in (ROOT / "src" / "twinmerge").iterdir():
