@@ -31,7 +31,7 @@ SAYS = {
     "tasks": "rows, texts, metrics",
     "store": "files, checksums",
     "maths": "numbers, compiled code",
-    "arguments": "", "origin": "", "plugins": "", "moved": "", "results": "", "errors": "",
+    "arguments": "", "origin": "", "plugins": "", "moved": "", "results": "", "tables": "", "errors": "",
 }  # fmt: skip
 
 

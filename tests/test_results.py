@@ -9,14 +9,16 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from twinmerge.cli.common import print_json
 from twinmerge.errors import OutputError
-from twinmerge.results import Listing, Record, Rows, json_text, plain
+from twinmerge.results import WIDTH, Described, Listing, Record, Rows, json_text, plain
 
 ODD: dict[str, Any] = {
     "NaN": math.nan,
@@ -87,7 +89,7 @@ def test_a_listing_and_titles_too() -> None:
     assert [len(row) for row in cells(found.to_latex())] == [3, 3]
 
 
-@pytest.mark.parametrize("write", ["to_csv", "to_latex"])
+@pytest.mark.parametrize("write", ["to_csv", "to_markdown", "to_latex"])
 def test_a_file_that_cannot_be_written_is_a_sentence(write: str, tmp_path: Path) -> None:
     table = Rows([{"name": "a"}])
     for place in (tmp_path / "missing" / "t.csv", tmp_path):
@@ -100,3 +102,59 @@ def test_a_file_that_cannot_be_written_is_a_sentence(write: str, tmp_path: Path)
 def test_csv_is_read_as_it_was_written() -> None:
     rows = [{"name": 'a,"b"\nc', "value": 0.1}, {"name": "[x]", "value": None}]
     assert list(csv.reader(io.StringIO(Rows(rows).to_csv()))) == [["name", "value"], ['a,"b"\nc', "0.1"], ["[x]", ""]]
+
+
+STRANGE = [
+    "a|b", "*x*", "_y_", "layers.0.q_proj", "__init__", "`code`", "<b>&amp;</b>", "[a](b)", "![i](j)", "~~no~~", "\\|",
+    "a\\", "\\*", "&lt;", "$x$", "", " ", "a\nb", "# no title", "- no list", "1. none", "\x00\x1b[1m", "\ud800", "é 日本 🤗",
+    'x"y\'z', "</td></table>", "http://x.y", "a  b",
+]  # fmt: skip
+
+
+def lost(text: str) -> str:
+    """With the mark of what is lost in the place of what no page may hold."""
+    return re.sub("[\x00-\x08\x0b-\x1f\ud800]", "\ufffd", text)
+
+
+def test_a_markdown_table_is_read_as_it_was_written() -> None:
+    """By markdown-it, which is a parser of CommonMark with GitHub's tables."""
+    table = Rows([{"na|me": name, "value": 0.5} for name in STRANGE])
+    tokens = MarkdownIt("commonmark").enable("table").parse(table.to_markdown())
+    found = [token for token in tokens if token.type == "inline"]
+    assert all(len(token.children) <= 1 and {c.type for c in token.children} <= {"text"} for token in found)
+    cells = [token.children[0].content if token.children else "" for token in found]
+    blank = [" ".join(lost(name).split()) for name in STRANGE]
+    assert cells[::2] == ["na|me", *blank] and cells[1::2] == ["value", *["0.5"] * len(STRANGE)]
+    sides = [token.attrs.get("style") for token in tokens if token.type == "td_open"]
+    assert sides == [None, "text-align:right"] * len(STRANGE)
+
+
+def test_a_page_is_well_formed_whatever_is_in_it() -> None:
+    """By a parser of XML, which forgives nothing; no colour is set, so light and dark pages keep theirs."""
+    page = Rows([{"<na&me>": name, "value": 1.5} for name in STRANGE])._repr_html_()
+    root = ElementTree.fromstring(page)
+    assert [cell.text for cell in root.iter("th")] == ["<na&me>", "value"]
+    read = [row[0].text or "" for row in root.find("tbody")]
+    assert read == [lost(name) for name in STRANGE] and "color" not in page and "background" not in page
+
+
+def test_every_result_has_every_form() -> None:
+    found = Record(a_b=0.123456, c="x | y")
+    assert found.to_csv() == "what,value\na_b,0.123456\nc,x | y\n"
+    assert found.to_markdown() == "| what | value |\n| --- | --- |\n| a_b | 0.1235 |\n| c | x \\| y |\n"
+    assert cells(found.to_latex()) == [["what", "value"], ["a\\_b", "0.1235"], ["c", r"x \textbar{} y"]]
+    assert Rows().to_markdown() == "|  |\n|  |\n"
+
+
+def test_what_holds_much_prints_in_lines_that_fit() -> None:
+    class Box(Described):
+        def _summary(self) -> str:
+            return "of two"
+
+        def _about(self) -> dict[str, Any]:
+            return {"names": ", ".join(f"expert-{i}" for i in range(40)), "one": "x" * 200, "none": None, "n": 3}
+
+    lines = str(Box()).splitlines()
+    assert lines[0] == "Box(of two)" == repr(Box()) and max(map(len, lines)) <= WIDTH
+    assert lines[-2:] == ["  none   -", "  n      3"] and lines[1].startswith("  names  expert-0, ")
+    assert all(line.startswith("         ") for line in lines[2:6]) and "".join(lines).count("x") >= 200

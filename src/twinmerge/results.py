@@ -1,11 +1,9 @@
-"""What public calls give: one line as repr, a table in a notebook, plain data; what is a table also as pandas, CSV
-and LaTeX."""
+"""What public calls give: one line as repr, a table in a notebook, plain data, pandas, CSV, Markdown and LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import html
 import io
 import json
 import math
@@ -15,17 +13,63 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from twinmerge.errors import OutputError, ResourceError
+from twinmerge.tables import WIDTH as WIDTH
+from twinmerge.tables import block, html_table, latex_table, markdown_table
+from twinmerge.tables import cell as cell
 
 T = TypeVar("T")
 
-WIDTH = 79  # of a repr
-SHOWN = 30  # rows of a table in a notebook
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-SPECIAL |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
-SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ", "\r": " "}
+
+class Shown:
+    """What prints as one line, and shows as a table in a notebook. A class says `_summary` and `_table`."""
+
+    __slots__ = ()
+
+    def _summary(self) -> str:
+        """What the repr says between its brackets."""
+        raise NotImplementedError
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        """Titles of columns, and rows of values."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return one_line(type(self).__name__, self._summary())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return html_table(repr(self), *self._table())
 
 
-class Result:
+class Described(Shown):
+    """What is printed as several lines, a name and what is said of it in each. A class says `_summary` and `_about`.
+
+    Example:
+        >>> class Box(Described):
+        ...     def _summary(self):
+        ...         return "of two"
+        ...     def _about(self):
+        ...         return {"holds": ["a", "b"], "bytes": 12}
+        >>> print(Box())
+        Box(of two)
+          holds  a, b
+          bytes  12
+    """
+
+    __slots__ = ()
+
+    def _about(self) -> Mapping[str, Any]:
+        """Name -> what is said of it."""
+        raise NotImplementedError
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        return ("what", "value"), list(self._about().items())
+
+    def __str__(self) -> str:
+        return block(repr(self), self._about())
+
+
+class Result(Shown):
     """What a public call gives. A class says `_summary`, and what its fields do not: `to_dict` and `_table`.
 
     Example:
@@ -37,6 +81,12 @@ class Result:
         ...     '''What was found.'''
         >>> Found(Path("out"), 0.25), Found(Path("out"), 0.25).to_dict()
         (Found(folder out, share 0.25), {'folder': 'out', 'share': 0.25})
+        >>> print(Found(Path("out"), 0.25).to_markdown())
+        | what | value |
+        | --- | --- |
+        | folder | out |
+        | share | 0.25 |
+        <BLANKLINE>
     """
 
     __slots__ = ()
@@ -50,50 +100,10 @@ class Result:
         return json_text(self.to_dict(), indent=1)
 
     def _summary(self) -> str:
-        """What the repr says between its brackets."""
         return ", ".join(f"{name} {cell(value)}" for name, value in fields_of(self).items())
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-        """Titles of columns, and rows of values."""
         return ("what", "value"), list(self.to_dict().items())
-
-    def __repr__(self) -> str:
-        return one_line(type(self).__name__, self._summary())
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        columns, rows = self._table()
-        lines = ["<table>", f"<caption>{html.escape(repr(self))}</caption>"]
-        lines.append(f"<thead><tr>{''.join(f'<th>{html.escape(title)}</th>' for title in columns)}</tr></thead><tbody>")
-        for row in rows[:SHOWN]:
-            lines.append(f"<tr>{''.join(f'<td>{html.escape(cell(value))}</td>' for value in row)}</tr>")
-        lines.append("</tbody>")
-        if len(rows) > SHOWN:
-            more = f"and {len(rows) - SHOWN} more rows"
-            lines.append(f'<tfoot><tr><td colspan="{len(columns)}">{more}</td></tr></tfoot>')
-        return "\n".join([*lines, "</table>"])
-
-
-class Written(Result):
-    """A result that is a folder or a file, by its first field: what takes a path takes it, and `str` gives the path."""
-
-    __slots__ = ()
-
-    def __fspath__(self) -> str:
-        place: str | os.PathLike[str] = next(iter(fields_of(self).values()))
-        return os.fspath(place)
-
-    def __str__(self) -> str:
-        return self.__fspath__()
-
-    def __truediv__(self, name: str) -> Path:
-        return Path(self) / name
-
-
-class Table(Result):
-    """A result that is rows of values under titles."""
-
-    __slots__ = ()
 
     def to_pandas(self) -> Any:
         """The table as a pandas DataFrame.
@@ -126,6 +136,17 @@ class Table(Result):
         writer.writerows([["" if value is None else _whole(value) for value in row] for row in rows])
         return _written(text.getvalue(), out)
 
+    def to_markdown(self, out: str | os.PathLike[str] | None = None) -> str:
+        """The table as GitHub's Markdown has tables, numbers with four digits.
+
+        Args:
+            out: a file that is written too, whatever was in it.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        return _written(markdown_table(*self._table()), out)
+
     def to_latex(self, out: str | os.PathLike[str] | None = None) -> str:
         """The table as a LaTeX tabular, numbers with four digits.
 
@@ -135,11 +156,29 @@ class Table(Result):
         Raises:
             OutputError: it cannot be written.
         """
-        columns, rows = self._table()
-        kinds = "".join("r" if _all_numbers(row[i] for row in rows) else "l" for i in range(len(columns)))
-        lines = [f"\\begin{{tabular}}{{{kinds}}}", "\\hline", _latex(columns), "\\hline"]
-        lines += [*map(_latex, rows), "\\hline", "\\end{tabular}"]
-        return _written("\n".join(lines) + "\n", out)
+        return _written(latex_table(*self._table()), out)
+
+
+class Written(Result):
+    """A result that is a folder or a file, by its first field: what takes a path takes it, and `str` gives the path."""
+
+    __slots__ = ()
+
+    def __fspath__(self) -> str:
+        place: str | os.PathLike[str] = next(iter(fields_of(self).values()))
+        return os.fspath(place)
+
+    def __str__(self) -> str:
+        return self.__fspath__()
+
+    def __truediv__(self, name: str) -> Path:
+        return Path(self) / name
+
+
+class Table(Result):
+    """A result that is rows of values under titles of its own."""
+
+    __slots__ = ()
 
 
 class Rows(Table, list[T]):
@@ -227,22 +266,6 @@ def _order(value: Any) -> tuple[bool, bool, Any]:
     return not text, not number, value if text or number else repr(value)
 
 
-def cell(value: Any) -> str:
-    """A value for a table or a line: short.
-
-    Example:
-        >>> cell(0.123456), cell(["a", "b"]), cell(["a", "b", "c", "d"]), cell({"a": 1}), cell(None)
-        ('0.1235', 'a, b', '4', '1', '')
-    """
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)) and len(value) <= 3 and all(isinstance(each, str) for each in value):
-        return ", ".join(value)
-    return str(len(value)) if isinstance(value, (Mapping, list, tuple)) else str(value)
-
-
 def one_line(kind: str, about: str) -> str:
     """The repr of what is of a kind, cut where it is too long.
 
@@ -272,8 +295,14 @@ def bytes_of(place: str | os.PathLike[str]) -> int:
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
-def _all_numbers(values: Iterable[Any]) -> bool:
-    return all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values)
+def megabytes(count: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> megabytes(1_530_000), megabytes(2_000_000_000)
+        ('1.5 MB', '2.0 GB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _whole(value: Any) -> Any:
@@ -292,15 +321,10 @@ def json_text(data: Any, indent: int | None = None) -> str:
     return json.dumps(plain(data), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _latex(row: Sequence[Any]) -> str:
-    text = " & ".join("".join(SPECIAL.get(mark, mark) for mark in cell(value)) for value in row)
-    return ("{}" if text.lstrip().startswith(("[", "*")) else "") + text + r" \\"  # else the row above takes it
-
-
 def _written(text: str, out: str | os.PathLike[str] | None) -> str:
     if out is not None:
         try:
-            Path(out).write_text(text, encoding="utf-8")
+            Path(out).write_text(text, encoding="utf-8", errors="replace")
         except OSError as error:
             raise OutputError(
                 f"{os.fspath(out)} cannot be written: {error.strerror}. Name a file in a folder that is there."

@@ -47,7 +47,7 @@ from twinmerge.models.parts import weights_file
 from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.results import one_line, some
+from twinmerge.results import Described, bytes_of, megabytes, some
 from twinmerge.store.checkpoint_writer import SHARD_BYTES, layout
 from twinmerge.store.output import OutputFolder
 
@@ -64,7 +64,7 @@ KEPT = ("recipe", "progress", "architecture", "device", "_tile", "processes", "m
 
 
 @strict_class
-class Merge:
+class Merge(Described):
     """A merge that is described but not yet run; every call reads what it needs.
 
     Args:
@@ -378,9 +378,20 @@ class Merge:
         output = None if self.output is None else str(self.output)
         return {**self.check().to_dict(), "output": output, "rounding": rounding}
 
-    def __repr__(self) -> str:
+    def _summary(self) -> str:
         where = "not written" if self.output is None else f"in {self.output}"
-        return one_line("Merge", f"{self.recipe.method_name} of {some(self.recipe.experts)}, {where}")
+        return f"{self.recipe.method_name} of {some(self.recipe.experts)}, {where}"
+
+    def _about(self) -> dict[str, Any]:
+        """The recipe and its models. Nothing is opened for it: the size is said where it is known already."""
+        found = dict[str, Any](self.recipe._about())
+        if self.output is not None:
+            found["size"] = f"{megabytes(bytes_of(self.output))}, in {self.output}"
+        elif "plan" in self.__dict__:
+            found["size"] = f"{megabytes(self.plan.output_bytes)}, not written"
+        else:
+            found["size"] = "not known yet: check() reads the models' headers"
+        return found
 
     @strict
     def write_plan(self, file: str | Path) -> Path:

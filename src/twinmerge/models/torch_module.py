@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -19,13 +19,14 @@ from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.held import refuse_computed, refuse_held
 from twinmerge.models.settings import differing_settings, settings_of
+from twinmerge.results import Shown
 
 WRAPPERS = ("_orig_mod", "module")
 """Where `torch.compile` and the parallel wrappers keep the module that they are around."""
 
 
-@dataclass(frozen=True, eq=False)
-class TorchModel:
+@dataclass(frozen=True, eq=False, repr=False)
+class TorchModel(Shown):
     """A function that makes a module, and the weights to put into it.
 
     Attributes:
@@ -53,6 +54,14 @@ class TorchModel:
                 f"The weights of a TorchModel are {shown(self.weights)}. Give a state dict, a folder or a safetensors "
                 "file."
             )
+
+    def _summary(self) -> str:
+        held = isinstance(self.weights, Mapping)
+        where = f"{len(self.weights)} tensors" if held else os.fspath(self.weights)  # type: ignore[arg-type]
+        return f"{self.name or getattr(self.factory, '__name__', 'a module')}, {where}"
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        return ("what", "value"), [("name", self.name), ("factory", self.factory), ("weights", self._summary())]
 
 
 class ModuleArchitecture(Architecture):

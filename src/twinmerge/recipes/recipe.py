@@ -31,6 +31,7 @@ from twinmerge.recipes.slices import BASE, Slice, within
 from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.recipes.tokenizer import TokenizerChoice
 from twinmerge.recipes.typed import Typed
+from twinmerge.results import Described, cell, some
 
 MARK = "twinmerge"
 SIDE_FILES = "side_files_from"
@@ -47,8 +48,8 @@ SHORT |= {"fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
 @strict_class
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(Described):
     """method: a name, or a class or object of one's own (an object's parameters go to `parameters`, so that what is
     kept is a name or a class); base: model or None; experts: name -> model; parameters: field (or expert.field) ->
     value; dtype: of the output, None for the base's; heads: patterns of tensors to keep per expert; stochastic: the
@@ -325,6 +326,16 @@ class Recipe:
     def _per_expert(self) -> frozenset[str]:
         cls = method_class(self.method)
         return frozenset(name for name in cls.model_fields if is_per_expert(cls, name))
+
+    def _summary(self) -> str:
+        return f"{self.method_name} of {some(self.experts)}"
+
+    def _about(self) -> dict[str, str]:
+        """What is asked for, and of which models."""
+        found = {"method": self.method_name, "base": "none" if self.base is None else f"{reference(self.base)}"}
+        found["experts"] = ", ".join(f"{name}={reference(model)}" for name, model in self.experts.items())
+        found["parameters"] = ", ".join(f"{name}={cell(value)}" for name, value in self.parameters.items())
+        return found if self.dtype is None else {**found, "dtype": self.dtype}
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data, for the provenance of an output; a recipe that is a model of several is one object."""

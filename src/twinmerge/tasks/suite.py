@@ -18,6 +18,7 @@ import torch
 from twinmerge.arguments import strict
 from twinmerge.errors import DataError, TwinmergeError, UsageError, nearest
 from twinmerge.maths.keyed_random import uniform
+from twinmerge.results import Described
 from twinmerge.store.foreign import find, is_file_name, lines_of, read_json, shown
 from twinmerge.tasks.metrics import metric
 from twinmerge.tasks.rows import json_row
@@ -38,8 +39,8 @@ class Row(NamedTuple):
     label: int
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, repr=False)
+class Task(Described):
     """One task of a suite.
 
     name: also the folder's name; labels: their names, by index; metric: a name of `twinmerge.tasks.metrics`;
@@ -51,6 +52,13 @@ class Task:
     metric: str
     folder: Path
     sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    def _summary(self) -> str:
+        return f"{self.name}, {len(self.labels)} labels, {self.metric}"
+
+    def _about(self) -> dict[str, Any]:
+        sizes = ", ".join(f"{split} {count}" for split, count in self.sizes.items())
+        return {"labels": ", ".join(self.labels), "metric": self.metric, "rows": sizes, "folder": self.folder}
 
     @strict
     def rows(self, split: str, limit: int | None = None, seed: int = 0) -> list[Row]:

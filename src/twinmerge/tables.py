@@ -1,0 +1,138 @@
+"""A table as HTML, Markdown and LaTeX, and values for its cells."""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+WIDTH = 79  # of a line
+SHOWN = 30  # rows of a table in a notebook
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
+SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ", "\r": " "}
+
+MARKS = r"[\\`*\[\]<>|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+"""Characters that mean something in a cell of a Markdown table; an underscore within a word means nothing."""
+
+
+def cell(value: Any) -> str:
+    """A value for a table or a line: short.
+
+    Example:
+        >>> cell(0.123456), cell(["a", "b"]), cell(["a", "b", "c", "d"]), cell({"a": 1}), cell(None)
+        ('0.1235', 'a, b', '4', '1', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)) and len(value) <= 3 and all(isinstance(each, str) for each in value):
+        return ", ".join(value)
+    return str(len(value)) if isinstance(value, (Mapping, list, tuple)) else str(value)
+
+
+def block(title: str, about: Mapping[str, Any]) -> str:
+    """A line of title, and a line for each name and what is said of it; long ones go on below their beginning.
+
+    Example:
+        >>> print(block("Twin", {"experts": "a, b", "rank": 8}))
+        Twin
+          experts  a, b
+          rank     8
+    """
+    wide = max(map(len, about), default=0)
+    lines = [title]
+    for name, value in about.items():
+        start = f"  {name:{wide}}  "
+        text = " ".join(cell(value).split()) or "-"
+        lines += textwrap.wrap(
+            text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
+def html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Well-formed, and without any colour, so that it is readable on a light and on a dark page.
+
+    Example:
+        >>> html_table("a < b", ["x"], [])
+        '<table>\\n<caption>a &lt; b</caption>\\n<thead><tr><th style="text-align: left">x</th></tr></thead><tbody>\\n</tbody>\\n</table>'
+    """
+    right = _numbers(rows, len(columns))
+    lines = ["<table>", f"<caption>{html.escape(_visible(caption))}</caption>"]
+    lines.append(f"<thead>{_html_row('th', columns, right)}</thead><tbody>")
+    lines += [_html_row("td", row, right) for row in rows[:SHOWN]]
+    lines.append("</tbody>")
+    if len(rows) > SHOWN:
+        more = f"and {len(rows) - SHOWN} more rows"
+        lines.append(f'<tfoot><tr><td colspan="{len(columns)}">{more}</td></tr></tfoot>')
+    return "\n".join([*lines, "</table>"])
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """As GitHub's Markdown has tables.
+
+    Example:
+        >>> print(markdown_table(["name", "a|b"], [["x", 0.5]]))
+        | name | a\\|b |
+        | --- | ---: |
+        | x | 0.5 |
+        <BLANKLINE>
+    """
+    rules = ["---:" if right else "---" for right in _numbers(rows, len(columns))]
+    return "\n".join([_markdown(columns), f"| {' | '.join(rules)} |", *map(_markdown, rows)]) + "\n"
+
+
+def latex_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A tabular, which needs no package.
+
+    Example:
+        >>> print(latex_table(["name", "%"], [["a_b", 0.5]]))
+        \\begin{tabular}{lr}
+        \\hline
+        name & \\% \\\\
+        \\hline
+        a\\_b & 0.5 \\\\
+        \\hline
+        \\end{tabular}
+        <BLANKLINE>
+    """
+    kinds = "".join("r" if right else "l" for right in _numbers(rows, len(columns)))
+    lines = [f"\\begin{{tabular}}{{{kinds}}}", "\\hline", _latex(columns), "\\hline"]
+    return "\n".join([*lines, *map(_latex, rows), "\\hline", "\\end{tabular}"]) + "\n"
+
+
+def _numbers(rows: Sequence[Sequence[Any]], columns: int) -> list[bool]:
+    """Of each column, whether all in it are numbers, which stand to the right."""
+    return [bool(rows) and _all_numbers(row[i] for row in rows) for i in range(columns)]
+
+
+def _visible(text: str) -> str:
+    """A text in which what no page may hold (control characters, halves of pairs) is the mark of what is lost."""
+    return re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+
+
+def _html_row(tag: str, row: Sequence[Any], sides: Sequence[bool]) -> str:
+    cells = (
+        f'<{tag} style="text-align: {"right" if right else "left"}">{html.escape(_visible(cell(value)))}</{tag}>'
+        for value, right in zip(row, sides, strict=True)
+    )
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _all_numbers(values: Iterable[Any]) -> bool:
+    return all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values)
+
+
+def _markdown(row: Sequence[Any]) -> str:
+    """A row; what would be a mark of Markdown in it stands as it is."""
+    cells = (re.sub(MARKS, r"\\\g<0>", " ".join(_visible(cell(value)).split())) for value in row)
+    return f"| {' | '.join(cells)} |"
+
+
+def _latex(row: Sequence[Any]) -> str:
+    text = " & ".join("".join(SPECIAL.get(mark, mark) for mark in cell(value)) for value in row)
+    return ("{}" if text.lstrip().startswith(("[", "*")) else "") + text + r" \\"  # else the row above takes it
