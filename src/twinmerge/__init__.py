@@ -115,7 +115,7 @@ def __getattr__(name: str) -> Any:
 
         return version("twinmerge")
     if name not in _WHERE:
-        return old_name(__name__, name)
+        return old_name(__name__, name, __all__)
     from importlib import import_module
 
     return getattr(import_module(f"twinmerge.{_WHERE[name]}"), name)

@@ -239,6 +239,47 @@ def device_known(device: Any) -> None:
         raise UsageError(f"There is no device {shown(device)}. Name cpu, cuda or mps.") from error
 
 
+def dtype_known(dtype: Any) -> Any:
+    """A floating dtype of torch by its name, or as it is; None for None and "auto".
+
+    Raises:
+        UsageError: it is none.
+
+    Example:
+        >>> dtype_known("bfloat16"), dtype_known("auto")
+        (torch.bfloat16, None)
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    import torch
+
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        known = ("float32", "bfloat16", "float16", "float64")
+        raise UsageError(
+            f"There is no dtype {shown(dtype)} to run in.{nearest(str(dtype), known)} Name {', '.join(known)} or auto."
+        )
+    return found
+
+
+def device_there(device: Any) -> None:
+    """Refuse a device that this machine or this torch does not have.
+
+    Raises:
+        UsageError: it does not.
+    """
+    device_known(device)
+    if str(device) == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"The device {device} is not there: {said}. Name another one, such as cpu.") from error
+
+
 def _kind(annotation: Any, function: Callable[..., Any]) -> Any:
     """What an annotation means; anything where it has a name that only a type checker knows."""
     if annotation is inspect.Parameter.empty:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -85,12 +85,17 @@ OPTIONS = {
 }
 """Command -> old option -> option of today."""
 
-KEYWORDS = {"free": "unconstrained"}
+KEYWORDS = {"free": "unconstrained", "batch_rows": "batch_size"}
 """Old argument of the calls of a twin -> argument of today."""
 
 
-def old_name(module: str, name: str) -> Any:
+def old_name(module: str, name: str, known: Iterable[str] = ()) -> Any:
     """What a module's `__getattr__` gives for an old name.
+
+    Args:
+        module: of this package.
+        name: that it has not.
+        known: the names that it has, of which the nearest is named.
 
     Raises:
         AttributeError: it never was one.
@@ -98,12 +103,26 @@ def old_name(module: str, name: str) -> Any:
     package, _, below = module.partition(".")
     found = NAMES.get(f"{below}.{name}" if below else name)
     if found is None:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        raise no_attribute(f"module {module!r}", name, known)
     new, home, now = found
     warnings.warn(
         f"{module}.{name} is {package}.{new} now. The old name goes with 0.1.0.", DeprecationWarning, stacklevel=3
     )
     return getattr(import_module(f"{package}.{home}"), now)
+
+
+def no_attribute(owner: str, name: str, known: Iterable[str]) -> AttributeError:
+    """The error about an attribute that is not there, with the nearest that is.
+
+    Example:
+        >>> no_attribute("module 'twinmerge'", "mrge", ["merge", "diff"])
+        AttributeError("module 'twinmerge' has no attribute 'mrge'. Did you mean 'merge'?")
+    """
+    from twinmerge.errors import nearest
+
+    near = "" if name.startswith("_") else nearest(name, (each for each in known if each != name and each[0] != "_"))
+    text = f"{owner} has no attribute {name!r}{'.' if near else ''}{near}"
+    return AttributeError(text, name=name, obj=None)  # with its object, Python would name the nearest once more
 
 
 def new_command(words: Sequence[str]) -> tuple[list[str], str | None]:

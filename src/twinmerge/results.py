@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from twinmerge.arguments import strict
 from twinmerge.errors import OutputError, ResourceError
 from twinmerge.tables import WIDTH as WIDTH
 from twinmerge.tables import block, html_table, latex_table, markdown_table
@@ -120,6 +121,7 @@ class Result(Shown):
         columns, rows = self._table()
         return pandas.DataFrame([list(map(_whole, row)) for row in rows], columns=list(columns))
 
+    @strict
     def to_csv(self, out: str | os.PathLike[str] | None = None) -> str:
         """The table as comma-separated values, every number in full.
 
@@ -136,6 +138,7 @@ class Result(Shown):
         writer.writerows([["" if value is None else _whole(value) for value in row] for row in rows])
         return _written(text.getvalue(), out)
 
+    @strict
     def to_markdown(self, out: str | os.PathLike[str] | None = None) -> str:
         """The table as GitHub's Markdown has tables, numbers with four digits.
 
@@ -147,6 +150,7 @@ class Result(Shown):
         """
         return _written(markdown_table(*self._table()), out)
 
+    @strict
     def to_latex(self, out: str | os.PathLike[str] | None = None) -> str:
         """The table as a LaTeX tabular, numbers with four digits.
 

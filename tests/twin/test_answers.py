@@ -107,9 +107,9 @@ TEXTS = ["w3 w4 w5", "w30", "w12 w13 w14 w15 w16 w17", "w40 w41", "w9 w8"]
 OWNERS = ["e2", "e0", "e1", "e2", "e1"]
 
 
-@pytest.mark.parametrize("batch_rows", [2, 32])
+@pytest.mark.parametrize("batch_size", [2, 32])
 @pytest.mark.parametrize("form", ["expert", "mappings", "tensor"])
-def test_predict_gives_label_names(lab: Any, folders: Any, speaker: Twin, batch_rows: int, form: str) -> None:
+def test_predict_gives_label_names(lab: Any, folders: Any, speaker: Twin, batch_size: int, form: str) -> None:
     choice: dict[str, Any] = {
         "expert": {"expert": OWNERS},
         "mappings": {"mixture": [{name: 1.0} for name in OWNERS]},
@@ -118,8 +118,8 @@ def test_predict_gives_label_names(lab: Any, folders: Any, speaker: Twin, batch_
     expected = expected_labels(lab, folders, TEXTS, OWNERS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert speaker.predict(TEXTS, batch_rows=batch_rows, **choice) == expected
-        found = speaker.predict(TEXTS, detail=True, batch_rows=batch_rows, **choice)
+        assert speaker.predict(TEXTS, batch_size=batch_size, **choice) == expected
+        found = speaker.predict(TEXTS, detail=True, batch_size=batch_size, **choice)
     assert [type(p) for p in found] == [Prediction] * 5
     assert [p.label for p in found] == expected and [p.expert for p in found] == OWNERS
     assert all(1 / len(LABELS[p.expert]) <= p.confidence <= 1 for p in found)
@@ -136,7 +136,7 @@ def test_predict_of_one_mixture_and_pairs(speaker: Twin) -> None:
 def test_predict_warns_of_texts_that_were_cut(speaker: Twin) -> None:
     long = " ".join(["w3"] * 20)
     with pytest.warns(UserWarning, match=f"1 of 3 texts were longer than the {MOST} tokens"):
-        cut = speaker.predict(["w4", long, "w5"], expert="e1", batch_rows=2)
+        cut = speaker.predict(["w4", long, "w5"], expert="e1", batch_size=2)
     fits = " ".join(["w3"] * (MOST - 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -99,7 +99,7 @@ def test_serving22_continuations_are_scored_under_their_contexts_mixture(lab: An
     options = [
         torch.randint(3, 50, (1 + i % 4,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(9)
     ]
-    found = twin.score(contexts, options, batch_rows=4, experts_per_row=None)
+    found = twin.score(contexts, options, batch_size=4, experts_per_row=None)
     for question in range(3):
         assert len({tuple(s.mixture.values()) for s in found[3 * question : 3 * question + 3]}) == 1
     assert len({tuple(s.mixture.values()) for s in found}) == 3

@@ -13,7 +13,7 @@ from twinmerge.errors import UsageError
 from twinmerge.maths.codec import CODECS, NONE
 
 if TYPE_CHECKING:
-    from twinmerge.twin.package import TwinInfo
+    from twinmerge.twin.told.info import TwinInfo
     from twinmerge.twin.twin import Twin
 
 

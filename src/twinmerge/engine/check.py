@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from twinmerge.engine.by_names import tables_of
@@ -14,7 +15,7 @@ from twinmerge.engine.run import Run
 from twinmerge.engine.settings import Told
 from twinmerge.maths.threads import thread_count
 from twinmerge.models.opened import OpenedModel
-from twinmerge.results import Record, some
+from twinmerge.results import Record, bytes_of, megabytes, some
 from twinmerge.statistics.file import Statistics
 
 RATE = 1e9  # bytes per second that the estimate of the time takes for reading and writing: a plain solid-state disk
@@ -70,6 +71,18 @@ def checked(plan: Plan, models: Models, run: Run, statistics: Mapping[str, Stati
     if plan.recipe.lines is not None:
         found["lines"] = {**plan.recipe.lines.describe(), "blocks": plan.blocks}
     return Checked(found)
+
+
+def known_size(plan: Plan | None, output: Path | None) -> str:
+    """How large an output is, as far as that is known without opening a model.
+
+    Args:
+        plan: of the merge, where it was made.
+        output: where it was written.
+    """
+    if output is not None:
+        return megabytes(bytes_of(output))
+    return "not known yet: check() reads the models' headers" if plan is None else megabytes(plan.output_bytes)
 
 
 def _memory(plan: Plan) -> int:

@@ -16,7 +16,7 @@ from twinmerge.arguments import at_least_one, device_known, strict, strict_class
 from twinmerge.engine import as_mergekit
 from twinmerge.engine.by_names import warn_of_names, write_named_heads
 from twinmerge.engine.card import model_card
-from twinmerge.engine.check import Checked, checked
+from twinmerge.engine.check import Checked, checked, known_size
 from twinmerge.engine.combine import combine
 from twinmerge.engine.file import save_file
 from twinmerge.engine.folder import Beside
@@ -47,7 +47,7 @@ from twinmerge.models.parts import weights_file
 from twinmerge.moved import old_name
 from twinmerge.recipes.lines import KEY, Lines
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.results import Described, bytes_of, megabytes, some
+from twinmerge.results import Described
 from twinmerge.store.checkpoint_writer import SHARD_BYTES, layout
 from twinmerge.store.output import OutputFolder
 
@@ -105,8 +105,7 @@ class Merge(Described):
         device_known(device)
         self.recipe = recipe = with_nested(recipe)
         self.progress = progress
-        self.architecture = architecture
-        self.device = device
+        self.architecture, self.device = architecture, device
         self._tile = tile
         self.processes = processes and str(device) == "cpu"
         self.spread = spread
@@ -379,19 +378,10 @@ class Merge(Described):
         return {**self.check().to_dict(), "output": output, "rounding": rounding}
 
     def _summary(self) -> str:
-        where = "not written" if self.output is None else f"in {self.output}"
-        return f"{self.recipe.method_name} of {some(self.recipe.experts)}, {where}"
+        return f"{self.recipe._summary()}, {f'in {self.output}' if self.output else 'not written'}"
 
-    def _about(self) -> dict[str, Any]:
-        """The recipe and its models. Nothing is opened for it: the size is said where it is known already."""
-        found = dict[str, Any](self.recipe._about())
-        if self.output is not None:
-            found["size"] = f"{megabytes(bytes_of(self.output))}, in {self.output}"
-        elif "plan" in self.__dict__:
-            found["size"] = f"{megabytes(self.plan.output_bytes)}, not written"
-        else:
-            found["size"] = "not known yet: check() reads the models' headers"
-        return found
+    def _about(self) -> dict[str, str]:
+        return {**self.recipe._about(), "size": known_size(self.__dict__.get("plan"), self.output)}
 
     @strict
     def write_plan(self, file: str | Path) -> Path:

@@ -331,11 +331,10 @@ class Recipe(Described):
         return f"{self.method_name} of {some(self.experts)}"
 
     def _about(self) -> dict[str, str]:
-        """What is asked for, and of which models."""
-        found = {"method": self.method_name, "base": "none" if self.base is None else f"{reference(self.base)}"}
-        found["experts"] = ", ".join(f"{name}={reference(model)}" for name, model in self.experts.items())
-        found["parameters"] = ", ".join(f"{name}={cell(value)}" for name, value in self.parameters.items())
-        return found if self.dtype is None else {**found, "dtype": self.dtype}
+        parameters = ", ".join(f"{name}={cell(value)}" for name, value in self.parameters.items())
+        experts = ", ".join(f"{name}={reference(model)}" for name, model in self.experts.items())
+        base, dtype = "none" if self.base is None else f"{reference(self.base)}", self.dtype or "the base's"
+        return {"method": self.method_name, "base": base, "experts": experts, "parameters": parameters, "dtype": dtype}
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data, for the provenance of an output; a recipe that is a model of several is one object."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -12,16 +13,18 @@ from torch import Tensor
 from twinmerge.errors import UsageError
 from twinmerge.models.rows import batch_size, for_each_row
 from twinmerge.moved import with_old_keywords
+from twinmerge.results import Shown, some
 from twinmerge.twin.answer import planned
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.mixture import MixtureLike, one_hot
 from twinmerge.twin.mixing.own import inputs_of, refuse_taken
 from twinmerge.twin.reading import check_batch
 from twinmerge.twin.routing import TOP_K, PerRow, check_names, heads_of_rows, mixtures, per_row
+from twinmerge.twin.told.watch import refused_rows
 
 
-@dataclass(frozen=True)
-class TwinOutput:
+@dataclass(frozen=True, repr=False)
+class TwinOutput(Shown):
     """The answer to a batch.
 
     Attributes:
@@ -32,6 +35,7 @@ class TwinOutput:
         head: the head of each row, or None.
         output: what the model's own class returned (of the first head's class).
         strategy: how the parts were added.
+        routing: (rows, experts), the router's probabilities before any is dropped; None where the mixture was named.
     """
 
     logits: Tensor | None
@@ -40,6 +44,24 @@ class TwinOutput:
     head: list[str] | None
     output: Any
     strategy: str = "stacked"
+    routing: Tensor | None = None
+
+    @property
+    def refused(self) -> list[bool]:
+        """Of each row, whether the router left it to the shared model, since it is far from every expert's inputs."""
+        return refused_rows(self.mixture, self.routing)
+
+    def _summary(self) -> str:
+        what = "no logits" if self.logits is None else f"logits {tuple(self.logits.shape)}"
+        names = Counter("shared model" if name is None else name for name in self.expert)
+        shares = some((f"{name} {count}" for name, count in names.most_common()), 3)
+        return f"{len(self.mixture)} rows, {what}, {shares}, {self.strategy}"
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        heads: Sequence[str | None] = self.head or [None] * len(self.expert)
+        rows = zip(self.expert, heads, self.refused, self.mixture.tolist(), strict=True)
+        columns = ["expert", "head", "refused", *(f"weight {k}" for k in range(self.mixture.shape[1]))]
+        return columns, [[expert, head, refused, *weights] for expert, head, refused, weights in rows]
 
 
 def call(
@@ -79,7 +101,7 @@ def call(
     """
     batch = inputs_of(core.model.body, unnamed, batch) if core.own_module else _checked(core, unnamed, batch)
     size = core.rows(batch)
-    weights, nearest, early = mixtures(core, batch, mixture, expert, experts_per_row, normalize, unconstrained)
+    weights, nearest, early, soft = mixtures(core, batch, mixture, expert, experts_per_row, normalize, unconstrained)
     chosen = [core.experts[int(row.argmax())] if bool(row.any()) else None for row in weights]
     likely = chosen if nearest is None else [core.experts[k] for k in nearest.tolist()]
     heads = heads_of_rows(core, head, likely)
@@ -87,7 +109,9 @@ def call(
     if oracle_biases is not None:
         biases = one_hot(per_row(oracle_biases, size, "oracle bias"), core.experts).to(weights)
     found, way = planned(core, batch, heads, weights, strategy, biases, early)
-    return TwinOutput(found.logits, weights, chosen, heads, found.output, way)
+    out = TwinOutput(found.logits, weights, chosen, heads, found.output, way, soft)
+    core.tell(weights, soft, heads)
+    return out
 
 
 _call = with_old_keywords(call)

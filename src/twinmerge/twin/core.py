@@ -21,6 +21,7 @@ from twinmerge.models.headed import HeadedModel, architecture_of
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.rows import batch_size
 from twinmerge.models.transformers_class import position_limit
+from twinmerge.moved import no_attribute
 from twinmerge.tasks.encode import Input, TextEncoder, all_tokens, padded_tokens
 from twinmerge.tasks.images import ImageEncoder, ImageFile
 from twinmerge.twin.mixing.fresh import Fresh, dense_weights
@@ -30,6 +31,7 @@ from twinmerge.twin.mixing.planner import Planner
 from twinmerge.twin.mixing.runtime import Runtime
 from twinmerge.twin.package import Package
 from twinmerge.twin.routers.kit.base import Router
+from twinmerge.twin.told.watch import Mixtures, Watchers
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -42,6 +44,7 @@ class Core(nn.Module):
         package: all that a twin folder holds.
         side_files: where the tokenizer and its like lie.
         sources: "base" and the experts' names -> what the twin was built from, as far as it is at hand.
+        dtype: of the model in memory, in which each tensor is kept as soon as it is read; as stored where None.
 
     Attributes:
         experts: their names, in the order of a mixture's columns.
@@ -55,13 +58,18 @@ class Core(nn.Module):
         experts_per_row: of the router, where a call does not say; None for soft mixtures.
         acting_above: layer -> no expert changes what a pass does before it; filled as it is asked.
         lock: held while the model's parameters or mixture are changed.
+        watchers: who is told of the mixtures of every batch.
 
     Raises:
         TwinmergeError: a shared model without config.json.
     """
 
     def __init__(
-        self, package: Package, side_files: Path | None, sources: Mapping[str, OpenedModel] | None = None
+        self,
+        package: Package,
+        side_files: Path | None,
+        sources: Mapping[str, OpenedModel] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.package = package
@@ -76,7 +84,9 @@ class Core(nn.Module):
                 f"{shared.name} has no config.json, so a twin of it cannot run. Add its config.json, or give the "
                 "function that makes the module as factory."
             )
-        state, parts = {n: shared.read(n) for n in shared.specs}, list(package.exclusive.values())
+        kept = dtype if architecture.config is not None else None  # of one's own module θs + Σ wt vt is as stored
+        state = {n: _as(shared.read(n), kept) for n in shared.specs}
+        parts = list(package.exclusive.values())
         self.model = HeadedModel(architecture, state, package.heads)
         self.fresh = Fresh(self.model, state, parts) if architecture.config is None else None
         self.runtime = Runtime(self.model, parts if self.fresh is None else [])
@@ -92,7 +102,10 @@ class Core(nn.Module):
         self.sources = dict(sources or {})
         self._encoder: TextEncoder | None = None
         self.lock = threading.RLock()
+        self.watchers = Watchers()
         self.eval()
+        if dtype is not None:
+            self.to(dtype=dtype)
 
     # ------------------------------------------------------------------ copies
 
@@ -170,6 +183,41 @@ class Core(nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.body.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return next(self.model.body.parameters()).dtype
+
+    @property
+    def heads(self) -> list[str]:
+        """The experts that have output layers of their own."""
+        return list(self.model.head_specs)
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Expert -> the names of its labels, in the order of its logits; empty for models that are no classifiers."""
+        if self.model.head_specs:
+            return {name: self.model.labels(name) for name in self.model.head_specs}
+        if self.own_module or not hasattr(self.model.body, "num_labels"):
+            return {}
+        return {name: self.model.labels() for name in self.experts}
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among the experts' matrices; 0 where they are masks or have none."""
+        return self.package.rank
+
+    def tell(self, mixture: Tensor, routing: Tensor | None, head: Sequence[str] | None) -> None:
+        """Tell who watches of the mixtures of a batch (see `Mixtures`)."""
+        if self.watchers:
+            self.watchers.tell(Mixtures(self.experts, mixture, routing, head))
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise no_attribute(f"{type(self).__name__!r} object", name, dir(self)) from None
 
     @cached_property
     def planner(self) -> Planner:
@@ -250,6 +298,11 @@ class Core(nn.Module):
 
     def _has(self, names: Sequence[str]) -> bool:
         return self.side_files is not None and any((self.side_files / name).is_file() for name in names)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in a dtype, if it has one of the floating kind."""
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 C = TypeVar("C", bound=Core)

@@ -31,12 +31,14 @@ from twinmerge.twin.package import Package
 from twinmerge.twin.reading import Given, read_features
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
-from twinmerge.twin.routers.kit.novelty import Novelty, limits_of
+from twinmerge.twin.routers.kit.calibration import held_out_split
+from twinmerge.twin.routers.kit.fit import inputs_for, warn_unlimited
+from twinmerge.twin.routers.kit.novelty import Novelty, limit_of, limits_of
 from twinmerge.twin.split import Exclusive, refuse_masks, split
 
 
 def added(
-    core: Core, name: str, model: ModelLike, inputs: Given | None, rank: int | None, batch_rows: int, progress: bool
+    core: Core, name: str, model: ModelLike, inputs: Given | None, rank: int | None, batch_size: int, progress: bool
 ) -> Package:
     """A twin's package with one more expert, which its router knows (see `Twin.add`)."""
     from_experts = core.router is not None and not core.router.needs_inputs
@@ -46,7 +48,7 @@ def added(
     ranks = [f.rank for part in core.package.exclusive.values() for f in part.low.values()]
     package = with_expert(core.package_now(), name, model, rank or own or max([1, *ranks]), progress)
     if inputs is not None and core.router is not None and not from_experts:
-        found = read_features(core, inputs, core.layers, name, batch_rows, progress)
+        found = read_features(core, inputs, core.layers, name, batch_size, progress)
         if not found:
             raise UsageError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
         package = routed_to(package, name, torch.cat(found))
@@ -137,12 +139,17 @@ def without_expert(package: Package, name: str) -> Package:
 def routed_to(package: Package, name: str, features: Tensor) -> Package:
     """The package whose router knows one more expert by the features of its inputs (rows, width)."""
     before, statistics = _with_statistics(package)
-    statistics = statistics.with_expert(name, features)
-    if statistics.novel:  # its limit is that of its own rows
+    train, held = torch.arange(len(features)), torch.arange(0)
+    if statistics.novel and len(features) >= inputs_for(statistics.refuse):
+        train, held = held_out_split(torch.zeros(len(features), dtype=torch.int64), seed=0)
+    statistics = statistics.with_expert(name, features[train])
+    if len(held):  # its limit is that of its own rows that nothing else is made from
         novelty = Novelty.of(statistics, statistics.novel)
-        own = len(statistics.experts) - 1
-        novelty.set_limits(features, torch.full((len(features),), own))
+        own = novelty.distances(features[held])[:, -1]
+        novelty.limits[-1] = limit_of(own, statistics.refuse)
         statistics = statistics._replace(limits=limits_of(novelty, statistics.experts))
+    elif statistics.novel:
+        warn_unlimited([name], len(statistics.experts), statistics.refuse, stacklevel=7)
     router, report = _routed(before, statistics)
     return package._replace(router=router, report=report)
 

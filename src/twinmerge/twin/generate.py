@@ -56,9 +56,12 @@ def generate(
     """The model's own `generate`; each row's mixture is taken from its prompt (see `Twin.generate`)."""
     given = options if generation_config is None else {**options, "generation_config": generation_config}
     given = named(core, inputs, given)
-    weights = mixtures(core, prompt_of(given), mixture, expert, experts_per_row, normalize, unconstrained).weights
+    found = mixtures(core, prompt_of(given), mixture, expert, experts_per_row, normalize, unconstrained)
+    way = under_autocast(core, core.strategy if strategy is None else strategy)
     with core.lock:
-        return generated(core, weights, under_autocast(core, core.strategy if strategy is None else strategy), given)
+        tokens = generated(core, found.weights, way, given)
+    core.tell(found.weights, found.soft, None)
+    return tokens
 
 
 def generated(core: Core, weights: Tensor, strategy: str, inputs: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import TorchModel
 from twinmerge.origin import package_of
-from twinmerge.results import Table, some
 from twinmerge.store.artefact import (
     Artefact,
     artefact_bytes,
@@ -69,56 +68,15 @@ class Package(NamedTuple):
     masks: Mapping[str, Any] = MappingProxyType({})
     home: Path | None = None
 
+    @property
+    def rank(self) -> int:
+        """The largest rank among the experts' matrices; 0 where they are masks or have none."""
+        return max((f.rank for part in self.exclusive.values() for f in part.low.values()), default=0)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy holds the shared model's tensors, wherever they lay."""
         held = shared_in_memory(self.shared, {n: self.shared.read(n) for n in self.shared.specs}, self.shared.name)
         return Package, (held, *self[1:-2], dict(self.masks), self.home)
-
-
-class _TwinInfo(NamedTuple):
-    experts: list[str]
-    shared: str | None
-    codec: str
-    bytes_extra: int
-    retained: dict[str, float]
-    router: dict[str, Any] | None
-    router_kind: str | None
-
-
-class TwinInfo(Table, _TwinInfo):
-    """What a twin holds, in numbers. As a table: a row for each matrix.
-
-    Attributes:
-        experts: their names, in the order of a mixture's columns.
-        shared: the static method of the shared part; None where it is not known.
-        codec: of the numbers on the disk.
-        bytes_extra: of the files beside the shared model: exclusive parts, heads, router.
-        retained: matrix -> the share of Σt ‖vt‖² that the factors hold; empty for masks and refined parts.
-        router: how it routed held-out rows, by `RouterReport`'s names; None where that was not measured.
-        router_kind: such as "gaussian"; None where there is none.
-    """
-
-    @classmethod
-    def of(cls, package: Package, retained: dict[str, float]) -> TwinInfo:
-        """What a package holds."""
-        record = package.provenance.get("twin", {})
-        shared = record.get("shared") or package.provenance.get("recipe", {}).get("merge_method")
-        kind = None if package.router is None else package.router.kind
-        bytes_extra = extra_bytes(package)
-        return cls(list(package.exclusive), shared, package.codec, bytes_extra, retained, package.report, kind)
-
-    @property
-    def kept(self) -> float | None:
-        """The mean of `retained`; None where it is empty."""
-        return sum(self.retained.values()) / len(self.retained) if self.retained else None
-
-    def _summary(self) -> str:
-        kept = "" if self.kept is None else f", {100 * self.kept:.1f} % kept"
-        router = self.router_kind or "no"
-        return f"{some(self.experts)} on {self.shared}, {router} router, {self.bytes_extra / 1e6:.1f} MB extra{kept}"
-
-    def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-        return ("matrix", "retained"), list(self.retained.items())
 
 
 def about_of(folder: Path | None) -> dict[str, dict[str, Any]]:

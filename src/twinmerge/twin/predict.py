@@ -1,48 +1,65 @@
-"""Texts in, label names out."""
+"""Inputs in; label names or probabilities out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from twinmerge.arguments import at_least_one
 from twinmerge.errors import UsageError
+from twinmerge.models.rows import for_each_row, rows_of_batch
 from twinmerge.results import Result, Rows, plain, some
-from twinmerge.twin.call import call
+from twinmerge.tasks.columns import inputs_from
+from twinmerge.twin.answer import planned
+from twinmerge.twin.call import TwinOutput, call
 from twinmerge.twin.core import Core
-from twinmerge.twin.routing import CHOICE, check_choice
+from twinmerge.twin.reading import check_batch
+from twinmerge.twin.routing import CHOICE, check_choice, heads_of_rows
 
 
 @dataclass(frozen=True, repr=False)
 class Prediction(Result):
-    """The answer to one text.
+    """The answer to one input.
 
     Attributes:
         label: its name.
         expert: whose head answered.
         confidence: softmax of the label.
-        mixture: expert -> weight; all 0 where the text is far from every expert's inputs and the shared model
-            answered alone.
+        mixture: expert -> weight; all 0 where the shared model answered alone.
+        routing: expert -> the router's probability, also where the mixture has only the largest; None where the
+            mixture or the expert was named.
+        refused: whether the router left the input to the shared model, since it is far from every expert's inputs.
     """
 
     label: str
     expert: str
     confidence: float
     mixture: dict[str, float]
+    routing: dict[str, float] | None = None
+    refused: bool = False
+
+    @property
+    def head(self) -> str:
+        """The same as `expert`, by the name that calls take it by."""
+        return self.expert
 
     def _summary(self) -> str:
         mixed = ", ".join(f"{name} {weight:.2f}" for name, weight in self.mixture.items() if weight >= 0.005)
-        return f"{self.label} by {self.expert}, {100 * self.confidence:.0f} %, {mixed or 'shared model alone'}"
+        sure = "" if self.routing is None else f", router {100 * max(self.routing.values()):.0f} %"
+        alone = "refused" if self.refused else "shared model alone"
+        return f"{self.label} by {self.expert}, {100 * self.confidence:.0f} %, {mixed or alone}{sure}"
 
 
 class Predictions(Rows[Prediction]):
-    """A prediction for each text.
+    """A prediction for each input.
 
     Attributes:
-        texts: that were answered.
+        texts: the inputs that were answered; the rows' numbers where they came as a batch of tensors.
     """
 
     def __init__(self, found: Iterable[Prediction] = (), texts: Sequence[Any] = ()) -> None:
@@ -58,38 +75,108 @@ class Predictions(Rows[Prediction]):
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
         experts = list(self[0].mixture) if self else []
+        routed = [f"router {name}" for name in experts] if self and self[0].routing is not None else []
         rows = [
-            [str(t), p.label, p.expert, p.confidence, *p.mixture.values()]
+            [str(t), p.label, p.expert, p.confidence, p.refused, *p.mixture.values(), *(p.routing or {}).values()]
             for t, p in zip(self.texts, self, strict=True)
         ]
-        return ["text", "label", "expert", "confidence", *experts], rows
+        return ["text", "label", "expert", "confidence", "refused", *experts, *routed], rows
 
 
-def predict(core: Core, texts: Sequence[Any], batch_rows: int, choice: Mapping[str, Any]) -> Predictions:
-    """The answer to each text (see `Twin.predict`); what `choice` holds for each row is cut along with the texts."""
-    at_least_one("batch_rows", batch_rows)
+class _Asked(NamedTuple):
+    """Some rows as a batch, what was said of mixtures for them, and the twin's answer."""
+
+    batch: Mapping[str, Any]
+    choice: Mapping[str, Any]
+    answer: TwinOutput
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(rows, labels)."""
+        return _softmax(self.answer.logits)
+
+
+def _softmax(logits: Tensor | None) -> Tensor:
+    if logits is None or logits.dim() != 2:
+        raise UsageError("This twin has no classifier head. Call the twin itself, or generate().")
+    return logits.float().softmax(-1)
+
+
+def predict(core: Core, given: Any, batch_size: int, choice: Mapping[str, Any]) -> Predictions:
+    """The answer to each input (see `Twin.predict`)."""
+    inputs = _inputs(core, given, batch_size, choice)
+    found: list[Prediction] = []
+    for asked in _answers(core, inputs, batch_size, choice):
+        out, refused = asked.answer, asked.answer.refused
+        routing = (
+            None if out.routing is None else [dict(zip(core.experts, row, strict=True)) for row in out.routing.tolist()]
+        )
+        for i, p in enumerate(asked.probabilities):
+            head = out.head[i] if out.head else None
+            mixture = dict(zip(core.experts, out.mixture[i].tolist(), strict=True))
+            soft = None if routing is None else routing[i]
+            label = core.model.labels(head)[int(p.argmax())]
+            found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture, soft, refused[i]))
+    core.warn_truncated()
+    return Predictions(found, range(len(found)) if isinstance(inputs, Mapping) else inputs)
+
+
+def predict_proba(core: Core, given: Any, batch_size: int, choice: Mapping[str, Any]) -> Any:
+    """The probabilities of labels (see `Twin.predict_proba`)."""
+    inputs = _inputs(core, given, batch_size, choice)
+    heads = list(core.model.head_specs)
+    named = choice.get("head") or choice.get("expert")
+    if named is not None and not isinstance(named, str):
+        raise UsageError("predict_proba gives the labels of one head, or those of all. Name one head, or none.")
+    wanted = [named] if named is not None and heads else heads
+    found: dict[str | None, list[Tensor]] = {head: [] for head in wanted} if wanted else {None: []}
+    for asked in _answers(core, inputs, batch_size, {**choice, "head": wanted[0]} if wanted else choice):
+        found[wanted[0] if wanted else None].append(asked.probabilities)
+        size = len(asked.answer.mixture)
+        for head in wanted[1:]:  # the same mixtures, and another head
+            names = heads_of_rows(core, head, [None] * size)
+            batch, way = for_each_row(asked.batch, size), asked.choice.get("strategy")
+            found[head].append(_softmax(planned(core, batch, names, asked.answer.mixture, way)[0].logits))
+    core.warn_truncated()
+    arrays = {head: _stacked(parts, len(core.model.labels(head))) for head, parts in found.items()}
+    return arrays if len(wanted) > 1 else next(iter(arrays.values()))
+
+
+def _stacked(parts: Sequence[Tensor], labels: int) -> np.ndarray[Any, Any]:
+    return torch.cat(list(parts)).cpu().numpy() if parts else np.zeros((0, labels), np.float32)
+
+
+def _inputs(core: Core, given: Any, batch_size: int, choice: Mapping[str, Any]) -> Any:
+    """The inputs as a list or a batch, once all else is known to be right."""
+    at_least_one("batch_size", batch_size)
     check_choice(choice, (*CHOICE, "head", "strategy", "oracle_biases"))
     if core.own_module:
         raise UsageError(f"{type(core.model.body).__name__} has no names of labels. Call the twin itself.")
-    if not len(texts):
-        return Predictions()
-    found: list[Prediction] = []
-    for start in range(0, len(texts), batch_rows):
-        chunk = list(texts[start : start + batch_rows])
-        rows: dict[str, Any] = {
-            k: v[start : start + batch_rows]
-            if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() > 1)
-            else v
+    return inputs_from(given)
+
+
+def _answers(core: Core, inputs: Any, batch_size: int, choice: Mapping[str, Any]) -> Iterator[_Asked]:
+    """Answer inputs, batch by batch in their order; what `choice` holds for each row is cut along with them."""
+    if isinstance(inputs, Mapping):
+        check_batch(inputs)
+    size = core.rows(inputs) if isinstance(inputs, Mapping) else len(inputs)
+    for start in range(0, size, batch_size):
+        stop = min(start + batch_size, size)
+        if isinstance(inputs, Mapping):
+            device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), None)
+            batch = rows_of_batch(inputs, torch.arange(start, stop, device=device), size)
+        else:
+            batch = core.encode(list(inputs[start:stop]))
+        own = {
+            k: v[start:stop] if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() > 1) else v
             for k, v in choice.items()
         }
-        out = call(core, **{**core.encode(chunk), **rows})
-        if out.logits is None or out.logits.dim() != 2:
-            raise UsageError("This twin has no classifier head. Call the twin itself, or generate().")
-        probabilities = out.logits.float().softmax(-1)
-        for i, p in enumerate(probabilities):
-            head = out.head[i] if out.head else None
-            mixture = dict(zip(core.experts, out.mixture[i].tolist(), strict=True))
-            label = core.model.labels(head)[int(p.argmax())]
-            found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture))
-    core.warn_truncated()
-    return Predictions(found, texts)
+        batch = {name: _at(core, value) for name, value in batch.items()}
+        yield _Asked(batch, own, call(core, **{**batch, **own}))
+
+
+def _at(core: Core, value: Any) -> Any:
+    """An input where the model is, and in its dtype if it is of the floating kind, as images are."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(core.device, core.dtype if value.is_floating_point() else None)

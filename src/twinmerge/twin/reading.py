@@ -13,8 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from twinmerge.arguments import at_least_one, shown
 from twinmerge.errors import UsageError
 from twinmerge.models.blocks import block_of
-from twinmerge.models.rows import batch_size, rows_of_batch
+from twinmerge.models.rows import batch_size as rows_in
+from twinmerge.models.rows import rows_of_batch
 from twinmerge.statistics.moments import Moments, input_moments
+from twinmerge.tasks.columns import inputs_from
 from twinmerge.tasks.encode import batches as batches_of
 from twinmerge.twin.answer import PROMPT
 from twinmerge.twin.core import Core
@@ -23,25 +25,26 @@ from twinmerge.twin.mixing.own import some_rows
 from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import refuse_masks
 
-Given = Sequence[Any] | Mapping[str, Tensor]
-"""Texts, (text, text_pair) tuples, rows of a suite or token ids; or a batch of tensors such as {"pixel_values":
-...}."""
+Given = Sequence[Any] | Mapping[str, Any]
+"""Texts, (text, text_pair) tuples, rows of a suite or token ids; a column or a table of them (see `inputs_from`); or
+a batch of tensors such as {"pixel_values": ...}."""
 
 
-def read_batches(core: Core, given: Given, name: str, batch_rows: int, progress: bool) -> Iterator[Mapping[str, Any]]:
+def read_batches(core: Core, given: Given, name: str, batch_size: int, progress: bool) -> Iterator[Mapping[str, Any]]:
     """What a caller gives, as batches of tensors.
 
     Args:
         name: of the expert whose kind of inputs it is, for the progress bar.
     """
-    at_least_one("batch_rows", batch_rows)
+    at_least_one("batch_size", batch_size)
+    given = given if core.own_module and isinstance(given, Mapping) else inputs_from(given)
     if isinstance(given, Mapping):
         check_batch(given, core.own_module)
         size, cut = core.rows(given), some_rows if core.own_module else rows_of_batch
-        for rows in torch.arange(size).split(batch_rows):
+        for rows in torch.arange(size).split(batch_size):
             yield cut(given, rows, size)
         return
-    chunks = list(batches_of(list(given), batch_rows, "length"))
+    chunks = list(batches_of(list(given), batch_size, "length"))
     for _, texts in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
         yield core.encode(texts)
 
@@ -73,24 +76,24 @@ def check_batch(batch: Any, own_module: bool = False) -> None:
 
 @torch.no_grad()
 def read_features(
-    core: Core, given: Given, layers: Sequence[int], name: str, batch_rows: int, progress: bool
+    core: Core, given: Given, layers: Sequence[int], name: str, batch_size: int, progress: bool
 ) -> list[Tensor]:
     """The means of these layers' states, batch by batch."""
-    return [features(core.model, batch, layers) for batch in read_batches(core, given, name, batch_rows, progress)]
+    return [features(core.model, batch, layers) for batch in read_batches(core, given, name, batch_size, progress)]
 
 
 @torch.no_grad()
-def read_moments(core: Core, given: Given, name: str, batch_rows: int, progress: bool) -> dict[str, Moments]:
+def read_moments(core: Core, given: Given, name: str, batch_size: int, progress: bool) -> dict[str, Moments]:
     """What the modules see of inputs of an expert's kind while that expert answers."""
     index_of(name, core.experts)
 
-    names, batches = core.package.exclusive[name].low, read_batches(core, given, name, batch_rows, progress)
+    names, batches = core.package.exclusive[name].low, read_batches(core, given, name, batch_size, progress)
     if core.fresh is not None:
         return input_moments(core.fresh.of(one_hot([name], core.experts)[0]), names, batches)
 
     def answered() -> Iterator[Mapping[str, Any]]:
         for batch in batches:
-            weights = one_hot([name] * batch_size(batch), core.experts)
+            weights = one_hot([name] * rows_in(batch), core.experts)
             one = core.runtime.folded(weights[0]) if core.runtime.refused else core.runtime.mixing(Mixture.of(weights))
             with one:  # until the next batch is asked for
                 yield batch

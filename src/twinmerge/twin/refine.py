@@ -46,7 +46,7 @@ def refined(
     experts: Mapping[str, ModelLike],
     steps: int,
     rate: float,
-    batch_rows: int,
+    batch_size: int,
     seed: int,
     progress: bool,
 ) -> Package:
@@ -67,7 +67,7 @@ def refined(
     models = {**models_of(package), **core.sources, **experts}
     parts = dict(package.exclusive)
     for name, given in inputs.items():
-        batches = list(read_batches(core, given, name, batch_rows, progress))
+        batches = list(read_batches(core, given, name, batch_size, progress))
         if not batches:
             raise UsageError(f"There are no inputs for the expert {name!r}. Give a few hundred.")
         model = models.get(name)

@@ -23,6 +23,7 @@ from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.calibration import RouterReport
 from twinmerge.twin.routers.kit.features import read_states
 from twinmerge.twin.routers.kit.fit import fit_router, make_of_experts, read_of
+from twinmerge.twin.routers.kit.novelty import check_refuse
 from twinmerge.twin.split import without_parameters
 
 CHOICE = ("mixture", "expert", "experts_per_row", "normalize", "unconstrained")
@@ -41,11 +42,12 @@ WANTS_ALL_LAYERS = ("output_hidden_states", "output_attentions", "labels")
 class Routed(NamedTuple):
     """weights: the mixtures (rows, experts), zeros for rows that are nobody's; nearest: (rows,) the likeliest expert,
     also of such rows, None where mixtures were named; early: the first layers' states, where routing read them and
-    the pass may go on there."""
+    the pass may go on there; soft: the router's probabilities (rows, experts), of which the weights are the largest."""
 
     weights: Tensor
     nearest: Tensor | None = None
     early: Early | None = None
+    soft: Tensor | None = None
 
 
 def mixtures(
@@ -125,10 +127,10 @@ def routed(core: Core, batch: Mapping[str, Any], experts_per_row: int | None) ->
         )
     with torch.no_grad(), core.lock:
         found, early = _read(core, core.router, core.layers, batch)
-        weights, far = core.router.mixtures(found, len(core.experts), experts_per_row)
+        weights, far, soft = core.router.mixtures(found, len(core.experts), experts_per_row)
         nearest = weights.argmax(1)
         weights = torch.where(far[:, None], 0, weights)
-        return Routed(weights, nearest, early if early is not None and _goes_on(core, batch) else None)
+        return Routed(weights, nearest, early if early is not None and _goes_on(core, batch) else None, soft)
 
 
 def _read(core: Core, router: Router, layers: Sequence[int], batch: Mapping[str, Any]) -> tuple[Tensor, Early | None]:
@@ -186,12 +188,13 @@ def fitted(
     inputs: Mapping[str, Given],
     router: Router,
     layers: Sequence[int] | None,
-    null: bool,
+    refuse: float,
     seed: int,
-    batch_rows: int,
+    batch_size: int,
     progress: bool,
 ) -> tuple[tuple[int, ...], RouterReport | None]:
     """Fit a router; the layers that it reads, and how held-out rows were routed (see `Twin.fit_router`)."""
+    check_refuse(refuse)
     for name in inputs:
         index_of(name, core.experts)
     if core.own_module and router.reads != "answers":
@@ -207,7 +210,7 @@ def fitted(
     owners: list[int] = []
     for k, name in enumerate(core.experts):
         if (given := inputs.get(name)) is not None:
-            given_batches = read_batches(core, given, name, batch_rows, progress)
+            given_batches = read_batches(core, given, name, batch_size, progress)
             with torch.no_grad():
                 read = [_read(core, router, layers, batch)[0] for batch in given_batches]
             rows += read
@@ -223,8 +226,8 @@ def fitted(
         raise UsageError(
             "To the model the inputs are all alike, so no router can tell them apart. Give different ones."
         )
-    novel = found.shape[1] // (len(layers) * (2 if router.spreads else 1)) if null and layers else 0
-    return layers, fit_router(router, found, whose, core.experts, seed, novel)
+    novel = found.shape[1] // (len(layers) * (2 if router.spreads else 1)) if layers else 0
+    return layers, fit_router(router, found, whose, core.experts, seed, novel, refuse)
 
 
 def answers(core: Core, batch: Mapping[str, Any], router: Router) -> Tensor:

@@ -30,10 +30,10 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(
-    core: Core, contexts: Sequence[Tokens], continuations: Sequence[Tokens], batch_rows: int, choice: dict[str, Any]
+    core: Core, contexts: Sequence[Tokens], continuations: Sequence[Tokens], batch_size: int, choice: dict[str, Any]
 ) -> list[Score]:
     """See `Twin.score`."""
-    at_least_one("batch_rows", batch_rows)
+    at_least_one("batch_size", batch_size)
     check_choice(choice)
     if len(contexts) != len(continuations):
         raise UsageError(f"{len(contexts)} contexts have {len(continuations)} continuations. Give one for each.")
@@ -44,14 +44,14 @@ def score(
     rows = [_ids(core, a, b) for a, b in zip(contexts, continuations, strict=True)]
     distinct = list(dict.fromkeys(tuple(a) for a, _ in rows))
     mixtures: dict[tuple[int, ...], Tensor] = {}
-    for start in range(0, len(distinct), batch_rows):
-        some = distinct[start : start + batch_rows]
+    for start in range(0, len(distinct), batch_size):
+        some = distinct[start : start + batch_size]
         found = mixtures_for(core, _batch([list(ids) for ids in some]), choice)
         mixtures |= dict(zip(some, found, strict=True))
     scores: list[Score | None] = [None] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-    for start in range(0, len(rows), batch_rows):
-        at = by_length[start : start + batch_rows]
+    for start in range(0, len(rows), batch_size):
+        at = by_length[start : start + batch_size]
         weights = torch.stack([mixtures[tuple(rows[i][0])] for i in at])
         batch = _batch([rows[i][0] + rows[i][1] for i in at])
         logits = call(core, mixture=weights, unconstrained=True, use_cache=False, **batch).logits

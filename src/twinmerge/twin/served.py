@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +17,11 @@ from twinmerge.twin.core import Core
 from twinmerge.twin.explain import Explanation, explain
 from twinmerge.twin.generate import Pinned, generate
 from twinmerge.twin.mixing.mixture import MixtureLike
-from twinmerge.twin.predict import predict
+from twinmerge.twin.predict import predict, predict_proba
 from twinmerge.twin.reading import check_batch
 from twinmerge.twin.routing import PerRow, mixtures_for, routed
 from twinmerge.twin.score import Score, score
+from twinmerge.twin.told.watch import Handle, MixtureLog, Mixtures
 
 
 class Served(Core):
@@ -86,7 +89,7 @@ class Served(Core):
     @with_old_keywords
     @strict
     def score(
-        self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_rows: int = 32, **choice: Any
+        self, contexts: Sequence[Any], continuations: Sequence[Any], *, batch_size: int = 32, **choice: Any
     ) -> list[Score]:
         """The likelihood of each continuation after its context, under the mixture of the context alone.
 
@@ -97,7 +100,7 @@ class Served(Core):
         Raises:
             TwinmergeError: no language model, empty texts, numbers that differ.
         """
-        return score(self, contexts, continuations, batch_rows, choice)
+        return score(self, contexts, continuations, batch_size, choice)
 
     @with_old_keywords
     @strict
@@ -113,15 +116,79 @@ class Served(Core):
     @with_old_keywords
     @torch.no_grad()
     @strict
-    def predict(self, texts: Sequence[Any], *, detail: bool = False, batch_rows: int = 32, **choice: Any) -> Any:
-        """The label name of each text, or `Predictions` with `detail`.
+    def predict(
+        self, texts: Sequence[Any] | Mapping[str, Any], *, detail: bool = False, batch_size: int = 32, **choice: Any
+    ) -> Any:
+        """The label name of each input, or `Predictions` with `detail`: label, head, mixture, the router's
+        probabilities, and whether the input was refused.
 
         Args:
-            texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
+            texts: strings or (text, text_pair) tuples; `Tokens`; a column of texts (pandas, datasets); a table with a
+                column `text` (and `text_pair`) or `input_ids`; or a batch of tensors, {"input_ids": ...}. Longer texts
+                than the model takes are cut, with a warning.
+            batch_size: how many inputs are answered at once; no answer depends on it.
             choice: mixture, normalize, unconstrained, expert, head or experts_per_row, as in the call of the twin.
+
+        Raises:
+            TwinmergeError: inputs of another kind, a model without label names, and as in the call of the twin.
         """
-        found = predict(self, texts, batch_rows, choice)
+        found = predict(self, texts, batch_size, choice)
         return found if detail else [p.label for p in found]
+
+    @with_old_keywords
+    @torch.no_grad()
+    @strict
+    def predict_proba(
+        self, texts: Sequence[Any] | Mapping[str, Any], *, batch_size: int = 32, **choice: Any
+    ) -> np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]]:
+        """The probability of each label, as scikit-learn gives it: an array (inputs, labels) in the order of
+        `twin.labels[head]`, whose rows add up to 1.
+
+        Labels are those of one head. With `head` (or one `expert`) it is that head's array; a twin of one head or of
+        none needs no name. Where heads are several and none is named, it is a mapping head -> its array, each with all
+        inputs in their order, as scikit-learn gives an array for each output. A row has the same mixture for each head;
+        it takes a pass for each.
+
+        Args:
+            texts, batch_size: as in `predict`.
+            choice: as in `predict`.
+
+        Raises:
+            TwinmergeError: as `predict`; a list of heads.
+        """
+        found: np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]] = predict_proba(self, texts, batch_size, choice)
+        return found
+
+    @strict
+    def on_mixture(self, function: Callable[[Mixtures], Any]) -> Handle:
+        """Call a function with the mixtures of every batch that is answered from now on: calls, `predict`,
+        `generate` and `score`. It runs in the thread that asks; what it raises reaches who asked.
+
+        A twin that is made from this one (`compress`, a copy, a pickle) does not call it.
+
+        Returns:
+            a handle, whose `remove()` ends it, and which is a context manager.
+        """
+        return self.watchers.add(function)
+
+    @strict
+    def log_mixtures(self, file: str | Path) -> Handle:
+        """Append a line of JSON to a file for every row that is answered from now on.
+
+        A line has `time` (UTC), `mixture` (expert -> weight), `routing` (expert -> the router's probability; null
+        where the mixture was named), `head` (null where there is none) and `refused`. It holds nothing of the input.
+        Threads and processes may log to one file.
+
+        Args:
+            file: made where it is not there.
+
+        Returns:
+            a handle, whose `remove()` ends it, and which is a context manager.
+
+        Raises:
+            OutputError: it cannot be written; later also who asks the twin gets it.
+        """
+        return self.watchers.add(MixtureLog(file))
 
     @strict
     def route(self, batch: Any, experts_per_row: int | None = 1) -> Tensor:

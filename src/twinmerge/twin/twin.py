@@ -10,17 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from twinmerge.arguments import byte_count, strict
+from twinmerge.arguments import byte_count, device_there, dtype_known, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.registry import MethodLike
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
+from twinmerge.moved import with_old_keywords
 from twinmerge.recipes.recipe import Recipe
-from twinmerge.results import one_line, some
+from twinmerge.results import Described, some
 from twinmerge.store.locate import locate
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin import package as package_file
@@ -28,20 +30,22 @@ from twinmerge.twin.call import TwinOutput as TwinOutput
 from twinmerge.twin.compress import compressed, retained
 from twinmerge.twin.experts import added, recipe_of, without_expert
 from twinmerge.twin.export import Exported, Server, export
-from twinmerge.twin.package import Package, TwinInfo
+from twinmerge.twin.package import Package
 from twinmerge.twin.reading import Given, read_moments
 from twinmerge.twin.refine import refined
+from twinmerge.twin.routers.kit.aggregates import REFUSE
 from twinmerge.twin.routers.kit.calibration import RouterReport
 from twinmerge.twin.routers.kit.registry import RouterLike, kind_of, make_router
 from twinmerge.twin.routing import fitted, single_pass
 from twinmerge.twin.served import Served
 from twinmerge.twin.split import cut, linear_coefficients, refuse_masks, split
+from twinmerge.twin.told.info import TwinInfo
 
 DEFAULT_RANK = 8
 CHOSEN_FROM = 64  # the rank that energy and bytes choose from, unless another is said
 
 
-class Twin(Served):
+class Twin(Described, Served):
     """θ*(x) = θs + Σt wt(x) vt for every row x of a batch, in one pass, without rebuilding a matrix.
 
     Make one with `Twin.build` or `Twin.from_pretrained`.
@@ -63,10 +67,14 @@ class Twin(Served):
     Source: Lu et al. 2024, "Twin-Merging", arXiv 2406.15479, equation 5.
     """
 
-    def __repr__(self) -> str:
+    def _summary(self) -> str:
         record = self.package.provenance.get("twin", {})
         router = "no router" if self.router is None else f"{self.router.kind} router"
-        return one_line("Twin", f"{some(self.experts)} on {record.get('shared') or 'a shared model'}, {router}")
+        return f"{some(self.experts)} on {record.get('shared') or 'a shared model'}, {router}"
+
+    def _about(self) -> dict[str, str]:
+        """What `info` tells, and where the model is."""
+        return {**self.info()._about(), "in memory": f"{self.dtype} on {self.device}".removeprefix("torch.")}
 
     # ------------------------------------------------------------------ making
 
@@ -152,6 +160,9 @@ class Twin(Served):
         subfolder: str = "",
         local_files_only: bool = False,
         factory: Callable[[], nn.Module] | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
     ) -> Twin:
         """Read a twin folder, or a hub id of one.
 
@@ -160,9 +171,22 @@ class Twin(Served):
             subfolder: where in the folder or repository the twin lies.
             local_files_only: download nothing; a hub id is read from the local cache.
             factory: makes the module, with any weights, where the twin is of a module of your own.
+            dtype: that the model runs in, such as "bfloat16"; as stored where None or "auto". Answers are those of
+                `.to(dtype)` after reading, but the model never is in memory in another dtype (a module of your own is,
+                since its mixtures are made of what is stored).
+            torch_dtype: the same, by transformers' older name.
+            device: where the model runs.
+
+        Raises:
+            TwinmergeError: no twin, damage, a dtype or device that is not there.
         """
+        if dtype is not None and torch_dtype is not None and dtype_known(dtype) != dtype_known(torch_dtype):
+            raise UsageError(f"dtype is {dtype} and torch_dtype is {torch_dtype}. Give one of them.")
+        chosen = dtype_known(torch_dtype if dtype is None else dtype)
+        device_there("cpu" if device is None else device)
         path = locate(folder, cached=local_files_only).folder / subfolder
-        return cls(package_file.load(path, factory), path)
+        twin = cls(package_file.load(path, factory), path, dtype=chosen)
+        return twin if device is None else twin.to(device)
 
     @strict
     def save_pretrained(self, folder: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
@@ -217,6 +241,7 @@ class Twin(Served):
         """
         return self.with_package(single_pass(self, layer))
 
+    @with_old_keywords
     @strict
     def compress(
         self,
@@ -226,7 +251,7 @@ class Twin(Served):
         bytes: float | str | None = None,
         codec: str = "none",
         inputs: Mapping[str, Given] | None = None,
-        batch_rows: int = 32,
+        batch_size: int = 32,
         progress: bool = True,
     ) -> Twin:
         """The same twin with smaller exclusive parts: by rank, by the share of energy kept, or by bytes on the disk.
@@ -248,7 +273,7 @@ class Twin(Served):
         refuse_masks(self.package.exclusive.values(), "cut any smaller")
         moments = None
         if inputs is not None:
-            moments = {name: read_moments(self, given, name, batch_rows, progress) for name, given in inputs.items()}
+            moments = {name: read_moments(self, given, name, batch_size, progress) for name, given in inputs.items()}
         package = self.package_now()
         if isinstance(bytes, str):
             bytes = byte_count(bytes, sum(spec.bytes for spec in package.shared.specs.values()))
@@ -256,6 +281,7 @@ class Twin(Served):
             compressed(package, rank=rank, energy=energy, bytes=bytes, codec=codec, moments=moments)
         )
 
+    @with_old_keywords
     @strict
     def refine(
         self,
@@ -264,7 +290,7 @@ class Twin(Served):
         experts: Mapping[str, ModelLike] | None = None,
         steps: int = 200,
         rate: float = 1e-3,
-        batch_rows: int = 16,
+        batch_size: int = 16,
         seed: int = 0,
         progress: bool = True,
     ) -> Twin:
@@ -283,10 +309,11 @@ class Twin(Served):
         Raises:
             TwinmergeError: unknown names, an expert that is not there any more, or no inputs.
         """
-        return self.with_package(refined(self, inputs, experts or {}, steps, rate, batch_rows, seed, progress))
+        return self.with_package(refined(self, inputs, experts or {}, steps, rate, batch_size, seed, progress))
 
     # ------------------------------------------------------------------ experts that come and go
 
+    @with_old_keywords
     @strict
     def add(
         self,
@@ -295,7 +322,7 @@ class Twin(Served):
         inputs: Given | None = None,
         *,
         rank: int | None = None,
-        batch_rows: int = 32,
+        batch_size: int = 32,
         progress: bool = True,
     ) -> Twin:
         """The twin with one more expert: v = θ − θs beside the others; the shared part and their parts stay as they
@@ -311,7 +338,7 @@ class Twin(Served):
             TwinmergeError: a name that is taken, a model of another kind, no inputs for the router, or a router
                 without statistics.
         """
-        return self._changed(added(self, name, model, inputs, rank, batch_rows, progress))._acting_from(
+        return self._changed(added(self, name, model, inputs, rank, batch_size, progress))._acting_from(
             self.first_layer
         )
 
@@ -367,7 +394,8 @@ class Twin(Served):
         twin = Twin.build(recipe.base, recipe.experts, rank, **options)._acting_from(self.first_layer)
         if inputs is not None:
             kind, own = (kind_of(self.router), self.router.options()) if self.router else ("gaussian", None)
-            twin.fit_router(inputs, kind, options=own, progress=progress)
+            refuse = (self.package.report or {}).get("refuse", REFUSE)
+            twin.fit_router(inputs, kind, options=own, refuse=refuse, progress=progress)
         return twin.compress(**limits) if limits else twin
 
     def info(self) -> TwinInfo:
@@ -415,6 +443,7 @@ class Twin(Served):
 
     # ------------------------------------------------------------------ routing
 
+    @with_old_keywords
     @strict
     def fit_router(
         self,
@@ -423,9 +452,10 @@ class Twin(Served):
         *,
         options: Mapping[str, Any] | None = None,
         layers: Sequence[int] | None = None,
+        refuse: float = REFUSE,
         null: bool = True,
         seed: int = 0,
-        batch_rows: int = 32,
+        batch_size: int = 32,
         progress: bool = True,
     ) -> RouterReport | None:
         """Fit the router on a few hundred inputs of each expert's kind; a fifth is held out for the temperature.
@@ -439,8 +469,11 @@ class Twin(Served):
             options: of that kind: option -> value (`twinmerge twin routers` lists them).
             layers: which hidden states to read, 0 the embedding; by kind where None ("projection" reads one,
                 "entropy" none but every expert's answer).
-            null: let the shared model answer what is far from every expert's inputs (`twin/routers/kit/novelty.py`);
-                takes 250 inputs or more of an expert. Not for "projection" and "entropy".
+            refuse: what is far from every expert's inputs is left to the shared model; of inputs like those that are
+                given, at most this share in expectation (`twin/routers/kit/novelty.py` says how). 0.02 takes 245
+                inputs or more of each expert, 0.05 takes 95; with fewer, nothing is refused, with a warning. 0 is
+                never. Not for "projection" and "entropy".
+            null: False is the same as refuse=0.
 
         Returns:
             how held-out rows were routed; None without inputs.
@@ -449,7 +482,7 @@ class Twin(Served):
             TwinmergeError: an expert without inputs, unknown names, too few of them.
         """
         router = make_router(kind, options)
-        layers, report = fitted(self, inputs or {}, router, layers, null, seed, batch_rows, progress)
+        layers, report = fitted(self, inputs or {}, router, layers, refuse if null else 0.0, seed, batch_size, progress)
         self.router, self.layers = router, layers
         self.warn_truncated()
         record = report._asdict() if report else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SHRINKAGE = 0.05
+REFUSE = 0.02  # the share of known rows that may be refused, unless another is said
 FIRST = ""  # names the scatter of the experts that were there first
 
 
@@ -22,7 +23,7 @@ class Statistics(NamedTuple):
     expert -> rows; means: expert -> (width,); scatters: `FIRST` or an expert that came later -> Σ (z − μ)(z − μ)ᵀ
     inside the experts, (width, width); freedoms: of each scatter, its rows less the means taken off; limits: expert
     -> how many times the mean squared distance of its group's rows a row may be away before it is nobody's, `novel`
-    the last features that this is taken in (0: none). Means and scatters are float32: a router is made of what is
+    the last features that this is taken in (0: none), refuse: the share of known rows that may be. Means and scatters are float32: a router is made of what is
     kept, never of more."""
 
     first: tuple[str, ...]
@@ -34,6 +35,7 @@ class Statistics(NamedTuple):
     freedoms: dict[str, int]
     limits: dict[str, float] = {}
     novel: int = 0
+    refuse: float = REFUSE
 
     @classmethod
     def of(cls, features: Tensor, owners: Tensor, experts: Sequence[str]) -> Statistics:
@@ -114,7 +116,8 @@ class Statistics(NamedTuple):
             "freedoms": list(self.freedoms.values()),
         }
         if self.novel:
-            header |= {"novel": self.novel, "limits": [self.limits.get(e) for e in self.experts]}
+            limits = [self.limits.get(e) for e in self.experts]
+            header |= {"novel": self.novel, "limits": limits, "refuse": self.refuse}
         tensors = {f"mean/{e}": mean for e, mean in self.means.items()}
         for i, scatter in enumerate(self.scatters.values()):
             at = torch.triu_indices(*scatter.shape)
@@ -136,5 +139,6 @@ class Statistics(NamedTuple):
         first, report = tuple(header["first"]), header["report"]
         limits = {e: v for e, v in zip(counts, header.get("limits", ()), strict=False) if v is not None}
         freedoms = dict(zip(header["scatters"], header["freedoms"], strict=True))
-        novel = header.get("novel", 0)
-        return cls(first, float(header["temperature"]), report, counts, means, scatters, freedoms, limits, novel)
+        novel, refuse = header.get("novel", 0), float(header.get("refuse", REFUSE))
+        known = counts, means, scatters, freedoms, limits, novel, refuse
+        return cls(first, float(header["temperature"]), report, *known)

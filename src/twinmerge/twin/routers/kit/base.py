@@ -212,8 +212,8 @@ class Router(nn.Module, ABC):
         largest, renormalised."""
         return top_weights(torch.softmax(self.logits(features) / self.temperature, -1), experts_per_row)
 
-    def mixtures(self, features: Tensor, experts: int, experts_per_row: int | None) -> tuple[Tensor, Tensor]:
-        """What `weights` and `far` give, looked at.
+    def mixtures(self, features: Tensor, experts: int, experts_per_row: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `weights` and `far` give, looked at, and the probabilities that the weights were taken from.
 
         Args:
             experts: of the twin.
@@ -221,10 +221,10 @@ class Router(nn.Module, ABC):
         Raises:
             UsageError: it is not one mixture for each row, with weights ≥ 0 and sum 1, and one truth.
         """
-        weights, far = self.weights(features, experts_per_row), self.far(features)
-        rows = len(features)
-        sound = isinstance(weights, Tensor) and weights.shape == (rows, experts)
-        if not sound or not bool((weights >= 0).all()) or not bool(((weights.sum(1) - 1).abs() <= 1e-3).all()):
+        rows, soft, far = len(features), self.weights(features, None), self.far(features)
+        own = type(self).weights is not Router.weights
+        weights = self.weights(features, experts_per_row) if own else top_weights(soft, experts_per_row)
+        if not all(_are_mixtures(each, rows, experts) for each in (soft, weights)):
             what = f"{list(weights.shape)} weights" if isinstance(weights, Tensor) else type(weights).__name__
             raise UsageError(
                 f"The {self.kind} router gives {what} for {rows} rows and {experts} experts that are no mixtures: at "
@@ -232,7 +232,7 @@ class Router(nn.Module, ABC):
             )
         if not isinstance(far, Tensor) or far.shape != (rows,) or far.dtype != torch.bool:
             raise UsageError(f"The {self.kind} router says not of each row whether it is far. Give one truth for each.")
-        return weights, far
+        return weights, far, soft
 
     def far(self, features: Tensor) -> Tensor:
         """(rows,): True for rows that are nobody's, which the shared model answers alone."""
@@ -300,6 +300,13 @@ def _checked(name: str, kind: type[Router], options: Mapping[str, Any]) -> BaseM
             f"{name}: {first['loc'][0]}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge twin "
             f"routers {name}`."
         ) from error
+
+
+def _are_mixtures(weights: object, rows: int, experts: int) -> bool:
+    """Whether weights are at least 0 and add up to 1 in each row."""
+    if not isinstance(weights, Tensor) or weights.shape != (rows, experts):
+        return False
+    return bool((weights >= 0).all()) and bool(((weights.sum(1) - 1).abs() <= 1e-3).all())
 
 
 def top_weights(weights: Tensor, experts_per_row: int | None) -> Tensor:

@@ -14,6 +14,7 @@ from twinmerge.results import Table
 
 HELD_OUT = 0.2
 BINS = 15
+LEVELS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)  # of `refuse`, in a report
 
 
 class _RouterReport(NamedTuple):
@@ -27,6 +28,9 @@ class _RouterReport(NamedTuple):
     temperature: float
     confusion: list[list[int]]
     refused: float = 0.0
+    refuse: float = 0.0
+    unlimited: list[str] = []
+    refusal: list[list[float]] = []
 
 
 class RouterReport(Table, _RouterReport):
@@ -43,12 +47,16 @@ class RouterReport(Table, _RouterReport):
         temperature: that was fitted.
         confusion: confusion[i][j] is the number of rows of expert i that went to expert j.
         refused: share of rows that the null expert took.
+        refuse: the share of known rows that it may take; 0 where there is no null expert.
+        unlimited: experts that had too few rows for a limit: nothing that is nearest to them is ever refused.
+        refusal: for some values of `refuse`, [refuse, the share of these rows that it refuses, the share of the others
+            that is routed right]. Each row is judged by limits that the others set.
     """
 
     def _summary(self) -> str:
-        return (
-            f"{100 * self.right:.1f} % of {self.rows} rows right, {100 * self.refused:.1f} % left to the shared model"
-        )
+        never = len(self.unlimited) == len(self.right_by_expert) > 0
+        left = "too few to refuse any" if never else f"{100 * self.refused:.1f} % left to the shared model"
+        return f"{100 * self.right:.1f} % of {self.rows} rows right, {left}"
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
         names = list(self.right_by_expert)
@@ -99,6 +107,25 @@ def calibration_error(weights: Tensor, owners: Tensor) -> float:
         for k in bins.unique()
     ]
     return sum(gaps, 0.0) / len(owners)
+
+
+def refusal_curve(p_values: Tensor, right: Tensor) -> list[list[float]]:
+    """What each share that may be refused does: [refuse, share refused, share of the rest that is right].
+
+    Args:
+        p_values: (rows,), as `Novelty.p_values` gives them.
+        right: (rows,), whether each was routed right.
+
+    Example:
+        >>> refusal_curve(torch.tensor([0.01, 1.0]), torch.tensor([False, True]))[1:4]
+        [[0.005, 0.0, 0.5], [0.01, 0.5, 1.0], [0.02, 0.5, 1.0]]
+    """
+    found = []
+    for refuse in LEVELS:
+        kept = p_values > refuse
+        rest = right[kept].double().mean().item() if bool(kept.any()) else math.nan
+        found.append([refuse, 1 - kept.double().mean().item(), rest])
+    return found
 
 
 def report_of(logits: Tensor, owners: Tensor, experts: Sequence[str], temperature: float) -> RouterReport:

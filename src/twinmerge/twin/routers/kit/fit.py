@@ -13,21 +13,36 @@ from torch import Tensor
 
 from twinmerge.errors import DamagedFile, DataError, UsageError
 from twinmerge.origin import is_ours
-from twinmerge.twin.routers.kit.aggregates import Statistics
+from twinmerge.results import some
+from twinmerge.twin.routers.kit.aggregates import REFUSE, Statistics
 from twinmerge.twin.routers.kit.base import Router
-from twinmerge.twin.routers.kit.calibration import RouterReport, fit_temperature, held_out_split, report_of
-from twinmerge.twin.routers.kit.novelty import Novelty, limits_of
+from twinmerge.twin.routers.kit.calibration import (
+    HELD_OUT,
+    RouterReport,
+    fit_temperature,
+    held_out_split,
+    refusal_curve,
+    report_of,
+)
+from twinmerge.twin.routers.kit.novelty import Novelty, check_refuse, limits_of, rows_for
 from twinmerge.twin.routers.kit.registry import is_router, make_router
 from twinmerge.twin.routers.kit.sound import check_fitted, check_returns, failing
 
 
 def fit_router(
-    router: Router, features: Tensor, owners: Tensor, experts: Sequence[str], seed: int = 0, novel: int = 0
+    router: Router,
+    features: Tensor,
+    owners: Tensor,
+    experts: Sequence[str],
+    seed: int = 0,
+    novel: int = 0,
+    refuse: float = REFUSE,
 ) -> RouterReport:
     """Fit on four fifths of the rows, set temperature and limits on the fifth that was held out, report on it.
 
     Args:
         novel: how many of the last features tell rows that are nobody's; 0 for no null expert.
+        refuse: the share of known rows that may be refused; 0 for no null expert.
 
     Raises:
         TwinmergeError: fewer than two experts, an expert with fewer than five rows.
@@ -45,19 +60,56 @@ def fit_router(
     if not is_ours(type(router)):
         check_fitted(router, features[train], experts)
     limits: dict[str, float] = {}
+    novel = novel if check_refuse(refuse) else 0
     if novel:
         router.novelty = Novelty.of(
             router.statistics or Statistics.of(features[train][:, -novel:], owners[train], experts), novel
         )
-        router.novelty.set_limits(features[held], owners[held])
+        router.novelty.set_limits(features[held], refuse)
         limits = limits_of(router.novelty, experts)
     report = calibrated(router, features[held], owners[held], experts)
+    if router.novelty is not None:
+        report = _with_refusal(report, router, features[held], owners[held], experts, refuse)
     if router.statistics is not None:
         router.statistics = router.statistics._replace(
-            temperature=float(router.temperature), report=report._asdict(), limits=limits, novel=novel
+            temperature=float(router.temperature), report=report._asdict(), limits=limits, novel=novel, refuse=refuse
         )
     _check_written(router, features[held])
     return report
+
+
+def _with_refusal(
+    report: RouterReport, router: Router, features: Tensor, owners: Tensor, experts: Sequence[str], refuse: float
+) -> RouterReport:
+    """The report with what refusing does; a warning where there were too few rows for some expert's limit."""
+    assert router.novelty is not None
+    right = router.logits(features).argmax(-1) == owners
+    curve = refusal_curve(router.novelty.p_values(features), right)
+    finite = router.novelty.limits.isfinite().tolist()
+    lacking = [name for name, has in zip(experts, finite, strict=True) if not has]
+    if lacking:
+        warn_unlimited(lacking, len(experts), refuse, stacklevel=8)
+    return report._replace(refuse=refuse, unlimited=lacking, refusal=curve)
+
+
+def inputs_for(refuse: float) -> int:
+    """How many inputs of an expert a finite limit takes, a fifth of them held out.
+
+    Example:
+        >>> inputs_for(0.02)
+        245
+    """
+    return round(rows_for(refuse) / HELD_OUT)
+
+
+def warn_unlimited(lacking: Sequence[str], experts: int, refuse: float, stacklevel: int) -> None:
+    """Say that some experts had too few inputs for a limit."""
+    of = "" if len(lacking) == experts else f" that is nearest to {some(lacking)}"
+    warnings.warn(
+        f"No input{of} will be refused: refuse={refuse:g} takes {rows_for(refuse)} held-out inputs that are nearest to "
+        f"an expert, a fifth of {inputs_for(refuse)}. Give more inputs of each kind or a larger refuse, or say refuse=0.",
+        stacklevel=stacklevel,
+    )
 
 
 def make_of_experts(

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
-from twinmerge.twin.routers.kit.aggregates import Statistics
-
-KNOWN = 0.995  # of an expert's own held-out rows, that the null expert must leave alone
-ENOUGH = 50  # held-out rows of an expert; such a quantile cannot be told from fewer
+from twinmerge.errors import UsageError
+from twinmerge.twin.routers.kit.aggregates import REFUSE, Statistics
 
 
 class Novelty(nn.Module):
     """How far a row is from the nearest expert: min over k of (z − μk)ᵀ P (z − μk), in the last layer that the router
     reads.
 
-    P is the inverse of the shrunk covariance inside the experts, kept as its Cholesky factor in 16 bits; an expert's
-    limit is the 99.5 % quantile of its own held-out rows, infinite where there were fewer than 50.
+    P is the inverse of the shrunk covariance inside the experts, kept as its Cholesky factor in 16 bits. A row is
+    nobody's where this distance is beyond the limit of the expert that it is nearest to: the `limit_of` the distances
+    of the held-out rows that are nearest to that expert. So of rows like those, at most the share `refuse` is refused
+    in expectation, and of those nearest to any one expert too.
 
-    Source: the Mahalanobis score of Lee et al. 2018, arXiv 1807.03888, equation 2, with one layer.
+    Source: the Mahalanobis score of Lee et al. 2018, arXiv 1807.03888, equation 2, with one layer; limits by split
+    conformal prediction, group by group: Vovk, Gammerman and Shafer 2005, "Algorithmic learning in a random world",
+    section 4.5 (Mondrian).
 
     Example:
         >>> z = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) + torch.tensor([[4.0, 0.0]])
-        >>> found = Novelty.of(Statistics.of(z, torch.zeros(400, dtype=torch.int64), ["a"]), 2)
-        >>> found.set_limits(z, torch.zeros(400, dtype=torch.int64))
+        >>> found = Novelty.of(Statistics.of(z[:300], torch.zeros(300, dtype=torch.int64), ["a"]), 2)
+        >>> found.set_limits(z[300:])
         >>> found.far(torch.tensor([[4.0, 0.5], [40.0, 0.0]])).tolist()
         [False, True]
     """
@@ -68,17 +71,84 @@ class Novelty(nn.Module):
         root[at[0], at[1]] = self.scale * self.root.float()
         return torch.cdist(features[:, -self.width :].float() @ root, self.means @ root).square()
 
-    def set_limits(self, features: Tensor, owners: Tensor) -> None:
-        """Limits by rows (rows, width) that nothing was made from, and the number of the expert of each (rows,)."""
-        own = self.distances(features)
-        for k in owners.unique().tolist():
-            rows = own[owners == k, k]
-            self.limits[k] = torch.quantile(rows, KNOWN) if len(rows) >= ENOUGH else torch.inf
+    def set_limits(self, features: Tensor, refuse: float = REFUSE) -> None:
+        """Limits by rows (rows, width) of all experts that nothing was made from.
+
+        Args:
+            features: of those rows.
+            refuse: the share of such rows that may be refused.
+        """
+        nearest, expert = self.distances(features).min(1)
+        for k in range(len(self.limits)):
+            self.limits[k] = limit_of(nearest[expert == k], refuse)
+
+    def p_values(self, features: Tensor) -> Tensor:
+        """(rows,): of each row, the least `refuse` that would refuse it, had the limits been set by the others.
+
+        That is the share of the rows nearest to the same expert that are as far away, itself among them.
+        """
+        nearest, expert = self.distances(features).min(1)
+        found = torch.ones(len(features), dtype=torch.float64)
+        for k in expert.unique().tolist():
+            own = nearest[expert == k].contiguous()
+            nearer = torch.searchsorted(own.sort().values, own)  # how many are nearer than each
+            found[expert == k] = (len(own) - nearer).double() / len(own)
+        return found
 
     def far(self, features: Tensor) -> Tensor:
         """(rows,): True for a row beyond the limit of the expert that it is nearest to."""
         nearest, expert = self.distances(features).min(1)
         return nearest > self.limits[expert]
+
+
+def limit_of(distances: Tensor, refuse: float) -> float:
+    """The distance beyond which at most the share `refuse` of rows lies, if they are like the n rows that are given.
+
+    It is the ⌈(n + 1)(1 − refuse)⌉-th smallest of the n distances, infinite where that is more than n. A new row is as
+    likely to take any of the n + 1 places among them, so it is beyond the limit with probability at most `refuse`.
+
+    Args:
+        distances: (n,), of rows that nothing was made from.
+        refuse: the share, above 0 and below 1.
+
+    Source: Lei et al. 2018, "Distribution-free predictive inference for regression", algorithm 2.
+
+    Example:
+        >>> nine = torch.arange(1.0, 10.0)
+        >>> limit_of(nine, 0.2), limit_of(nine, 0.1), limit_of(nine, 0.05)  # the 8th, the 9th, and there is no 10th
+        (8.0, 9.0, inf)
+    """
+    place = math.ceil((len(distances) + 1) * (1 - _exact(refuse)))
+    return math.inf if place > len(distances) else float(distances.sort().values[place - 1])
+
+
+def rows_for(refuse: float) -> int:
+    """How many held-out rows of an expert a finite limit takes: the least n with (n + 1)(1 − refuse) ≤ n.
+
+    Example:
+        >>> rows_for(0.02), rows_for(0.05), rows_for(0.005)
+        (49, 19, 199)
+    """
+    return math.ceil((1 - _exact(refuse)) / _exact(refuse))
+
+
+def check_refuse(refuse: float) -> float:
+    """The share of known rows that may be refused.
+
+    Raises:
+        UsageError: none from 0 on and below 1.
+    """
+    if not 0 <= refuse < 1:
+        raise UsageError(
+            f"refuse is {refuse}: the share of known inputs that may be refused. Give a number from 0 (never) to below "
+            "1, such as 0.02."
+        )
+    return float(refuse)
+
+
+def _exact(share: float) -> Fraction:
+    """A share as it is written: 0.02 is 2 of 100, which no binary number is."""
+    return Fraction(repr(float(share)))
 
 
 def limits_of(novelty: Novelty, experts: Sequence[str]) -> dict[str, float]:

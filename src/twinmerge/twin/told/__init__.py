@@ -1,0 +1,1 @@
+"""What a twin says of itself, and who is told of its mixtures."""
