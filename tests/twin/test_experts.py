@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import TwinmergeError
+from twinmerge.twin.experts import routed_to
+from twinmerge.twin.package import Package
 from twinmerge.twin.routers.gaussian import GaussianRouter
 from twinmerge.twin.routers.kit.aggregates import FIRST, Statistics
+from twinmerge.twin.routers.kit.calibration import held_out_split
+from twinmerge.twin.routers.kit.fit import fit_router
 from twinmerge.twin.twin import Twin
 
 RANK = 3
@@ -131,6 +135,28 @@ def test_a_first_expert_that_goes_leaves_the_covariance_as_it_was() -> None:
     z = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
     three = Statistics.of(z, torch.arange(90) % 3, ["a", "b", "c"])
     assert torch.equal(three.without("b").covariance(), three.covariance())
+
+
+def test_the_limit_of_an_added_expert_is_set_by_rows_that_nothing_else_is_made_of() -> None:
+    """A fifth of its inputs is held out, as in a fit; with fewer than the limit takes, all make its mean, and it is
+    said."""
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.arange(3).repeat_interleave(300)
+    z = 3.0 * torch.eye(4)[owners] + torch.randn(900, 4, generator=generator)
+    router = GaussianRouter()
+    fit_router(router, z[:600], owners[:600], ["a", "b"], novel=4, refuse=0.05)
+    package = Package(None, {}, {}, router, (0,), None, {})  # type: ignore[arg-type]
+    train, held = held_out_split(torch.zeros(300, dtype=torch.int64), 0)
+    found = routed_to(package, "c", z[600:]).router
+    assert found is not None and found.statistics is not None and found.novelty is not None
+    assert found.statistics.counts["c"] == 240 == len(train)
+    assert torch.equal(found.statistics.means["c"], z[600:][train].double().mean(0).float())
+    own = found.novelty.distances(z[600:][held])[:, 2].sort().values
+    assert float(found.novelty.limits[2]) == pytest.approx(float(own[57]), rel=1e-5)  # ⌈61 · 0.95⌉ = 58
+    with pytest.warns(UserWarning, match="No input that is nearest to c will be refused: refuse=0.05 takes 19 .* 95"):
+        few = routed_to(package, "c", z[600:690]).router
+    assert few is not None and few.statistics is not None and few.novelty is not None
+    assert few.statistics.counts["c"] == 90 and few.novelty.limits.isfinite().tolist() == [True, True, False]
 
 
 def test_the_temperature_of_drawn_rows_is_that_of_rows(lab: Any) -> None:
