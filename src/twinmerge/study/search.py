@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from twinmerge.arguments import fits, strict
+from twinmerge.arguments import fits, shown, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
 from twinmerge.models.transformers_class import position_limit
@@ -33,8 +34,8 @@ class Trial(Result):
 
     Attributes:
         parameters: of the method, and of LiNeS (`lines.b`).
-        score: what is to be large, in per cent.
-        scores: by task, fractions.
+        score: what is to be large; in per cent of a suite, or as a scorer of one's own gave it.
+        scores: by task, fractions; or what a scorer named.
     """
 
     parameters: dict[str, Any]
@@ -42,7 +43,7 @@ class Trial(Result):
     scores: dict[str, float]
 
     def _summary(self) -> str:
-        return f"{self.score:.2f} %, {', '.join(f'{name} {cell(value)}' for name, value in self.parameters.items())}"
+        return f"{self.score:.2f}, {', '.join(f'{name} {cell(value)}' for name, value in self.parameters.items())}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,13 +52,13 @@ class Search(Table):
 
     Attributes:
         method: by its name.
-        split: which rows decided.
-        rows: how many.
+        split: which rows decided; None where a scorer of one's own did.
+        rows: how many; 0 there.
         trials: in their order.
     """
 
     method: str
-    split: str
+    split: str | None
     rows: int
     trials: tuple[Trial, ...]
 
@@ -72,7 +73,8 @@ class Search(Table):
         return {**found, **plain({"best": self.best.parameters, "trials": self.trials})}
 
     def _summary(self) -> str:
-        return f"{self.method}, {len(self.trials)} trials on {self.split}, best {self.best._summary()}"
+        on = "by a scorer" if self.split is None else f"on {self.split}"
+        return f"{self.method}, {len(self.trials)} trials {on}, best {self.best._summary()}"
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
         names = list(dict.fromkeys(name for trial in self.trials for name in trial.parameters))
@@ -135,6 +137,29 @@ def points(
         yield from ({**point, **draw} for draw in draws)
 
 
+Scorer = Callable[[Any], float | Mapping[str, float]]
+"""A merged model, as `Merge.load` gives it -> a number that is to be large, or several by name, whose mean is."""
+
+
+def scored(found: Any, candidate: Mapping[str, Any]) -> Trial:
+    """A trial by what a scorer gave.
+
+    Raises:
+        UsageError: neither a finite number nor a mapping of names to some.
+
+    Example:
+        >>> scored({"a": 0.5, "b": 1.0}, {"scale": 0.1}).score, scored(2, {}).scores
+        (0.75, {})
+    """
+    scores = {} if fits(found, float) else found
+    if not fits(scores, Mapping[str, float]) or not (scores or fits(found, float)):
+        raise UsageError(f"The scorer gives {shown(found)}. Let it give a number, or a mapping of names to numbers.")
+    score = float(found) if not scores else sum(map(float, scores.values())) / len(scores)
+    if not math.isfinite(score):
+        raise UsageError(f"The scorer gives {score} for {dict(candidate)}. Let it give a finite number.")
+    return Trial(dict(candidate), score, {str(name): float(value) for name, value in scores.items()})
+
+
 def check_split(split: str) -> None:
     """Refuse to choose anything on test rows.
 
@@ -159,7 +184,7 @@ Choose on validation rows, with --split validation.
 @strict
 def search(
     merge: Merge,
-    suite: str | Path | Mapping[str, Task],
+    suite: str | Path | Mapping[str, Task] | None = None,
     candidates: Iterable[Mapping[str, Any]] | None = None,
     *,
     grid: Mapping[str, Sequence[Any]] | None = None,
@@ -168,6 +193,7 @@ def search(
     limit: int | None = None,
     seed: int = 0,
     experts: Evaluation | str | Path | None = None,
+    scorer: Scorer | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Search:
@@ -175,21 +201,38 @@ def search(
 
     Args:
         merge: what is merged, as `twinmerge.merge` describes it; candidates override its recipe's parameters.
-        suite: task -> data, or a suite's folder; the tasks' names are those of the experts.
+        suite: task -> data, or a suite's folder; the tasks' names are those of the experts. Or give a `scorer`.
         candidates: parameters of each; or give `grid`, `weightings` or both.
         grid: parameter -> values that are tried, all with all.
         weightings: try so many weightings of the experts, each with every point of the grid.
         split, limit, seed: the rows that decide, as in `evaluate`.
         experts: their own evaluation on the same rows, or its file: the score is then 100 · mean of score / expert's
             score, else 100 · mean score.
+        scorer: a function of your own in the place of a suite: it gets the merged model, as `merge.load()` gives it,
+            and gives a number that is to be large, or several by name, whose mean is. Score on rows that were not
+            trained on, and keep test rows for the end.
         out: a file to write all trials to, in the place of one that is there.
 
     Raises:
-        TwinmergeError: no candidates, a split for testing, and as `evaluate`.
+        TwinmergeError: no candidates, a split for testing, a score that is no finite number, and as `evaluate`.
+
+    Example:
+        >>> from torch import nn
+        >>> import twinmerge as tm
+        >>> base, expert = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        >>> base.weight.data[:], expert.weight.data[:] = 1.0, 3.0
+        >>> merge = tm.merge("task_arithmetic", base, {"a": expert}, progress=False)
+        >>> found = search(merge, grid={"scale": [0.1, 0.5, 0.9]}, scorer=lambda model: -abs(float(model.weight) - 2))
+        >>> found.best.parameters, len(found.trials)
+        ({'scale': 0.5}, 3)
     """
     check_split(split)
     reference, file = Evaluation.read(experts), check_file(out)
-    if not isinstance(suite, Mapping):
+    if (suite is None) == (scorer is None):
+        raise UsageError("A search needs a suite or a scorer of your own. Give one of them.")
+    if scorer is not None and reference is not None:
+        raise UsageError("The experts' scores are of a suite, and a scorer is given. Leave experts out.")
+    if suite is not None and not isinstance(suite, Mapping):
         suite = open_suite(suite, list(merge.recipe.experts))
     candidates = list(points(grid, weightings, list(merge.recipe.experts), seed) if candidates is None else candidates)
     if not all(fits(candidate, Mapping[str, Any]) for candidate in candidates):
@@ -209,6 +252,10 @@ def search(
     encoder: TextEncoder | None = None
     trials, rows = [], 0
     for candidate in tqdm(candidates, "searching", delay=1, leave=False, disable=None if progress else True):
+        if scorer is not None:
+            trials.append(scored(scorer(merge.varied(**candidate).load()), candidate))
+            continue
+        assert suite is not None
         model = merge.varied(**candidate).headed()
         if encoder is None:
             folder = tokenizer_folder(merge)
@@ -217,7 +264,7 @@ def search(
         score = 100 * found.mean if reference is None else found.normalised(reference)
         trials.append(Trial(dict(candidate), score, found.scores))
         rows = found.rows
-    made = Search(merge.recipe.method_name, split, rows, tuple(trials))
+    made = Search(merge.recipe.method_name, None if scorer else split, rows, tuple(trials))
     if file is not None:
         replace_text(file, made.to_json())
     return made
