@@ -92,6 +92,8 @@ def test_a_twin_prints_what_it_holds(twin: Twin, saved: Path) -> None:
 
 def test_a_twin_names_its_parts(twin: Twin, lab: Any) -> None:
     assert twin.labels == LABELS and twin.heads == [*LABELS] and twin.rank == 4
+    assert repr(twin.package.heads["e2"]) == "HeadSpec(BertForSequenceClassification, 2 tensors, a, b, c and 1 more)"
+    assert repr(twin.package).startswith("Package(e0, e1, e2, none, in ") and len(repr(twin.package)) <= WIDTH
     assert (twin.dtype, str(twin.device)) == (torch.float32, "cpu")
     speaker = lab.twin("gpt2")
     assert (speaker.labels, speaker.heads) == ({}, []) and speaker.dtype == torch.float64

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from twinmerge.errors import DamagedFile
 from twinmerge.maths.codec import pack, unpack
 from twinmerge.models.transformers_class import class_of, labels_of, read_config
+from twinmerge.results import one_line, some
 from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, damaged, load_artefact, save_artefact, undamaged
 from twinmerge.store.checkpoint import Checkpoint, Spec
@@ -31,6 +32,10 @@ class HeadSpec(NamedTuple):
 
     config: PretrainedConfig
     tensors: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        kind = (self.config.architectures or [self.config.model_type])[0]
+        return one_line("HeadSpec", f"{kind}, {len(self.tensors)} tensors, {some(self.labels)}")
 
     @property
     def labels(self) -> list[str]:

@@ -22,6 +22,7 @@ from twinmerge.models.opened import InMemory, OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import TorchModel
 from twinmerge.origin import package_of
+from twinmerge.results import one_line, some
 from twinmerge.store.artefact import (
     Artefact,
     artefact_bytes,
@@ -67,6 +68,9 @@ class Package(NamedTuple):
     codec: str = "none"
     masks: Mapping[str, Any] = MappingProxyType({})
     home: Path | None = None
+
+    def __repr__(self) -> str:
+        return one_line("Package", f"{some(self.exclusive)}, {self.codec}, in {self.home or 'memory'}")
 
     @property
     def rank(self) -> int:
