@@ -246,6 +246,11 @@ def test_tables_and_their_columns_are_inputs(twin: Twin, table: Any) -> None:
     for wrong in ({"sentence": TEXTS}, {"text": TEXTS, "input_ids": ids}):
         with pytest.raises(TwinmergeError, match="text .*input_ids.* among their columns"):
             twin.predict(table(**wrong))
+    segments = [[0] * len(row) for row in ids]
+    assert twin.predict(table(input_ids=ids, token_type_ids=segments)) == [p.label for p in expected]
+    segments[3] = [0] * (len(ids[3]) - 1) + [1]
+    with pytest.raises(TwinmergeError, match="token_type_ids that are not 0"):  # which would be dropped without a word
+        twin.predict(table(input_ids=ids, token_type_ids=segments))
     with pytest.raises(TwinmergeError, match=r"Row 1 of .* no text"):
         twin.predict(table(text=["w3", None, "w4", "w5", "w6"]))
 

@@ -18,6 +18,7 @@ from twinmerge.tasks.rows import Tokens
 
 READ = ("text", "text_pair", "input_ids", "attention_mask")
 """Columns that are read; those of a data file, images aside."""
+KINDS = "token_type_ids"
 
 
 def inputs_from(given: Any) -> Sequence[Input] | Mapping[str, Any]:
@@ -29,7 +30,7 @@ def inputs_from(given: Any) -> Sequence[Input] | Mapping[str, Any]:
             `datasets.Dataset`, a mapping of lists; or a mapping of tensors, which is a batch.
 
     Raises:
-        UsageError: a table without such columns or with both kinds; a column with a missing text.
+        UsageError: a table without such columns or with both kinds; a missing text; token ids of several segments.
 
     Example:
         >>> inputs_from({"text": ["a", "b"], "label": [0, 1]})
@@ -68,9 +69,14 @@ def inputs_from(given: Any) -> Sequence[Input] | Mapping[str, Any]:
         first = _texts(columns["text"], "text")
         seconds = columns.get("text_pair", [None] * len(first))
         return [
-            one if _is_missing(two) else (one, two)
+            one if _is_missing(two) or not two else (one, two)
             for one, two in zip(first, _some_texts(seconds, "text_pair"), strict=True)
         ]
+    if KINDS in names and any(any(_numbers(row)) for row in given[KINDS]):
+        raise UsageError(
+            f"The inputs have {KINDS} that are not 0, which ids alone do not keep. Give tensors (the tokenizer's "
+            "return_tensors='pt'), or the texts."
+        )
     ids = [_numbers(row) for row in columns["input_ids"]]
     attended = (
         [_numbers(row) for row in columns["attention_mask"]] if "attention_mask" in columns else [None] * len(ids)
