@@ -42,6 +42,7 @@ def test_points_are_those_of_the_report(report: RouterReport, tmp_path: Path, mo
     assert len(set(refused)) > 5 and all(share <= 100 * level for share, level in zip(refused, LEVELS, strict=True))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["svg", "png", "pdf"])
 def test_the_same_report_gives_the_same_file(report: RouterReport, tmp_path: Path, kind: str) -> None:
     files = [draw_refusal(each, tmp_path / f"{i}.{kind}") for i, each in enumerate((report, report._asdict()))]

@@ -347,6 +347,7 @@ def test_what_a_function_raises_reaches_the_caller(twin: Twin) -> None:
 # ---------------------------------------------------------------------------------------- dtype and device
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("given", [{"dtype": torch.bfloat16}, {"torch_dtype": "float16"}])
 def test_read_in_a_dtype_is_read_and_brought_to_it(
     saved: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -99,6 +99,7 @@ def test_the_rows_that_a_limit_takes_are_the_fewest() -> None:
         assert limit_of(torch.ones(fewest), refuse) == 1 and limit_of(torch.ones(fewest - 1), refuse) == math.inf
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rows, refuse", [(60, 0.1), (145, 0.02), (90, 0.25)])
 def test_of_rows_like_those_at_most_the_share_is_refused_in_expectation(rows: int, refuse: float) -> None:
     """The mean over many fits, of three groups that overlap and of tails of any kind; with a limit as the plain quantile
