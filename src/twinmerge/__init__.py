@@ -18,8 +18,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.moved import old_name, serve_old_names
+from twinmerge.registration import register_with_transformers
 
 serve_old_names()
+register_with_transformers()
 __version__: str
 
 _WHERE = {

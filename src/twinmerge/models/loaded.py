@@ -171,7 +171,8 @@ def with_head(headed: HeadedModel, name: str) -> PreTrainedModel:
     model.load_state_dict(state, strict=True, assign=True)
     if tied:
         model.tie_weights()
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _set_generation(model: PreTrainedModel, said: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin.mixing.mixture import index_of, mixture_weights
-from twinmerge.twin.package import is_twin
+from twinmerge.twin.package import is_twin, shared_folder
 
 if TYPE_CHECKING:
     from twinmerge.twin.core import Core
@@ -152,8 +152,8 @@ def export_lora(
         server: "vllm" leaves out embeddings and heads, which vLLM refuses, and pads to a rank that it takes; what
             changes the experts of a mixture-of-experts model is refused, since vLLM reads their factors in layouts
             that differ by model.
-        base: what the adapter names as its base model; where None, the folder that the twin was read from or saved
-            to, which stock transformers loads as the shared model.
+        base: what the adapter names as its base model; where None, the folder `shared` of the twin that was read or
+            saved, which stock transformers loads.
 
     Raises:
         TwinmergeError: unknown names, experts that are masks, a rank beyond 512 for vLLM, nothing that an adapter
@@ -233,7 +233,7 @@ def _home(twin: Core) -> str:
             f"An adapter names the model that it is of, and this twin {gone}. Save it first (save_pretrained), or name "
             "where its shared model will be (base)."
         )
-    return str(home)
+    return str(shared_folder(home))
 
 
 def _class_with_head(twin: Core, head: str | None) -> tuple[Architecture, HeadSpec | None]:

@@ -162,11 +162,11 @@ class Twin(Served):
             factory: makes the module, with any weights, where the twin is of a module of your own.
         """
         path = locate(folder, cached=local_files_only).folder / subfolder
-        return cls(package_file.load(path, factory), path)
+        return cls(package_file.load(path, factory), package_file.shared_folder(path))
 
     @strict
     def save_pretrained(self, folder: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
-        """Write the twin folder; stock transformers loads it as the shared model.
+        """Write the twin folder; stock transformers loads the shared model from its folder `shared`.
 
         Args:
             folder: one that does not exist or is empty.

@@ -142,7 +142,7 @@ def test_a_twin_answers_as_its_experts(lab: Lab, where: str) -> None:
     twin.save_pretrained(lab.root / "twin")
     again = tm.Twin.from_pretrained(lab.root / "twin")
     assert torch.equal(again(**BATCH, expert="b").logits, twin(**BATCH, expert="b").logits)
-    shared = logits(stock(lab.kind, lab.root / "twin"))
+    shared = logits(stock(lab.kind, lab.root / "twin" / "shared"))
     torch.testing.assert_close(again(**BATCH, mixture={}).logits, shared, atol=1e-6, rtol=1e-5)
     export_dense(again, {"a": 1.0}, lab.root / "one")
     torch.testing.assert_close(
