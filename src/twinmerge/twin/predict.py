@@ -11,6 +11,7 @@ from torch import Tensor
 from twinmerge.arguments import at_least_one
 from twinmerge.errors import UsageError
 from twinmerge.results import Result, Rows, plain, some
+from twinmerge.tasks.images import named
 from twinmerge.twin.call import call
 from twinmerge.twin.core import Core
 from twinmerge.twin.routing import CHOICE, check_choice
@@ -92,4 +93,4 @@ def predict(core: Core, texts: Sequence[Any], batch_rows: int, choice: Mapping[s
             label = core.model.labels(head)[int(p.argmax())]
             found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture))
     core.warn_truncated()
-    return Predictions(found, texts)
+    return Predictions(found, [named(row) for row in texts])

@@ -117,7 +117,8 @@ class Served(Core):
         """The label name of each text, or `Predictions` with `detail`.
 
         Args:
-            texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning.
+            texts: strings or (text, text_pair) tuples; longer ones than the model takes are cut, with a warning. For
+                models of images: images of Pillow, arrays of uint8, or float tensors of finished pixel values.
             choice: mixture, normalize, unconstrained, expert, head or experts_per_row, as in the call of the twin.
         """
         found = predict(self, texts, batch_rows, choice)

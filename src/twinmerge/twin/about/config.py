@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from twinmerge.models.transformers_class import class_of, labels_of
 from twinmerge.store import disk
+from twinmerge.store.manifest import SHARED
 from twinmerge.twin import TYPE
 
 if TYPE_CHECKING:
     from twinmerge.models.architecture import Architecture
     from twinmerge.models.head_files import HeadSpec
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 KINDS = ("ForSequenceClassification", "ForImageClassification", "ForTokenClassification", "ForCausalLM")
 """Ends of the names of classes whose twins transformers' auto classes open."""
 ENDS = {**{kind: kind for kind in KINDS}, "LMHeadModel": "ForCausalLM"}
@@ -36,8 +38,11 @@ def write_twin_config(
         architecture: of the shared model.
     """
     if architecture is not None and architecture.config is not None:
-        config = twin_config(experts, heads, architecture)
-        disk.write_json(folder / "config.json", config)
+        disk.write_json(folder / "config.json", twin_config(experts, heads, architecture))
+        for name in PROCESSORS:  # which transformers looks for beside it, and finds no class for elsewhere
+            if (folder / SHARED / name).is_file():
+                with open(folder / SHARED / name, "rb") as opened:
+                    disk.copy_file(opened, folder / name)
 
 
 def twin_config(experts: Sequence[str], heads: Mapping[str, HeadSpec], architecture: Architecture) -> dict[str, Any]:
