@@ -329,7 +329,7 @@ def test_an_adapter_names_the_folder_of_its_twin_and_no_other(lab: Any, tmp_path
     def named(exported: Any) -> str:
         card = (exported.folder / "README.md").read_text()
         found: str = json.loads((exported.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        assert f"base_model: {found}\n" in card
+        assert f"The base is `{found}`" in card
         return found
 
     assert named(twin.export("e0", tmp_path / "given", lora=True, base="org/shared")) == "org/shared"

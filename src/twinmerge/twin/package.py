@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ from twinmerge.store.foreign import AGAIN, find, read_json, read_text
 from twinmerge.store.manifest import OUTPUT, SHARED, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin import MASKS_VERSION, ROUTER, SEALED_VERSION, STATISTICS, TWIN, TWIN_VERSION
-from twinmerge.twin.about.card import about_of, card_of_now
+from twinmerge.twin.about.card import about_of, card_of_now, holds_of, shared_method, with_holds
 from twinmerge.twin.about.config import write_twin_config
 from twinmerge.twin.masked import pack_masks, told_of, unpack_masks
 from twinmerge.twin.routers.kit.aggregates import Statistics
@@ -102,8 +103,7 @@ class TwinInfo(Table, _TwinInfo):
     @classmethod
     def of(cls, package: Package, retained: dict[str, float]) -> TwinInfo:
         """What a package holds."""
-        record = package.provenance.get("twin", {})
-        shared = record.get("shared") or package.provenance.get("recipe", {}).get("merge_method")
+        shared = shared_method(package.provenance)
         kind = None if package.router is None else package.router.kind
         bytes_extra = extra_bytes(package)
         return cls(list(package.exclusive), shared, package.codec, bytes_extra, retained, package.report, kind)
@@ -140,7 +140,7 @@ def write(
     if sources:
         others = {name: model for name, model in sources.items() if name != "base"}
         heads = sorted({n for head in package.heads.values() for n in head.tensors})
-        card = model_card(provenance, sources["base"], others, heads, "twin")
+        card = model_card(provenance, sources["base"], others, heads, "twin", task=holds_of(package).task)
     else:
         read = twin_around(side_files)
         readme = find(read, "README.md") if read else None
@@ -148,7 +148,8 @@ def write(
     known = {name: record for name, record in about_of(twin_around(side_files)).items() if name in package.exclusive}
     for name, more in about.items():
         known[name] = {**known.get(name, {}), **more}
-    return save(output, package, side_files, card_of_now(card, provenance), known)
+    told = partial(with_holds, card_of_now(card, provenance), holds_of(package))
+    return save(output, package, side_files, told, known)
 
 
 def is_twin(folder: Path) -> bool:
@@ -174,7 +175,13 @@ def twin_around(side_files: Path | None) -> Path | None:
     return side_files.parent if side_files is not None and read else side_files
 
 
-def save(output: OutputFolder, package: Package, side_files: Path | None, card: str, about: Mapping[str, Any]) -> Path:
+def save(
+    output: OutputFolder,
+    package: Package,
+    side_files: Path | None,
+    card: str | Callable[[Path], str],
+    about: Mapping[str, Any],
+) -> Path:
     """Write a twin folder, whole or not at all; stock transformers loads the shared model from the folder inside."""
     shared = package.shared
     specs = {shared.stored[n]: spec for n, spec in shared.specs.items()}

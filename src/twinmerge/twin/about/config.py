@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinmerge.models.transformers_class import class_of, labels_of
 from twinmerge.store import disk
 from twinmerge.store.manifest import SHARED
 from twinmerge.twin import TYPE
+from twinmerge.twin.about.card import classes_of
 
 if TYPE_CHECKING:
     from twinmerge.models.architecture import Architecture
@@ -47,7 +47,7 @@ def write_twin_config(
 
 def twin_config(experts: Sequence[str], heads: Mapping[str, HeadSpec], architecture: Architecture) -> dict[str, Any]:
     """What it says: the class of the twin, its experts, and one space of labels for all heads."""
-    kinds = {class_of(head.config).__name__ for head in heads.values()} or {architecture.model_class.__name__}
+    kinds = classes_of(architecture, heads)
     labels, _ = label_space(labels_by_head(heads, architecture))
     found: dict[str, Any] = {"model_type": TYPE, "architectures": [f"Twin{kind_of(kinds)}"], "experts": list(experts)}
     if labels:
@@ -73,6 +73,8 @@ def labels_by_head(heads: Mapping[str, HeadSpec], architecture: Architecture) ->
     """Head -> its label names; None -> the model's own where there are no heads."""
     if heads:
         return {name: head.labels for name, head in heads.items()}
+    from twinmerge.models.transformers_class import labels_of
+
     own = kind_of({architecture.model_class.__name__})
     classifies = own not in ("Model", "ForCausalLM")
     return {None: labels_of(architecture.config) or []} if classifies else {}

@@ -27,6 +27,7 @@ from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError, RecipeError
 from twinmerge.maths import fused
 from twinmerge.maths.bits import byte_count, pack
+from twinmerge.maths.codec import NONE
 from twinmerge.maths.rule import Rule, Values
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
@@ -45,6 +46,7 @@ from twinmerge.store.manifest import OUTPUT, SHARED
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
 from twinmerge.twin import SCALES, TWIN, TWIN_VERSION
+from twinmerge.twin.about.card import Holds, classes_of, task_of, with_holds
 from twinmerge.twin.about.config import write_twin_config
 from twinmerge.twin.masks.results import BuiltMasks
 
@@ -63,8 +65,8 @@ def write_masks(
 ) -> BuiltMasks:
     """Write θ0, τ and a bit for each weight and expert: θt ≈ θ0 + st · mt ⊙ τ. `twinmerge.build_masks` calls it.
 
-    The folder is a twin: stock transformers loads θ0 from its folder `shared`, `Twin.from_pretrained` runs every expert from it, and
-    `extract_masked` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert
+    The folder is a twin: stock transformers loads θ0 from its folder `shared`, `Twin.from_pretrained` runs every expert
+    from it, and `extract_masked` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert
     changes are kept once and have no mask.
 
     Args:
@@ -98,9 +100,16 @@ def write_masks(
             model.close()
             twin.close()
         described = {**provenance(merge.plan), "masks": found.record()}
-        card = model_card(described, merge.base, merge.experts, sorted(merge.matched.head_names), "twin")
         heads = merge.heads()
-        side = merge.base, merge.base.folder, described, card
+        task = task_of(classes_of(merge.base.architecture, heads))
+        names = sorted(merge.matched.head_names)
+        card = model_card(described, merge.base, merge.experts, names, "twin", task=task)
+        parts, labels = (
+            f"masks of one vector (`{merge.recipe.method_name}`)",
+            {n: len(h.labels) for n, h in heads.items()},
+        )
+        holds = Holds(list(recipe.experts), None, parts, NONE, None, (), None, labels, task)
+        side = merge.base, merge.base.folder, described, partial(with_holds, card, holds)
         Beside(*side, heads=heads, about=about or {}, within=SHARED).write(folder)
         write_twin_config(folder, list(recipe.experts), heads, merge.base.architecture)
     return found

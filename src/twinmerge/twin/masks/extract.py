@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin import SCALES, SEALED_VERSION, TWIN, TWIN_VERSION
+from twinmerge.twin.about.card import written_out
 from twinmerge.twin.masked import unmasked
 from twinmerge.twin.masks.results import ExtractedExpert
 from twinmerge.twin.mixing.mixture import index_of
@@ -160,14 +161,14 @@ def _copy(each: Range, name: str, shared: OpenedModel, masks: MaskFile, expert: 
     writer.write(each.name, each.start, base)
 
 
-def _described(folder: Path, task: str) -> tuple[dict[str, Any], str]:
+def _described(folder: Path, task: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     """Provenance and card."""
     record: Mapping[str, Any] = {}
     if file := find(folder, PROVENANCE):
         record = read_json(file, advice=AGAIN)
     method = record.get("recipe", {}).get("merge_method", "masks")
-    text = f"# {task}\n\nOne of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
-    return {"extract": {"task": task}, "from": record}, text
+    text = f"One of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
+    return {"extract": {"task": task}, "from": record}, written_out(task, text, record, folder)
 
 
 def __getattr__(name: str) -> Any:
