@@ -78,11 +78,18 @@ def score(
     reference = answered("task given", lambda name, batch: own[name](pixel_values=batch).logits)
     tally = Rows(reference)
     tally.add("experts", reference)
-    zero = {name: tm.zero_shot(str(clip), t.classes, t.templates).to(device) for name, t in known.items()}
+    zero: dict[str, Any] = {name: tm.zero_shot(str(clip), t.classes, t.templates) for name, t in known.items()}
+    for plain in zero.values():
+        plain.to(device)
     tally.add("pretrained", answered("task given", lambda name, batch: zero[name](pixel_values=batch).logits))
     for method, parameters in METHODS.items():
         model: Any = tm.merge(method, base=base, experts=folders, progress=False, **parameters).load().to(device)
-        tally.add(method, answered("head given", lambda name, batch, m=model: m(pixel_values=batch, head=name).logits))
+
+        def answer(name: str, batch: Tensor, model: Any = model) -> Tensor:
+            found: Tensor = model(pixel_values=batch, head=name).logits
+            return found
+
+        tally.add(method, answered("head given", answer))
     if all((task.folder / "train").is_dir() for task in known.values()):
         _twin(tally, base, folders, known, images, encoder, rank, device, answered)
     lines = table(
@@ -168,4 +175,5 @@ def _classifier(clip: Path, tower: Path, task: Task, out: Path) -> Path:
 def _opened(folder: str, device: str) -> Any:
     from twinmerge.models.zero_shot import CLIPZeroShotForImageClassification
 
-    return CLIPZeroShotForImageClassification.from_pretrained(folder).eval().to(device)
+    model: Any = CLIPZeroShotForImageClassification.from_pretrained(folder)
+    return model.eval().to(device)

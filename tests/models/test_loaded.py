@@ -54,6 +54,7 @@ def merged(name: str, build: Any, tuned: Any, with_body_of: Any) -> tuple[tm.Mer
     return merge, by_hand
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", HEADS)
 @torch.no_grad()
 def test_heads_are_chosen_by_name(name: str, build: Any, tuned: Any, with_body_of: Any, tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def test_one_head_needs_no_name(build: Any, tuned: Any, with_body_of: Any) -> No
     torch.testing.assert_close(model(**batch).logits, expert(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration", "BertModel"])
 @torch.no_grad()
 def test_without_heads_it_is_the_class_that_stock_transformers_opens(

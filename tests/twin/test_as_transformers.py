@@ -91,6 +91,7 @@ def test_a_pipeline_answers_row_by_row_as_the_twin(folders: dict[str, Path]) -> 
     assert all((each["score"] > 0) == (each["label"] in own) for each in every)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
 def test_auto_classes_open_the_twin(folders: dict[str, Path], auto: Any) -> None:
     twin = Twin.from_pretrained(folders["bert"])
@@ -200,6 +201,7 @@ def as_before(folder: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_folders_of_before_are_read_and_written_anew(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
     old = as_before(folders[kind], tmp_path / "old")

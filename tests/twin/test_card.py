@@ -109,6 +109,7 @@ def data(task: str, seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(2 + 4 * seed, 6 + 4 * seed, (12, 5), generator=rng)}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("routed", [True, False])
 @pytest.mark.parametrize("task", BASES)
 def test_the_card_of_a_twin(
@@ -142,6 +143,7 @@ def test_the_card_of_a_twin(
     assert ran(small, monkeypatch, capsys)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("task", BASES)
 def test_the_cards_of_what_is_written_out_of_a_twin(
     made: Any, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

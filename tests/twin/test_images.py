@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedTokenizerFast,
     ViTConfig,
@@ -120,6 +121,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]
     return twin.save_pretrained(root / "twin"), experts
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("form", ["pillow", "arrays", "tensors of bytes", "pixel values"])
 def test_predict_takes_images(vit: Any, form: str) -> None:
     twin, images = tm.Twin.from_pretrained(vit[0]), drawn()
@@ -266,7 +268,7 @@ def test_merges_and_twins_of_image_towers_keep_the_classifiers_as_heads(clip: An
 
 def test_towers_and_names_that_do_not_fit_are_refused(clip: Any, vit: Any, tmp_path: Path) -> None:
     root, model = clip
-    wide = CLIPVisionModel(CLIPModel(CLIPConfig(vision_config={**VISION, "hidden_size": 32})).config.vision_config)
+    wide = CLIPVisionModel(CLIPVisionConfig(**{**VISION, "hidden_size": 32}))
     calls: list[tuple[Any, type[TwinmergeError], str]] = [
         (lambda: tm.zero_shot(str(root), []), UsageError, "list of class names"),
         (lambda: tm.zero_shot(str(root), ["a", "b", "a"]), UsageError, "'a' stands twice"),
