@@ -57,7 +57,7 @@ def static(method: str, base: str, experts: dict[str, str], parameters: dict[str
     for name, rows in split.items():
         batches = rows.pixels.split(BATCH_ROWS)
         with torch.inference_mode():
-            found = [model({"pixel_values": b}, [name] * len(b))["logits"].argmax(-1) for b in batches]
+            found = [model(pixel_values=b, head=name).logits.argmax(-1) for b in batches]
         answers[name] = Scored(name, "accuracy", rows.labels, torch.cat(found).numpy())
     return Evaluation.of(answers, "head given")
 

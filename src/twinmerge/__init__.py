@@ -18,8 +18,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twinmerge.moved import old_name, serve_old_names
+from twinmerge.registration import register_with_transformers
 
 serve_old_names()
+register_with_transformers()
 __version__: str
 
 _WHERE = {
@@ -63,6 +65,7 @@ _WHERE = {
     "smoke_check": "study.smoke",
     "transplant": "engine.transplant.transplant",
     "verify": "engine.verify",
+    "zero_shot": "engine.zero_shot",
 }
 __all__ = ["__version__", *_WHERE]
 
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     from twinmerge.engine.push import push as push
     from twinmerge.engine.transplant.transplant import transplant as transplant
     from twinmerge.engine.verify import verify as verify
+    from twinmerge.engine.zero_shot import zero_shot as zero_shot
     from twinmerge.errors import DamagedFile as DamagedFile
     from twinmerge.errors import DataError as DataError
     from twinmerge.errors import ModelError as ModelError

@@ -298,4 +298,4 @@ def test_the_card_of_a_plan_that_was_edited_does_not_promise_the_same_again(tmp_
     )
     assert "twinmerge merge twinmerge.resolved.yaml OUT" in plain and "resolved.yaml" not in edited
     twin = model_card(provenance, SimpleNamespace(name="b", folder=None, commit="c0"), {"one": one}, (), "twin")
-    assert "tm.Twin.from_pretrained(folder)" in twin and "`b` at commit c0" in twin and "resolved" not in twin
+    assert "2406.15479" in twin and "`b` at commit c0" in twin and "resolved" not in twin

@@ -236,7 +236,7 @@ def test_load_answers_with_each_experts_head(zoo):
     plan = merge("task_arithmetic", base=zoo.base, experts={"x": zoo.x, "y": zoo.y}, scale=0.5)
     body, headed = plan.state_dict(), plan.load()
     ids = torch.randint(1, 30, (3, 6), generator=torch.Generator().manual_seed(0))
-    logits = headed({"input_ids": ids}, ["y", "x", "y"])["logits"]
+    logits = headed(input_ids=ids, head=["y", "x", "y"]).logits
     for row, (name, count) in enumerate([("y", 3), ("x", 2), ("y", 3)]):
         own = copy.deepcopy(zoo.models[name])
         own.bert.load_state_dict(body)
@@ -251,7 +251,7 @@ def test_load_without_heads_is_the_model(zoo):
     ids = torch.arange(1, 6)[None]
     own = copy.deepcopy(zoo.a)
     own.load_state_dict(plan.state_dict())
-    torch.testing.assert_close(plan.load()({"input_ids": ids}).pooler_output, own(input_ids=ids).pooler_output)
+    torch.testing.assert_close(plan.load()(input_ids=ids).pooler_output, own(input_ids=ids).pooler_output)
 
 
 # ------------------------------------------------------------------------------------ differences

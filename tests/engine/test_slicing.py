@@ -292,7 +292,7 @@ slices:
     with torch.no_grad():
         ids = torch.tensor([[1, 2, 3]])
         stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids).logits
-        assert torch.allclose(merge.load().float()({"input_ids": ids}).logits, stock, atol=1e-5)
+        assert torch.allclose(merge.load().float()(input_ids=ids).logits, stock, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------- refusals

@@ -49,7 +49,7 @@ def test_rows_get_their_own_pooler(base: type, batch: dict[str, torch.Tensor]) -
     patterns = ["pooler"] if base is BertModel else []
     merged = tm.merge("average", base=model, experts=experts, heads=patterns, progress=False)
     assert {n for n in merged.matched.heads["a"] if "pooler" in n} == {"pooler.dense.weight", "pooler.dense.bias"}
-    got = merged.load()(batch, HEADS)["logits"]
+    got = merged.load()(**batch, head=HEADS).logits
     state = merged.state_dict()
     state = {k.removeprefix("bert."): v for k, v in state.items()}
     for row, name in enumerate(HEADS):  # stock class: merged body, the expert's own pooler and classifier

@@ -172,10 +172,10 @@ def test_what_runs_here_is_not_tied_either(tmp_path, name):
     paths = [folder(tmp_path, name, "both, different", seed) for seed in (1, 2)]
     recipe = Recipe("task_arithmetic", paths[0], {"a": paths[1]}, {"scale": 1.0})
     model = Merge(recipe, progress=False).load()
-    torch.testing.assert_close(logits(model.body), logits(stock(name, paths[1])[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), logits(stock(name, paths[1])[1]), rtol=1e-4, atol=1e-5)
     loaded = stock(name, paths[1])[1]
     in_memory = Merge(Recipe("average", None, {"a": loaded, "b": loaded}, {}), progress=False).load()
-    torch.testing.assert_close(logits(in_memory.body), logits(loaded), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(in_memory), logits(loaded), rtol=1e-4, atol=1e-5)
 
 
 def test_a_tie_that_differs_in_dtype_or_in_its_last_element(tmp_path):

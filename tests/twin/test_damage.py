@@ -215,15 +215,15 @@ def test_routers_that_were_changed(lab: Any, folders: Any, folder: str, name: st
         ("classifiers", "heads.json", lambda t: t.update(e1=3), "says nothing of the expert 'e1'"),
         ("classifiers", "heads/e1/config.json", lambda t: t.update(hidden_size=64), "e1/config.json is damaged or was changed"),
         ("classifiers", "heads/e0/config.json", lambda t: t.update(id2label={"0": "x"}), "e0/config.json is damaged or was"),
-        ("classifiers", "config.json", lambda t: t.update(num_attention_heads=5), "not a multiple"),
-        ("classifiers", "config.json", lambda t: t.update(hidden_size="a"), "is not a config that transformers"),
-        ("classifiers", "config.json", lambda t: t.update(model_type="none"), "is not a config that transformers"),
-        ("writers", "config.json", lambda t: t.update(vocab_size=10), "is [50, 32], by its config it is [10, 32]"),
-        ("writers", "config.json", lambda t: t.update(n_embd=64), "Restore the config.json that was saved"),
-        ("writers", "config.json", lambda t: t.update(n_layer=3), "The weights lack 12 tensors"),
-        ("writers", "config.json", lambda t: t.update(n_layer=1), "no parameter 'h.1"),
-        ("writers", "config.json", lambda t: t.update(architectures=["logging"]), "cannot be made from its config"),
-        ("writers", "config.json", lambda t: t.update(activation_function="none"), "cannot be made from its config"),
+        ("classifiers", "shared/config.json", lambda t: t.update(num_attention_heads=5), "not a multiple"),
+        ("classifiers", "shared/config.json", lambda t: t.update(hidden_size="a"), "is not a config that transformers"),
+        ("classifiers", "shared/config.json", lambda t: t.update(model_type="none"), "is not a config that transformers"),
+        ("writers", "shared/config.json", lambda t: t.update(vocab_size=10), "is [50, 32], by its config it is [10, 32]"),
+        ("writers", "shared/config.json", lambda t: t.update(n_embd=64), "Restore the config.json that was saved"),
+        ("writers", "shared/config.json", lambda t: t.update(n_layer=3), "The weights lack 12 tensors"),
+        ("writers", "shared/config.json", lambda t: t.update(n_layer=1), "no parameter 'h.1"),
+        ("writers", "shared/config.json", lambda t: t.update(architectures=["logging"]), "cannot be made from its config"),
+        ("writers", "shared/config.json", lambda t: t.update(activation_function="none"), "cannot be made from its config"),
     ],
 )  # fmt: skip
 def test_tables_and_configs_that_were_changed(
@@ -360,7 +360,7 @@ def test_headers_and_tables_with_any_value_changed(lab: Any, folders: Any, folde
         opens_or_says_why(folders[folder], calls)
 
 
-@pytest.mark.parametrize("folder, name", [("writers", "config.json"), ("classifiers", "heads/e1/config.json")])
+@pytest.mark.parametrize("folder, name", [("writers", "shared/config.json"), ("classifiers", "heads/e1/config.json")])
 @FUZZ
 @given(seed=st.integers(0, 2**32))
 def test_configs_with_any_value_changed(folders: Any, folder: str, name: str, seed: int) -> None:
@@ -369,7 +369,7 @@ def test_configs_with_any_value_changed(folders: Any, folder: str, name: str, se
         opens_or_says_why(folders[folder], None)
 
 
-@pytest.mark.parametrize("name", [TWIN, ROUTER, STATISTICS, "heads/e1/head.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("name", [TWIN, ROUTER, STATISTICS, "heads/e1/head.safetensors", "shared/model.safetensors"])
 @FUZZ
 @given(share=st.floats(0, 1, exclude_max=True), flip=st.booleans())
 def test_files_cut_short_or_with_a_byte_of_the_header_changed(

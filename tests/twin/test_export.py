@@ -77,8 +77,8 @@ def answer(lab: Any, model: Any, batch: dict[str, Tensor]) -> Tensor:
 def stock(case: Any, folder: Path, labels: int | None) -> Any:
     if labels is not None:
         kind = type(case.experts["e0"])
-        return kind.from_pretrained(folder, num_labels=labels)
-    return type(case.base).from_pretrained(folder)
+        return kind.from_pretrained(folder / "shared", num_labels=labels)
+    return type(case.base).from_pretrained(folder / "shared")
 
 
 # ----------------------------------------------------------------------------------------------- dense
@@ -174,7 +174,7 @@ def test_check24_a_mixture_side_by_side_is_exact(lab: Any, cases: Any, tmp_path:
     mixture = {"e0": 0.55, "e1": 0.25, "e2": -0.15}
     found = export_lora(twin, mixture, tmp_path / "lora")
     assert found.rank == 3 * RANK
-    body = AutoModel.from_pretrained(folder) if case.heads else stock(case, folder, None)
+    body = AutoModel.from_pretrained(folder / "shared") if case.heads else stock(case, folder, None)
     model = peft.PeftModel.from_pretrained(body, found.folder)
     dense = type(body).from_pretrained(export_dense(carried(twin), mixture, tmp_path / "dense"))
     assert lab.relative(answer(lab, model, case.batch), answer(lab, dense, case.batch)) <= 1e-6
@@ -203,14 +203,16 @@ def test_check24_a_mixed_batch_of_adapters_in_peft(lab: Any, cases: Any, tmp_pat
 def test_check24_adapters_in_float64(lab: Any, exact: Any, tmp_path: Path, name: str) -> None:
     """Check 24: an expert and a mixture, where float32 hides nothing."""
     case, twin, folder = exact[name]
-    body = AutoModel.from_pretrained(folder) if case.heads else stock(case, folder, None)
+    body = AutoModel.from_pretrained(folder / "shared") if case.heads else stock(case, folder, None)
     for mixture in ({"e1": 1.0}, {"e0": 0.5, "e1": 0.25, "e2": -0.125}):
         found = export_lora(twin, mixture, tmp_path / str(len(mixture)))
         dense = type(body).from_pretrained(export_dense(twin, mixture, tmp_path / f"dense{len(mixture)}"))
-        model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(folder) if case.heads else body, found.folder)
+        model = peft.PeftModel.from_pretrained(
+            AutoModel.from_pretrained(folder / "shared") if case.heads else body, found.folder
+        )
         got, want = answer(lab, model, case.batch), answer(lab, dense, case.batch)
         assert got.dtype == torch.float64 and (got - want).abs().max() <= 1e-10
-        body = AutoModel.from_pretrained(folder) if case.heads else stock(case, folder, None)
+        body = AutoModel.from_pretrained(folder / "shared") if case.heads else stock(case, folder, None)
 
 
 def loaded(case: Any, twin: Twin, folder: Path, where: Path, **options: Any) -> Any:
@@ -327,7 +329,7 @@ def test_an_adapter_names_the_folder_of_its_twin_and_no_other(lab: Any, tmp_path
     def named(exported: Any) -> str:
         card = (exported.folder / "README.md").read_text()
         found: str = json.loads((exported.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        assert f"base_model: {found}\n" in card
+        assert f"The base is `{found}`" in card
         return found
 
     assert named(twin.export("e0", tmp_path / "given", lora=True, base="org/shared")) == "org/shared"
@@ -335,7 +337,7 @@ def test_an_adapter_names_the_folder_of_its_twin_and_no_other(lab: Any, tmp_path
     read, small = Twin.from_pretrained(folder), twin.compress(rank=2, progress=False)
     for number, each in enumerate((twin, read, small, read.remove("e1"), copy.deepcopy(twin))):
         exported = each.export("e0", tmp_path / f"{number}", lora=True)
-        assert named(exported) == str(folder)
+        assert named(exported) == str(folder / "shared")
         model = peft.AutoPeftModelForCausalLM.from_pretrained(exported.folder)
         with torch.no_grad():
             want = carried(each)(**case.batch, expert="e0").logits
@@ -343,7 +345,9 @@ def test_an_adapter_names_the_folder_of_its_twin_and_no_other(lab: Any, tmp_path
     folder.rename(tmp_path / "moved")
     with pytest.raises(TwinmergeError, match="this twin is no longer at .*twin. Save it"):
         twin.export("e0", tmp_path / "out", lora=True)
-    assert named(Twin.from_pretrained(tmp_path / "moved").export("e0", tmp_path / "out", lora=True)).endswith("moved")
+    assert named(Twin.from_pretrained(tmp_path / "moved").export("e0", tmp_path / "out", lora=True)).endswith(
+        "moved/shared"
+    )
 
 
 def test_names_and_weights_that_cannot_be(cases: Any, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from twinmerge.errors import TwinmergeError
 from twinmerge.store.checkpoint_writer import layout
 from twinmerge.twin.twin import Twin
 
+BEFORE = {"twin": 2, "router": 1}  # the last version without checksums
 LABELS = {"e0": ["no", "yes"], "e1": ["bad", "fair", "good"], "e2": ["a", "b", "c", "d"]}
 
 
@@ -71,14 +72,15 @@ def test_a_second_save_writes_the_same_bytes(saved: Any, tmp_path: Path) -> None
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(second) for p in second.rglob("*") if p.is_file())
     assert {"twin.safetensors", "router.safetensors", "heads.json", "config.json", "README.md"} <= set(map(str, files))
+    assert {"shared/model.safetensors", "shared/config.json"} <= set(map(str, files))
     assert [f for f in files if (folder / f).read_bytes() != (second / f).read_bytes()] == []
 
 
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}, {"local_files_only": True}], ids=str)
 def test_serving18_stock_transformers_reads_the_shared_model(saved: Any, options: dict[str, bool]) -> None:
-    """Serving 18: the folder is a plain static model, with or without leave to run its code (it has none)."""
+    """Serving 18: `shared` is a plain static model, with or without leave to run its code (it has none)."""
     case, twin, folder = saved
-    model = AutoModel.from_pretrained(folder, **options)
+    model = AutoModel.from_pretrained(folder / "shared", **options)
     assert type(model) is type(case.base)
     state = model.state_dict()
     assert state.keys() == case.base.state_dict().keys()
@@ -105,10 +107,10 @@ def test_serving18_shards_and_folders_inside_folders(
     monkeypatch.setattr("twinmerge.twin.package.layout", partial(layout, shard_bytes=20_000))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     there = Twin.from_pretrained(folder).save_pretrained(tmp_path / "repository" / "models" / "twin")
-    assert len(list(there.glob("model-*-of-*.safetensors"))) > 3 and not (there / "model.safetensors").exists()
+    assert len(list(there.glob("shared/model-*-of-*.safetensors"))) > 3 and not list(there.rglob("model.safetensors"))
     again = Twin.from_pretrained(there)
     assert torch.equal(again(**case.batch).logits, twin(**case.batch).logits)
-    state = AutoModel.from_pretrained(there.parent, subfolder="twin").state_dict()
+    state = AutoModel.from_pretrained(there, subfolder="shared").state_dict()
     assert all(torch.equal(t, twin.package.shared.read(n)) for n, t in state.items())
 
 
@@ -164,7 +166,7 @@ def test_language_model_made_in_memory_keeps_its_class(lab: Any, tmp_path: Path)
     assert type(again.model.body) is GPT2LMHeadModel
     w = lab.mixtures("soft")
     assert torch.equal(again(**case.batch, mixture=w).logits, twin(**case.batch, mixture=w).logits)
-    stock = AutoModelForCausalLM.from_pretrained(folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder / "shared")
     with torch.no_grad():
         assert torch.equal(stock(**case.batch).logits, twin(**case.batch, mixture={}).logits)
     assert case.base.config.architectures is None  # the caller's config is not ours to change
@@ -198,7 +200,9 @@ def rewrite(file: Path, **changes: Any) -> None:
     """The artefact with other values in its header, or other tensors."""
     with safe_open(file, "pt") as found:
         head = json.loads(found.metadata()["twinmerge"])
-    head = {k: v for k, v in head.items() if k != "checksums"} | {"version": head["version"] - 1}  # as before checksums
+    head = {k: v for k, v in head.items() if k != "checksums"} | {
+        "version": BEFORE[head["kind"]]
+    }  # as before checksums
     save_file(load_file(file), file, {"twinmerge": json.dumps(head | changes)})
 
 
@@ -220,7 +224,7 @@ def strip(file: Path) -> None:
         ("twin.safetensors", truncate, "twin.safetensors"),
         ("twin.safetensors", scribble, "twin.safetensors"),
         ("twin.safetensors", strip, "no twinmerge artefact"),
-        ("twin.safetensors", lambda f: rewrite(f, version=5), "version 5 .* reads version 4"),
+        ("twin.safetensors", lambda f: rewrite(f, version=6), "version 6 .* reads version 5"),
         ("twin.safetensors", lambda f: rewrite(f, kind="router"), "'router' artefact, expected 'twin'"),
         ("twin.safetensors", lambda f: rewrite(f, base="0" * 64), "another base model"),
         ("twin.safetensors", Path.unlink, "no twin: it has no twin.safetensors"),
@@ -256,7 +260,7 @@ def test_serving18_exclusive_parts_of_another_model_are_refused(lab: Any, folder
 
 def test_serving18_weights_that_were_swapped_are_refused(folder: Path) -> None:
     (folder / "twinmerge.checksums.json").unlink()  # which would find it first
-    file = folder / "model.safetensors"
+    file = folder / "shared" / "model.safetensors"
     tensors = load_file(file)
     tensors["pooler.dense.weight"] += 1
     save_file(tensors, file, {"format": "pt"})

@@ -243,7 +243,7 @@ EDITS: dict[str, tuple[str, str, Callable[[Path], Any], bool]] = {
     "experts' names in the header": ("twin", "twin.safetensors", put(b'\\"a\\", \\"b\\"', b'\\"b\\", \\"a\\"'), True),
     "keys of two experts": ("twin", "twin.safetensors", swapped_keys, True),
     "an expert's tensors removed": ("twin", "twin.safetensors", without("1/"), True),
-    "no checksums of its own": ("twin", "twin.safetensors", unsealed(4), True),
+    "no checksums of its own": ("twin", "twin.safetensors", unsealed(5), True),
     "an older version": ("twin", "twin.safetensors", unsealed(3), True),
     "an older version of the state": ("state", "state.safetensors", unsealed(2), True),
     "a router of before": ("twin", "router.safetensors", unsealed(1), True),
@@ -252,7 +252,8 @@ EDITS: dict[str, tuple[str, str, Callable[[Path], Any], bool]] = {
     "a head's config": ("merge", "heads/a/config.json", value("num_attention_heads", 4), True),
     "a head of a state": ("state", "heads", lambda path: flipped(next(path.iterdir())), True),
     "a head of a state gone": ("state", "heads", lambda path: next(path.iterdir()).unlink(), True),
-    "a config": ("twin", "config.json", value("num_attention_heads", 4), True),
+    "a config": ("twin", "shared/config.json", value("num_attention_heads", 4), True),
+    "a config of the twin": ("twin", "config.json", value("model_type", "bert"), True),
     "a config of a merge": ("merge", "config.json", value("num_attention_heads", 4), True),
     "a config of an adapter": ("lora merge", "adapter_config.json", value("lora_alpha", 4), True),
     "a tensor of an adapter": (

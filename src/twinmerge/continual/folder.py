@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.continual.heads import with_heads
 from twinmerge.continual.pieces import rounded
 from twinmerge.continual.state import Description, StateFile
+from twinmerge.engine.card import cited
 from twinmerge.engine.folder import Beside
+from twinmerge.engine.front import front_matter, made_of
 from twinmerge.engine.provenance import versions
 from twinmerge.engine.ranges import Range
 from twinmerge.methods.kit.registry import method_class
@@ -74,11 +76,16 @@ def _record(status: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _card(about: Description) -> str:
+    models = [about.base_model, *(e.model for e in about.experts)]
+    front = {"library_name": "transformers", **made_of(models, "merge"), "tags": ["twinmerge", "continual", "merge"]}
+    licences = {e.licence for e in about.experts}
+    if len(licences) == 1 and (licence := licences.pop()):
+        front["license"] = licence
     rows = "\n".join(f"| {e.name} | `{e.model}` | {e.licence or 'not stated'} |" for e in about.experts)
     return (
-        "---\nlibrary_name: transformers\ntags: [twinmerge, continual]\n---\n\n"
-        f"# {len(about.experts)} experts merged over time\n\nMade with twinmerge by `{about.method}`, one expert "
+        f"{front_matter(front)}# {len(about.experts)} experts merged over time\n\nMade with twinmerge by `{about.method}`, one expert "
         "after the other.\n\n"
         f"| expert | model | licence |\n| --- | --- | --- |\n| base | `{about.base_model}` | |\n{rows}\n\n"
-        f"Parameters: `{json.dumps(about.parameters, ensure_ascii=False)}`\n"
+        f"Parameters: `{json.dumps(about.parameters, ensure_ascii=False)}`\n\n"
+        f"## Cite\n\n{cited({'merge_method': about.method})}"
     )

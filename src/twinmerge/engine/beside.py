@@ -117,7 +117,7 @@ def copy_side_files(source: Path | None, folder: Path, wanted: Callable[[str], b
     """
     if source is None:
         return
-    manifest = Manifest.of(source)
+    manifest, within = Manifest.over(source)
     code = []
     for name in sorted(os.listdir(source)):
         if not wanted(name):
@@ -134,7 +134,7 @@ def copy_side_files(source: Path | None, folder: Path, wanted: Callable[[str], b
             raise ModelError(f"The name of {shown_path(file)} is not UTF-8. Rename it, or take it away.")
         if find(source, name) is not None:
             if manifest is not None:  # damage is not to be handed on as sound
-                manifest.check(name)
+                manifest.check(f"{within}{name}")
             _copy(file, folder / name)
             if name.endswith("config.json") and _drop_code(folder / name):
                 code.append(f"{' and '.join(CODE)} of {name}")

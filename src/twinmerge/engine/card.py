@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from twinmerge.engine.beside import RESOLVED
-from twinmerge.engine.front import Front, all_on_hub, base_models, front_of
-from twinmerge.engine.usage import usage_of
+from twinmerge.engine.front import Front, all_on_hub, base_models, front_matter, front_of, licence_said
+from twinmerge.engine.usage import TWINS, Usage, usage_of
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.listing import source_of
 from twinmerge.recipes.lines import KEY as LINES
@@ -21,6 +21,7 @@ from twinmerge.recipes.recipe import SEMANTICS
 
 TITLE = "twinmerge: many fine-tuned models of one base become one model"
 LOCAL = "\nFolders are not in `base_model`. Put the ids of these models there before an upload.\n"
+TWIN_MERGING = 'Twins: Lu et al. 2024, "Twin-Merging", NeurIPS, arXiv 2406.15479.'
 AUTHORS = "The twinmerge authors"
 
 
@@ -53,8 +54,9 @@ def model_card(
     kind: str = "merge",
     folder: Path | None = None,
     known: bool = True,
+    task: str | None = None,
 ) -> str:
-    """README.md of an output folder.
+    """README.md of an output folder; of a twin the part that its build decides.
 
     Args:
         provenance: of the output.
@@ -64,34 +66,38 @@ def model_card(
         kind: "merge" or "twin".
         folder: the output, with all but its card; None of a twin.
         known: whether some class opens it.
+        task: of a twin, as the hub calls it.
     """
     recipe = provenance["recipe"]
     sources = {"base": base, **experts}
     fronts = {label: front_of(source.folder) for label, source in sources.items()}
-    usage = usage_of(folder or Path(), known, twin=kind == "twin" or folder is None)
+    usage = Usage(TWINS, "", task) if kind == "twin" or folder is None else usage_of(folder, known)
     front: dict[str, Any] = {"base_model": base_models(recipe), "base_model_relation": "merge"}
     if not front["base_model"]:
         front = {}
     local = "" if all_on_hub(recipe) else LOCAL
     if usage.library is not None:
         front["library_name"] = usage.library
+    if usage.task is not None:
+        front["pipeline_tag"] = usage.task
     front["tags"] = list(dict.fromkeys(["twinmerge", kind, "merge", *_tag(recipe["merge_method"])]))
     front |= _agreed(fronts)
     rows = "\n".join(
-        f"| {_cell(label)} | {_shown(source)} | {_cell(fronts[label].licence or 'not stated')} |"
+        f"| {cell(label)} | {_shown(source)} | {cell(fronts[label].licence or 'not stated')} |"
         for label, source in sources.items()
     )
     heads = f"\nEach expert's output layers ({', '.join(head_names)}) are kept in `heads/`.\n" if head_names else ""
+    use = f"## Use\n\n{fenced('python', usage.code)}\n" if kind == "merge" else ""
     again = f"\nThe same weights again, from where the models are: `twinmerge merge {RESOLVED} OUT`.\n"
     return (
-        f"---\n{to_yaml(front)}---\n\n# {_title(kind)} of {', '.join(experts)}\n\n"
+        f"{front_matter(front)}# {_title(kind)} of {', '.join(experts)}\n\n"
         f"Made with twinmerge {version('twinmerge')} by `{recipe['merge_method']}`{_semantics(provenance)}.\n\n"
         f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{local}{_said(fronts)}{heads}\n"
-        f"## Use\n\n{_fenced('python', usage.code)}\n"
-        f"## Recipe\n\n{_fenced('yaml', to_yaml(recipe))}\n{_edited(provenance)}"
+        f"{use}"
+        f"## Recipe\n\n{fenced('yaml', to_yaml(recipe))}\n{_edited(provenance)}"
         f"Parameters after defaults: `{json.dumps(provenance['parameters'], ensure_ascii=False)}`\n"
         f"{again if kind == 'merge' and 'rules' not in provenance else ''}\n"
-        f"## Cite\n\n{_cited(recipe)}"
+        f"## Cite\n\n{cited(recipe, (TWIN_MERGING,) if kind == 'twin' else ())}"
     )
 
 
@@ -100,9 +106,7 @@ def _agreed(fronts: Mapping[str, Front]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     licences = {(front.licences, front.other) for front in fronts.values() if front.licences}
     if len(licences) == 1:
-        names, other = licences.pop()
-        found["license"] = names[0] if len(names) == 1 else list(names)
-        found |= dict(other)
+        found |= licence_said(Front(*licences.pop()))
     datasets = {front.datasets for front in fronts.values() if front.datasets}
     if len(datasets) == 1:
         found["datasets"] = list(datasets.pop())
@@ -121,12 +125,44 @@ def _said(fronts: Mapping[str, Front]) -> str:
     trained = {label: front.datasets for label, front in fronts.items() if front.datasets}
     if len(set(trained.values())) > 1:
         said += "\nDatasets, as the inputs state them:\n\n"
-        said += "".join(f"- {label}: {', '.join(map(_cell, names))}\n" for label, names in trained.items())
+        said += "".join(f"- {label}: {', '.join(map(cell, names))}\n" for label, names in trained.items())
     return said
 
 
-def _cited(recipe: Mapping[str, Any]) -> str:
-    """What to cite: the method, what was put on top of it, and this library."""
+PUBLISHED = re.compile(r'^(?P<who>[^"\d]+?) (?P<year>\d{4}), "(?P<title>[^"]+)".*?arXiv (?P<arxiv>\d{4}\.\d{4,5})')
+"""The source of a method, where it is a paper with a title on arXiv."""
+
+
+def bibtex_of(name: str, source: str) -> str | None:
+    """A method's paper as BibTeX; None where its source is no such paper.
+
+    Example:
+        >>> print(bibtex_of("ties", 'Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708, algorithm 1.'), end="")
+        @misc{ties,
+          title = {{TIES-Merging}},
+          author = {Yadav and others},
+          year = {2023},
+          eprint = {2306.01708},
+          archivePrefix = {arXiv}
+        }
+        >>> bibtex_of("slerp", "no paper") is None
+        True
+    """
+    if (found := PUBLISHED.match(source)) is None:
+        return None
+    who = found["who"].replace(" et al.", " and others").replace(" & ", " and ")
+    fields = {"title": f"{{{found['title']}}}", "author": who, "year": found["year"], "eprint": found["arxiv"]}
+    lines = [f"  {key} = {{{value}}}" for key, value in {**fields, "archivePrefix": "arXiv"}.items()]
+    return f"@misc{{{name},\n" + ",\n".join(lines) + "\n}\n"
+
+
+def cited(recipe: Mapping[str, Any], more: Sequence[str] = ()) -> str:
+    """What to cite: the method, what was put on top of it, and this library.
+
+    Args:
+        recipe: as it was resolved.
+        more: sources besides.
+    """
     try:
         paper = source_of(recipe["merge_method"])
     except TwinmergeError:  # a class that leads nowhere by its name
@@ -134,11 +170,14 @@ def _cited(recipe: Mapping[str, Any]) -> str:
     lines = [f"The method `{recipe['merge_method']}`: {paper}"] if paper else []
     if recipe.get(LINES) is not None:
         lines.append(f"LiNeS: {PAPER}")
+    lines += more
+    entry = bibtex_of(recipe["merge_method"], paper) if paper else None
     bib = f"@software{{twinmerge,\n  title = {{{TITLE}}},\n  author = {{{{{AUTHORS}}}}},\n  version = {{{version('twinmerge')}}}\n}}\n"
-    return "".join(f"- {line}\n" for line in lines) + f"- twinmerge:\n\n{_fenced('bibtex', bib)}"
+    entries = bib if entry is None else f"{entry}\n{bib}"
+    return "".join(f"- {line}\n" for line in lines) + f"- twinmerge\n\n{fenced('bibtex', entries)}"
 
 
-def _fenced(language: str, text: str) -> str:
+def fenced(language: str, text: str) -> str:
     """A block of code, whatever stands in it."""
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -173,5 +212,6 @@ def _shown(source: Source) -> str:
     return f"{fence}{space}{name}{space}{fence}" + (f" at commit {source.commit}" if source.commit else "")
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text as it stands in a cell of a table."""
     return text.replace("|", "\\|")

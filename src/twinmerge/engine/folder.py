@@ -37,6 +37,7 @@ class Beside:
         codec: that the heads' numbers are stored with.
         changes: what the config says otherwise than the model's.
         recipe: the files that say what was merged.
+        within: the folder inside, made already, that the weights lie in, and their config and side files beside them.
     """
 
     model: OpenedModel
@@ -50,18 +51,20 @@ class Beside:
     codec: str = "none"
     changes: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, bytes] = field(default_factory=dict)
+    within: str = ""
 
     def write(self, folder: Path) -> None:
         """Write it into a folder whose weights are there."""
-        write_side_files(self.model, self.side_files, folder)
+        model = folder / self.within
+        write_side_files(self.model, self.side_files, model)
         if self.architecture is None:
-            write_config(self.model, folder, self.dtype, {**self.model.config_changes, **self.changes})
+            write_config(self.model, model, self.dtype, {**self.model.config_changes, **self.changes})
         elif self.architecture.config is not None:
-            _write_class(self.architecture, folder)
+            _write_class(self.architecture, model)
         if self.heads:
             from twinmerge.models.head_files import save_heads
 
-            save_heads(folder, self.heads, folder_fingerprint(folder), self.about, self.codec)
+            save_heads(folder, self.heads, folder_fingerprint(model), self.about, self.codec)
         write_about(folder, self.provenance, self.card, self.recipe)
 
 

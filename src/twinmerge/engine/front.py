@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.recipes.plain_data import from_yaml
+from twinmerge.recipes.plain_data import from_yaml, to_yaml
 from twinmerge.recipes.recipe import is_reference
 from twinmerge.store.foreign import find, open_regular
 from twinmerge.store.locate import HUB_ID
@@ -57,6 +57,41 @@ def front_of(folder: Path | None) -> Front:
     named = {key: _texts(_said(front[1], key)) for key in ("license_name", "license_link")} if licences else {}
     other = tuple((key, found[0]) for key, found in named.items() if found)
     return Front(licences, other, _texts(_said(front[1], "datasets")))
+
+
+def front_matter(front: Mapping[str, Any]) -> str:
+    """The beginning of a card, as hubs read it: values are quoted where YAML would take them for something else.
+
+    Example:
+        >>> front_matter({"license": "no", "tags": ["a: b"]}).splitlines()
+        ['---', "license: 'no'", 'tags:', "- 'a: b'", '---', '']
+    """
+    return f"---\n{to_yaml(front)}---\n\n"
+
+
+def made_of(names: Iterable[str | None], relation: str) -> dict[str, Any]:
+    """What a card says of the models that one was made of; folders, which are no ids of the hub, are left out.
+
+    Args:
+        names: of the models, as somebody wrote them.
+        relation: "merge" or "adapter".
+
+    Example:
+        >>> made_of(["org/base@v1", "./folder", "org/base"], "adapter")
+        {'base_model': ['org/base'], 'base_model_relation': 'adapter'}
+        >>> made_of(["./folder"], "merge")
+        {}
+    """
+    found = base_models({"base_model": None, "models": [{"model": name} for name in names if name]})
+    return {"base_model": found, "base_model_relation": relation} if found else {}
+
+
+def licence_said(front: Front) -> dict[str, Any]:
+    """The licence as front matter says it; nothing where there is none."""
+    if not front.licences:
+        return {}
+    names = list(front.licences)
+    return {"license": names[0] if len(names) == 1 else names, **dict(front.other)}
 
 
 def licence_of(folder: Path | None) -> str | None:

@@ -34,7 +34,7 @@ from twinmerge.engine.rounding import narrowed
 from twinmerge.engine.run import Map, Run
 from twinmerge.engine.seen import Digests
 from twinmerge.engine.settings import Told
-from twinmerge.engine.sides import check_sides
+from twinmerge.engine.sides import check_sides, generation_said
 from twinmerge.engine.slicing import Sliced, sliced
 from twinmerge.engine.write import Report, write_files
 from twinmerge.errors import UsageError
@@ -271,14 +271,15 @@ class Merge(Described):
         return {} if self.recipe.by_names else heads_of(self.experts, self.matched, list(self.recipe.experts))
 
     def load(self) -> nn.Module:
-        """The merged model as a module, with the experts' heads where they have any.
+        """The merged model in memory, in eval mode.
 
         Returns:
-            a `HeadedModel` around a model of transformers; a copy of your own module, in eval mode, where the base is
-                one.
+            the model of transformers, or of your own, that it is; where experts have heads a `LoadedModel`, whose
+                `head(name)` is such a model.
         """
-        made = self.headed()
-        return made if made.architecture.config is not None else made.body
+        from twinmerge.models.loaded import loaded
+
+        return loaded(self.headed(), generation_said(self.base))
 
     def headed(self) -> HeadedModel:
         """The merged model with the experts' heads, whatever its class."""

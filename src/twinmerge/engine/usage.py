@@ -12,6 +12,8 @@ from twinmerge.store.foreign import matches
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece.*", "*.tiktoken")
 IMAGES = ("preprocessor_config.json", "processor_config.json")
+TWINS = "twinmerge"
+"""The library that opens twins."""
 HERE = 'folder = "."  # where this folder is, or its id on the hub\n'
 TEXT = 'tokenizer("The film was", return_tensors="pt")'
 ANSWERS = {
@@ -23,28 +25,26 @@ ANSWERS = {
 
 
 class Usage(NamedTuple):
-    """library: by its name on the hub, None where none opens the folder; code: that opens and tries the model."""
+    """library: by its name on the hub, None where none opens the folder; code: that opens and tries the model; task: by
+    the hub's name (`pipeline_tag`), None where it has none."""
 
     library: str | None
     code: str
+    task: str | None = None
 
 
-def usage_of(folder: Path, known: bool = True, twin: bool = False) -> Usage:
+def usage_of(folder: Path, known: bool = True) -> Usage:
     """How to use a folder.
 
     Args:
         folder: with all but its card.
         known: whether some class opens it, beyond names of tensors.
-        twin: it is one.
     """
-    if twin:
-        return Usage(
-            "twinmerge", f"import twinmerge as tm\n\n{HERE}twin = tm.Twin.from_pretrained(folder)\nprint(twin)\n"
-        )
     if (folder / MODULES).is_file():
         name = class_of_parts(folder).name
         code = f"model = {name}(folder)\nprint({ANSWERS[name]})\n"
-        return Usage("sentence-transformers", f"from sentence_transformers import {name}\n\n{HERE}{code}")
+        task = OF_ENCODERS[name]
+        return Usage("sentence-transformers", f"from sentence_transformers import {name}\n\n{HERE}{code}", task)
     if (folder / PIPELINE).is_file():
         return Usage("diffusers", _opened(*class_of_parts(folder), "pipeline"))
     config = config_in(folder)
@@ -56,12 +56,57 @@ def usage_of(folder: Path, known: bool = True, twin: bool = False) -> Usage:
         return Usage(None, _tensors())
     has = os.listdir(folder)
     text, images = (any(matches(name, of) for name in has) for of in (TOKENIZERS, IMAGES))
-    return Usage("transformers", _transformers(own, text, images, bool(config.get("is_encoder_decoder"))))
+    code = _transformers(own, text, images, bool(config.get("is_encoder_decoder")))
+    return Usage("transformers", code, TASKS.get(auto_class(own)))
+
+
+def twin_usage(folder: Path, task: str | None, expert: str | None) -> str:
+    """The lines that open a twin and ask it.
+
+    Args:
+        folder: of its shared model, with all that lies beside it.
+        task: of the twin, as the hub calls it.
+        expert: that is to be named, since nothing routes.
+    """
+    has = os.listdir(folder)
+    text, images = (any(matches(name, of) for name in has) for of in (TOKENIZERS, IMAGES))
+    named = "" if expert is None else f", expert={expert!r}"
+    first, ask = "", "print(twin)\n"
+    if task == "text-classification" and text:
+        ask = f'print(twin.predict(["The film was"]{named}))\n'
+    elif task == "image-classification" and images:
+        first = "from PIL import Image\n\n"
+        ask = f'print(twin.predict([Image.new("RGB", (64, 64))]{named}))\n'
+    elif task == "text-generation" and text:
+        ask = (
+            f'tokens = twin.generate(**twin.encode(["The film was"]), max_new_tokens=20{named})\n'
+            "print(twin.encoder.tokenizer.decode(tokens[0], skip_special_tokens=True))\n"
+        )
+    return f"{first}import twinmerge as tm\n\n{HERE}twin = tm.Twin.from_pretrained(folder)\n{ask}"
+
+
+def adapter_usage(own: str) -> str:
+    """The lines that put an adapter on its base.
+
+    Args:
+        own: the name of the base's class.
+    """
+    kind = auto_class(own)
+    return (
+        f"from peft import PeftConfig, PeftModel\nfrom transformers import {kind}\n\n{HERE}"
+        f"base = {kind}.from_pretrained(PeftConfig.from_pretrained(folder).base_model_name_or_path)\n"
+        "model = PeftModel.from_pretrained(base, folder)\nprint(type(model).__name__)\n"
+    )
+
+
+def auto_class(own: str) -> str:
+    """The auto class that opens a class, by what its name ends with; the class itself where there is none."""
+    return next((auto for end, auto in AUTO.items() if own.endswith(end)), own)
 
 
 def _transformers(own: str, text: bool, images: bool, decodes: bool) -> str:
     """The lines for a class of transformers, by what its name ends with."""
-    kind = next((auto for end, auto in AUTO.items() if own.endswith(end)), own)
+    kind = auto_class(own)
     if kind == "AutoModelForImageClassification":
         if not images:
             return _opened("transformers", kind, "model")
@@ -108,6 +153,21 @@ AUTO = {
     "Model": "AutoModel",
 }
 """How the name of a class ends -> what opens it; a class of any other kind is named itself."""
+
+OF_ENCODERS = {
+    "SentenceTransformer": "sentence-similarity",
+    "SparseEncoder": "feature-extraction",
+    "CrossEncoder": "text-ranking",
+}
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForImageClassification": "image-classification",
+}
+"""Class -> what the hub calls its task."""
 
 TRIED = {
     "AutoModelForCausalLM": (

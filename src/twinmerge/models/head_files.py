@@ -107,8 +107,14 @@ def save_heads(
     disk.write_json(folder / "heads.json", table)
 
 
-def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
-    """The heads of a merged or twin folder, in the order of heads.json; empty where it has none."""
+def load_heads(folder: Path, base: str | None = None, weights: Path | None = None) -> dict[str, HeadSpec]:
+    """The heads of a merged or twin folder, in the order of heads.json; empty where it has none.
+
+    Args:
+        base: as of `load_head`.
+        weights: the folder of the model that they belong to; `folder` itself where None.
+    """
+    weights = weights or folder
     file = folder / "heads.json"
     if (manifest := Manifest.of(folder)) is not None:
         manifest.check("heads.json", *(f"heads/{path.name}/head.safetensors" for path in folder.glob("heads/*/")))
@@ -120,5 +126,5 @@ def load_heads(folder: Path, base: str | None = None) -> dict[str, HeadSpec]:
                 if isinstance(entry, dict)
                 else f"{file} says nothing of the expert {name!r}. Copy the whole folder again."
             )
-    body = Checkpoint.open(folder).specs if table and any(folder.glob("*.safetensors")) else None
+    body = Checkpoint.open(weights).specs if table and any(weights.glob("*.safetensors")) else None
     return {name: load_head(folder, name, base, body) for name in table}

@@ -243,6 +243,10 @@ class HeadedModel(nn.Module):
         """Head -> its class, with a port in place of the body."""
         return self._outer
 
+    def inner(self, head: str) -> dict[str, Tensor]:
+        """A head's tensors that lie inside the body, by canonical name."""
+        return self._inner[head]
+
     def labels(self, head: str | None = None) -> list[str]:
         """The label names of a head, or of the model itself where there are no heads."""
         return self.head_specs[head].labels if head is not None else labels_of(self.architecture.config) or []

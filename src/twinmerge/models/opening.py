@@ -17,6 +17,7 @@ from twinmerge.models.unmergeable import refuse_quantised, refuse_tensors
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import CONFIG, find, read_json
 from twinmerge.store.locate import SHARD, Located, is_model_file, locate
+from twinmerge.store.manifest import SHARED
 from twinmerge.store.pickled import Pickled, pickles_in
 from twinmerge.store.values import decoded
 
@@ -97,6 +98,11 @@ def open_part(ref: str, part: str, name: str | None, by_names: bool, allow_pickl
 
 def _open_in(ref: str, place: Located, part: str, name: str | None, by_names: bool, allow_pickle: bool) -> OpenedModel:
     found = place._replace(folder=place.folder / part)
+    if find(found.folder, "twin.safetensors") and (found.folder / SHARED).is_dir():
+        raise ModelError(
+            f"{ref} is a twin, and no model by itself. Name {os.path.join(ref, SHARED)} for its shared model, or write "
+            "one of its experts with `twinmerge twin export`."
+        )
     pickles = pickles_in(found.folder) if allow_pickle else None
     checkpoint = Pickled(pickles) if pickles else Checkpoint.open(found.folder, place.folder)
     architecture, has_config = None, find(found.folder, "config.json")

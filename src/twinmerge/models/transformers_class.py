@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ TASK_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+
+OWN_CLASSES = {"CLIPZeroShotForImageClassification": "twinmerge.models.zero_shot"}
+"""Classes of transformers' kind that are ours, and where they are."""
 
 LEFTOVERS = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$", r"(^|\.)position_ids$", r"\.masked_bias$")
 """Constants that classes of old stored: what a class has no such parameter of is made anew where it is needed."""
@@ -260,6 +264,9 @@ def class_of(config: PretrainedConfig, task: str | None = None) -> type[PreTrain
     """The class named in the config (`architectures`), or the auto class of a PEFT task type; else the bare model."""
     listed = getattr(config, "architectures", None)
     named = listed[0] if isinstance(listed, list) and listed else None
+    if task is None and isinstance(named, str) and named in OWN_CLASSES:
+        own: type[PreTrainedModel] = getattr(import_module(OWN_CLASSES[named]), named)
+        return own
     if task is None and isinstance(named, str) and hasattr(transformers, named):
         found: type[PreTrainedModel] = getattr(transformers, named)
         return found

@@ -186,21 +186,26 @@ def _split(sums: Any, specs: Mapping[str, Spec]) -> dict[str, str]:
     return {name: sums[i * length : (i + 1) * length] for i, name in enumerate(sorted(specs))}
 
 
-def load_artefact(file: Path, kind: str, version: int, base: str | None = None) -> Artefact:
+def load_artefact(file: Path, kind: str, version: int, base: str | None = None, sealed: int | None = None) -> Artefact:
     """Read `file` and check its kind, its version (at most `version`), its checksums and, where `base` is given, that
     it belongs to that model.
+
+    Args:
+        sealed: the first version whose files carry checksums; `version` where None.
 
     Raises:
         TwinmergeError: missing, damaged, another kind, a version this release does not read, another base.
     """
-    opened = open_artefact(file, kind, version, base)
+    opened = open_artefact(file, kind, version, base, sealed)
     for name in opened.specs:
         opened.artefact.tensors[name] = opened.read(name)
     opened.close()
     return opened.artefact
 
 
-def open_artefact(file: Path, kind: str, version: int, base: str | None = None) -> ArtefactFile:
+def open_artefact(
+    file: Path, kind: str, version: int, base: str | None = None, sealed: int | None = None
+) -> ArtefactFile:
     """The same without its tensors, which are read, and checked, when they are wanted.
 
     Files of earlier versions, which had no checksums, are read as they are.
@@ -216,7 +221,7 @@ def open_artefact(file: Path, kind: str, version: int, base: str | None = None) 
             f"{file} has version {found.version} of the {kind!r} layout, this release reads version {version}. Build "
             "it again."
         )
-    if found.version == version and not opened.sealed:
+    if found.version >= (sealed or version) and not opened.sealed:
         raise damaged(file)
     if base is not None and found.base != base:
         raise DataError(f"{file} belongs to another base model than the weights beside it. Build it again.")

@@ -115,6 +115,8 @@ class Checkpoint:
             whole: what it is a part of, where the manifest is.
         """
         found = cls._in(folder)
+        if whole in (None, folder) and Manifest.over(folder)[1]:
+            whole = folder.parent
         within = "" if whole in (None, folder) else f"{folder.relative_to(whole).as_posix()}/"
         found.compare(whole or folder, INDEX, f"{DIFFUSION}.index.json", "config.json", within=within)
         return found

@@ -22,6 +22,7 @@ from twinmerge.store.header import Header, raw_header, read_header
 
 CHECKSUMS = "twinmerge.checksums.json"
 OUTPUT = "output"
+SHARED = "shared"  # the folder inside a twin that is its shared model
 SEAL = "seal"  # key of the metadata of a file that carries checksums of its own
 MOST = Most(256_000_000, 8_000_000)  # 32 characters for each tensor of the output and of every input
 HUB_FILES = {".gitattributes", ".cache"}  # which come with a download
@@ -64,6 +65,21 @@ class Manifest(NamedTuple):
                 f"{file} cannot be used: {error}. Copy the whole folder again; if it was changed on purpose, remove "
                 "this file."
             ) from error
+
+    @classmethod
+    def over(cls, folder: Path) -> tuple[Manifest | None, str]:
+        """The manifest that a folder's files are held to, and what stands before their names in it: the folder's own,
+        or that of the twin whose shared model the folder is.
+
+        Raises:
+            TwinmergeError: as `of`.
+        """
+        own = cls.of(folder)
+        if own is not None or folder.name != SHARED:
+            return own, ""
+        around, within = cls.of(folder.parent), f"{SHARED}/"
+        known = around is not None and any(name.startswith(within) for name in around.files)
+        return (around, within) if known else (None, "")
 
     def check(self, *names: str) -> None:
         """Refuse files that are not what was written; those that the manifest does not name are left alone.

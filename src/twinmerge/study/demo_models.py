@@ -251,7 +251,7 @@ def evaluate_experts(experts: Mapping[str, ViTForImageClassification], rows: Row
 
 def evaluate_merge(merged: Merge, rows: Rows) -> Evaluation:
     """A static model; it has no router, so it is told which head answers."""
-    answers = merged.load()({"pixel_values": rows.pixels}, rows.tasks)["logits"].argmax(-1)
+    answers = merged.load()(pixel_values=rows.pixels, head=rows.tasks).logits.argmax(-1)
     return _evaluation(rows, answers, "head given")
 
 

@@ -38,8 +38,8 @@ def build_masks(
 ) -> BuiltMasks:
     """Keep many experts in little more than two models: θ0, one vector τ, and a bit for each weight and expert.
 
-    θt ≈ θ0 + st · mt ⊙ τ. The folder is a twin: stock transformers loads it as θ0, `Twin.from_pretrained` runs every
-    expert from it, and `extract_masked` writes one of them as a plain model.
+    θt ≈ θ0 + st · mt ⊙ τ. The folder is a twin: stock transformers loads θ0 from its folder `shared`,
+    `Twin.from_pretrained` runs every expert from it, and `extract_masked` writes one of them as a plain model.
 
     Args:
         method: "tall_masks", "emr", or a class or object of your own that gives masks; or a recipe, which says all of

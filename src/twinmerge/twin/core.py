@@ -23,7 +23,8 @@ from twinmerge.models.rows import batch_size
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.moved import no_attribute
 from twinmerge.tasks.encode import Input, TextEncoder, all_tokens, padded_tokens
-from twinmerge.tasks.images import ImageEncoder, ImageFile
+from twinmerge.tasks.images import ImageEncoder, as_images
+from twinmerge.twin.about.config import PROCESSORS
 from twinmerge.twin.mixing.fresh import Fresh, dense_weights
 from twinmerge.twin.mixing.mixture import mixture_weights
 from twinmerge.twin.mixing.own import rows_in
@@ -33,7 +34,6 @@ from twinmerge.twin.package import Package
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.told.watch import Mixtures, Watchers
 
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
@@ -251,18 +251,18 @@ class Core(nn.Module):
         return self._encoder
 
     def encode(self, rows: Sequence[Input]) -> dict[str, Tensor]:
-        """Texts, token ids or images as a batch; token ids need no tokenizer.
+        """Texts, token ids or images as a batch; token ids need no tokenizer, and pixel values no image processor.
 
         Args:
-            rows: texts, pairs of texts, rows of a suite; `Tokens` for all; or `ImageFile` for all.
+            rows: texts, pairs of texts, rows of a suite; `Tokens` for all; or images for all, as `as_images` takes
+                them.
 
         Raises:
             TwinmergeError: texts, and no tokenizer; as `TextEncoder.encode` says.
         """
-        if images := [row for row in rows if isinstance(row, ImageFile)]:
-            if len(images) < len(rows):
-                raise UsageError("Some inputs are images, and some are none. Give all as images, or none.")
-            return {name: t for name, t in self._images.encode(images).items() if name in self.takes}
+        if not isinstance(rows, (str, Mapping)) and (found := as_images(rows)) is not None:
+            batch = {"pixel_values": found} if isinstance(found, Tensor) else self._images.encode(found)
+            return {name: t for name, t in batch.items() if name in self.takes}
         tokens = all_tokens(rows) if isinstance(rows, (list, tuple)) and rows else None
         if tokens is None or self.has_tokenizer():
             return self.encoder.encode(rows)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from twinmerge.arguments import shown, strict
+from twinmerge.engine.card import cell, fenced
 from twinmerge.engine.folder import Beside, write_about
+from twinmerge.engine.front import front_matter, front_of, licence_said, made_of
+from twinmerge.engine.usage import adapter_usage
 from twinmerge.errors import DataError, UsageError
 from twinmerge.maths.lowrank import Factors
 from twinmerge.models.adapter import PREFIX
@@ -35,8 +37,9 @@ from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.manifest import OUTPUT
 from twinmerge.store.output import OutputFolder
+from twinmerge.twin.about.card import written_out
 from twinmerge.twin.mixing.mixture import index_of, mixture_weights
-from twinmerge.twin.package import is_twin
+from twinmerge.twin.package import is_twin, shared_folder
 
 if TYPE_CHECKING:
     from twinmerge.twin.core import Core
@@ -126,7 +129,10 @@ def export_dense(twin: Core, mixture: Mapping[str, float], out: str | Path, head
             folder, files, ((key, tensors[key]) for specs in files.values() for key in specs)
         )
         described = {"export": {"mixture": dict(mixture), "head": head}, "from": twin.package.provenance}
-        card = f"# One mixture of {', '.join(mixture)}\n"
+        weights = "".join(f"- `{cell(name)}`: {weight:g}\n" for name, weight in mixture.items())
+        text = f"The weights of one mixture of a twin's experts, θs + Σ wt vt:\n\n{weights}"
+        title = f"One mixture of {', '.join(mixture)}" if mixture else "The shared part of a twin"
+        card = written_out(title, text, twin.package.provenance, twin.package.home)
         Beside(twin.package.shared, twin.side_files, described, card, architecture=architecture).write(folder)
     return Path(out)
 
@@ -152,8 +158,8 @@ def export_lora(
         server: "vllm" leaves out embeddings and heads, which vLLM refuses, and pads to a rank that it takes; what
             changes the experts of a mixture-of-experts model is refused, since vLLM reads their factors in layouts
             that differ by model.
-        base: what the adapter names as its base model; where None, the folder that the twin was read from or saved
-            to, which stock transformers loads as the shared model.
+        base: what the adapter names as its base model; where None, the folder `shared` of the twin that was read or
+            saved, which stock transformers loads.
 
     Raises:
         TwinmergeError: unknown names, experts that are masks, a rank beyond 512 for vLLM, nothing that an adapter
@@ -203,7 +209,7 @@ def export_lora(
         left = _left_out(twin, used, low, {one.name for one in modules.values()})
         tied = sorted(left.keys() & tied_weights(architecture))
         described = {"export": {"mixture": used, "left_out": left}, "from": twin.package.provenance}
-        write_about(folder, described, _card(used, base, left, tied))
+        write_about(folder, described, _card(twin, used, base, left, tied, architecture))
     return Exported(Path(out), rank, left, tied)
 
 
@@ -233,7 +239,7 @@ def _home(twin: Core) -> str:
             f"An adapter names the model that it is of, and this twin {gone}. Save it first (save_pretrained), or name "
             "where its shared model will be (base)."
         )
-    return str(home)
+    return str(shared_folder(home))
 
 
 def _class_with_head(twin: Core, head: str | None) -> tuple[Architecture, HeadSpec | None]:
@@ -283,12 +289,24 @@ def _left_out(twin: Core, used: Mapping[str, float], low: Mapping[str, Factors],
     return dict(sorted(lost.items(), key=lambda item: -item[1]))
 
 
-def _card(used: Mapping[str, float], base: str, left: Mapping[str, float], tied: list[str]) -> str:
+def _card(
+    twin: Core,
+    used: Mapping[str, float],
+    base: str,
+    left: Mapping[str, float],
+    tied: list[str],
+    architecture: Architecture,
+) -> str:
     rows = "".join(f"| `{name}` | {100 * share:.3g} % |\n" for name, share in left.items())
     lost = (
-        "\nAn adapter cannot carry these; they stay the shared model's:\n\n| parameter | share |\n| --- | ---: "
-        f"|\n{rows}"
-    ) + (f"\n{said_of_tied(tied)}\n" if tied else "")
+        "An adapter cannot carry these; they stay the shared model's:\n\n| parameter | share |\n| --- | ---: "
+        f"|\n{rows}\n"
+    ) + (f"{said_of_tied(tied)}\n\n" if tied else "")
     mixed = ", ".join(f"{weight:g} {name}" for name, weight in used.items())
-    front = yaml.safe_dump({"library_name": "peft", "base_model": base}, sort_keys=False)
-    return f"---\n{front}---\n\n# LoRA adapter of a twin's shared model: {mixed}\n{lost if left else ''}"
+    front = {"library_name": "peft", **made_of([base], "adapter"), "tags": ["twinmerge", "lora"]}
+    front |= licence_said(front_of(twin.package.home))
+    use = fenced("python", adapter_usage(architecture.model_class.__name__))
+    return (
+        f"{front_matter(front)}# LoRA adapter of a twin's shared model: {mixed}\n\n{lost if left else ''}"
+        f"The base is `{base}`: the shared model of the twin, and no other.\n\n## Use\n\n{use}"
+    )

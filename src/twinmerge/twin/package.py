@@ -1,17 +1,18 @@
-"""A twin folder: the shared model as any transformers folder, and beside it exclusive parts, heads and router."""
+"""A twin folder: exclusive parts, heads and router, and in `shared/` the shared model as any transformers folder."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from twinmerge.engine.beside import NO_SIDE_FILES, PROVENANCE
+from twinmerge.engine.beside import PROVENANCE
 from twinmerge.engine.card import model_card
 from twinmerge.engine.folder import Beside
 from twinmerge.errors import DamagedFile, DataError
@@ -23,6 +24,7 @@ from twinmerge.models.opening import open_model
 from twinmerge.models.torch_module import TorchModel
 from twinmerge.origin import package_of
 from twinmerge.results import one_line, some
+from twinmerge.store import disk
 from twinmerge.store.artefact import (
     Artefact,
     artefact_bytes,
@@ -34,9 +36,11 @@ from twinmerge.store.artefact import (
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import layout, write_checkpoint
 from twinmerge.store.foreign import AGAIN, find, read_json, read_text
-from twinmerge.store.manifest import OUTPUT, Manifest
+from twinmerge.store.manifest import OUTPUT, SHARED, Manifest
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin import MASKS_VERSION, ROUTER, STATISTICS, TWIN, TWIN_VERSION
+from twinmerge.twin import MASKS_VERSION, ROUTER, SEALED_VERSION, STATISTICS, TWIN, TWIN_VERSION
+from twinmerge.twin.about.card import about_of, card_of_now, holds_of, with_holds
+from twinmerge.twin.about.config import write_twin_config
 from twinmerge.twin.masked import pack_masks, told_of, unpack_masks
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
@@ -45,8 +49,6 @@ from twinmerge.twin.routers.kit.registry import ROUTERS
 from twinmerge.twin.split import Exclusive, shared_vectors
 
 ROUTER_VERSION, STATISTICS_VERSION = 2, 3  # the first that are sealed
-SINCE = "\n## Experts since the build\n\n"
-OWN_FILES = {TWIN, ROUTER, STATISTICS, "heads.json", PROVENANCE, *NO_SIDE_FILES}
 
 
 class Package(NamedTuple):
@@ -83,26 +85,6 @@ class Package(NamedTuple):
         return Package, (held, *self[1:-2], dict(self.masks), self.home)
 
 
-def about_of(folder: Path | None) -> dict[str, dict[str, Any]]:
-    """What heads.json of a twin folder says of each expert beside labels and class: its task and metric, say."""
-    file = find(folder, "heads.json") if folder else None
-    if file is None:
-        return {}
-    table = read_json(file, advice=AGAIN)
-    with undamaged(file):
-        return {e: {k: v for k, v in entry.items() if k not in ("labels", "class")} for e, entry in table.items()}
-
-
-def card_of_now(card: str, provenance: Mapping[str, Any]) -> str:
-    """The model card of the build, with what experts came and went since then."""
-    record = provenance.get("twin", {})
-    lines = [
-        f"- `{entry['name']}` came from `{entry['model']}`, rank {entry['rank']}." for entry in record.get("added", ())
-    ]
-    lines += [f"- `{name}` went; the shared part was built with it." for name in record.get("removed", ())]
-    return card.partition(SINCE)[0] + (SINCE + "\n".join(lines) + "\n" if lines else "")
-
-
 def write(
     output: OutputFolder,
     package: Package,
@@ -113,7 +95,7 @@ def write(
     """Write a twin folder with its model card.
 
     Args:
-        side_files: where the tokenizer and its like lie, the card and heads.json of a twin that was read.
+        side_files: where the tokenizer and its like lie: of a twin that was read, its shared model.
         sources: "base" and the experts' names -> what the twin was built from; empty for one that was read.
         about: expert -> more keys of its entry in heads.json.
     """
@@ -121,22 +103,49 @@ def write(
     if sources:
         others = {name: model for name, model in sources.items() if name != "base"}
         heads = sorted({n for head in package.heads.values() for n in head.tensors})
-        card = model_card(provenance, sources["base"], others, heads, "twin")
+        card = model_card(provenance, sources["base"], others, heads, "twin", task=holds_of(package).task)
     else:
-        readme = find(side_files, "README.md") if side_files else None
+        read = twin_around(side_files)
+        readme = find(read, "README.md") if read else None
         card = read_text(readme, advice="Mend it, or take it away.") if readme else "# Twin\n"
-    known = {name: record for name, record in about_of(side_files).items() if name in package.exclusive}
+    known = {name: record for name, record in about_of(twin_around(side_files)).items() if name in package.exclusive}
     for name, more in about.items():
         known[name] = {**known.get(name, {}), **more}
-    return save(output, package, side_files, card_of_now(card, provenance), known)
+    told = partial(with_holds, card_of_now(card, provenance), holds_of(package))
+    return save(output, package, side_files, told, known)
 
 
 def is_twin(folder: Path) -> bool:
     return find(folder, TWIN) is not None
 
 
-def save(output: OutputFolder, package: Package, side_files: Path | None, card: str, about: Mapping[str, Any]) -> Path:
-    """Write a twin folder, whole or not at all; it loads in stock transformers as the shared model."""
+def shared_folder(folder: Path) -> Path:
+    """Where a twin folder has its shared model, tokenizer and processor beside it: the folder itself, of releases
+    before there was one inside.
+
+    Raises:
+        DataError: it is a link.
+    """
+    inside = folder / SHARED
+    if inside.is_symlink():
+        raise DataError(f"{inside} is a link. Copy the whole twin folder.")
+    return inside if inside.is_dir() else folder
+
+
+def twin_around(side_files: Path | None) -> Path | None:
+    """The twin that side files were read from; where they lie of any other model."""
+    read = side_files is not None and side_files.name == SHARED and is_twin(side_files.parent)
+    return side_files.parent if side_files is not None and read else side_files
+
+
+def save(
+    output: OutputFolder,
+    package: Package,
+    side_files: Path | None,
+    card: str | Callable[[Path], str],
+    about: Mapping[str, Any],
+) -> Path:
+    """Write a twin folder, whole or not at all; stock transformers loads the shared model from the folder inside."""
     shared = package.shared
     specs = {shared.stored[n]: spec for n, spec in shared.specs.items()}
     canonical = {shared.stored[n]: n for n in shared.specs}
@@ -146,8 +155,11 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
     files = layout(specs)
     with output as partial:
         names = [name for shard in files.values() for name in shard]
-        output.sums[OUTPUT] = write_checkpoint(partial, files, ((name, shared.read(canonical[name])) for name in names))
-        base = folder_fingerprint(partial)
+        inside = partial / SHARED
+        disk.make_folder(inside)
+        sums = write_checkpoint(inside, files, ((name, shared.read(canonical[name])) for name in names))
+        output.sums[OUTPUT] = {f"{SHARED}/{name}": checksum for name, checksum in sums.items()}
+        base = folder_fingerprint(inside)
         save_artefact(partial / TWIN, _pack(package, base))
         if package.router is not None:
             save_artefact(partial / ROUTER, _pack_router(package, base))
@@ -156,10 +168,12 @@ def save(output: OutputFolder, package: Package, side_files: Path | None, card: 
                     partial / STATISTICS,
                     Artefact("router statistics", STATISTICS_VERSION, base, *statistics.packed()),
                 )
+        described, heads = _with_packages(package), package.heads
         beside = Beside(
-            shared, side_files, _with_packages(package), card, heads=package.heads, about=about, codec=package.codec
+            shared, side_files, described, card, heads=heads, about=about, codec=package.codec, within=SHARED
         )
         beside.write(partial)
+        write_twin_config(partial, list(package.exclusive), heads, shared.architecture)
     return output.folder
 
 
@@ -190,11 +204,12 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
         raise DataError(f"{folder} is no twin: it has no {TWIN}. Build one with `twinmerge twin build`.")
     if (manifest := Manifest.of(folder)) is not None:
         manifest.check_all("README.md")
-    shared = open_model(str(folder) if factory is None else TorchModel(factory, folder))
-    base = folder_fingerprint(folder)
-    artefact = load_artefact(folder / TWIN, "twin", TWIN_VERSION, base)
+    inside = shared_folder(folder)
+    shared = open_model(str(inside) if factory is None else TorchModel(factory, inside))
+    base = folder_fingerprint(inside)
+    artefact = load_artefact(folder / TWIN, "twin", TWIN_VERSION, base, SEALED_VERSION)
     with undamaged(folder / TWIN):
-        if artefact.version < TWIN_VERSION and ("masks" in artefact.header) != (artefact.version == MASKS_VERSION):
+        if artefact.version < SEALED_VERSION and ("masks" in artefact.header) != (artefact.version == MASKS_VERSION):
             raise ValueError("version")
         masks = told_of(artefact) if "masks" in artefact.header else {}
         exclusive = unpack_masks(artefact, shared) if masks else _unpack(artefact, shared)
@@ -204,7 +219,7 @@ def load(folder: Path, factory: Callable[[], nn.Module] | None = None) -> Packag
         with undamaged(file):
             named = _named(provenance)
         _agree(folder / TWIN, list(exclusive), PROVENANCE, named or list(exclusive))
-    heads = load_heads(folder, base)
+    heads = load_heads(folder, base, inside)
     _agree(folder / "heads.json", sorted(heads), "the folder heads", sorted(f.name for f in folder.glob("heads/*/")))
     if strange := [name for name in heads if name not in exclusive]:
         _agree(folder / "heads.json", strange, TWIN, list(exclusive))

@@ -15,6 +15,7 @@ from twinmerge.errors import UsageError
 from twinmerge.models.rows import for_each_row, rows_of_batch
 from twinmerge.results import Result, Rows, plain, some
 from twinmerge.tasks.columns import inputs_from
+from twinmerge.tasks.images import named as named_row
 from twinmerge.twin.answer import planned
 from twinmerge.twin.call import TwinOutput, call
 from twinmerge.twin.core import Core
@@ -118,7 +119,7 @@ def predict(core: Core, given: Any, batch_size: int, choice: Mapping[str, Any]) 
             label = core.model.labels(head)[int(p.argmax())]
             found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture, soft, refused[i]))
     core.warn_truncated()
-    return Predictions(found, range(len(found)) if isinstance(inputs, Mapping) else inputs)
+    return Predictions(found, range(len(found)) if isinstance(inputs, Mapping) else [named_row(row) for row in inputs])
 
 
 def predict_proba(core: Core, given: Any, batch_size: int, choice: Mapping[str, Any]) -> Any:

@@ -125,7 +125,8 @@ class Served(Core):
         Args:
             texts: strings or (text, text_pair) tuples; `Tokens`; a column of texts (pandas, datasets); a table with a
                 column `text` (and `text_pair`) or `input_ids`; or a batch of tensors, {"input_ids": ...}. Longer texts
-                than the model takes are cut, with a warning.
+                than the model takes are cut, with a warning. For models of images: images of Pillow, arrays of uint8,
+                or float tensors of finished pixel values.
             batch_size: how many inputs are answered at once; no answer depends on it.
             choice: mixture, normalize, unconstrained, expert, head or experts_per_row, as in the call of the twin.
 

@@ -185,12 +185,12 @@ class Twin(Described, Served):
         chosen = dtype_known(torch_dtype if dtype is None else dtype)
         device_there("cpu" if device is None else device)
         path = locate(folder, cached=local_files_only).folder / subfolder
-        twin = cls(package_file.load(path, factory), path, dtype=chosen)
+        twin = cls(package_file.load(path, factory), package_file.shared_folder(path), dtype=chosen)
         return twin if device is None else twin.to(device)
 
     @strict
     def save_pretrained(self, folder: str | Path, about: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
-        """Write the twin folder; stock transformers loads it as the shared model.
+        """Write the twin folder; stock transformers loads the shared model from its folder `shared`.
 
         Args:
             folder: one that does not exist or is empty.

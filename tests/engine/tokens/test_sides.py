@@ -52,7 +52,7 @@ def test_a_folder_that_transformers_opens_and_runs(lab: SimpleNamespace, tmp_pat
     assert model.config.vocab_size == len(tokenizer) == model.lm_head.weight.shape[0]
     with torch.no_grad():
         by_folder = model(torch.tensor([ids])).logits
-        in_memory = merged.load()({"input_ids": torch.tensor([ids])}).logits
+        in_memory = merged.load()(input_ids=torch.tensor([ids])).logits
     assert bool(by_folder.isfinite().all()) and torch.allclose(by_folder, in_memory, atol=1e-5)
 
 

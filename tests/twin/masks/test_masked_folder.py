@@ -79,7 +79,7 @@ def test_a_compressed_folder_answers_as_its_extracted_experts(
             expected = model(**batch_of()).logits
         for row in (i for i, owner in enumerate(owners) if owner == name):
             assert torch.allclose(logits[row, :labels], expected[row], rtol=1e-5, atol=1e-6)
-    alone = AutoModel.from_pretrained(folders[method]).state_dict()
+    alone = AutoModel.from_pretrained(folders[method] / "shared").state_dict()
     assert all(torch.equal(alone[n], twin.package.shared.read(n)) for n in alone)
 
 
@@ -89,7 +89,9 @@ def test_reading_and_writing_keeps_every_byte(folders: dict[str, Path], tmp_path
     again = twin.save_pretrained(tmp_path / "again")
     third = Twin.from_pretrained(again).save_pretrained(tmp_path / "third")
     assert (again / "twin.safetensors").read_bytes() == (folders[method] / "twin.safetensors").read_bytes()
-    assert (again / "model.safetensors").read_bytes() == (folders[method] / "model.safetensors").read_bytes()
+    assert (again / "shared/model.safetensors").read_bytes() == (
+        folders[method] / "shared/model.safetensors"
+    ).read_bytes()
     files = sorted(f.relative_to(again) for f in again.rglob("*") if f.is_file())
     assert all((again / f).read_bytes() == (third / f).read_bytes() for f in files) and len(files) > 8
     assert torch.equal(
@@ -108,7 +110,9 @@ def test_the_router_reads_the_shared_model_and_routes_to_masks(folders: dict[str
     assert report is not None and report.rows == 24
     batch = {"input_ids": torch.cat([given["input_ids"][:2] for given in inputs.values()])}
     with torch.no_grad():
-        shared = AutoModel.from_pretrained(folders["tall_masks"])(**batch, output_hidden_states=True).hidden_states
+        shared = AutoModel.from_pretrained(folders["tall_masks"] / "shared")(
+            **batch, output_hidden_states=True
+        ).hidden_states
     assert all(torch.equal(a, b) for a, b in zip(twin.model.hidden_states(batch), shared, strict=True))
     again = Twin.from_pretrained(twin.save_pretrained(tmp_path / "routed"))
     for experts_per_row in (1, None):
@@ -150,7 +154,7 @@ BITS, VECTOR = "0/m/pooler.dense.bias", "vector/pooler.dense.bias"  # 12 entries
     "change, said",
     [
         (lambda t, h: h.update(base="0" * 64), "belongs to another base model"),
-        (lambda t, h: h.update(version=5), "has version 5"),
+        (lambda t, h: h.update(version=6), "has version 6"),
         (lambda t, h: h.update(version=1), "is damaged"),
         (lambda t, h: h.pop("masks"), "is damaged"),
         (lambda t, h: h.update(masks=3), "is damaged"),

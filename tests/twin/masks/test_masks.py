@@ -143,8 +143,8 @@ def test_the_folder_and_every_expert_out_of_it_are_the_reference_s(
     found = write_masks(recipe(lab, method, **flat), tmp_path / "out", progress=False)
     want = reference(lab, method, **chosen)
     stored, record = load_file(tmp_path / "out" / "twin.safetensors"), header(tmp_path / "out")
-    assert (record["kind"], record["version"], record["experts"]) == ("twin", 4, TASKS)
-    assert record["base"] == folder_fingerprint(tmp_path / "out") and record["masks"]["method"] == method
+    assert (record["kind"], record["version"], record["experts"]) == ("twin", 5, TASKS)
+    assert record["base"] == folder_fingerprint(tmp_path / "out/shared") and record["masks"]["method"] == method
     assert record["masks"]["lengths"] == {n: lab.zero[n].numel() for n in names(lab)}
     assert stored["scales"].dtype == torch.float64 and stored["scales"].tolist() == pytest.approx(want.scales, rel=1e-6)
     assert set(stored) == {
@@ -180,9 +180,9 @@ def test_the_folder_and_every_expert_out_of_it_are_the_reference_s(
 
 def test_the_base_is_there_byte_for_byte_and_stock_transformers_loads_it(lab: Any, tmp_path: Path) -> None:
     write_masks(recipe(lab), tmp_path / "out", progress=False)
-    base, there = (load_file(Path(f) / "model.safetensors") for f in (lab.base, tmp_path / "out"))
+    base, there = (load_file(Path(f) / "model.safetensors") for f in (lab.base, tmp_path / "out/shared"))
     assert base.keys() == there.keys() and all(torch.equal(base[n], there[n]) for n in base)
-    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    loaded = AutoModel.from_pretrained(tmp_path / "out/shared")
     assert type(loaded) is BertModel and torch.equal(loaded.state_dict()[FROZEN], lab.zero[FROZEN])
     about = json.loads((tmp_path / "out" / "twinmerge.json").read_text())
     assert about["recipe"]["merge_method"] == "tall_masks" and about["masks"]["frozen_weights"] == 11 * 12
@@ -202,7 +202,9 @@ def test_tiles_and_threads_change_no_byte(
     two = write_masks(recipe(lab, method, **chosen), tmp_path / "two", progress=False, tile=65_536)
     assert one == two._replace(folder=one.folder)
     files = sorted(f.relative_to(tmp_path / "one") for f in (tmp_path / "one").rglob("*") if f.is_file())
-    assert {Path("model.safetensors"), Path("twin.safetensors"), Path("heads/kind/head.safetensors")} <= set(files)
+    assert {Path("shared/model.safetensors"), Path("twin.safetensors"), Path("heads/kind/head.safetensors")} <= set(
+        files
+    )
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
@@ -219,7 +221,7 @@ def test_shares_are_those_of_the_reference_without_what_nobody_changes(lab: Any,
     record = found.record()
     assert record["shares"]["catastrophic"] == found.marks.by_count[0] / len(times)
     assert record["formula_bytes"]["masks"] * 8 == 32 * (2 * found.trained + found.frozen) + 3 * found.trained
-    disk = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    disk = sum(f.stat().st_size for at in (".", "shared") for f in (tmp_path / "out" / at).glob("*.safetensors"))
     assert (
         0 < disk - record["formula_bytes"]["masks"] < 25_000
     )  # headers with their checksums, padding to bytes, integer buffers
@@ -277,7 +279,9 @@ def test_models_in_memory_give_the_same_file(lab: Any, made: Path, tmp_path: Pat
     extract_masked(tmp_path / "out", "mood", tmp_path / "again")
     extract_masked(made, "mood", tmp_path / "same")
     one, two = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("again", "same"))
-    assert one == two and json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
+    assert one == two and json.loads((tmp_path / "out/shared/config.json").read_text())["architectures"] == [
+        "BertModel"
+    ]
 
 
 def test_no_more_than_a_tile_is_read_or_written_at_once(
@@ -424,7 +428,7 @@ BITS = "0/m/pooler.dense.bias"  # 12 entries in two bytes
     "change, said",
     [
         (lambda t, h: h.update(base="0" * 64), "belongs to another base model"),
-        (lambda t, h: h.update(version=5), "has version 5"),
+        (lambda t, h: h.update(version=6), "has version 6"),
         (lambda t, h: h.pop("masks"), "is a twin without masks"),
         (lambda t, h: t.update({BITS: t[BITS][:1].clone()}), "is damaged"),
         (lambda t, h: t.update({BITS: torch.zeros(3, dtype=torch.uint8)}), "is damaged"),

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
+from twinmerge.engine.card import fenced
 from twinmerge.engine.folder import write_about
-from twinmerge.engine.front import licence_of
+from twinmerge.engine.front import front_matter, front_of, licence_said, made_of
 from twinmerge.engine.provenance import versions
+from twinmerge.engine.usage import adapter_usage
 from twinmerge.errors import ModelError, UsageError, nearest
 from twinmerge.maths.lowrank import Factors
 from twinmerge.maths.svd import thin_svd
@@ -154,7 +155,7 @@ def write_lora(
     output = OutputFolder(out, sum(t.numel() * t.element_size() for t in tensors.values()))
     with output as folder:
         output.sums[OUTPUT] = write_adapter(folder, tensors, config)
-        write_about(folder, record, _card(base, name, about))
+        write_about(folder, record, _card(base, name, about, architecture))
     return Path(out)
 
 
@@ -164,10 +165,9 @@ def check_dtype(dtype: str | None) -> None:
         raise UsageError(f"Cannot write dtype {dtype!r}.{nearest(dtype, DTYPES)} Choose from {', '.join(DTYPES)}.")
 
 
-def _card(base: OpenedModel, name: str, about: About) -> str:
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["twinmerge", "lora"]}
-    if name:
-        front["base_model"] = name
-    if licence := licence_of(base.folder):
-        front["license"] = licence
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {about.title}\n\n{about.text}"
+def _card(base: OpenedModel, name: str, about: About, architecture: Architecture) -> str:
+    front: dict[str, Any] = {"library_name": "peft", **made_of([name], "adapter")}
+    front["tags"] = ["twinmerge", "lora"]
+    front |= licence_said(front_of(base.folder))
+    use = f"\n## Use\n\n{fenced('python', adapter_usage(architecture.model_class.__name__))}" if name else ""
+    return f"{front_matter(front)}# {about.title}\n\n{about.text}{use}"

@@ -27,6 +27,7 @@ from twinmerge.engine.written import check_written
 from twinmerge.errors import ModelError, RecipeError
 from twinmerge.maths import fused
 from twinmerge.maths.bits import byte_count, pack
+from twinmerge.maths.codec import NONE
 from twinmerge.maths.rule import Rule, Values
 from twinmerge.maths.sums import BLOCK, total
 from twinmerge.maths.threads import parallel
@@ -36,14 +37,17 @@ from twinmerge.methods.kit.masks import Marks, MaskMethod, described
 from twinmerge.methods.kit.registry import method_class, short_name
 from twinmerge.models.opened import as_tensor
 from twinmerge.recipes.recipe import Recipe
+from twinmerge.store import disk
 from twinmerge.store.artefact import Artefact, ArtefactWriter, fingerprint
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import SIZES, torch_dtype
-from twinmerge.store.manifest import OUTPUT
+from twinmerge.store.manifest import OUTPUT, SHARED
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
 from twinmerge.twin import SCALES, TWIN, TWIN_VERSION
+from twinmerge.twin.about.card import Holds, classes_of, task_of, with_holds
+from twinmerge.twin.about.config import write_twin_config
 from twinmerge.twin.masks.results import BuiltMasks
 
 Bytes = NDArray[np.uint8]
@@ -61,8 +65,8 @@ def write_masks(
 ) -> BuiltMasks:
     """Write θ0, τ and a bit for each weight and expert: θt ≈ θ0 + st · mt ⊙ τ. `twinmerge.build_masks` calls it.
 
-    The folder is a twin: stock transformers loads it as θ0, `Twin.from_pretrained` runs every expert from it, and
-    `extract_masked` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert
+    The folder is a twin: stock transformers loads θ0 from its folder `shared`, `Twin.from_pretrained` runs every expert
+    from it, and `extract_masked` writes one expert as a plain model. τ has the dtype of the base's weights. Tensors that no expert
     changes are kept once and have no mask.
 
     Args:
@@ -85,19 +89,29 @@ def write_masks(
     needed = merge.plan.output_bytes + sum(spec.bytes for spec in specs.values())
     output = OutputFolder(out, needed)
     with output as folder:
-        model = CheckpointWriter(folder, layout(merge.plan.specs))
+        disk.make_folder(folder / SHARED)
+        model = CheckpointWriter(folder / SHARED, layout(merge.plan.specs))
         twin = ArtefactWriter(folder / TWIN, Artefact("twin", TWIN_VERSION, base, header, {}), specs)
         try:
             found = _write(merge, changed, model, twin, Path(out))
-            output.sums[OUTPUT] = model.finish()
+            output.sums[OUTPUT] = {f"{SHARED}/{name}": checksum for name, checksum in model.finish().items()}
             twin.finish()
         finally:
             model.close()
             twin.close()
         described = {**provenance(merge.plan), "masks": found.record()}
-        card = model_card(described, merge.base, merge.experts, sorted(merge.matched.head_names), "twin")
         heads = merge.heads()
-        Beside(merge.base, merge.base.folder, described, card, heads=heads, about=about or {}).write(folder)
+        task = task_of(classes_of(merge.base.architecture, heads))
+        names = sorted(merge.matched.head_names)
+        card = model_card(described, merge.base, merge.experts, names, "twin", task=task)
+        parts, labels = (
+            f"masks of one vector (`{merge.recipe.method_name}`)",
+            {n: len(h.labels) for n, h in heads.items()},
+        )
+        holds = Holds(list(recipe.experts), None, parts, NONE, None, (), None, labels, task)
+        side = merge.base, merge.base.folder, described, partial(with_holds, card, holds)
+        Beside(*side, heads=heads, about=about or {}, within=SHARED).write(folder)
+        write_twin_config(folder, list(recipe.experts), heads, merge.base.architecture)
     return found
 
 

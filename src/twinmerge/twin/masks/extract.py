@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +32,12 @@ from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import OUTPUT, Manifest
 from twinmerge.store.output import OutputFolder
-from twinmerge.twin import SCALES, TWIN, TWIN_VERSION
+from twinmerge.twin import SCALES, SEALED_VERSION, TWIN, TWIN_VERSION
+from twinmerge.twin.about.card import written_out
 from twinmerge.twin.masked import unmasked
 from twinmerge.twin.masks.results import ExtractedExpert
 from twinmerge.twin.mixing.mixture import index_of
-from twinmerge.twin.package import is_twin
+from twinmerge.twin.package import is_twin, shared_folder
 
 RANGE = 16 * BLOCK  # elements that a thread works on at once
 
@@ -54,13 +55,12 @@ def open_masks(folder: Path, shared: OpenedModel) -> MaskFile:
     """Open the masks beside the weights; only the scales are read.
 
     Raises:
-        TwinmergeError: no twin folder, none with masks, masks of another model, or that do not fit its tensors.
+        TwinmergeError: a twin without masks, masks of another model, or that do not fit its tensors.
     """
-    if not is_twin(folder):
-        raise DataError(f"{folder} holds no masks: it has no {TWIN}. Make them with `twinmerge masks build`.")
     if (manifest := Manifest.of(folder)) is not None:
         manifest.check_all("README.md")
-    checkpoint = open_artefact(folder / TWIN, "twin", TWIN_VERSION, folder_fingerprint(folder))
+    base = folder_fingerprint(shared_folder(folder))
+    checkpoint = open_artefact(folder / TWIN, "twin", TWIN_VERSION, base, SEALED_VERSION)
     artefact = checkpoint.artefact
     if "masks" not in artefact.header:
         raise DataError(f"{folder} is a twin without masks. Write one expert of it with `twinmerge twin export`.")
@@ -93,10 +93,13 @@ def extract_masked(folder: str | Path, task: str, out: str | Path) -> ExtractedE
         TwinmergeError: as `open_masks` says, an unknown task, an output that is there.
     """
     folder = Path(folder)
-    shared = open_model(str(folder))
+    if not is_twin(folder):
+        raise DataError(f"{folder} holds no masks: it has no {TWIN}. Make them with `twinmerge masks build`.")
+    inside = shared_folder(folder)
+    shared = open_model(str(inside))
     masks = open_masks(folder, shared)
     expert = index_of(task, masks.experts)
-    head = load_heads(folder).get(task)
+    head = load_heads(folder, weights=inside).get(task)
     architecture = shared.architecture if head is None else architecture_of({task: head}, len(shared.specs))
     check_written([shared])
     for name in masks.lengths:
@@ -117,7 +120,7 @@ def extract_masked(folder: str | Path, task: str, out: str | Path) -> ExtractedE
             output.sums[OUTPUT] = writer.finish()
         finally:
             writer.close()
-        Beside(shared, folder, *_described(folder, task), architecture=architecture).write(partial)
+        Beside(shared, inside, *_described(folder, task), architecture=architecture).write(partial)
     return ExtractedExpert(Path(out), task)
 
 
@@ -158,14 +161,14 @@ def _copy(each: Range, name: str, shared: OpenedModel, masks: MaskFile, expert: 
     writer.write(each.name, each.start, base)
 
 
-def _described(folder: Path, task: str) -> tuple[dict[str, Any], str]:
+def _described(folder: Path, task: str) -> tuple[dict[str, Any], Callable[[Path], str]]:
     """Provenance and card."""
     record: Mapping[str, Any] = {}
     if file := find(folder, PROVENANCE):
         record = read_json(file, advice=AGAIN)
     method = record.get("recipe", {}).get("merge_method", "masks")
-    text = f"# {task}\n\nOne of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
-    return {"extract": {"task": task}, "from": record}, text
+    text = f"One of several experts that were compressed with `{method}`, written out again by twinmerge.\n"
+    return {"extract": {"task": task}, "from": record}, written_out(task, text, record, folder)
 
 
 def __getattr__(name: str) -> Any:

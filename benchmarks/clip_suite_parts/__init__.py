@@ -1,0 +1,1 @@
+"""Data and scores of the eight image tasks of CLIP."""

@@ -1,0 +1,1 @@
+"""Twins as transformers opens them by its auto classes and pipelines."""
