@@ -251,7 +251,7 @@ class Core(nn.Module):
         return self._encoder
 
     def encode(self, rows: Sequence[Input]) -> dict[str, Tensor]:
-        """Texts, token ids or images as a batch; token ids need no tokenizer.
+        """Texts, token ids or images as a batch, where the model is; token ids need no tokenizer.
 
         Args:
             rows: texts, pairs of texts, rows of a suite; `Tokens` for all; or `ImageFile` for all.
@@ -259,6 +259,9 @@ class Core(nn.Module):
         Raises:
             TwinmergeError: texts, and no tokenizer; as `TextEncoder.encode` says.
         """
+        return {name: tensor.to(self.device) for name, tensor in self._encoded(rows).items()}
+
+    def _encoded(self, rows: Sequence[Input]) -> dict[str, Tensor]:
         if images := [row for row in rows if isinstance(row, ImageFile)]:
             if len(images) < len(rows):
                 raise UsageError("Some inputs are images, and some are none. Give all as images, or none.")
