@@ -22,7 +22,8 @@ HEAD = """# Methods
 
 A *read* is all models once; memory is that of the ranges under way. Methods that decompose hold one matrix of all experts for each thread.
 Where a method is strong is said by its paper's or its authors' figures, or by its formula. Order among CLIP models does not carry over to language
-models: of public ones, task arithmetic alone gains reliably.
+models: of public ones, task arithmetic alone gains reliably. *Kept*: per cent of the scores of eight text experts, merged into one
+([quality.md](quality.md)); of masks, with the task given.
 """
 
 
@@ -36,11 +37,11 @@ def page() -> str:
             lines += [
                 f"## {group.capitalize()}",
                 "",
-                "| method | cost | needs | strong | source |",
-                "| --- | --- | --- | --- | --- |",
+                "| method | cost | needs | kept | strong | source |",
+                "| --- | --- | --- | ---: | --- | --- |",
             ]
             lines += [
-                f"| `{name}` | {about['cost']} | {', '.join(about['needs']) or '–'} | {about['strong']} | {source_of(name)} |"
+                f"| `{name}` | {about['cost']} | {', '.join(about['needs']) or '–'} | {about['score'] or '–'} | {about['strong']} | {source_of(name)} |"
                 for name, about in rows.items()
             ]
             lines.append("")

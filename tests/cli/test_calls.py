@@ -293,7 +293,7 @@ ASKED: dict[str, tuple[Any, ...]] = {
     "lora merge": (tm.merge_lora,),
     "lora extract": (tm.extract_lora,),
     "twin build": (tm.Twin.build, tm.Twin.fit_router),
-    "twin predict": (tm.Twin.predict, tm.Twin.forward),
+    "twin predict": (tm.Twin.predict, tm.Twin.forward, tm.Twin.reply),
     "twin explain": (tm.Twin.explain,),
     "twin info": (tm.Twin.info,),
     "twin compress": (tm.Twin.compress,),

@@ -18,6 +18,7 @@ import typer
 import twinmerge.cli
 from twinmerge.cli.command import COMMANDS, GROUPS, in_order
 from twinmerge.cli.command import command as command_of
+from twinmerge.cli.help import OPTIONS
 from twinmerge.errors import TwinmergeError
 from twinmerge.plugins import files_of
 
@@ -48,9 +49,75 @@ def test_help(command: Any, words: str) -> None:
 
 def test_version_and_usage(command: Any) -> None:
     assert command("--version").out == version("twinmerge") + "\n"
+    assert command("-V").out == version("twinmerge") + "\n"
     for words in (["--vresion"], ["mrege"], ["twin", "build"], ["methods", "--threads", "0"]):
         ran = command(*words)
-        assert ran.code == 2 and ran.out == "" and "Usage: twinmerge" in ran.err and "Traceback" not in ran.err
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1) and ran.err.startswith("Error: ")
+        assert "--help`." in ran.err
+    for words in ([], ["twin"]):
+        ran = command(*words)
+        assert ran.code == 2 and ran.err == "" and "Usage: twinmerge" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("merge --methd ties", "has no option --methd. Did you mean '--method'?"),
+        ("merge --density 0.2", "no option --density, which is a parameter of methods. Write -p density=VALUE."),
+        ("merge ties --base b", "ties is a method, and a recipe file is expected first. Write --method ties."),
+        ("merge out recipe.yaml", "The recipe comes first, and then the output: recipe.yaml out."),
+        ("merge --method ties m k --base b", "Name models by --base MODEL and --expert NAME=MODEL."),
+        ("merge . out", ". is a folder, and a recipe file is expected first."),
+        ("merge --method ties --threads many", "--threads is 'many', and should be a whole number."),
+        ("merge --method ties --threads 0", "--threads is '0', and should be greater than or equal to 1."),
+        (
+            "merge --method ties --base b --expert models/math",
+            "Write --expert NAME=MODEL, such as --expert math=models/math.",
+        ),
+        ("merge --method ties --base b --expert a=m -p 0.2", "Write -p NAME=VALUE, such as -p density=0.2."),
+        (
+            "merge --method ties --base b --expert a=m --weight 0.5",
+            "Write --weight NAME=NUMBER, such as --weight a=0.5.",
+        ),
+        ("evaluate m", "`twinmerge evaluate` needs --suite FOLDER (a suite: tasks.json and a folder per task)."),
+        ("push m", "needs the argument REPO (NAME or ORGANISATION/NAME on the hub"),
+        ("diff a b c", "`twinmerge diff A B` takes no more arguments, and 'c' is one. Everything else is an option."),
+        ("twin predict text .", "'text' is no folder, and . is one. The twin comes first, and then its texts."),
+        ("methods linaer", "Unknown method 'linaer'. Did you mean 'linear'? It is average here."),
+        ("search --method ties --base b --expert a=m --suite s --grid scale=0.1:1", "such as scale=0.1:1.0:10"),
+        ("measure fishr", "No such command 'fishr'. Did you mean 'fisher'? See `twinmerge measure --help`."),
+        ("measure fisher m --data", "Option '--data' requires an argument. See `twinmerge --help`."),
+    ],
+)
+def test_a_wrong_line_gets_the_sentence_that_helps(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = command(*words.split())
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1) and says in ran.err, ran
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_of_the_command_has_its_panel_and_every_command_an_example() -> None:
+    seen: set[str] = set()
+
+    def look(found: Any, words: str) -> None:
+        for name, below in getattr(found, "commands", {}).items():
+            look(below, f"{words} {name}")
+        if not hasattr(found, "commands"):
+            assert f"twinmerge{words} " in found.help or found.help.endswith(f"twinmerge{words}"), words
+            for option in (each for each in found.params if each.param_type_name == "option"):
+                seen.add(max(option.opts, key=len))
+                assert option.help and option.help[0].isupper() and option.help.endswith((".", "?")), (
+                    words,
+                    option.opts,
+                )
+                assert not option.help.startswith(("Of ", "As ")), (words, option.opts)
+                assert option.is_flag == (option.metavar == ""), (words, option.opts)
+
+    look(typer.main.get_command(twinmerge.cli.app), "")
+    known = {name for names in OPTIONS.values() for name in names}
+    assert known == seen and len(known) == sum(map(len, OPTIONS.values()))
 
 
 def test_threads(command: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:

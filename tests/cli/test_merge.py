@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import AutoModel
 
 import twinmerge as tm
 from twinmerge.cli.checked import _short
+from twinmerge.cli.common import size
 from twinmerge.methods.kit.registry import method_names
 
 
@@ -166,7 +169,7 @@ def test_lines(command: Any, deep: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(fixed[name], want, rtol=0, atol=1e-6)
         torch.testing.assert_close(auto[name], want, rtol=0, atol=1e-6)
     shown = command("check", *run[1:], "--lines", "a=0.25,b=1")
-    assert shown.code == 0 and "a: 0.25, b: 1.0, blocks: 1" in shown.out
+    assert shown.code == 0 and "a: 0.25, b: 1.0, blocks: 1" in shown.out and "Ready: " in shown.out
 
 
 @pytest.mark.parametrize(
@@ -248,7 +251,7 @@ def test_methods(command: Any) -> None:
     assert list(found) == method_names()
     table = command("methods").out
     assert len(table.splitlines()) < 2 * len(found)
-    rows = {line.split()[0]: line for line in table.splitlines() if line.startswith("  ")}
+    rows = {line.split()[0]: line for line in table.splitlines() if line.startswith(" ")}
     assert all(about["cost"] in rows[name] and rows[name].endswith(about["strong"]) for name, about in found.items())
     assert all(
         "base" in rows[name].replace(",", "").split() for name, about in found.items() if "base" in about["needs"]
@@ -273,11 +276,37 @@ def test_a_weight_twice(command: Any, zoo: Any, tmp_path: Path) -> None:
 
 
 def test_check_names_the_first_of_what_it_counts() -> None:
-    assert _short({"a": ["w", "b"], "b": []}, "heads") == "a: 2 (w, b), b: 0"
-    assert _short({"told_by": "class", "names": [*"abcd"]}, "tables") == "told_by: class, names: 4 (a, b, c …)"
-    assert _short({"a": {"eps": [0.1, 0.2]}}, "configs") == "a: eps is 0.1 (0.2 in the base)"
-    assert _short({"rest": "mean", "elementwise": ""}, "parameters") == "rest: mean, elementwise: none"
+    assert _short({"a": ["w", "b"], "b": ["c"]}, "heads", []) == "a: 2 (w, b), b: c"
+    assert _short({"told_by": "class", "names": [*"abcd"]}, "tables", []) == "told_by: class, names: 4 (a, b, c …)"
+    assert _short({"a": {"eps": [0.1, 0.2]}}, "configs", []) == "a: eps is 0.1 (0.2 in the base)"
+    assert _short({"rest": "mean", "elementwise": ""}, "parameters", []) == "rest mean; elementwise none"
     mixed = {"a": [{"contains": "mlp", "value": [0.1, 1.0]}, {"value": 0.5}], "b": 0.2}
-    assert _short({"t": {"slice 1": mixed}}, "parameters") == (
-        "t: {slice 1: {a: contains 'mlp' [0.1, 1.0]; 0.5, b: 0.2}}"
+    assert _short({"t": {"slice 1": mixed}}, "parameters", []) == (
+        "t slice 1 (a (contains 'mlp' [0.1, 1.0] | 0.5), b 0.2)"
+    )
+
+
+def test_check_names_weights_in_the_order_of_the_recipe_and_ends_in_one_sentence(
+    command: Any, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"merge_method: ties\nbase_model: {zoo.base}\ndtype: float32\nmodels:\n"
+        f"  - {{model: {zoo.size}, name: size, parameters: {{weight: 0.5, density: 0.4}}}}\n"
+        f"  - {{model: {zoo.kind}, name: kind, parameters: {{weight: 0.3, density: 0.4}}}}\n"
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000_000_000))
+    shown = command("check", recipe, tmp_path / "out")
+    assert shown.code == 0 and "weights size 0.5, kind 0.3" in shown.out
+    assert "density size 0.4, kind 0.4" in shown.out
+    found = command("check", recipe, "--json").json()
+    last = shown.out.splitlines()[-1]
+    assert last == (
+        f"Ready: {found['output_bytes'] / 1000:.1f} kB out (3.0 TB free there), under 1 s on a disk of 1 GB/s, "
+        f"{size(found['memory_bytes'])} of memory."
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    assert command("check", recipe, tmp_path / "out").err.startswith(
+        f"Error: The output {tmp_path}/out is there already"
     )

@@ -2,16 +2,91 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import twinmerge as tm
 from twinmerge.errors import RecipeError
+from twinmerge.methods.kit.registry import by_any_name, method_names
+from twinmerge.methods.kit.scores import SCORES
 from twinmerge.recipes.schema import recipe_from
 
 NAMES = {"linear": "average", "dare_linear": "dare", "TIES": "ties", "dare-ties": "dare_ties", "Ramplus-TL": "ram_plus"}
+PEFT = {"cat": "task_arithmetic", "svd": "task_arithmetic", "magnitude_prune": "magnitude", "Ties-SVD": "ties"}
+PEFT |= {"dare_linear_svd": "dare", "dare_ties_svd": "dare_ties", "magnitude_prune_svd": "magnitude"}
+PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_a_name_of_peft_leads_to_the_method_in_commands_and_calls(name: str, command: Callable[..., Any]) -> None:
+    shown = command("methods", name)
+    assert shown.out.startswith(f"{PEFT[name]}\n") and shown.err == f"Note: PEFT's {name} is {PEFT[name]} here.\n"
+    assert list(tm.list_methods(name)) == [PEFT[name]]
+    assert tm.merge(name, "base", {"a": "x", "b": "y"}).recipe.method == PEFT[name]
+
+
+def test_every_type_of_peft_is_known() -> None:
+    source = inspect.getsource(pytest.importorskip("peft.tuners.lora.model"))
+    types = set(re.findall(r'combination_type == "(\w+)"', source))
+    types |= {
+        word for group in re.findall(r"combination_type in \[(.*?)\]", source) for word in re.findall(r"\w+", group)
+    }
+    assert types >= {"svd", "linear", "cat", "ties_svd"}
+    assert all(by_any_name(each) in method_names() for each in types), types
+
+
+def test_names_of_mergekit_are_understood_in_calls(tmp_path: Path) -> None:
+    recipe = tm.Recipe("Dare-Linear", "base", {"a": "x", "b": "y"})
+    assert recipe.method == "dare" == recipe.method_name and recipe == tm.Recipe("dare", "base", {"a": "x", "b": "y"})
+    assert tm.recipe_template("linear").splitlines()[2] == "merge_method: average"
+    with pytest.raises(RecipeError, match="Unknown method 'tiess'. Did you mean 'ties'?"):
+        tm.merge("tiess", "base", {"a": "x"})
+
+
+def test_scores_are_those_of_the_page() -> None:
+    """A row of docs/quality.md with a column of eight experts is a method, one of its variants, or the method with
+    something on top; the first row of each method is its score."""
+    told: dict[str, float] = {}
+    column = None
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            column = None
+        elif "8 experts" in cells:
+            column = cells.index("8 experts")
+        elif column is not None and not set(line) <= set("|-: "):
+            name = cells[0].partition(" (")[0]
+            if name in method_names():
+                told.setdefault(name, float(cells[column].partition(" ")[0]))
+    assert told == SCORES and len(told) >= 15
+    assert {name: about["score"] for name, about in tm.list_methods().items() if about["score"]} == SCORES
+
+
+def test_the_list_is_one_line_a_method_in_80_columns(command: Callable[..., Any]) -> None:
+    lines = command("methods").out.split("\n\n")[0].splitlines()
+    rows = {line.split()[0]: line for line in lines[1:] if line.startswith(" ")}
+    assert list(rows) and set(rows) == set(method_names()) and max(map(len, lines)) <= 80
+    for name, about in tm.list_methods().items():
+        assert about["cost"] in rows[name] and rows[name].endswith(about["strong"])
+        assert (f" {about['score']} " in rows[name]) == (about["score"] is not None)
+        assert all(f" {each.removesuffix(' statistics')} " in rows[name] for each in about["needs"]), rows[name]
+    long = command("methods", "--long").out
+    assert "Yadav et al. 2023" in long and "Laws: " in long
+
+
+def test_what_values_a_parameter_may_have_is_said_of_every_one() -> None:
+    found = {f"{m}.{p}": v["values"] for m, about in tm.list_methods().items() for p, v in about["parameters"].items()}
+    assert all(found.values())
+    assert found["ties.density"] == "0 to 1; also per expert" and found["ties.scope"] == "model or tensor"
+    assert (
+        found["karcher.max_iter"] == "≥ 0" and found["regmean.alpha"] == "0 to 1" and found["svc.calibration"] == "> 0"
+    )
+    assert found["average.normalize"] == "true or false" and found["task_arithmetic.scale"] == "a number"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,7 +111,7 @@ def test_a_near_miss_is_told_by_its_name_here(command: Callable[..., Any]) -> No
 
 def test_closed_lists_and_needs_are_said(command: Callable[..., Any]) -> None:
     assert "Needs: the models alone. Gives: model." in command("methods", "slerp").out
-    assert "(max, mean, sum)" in command("methods", "ties").out
+    assert "max, mean or sum" in command("methods", "ties").out
     assert "# how agreeing entries combine (max, mean, sum)\n" in command("recipe", "new", "ties").out
 
 

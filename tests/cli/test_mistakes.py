@@ -342,9 +342,9 @@ def test_evaluate_of_a_language_model(command: Any, zoo: Any, tmp_path: Path) ->
     for model, says in [(tmp_path / "lm", "This twin has no heads"), (zoo.lm, "has no heads and is no classifier")]:
         said = refused(command, tmp_path, "evaluate", model, "--suite", zoo.suite, "--tasks", "mood", code=3)
         assert says in said
-    assert "no classifier head" in refused(
-        command, tmp_path, "twin", "predict", tmp_path / "lm", "w3 w4", "--expert", "mood"
-    )
+    twin = ["twin", "predict", tmp_path / "lm", "w3 w4", "--expert", "mood"]
+    assert "is of a language model and has no heads" in refused(command, tmp_path, *twin, "--head", "mood")
+    assert "has no chat template" in refused(command, tmp_path, *twin, "--chat")
 
 
 def test_evaluate_of_a_base_with_an_adapter(command: Any, zoo: Any, tmp_path: Path) -> None:

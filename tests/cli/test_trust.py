@@ -82,7 +82,7 @@ def test_check_says_what_a_merge_takes(command: Any, zoo: Any, tmp_path: Path) -
     assert found["read_bytes"] == 3 * 4 * 4 * size and found["output_bytes"] == 2 * size
     assert found["dtypes"]["mood"] == ["float32"] and found["output_dtypes"] == ["bfloat16"]
     ran = command("check", *words, tmp_path / "out")
-    assert ran.code == 0 and "seconds_at_1_GB_per_s" in ran.out and not (tmp_path / "out").exists()
+    assert ran.code == 0 and "seconds at 1 GB/s" in ran.out and not (tmp_path / "out").exists()
     assert command("merge", *words, "--dry-run", "--json").json().keys() == found.keys()
 
 

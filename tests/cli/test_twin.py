@@ -213,7 +213,7 @@ def test_rebuild_needs_every_model(command: Any, zoo: Any, tmp_path: Path, copie
 
 def test_export_a_model_and_adapters(command: Any, zoo: Any, tmp_path: Path, mixed: list[str]) -> None:
     ran = command("twin", "export", zoo.twin, "--expert", "kind", "-o", tmp_path / "model")
-    assert ran.code == 0 and ran.err == f"Exported -> {tmp_path / 'model'}\n"
+    assert ran.code == 0 and ran.err.startswith("Exported, ") and ran.err.endswith(f" kB -> {tmp_path / 'model'}\n")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     for row in command("twin", "predict", zoo.twin, *mixed, "--expert", "kind", "--json").json():
         ids = torch.tensor([[2] + [int(word[1:]) for word in row["text"].split()]])
@@ -257,11 +257,30 @@ def test_run_routed(command: Any, zoo: Any, mixed: list[str]) -> None:
     assert all(row["mixture"] == {task: float(task == row["expert"]) for task in zoo.labels} for row in found)
 
 
+def test_the_share_that_may_be_refused(command: Any, zoo: Any, tmp_path: Path) -> None:
+    data = [word for task, file in zoo.data.items() for word in ("--data", f"{task}={file}")]
+    words = ["twin", "build", "--base", zoo.base, *zoo.given, "--rank", 1, *data]
+    few = "Warning: No input will be refused: refuse="
+    usual = command(*words, "-o", tmp_path / "usual")
+    assert usual.code == 0 and f"{few}0.02 takes 49 held-out inputs" in usual.err
+    for share in (0.2, 0):
+        ran = command(*words, "--refuse", share, "-o", tmp_path / f"at {share}")
+        assert ran.code == 0 and few not in ran.err
+    row = command("twin", "predict", tmp_path / "at 0.2", "w3 w14 w25", "--json").json()[0]
+    assert {"routing", "refused"} <= row.keys() and sum(row["routing"].values()) == pytest.approx(1)
+    ran = command(*words, "--refuse", 1.5, "-o", tmp_path / "no")
+    assert ran.code == 2 and "--refuse is '1.5', and should be less than or equal to 1" in ran.err
+
+
 def test_run_shows_a_table(command: Any, zoo: Any, mixed: list[str]) -> None:
     rows = command("twin", "predict", zoo.twin, *mixed, "--json").json()
     shown = command("twin", "predict", zoo.twin, *mixed).out
     cells = [[c.strip() for c in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
-    assert cells == [[r["text"], r["label"], f"{100 * r['confidence']:.0f} %", f"{r['expert']} 1.00"] for r in rows]
+    per_cent = [f" ({100 * max(r['routing'].values()):.0f} %)" if "routing" in r else "" for r in rows]
+    assert cells == [
+        [r["text"], r["label"], f"{100 * r['confidence']:.0f} %", r["expert"] + router, f"{r['expert']} 1.00"]
+        for r, router in zip(rows, per_cent, strict=True)
+    ]
 
 
 def test_run_with_an_expert_is_the_expert(command: Any, zoo: Any, mixed: list[str], tmp_path: Path) -> None:

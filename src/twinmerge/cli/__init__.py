@@ -10,29 +10,45 @@ from typing import Annotated, Any
 
 import typer
 
-from twinmerge.cli.command import COMMANDS, GROUPS, in_order
+from twinmerge.cli.command import COMMANDS, GROUPS, in_order, on_the_line
 from twinmerge.cli.failure import INTERRUPTED, all_streams, check_words, flushed, message_and_code
+from twinmerge.cli.help import PANEL, Command, Group, Root
 from twinmerge.cli.lines import say
 from twinmerge.moved import new_command
 from twinmerge.plugins import files_of
 from twinmerge.recipes.mergekit_options import translated_options
 
+EPILOG = """Examples:
+
+twinmerge merge --method ties --base BASE --expert a=A --expert b=B -o OUT
+
+twinmerge twin build --base BASE --expert a=A --expert b=B --data a=a.jsonl --data b=b.jsonl -o TWIN
+
+Help on one command: twinmerge merge --help. Which method: twinmerge methods. Documentation: the folder docs of the \
+source.
+
+Exit codes: 0 done; 1 verify or diff found a difference; 2 wrong call; 3 wrong input; 4 the machine (disk, memory, \
+network) or an internal error; 130 interrupted."""
+
 for _file in files_of(__name__):
     import_module(f"{__name__}.{_file}")
 app = typer.Typer(
     name="twinmerge",
+    cls=Root,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn many fine-tuned models of one base into one: merged once, or mixed anew for every input.",
+    epilog=EPILOG,
 )
-_groups = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in GROUPS.items()}
+_groups = {name: typer.Typer(cls=Group, no_args_is_help=True, help=text) for name, text in GROUPS.items()}
 for _words in in_order():
     *_of, _name = _words.split()
-    (_groups[_of[0]] if _of else app).command(_name)(COMMANDS[_words])
+    _function, _of_which = on_the_line(COMMANDS[_words]), _groups[_of[0]] if _of else app
+    _of_which.command(_name, cls=Command, rich_help_panel=PANEL.get(_words))(_function)
 for _group, _typer in _groups.items():
-    app.add_typer(_typer, name=_group)
+    app.add_typer(_typer, name=_group, rich_help_panel=PANEL[_group])
 
 
 def _version(wanted: bool) -> None:
@@ -46,7 +62,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("-V", "--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -69,16 +85,18 @@ def main() -> None:
                 words = [*words[:1], *own]
                 for note in notes:
                     say(f"Note: {note}")
-            app(args=words, prog_name="twinmerge")
+            code = app(args=words, prog_name="twinmerge", standalone_mode=False)
         except SystemExit as left:
             code = left.code
-            failed = KeyboardInterrupt() if code == INTERRUPTED else None  # typer has taken the interrupt for itself
         except BaseException as error:
             failed = error
         failed = flushed() or failed
+        if failed is None and code == INTERRUPTED:
+            failed = KeyboardInterrupt()  # before any command had begun
         if failed is not None:
             said, code = message_and_code(failed)
-            say(said)
+            if said:
+                say(said)
         sys.exit(code)
 
 

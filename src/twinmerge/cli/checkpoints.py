@@ -10,23 +10,30 @@ import typer
 from twinmerge.cli.command import command
 from twinmerge.cli.common import Json, Threads, print_json, size
 from twinmerge.cli.lines import said
-from twinmerge.cli.merge import AllowPickle
+from twinmerge.cli.merging import AllowPickle, Dtype
 from twinmerge.maths.threads import use_threads
 
 
 @command("checkpoints")
 def checkpoints(
     folder: Annotated[Path, typer.Argument(help="The run: it has checkpoint-500, checkpoint-1000, … inside.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     schedule: Annotated[
-        str, typer.Option("--schedule", help="linear (the mean), cosine, minus_sqrt, or ema.")
+        str,
+        typer.Option(
+            "--schedule",
+            metavar="NAME",
+            help="How checkpoints are weighted: linear (the mean), cosine, minus_sqrt or ema.",
+        ),
     ] = "linear",
-    last: Annotated[int | None, typer.Option("--last", min=1, help="How many of the last ones. [all]")] = None,
-    decay: Annotated[float, typer.Option("--decay", help="Of ema.")] = 0.9,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the output: float32, bfloat16, float16.")] = None,
+    last: Annotated[
+        int | None, typer.Option("--last", min=1, help="How many of the last checkpoints to merge; all by default.")
+    ] = None,
+    decay: Annotated[float, typer.Option("--decay", help="Decay of ema, between 0 and 1.")] = 0.9,
+    dtype: Dtype = None,
     allow_pickle: AllowPickle = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Take the place of an output that twinmerge wrote.")
+        bool, typer.Option("--overwrite", help="Replace an output that is there, if twinmerge wrote it.")
     ] = False,
     threads: Threads = None,
     json: Json = False,

@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from inspect import signature
 from typing import Annotated, Any
 
 import typer
 
 from twinmerge.cli.lines import said as said
+from twinmerge.cli.table import print_table as print_table
 from twinmerge.errors import UsageError
 from twinmerge.results import json_text
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of the arithmetic; all cores by default.")
+    int | None, typer.Option("--threads", min=1, help="How many threads compute; all cores by default.")
 ]
-Device = Annotated[str, typer.Option("--device", help="Where the arithmetic runs: cpu, cuda, mps.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="Where tensors are computed: cpu, cuda, cuda:1 or mps.")
+]
 Experts = Annotated[
     list[str] | None,
-    typer.Option("--expert", metavar="NAME=MODEL", help="An expert: a path, a hub id or base+adapter. Repeat."),
+    typer.Option(
+        "--expert", metavar="NAME=MODEL", help="An expert: a folder, a hub id, or base+adapter. Repeat for each."
+    ),
 ]
 Base = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="The model that the experts were tuned from.")
 ]
 Parameters = Annotated[
     list[str] | None,
-    typer.Option("-p", "--parameter", metavar="[EXPERT.]NAME=VALUE", help="A parameter of the method. Repeat."),
+    typer.Option(
+        "-p",
+        "--parameter",
+        metavar="[EXPERT.]NAME=VALUE",
+        help="A parameter of the method, such as density=0.2, for all or for one expert. Repeat.",
+    ),
 ]
 Heads = Annotated[
     list[str] | None,
     typer.Option(
-        "--head", metavar="PATTERN", help="Keep these tensors per expert: a glob, or dotted components. Repeat."
+        "--head",
+        metavar="PATTERN",
+        help="Tensors that each expert keeps, beside the heads that are found: a glob or a dotted name. Repeat.",
     ),
 ]
 
@@ -52,11 +65,28 @@ def pairs(items: Sequence[str] | None, option: str) -> dict[str, str]:
     for item in items or ():
         name, equals, value = item.partition("=")
         if not equals or not name or not value:
-            raise UsageError(f"{option} {item!r} is not name=value. Write it as {option} name=value.")
+            raise UsageError(f"{option} {item!r} is not name=value. Write {option} {_as_pair(item, option)}.")
         if name in found:
             raise UsageError(f"{option} names {name!r} twice. Give each name once.")
         found[name] = value
     return found
+
+
+KINDS = {"--weight": "NUMBER", "--mixture": "WEIGHT", "-p": "VALUE", "--lines": "NUMBER", "--grid": "A,B,C"}
+GIVEN = {"-p": "density=0.2", "--lines": "b=0.5", "--grid": "scale=0.1,0.2"}
+
+
+def _as_pair(item: str, option: str) -> str:
+    """How an item is to be written, with an example out of what was given.
+
+    Example:
+        >>> _as_pair("models/math", "--expert"), _as_pair("0.5", "--weight")
+        ('NAME=MODEL, such as --expert math=models/math', 'NAME=NUMBER, such as --weight a=0.5')
+    """
+    kind = KINDS.get(option, "FILE" if option in ("--data", "--statistics") else "MODEL")
+    stem = re.sub(r"[^A-Za-z0-9_.-]", "", os.path.basename(item.rstrip("/"))).partition(".")[0]
+    usual = f"{'a' if option in KINDS else stem or 'a'}={item.strip('=') or '0.5'}"
+    return f"NAME={kind}, such as {option} {GIVEN.get(option, usual)}"
 
 
 def values(items: Sequence[str] | None, option: str) -> dict[str, Any]:
@@ -119,27 +149,6 @@ def numbers(items: Sequence[str] | None, option: str) -> dict[str, float]:
 
 def print_json(data: Any) -> None:
     typer.echo(json_text(data, indent=2))
-
-
-NUMBER = re.compile(r"[-+–−±]?\d|–?$")  # how a cell begins, or nothing to say
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout; columns of numbers stand right, others left; brackets and colons in a text stay what they
-    are."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table, cells = Table(), [list(row) for row in rows]
-    for i, column in enumerate(columns):
-        numbers = i > 0 and all(NUMBER.match(row[i]) for row in cells)
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row in cells:
-        table.add_row(*row)
-    console = Console(markup=False, emoji=False, highlight=False)
-    if title:
-        console.print(title)  # not the table's own title, which would be folded to the table's width
-    console.print(table)
 
 
 def size(count: float) -> str:

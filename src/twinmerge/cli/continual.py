@@ -1,4 +1,4 @@
-"""`twinmerge continual`: experts that come, and go, one by one, and the merged model of now."""
+"""`twinmerge continual`: experts that come and go one by one, and the model that they make together."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from twinmerge.cli.common import (
     size,
 )
 from twinmerge.cli.complete import over_time
+from twinmerge.cli.merging import Dtype
+from twinmerge.cli.messages import where_stopped
 from twinmerge.cli.twin_common import Data, DataOfOne, texts_for, texts_of
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from twinmerge.continual.continual import Continual
 
 State = Annotated[Path, typer.Argument(help="The folder of the state.")]
-Moved = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now, if it moved.")]
+Moved = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Where the base is, if it moved since.")]
 
 
 @command("continual init")
@@ -39,12 +41,21 @@ def init(
     state: State,
     base: Base = None,
     method: Annotated[
-        str, typer.Option("--method", help="One that takes experts one by one; see below.", autocompletion=over_time)
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="A method that takes experts one by one, such as those above.",
+            autocompletion=over_time,
+        ),
     ] = "iso_c",
     parameter: Parameters = None,
     head: Heads = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of what is kept: float64, or float32 for half the bytes.")
+        str,
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="Dtype of the state on the disk: float64, or float32 for half the bytes."
+        ),
     ] = "float64",
     json: Json = False,
 ) -> None:
@@ -73,14 +84,18 @@ def add(
     state: State,
     expert: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="Experts, in their order.")],
     base: Moved = None,
-    twin: Annotated[Path | None, typer.Option("--twin", help="A twin folder that takes the expert in too.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder of the new twin.")] = None,
+    twin: Annotated[
+        Path | None, typer.Option("--twin", metavar="FOLDER", help="A twin that takes the expert too.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="The folder of the new twin.")
+    ] = None,
     data: DataOfOne = None,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its part of the twin.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of its part of the twin.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Take experts in; killed at any time, the old state is whole.
+    """Add experts to a state; where it is interrupted at any time, the old state is whole.
 
     twinmerge continual add STATE math=MODEL
 
@@ -94,8 +109,9 @@ def add(
     if twin is None:
         if output is not None or data:
             raise UsageError("-o and --data are of a twin. Add --twin, or leave them out.")
-        for name, model in named.items():
-            opened.add(name, model)
+        with where_stopped(lambda: _left(state)):
+            for name, model in named.items():
+                opened.add(name, model)
     else:
         if output is None or len(named) != 1:
             raise UsageError(
@@ -114,7 +130,7 @@ def remove(
     state: State,
     name: Annotated[str, typer.Argument(help="The expert that leaves.")],
     expert: Annotated[
-        str | None, typer.Option("--expert", metavar="MODEL", help="Where it is now, if it moved.")
+        str | None, typer.Option("--expert", metavar="MODEL", help="Where the expert is, if it moved since.")
     ] = None,
     base: Moved = None,
     threads: Threads = None,
@@ -138,13 +154,13 @@ def remove(
 @command("continual materialise")
 def materialise(
     state: State,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the output: float32, bfloat16, float16.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
+    dtype: Dtype = None,
     base: Moved = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Write the merged model of now, which stock transformers loads; the heads of all experts go with it.
+    """Write the merged model of all experts in a state, with their heads, as transformers loads it.
 
     twinmerge continual materialise STATE -o MERGED
     """
@@ -161,7 +177,7 @@ def materialise(
 
 @command("continual status")
 def status(state: State, json: Json = False) -> None:
-    """The experts in a state, what it keeps, and how large it is.
+    """Show the experts in a state, what it keeps, and how large it is.
 
     twinmerge continual status STATE
     """
@@ -185,15 +201,15 @@ def status(state: State, json: Json = False) -> None:
 @command("continual twin")
 def twin(
     state: State,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of every exclusive matrix.")] = 8,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of each matrix of an expert.")] = 8,
     data: Data = None,
     expert: Experts = None,
     base: Moved = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Build a twin around the merged model of now; reads every expert.
+    """Build a twin around the merged model of a state; every expert is read.
 
     twinmerge continual twin STATE --data math=math.jsonl --data code=code.jsonl -o TWIN
     """
@@ -212,6 +228,15 @@ def twin(
         print_json({**opened.status(), "output": str(output)})
     else:
         said(f"A twin of {', '.join(built.experts)} around the state's merged model -> {output}")
+
+
+def _left(state: Path) -> str:
+    """What a state has where somebody stopped experts from coming in."""
+    from twinmerge.continual.continual import Continual
+
+    names = [expert["name"] for expert in Continual(state).status()["experts"]]
+    has = f"has {', '.join(names)}" if names else "has no expert yet"
+    return f"The state {state} is whole and {has}. Run the command again for the others."
 
 
 def _summary(continual: Continual) -> str:

@@ -11,12 +11,17 @@ from twinmerge.cli.command import command
 
 @command("demo")
 def demo(
-    out: Path = typer.Option(Path("demo"), "--out", help="Folder for the report; an earlier demo in it is replaced."),
-    seeds: int = typer.Option(3, "--seeds", min=1, help="How many times everything is done anew."),
-    quick: bool = typer.Option(False, "--quick", help="Few training steps: how it works, not how well."),
-    json: bool = typer.Option(False, "--json", help="Print all numbers as JSON, and nothing else."),
+    out: Path = typer.Option(
+        Path("demo"), "--out", metavar="FOLDER", help="Folder of the report; an earlier demo in it is replaced."
+    ),
+    seeds: int = typer.Option(3, "--seeds", min=1, help="How many times everything is trained and measured."),
+    quick: bool = typer.Option(False, "--quick", help="Train for few steps, to see how it works and not how well."),
+    json: bool = typer.Option(False, "--json", help="Print all numbers as JSON on stdout."),
 ) -> None:
-    """Train five small experts on digits, merge them in every way, and write a report with pictures."""
+    """Train five small experts on digits, merge them in every way, and write a report with pictures.
+
+    twinmerge demo --quick --out report
+    """
     from rich.console import Console
 
     from twinmerge.study.demo import demo as run

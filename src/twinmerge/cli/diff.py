@@ -17,25 +17,28 @@ if TYPE_CHECKING:
     from twinmerge.engine.diff import Diff, TensorDiff
 
 SPARE = ("max", "‖a‖", "‖b − a‖", "‖τb‖", "‖τa‖", "equal")  # what a narrow terminal does without, in this order
+NAMES = 34  # letters of a tensor's name that there is room for where columns are left out
 
 
 @command("diff")
 def diff(
-    a: Annotated[str, typer.Argument(help="A model: path, hub id or base+adapter.")],
-    b: Annotated[str, typer.Argument(help="Another one.")],
+    a: Annotated[str, typer.Argument(help="A model: a folder, a hub id, or base+adapter.")],
+    b: Annotated[str, typer.Argument(help="The model that it is compared with.")],
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help="What both were tuned from: compare their task vectors."),
+        typer.Option(
+            "--base", metavar="MODEL", help="The model that both were tuned from: compares their changes to it."
+        ),
     ] = None,
     top: Annotated[
-        int, typer.Option("--top", min=0, help="How many tensors to show, the most changed first; 0 for all.")
+        int, typer.Option("--top", min=0, help="How many tensors to show, those that differ most first; 0 for all.")
     ] = 20,
     rank: Annotated[
-        bool, typer.Option("--rank/--no-rank", help="Effective ranks, which take most of the time.")
+        bool, typer.Option("--rank/--no-rank", help="Compute effective ranks, which takes most of the time.")
     ] = True,
     picture: Annotated[
         Path | None,
-        typer.Option("--picture", metavar="FILE", help="Draw a heat map of all layers: .png, .svg or .pdf."),
+        typer.Option("--picture", metavar="FILE", help="Draw a heat map of all layers (.png, .svg or .pdf)."),
     ] = None,
     threads: Threads = None,
     json: Json = False,
@@ -83,11 +86,12 @@ def _heading(found: Diff, shown: int) -> str:
     whole = found.total
     a, b = ("‖τa‖", "‖τb‖") if found.base is not None else ("‖a‖", "‖b‖")
     where = "; τa = a − base, τb = b − base" if found.base is not None else ""
+    conflicts = "" if found.base is None else f"sign conflicts {_share(whole.conflicts)}, "  # of changes alone
     rows = "all" if shown == len(found.tensors) else f"the {shown} most changed"
     return (
         f"{len(found.tensors)} shared tensors, ‖b − a‖ = {whole.change:.4g}, relative {whole.relative:.4g}, "
         f"{a} = {whole.norm:.4g}, {b} = {whole.norm_b:.4g}, cosine {whole.cosine:.5f}, "
-        f"sign conflicts {_share(whole.conflicts)}, equal {_share(whole.equal)}{where}; {rows}:"
+        f"{conflicts}equal {_share(whole.equal)}{where}; {rows}:"
     )
 
 
@@ -103,7 +107,10 @@ def _columns(found: Diff) -> dict[str, Callable[[TensorDiff], str]]:
         "‖b − a‖": lambda d: f"{d.change:.4g}",
         "relative": lambda d: f"{d.relative:.4g}",
         "cosine": lambda d: f"{d.cosine:.5f}",
-        "conflicts": lambda d: _share(d.conflicts),
+    }
+    if found.base is not None:  # of weights themselves, signs that differ say nothing
+        columns["conflicts"] = lambda d: _share(d.conflicts)
+    columns |= {
         "equal": lambda d: _share(d.equal),
         "max": lambda d: f"{d.largest:.3g}",
     }
@@ -116,15 +123,17 @@ def _columns(found: Diff) -> dict[str, Callable[[TensorDiff], str]]:
 
 
 def _fitting(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """The columns that the terminal has room for beside whole names, the spare ones left out first."""
+    """The columns that the terminal has room for beside names of some length, the spare ones left out first."""
     from rich.console import Console
 
     room = Console().width
-    columns = {title: [title, *(row[i] for row in rows)] for i, title in enumerate(titles)}
+    width = {title: max(len(title), *(len(row[i]) for row in rows), 0) for i, title in enumerate(titles)}
+    width[titles[0]] = min(width[titles[0]], NAMES)
     for spare in SPARE:
-        if sum(max(map(len, cells)) + 3 for cells in columns.values()) + 1 > room:
-            columns.pop(spare, None)
-    return list(columns), [[cells[i] for cells in columns.values()] for i in range(1, len(rows) + 1)]
+        if sum(each + 3 for each in width.values()) + 1 > room:
+            width.pop(spare, None)
+    kept = [i for i, title in enumerate(titles) if title in width]
+    return [titles[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _share(value: float) -> str:

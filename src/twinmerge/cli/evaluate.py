@@ -8,26 +8,46 @@ from typing import Annotated
 import typer
 
 from twinmerge.cli.command import command
-from twinmerge.cli.common import Json, Threads, print_json, print_table
+from twinmerge.cli.common import Device, Json, Threads, device_of, print_json, print_table
 from twinmerge.maths.threads import use_threads
 
 
 @command("evaluate")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A twin, a merged folder with heads, or one classifier.")],
-    suite: Annotated[Path, typer.Option("--suite", help="A folder with tasks.json and a folder per task.")],
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Comma-separated; the model's own by default.")] = None,
-    split: Annotated[str, typer.Option("--split", help="Which rows.")] = "test",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows per task.")] = None,
+    suite: Annotated[
+        Path, typer.Option("--suite", metavar="FOLDER", help="A suite: tasks.json and a folder per task.")
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", metavar="A,B", help="Tasks of the suite, with commas between; those of the model by default."
+        ),
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", metavar="NAME", help="Rows to score: test, validation or train.")
+    ] = "test",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Use at most so many rows of each task, drawn at random.")
+    ] = None,
     experts: Annotated[
         Path | None,
-        typer.Option("--experts", help="A JSON of the experts' evaluation (--out): adds normalised scores."),
+        typer.Option(
+            "--experts",
+            metavar="FILE",
+            help="JSON of an evaluation of the experts (by --out): adds scores in per cent of theirs.",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write all answers and scores to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write all answers and scores to this JSON file.")
+    ] = None,
     oracle_biases: Annotated[
-        bool, typer.Option("--oracle-biases", help="Hand the labelled task's biases in, as the paper's code does.")
+        bool, typer.Option("--oracle-biases", help="Use the biases of the true task, as the code of the paper does.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit and of the order of the rows.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed for drawing the rows of --limit and their order.")
+    ] = 0,
+    device: Device = "cpu",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -39,7 +59,18 @@ def evaluate(
 
     use_threads(threads)
     chosen = tasks.split(",") if tasks else None
-    found = run(model, suite, split, limit, seed, oracle_biases, tasks=chosen, experts=experts, out=out)
+    found = run(
+        model,
+        suite,
+        split,
+        limit,
+        seed,
+        oracle_biases,
+        tasks=chosen,
+        device=device_of(device),
+        experts=experts,
+        out=out,
+    )
     if json:
         print_json(found.to_dict())
         return

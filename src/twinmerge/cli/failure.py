@@ -11,11 +11,14 @@ import os
 import re
 import sys
 
+from twinmerge.cli.command import Interrupted
+from twinmerge.cli.usage import sentence
 from twinmerge.errors import DataError, ResourceError, TwinmergeError, UsageError
 
 FOUND, USAGE, DATA, SYSTEM, INTERRUPTED = 1, 2, 3, 4, 130
 CODES = {DataError: DATA, ResourceError: SYSTEM}  # every other TwinmergeError is of usage
 PACKAGES = ("twinmerge", "torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy", "typer")
+AGAIN = "Run the same command again: it goes on where it can, or begins anew."
 LONGEST = 500  # characters of an error's own message in a report: files speak there
 
 
@@ -33,8 +36,11 @@ def message_and_code(error: BaseException) -> tuple[str, int]:
     """
     if isinstance(error, TwinmergeError):
         return f"Error: {error}", next((code for kind, code in CODES.items() if isinstance(error, kind)), USAGE)
-    if isinstance(error, KeyboardInterrupt):
-        return "Interrupted. Run the same command again: it goes on where it can, or begins anew.", INTERRUPTED
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        left = " ".join(map(str, error.args)) if isinstance(error, Interrupted) else ""
+        return f"Interrupted. {left or AGAIN}", INTERRUPTED
+    if (wrong := sentence(error)) is not None:
+        return wrong and f"Error: {wrong}", USAGE
     if isinstance(error, MemoryError) or _out_of_memory(error):
         advice = "Close other programs, give fewer --threads, or take a machine with more."
         return f"Error: Out of memory ({_first_line(error) or 'nothing is left'}). {advice}", SYSTEM

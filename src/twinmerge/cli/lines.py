@@ -7,10 +7,13 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 NARROW = 80  # where there is no terminal
 ITEM = re.compile(r"(?:\d+\.|[-*•]) +")
+_notes = True
 
 
 def tell(text: str) -> None:
@@ -25,13 +28,29 @@ def tell_class(name: str, cls: type) -> None:
 
 
 def said(text: str) -> None:
-    """Print on stderr, so that stdout stays data."""
-    print(wrapped(text, width_of(sys.stderr)), file=sys.stderr)  # noqa: T201
+    """Print a note on stderr, so that stdout stays data; nothing where notes are not wanted."""
+    if _notes:
+        _print(text)
 
 
 def say(text: str) -> None:
     """Print a warning or an error on stderr: one paragraph, whatever line ends a file's own error brought along."""
-    said(re.sub(r"\s*\n\s*", " ", text.strip()))
+    _print(re.sub(r"\s*\n\s*", " ", text.strip()))
+
+
+@contextmanager
+def notes(wanted: bool) -> Iterator[None]:
+    """Inside, notes are printed or not; warnings, errors and results are."""
+    global _notes
+    before, _notes = _notes, wanted
+    try:
+        yield
+    finally:
+        _notes = before
+
+
+def _print(text: str) -> None:
+    print(wrapped(text, width_of(sys.stderr)), file=sys.stderr)  # noqa: T201
 
 
 def width_of(stream: TextIO) -> int:

@@ -23,28 +23,41 @@ from twinmerge.cli.common import (
     size,
 )
 from twinmerge.cli.complete import methods
+from twinmerge.cli.named import meant
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.results import bytes_of
 
-Output = Annotated[Path, typer.Option("-o", "--output", help="The adapter's folder to write.")]
-Rank = Annotated[int | None, typer.Option("--rank", min=1, help="At most so many directions per matrix.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder of the adapter to write.")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Largest rank of the adapter in each matrix.")]
 Energy = Annotated[
-    float | None, typer.Option("--energy", help="The fewest directions with this share of the squared norm: 0.99.")
+    float | None,
+    typer.Option(
+        "--energy", metavar="SHARE", help="The smallest rank that keeps this share of the squared norm, such as 0.99."
+    ),
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the output: float32 (the default), bfloat16, float16.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="Dtype of the adapter: float32 (the default), bfloat16 or float16."),
+]
 
 
 @command("lora merge")
 def merge(
-    output: Output,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="The folder of the adapter to write.")
+    ] = None,
     base: Base = None,
     expert: Experts = None,
     weight: Annotated[
-        list[str] | None, typer.Option("--weight", metavar="NAME=NUMBER", help="An expert's weight.")
+        list[str] | None,
+        typer.Option("--weight", metavar="NAME=NUMBER", help="The weight of one expert, such as a=0.7. Repeat."),
     ] = None,
     scale: Annotated[
-        float | None, typer.Option("--scale", help="λ; 1 for task_arithmetic, else the method's own.")
+        float | None,
+        typer.Option(
+            "--scale", help="Factor λ of the merged change; 1 for task_arithmetic, else the default of the method."
+        ),
     ] = None,
     rank: Rank = None,
     energy: Energy = None,
@@ -52,26 +65,34 @@ def merge(
         bool,
         typer.Option(
             "--compress-first/--compress-last",
-            help="With --rank: bring adapters into directions that they share, then merge; or cut the finished merge.",
+            help="With --rank: compress the adapters into shared directions and then merge, or merge and then cut.",
         ),
     ] = True,
     by_norm: Annotated[
-        float, typer.Option("--by-norm", help="How much adapters count by their norms in sharing: 0 (alike) to 1.")
+        float,
+        typer.Option(
+            "--by-norm", help="How much adapters count by their norms where directions are shared: 0 (alike) to 1."
+        ),
     ] = 0.0,
     method: Annotated[
         str,
         typer.Option(
             "--method",
-            help="task_arithmetic, one on singular values, such as tsv; with --rank any.",
+            metavar="NAME",
+            help="How to merge: task_arithmetic, a spectral method such as tsv, or any method with --rank.",
             autocompletion=methods,
         ),
     ] = "task_arithmetic",
     parameter: Parameters = None,
     dtype: Dtype = None,
     drop_heads: Annotated[
-        bool, typer.Option("--drop-heads", help="Leave out what has no place in the sum: heads, biases, tied tables.")
+        bool,
+        typer.Option(
+            "--drop-heads",
+            help="Leave out what an adapter cannot carry (heads, biases, tied tables) instead of refusing it.",
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Merge and tell the ranks, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Merge and show the ranks, but write nothing.")] = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -87,9 +108,13 @@ def merge(
     if base is None:
         raise UsageError("No base is named. Add --base MODEL, the model that the adapters belong to.")
     from twinmerge.engine.adapters.merge import merge_lora
+    from twinmerge.engine.adapters.named import PEFT
     from twinmerge.store.output import OutputFolder
 
-    OutputFolder(output).check()
+    if output is not None:
+        OutputFolder(output).check()
+    elif not dry_run:
+        raise UsageError("No output is named. Add -o FOLDER, or --dry-run to look only.")
     named = {"weights": numbers(weight, "--weight"), "scale": scale, "rank": rank, "energy": energy, "dtype": dtype}
     options: dict[str, Any] = {name: value for name, value in named.items() if value not in (None, {})}
     also = {"scale", "weights"} - options.keys()  # of the methods, and arguments of the call
@@ -97,13 +122,15 @@ def merge(
         base,
         pairs(expert, "--expert"),
         None if dry_run else output,
-        method=method,
+        method=method if method.lower() in PEFT else meant(method),
         compress_first=compress_first,
         by_norm=by_norm,
         drop_heads=drop_heads,
         **options,
         **parameters_for(merge_lora, parameter, also),
     )
+    if method.lower() in PEFT:
+        said("Note: PEFT's linear is the exact weighted sum here (task_arithmetic), without products of two adapters.")
     ranks = found.ranks
     if json:
         print_json(found.to_dict())
@@ -112,6 +139,7 @@ def merge(
         share = "of the adapters' squared norms" if rank is not None and compress_first else "of its squared norm"
         print_table("Nothing is written (--dry-run)", ["matrix", "rank", share], lines)
     else:
+        assert output is not None
         said(f"Merged {len(ranks)} matrices, {_span(list(ranks.values()))}, {size(bytes_of(output))} -> {output}")
 
 
@@ -122,11 +150,11 @@ def extract(
     base: Base = None,
     rank: Rank = None,
     energy: Energy = None,
-    max_rank: Annotated[
-        int | None, typer.Option("--max-rank", min=1, help="With --energy: at most so many directions all the same.")
-    ] = None,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", min=1, help="Largest rank with --energy.")] = None,
     dtype: Dtype = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Full decompositions, no sketches.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Decompose every matrix in full, without random sketches.")
+    ] = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

@@ -33,9 +33,15 @@ if TYPE_CHECKING:
 
 @command("masks build")
 def build(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     method: Annotated[
-        str, typer.Option("--method", help="tall_masks, or emr, which has nothing to choose.", autocompletion=of_masks)
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="How masks are made: tall_masks, or emr, which has no parameters.",
+            autocompletion=of_masks,
+        ),
     ] = "tall_masks",
     base: Base = None,
     expert: Experts = None,
@@ -43,16 +49,20 @@ def build(
     head: Heads = None,
     suite: Annotated[
         Path | None,
-        typer.Option("--suite", help="A suite whose tasks are the experts: it chooses each task's threshold."),
+        typer.Option(
+            "--suite", metavar="FOLDER", help="A suite whose tasks are the experts: it chooses the threshold of each."
+        ),
     ] = None,
     split: Annotated[
-        str, typer.Option("--split", help="Which rows of the suite; never those for testing.")
+        str, typer.Option("--split", metavar="NAME", help="Rows of the suite that decide; a test split is refused.")
     ] = "validation",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows per task.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Use at most so many rows of each task, drawn at random.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for drawing the rows of --limit.")] = 0,
     picture: Annotated[
         Path | None,
-        typer.Option("--picture", metavar="FILE", help="Draw how many tasks need a weight (.png, .svg, .pdf)."),
+        typer.Option("--picture", metavar="FILE", help="Draw how many tasks need each weight (.png, .svg or .pdf)."),
     ] = None,
     threads: Threads = None,
     json: Json = False,
@@ -103,7 +113,7 @@ def build(
 def extract(
     folder: Annotated[Path, typer.Argument(help="A folder that `twinmerge masks build` wrote.")],
     task: Annotated[str, typer.Argument(help="The expert that is wanted.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     threads: Threads = None,
     json: Json = False,
 ) -> None:

@@ -17,20 +17,25 @@ from twinmerge.maths.threads import use_threads
 if TYPE_CHECKING:
     from twinmerge.statistics.measure import Measurement, What
 
-Model = Annotated[str, typer.Argument(help="A path, a hub id or base+adapter.")]
+Model = Annotated[str, typer.Argument(help="The expert: a folder, a hub id, or base+adapter.")]
 DataFile = Annotated[
-    Path, typer.Option("--data", help="A .jsonl file of text, input_ids or image, or a text file, a text a line.")
+    Path,
+    typer.Option(
+        "--data", metavar="FILE", help="Inputs: a .jsonl file with text, input_ids or image, or a text on each line."
+    ),
 ]
-Out = Annotated[Path, typer.Option("-o", "--output", help="The statistics file to write.")]
+Out = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The statistics file to write.")]
 Rows = Annotated[
-    str | None, typer.Option("--rows", metavar="START:STOP", help="Which rows of the file, from 0 on; all by default.")
+    str | None,
+    typer.Option("--rows", metavar="START:STOP", help="Rows of the file to use, counted from 0; all by default."),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many of them, drawn at random.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use at most so many of the rows, drawn at random.")]
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", min=1, help="Cut longer rows; by default what the model takes.")
+    int | None,
+    typer.Option("--max-tokens", min=1, help="Cut longer rows to so many tokens; by default to what the model takes."),
 ]
-BatchRows = Annotated[int, typer.Option("--batch", min=1, help="Rows at once; changes no result.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of --limit.")]
+BatchRows = Annotated[int, typer.Option("--batch", min=1, help="Rows that are computed at once; it changes no result.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed for drawing the rows of --limit.")]
 
 
 @command("measure fisher")
@@ -43,15 +48,24 @@ def fisher(
     max_tokens: MaxTokens = None,
     batch: BatchRows = 8,
     labels: Annotated[
-        str, typer.Option("--labels", help="exact: all classes; sampled: draws; auto: exact up to 32 classes.")
+        str,
+        typer.Option(
+            "--labels",
+            metavar="auto|exact|sampled",
+            help="Labels of the Fisher information: all classes (exact), draws (sampled), or exact up to 32 classes.",
+        ),
     ] = "auto",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Draws for each row, where labels are sampled.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --limit and of sampled labels.")] = 0,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Labels to draw for each row, where they are sampled.")
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed for drawing the rows of --limit and sampled labels.")
+    ] = 0,
     device: Device = "cpu",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Take the diagonal Fisher information of a model, for `twinmerge merge --method fisher`.
+    """Measure the diagonal Fisher information of a model, for `twinmerge merge --method fisher`.
 
     twinmerge measure fisher MODEL --data FILE -o a.fisher.safetensors
     """
@@ -72,13 +86,16 @@ def gram(
     batch: BatchRows = 8,
     seed: Seed = 0,
     block: Annotated[
-        int, typer.Option("--block", min=1, help="Matrices with more inputs get a block-diagonal Gram of this width.")
+        int,
+        typer.Option(
+            "--block", min=1, help="Width of the blocks of the Gram matrix, where a matrix has more inputs than this."
+        ),
     ] = 4096,
     device: Device = "cpu",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Take the Gram matrices of what a model's matrices see, for `twinmerge merge --method regmean`.
+    """Measure the Gram matrices of the inputs of each matrix, for `twinmerge merge --method regmean`.
 
     twinmerge measure gram MODEL --data FILE -o a.gram.safetensors
     """
@@ -100,7 +117,7 @@ def activations(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Take sums and sums of squares of what a model's modules answer, feature by feature.
+    """Measure sums and sums of squares of what each module of a model answers, feature by feature.
 
     twinmerge measure activations MODEL --data FILE -o a.activations.safetensors
     """

@@ -1,4 +1,4 @@
-"""Methods as people call them: in any case, with hyphens, and by mergekit's names."""
+"""Methods as people call them: in any case, with hyphens, and by the names of mergekit and PEFT."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def meant(method: str) -> str:
         >>> meant("dare-ties"), meant("TIES")
         ('dare_ties', 'ties')
     """
-    from twinmerge.recipes.spelling import by_any_name
+    from twinmerge.methods.kit.registry import by_any_name, method_class
 
-    name = by_any_name(method)
-    if name != method and name != method.lower().replace("-", "_"):
-        said(f"Note: mergekit's {method} is {name} here.")
+    name, plain = by_any_name(method), method.lower().replace("-", "_")
+    if name not in (method, plain):
+        said(f"Note: {'PEFT' if plain in method_class(name).peft else 'mergekit'}'s {method} is {name} here.")
     return name

@@ -15,18 +15,20 @@ from twinmerge.maths.threads import use_threads
 @command("push")
 def push(
     folder: Annotated[Path, typer.Argument(help="A folder that twinmerge wrote.")],
-    repo: Annotated[str, typer.Argument(help="NAME or ORGANISATION/NAME; made where it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Only you, or the organisation, see it.")] = False,
+    repo: Annotated[str, typer.Argument(help="NAME or ORGANISATION/NAME on the hub; it is made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="A branch. [the main one]")
+        str | None, typer.Option("--revision", metavar="BRANCH", help="The branch to send to; the main one by default.")
     ] = None,
-    message: Annotated[str | None, typer.Option("--message", help="Of the commit.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of what is there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder and tell what would be sent.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="Message of the commit.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder and show what would be sent, but send nothing.")
+    ] = False,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Send a folder to the Hugging Face hub, once every file of it was compared with its checksum.
+    """Send a folder to the Hugging Face hub, after comparing each file with its checksum.
 
     twinmerge push OUT me/merged --private
     """

@@ -20,9 +20,10 @@ File = Annotated[
 
 @command("recipe new")
 def new(
-    method: Annotated[str, typer.Argument(help="See `twinmerge methods`.", autocompletion=methods)],
+    method: Annotated[str, typer.Argument(help="The method: a name from `twinmerge methods`.", autocompletion=methods)],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The file to write; else it is printed.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The file to write; without it the recipe is printed."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -65,7 +66,7 @@ def check(recipe: File, json: Json = False) -> None:
 def explain(
     recipe: File,
     picture: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE.svg", help="Draw which model gives which layer.")
+        Path | None, typer.Option("--picture", metavar="FILE.svg", help="Draw which model gives which layer (.svg).")
     ] = None,
     parameter: Parameters = None,
     json: Json = False,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @command("twin routers")
 def routers(
-    name: Annotated[str | None, typer.Argument(help="One router, in full.")] = None, json: Json = False
+    name: Annotated[str | None, typer.Argument(help="One router: its formula and options.")] = None, json: Json = False
 ) -> None:
     """List the routers of a twin, or show one: formula, options, defaults.
 
@@ -32,7 +32,7 @@ def routers(
         return
     classes = {n: router_class(n) for n in listed}
     if name is None:
-        rows = [(n, _needs(c), ", ".join(listed[n]["options"]) or "-", _first_line(c)) for n, c in classes.items()]
+        rows = [(n, _needs(c), ", ".join(listed[n]["options"]) or "–", _first_line(c)) for n, c in classes.items()]
         print_table("Routers", ["router", "needs", "options", "what it is"], rows)
         tell("Formula and options of one: twinmerge twin routers NAME")
         return
@@ -40,7 +40,10 @@ def routers(
     tell_class(name, found)
     tell(f"Needs: {_needs(found)}. Experts come and go without a new fit: {'yes' if _stays(found) else 'no'}.\n")
     lines = [(o, str(option["default"]), str(option["about"] or "")) for o, option in listed[name]["options"].items()]
-    print_table("Options (--router-option NAME=VALUE)", ["name", "default", "meaning"], lines)
+    if lines:
+        print_table("Options (--router-option NAME=VALUE)", ["name", "default", "meaning"], lines)
+    else:
+        tell("It has no options.")
 
 
 def _needs(router: type[Router]) -> str:

@@ -18,20 +18,35 @@ from twinmerge.maths.threads import use_threads
 def transplant(
     model: Annotated[str, typer.Argument(help="The model: a path or a hub id.")],
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", metavar="DONOR", help="The model, or folder, whose tokenizer it gets.")
+        str, typer.Option("--tokenizer", metavar="DONOR", help="The model or folder whose tokenizer the model gets.")
     ],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")
+    ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="How rows of new tokens are made: omp, nearest, subtokens, copy.")
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="How the rows of new tokens are made: omp, nearest, subtokens or copy.",
+        ),
     ] = "omp",
-    k: Annotated[int, typer.Option("--k", min=1, help="Of omp: terms of a sum, at most.")] = 64,
+    k: Annotated[
+        int, typer.Option("--k", min=1, help="Most rows of the model that omp makes the row of a new token of.")
+    ] = 64,
     min_overlap: Annotated[
-        float, typer.Option("--min-overlap", help="The share of the donor's tokens that the model must have.")
+        float,
+        typer.Option(
+            "--min-overlap", help="Smallest share of the tokens of the donor that the model must have: 0 to 1."
+        ),
     ] = 0.5,
     pad_to_multiple_of: Annotated[
-        int | None, typer.Option("--pad-to-multiple-of", min=1, help="Add rows until they are a multiple of it.")
+        int | None,
+        typer.Option(
+            "--pad-to-multiple-of", min=1, help="Add rows to the tables until their number is a multiple of this."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what both share, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what both share, but write nothing.")] = False,
     device: Device = "cpu",
     threads: Threads = None,
     json: Json = False,

@@ -25,6 +25,7 @@ from twinmerge.cli.common import (
     size,
     values,
 )
+from twinmerge.cli.complete import methods
 from twinmerge.cli.lines import tell
 from twinmerge.cli.twin_common import (
     Bytes,
@@ -42,57 +43,85 @@ from twinmerge.cli.twin_common import (
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.plugins import files_of
+from twinmerge.results import bytes_of
 
-Weigh = Annotated[bool, typer.Option("--weigh", help="Keep what matters for inputs like --data, not for the weights.")]
+Weigh = Annotated[
+    bool, typer.Option("--weigh", help="Compress by what matters for the inputs of --data, not by the weights alone.")
+]
 
 
 @command("twin build")
 def build(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     base: Base = None,
     expert: Experts = None,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", help="Of every exclusive matrix: 8, or with --energy or --bytes at most 64."),
+        typer.Option(
+            "--rank",
+            help="Rank of each matrix of an expert: 8 by default; with --energy or --bytes at most this, or 64.",
+        ),
     ] = None,
     energy: Energy = None,
     bytes_: Bytes = None,
     codec: Codec = "none",
     weigh: Weigh = False,
     picture: Picture = None,
-    shared: Annotated[str, typer.Option("--shared", help="The static method of the shared part.")] = "tsv",
+    shared: Annotated[
+        str,
+        typer.Option("--shared", metavar="METHOD", help="Method that merges the shared part.", autocompletion=methods),
+    ] = "tsv",
     parameter: Parameters = None,
     head: Heads = None,
     data: Data = None,
     suite: Annotated[
-        Path | None, typer.Option("--suite", help="A suite whose tasks are the experts: its train rows fit the router.")
+        Path | None,
+        typer.Option(
+            "--suite", metavar="FOLDER", help="A suite whose tasks are the experts: its train rows fit the router."
+        ),
     ] = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=5, help="At most so many inputs per expert, for the router.")
+        int, typer.Option("--limit", min=5, help="Use at most so many inputs of each expert for the router.")
     ] = 500,
     router: Annotated[
         str,
         typer.Option(
             "--router",
-            help=f"What routes inputs: {', '.join(files_of('twinmerge.twin.routers'))}; `twinmerge twin routers` tells of "
-            "each.",
+            metavar="NAME",
+            help=f"Kind of router: {', '.join(files_of('twinmerge.twin.routers'))} (see `twinmerge twin routers`).",
         ),
     ] = "gaussian",
     router_option: Annotated[
-        list[str] | None, typer.Option("--router-option", metavar="NAME=VALUE", help="An option of the router. Repeat.")
+        list[str] | None,
+        typer.Option(
+            "--router-option", metavar="NAME=VALUE", help="An option of the router, such as neighbours=10. Repeat."
+        ),
     ] = None,
     single_pass: Annotated[
         int | None,
         typer.Option(
             "--single-pass",
             metavar="LAYER",
-            help="Experts act from this layer on, and the router reads the states before it: no layer runs twice.",
+            help="Let experts act from this layer on and route by the states before it, so that no layer runs twice.",
         ),
     ] = None,
+    refuse: Annotated[
+        float,
+        typer.Option(
+            "--refuse",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Share of known inputs that may be left to the shared model as unknown; 0 for never.",
+        ),
+    ] = 0.02,
     null: Annotated[
-        bool, typer.Option("--null/--no-null", help="Leave inputs far from every expert's to the shared model.")
+        bool,
+        typer.Option(
+            "--null/--no-null", help="Leave inputs far from those of every expert to the shared model, or never."
+        ),
     ] = True,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for fitting the router and drawing rows.")] = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -133,7 +162,7 @@ def build(
     if single_pass is not None:
         twin = twin.single_pass(single_pass)
     if inputs or not needs_inputs:
-        twin.fit_router(inputs, router, options=options, null=null, seed=seed)
+        twin.fit_router(inputs, router, options=options, refuse=refuse, null=null, seed=seed)
     if chosen or codec != "none" or weigh:
         twin = compressed(twin, None if chosen else rank, energy, bytes_, codec, inputs if weigh else None)
     twin.save_pretrained(output, about)
@@ -169,7 +198,7 @@ def explain(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Tell what each way of mixing a batch of texts is expected to take, and takes.
+    """Show how long each way of mixing a batch of texts is expected to take, and takes.
 
     twinmerge twin explain TWIN "a lovely film" "where is my card?"
     """
@@ -186,7 +215,7 @@ def explain(
 
 @command("twin info")
 def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json = False) -> None:
-    """Tell what a twin holds: experts, shared part, router, bytes, and what is kept of each matrix.
+    """Show what a twin holds: experts, shared part, router, bytes, and what is kept of each matrix.
 
     twinmerge twin info TWIN
     """
@@ -213,19 +242,29 @@ def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json
 @command("twin export")
 def export(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    expert: Annotated[str | None, typer.Option("--expert", help="The expert to export.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
+    expert: Annotated[str | None, typer.Option("--expert", metavar="NAME", help="The expert to export.")] = None,
     mixture: Annotated[
-        list[str] | None, typer.Option("--mixture", metavar="NAME=WEIGHT", help="A fixed mixture. Repeat.")
+        list[str] | None,
+        typer.Option(
+            "--mixture", metavar="NAME=WEIGHT", help="The weight of one expert in the mixture to export. Repeat."
+        ),
     ] = None,
     lora: Annotated[
-        bool, typer.Option("--lora", help="As a PEFT adapter of the shared model, not as a model.")
+        bool, typer.Option("--lora", help="Write a PEFT adapter of the shared model instead of a model.")
     ] = False,
-    server: Annotated[str, typer.Option("--server", help="Who loads the adapter: peft or vllm.")] = "peft",
+    server: Annotated[
+        str, typer.Option("--server", metavar="NAME", help="What is to load the adapter: peft or vllm.")
+    ] = "peft",
     base: Annotated[
-        str | None, typer.Option("--base", help="What the adapter names as its base; the twin's folder by default.")
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="What the adapter names as its base; the folder of the twin by default."
+        ),
     ] = None,
-    head: Annotated[str | None, typer.Option("--head", help="The expert whose output layers go with a model.")] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", metavar="NAME", help="The expert whose output layers the model gets.")
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -255,7 +294,7 @@ def export(
         print_json(found.to_dict())
         return
     what = "" if found.rank is None else f" an adapter of rank {found.rank}"
-    said(f"Exported{what} -> {found.folder}")
+    said(f"Exported{what}, {size(bytes_of(found.folder))} -> {found.folder}")
     if found.left_out:
         lost = sum(found.left_out.values())
         said(
@@ -266,57 +305,3 @@ def export(
         from twinmerge.models.adapter_files import said_of_tied
 
         said(said_of_tied(found.tied))
-
-
-@command("twin predict")
-def predict(
-    twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    text: Annotated[list[str] | None, typer.Argument(help="Texts to answer.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="Texts to answer (.jsonl or .txt).")] = None,
-    expert: Annotated[str | None, typer.Option("--expert", help="Use this expert instead of the router.")] = None,
-    head: Annotated[str | None, typer.Option("--head", help="Answer with this head; the router mixes.")] = None,
-    mixture: Annotated[
-        list[str] | None, typer.Option("--mixture", metavar="NAME=WEIGHT", help="Mix by hand. Repeat.")
-    ] = None,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Divide the weights of --mixture by their sum.")
-    ] = False,
-    soft: Annotated[
-        bool, typer.Option("--soft", help="Mix all experts by the router's weights, not only the best.")
-    ] = False,
-    threads: Threads = None,
-    json: Json = False,
-) -> None:
-    """Answer texts: label, expert and mixture of each.
-
-    twinmerge twin predict TWIN "a lovely film" "where is my card?"
-    """
-    from twinmerge.tasks.rows import read_inputs
-    from twinmerge.twin.twin import Twin
-
-    use_threads(threads)
-    texts: list[Any] = list(text or ())
-    texts += read_inputs(file) if file else []
-    if not texts:
-        raise UsageError("There is no text to answer. Give texts as arguments, or --file.")
-    loaded = Twin.from_pretrained(twin)
-    choice: dict[str, Any] = {"expert": expert, "head": head, "mixture": numbers(mixture, "--mixture") or None}
-    choice = {name: value for name, value in choice.items() if value is not None}
-    if soft:
-        choice["experts_per_row"] = None
-    if normalize:
-        choice["normalize"] = True
-    found = loaded.predict(texts, detail=True, **choice)
-    if json:
-        print_json(found.to_dict())
-        return
-    shown = [
-        (
-            t if isinstance(t, str) else " / ".join(part for part in t[:2] if part),
-            p.label,
-            f"{100 * p.confidence:.0f} %",
-            " ".join(f"{name} {weight:.2f}" for name, weight in p.mixture.items() if weight >= 0.005),
-        )
-        for t, p in zip(texts, found, strict=True)
-    ]
-    print_table("", ["text", "label", "confidence", "mixture"], shown)

@@ -31,8 +31,8 @@ from twinmerge.maths.threads import use_threads
 @command("twin compress")
 def compress(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of every exclusive matrix.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Largest rank of each matrix of an expert.")] = None,
     energy: Energy = None,
     bytes_: Bytes = None,
     codec: Codec = "none",
@@ -66,12 +66,14 @@ def compress(
 @command("twin refine")
 def refine(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     data: Data = None,
     expert: Experts = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of 16 texts each, for every expert.")] = 200,
-    rate: Annotated[float, typer.Option("--rate", help="Of Adam.")] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Training steps for each expert, of 16 texts each.")
+    ] = 200,
+    rate: Annotated[float, typer.Option("--rate", help="Learning rate of Adam.")] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for the order of the texts.")] = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -105,9 +107,11 @@ def refine(
 def add(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     expert: Annotated[str, typer.Option("--expert", metavar="NAME=MODEL", help="The new expert.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     data: DataOfOne = None,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of its matrices; the twin's by default.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Rank of its matrices; that of the twin by default.")
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -138,8 +142,8 @@ def add(
 @command("twin remove")
 def remove(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    expert: Annotated[str, typer.Argument(help="The expert's name.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    expert: Annotated[str, typer.Argument(help="The name of the expert that leaves.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -165,7 +169,7 @@ def remove(
 @command("twin rebuild")
 def rebuild(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
     base: Base = None,
     expert: Experts = None,
     data: Data = None,

@@ -19,31 +19,43 @@ if TYPE_CHECKING:
 
 Energy = Annotated[
     float | None,
-    typer.Option("--energy", metavar="SHARE", help="Keep this share of what the experts know, in the fewest bytes."),
+    typer.Option(
+        "--energy",
+        metavar="SHARE",
+        help="Keep this share of the energy of what the experts know, such as 0.9, in the fewest bytes.",
+    ),
 ]
 Bytes = Annotated[
     str | None,
-    typer.Option("--bytes", metavar="SIZE", help="Of the files beside the shared model, at most: 3.5MB, or 4% of it."),
+    typer.Option(
+        "--bytes", metavar="SIZE", help="Largest size of all files beside the shared model: 3.5MB, or 4% of it."
+    ),
 ]
 Codec = Annotated[
-    str, typer.Option("--codec", help=f"Of the numbers on the disk: {', '.join([NONE, *CODECS.files()])}.")
+    str,
+    typer.Option(
+        "--codec", metavar="NAME", help=f"How numbers are packed on the disk: {', '.join([NONE, *CODECS.files()])}."
+    ),
 ]
 Data = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
         metavar="NAME=FILE",
-        help="Inputs of an expert's kind: .jsonl of text, input_ids or image, or a text a line. Repeat.",
+        help="Inputs of the kind of one expert: .jsonl with text, input_ids or image, or a text on each line. Repeat.",
     ),
 ]
 DataOfOne = Annotated[
     list[str] | None,
     typer.Option(
-        "--data", metavar="[NAME=]FILE", help="Inputs of the expert's kind, for the router, as for `twin build`."
+        "--data", metavar="[NAME=]FILE", help="Inputs of the kind of the expert, for the router, as for `twin build`."
     ),
 ]
 Picture = Annotated[
-    Path | None, typer.Option("--picture", metavar="FILE", help="Draw what is kept, layer by layer (.png, .svg, .pdf).")
+    Path | None,
+    typer.Option(
+        "--picture", metavar="FILE", help="Draw what is kept of each matrix, layer by layer (.png, .svg or .pdf)."
+    ),
 ]
 
 

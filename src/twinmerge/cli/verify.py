@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder, a state or a file that twinmerge wrote.")],
     inputs: Annotated[
-        bool, typer.Option("--inputs/--no-inputs", help="Of a merge, read the base and the experts as well.")
+        bool, typer.Option("--inputs/--no-inputs", help="Compare the base and the experts of a merge as well.")
     ] = True,
     threads: Threads = None,
     json: Json = False,

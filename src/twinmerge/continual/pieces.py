@@ -11,7 +11,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from twinmerge.continual.state import StateFile
 from twinmerge.engine.ranges import TILE, Range, ranges
@@ -20,6 +19,7 @@ from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import Place
 from twinmerge.methods.kit.fold import State
 from twinmerge.models.opened import OpenedModel, as_tensor
+from twinmerge.progress import meter as progress_meter
 from twinmerge.store.checksum import block_digests, joined
 from twinmerge.store.header import SIZES, torch_dtype
 
@@ -59,9 +59,7 @@ def worked(
 ) -> Iterator[tuple[Range, Answer]]:
     """`function` of every piece, in order, one BLAS thread each, behind a progress bar."""
     total = sum(each.size for each in work)
-    with tqdm(
-        total=total, desc=title, unit_scale=True, delay=1, leave=False, disable=None if progress else True
-    ) as bar:
+    with progress_meter(title, progress, total, unit_scale=True) as bar:
         for each, answer in zip(work, parallel(function, work), strict=True):
             yield each, answer
             bar.update(each.size)

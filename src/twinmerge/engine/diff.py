@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
 from twinmerge.errors import ModelError
@@ -17,6 +16,7 @@ from twinmerge.maths.svd import Core, numerical_rank
 from twinmerge.methods.kit.base import Place
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.progress import bar as progress_bar
 from twinmerge.results import Result, Rows, Table
 
 CHUNK = 4 * BLOCK  # float64 copies of 2 MiB, which stay in the cache from one sum to the next
@@ -169,7 +169,7 @@ def diff(a: ModelLike, b: ModelLike, base: ModelLike | None = None, rank: bool =
     other_shape = [n for n in shared if len({m.spec(n).shape for m in models.values()}) > 1]
     compared = [n for n in shared if n not in other_shape and all(m.spec(n).is_float for m in models.values())]
     found, sums = [], []
-    for name in tqdm(compared, "comparing", delay=1, leave=False, disable=None if progress else True):
+    for name in progress_bar(compared, "comparing", progress):
         tensors = [m.read(name).cpu() for m in models.values()]
         sums.append(_sums(*tensors))
         if not math.isfinite(sums[-1].aa + sums[-1].xx + sums[-1].yy):

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from tqdm.auto import tqdm
-
 from twinmerge.engine.ranges import SEEN, TILE, Grains, Range, Shapes, grouped, ranges, sample
 from twinmerge.engine.seen import Digests, Folds, Seen, note
 from twinmerge.errors import RecipeError
@@ -22,6 +20,8 @@ from twinmerge.maths.threads import parallel, thread_count
 from twinmerge.maths.workers import CAN_FORK, forked
 from twinmerge.methods.kit.base import Known, Method, Partial, Pass, Place, Tile
 from twinmerge.methods.kit.given import partial_of, wanted_of
+from twinmerge.progress import logged
+from twinmerge.progress import meter as progress_meter
 from twinmerge.recipes.lines import unscaled
 
 LARGE = 1 << 24  # elements from which on worker processes pay for themselves
@@ -183,15 +183,9 @@ class Run:
         Yields:
             the answers of a group, in the order of the groups.
         """
-        with tqdm(
-            total=sum(each.size for group in groups for each in group),
-            desc="merging",
-            unit="",
-            unit_scale=True,
-            delay=1,
-            leave=False,
-            disable=_off(self.progress),
-        ) as bar:
+        total = sum(each.size for group in groups for each in group)
+        shown = progress_meter("merging", self.progress, total, unit="", unit_scale=True)
+        with shown as bar, logged(f"merged {total} parameters", "engine"):
             for batch in self._batches(groups):
                 self._sweep_tensors(_names(batch))
                 # what waits are answers, not tiles; a matrix takes longer than many that follow it
@@ -246,11 +240,9 @@ class Run:
         shares = [groups[i * len(groups) // count : (i + 1) * len(groups) // count] for i in range(count)]
         items = [_Item(share, {e.name: self.known_of[e.name] for g in share for e in g}) for share in shares]
         look = _Look(step, self.load, self.seen.sizes, self.known)
-        bar = tqdm(
-            total=count, desc=title, delay=1, leave=False, disable=True if title is None else _off(self.progress)
-        )
+        bar = progress_meter(title or "", self.progress and title is not None, count)
         taken = []
-        with bar:
+        with bar, logged(f"{step.name}: a pass over {len(seen)} tensors", "engine"):
             for found, noted in self._map(look, items, all(len(share) > 1 for share in shares)):
                 taken.append(noted)
                 for key, part in found.items():
@@ -355,8 +347,3 @@ def _shared(methods: Mapping[str, Method]) -> list[_Rule]:
             of[id(method)] = groups[key]
         of[id(method)].names.add(name)
     return list(groups.values())
-
-
-def _off(progress: bool) -> bool | None:
-    """None lets tqdm show its bar on a terminal only."""
-    return None if progress else True

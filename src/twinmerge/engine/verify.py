@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
 from twinmerge.arguments import strict
 from twinmerge.engine.beside import PROVENANCE
 from twinmerge.engine.merge_parts import MergeOfParts, merge_of, within
@@ -22,6 +20,7 @@ from twinmerge.errors import DataError, TwinmergeError
 from twinmerge.maths.threads import parallel
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.opening import open_model, open_tensors
+from twinmerge.progress import meter as progress_meter
 from twinmerge.recipes.recipe import is_reference
 from twinmerge.recipes.schema import from_description
 from twinmerge.results import Table
@@ -243,7 +242,7 @@ class _Found:
     def compared(self, progress: bool) -> Verified:
         """Read all of it."""
         found: dict[str, dict[str, str]] = {source: {} for source in self.wanted}
-        bar = tqdm(total=len(self.jobs), desc="verifying", delay=1, leave=False, disable=None if progress else True)
+        bar = progress_meter("verifying", progress, len(self.jobs))
         with bar:
             for source, name, checksum in parallel(lambda each: (each[0], each[1], each[2]()), self.jobs):
                 found.setdefault(source, {})[name] = checksum

@@ -103,6 +103,7 @@ class Dare(SparseSum):
     group = "trim, drop, elect"
     cost = "one read"
     strong = "LLMs whose changes are small"
+    peft = ("dare_linear_svd",)
     scales_last = True
     aliases = ("dare_linear",)
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"rescale": Switch("rescale", "inverse_keep", "none")}

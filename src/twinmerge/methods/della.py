@@ -39,7 +39,7 @@ class Della(MagPrune, Elects):
     laws = frozenset({"symmetric", "homogeneous"})
     paper = "Deep et al. 2024, arXiv 2406.11617"
     group = "trim, drop, elect"
-    cost = "one read, sorted"
+    cost = "one sorted read"
     strong = "13B LLMs: above DARE and TIES"
     scales_last = True
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"normalize": MEAN_OR_SUM, **DellaLinear.spellings}

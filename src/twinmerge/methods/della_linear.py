@@ -143,7 +143,7 @@ class DellaLinear(MagPrune, SparseSum):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Deep et al. 2024, arXiv 2406.11617"
     group = "trim, drop, elect"
-    cost = "one read, sorted"
+    cost = "one sorted read"
     strong = "as della, where signs agree"
     scales_last = True
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"rescale": Switch("rescale", "inverse_keep", "none")}

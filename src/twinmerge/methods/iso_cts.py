@@ -43,7 +43,7 @@ class IsoCts(Spectral):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Marczak et al. 2025, ICML, arXiv 2502.04959"
     group = "spectral"
-    cost = "SVD of each change"
+    cost = "SVD per change"
     strong = "many vision experts: 14, 20"
 
     common: float = Field(

@@ -56,7 +56,7 @@ class Knots(Spectral):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Stoica et al. 2025, ICLR, arXiv 2410.19735"
     group = "spectral"
-    cost = "SVD of all at once"
+    cost = "SVD of all"
     strong = "LoRA experts: above a plain sum"
 
     scale: float = scale_field(0.6)

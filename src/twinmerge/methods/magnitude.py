@@ -45,6 +45,7 @@ class Magnitude(TrimsDeltas, SparseSum):
     group = "trim, drop, elect"
     cost = "two reads"
     strong = "a baseline: trims and adds up"
+    peft = ("magnitude_prune", "magnitude_prune_svd")
     scales_last = True
 
     density: PerExpert = Field(default=0.2, description="share of the entries kept, 0 to 1")

@@ -55,7 +55,7 @@ class Regmean(Method):
     laws = frozenset({"idempotent", "symmetric", "odd", "homogeneous"})
     paper = "Jin et al. 2023, arXiv 2212.09849"
     group = "by statistics of data"
-    cost = "a solve per matrix"
+    cost = "linear solves"
     strong = "linear layers of small models"
 
     weights: PerExpert = weights_field()

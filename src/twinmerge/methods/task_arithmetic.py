@@ -53,6 +53,7 @@ class TaskArithmetic(Method, SumFold):
     group = "sums of changes"
     cost = "one read"
     strong = "public LLMs: reliable gains"
+    peft = ("cat", "svd")
     linear = core_space = scales_last = True
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "task_arithmetic": Dialect(

@@ -36,7 +36,7 @@ class Tsv(Spectral):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Gargiulo et al. 2025, CVPR, arXiv 2412.00081"
     group = "spectral"
-    cost = "SVD of each change"
+    cost = "SVD per change"
     strong = "simple and strong without data"
 
     def passes(self) -> tuple[Pass[Any], ...]:

@@ -47,7 +47,7 @@ class Wudi(OnInputs, SumFold):
     laws = frozenset({"symmetric", "odd", "homogeneous"})
     paper = "Cheng et al. 2025, ICML, arXiv 2503.08099"
     group = "spectral"
-    cost = "a solve per matrix"
+    cost = "linear solves"
     strong = "vision, GLUE and LLM agents"
 
     ridge: float = Field(default=1e-2, gt=0, description="pull to the base, as a share of the mean eigenvalue")

@@ -14,6 +14,7 @@ from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.opened import InMemory, ModelLike, Openable, OpenedModel
 from twinmerge.models.source import Source
 from twinmerge.models.unmergeable import refuse_quantised, refuse_tensors
+from twinmerge.progress import log
 from twinmerge.store.checkpoint import Checkpoint, Spec
 from twinmerge.store.foreign import CONFIG, find, read_json
 from twinmerge.store.locate import SHARD, Located, is_model_file, locate
@@ -129,6 +130,7 @@ def _open_in(ref: str, place: Located, part: str, name: str | None, by_names: bo
 
         specs, source = taken_apart(architecture, specs, source)
     opened = _named(name or ref, specs, architecture, source)
+    log(f"opened {name or ref}: {len(specs)} tensors", "models")
     opened.folder, opened.commit, opened.files = found.folder, found.commit, checkpoint.files
     if found.adapter is None:
         return opened

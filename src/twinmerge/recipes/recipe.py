@@ -129,10 +129,9 @@ class Recipe(Described):
         own = given_to(self.method)
         if twice := own.keys() & self.parameters.keys():
             raise RecipeError(f"{min(twice)!r} is given twice, in the method and beside it. Give it once.")
-        if not isinstance(self.method, str):
-            name, cls = method_name(self.method), method_class(self.method)
-            object.__setattr__(self, "parameters", {**own, **self.parameters})  # as frozen dataclasses do themselves
-            object.__setattr__(self, "method", cls if is_own(name) else name)
+        name, named = method_name(self.method), isinstance(self.method, str)
+        object.__setattr__(self, "parameters", {**own, **self.parameters})  # as frozen dataclasses do themselves
+        object.__setattr__(self, "method", name if named or not is_own(name) else method_class(self.method))
 
     @property
     def method_name(self) -> str:

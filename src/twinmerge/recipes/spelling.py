@@ -6,7 +6,7 @@ from typing import Any
 
 from twinmerge.errors import RecipeError, nearest
 from twinmerge.methods.kit.dialect import SPELLINGS, Number, Switch
-from twinmerge.methods.kit.registry import METHODS, is_own, is_per_expert, method_class, method_names, said_otherwise
+from twinmerge.methods.kit.registry import METHODS, is_own, is_per_expert, method_class, said_otherwise
 from twinmerge.recipes.setting import is_setting
 
 IDLE = ("int8_mask",)  # what saves memory in mergekit: our masks never stay there
@@ -17,23 +17,6 @@ def by_our_name(method: str) -> str:
     if method in METHODS.files() or is_own(method):
         return method
     return said_otherwise(method, lambda cls: method in cls.aliases) or method
-
-
-def by_any_name(method: str) -> str:
-    """The method that a word stands for, in any case and with hyphens: by its name here, or by mergekit's; the word
-    itself where that is none.
-
-    Example:
-        >>> by_any_name("Dare-Linear"), by_any_name("linear"), by_any_name("TIES"), by_any_name("nonesuch")
-        ('dare', 'average', 'ties', 'nonesuch')
-    """
-    names = method_names()
-    if method in names or is_own(method):
-        return method
-    plain = method.lower().replace("-", "_")
-    if plain in names:
-        return plain
-    return said_otherwise(plain, lambda cls: plain in cls.aliases or plain in cls.mergekit) or method
 
 
 def parameters_of(raw: Any, method: str, where: str, ours: bool) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tqdm.auto import tqdm
-
 from twinmerge.arguments import device_known, strict
 from twinmerge.errors import UsageError, nearest
 from twinmerge.models.opened import ModelLike
+from twinmerge.progress import logged
+from twinmerge.progress import meter as progress_meter
 from twinmerge.results import Written
 from twinmerge.statistics.activations import Activations
 from twinmerge.statistics.data import Data
@@ -136,7 +136,8 @@ def measure(
         found = Activations(measured.module, measured.names)
     targets = what == "fisher" and measured.kind == "seq2seq"
     read = Data(data, measured, rows=rows, limit=limit, max_tokens=max_tokens, batch=batch, seed=seed, targets=targets)
-    with tqdm(total=read.examples, desc=what, delay=1, leave=False, disable=None if progress else True) as bar:
+    shown = progress_meter(what, progress, read.examples)
+    with shown as bar, logged(f"measured {what} on {read.examples} rows", "statistics"):
         for part in read:
             found.add(part.to(device))
             bar.update(len(part.rows))

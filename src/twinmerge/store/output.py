@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from twinmerge.errors import OutputError, TwinmergeError, UsageError
+from twinmerge.progress import logged
 from twinmerge.store import disk
 from twinmerge.store.checkpoint import is_in_use
 from twinmerge.store.manifest import Manifest, write_manifest
@@ -129,8 +130,9 @@ class _Output(ABC):
         failure, named = error, False
         if failure is None:
             try:
-                self._complete()
-                self._sync()
+                with logged(f"synced {self.target} to the disk", "store"):
+                    self._complete()
+                    self._sync()
                 if self.before_naming is not None:
                     self.before_naming()
                 named = True
@@ -152,10 +154,21 @@ class _Output(ABC):
             missing = f"{needed - free} bytes are missing" if needed > free else "the disk or your share of it is full"
             advice = f"{missing}. Free some space and run the same command again: it goes on where it stopped."
         self._unlock()
+        if isinstance(failure, KeyboardInterrupt):
+            failure.add_note(self._left())
         if full:
             raise OutputError(f"No space left while writing {self.target}; {advice}") from failure
         if error is None:
             raise failure
+
+    def _left(self) -> str:
+        """What is there of it, and how to go on, for who interrupted the work."""
+        if not os.path.lexists(self.content):
+            return f"Nothing of {self.target} is left on the disk. Run the same command again: it begins anew."
+        return (
+            f"{self.partial} holds what is done of {self.target}. Run the same command again: it goes on from there; or "
+            "remove that folder."
+        )
 
     @abstractmethod
     def _check_target(self) -> None:

@@ -10,27 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
 from twinmerge.engine.merge import Merge
-from twinmerge.errors import DataError, ModelError, UsageError, nearest
-from twinmerge.models.head_files import load_heads
-from twinmerge.models.headed import HeadedModel, architecture_of
-from twinmerge.models.opening import open_model
+from twinmerge.errors import DataError, UsageError, nearest
 from twinmerge.models.rows import rows_of_batch
-from twinmerge.models.transformers_class import position_limit
-from twinmerge.store.artefact import folder_fingerprint
-from twinmerge.store.locate import locate
-from twinmerge.store.manifest import Manifest
+from twinmerge.progress import bar as progress_bar
+from twinmerge.progress import logged
 from twinmerge.store.output import replace_text
+from twinmerge.study.runners import StaticRunner as StaticRunner
+from twinmerge.study.runners import TwinRunner as TwinRunner
+from twinmerge.study.runners import open_runner as open_runner
+from twinmerge.study.runners import runner_of as runner_of
+from twinmerge.study.runners import tokenizer_folder as tokenizer_folder
 from twinmerge.study.scores import Evaluation, Evaluations, Reading, Setting, check_file
 from twinmerge.tasks.bootstrap import Scored
-from twinmerge.tasks.encode import TextEncoder, batches
+from twinmerge.tasks.encode import batches
 from twinmerge.tasks.suite import Row, Task, open_suite
-from twinmerge.twin.call import TwinOutput
-from twinmerge.twin.package import is_twin
-from twinmerge.twin.routing import routed
 from twinmerge.twin.twin import Twin
 
 BATCH_ROWS = 32
@@ -46,141 +42,6 @@ class Question:
     row: Row
 
 
-class StaticRunner:
-    """A plain classifier (one task), or a merged model with one head per task.
-
-    Args:
-        model: runs; its heads are the tasks.
-        encoder: makes its inputs of texts.
-    """
-
-    settings: tuple[Setting, ...] = ("head given",)
-
-    def __init__(self, model: HeadedModel, encoder: TextEncoder) -> None:
-        self.model, self.encoder = model, encoder
-        self.heads = list(model.head_specs)
-
-    @classmethod
-    def open(cls, folder: Path) -> StaticRunner:
-        """The model of a folder.
-
-        Raises:
-            TwinmergeError: no config.json, or nothing that could answer.
-        """
-        if (manifest := Manifest.of(Path(folder))) is not None:
-            manifest.check_all("README.md")
-        opened = open_model(str(folder))
-        if opened.architecture is None:
-            raise ModelError(f"{folder} has no config.json, so it cannot be evaluated. Add its config.json.")
-        heads = load_heads(folder, folder_fingerprint(folder))
-        architecture = opened.architecture
-        if heads:
-            architecture = architecture_of(heads, len(opened.specs))
-        model = HeadedModel(architecture, {n: opened.read(n) for n in opened.specs}, heads)
-        if not heads and not hasattr(model.body, "num_labels"):
-            raise ModelError(
-                f"{folder} has no heads and is no classifier. Name a classifier, a merge with heads, or a twin."
-            )
-        return cls(model, TextEncoder(folder, positions=position_limit(architecture.config)))
-
-    def labels(self, head: str) -> list[str]:
-        return self.model.labels(head if self.heads else None)
-
-    def answer(self, rows: Sequence[Row], heads: Sequence[str]) -> torch.Tensor:
-        """Logits (rows, most labels)."""
-        output = self.model(self.encoder.encode(rows), list(heads) if self.heads else None)
-        return _logits(output["logits"] if self.heads else getattr(output, "logits", None))
-
-
-class TwinRunner:
-    """A twin: task given, head given, nothing given."""
-
-    settings: tuple[Setting, ...] = ("task given", "head given", "nothing given")
-
-    def __init__(self, twin: Twin, oracle_biases: bool = False) -> None:
-        if not twin.model.head_specs and not hasattr(twin.model.body, "num_labels"):
-            raise ModelError("This twin has no heads and is no classifier. Build one on classifiers.")
-        self.twin = twin
-        self.oracle_biases = oracle_biases
-        self.encoder = twin.encoder
-        self.heads = twin.experts
-        if twin.router is None:
-            self.settings = ("task given",)
-
-    def labels(self, head: str) -> list[str]:
-        return self.twin.model.labels(head if self.twin.model.head_specs else None)
-
-    def route(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
-        """Mixtures (rows, experts), and the expert whose head answers each row."""
-        found = routed(self.twin, batch, self.twin.experts_per_row)
-        assert found.nearest is not None
-        return found.weights, [self.heads[k] for k in found.nearest.tolist()]
-
-    def answer(
-        self, batch: Mapping[str, torch.Tensor], heads: Sequence[str], mixture: torch.Tensor, tasks: Sequence[str]
-    ) -> torch.Tensor:
-        biases = list(tasks) if self.oracle_biases else None
-        out: TwinOutput = self.twin(**batch, mixture=mixture, head=list(heads), oracle_biases=biases)
-        return _logits(out.logits)
-
-
-def _logits(found: torch.Tensor | None) -> torch.Tensor:
-    if found is None:
-        raise ModelError(
-            "The heads give no label for a row (question answering), so there is nothing to score. Name classifiers."
-        )
-    return found
-
-
-def open_runner(folder: Path, oracle_biases: bool = False) -> StaticRunner | TwinRunner:
-    """The right runner for a folder."""
-    if is_twin(folder):
-        return TwinRunner(Twin.from_pretrained(folder), oracle_biases)
-    if oracle_biases:
-        raise UsageError(f"{folder} is no twin, so there are no biases to hand in. Leave --oracle-biases out.")
-    return StaticRunner.open(folder)
-
-
-def runner_of(
-    model: str | Path | Twin | Merge | StaticRunner | TwinRunner, oracle_biases: bool = False
-) -> StaticRunner | TwinRunner:
-    """The right runner for a folder or a model in memory."""
-    if isinstance(model, (StaticRunner, TwinRunner)):
-        return model
-    if isinstance(model, Twin):
-        return TwinRunner(model, oracle_biases)
-    if isinstance(model, (str, os.PathLike)):
-        found_at = locate(model)
-        if found_at.adapter is not None:
-            raise UsageError(f"{model} is a base and an adapter. Merge it into one folder first, and evaluate that.")
-        return open_runner(found_at.folder, oracle_biases)
-    if oracle_biases:
-        raise UsageError("A merge is no twin, so there are no biases to hand in. Leave oracle_biases out.")
-    found = model.headed()
-    if not found.head_specs and not hasattr(found.body, "num_labels"):
-        raise ModelError("The merged model has no heads and is no classifier. Merge classifiers.")
-    return StaticRunner(
-        found, TextEncoder(tokenizer_folder(model), positions=position_limit(found.architecture.config))
-    )
-
-
-def tokenizer_folder(merge: Merge) -> Path:
-    """The first folder among base and experts that has a tokenizer, or the one that the recipe names.
-
-    Raises:
-        ModelError: there is none; the output has one that no folder has.
-    """
-    own = merge.base.sides.tokens if merge.base.sides is not None else None
-    if own is not None and own.made:
-        raise ModelError("The merge makes a tokenizer of its own. Save it, and name its folder.")
-    if own is not None:
-        return own.folder
-    for model in (merge.base, *merge.experts.values()):
-        if model.folder is not None and any(model.folder.glob("tokenizer*.json")):
-            return model.folder
-    raise ModelError("Neither the base nor an expert has a tokenizer. Add the tokenizer's files to the base's folder.")
-
-
 @strict
 def evaluate(
     model: str | Path | Twin | Merge | StaticRunner | TwinRunner,
@@ -192,6 +53,7 @@ def evaluate(
     progress: bool = True,
     *,
     tasks: Sequence[str] | None = None,
+    device: str | None = None,
     experts: Evaluation | str | Path | None = None,
     out: str | Path | None = None,
 ) -> Evaluations:
@@ -208,6 +70,7 @@ def evaluate(
         limit: at most so many per task, drawn by `seed`.
         oracle_biases: hand in the labelled task's biases, as the paper's code does; only to reproduce it.
         tasks: of the suite; the model's own where None.
+        device: where a model that is read or merged runs; "cpu" where None, or the merge's own.
         experts: their own evaluation on the same rows, or its file: adds normalised scores.
         out: a file to write all answers and scores to, in the place of one that is there.
 
@@ -215,7 +78,7 @@ def evaluate(
         TwinmergeError: a task without a head, labels that are not the head's.
     """
     reference, file = Evaluation.read(experts), check_file(out)
-    runner = runner_of(model, oracle_biases)
+    runner = runner_of(model, oracle_biases, device)
     if not isinstance(suite, Mapping):
         suite = open_suite(suite, tasks or runner.heads or None)
     elif tasks is not None:
@@ -232,7 +95,7 @@ def evaluate(
         Question(name, i, row) for name, task in suite.items() for i, row in enumerate(task.rows(split, limit, seed))
     ]
     plan = _mixed_batches(questions, seed)
-    with torch.inference_mode():
+    with torch.inference_mode(), logged(f"answered {len(questions)} rows of {split}", "study"):
         if isinstance(runner, StaticRunner):
             found = _static(runner, suite, plan, len(questions), progress)
         else:
@@ -314,7 +177,7 @@ def _static(
 ) -> list[Evaluation]:
     answers = _Answers(suite, plan)
     start = time.perf_counter()
-    for batch in tqdm(plan, "evaluating", delay=1, leave=False, disable=None if progress else True):
+    for batch in progress_bar(plan, "evaluating", progress):
         logits = runner.answer([q.row for q in batch], [q.task for q in batch])
         for q, chosen in zip(batch, logits.argmax(-1).tolist(), strict=True):
             answers.found[q.task][q.index] = chosen
@@ -332,7 +195,7 @@ def _twin(
     answers = {way: _Answers(suite, plan) for way in ways}
     right = 0
     spent = dict.fromkeys(ways, 0.0)
-    for batch in tqdm(plan, "evaluating", delay=1, leave=False, disable=None if progress else True):
+    for batch in progress_bar(plan, "evaluating", progress):
         given = torch.nn.functional.one_hot(torch.tensor([experts.index(q.task) for q in batch]), len(experts)).float()
         heads = [q.task for q in batch]
         start = time.perf_counter()

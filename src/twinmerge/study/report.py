@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import ResourceError, TwinmergeError, UsageError
+from twinmerge.progress import off
 from twinmerge.store.foreign import read_json
 from twinmerge.store.manifest import CHECKSUMS
 from twinmerge.study import pictures
@@ -286,7 +287,7 @@ def bar(share: float, width: int) -> str:
 def progress_bar(total: int, shown: bool) -> Iterator[Tick]:
     """A bar on stderr that goes away at the end."""
     columns = (TextColumn("{task.description:<44}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=bool(off(shown))) as progress:
         task = progress.add_task("starting", total=total)
 
         def tick(says: str, done: int) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from twinmerge.arguments import fits, shown, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
 from twinmerge.models.transformers_class import position_limit
+from twinmerge.progress import bar as progress_bar
+from twinmerge.progress import log
 from twinmerge.results import Result, Table, cell, plain
 from twinmerge.store.output import replace_text
 from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
@@ -251,17 +252,18 @@ def search(
         merge = Merge(merge.recipe, merge.progress, architecture=True, device=merge.device)
     encoder: TextEncoder | None = None
     trials, rows = [], 0
-    for candidate in tqdm(candidates, "searching", delay=1, leave=False, disable=None if progress else True):
+    for candidate in progress_bar(candidates, "searching", progress):
         if scorer is not None:
             trials.append(scored(scorer(merge.varied(**candidate).load()), candidate))
             continue
         assert suite is not None
-        model = merge.varied(**candidate).headed()
+        model = merge.varied(**candidate).headed().to(merge.device)
         if encoder is None:
             folder = tokenizer_folder(merge)
             encoder = TextEncoder(folder, positions=position_limit(model.architecture.config))
         found = evaluate(StaticRunner(model, encoder), suite, split, limit, seed, progress=False)[0]
         score = 100 * found.mean if reference is None else found.normalised(reference)
+        log(f"{candidate}: {score:.2f}", "study")
         trials.append(Trial(dict(candidate), score, found.scores))
         rows = found.rows
     made = Search(merge.recipe.method_name, None if scorer else split, rows, tuple(trials))

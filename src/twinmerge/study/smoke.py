@@ -18,6 +18,8 @@ from twinmerge.models.opened import OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.models.rows import rows_of_batch
 from twinmerge.models.transformers_class import position_limit
+from twinmerge.progress import bar as progress_bar
+from twinmerge.progress import meter as progress_meter
 from twinmerge.store.foreign import ROW, lines_of, parse_json
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.rows import read_inputs
@@ -34,7 +36,7 @@ class Loss(NamedTuple):
 
 
 @strict
-def smoke_check(folder: str | Path, merged: Merge, file: str | Path) -> list[Loss]:
+def smoke_check(folder: str | Path, merged: Merge, file: str | Path, progress: bool = True) -> list[Loss]:
     """Load the written folder and compare mean losses on at most 64 texts.
 
     Language models: loss per token. Classifiers with heads: rows need `label` (a number) and `expert` (whose head);
@@ -57,8 +59,8 @@ def smoke_check(folder: str | Path, merged: Merge, file: str | Path) -> list[Los
     encoder = TextEncoder(_with_tokenizer(folder, merged), positions=position_limit(config))
     with torch.inference_mode():
         if heads:
-            return _classifiers(written, heads, merged, encoder, file)
-        return _language(written, merged, encoder, file)
+            return _classifiers(written, heads, merged, encoder, file, progress)
+        return _language(written, merged, encoder, file, progress)
 
 
 def _with_tokenizer(folder: Path, merged: Merge) -> Path:
@@ -74,14 +76,15 @@ def _module(model: OpenedModel, like: OpenedModel, heads: dict[str, HeadSpec]) -
     return HeadedModel(like.architecture, state, heads)
 
 
-def _language(written: OpenedModel, merged: Merge, encoder: TextEncoder, file: Path) -> list[Loss]:
+def _language(written: OpenedModel, merged: Merge, encoder: TextEncoder, file: Path, progress: bool) -> list[Loss]:
     batches = [encoder.encode([text]) for text in read_inputs(file)[:MOST_TEXTS]]
     encoder.warn_truncated()
     batches = [batch for batch in batches if batch["input_ids"].shape[1] > 1]  # one token predicts none
     if not batches:
         raise DataError(f"{file} has no text of two tokens or more to take a loss on. Give longer ones.")
-    found = []
-    for name, model in {"merged": written, "base": merged.base, **merged.experts}.items():
+    found, models = [], {"merged": written, "base": merged.base, **merged.experts}
+    shown = progress_meter("taking losses", progress, len(models) * len(batches), unit="text")
+    for name, model in models.items():
         module = _module(model, model, {})
         losses, tokens = 0.0, 0
         for batch in batches:
@@ -93,12 +96,14 @@ def _language(written: OpenedModel, merged: Merge, encoder: TextEncoder, file: P
                 )
             losses += F.cross_entropy(logits[0, :-1].float(), batch["input_ids"][0, 1:], reduction="sum").item()
             tokens += batch["input_ids"].shape[1] - 1
+            shown.update()
         found.append(Loss(name, losses / tokens, len(batches)))
+    shown.close()
     return found
 
 
 def _classifiers(
-    written: OpenedModel, heads: dict[str, HeadSpec], merged: Merge, encoder: TextEncoder, file: Path
+    written: OpenedModel, heads: dict[str, HeadSpec], merged: Merge, encoder: TextEncoder, file: Path, progress: bool
 ) -> list[Loss]:
     rows = _labelled(file, {name: len(head.labels) for name, head in heads.items()})
     batch = encoder.encode([text for text, _, _ in rows])
@@ -106,7 +111,7 @@ def _classifiers(
     like = next(iter(merged.experts.values()))
     found = [Loss("merged", _loss(_module(written, like, heads), rows, batch), len(rows))]
     found.append(Loss("base", _loss(_module(merged.base, like, heads), rows, batch), len(rows)))
-    for name, model in merged.experts.items():
+    for name, model in progress_bar(merged.experts.items(), "taking losses", progress, len(merged.experts)):
         own = [i for i, row in enumerate(rows) if row[1] == name]
         if own:
             module = _module(model, model, {name: heads[name]})

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from twinmerge.maths.bits import plane_at, unpack
 from twinmerge.methods.kit.masks import GRID
 from twinmerge.models.heads import headed
 from twinmerge.models.transformers_class import position_limit
+from twinmerge.progress import meter as progress_meter
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
 from twinmerge.study.search import check_split
@@ -59,9 +59,7 @@ def choose_thresholds(
     places = {model.canonical(key): tensor for key, tensor in model.body.state_dict().items()}
     scores: dict[str, dict[float, float]] = {task: {} for task in experts}
     rows: dict[str, int] = {}
-    bar = tqdm(
-        total=len(experts) * len(grid), desc="choosing", delay=1, leave=False, disable=None if progress else True
-    )
+    bar = progress_meter("choosing thresholds", progress, len(experts) * len(grid))
 
     def score(expert: int, threshold: float) -> float:
         task = experts[expert]

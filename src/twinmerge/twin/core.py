@@ -251,7 +251,8 @@ class Core(nn.Module):
         return self._encoder
 
     def encode(self, rows: Sequence[Input]) -> dict[str, Tensor]:
-        """Texts, token ids or images as a batch; token ids need no tokenizer, and pixel values no image processor.
+        """Texts, token ids or images as a batch, where the model is; token ids need no tokenizer, and pixel values no
+        image processor.
 
         Args:
             rows: texts, pairs of texts, rows of a suite; `Tokens` for all; or images for all, as `as_images` takes
@@ -260,6 +261,9 @@ class Core(nn.Module):
         Raises:
             TwinmergeError: texts, and no tokenizer; as `TextEncoder.encode` says.
         """
+        return {name: tensor.to(self.device) for name, tensor in self._encoded(rows).items()}
+
+    def _encoded(self, rows: Sequence[Input]) -> dict[str, Tensor]:
         if not isinstance(rows, (str, Mapping)) and (found := as_images(rows)) is not None:
             batch = {"pixel_values": found} if isinstance(found, Tensor) else self._images.encode(found)
             return {name: t for name, t in batch.items() if name in self.takes}

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.arguments import at_least_one, shown
@@ -15,6 +14,8 @@ from twinmerge.errors import UsageError
 from twinmerge.models.blocks import block_of
 from twinmerge.models.rows import batch_size as rows_in
 from twinmerge.models.rows import rows_of_batch
+from twinmerge.progress import bar as progress_bar
+from twinmerge.progress import logged
 from twinmerge.statistics.moments import Moments, input_moments
 from twinmerge.tasks.columns import inputs_from
 from twinmerge.tasks.encode import batches as batches_of
@@ -45,8 +46,9 @@ def read_batches(core: Core, given: Given, name: str, batch_size: int, progress:
             yield cut(given, rows, size)
         return
     chunks = list(batches_of(list(given), batch_size, "length"))
-    for _, texts in tqdm(chunks, f"reading {name}", delay=1, leave=False, disable=None if progress else True):
-        yield core.encode(texts)
+    with logged(f"read the inputs of {name}", "twin"):
+        for _, texts in progress_bar(chunks, f"reading {name}", progress):
+            yield core.encode(texts)
 
 
 def check_batch(batch: Any, own_module: bool = False) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from twinmerge.errors import ModelError, UsageError
@@ -25,6 +24,7 @@ from twinmerge.maths.lowrank import Factors
 from twinmerge.models.headed import HeadedModel
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.progress import bar as progress_bar
 from twinmerge.recipes.recipe import is_reference
 from twinmerge.twin.compress import balanced, projected_factors
 from twinmerge.twin.core import Core
@@ -114,7 +114,7 @@ def fitted_part(
     optimizer = torch.optim.Adam([*(x for f in low.values() for x in f), *dense.values()], lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
     order = _shuffled(len(batches), steps, seed)
-    bar = tqdm(order, f"refining {name}", delay=1, leave=False, disable=None if progress else True)
+    bar = progress_bar(order, f"refining {name}", progress)
     goals: dict[int, Tensor] = {}  # of batches that come again, as many as fit
     for k in bar:
         batch = batches[k]

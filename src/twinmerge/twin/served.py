@@ -19,6 +19,7 @@ from twinmerge.twin.generate import Pinned, generate
 from twinmerge.twin.mixing.mixture import MixtureLike
 from twinmerge.twin.predict import predict, predict_proba
 from twinmerge.twin.reading import check_batch
+from twinmerge.twin.replies.reply import TOKENS, Replies, reply
 from twinmerge.twin.routing import PerRow, mixtures_for, routed
 from twinmerge.twin.score import Score, score
 from twinmerge.twin.told.watch import Handle, MixtureLog, Mixtures
@@ -135,6 +136,32 @@ class Served(Core):
         """
         found = predict(self, texts, batch_size, choice)
         return found if detail else [p.label for p in found]
+
+    @torch.no_grad()
+    @strict
+    def reply(
+        self,
+        texts: Sequence[Any],
+        *,
+        max_new_tokens: int = TOKENS,
+        chat: bool | None = None,
+        on_text: Callable[[str], object] | None = None,
+        **choice: Any,
+    ) -> Replies:
+        """What the twin of a language model writes after each text, under the mixture of that text.
+
+        Args:
+            texts: the prompts, one after the other.
+            max_new_tokens: at most so many tokens each.
+            chat: apply the tokenizer's chat template to the text, as what a user says; where None, if it has one.
+            on_text: is called with each piece of text as soon as it is written.
+            choice: mixture, normalize, unconstrained, expert or experts_per_row, as in the call of the twin.
+
+        Raises:
+            TwinmergeError: no language model; a text that is too long for it; no template where one is asked for.
+        """
+        at_least_one("max_new_tokens", max_new_tokens)
+        return reply(self, texts, max_new_tokens, chat, on_text, choice)
 
     @with_old_keywords
     @torch.no_grad()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from twinmerge.errors import UsageError
 from twinmerge.maths.bits import unpack
@@ -18,6 +17,7 @@ from twinmerge.maths.lowrank import Factors, thin_svd, truncate, truncate_produc
 from twinmerge.maths.threads import parallel
 from twinmerge.methods.kit.base import Method, Place
 from twinmerge.models.opened import OpenedModel
+from twinmerge.progress import bar as progress_bar
 
 
 class Masked(NamedTuple):
@@ -108,7 +108,7 @@ def split(
 
     def work() -> Iterator[tuple[str, str, Callable[[], Factors | Tensor]]]:
         """Read in this thread; what is to be computed comes as a call for the pool."""
-        bar = tqdm(list(names), "splitting", delay=1, leave=False, disable=None if progress else True)
+        bar = progress_bar(list(names), "splitting", progress)
         for name in bar:
             reference = shared[name]
             matrix = name not in gains and Place(name, tuple(reference.shape)).is_matrix

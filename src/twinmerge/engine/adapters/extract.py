@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from twinmerge.arguments import strict
 from twinmerge.engine.adapters.folder import About, Limit, balanced, check_dtype, compress, write_lora
@@ -32,6 +31,7 @@ from twinmerge.models.architecture import Architecture
 from twinmerge.models.matching import Matched, match
 from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.models.opening import open_model
+from twinmerge.progress import bar as progress_bar
 from twinmerge.results import Result, bytes_of
 from twinmerge.store.header import CODES, torch_dtype
 from twinmerge.store.output import OutputFolder
@@ -170,9 +170,7 @@ def extract_lora(
         small = found.factors and Factors(*(side.to(kept_in) for side in found.factors))
         return found._replace(factors=small)
 
-    bar = tqdm(
-        parallel(work, names), "extracting", len(names), delay=1, leave=False, disable=None if progress else True
-    )
+    bar = progress_bar(parallel(work, names), "extracting", progress, len(names))
     changes = {found.name: found for found in bar}
     low = {name: found.factors for name, found in changes.items() if found.factors is not None and found.factors.rank}
     modules = {path: Carried(name, module, low[name]) for path, (name, module) in places.items() if name in low}

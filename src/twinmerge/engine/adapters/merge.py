@@ -15,6 +15,7 @@ import torch
 from twinmerge.arguments import strict
 from twinmerge.engine.adapters.compressed import Compressed, merges_cores
 from twinmerge.engine.adapters.folder import About, Limit, compress, write_lora
+from twinmerge.engine.adapters.named import of_adapters
 from twinmerge.engine.front import licence_of
 from twinmerge.engine.ranges import Grains, Range, Shapes
 from twinmerge.engine.run import Load, Run
@@ -110,7 +111,7 @@ def merge_lora(
         compress_first: with a rank: share directions, then merge; or merge, then cut.
         by_norm: how much adapters count by their norms when directions are shared, from 0, all alike, to 1, by the
             squares of their norms.
-        method: task_arithmetic, one on singular values, which merges the factors in their core space, or a class or
+        method: task_arithmetic (which PEFT's "linear" and "cat" are here), one on singular values, which merges the factors in their core space, or a class or
             object of one's own with `core_space`; to compress first, any that works on changes and needs no statistics.
         dtype: of the output; float32 where None.
         drop_heads: leave out what has no place in the sum, instead of refusing it.
@@ -141,7 +142,7 @@ def merge_lora(
     computed for random factors.
     """
     limit = Limit.of(rank, energy)
-    recipe = _recipe(method, base, experts, weights, scale, with_parameters(parameters), dtype)
+    recipe = _recipe(of_adapters(method), base, experts, weights, scale, with_parameters(parameters), dtype)
     rule = recipe.make_method()
     first = rank is not None and compress_first
     if not rule.core_space and not (first and merges_cores(rule)):

@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from twinmerge.engine.transplant.rows import MEAN, SUM, Composition, rows_of
 from twinmerge.engine.transplant.shared import Shared
 from twinmerge.errors import ModelError
 from twinmerge.models.opened import OpenedModel
+from twinmerge.progress import meter as progress_meter
 
 Method = Literal["copy", "subtokens", "nearest", "omp"]
 BY_DONOR = ("nearest", "omp")
@@ -146,9 +146,7 @@ class Filling:
         if not len(atoms) or not len(ids):
             return
         held = torch.from_numpy(atoms).to(self.device)
-        shown = tqdm(
-            total=len(ids), desc="matching tokens", delay=1, leave=False, disable=None if self.progress else True
-        )
+        shown = progress_meter("matching tokens", self.progress, len(ids))
         with shown:
             for part in batches(len(ids), len(atoms), table.width, self.k if self.method == "omp" else 1):
                 values = table.read(ids[part])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from twinmerge.arguments import at_least_one, device_known, strict
 from twinmerge.engine.folder import Beside
@@ -33,6 +32,7 @@ from twinmerge.models.by_token import by_token
 from twinmerge.models.opened import OpenedModel
 from twinmerge.models.opening import open_model
 from twinmerge.models.parts import layout_at
+from twinmerge.progress import meter as progress_meter
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import CheckpointWriter, layout
 from twinmerge.store.header import SIZES
@@ -234,7 +234,7 @@ def _write(model: OpenedModel, found: Transplanted, donor: Donor, progress: bool
         writer = CheckpointWriter(folder, layout(specs))
         try:
             work = list(ranges(specs, {name: spec.shape for name, spec in specs.items()}))
-            bar = tqdm(total=len(work), desc="writing", delay=1, leave=False, disable=None if progress else True)
+            bar = progress_meter("writing", progress, len(work))
             with bar:
                 for _ in parallel(lambda each: _copy(each, model, names[each.name], writer), work):
                     bar.update()

@@ -12,12 +12,13 @@ from pydantic.fields import FieldInfo
 from twinmerge.arguments import strict
 from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.fold import Fold
-from twinmerge.methods.kit.registry import METHODS, MethodLike, method_class, method_name
+from twinmerge.methods.kit.registry import METHODS, MethodLike, is_per_expert, method_class, method_name
+from twinmerge.methods.kit.scores import SCORES
 from twinmerge.results import Listing
 
 
 class Methods(Listing):
-    """Method -> group, cost, strong, paper, space, grain, laws, needs, outputs, over_time, parameters."""
+    """Method -> group, cost, score, strong, paper, space, grain, laws, needs, outputs, over_time, parameters."""
 
 
 @strict
@@ -37,7 +38,7 @@ def list_methods(method: MethodLike | None = None) -> Methods:
         Methods(1: ties)
     """
     found = METHODS.all() if method is None else {method_name(method): method_class(method)}
-    return Methods({name: _about(cls) for name, cls in found.items()})
+    return Methods({name: _about(name, cls) for name, cls in found.items()})
 
 
 def source_of(method: MethodLike) -> str | None:
@@ -76,6 +77,39 @@ def choices(field: FieldInfo) -> list[str]:
     )
 
 
+def values(cls: type[Method], parameter: str) -> str:
+    """What values a parameter may have, in words.
+
+    Example:
+        >>> from twinmerge.methods.kit.registry import method_class
+        >>> [values(method_class("ties"), name) for name in ("density", "merge", "scale")]
+        ['0 to 1; also per expert', 'max, mean or sum', 'a number']
+    """
+    field = cls.model_fields[parameter]
+    closed, kind = choices(field), field.annotation
+    kinds = set(get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,))
+    if closed:
+        found = f"{', '.join(closed[:-1])} or {closed[-1]}" if len(closed) > 1 else closed[0]
+    elif bool in kinds:
+        found = "true or false"
+    elif kinds & {int, float}:
+        whole = "a whole number" if float not in kinds else "a number"
+        found = _range(field, "0 to 1" if parameter.endswith("density") else whole)
+    else:
+        found = "a text"
+    return f"{found}; also per expert" if is_per_expert(cls, parameter) else found
+
+
+def _range(field: FieldInfo, without: str) -> str:
+    """The limits of a number, or what is said where it has none."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    limits = {name: getattr(each, name) for each in field.metadata for name in signs if hasattr(each, name)}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    if {"ge", "le"} <= limits.keys():
+        return f"{limits['ge']:g} to {limits['le']:g}"
+    return ", ".join(f"{signs[name]} {value:g}" for name, value in limits.items()) or without
+
+
 def over_time(method: type[Method]) -> str | None:
     """How a method takes experts one by one: "sum" in any order, "order", or not at all."""
     if not issubclass(method, Fold):
@@ -83,11 +117,12 @@ def over_time(method: type[Method]) -> str | None:
     return "sum" if method.keeps_sums else "order"
 
 
-def _about(method: type[Method]) -> dict[str, Any]:
+def _about(name: str, method: type[Method]) -> dict[str, Any]:
     fields = method.model_fields.items()
     return {
         "group": method.group,
         "cost": method.cost,
+        "score": SCORES.get(name) if method.__module__ == f"twinmerge.methods.{name}" else None,
         "strong": method.strong,
         "paper": method.paper,
         "space": method.space,
@@ -97,7 +132,7 @@ def _about(method: type[Method]) -> dict[str, Any]:
         "outputs": method.outputs,
         "over_time": over_time(method),
         "parameters": {
-            name: {"default": field.default, "about": field.description}
+            name: {"default": field.default, "about": field.description, "values": values(method, name)}
             | ({"choices": closed} if (closed := choices(field)) else {})
             for name, field in fields
         },

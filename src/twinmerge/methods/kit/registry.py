@@ -42,8 +42,23 @@ def method_names() -> list[str]:
     return METHODS.names()
 
 
+def by_any_name(word: str) -> str:
+    """The method that a word stands for, in any case and with hyphens: by its name here, or by mergekit's or PEFT's;
+    the word itself where that is none.
+
+    Example:
+        >>> by_any_name("Dare-Linear"), by_any_name("TIES"), by_any_name("cat"), by_any_name("nonesuch")
+        ('dare', 'ties', 'task_arithmetic', 'nonesuch')
+    """
+    plain = word.lower().replace("-", "_")
+    for name in (word, plain):
+        if name in METHODS.files() or is_own(name) or METHODS.entry(name) is not None:
+            return name
+    return said_otherwise(plain, lambda cls: plain in (*cls.aliases, *cls.mergekit, *cls.peft)) or word
+
+
 def method_class(given: MethodLike) -> type[Method]:
-    """The class of a method; of a name only its own file is imported.
+    """The class of a method, by any name of it; of a name only its own file is imported.
 
     Raises:
         TwinmergeError: unknown name (with the nearest right one), or a class that lacks something.
@@ -56,8 +71,25 @@ def method_class(given: MethodLike) -> type[Method]:
 the package that offers it.
     """
     if isinstance(given, str):
-        return class_named(given, METHODS) if is_own(given) else METHODS.find(given)
+        return class_named(given, METHODS) if is_own(given) else _found(by_any_name(given))
     return METHODS.require(type(given) if isinstance(given, Method) else given, short_name(given))
+
+
+def _found(name: str) -> type[Method]:
+    """The class of a name; where it is nearly one that other tools have, the error says what that is here."""
+    try:
+        return METHODS.find(name)
+    except RecipeError as error:
+        if "Did you mean" in str(error):
+            raise
+        others = {
+            word: here for here, cls in METHODS.all().items() for word in (*cls.aliases, *cls.mergekit, *cls.peft)
+        }
+        near = nearest(name, others)
+        meant = next((word for word in others if f"{word!r}" in near), None)
+        if meant is None:
+            raise
+        raise RecipeError(f"Unknown method {name!r:.80}.{near} It is {others[meant]} here.{SEE}") from error
 
 
 def method_name(given: MethodLike) -> str:
@@ -76,7 +108,7 @@ def method_name(given: MethodLike) -> str:
         '<Mine of __main__>'
     """
     if isinstance(given, str):
-        return given
+        return by_any_name(given)
     return name_of(method_class(given), METHODS)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ONE_OF = {"space": get_args(Space), "grain": get_args(Grain), "outputs": get_args(Outputs), "group": get_args(Group)}
-TOLD = {"group": 40, "cost": 18, "strong": 32}
+TOLD = {"group": 40, "cost": 15, "strong": 32}
 """What `twinmerge methods` prints of a class of ours -> letters that there is room for."""
 SOME_OF = {"laws": get_args(Law), "needs": get_args(Need)}
 ABLE = {"linear": "coefficients", "core_space": "merge_factors"}
