@@ -29,6 +29,7 @@ def executed(file: Path) -> dict[str, Any]:
     from nbclient import NotebookClient
 
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models; more threads than free cores would take minutes
     book = nbformat.read(file, as_version=4)
     with tempfile.TemporaryDirectory() as place:
         NotebookClient(book, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": place}}).execute()
@@ -37,7 +38,7 @@ def executed(file: Path) -> dict[str, Any]:
 
 
 def page(book: dict[str, Any], name: str) -> str:
-    """A notebook as Markdown: text, code, and what the code printed."""
+    """A notebook as Markdown: text, code, and what the code printed on stdout; warnings and progress are left out."""
     parts = []
     for cell in book["cells"]:
         source = "".join(cell["source"]).strip("\n")
@@ -45,22 +46,20 @@ def page(book: dict[str, Any], name: str) -> str:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
-        parts += [said for output in cell["outputs"] if (said := _shown(output))]
+        printed = "".join("".join(o["text"]) for o in cell["outputs"] if o.get("name") == "stdout").rstrip()
+        parts += [f"```text\n{printed}\n```"] if printed else []
+        parts += [_shown(o["data"]) for o in cell["outputs"] if "data" in o]
     head, *rest = parts
     title, _, about = head.partition("\n")
     note = f"*This page is the notebook `docs/notebooks/{name}.ipynb`, as it ran when the site was built.*"
     return "\n\n".join([title, note, about.strip(), *rest]) + "\n"
 
 
-def _shown(output: dict[str, Any]) -> str:
-    """An output as Markdown; progress and warnings are left out."""
-    if output["output_type"] == "stream":
-        text = "".join(output["text"]) if output["name"] == "stdout" else ""
-        return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
-    data = output.get("data", {})
+def _shown(data: dict[str, Any]) -> str:
+    """The value of a cell as Markdown: its table, or its text."""
     if "text/html" in data:
         return "".join(data["text/html"]).strip()
-    return f"```text\n{''.join(data['text/plain']).rstrip()}\n```" if "text/plain" in data else ""
+    return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
 
 
 def main(words: list[str]) -> None:
