@@ -329,8 +329,7 @@ class Merge(Described):
             described = {**provenance(plan), "rounding": report.rounding(self.recipe.stochastic)}
             if self.models.unified is not None:
                 described["tokens"] = self.models.unified.to_dict()
-            if self.told.settings:
-                described["other_settings"] = self.told.settings
+            described |= {"other_settings": self.told.settings} if self.told.settings else {}
             if self.lines is not None:  # with the a that was found
                 described["parameters"] = {**described["parameters"], KEY: {"a": self.lines.a, "b": self.lines.b}}
             about_it = described, self.base, self.experts, sorted(self.matched.head_names), "merge"
