@@ -1,6 +1,7 @@
 """Fine-tune one text expert per task of a suite, then score every way of merging them.
 
-Table: docs/measurements.md, "text8: eight text experts of one MiniLM".
+Tables: docs/quality.md, "Twins beside static methods, on eight text experts";
+    docs/measurements.md, "text8: eight text experts of one MiniLM".
 
     python benchmarks/text_suite.py train --suite DIR --experts DIR
     python benchmarks/text_suite.py score --suite DIR --experts DIR --out DIR

@@ -17,7 +17,9 @@ from twinmerge.twin.twin import Twin
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    """Of a plain model, or of the shared model in a twin's folder."""
+    shared = folder / "shared"
+    return load_file((shared if shared.exists() else folder) / "model.safetensors")
 
 
 def filled(command: Any, zoo: SimpleNamespace, state: Path, method: str, *words: object) -> Any:

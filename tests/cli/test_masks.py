@@ -18,7 +18,9 @@ from twinmerge.tasks.suite import open_suite
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    """Of a plain model, or of the shared model in a twin's folder."""
+    shared = folder / "shared"
+    return load_file((shared if shared.exists() else folder) / "model.safetensors")
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

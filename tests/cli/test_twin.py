@@ -191,7 +191,7 @@ def test_add_remove_and_rebuild(command: Any, zoo: Any, tmp_path: Path, mixed: l
     assert anew.code == 0 and "Built anew from mood, kind, size" in anew.err
     whole = command("twin", "build", "--base", zoo.base, *zoo.given, "--rank", 4, *every, "-o", tmp_path / "whole")
     assert whole.code == 0
-    for file in ("model.safetensors", "twin.safetensors", "router.safetensors"):
+    for file in ("shared/model.safetensors", "twin.safetensors", "router.safetensors"):
         assert (tmp_path / "anew" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     few = command("twin", "rebuild", tmp_path / "less", "-o", tmp_path / "few").err
     assert "Built anew from kind, size" in few and "It has no router" in few

@@ -161,7 +161,7 @@ def test_a_method_that_needs_all_experts_at_once(zoo, tmp_path, method):
 @pytest.mark.parametrize(
     "method, parameters, match",
     [
-        ("iso-c", {}, "iso_c"),
+        ("iso_d", {}, "iso_c"),
         ("opcm", {"alfa": 0.5}, "alpha"),
         ("opcm", {"alpha": 2.0}, "alpha"),
         ("iso_c", {"calibration": 0.1}, "calibration has no place"),
