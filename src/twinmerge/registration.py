@@ -9,6 +9,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 AUTO = "transformers.models.auto."
 CALLS = {
@@ -59,6 +60,11 @@ class _Loader(Loader):
 
     def __init__(self, own: Loader, name: str) -> None:
         self.own, self.name = own, name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "own":  # of a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.own, name)  # what else a loader can do, such as get_source
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.own.create_module(spec)
