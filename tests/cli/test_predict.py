@@ -93,3 +93,14 @@ def test_a_file_among_the_texts_is_answered_row_by_row(
     shown = command("twin", "predict", zoo.twin, file, "--soft")
     assert max(map(len, shown.out.splitlines())) <= 80 and shown.out.count(" %") >= len(rows)
     assert all(title in shown.out for title in ("text", "label", "expert", "router", "mixture"))
+
+
+def test_a_head_that_is_given_is_not_taken_for_the_router_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twinmerge.cli.predict import _row
+    from twinmerge.twin.predict import Prediction
+
+    routing = {"film": 0.02, "bank": 0.98}
+    routed = Prediction("loan", "bank", 0.9, {"film": 0.0, "bank": 1.0}, routing, False)
+    named = Prediction("negative", "film", 0.9, {"film": 0.0, "bank": 1.0}, routing, False)
+    assert _row("a", routed)[3] == "bank (98 %)"
+    assert _row("a", named)[3] == "film (bank 98 %)"

@@ -119,9 +119,16 @@ def _row(text: Any, found: Prediction) -> tuple[str, ...]:
 
     said = text if isinstance(text, str) else " / ".join(str(part) for part in text[:2] if part)
     sure = f"{100 * found.confidence:.0f} %"
-    router = "" if found.routing is None else f" ({100 * max(found.routing.values()):.0f} %)"
     mixture = "refused: shared model alone" if found.refused else shown(found.mixture)
-    return said, found.label, sure, found.expert + router, mixture
+    return said, found.label, sure, found.expert + _routed(found), mixture
+
+
+def _routed(found: Prediction) -> str:
+    """The router's likeliest expert with its probability; without its name where its head is the one that answered."""
+    if found.routing is None:
+        return ""
+    name, share = max(found.routing.items(), key=lambda item: item[1])
+    return f" ({'' if name == found.expert else f'{name} '}{100 * share:.0f} %)"
 
 
 def _write(twin: Twin, texts: Sequence[Any], json: bool, how: dict[str, Any]) -> None:
