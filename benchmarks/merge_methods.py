@@ -2,7 +2,8 @@
 each.
 
 Tables: docs/quality.md, "Every static method and every mask on eight text experts";
-    docs/quality.md, "The strongest merges without data".
+    docs/quality.md, "The strongest merges without data";
+    docs/quality.md, "Newer methods without data".
 
     python benchmarks/merge_methods.py measure --suite DIR --experts DIR --out DIR
     python benchmarks/merge_methods.py score --suite DIR --experts DIR --out DIR [--counts 8,6,4,2]
