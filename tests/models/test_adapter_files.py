@@ -152,7 +152,7 @@ def test_a_roberta_head_out_of_a_twin_loads_in_peft(build: Any, tuned: Any, with
     twin = tm.Twin.build(base, experts, 16, progress=False)
     twin.save_pretrained(tmp_path / "twin")
     found = export_lora(twin, "a", tmp_path / "lora")
-    stock = type(experts["a"]).from_pretrained(tmp_path / "twin", num_labels=3)
+    stock = type(experts["a"]).from_pretrained(tmp_path / "twin" / "shared", num_labels=3)
     batch = {"input_ids": torch.tensor([[4, 5, 6, 7]])}
     with torch.no_grad():
         got = peft.PeftModel.from_pretrained(stock, found.folder).eval()(**batch).logits
