@@ -34,6 +34,7 @@ SITE = ROOT / "site"
 ELSEWHERE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Pages at the top of the repository -> where they are in the site."""
 COPIED = {".md", ".png", ".svg", ".css", ".jpg", ".gif", ".txt", ".yaml", ".yml", ".json"}
+PICTURE = re.compile(r'\b(src|srcset)="([^"\s]+)"')
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 
@@ -74,6 +75,9 @@ def relinked(text: str, source: Path, place: str, there: dict[str, Path]) -> str
     """A page with its links as they are in the site; a file that is not in the site is named without a link."""
     places_of = {path.resolve(): name for name, path in there.items()}
 
+    def moved(file: Path) -> str:
+        return os.path.relpath(places_of[file], Path(place).parent).replace(os.sep, "/")
+
     def one(match: re.Match[str]) -> str:
         mark, said, target = match.groups()
         path, hash_, fragment = target.partition("#")
@@ -82,11 +86,14 @@ def relinked(text: str, source: Path, place: str, there: dict[str, Path]) -> str
         file = (source.parent / path).resolve()
         if file not in places_of:
             return said if file.exists() and not mark else match[0]
-        moved = os.path.relpath(places_of[file], Path(place).parent).replace(os.sep, "/")
-        return f"{mark}[{said}]({moved}{hash_}{fragment})"
+        return f"{mark}[{said}]({moved(file)}{hash_}{fragment})"
+
+    def picture(match: re.Match[str]) -> str:
+        file = (source.parent / match[2]).resolve()
+        return f'{match[1]}="{moved(file)}"' if file in places_of else match[0]
 
     parts = re.split(r"(^```.*?^```|`[^`\n]+`(?!\]))", text, flags=re.MULTILINE | re.DOTALL)
-    parts[::2] = [LINK.sub(one, part) for part in parts[::2]]
+    parts[::2] = [PICTURE.sub(picture, LINK.sub(one, part)) for part in parts[::2]]
     return "".join(parts)
 
 
