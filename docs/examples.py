@@ -35,7 +35,7 @@ DOCS = Path(__file__).parent
 FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 AFTER = re.compile(r"^<!-- after: (\S+) -->$", re.MULTILINE)
 ANY = "[…]"
-HOME = "/home/you"
+HOME = "~"
 FRAMES = re.compile(r"[─━│┃┌┐└┘├┤┬┴┼┏┓┗┛┡┩╇╈╞═╡╪╭╮╰╯]+")
 TOKEN = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?|\w+|\S")
 TIMES = {"s", "ms", "µs", "seconds", "minutes"}
