@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from twinmerge.models.answers import Answers, answers_of
 from twinmerge.models.parts import MODULES, PIPELINE, class_of_parts, config_in
 from twinmerge.store.foreign import matches
 
@@ -56,27 +58,31 @@ def usage_of(folder: Path, known: bool = True) -> Usage:
         return Usage(None, _tensors())
     has = os.listdir(folder)
     text, images = (any(matches(name, of) for name in has) for of in (TOKENIZERS, IMAGES))
-    code = _transformers(own, text, images, bool(config.get("is_encoder_decoder")))
+    code = _transformers(own, text, images, bool(config.get("is_encoder_decoder")), answers_of(config))
     return Usage("transformers", code, TASKS.get(auto_class(own)))
 
 
-def twin_usage(folder: Path, task: str | None, expert: str | None) -> str:
+def twin_usage(folder: Path, task: str | None, expert: str | None, answers: Answers | None) -> str:
     """The lines that open a twin and ask it.
 
     Args:
         folder: of its shared model, with all that lies beside it.
         task: of the twin, as the hub calls it.
         expert: that is to be named, since nothing routes.
+        answers: what the outputs of all heads say; None where they differ.
     """
     has = os.listdir(folder)
     text, images = (any(matches(name, of) for name in has) for of in (TOKENIZERS, IMAGES))
     named = "" if expert is None else f", expert={expert!r}"
+
+    def asked(rows: str) -> str:
+        return f"print({ASKED[answers].format(rows=rows, named=named)})\n"
+
     first, ask = "", "print(twin)\n"
     if task == "text-classification" and text:
-        ask = f'print(twin.predict(["The film was"]{named}))\n'
+        ask = asked('["The film was"]')
     elif task == "image-classification" and images:
-        first = "from PIL import Image\n\n"
-        ask = f'print(twin.predict([Image.new("RGB", (64, 64))]{named}))\n'
+        first, ask = "from PIL import Image\n\n", asked('[Image.new("RGB", (64, 64))]')
     elif task == "text-generation" and text:
         ask = (
             f'tokens = twin.generate(**twin.encode(["The film was"]), max_new_tokens=20{named})\n'
@@ -104,7 +110,7 @@ def auto_class(own: str) -> str:
     return next((auto for end, auto in AUTO.items() if own.endswith(end)), own)
 
 
-def _transformers(own: str, text: bool, images: bool, decodes: bool) -> str:
+def _transformers(own: str, text: bool, images: bool, decodes: bool, answers: Answers) -> str:
     """The lines for a class of transformers, by what its name ends with."""
     kind = auto_class(own)
     if kind == "AutoModelForImageClassification":
@@ -112,14 +118,15 @@ def _transformers(own: str, text: bool, images: bool, decodes: bool) -> str:
             return _opened("transformers", kind, "model")
         more = (
             'inputs = processor(Image.new("RGB", (64, 64)), return_tensors="pt")\n'
-            "print(model.config.id2label[model(**inputs).logits[0].argmax().item()])\n"
+            f"logits = model(**inputs).logits[0]\n{SHOWN[answers]}"
         )
         return (
             _opened("transformers", kind, "model", "AutoImageProcessor", "processor", "from PIL import Image\n") + more
         )
+    shown = SHOWN[answers] if kind == "AutoModelForSequenceClassification" else ""
     if not text or kind not in TRIED or (decodes and kind == "AutoModel"):
         return _opened("transformers", kind, "model")
-    return _opened("transformers", kind, "model", "AutoTokenizer", "tokenizer") + TRIED[kind]
+    return _opened("transformers", kind, "model", "AutoTokenizer", "tokenizer") + TRIED[kind] + shown
 
 
 def _opened(library: str, kind: str, name: str, other: str = "", reads: str = "", first: str = "") -> str:
@@ -169,15 +176,27 @@ TASKS = {
 }
 """Class -> what the hub calls its task."""
 
+SHOWN: Mapping[Answers, str] = {
+    "one label": "print(model.config.id2label[logits.argmax().item()])\n",
+    "several labels": "print({model.config.id2label[i]: p for i, p in enumerate(logits.sigmoid().tolist())})\n",
+    "a number": "print(logits.tolist())\n",
+}
+"""What a row's logits say -> the line that shows it."""
+ASKED: Mapping[Answers | None, str] = {
+    "one label": "twin.predict({rows}{named})",
+    "several labels": "twin.predict_proba({rows}{named})",
+    "a number": "twin(**twin.encode({rows}){named}).logits",
+    None: "twin(**twin.encode({rows}){named}).logits",
+}
+"""What the outputs of a twin say -> the call that shows it."""
+
 TRIED = {
     "AutoModelForCausalLM": (
         f"inputs = {TEXT}\n"
         'tokens = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=20)\n'
         "print(tokenizer.decode(tokens[0], skip_special_tokens=True))\n"
     ),
-    "AutoModelForSequenceClassification": (
-        f"logits = model(**{TEXT}).logits[0]\nprint(model.config.id2label[logits.argmax().item()])\n"
-    ),
+    "AutoModelForSequenceClassification": f"logits = model(**{TEXT}).logits[0]\n",
     "AutoModelForTokenClassification": (
         f"logits = model(**{TEXT}).logits[0]\nprint([model.config.id2label[i] for i in logits.argmax(-1).tolist()])\n"
     ),

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import DamagedFile, ModelError, RecipeError, UsageError
+from twinmerge.models.answers import Answers, answers_of
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.bounds import most_parameters
 from twinmerge.models.conversion import as_module, conversions
@@ -250,6 +251,10 @@ class HeadedModel(nn.Module):
     def labels(self, head: str | None = None) -> list[str]:
         """The label names of a head, or of the model itself where there are no heads."""
         return self.head_specs[head].labels if head is not None else labels_of(self.architecture.config) or []
+
+    def answers(self, head: str | None = None) -> Answers:
+        """What the outputs of a head say, or those of the model itself where there are no heads."""
+        return answers_of(vars(self.head_specs[head].config if head is not None else self.architecture.config))
 
     def forward(self, batch: Mapping[str, Any], heads: Sequence[str] | None = None, **options: Any) -> Any:
         """Answer a batch.

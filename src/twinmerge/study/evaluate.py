@@ -138,6 +138,11 @@ def _check_labels(runner: StaticRunner | TwinRunner, suite: Mapping[str, Task]) 
             raise UsageError(
                 f"The model has no head for the task {name!r}; it has {', '.join(runner.heads)}. Choose with --tasks."
             )
+        if (answers := runner.answers(name)) != "one label":
+            raise DataError(
+                f"The head for {name!r} gives {answers}, and a suite asks for one label of each row. Choose other "
+                "tasks with --tasks."
+            )
         if len(runner.labels(name)) != len(task.labels):
             raise DataError(
                 f"The head for {name!r} has {len(runner.labels(name))} labels, the suite's task {len(task.labels)}. "

@@ -11,6 +11,7 @@ import torch
 from twinmerge.arguments import device_known
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import ModelError, UsageError
+from twinmerge.models.answers import Answers
 from twinmerge.models.head_files import load_heads
 from twinmerge.models.headed import HeadedModel, architecture_of
 from twinmerge.models.opening import open_model
@@ -67,6 +68,9 @@ class StaticRunner:
     def labels(self, head: str) -> list[str]:
         return self.model.labels(head if self.heads else None)
 
+    def answers(self, head: str) -> Answers:
+        return self.model.answers(head if self.heads else None)
+
     def answer(self, rows: Sequence[Row], heads: Sequence[str]) -> torch.Tensor:
         """Logits (rows, most labels)."""
         batch = _on(next(self.model.body.parameters()).device, self.encoder.encode(rows))
@@ -91,6 +95,9 @@ class TwinRunner:
 
     def labels(self, head: str) -> list[str]:
         return self.twin.model.labels(head if self.twin.model.head_specs else None)
+
+    def answers(self, head: str) -> Answers:
+        return self.twin.model.answers(head if self.twin.model.head_specs else None)
 
     def route(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
         """Mixtures (rows, experts), and the expert whose head answers each row."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twinmerge.arguments import at_least_one
 from twinmerge.errors import UsageError
+from twinmerge.models.answers import Answers
 from twinmerge.models.rows import for_each_row, rows_of_batch
 from twinmerge.results import Result, Rows, plain, some
 from twinmerge.tasks.columns import inputs_from
@@ -91,28 +92,43 @@ class _Asked(NamedTuple):
     choice: Mapping[str, Any]
     answer: TwinOutput
 
-    @property
-    def probabilities(self) -> Tensor:
-        """(rows, labels)."""
-        return _softmax(self.answer.logits)
 
-
-def _softmax(logits: Tensor | None) -> Tensor:
+def _probabilities(logits: Tensor | None, answers: Answers = "one label") -> Tensor:
+    """(rows, labels): of each label alone where a row may have several."""
     if logits is None or logits.dim() != 2:
         raise UsageError("This twin has no classifier head. Call the twin itself, or generate().")
-    return logits.float().softmax(-1)
+    return logits.float().sigmoid() if answers == "several labels" else logits.float().softmax(-1)
+
+
+def _check_answers(core: Core, heads: Sequence[str | None], allowed: Sequence[Answers]) -> None:
+    """Refuse heads whose outputs mean something else than what is asked."""
+    for head in heads:
+        if (head is not None or core.labels) and (found := core.model.answers(head)) not in allowed:
+            whose = "The twin" if head is None else f"The head {head!r}"
+            instead = (
+                "Ask predict_proba() for the probability of each"
+                if found == "several labels"
+                else ("Call the twin itself: the logits of its answer are the number")
+            )
+            gives = "several labels of one input" if found == "several labels" else "a number and no label"
+            others = [str(name) for name in core.model.head_specs if core.model.answers(name) in allowed]
+            other = f", or name another head: {', '.join(others)}" if others else ""
+            raise UsageError(f"{whose} gives {gives}. {instead}{other}.")
 
 
 def predict(core: Core, given: Any, batch_size: int, choice: Mapping[str, Any]) -> Predictions:
     """The answer to each input (see `Twin.predict`)."""
     inputs = _inputs(core, given, batch_size, choice)
+    named = choice.get("head") or choice.get("expert") or list(core.model.head_specs)
+    heads = [named] if isinstance(named, str) else [head for head in named if head in core.model.head_specs]
+    _check_answers(core, heads if core.model.head_specs else [None], ["one label"])
     found: list[Prediction] = []
     for asked in _answers(core, inputs, batch_size, choice):
         out, refused = asked.answer, asked.answer.refused
         routing = (
             None if out.routing is None else [dict(zip(core.experts, row, strict=True)) for row in out.routing.tolist()]
         )
-        for i, p in enumerate(asked.probabilities):
+        for i, p in enumerate(_probabilities(asked.answer.logits)):
             head = out.head[i] if out.head else None
             mixture = dict(zip(core.experts, out.mixture[i].tolist(), strict=True))
             soft = None if routing is None else routing[i]
@@ -130,14 +146,17 @@ def predict_proba(core: Core, given: Any, batch_size: int, choice: Mapping[str, 
     if named is not None and not isinstance(named, str):
         raise UsageError("predict_proba gives the labels of one head, or those of all. Name one head, or none.")
     wanted = [named] if named is not None and heads else heads
+    _check_answers(core, wanted or [None], ["one label", "several labels"])
     found: dict[str | None, list[Tensor]] = {head: [] for head in wanted} if wanted else {None: []}
     for asked in _answers(core, inputs, batch_size, {**choice, "head": wanted[0]} if wanted else choice):
-        found[wanted[0] if wanted else None].append(asked.probabilities)
+        first = wanted[0] if wanted else None
+        found[first].append(_probabilities(asked.answer.logits, core.model.answers(first)))
         size = len(asked.answer.mixture)
         for head in wanted[1:]:  # the same mixtures, and another head
             names = heads_of_rows(core, head, [None] * size)
             batch, way = for_each_row(asked.batch, size), asked.choice.get("strategy")
-            found[head].append(_softmax(planned(core, batch, names, asked.answer.mixture, way)[0].logits))
+            logits = planned(core, batch, names, asked.answer.mixture, way)[0].logits
+            found[head].append(_probabilities(logits, core.model.answers(head)))
     core.warn_truncated()
     arrays = {head: _stacked(parts, len(core.model.labels(head))) for head, parts in found.items()}
     return arrays if len(wanted) > 1 else next(iter(arrays.values()))

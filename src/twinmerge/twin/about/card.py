@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from twinmerge.engine.card import TWIN_MERGING, cell, cited, fenced
 from twinmerge.engine.front import base_models, front_matter, front_of, licence_said
 from twinmerge.engine.usage import TASKS, auto_class, twin_usage, usage_of
+from twinmerge.models.answers import Answers, answers_of
 from twinmerge.store.artefact import undamaged
 from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import SHARED
@@ -58,6 +59,7 @@ class Holds(NamedTuple):
         router: its kind, None where there is none; layers: that it reads; report: how it routed held-out rows.
         labels: head -> how many labels it has.
         task: as the hub calls it.
+        answers: what every head's outputs say; None where the heads differ.
     """
 
     experts: Sequence[str]
@@ -69,6 +71,7 @@ class Holds(NamedTuple):
     report: Mapping[str, Any] | None
     labels: Mapping[str, int]
     task: str | None
+    answers: Answers | None
 
 
 class Packed(Protocol):
@@ -116,6 +119,7 @@ def holds_of(package: Packed) -> Holds:
         package.report,
         {name: len(head.labels) for name, head in package.heads.items() if head.labels},
         task_of(classes),
+        answers_of_all(package.shared.architecture, package.heads),
     )
 
 
@@ -126,6 +130,13 @@ def classes_of(shared: Architecture | None, heads: Mapping[str, HeadSpec]) -> se
 
         return {class_of(head.config).__name__ for head in heads.values()}
     return set() if shared is None else {shared.model_class.__name__}
+
+
+def answers_of_all(shared: Architecture | None, heads: Mapping[str, HeadSpec]) -> Answers | None:
+    """What the outputs say, of every head or of the shared model where there are none; None where the heads differ."""
+    configs = [head.config for head in heads.values()] or ([shared.config] if shared is not None else [])
+    found = {answers_of(vars(config)) for config in configs if config is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def shared_method(provenance: Mapping[str, Any]) -> str | None:
@@ -156,7 +167,7 @@ def with_holds(card: str, holds: Holds, folder: Path) -> str:
         "beside the shared part": f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB",
     }
     table = "".join(f"| {what} | {said} |\n" for what, said in rows.items())
-    usage = twin_usage(inside, holds.task, None if holds.router else next(iter(holds.experts)))
+    usage = twin_usage(inside, holds.task, None if holds.router else next(iter(holds.experts)), holds.answers)
     return (
         f"{base}{HOLDS}| | |\n| --- | --- |\n{table}\n## Use\n\n{fenced('python', usage)}\n{OPENED}\n{_limits(holds)}"
         + (SINCE + since if since else "")

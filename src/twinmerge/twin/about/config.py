@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from twinmerge.store import disk
 from twinmerge.store.manifest import SHARED
 from twinmerge.twin import TYPE
-from twinmerge.twin.about.card import classes_of
+from twinmerge.twin.about.card import answers_of_all, classes_of
 
 if TYPE_CHECKING:
     from twinmerge.models.architecture import Architecture
@@ -47,13 +47,22 @@ def write_twin_config(
 
 def twin_config(experts: Sequence[str], heads: Mapping[str, HeadSpec], architecture: Architecture) -> dict[str, Any]:
     """What it says: the class of the twin, its experts, and one space of labels for all heads."""
-    kinds = classes_of(architecture, heads)
+    kind = kind_of_twin(architecture, heads)
     labels, _ = label_space(labels_by_head(heads, architecture))
-    found: dict[str, Any] = {"model_type": TYPE, "architectures": [f"Twin{kind_of(kinds)}"], "experts": list(experts)}
+    found: dict[str, Any] = {"model_type": TYPE, "architectures": [f"Twin{kind}"], "experts": list(experts)}
     if labels:
         found["id2label"] = {str(i): label for i, label in enumerate(labels)}
         found["label2id"] = {label: i for i, label in reversed([*enumerate(labels)])}
+        configs = [head.config for head in heads.values()] or [architecture.config]
+        if len(said := {getattr(config, "problem_type", None) for config in configs}) == 1 and None not in said:
+            found["problem_type"] = said.pop()  # by which a pipeline makes scores out of logits
     return found
+
+
+def kind_of_twin(architecture: Architecture | None, heads: Mapping[str, HeadSpec]) -> str:
+    """What the auto class is called that opens a twin; "Model" where its heads do not all say the same of an input."""
+    differ = len(heads) > 1 and answers_of_all(architecture, heads) is None
+    return "Model" if differ else kind_of(classes_of(architecture, heads))
 
 
 def kind_of(classes: set[str]) -> str:

@@ -90,7 +90,8 @@ class TwinModel(PreTrainedModel, GenerationMixin):
             TwinmergeError: as `Twin.from_pretrained`; a twin of another kind of models; an option that is not known.
         """
         from twinmerge.errors import ModelError, UsageError
-        from twinmerge.twin.about.config import KINDS, kind_of
+        from twinmerge.twin.about.card import classes_of
+        from twinmerge.twin.about.config import KINDS, kind_of_twin
         from twinmerge.twin.twin import Twin
 
         how = _known(options)
@@ -100,12 +101,12 @@ class TwinModel(PreTrainedModel, GenerationMixin):
             subfolder=how["subfolder"] or "",
             local_files_only=bool(how["local_files_only"]),
         )
-        classes = {type(module).__name__ for module in twin.model.outer.values()} or {type(twin.model.body).__name__}
-        if cls.kind not in ("Model", kind_of(classes)):
-            own = kind_of(classes)
+        architecture, heads = twin.model.architecture, twin.package.heads
+        own = kind_of_twin(architecture, heads)
+        if cls.kind not in ("Model", own):
             auto = f"AutoModel{own}" if own in KINDS else "AutoModel"
             raise ModelError(
-                f"This twin is of {', '.join(sorted(classes))}, which {auto} opens, and not AutoModel{cls.kind}."
+                f"This twin is of {', '.join(sorted(classes_of(architecture, heads)))}, which {auto} opens, and not AutoModel{cls.kind}."
             )
         wanted: Any = TwinConfig.from_pretrained(
             pretrained_model_name_or_path,

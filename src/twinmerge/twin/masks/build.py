@@ -46,7 +46,7 @@ from twinmerge.store.manifest import OUTPUT, SHARED
 from twinmerge.store.output import OutputFolder
 from twinmerge.store.ranges import bytes_of
 from twinmerge.twin import SCALES, TWIN, TWIN_VERSION
-from twinmerge.twin.about.card import Holds, classes_of, task_of, with_holds
+from twinmerge.twin.about.card import Holds, answers_of_all, classes_of, task_of, with_holds
 from twinmerge.twin.about.config import write_twin_config
 from twinmerge.twin.masks.results import BuiltMasks
 
@@ -108,7 +108,18 @@ def write_masks(
             f"masks of one vector (`{merge.recipe.method_name}`)",
             {n: len(h.labels) for n, h in heads.items()},
         )
-        holds = Holds(list(recipe.experts), None, parts, NONE, None, (), None, labels, task)
+        holds = Holds(
+            list(recipe.experts),
+            None,
+            parts,
+            NONE,
+            None,
+            (),
+            None,
+            labels,
+            task,
+            answers_of_all(merge.base.architecture, heads),
+        )
         side = merge.base, merge.base.folder, described, partial(with_holds, card, holds)
         Beside(*side, heads=heads, about=about or {}, within=SHARED).write(folder)
         write_twin_config(folder, list(recipe.experts), heads, merge.base.architecture)
