@@ -42,7 +42,7 @@ def test_table_with_a_base(command: Any, zoo: Any, tmp_path: Path) -> None:
     ran = command("diff", zoo.mood, zoo.kind, "--base", zoo.base, "--top", 0, "--picture", tmp_path / "diff.svg")
     titles, *rows = table(ran.out)
     assert titles == [
-        *("tensor", "‖τa‖", "‖τb‖", "‖b − a‖", "relative", "cosine", "conflicts", "equal", "max", "rank τa", "rank τb")
+        *("tensor", "‖τa‖", "‖τb‖", "‖b − a‖", "relative", "cosine", "conflicts", "equal", "max", "ranks τa, τb")
     ]
     assert len(rows) == 23 and "τa = a − base, τb = b − base; all:" in ran.out
     assert ran.err.startswith("Not in the base: classifier.bias, classifier.weight\n")

@@ -117,8 +117,7 @@ def _columns(found: Diff) -> dict[str, Callable[[TensorDiff], str]]:
     if any(d.rank is not None for d in found.tensors):
         columns["rank"] = lambda d: _rank(d.rank, d.full_rank)
     if any(d.rank_a is not None for d in found.tensors):
-        columns["rank τa"] = lambda d: _rank(d.rank_a, d.full_rank)
-        columns["rank τb"] = lambda d: _rank(d.rank_b, d.full_rank)
+        columns["ranks τa, τb"] = lambda d: _rank(d.rank_a, d.full_rank, d.rank_b)
     return columns
 
 
@@ -140,5 +139,7 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _rank(rank: float | None, full: int) -> str:
-    return "" if rank is None else f"{rank:.1f} / {full}"
+def _rank(rank: float | None, full: int, other: float | None = None) -> str:
+    if rank is None:
+        return ""
+    return f"{rank:.1f}{'' if other is None else f', {other:.1f}'} / {full}"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 NUMBER = re.compile(r"[-+–−±]?\d|–?$")  # how a cell begins, or nothing to say
-NAME, PROSE = 14, 18  # columns that names and prose have at least
+NAME, TENSOR, PROSE = 14, 24, 18  # columns that names, names of tensors, and prose have at least
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -56,7 +56,8 @@ def _least(columns: Sequence[str], rows: Sequence[Sequence[str]], i: int) -> int
     """The width that a column can do with: of numbers all, with the title over several lines."""
     longest = max((len(row[i]) for row in rows), default=0)
     if not _numbers(rows, i):
-        longest = min(longest, PROSE if any(" " in row[i] for row in rows) else NAME)
+        spaces, dots = (any(row[i].count(mark) >= least for row in rows) for mark, least in ((" ", 1), (".", 2)))
+        longest = min(longest, PROSE if spaces else TENSOR if dots else NAME)
     return max(longest, *(len(word) for word in columns[i].split() or [""]))
 
 
