@@ -73,6 +73,21 @@ def test_a_reply_comes_in_pieces_by_the_template_and_within_the_model(zoo: Any, 
         tm.Twin.from_pretrained(zoo.twin).reply(["w3"])
 
 
+def test_a_prompt_that_is_refused_says_so(command: Any, zoo: Any, talking: Path, tmp_path: Path) -> None:
+    twin = tm.Twin.from_pretrained(talking)
+    drawn = torch.randint(3, 29, (120, 6), generator=torch.Generator().manual_seed(0))
+    twin.fit_router({"alice": {"input_ids": drawn[:60]}, "bob": {"input_ids": drawn[60:]}}, progress=False)
+    assert twin.router is not None and twin.router.novelty is not None
+    twin.router.novelty.limits.fill_(0.0)
+    (found,) = twin.reply(["w3 w4"], max_new_tokens=4)
+    assert found.refused and found.said == "refused: shared model alone"
+    assert found.reply == twin.reply(["w3 w4"], mixture={"alice": 0.0, "bob": 0.0}, max_new_tokens=4)[0].reply
+    assert not twin.reply(["w3 w4"], mixture={"alice": 0.0, "bob": 0.0}, max_new_tokens=4)[0].refused
+    folder = twin.save_pretrained(tmp_path / "twin")
+    assert "[refused: shared model alone]" in command("twin", "predict", folder, "w3 w4", "--max-new-tokens", 4).err
+    assert command("twin", "predict", folder, "w3 w4", "--max-new-tokens", 4, "--json").json()[0]["refused"] is True
+
+
 def test_a_file_among_the_texts_is_answered_row_by_row(
     command: Any, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

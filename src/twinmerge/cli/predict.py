@@ -133,7 +133,7 @@ def _routed(found: Prediction) -> str:
 
 def _write(twin: Twin, texts: Sequence[Any], json: bool, how: dict[str, Any]) -> None:
     """What a language model writes, as it writes it."""
-    from twinmerge.twin.replies.reply import Replies, shown
+    from twinmerge.twin.replies.reply import Replies
 
     if json:
         print_json(twin.reply(texts, **how).to_dict())
@@ -149,4 +149,4 @@ def _write(twin: Twin, texts: Sequence[Any], json: bool, how: dict[str, Any]) ->
             said(f"> {text:.200}")
         found += twin.reply([text], on_text=piece, **how)
         sys.stdout.write("\n")
-        said(f"[{shown(found[-1].mixture)}]")
+        said(f"[{found[-1].said}]")

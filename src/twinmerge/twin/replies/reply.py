@@ -25,14 +25,21 @@ class Reply(Result):
         text: the prompt.
         reply: what the model wrote.
         mixture: expert -> weight, taken from the prompt and kept throughout; all 0 where the shared model wrote alone.
+        refused: whether the router left the prompt to the shared model, since it is far from every expert's inputs.
     """
 
     text: str
     reply: str
     mixture: dict[str, float]
+    refused: bool = False
+
+    @property
+    def said(self) -> str:
+        """Who wrote, in a few words."""
+        return "refused: shared model alone" if self.refused else shown(self.mixture)
 
     def _summary(self) -> str:
-        return f"{self.reply[:60]!r}, {shown(self.mixture)}"
+        return f"{self.reply[:60]!r}, {self.said}"
 
 
 class Replies(Rows[Reply]):
@@ -101,7 +108,8 @@ def _one(
         given["streamer"] = _streamer(tokenizer, on_text)
     tokens = pinned.generate(**batch, **given)[0]
     written = tokenizer.decode(tokens if whole else tokens[length:], skip_special_tokens=True)
-    return Reply(text, written, pinned.mixture)
+    named = any(choice.get(name) is not None for name in ("mixture", "expert"))
+    return Reply(text, written, pinned.mixture, not (named or pinned.weights.any()))
 
 
 def prompt(tokenizer: Any, text: str, chat: bool | None) -> dict[str, Tensor]:
