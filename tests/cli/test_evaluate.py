@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification
 
 import twinmerge as tm
@@ -127,3 +129,54 @@ def test_rows_that_are_cut_are_counted_once(command: Any, zoo: Any, copied: Any)
         ran = command("evaluate", model, "--suite", suite)
         assert ran.code == 0 and "Warning: 3 of 72 texts were longer than the 16 tokens" in ran.err
         assert ran.err.count("\n") == 1
+
+
+def test_experts_one_by_one_are_one_reference(command: Any, zoo: Any, experts_json: Path, tmp_path: Path) -> None:
+    files: list[Any] = []
+    for task, folder in zoo.experts.items():
+        file = tmp_path / f"{task}.json"
+        command("evaluate", folder, "--suite", zoo.suite, "--tasks", task, "--out", file)
+        files += ["--experts", file]
+    given = ["evaluate", zoo.merged, "--suite", zoo.suite, "--json"]
+    whole = command(*given, "--experts", experts_json).json()["evaluations"][0]["normalised"]
+    assert command(*given, *files).json()["evaluations"][0]["normalised"] == pytest.approx(whole, rel=1e-12)
+    assert "Two evaluations of experts have the task" in command(*given, *files, *files[:2]).err
+    ran = command(*given, *files, "--limit", 7)
+    assert ran.code == 3
+    assert "has other rows than this one. Evaluate them with the same" in ran.err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind", ["merged", "twin"])
+def test_scores_in_the_card_as_hubs_read_them(command: Any, zoo: Any, tmp_path: Path, kind: str) -> None:
+    folder = shutil.copytree(getattr(zoo, kind), tmp_path / kind)
+    plain = (folder / "README.md").read_text()
+    given = ["evaluate", folder, "--suite", zoo.suite, "--json", "--into-card"]
+    command(*given, "--limit", 5)
+    found = command(*given).json()["evaluations"]
+    text = (folder / "README.md").read_text()
+    card = ModelCard(text)
+    assert text.count("## Scores\n") == 1 and "all rows, in per cent" in text
+    results = {
+        (r.dataset_name, r.metric_name): r.metric_value
+        for r in card.data.eval_results or ()
+        if r.dataset_type == "suite"
+    }
+    for each in found:
+        title = ", ".join(filter(None, (each["setting"], each["reading"])))
+        for task, score in each["scores"].items():
+            (name,) = {n for t, n in results if t == task and n.endswith(title)}
+            assert results[task, name] == pytest.approx(100 * score, abs=0.006)
+    rows = [line for line in text.splitlines() if line.startswith("| kind | ")]
+    assert rows[-1].split(" | ")[3:][0].removesuffix(" |") == f"{100 * found[0]['scores']['kind']:.1f}"
+    assert command("verify", folder).code == 0  # the checksums are those of the new card
+    without = text.replace(text[text.index("## Scores") : text.index("## ", text.index("## Scores") + 3)], "")
+    assert [*ModelCard(plain).text.split()] == [*ModelCard(without).text.split()]  # and all else stays
+    before = ModelCard(plain).data.to_dict()
+    after = {k: v for k, v in card.data.to_dict().items() if k not in ("model-index", "model_name")}
+    assert before == after
+
+
+def test_no_card_for_scores(command: Any, zoo: Any) -> None:
+    ran = command("evaluate", zoo.kind, "--suite", zoo.suite, "--tasks", "kind", "--into-card")
+    assert ran.code == 2
+    assert "has no README.md, so there is no card for the scores" in ran.err.replace("\n", " ")

@@ -31,16 +31,20 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Use at most so many rows of each task, drawn at random.")
     ] = None,
     experts: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             "--experts",
             metavar="FILE",
-            help="JSON of an evaluation of the experts (by --out): adds scores in per cent of theirs.",
+            help="JSON of the experts' own evaluation (by --out): adds scores in per cent of theirs. Repeat, for "
+            "one file for each expert.",
         ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write all answers and scores to this JSON file.")
     ] = None,
+    into_card: Annotated[
+        bool, typer.Option("--into-card", help="Write the scores into README.md of the model's folder too.")
+    ] = False,
     oracle_biases: Annotated[
         bool, typer.Option("--oracle-biases", help="Use the biases of the true task, as the code of the paper does.")
     ] = False,
@@ -53,7 +57,7 @@ def evaluate(
 ) -> None:
     """Score a model; a twin in its settings: task given, head given, nothing given (strict and lenient).
 
-    twinmerge evaluate TWIN --suite DIR --tasks sst2,trec
+    twinmerge evaluate TWIN --suite DIR --tasks sst2,trec --into-card
     """
     from twinmerge.study.evaluate import evaluate as run
 
@@ -70,6 +74,7 @@ def evaluate(
         device=device_of(device),
         experts=experts,
         out=out,
+        into_card=into_card,
     )
     if json:
         print_json(found.to_dict())

@@ -28,7 +28,16 @@ OPTIONS = {
         *("--max-new-tokens", "--chat"),
     ),
     "Output": (
-        *("--output", "--out", "--dtype", "--stochastic", "--tokenizer", "--chat-template", "--side-files-from"),
+        *(
+            "--output",
+            "--out",
+            "--into-card",
+            "--dtype",
+            "--stochastic",
+            "--tokenizer",
+            "--chat-template",
+            "--side-files-from",
+        ),
         *("--pad-to-multiple-of", "--drop-heads", "--lora", "--server", "--twin", "--picture", "--shard-size"),
         *("--intermediate-dir", "--overwrite", "--dry-run", "--private", "--revision", "--message", "--json", "--long"),
     ),

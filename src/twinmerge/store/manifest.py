@@ -116,6 +116,11 @@ class Manifest(NamedTuple):
             return f"cannot be read ({error.strerror})"
         return None if found == wanted.get("sum", wanted.get("header")) else "is not what was written"
 
+    def renewed(self, *names: str) -> bytes:
+        """The manifest's own file, once these files were changed on purpose."""
+        changed = {name: _entry(self.folder, name, self.sums.get(OUTPUT, {})) for name in names}
+        return _text({**self.files, **changed}, self.sums)
+
     def strange(self) -> list[str]:
         """Files of the folder that the manifest does not name."""
         return [name for name in files_in(self.folder) if name not in self.files]
@@ -130,8 +135,11 @@ def write_manifest(folder: Path, sums: Sums) -> None:
     """
     known = sums.get(OUTPUT, {})
     files = {name: _entry(folder, name, known) for name in files_in(folder)}
-    text = json.dumps({"twinmerge": VERSION, SEAL: UNSEALED, "files": files, "sums": sums}, indent=0)
-    disk.write_file(folder / CHECKSUMS, sealed(text.encode()))
+    disk.write_file(folder / CHECKSUMS, _text(files, sums))
+
+
+def _text(files: Mapping[str, Mapping[str, Any]], sums: Sums) -> bytes:
+    return sealed(json.dumps({"twinmerge": VERSION, SEAL: UNSEALED, "files": files, "sums": sums}, indent=0).encode())
 
 
 def files_in(folder: Path) -> Iterator[str]:

@@ -23,7 +23,8 @@ from twinmerge.study.runners import TwinRunner as TwinRunner
 from twinmerge.study.runners import open_runner as open_runner
 from twinmerge.study.runners import runner_of as runner_of
 from twinmerge.study.runners import tokenizer_folder as tokenizer_folder
-from twinmerge.study.scores import Evaluation, Evaluations, Reading, Setting, check_file
+from twinmerge.study.scored_card import check_card, write_scores
+from twinmerge.study.scores import Evaluation, Evaluations, Reading, References, Setting, check_file
 from twinmerge.tasks.bootstrap import Scored
 from twinmerge.tasks.encode import batches
 from twinmerge.tasks.suite import Row, Task, open_suite
@@ -54,8 +55,9 @@ def evaluate(
     *,
     tasks: Sequence[str] | None = None,
     device: str | None = None,
-    experts: Evaluation | str | Path | None = None,
+    experts: References | None = None,
     out: str | Path | None = None,
+    into_card: bool = False,
 ) -> Evaluations:
     """Answer every row of the suite, tasks shuffled into common batches.
 
@@ -71,14 +73,17 @@ def evaluate(
         oracle_biases: hand in the labelled task's biases, as the paper's code does; only to reproduce it.
         tasks: of the suite; the model's own where None.
         device: where a model that is read or merged runs; "cpu" where None, or the merge's own.
-        experts: their own evaluation on the same rows, or its file: adds normalised scores.
+        experts: their own evaluation on the same rows, or its file, or several, each of other tasks: adds normalised
+            scores.
         out: a file to write all answers and scores to, in the place of one that is there.
+        into_card: write the scores into README.md of the model's folder too, in the place of earlier ones.
 
     Raises:
         TwinmergeError: a task without a head, labels that are not the head's.
     """
-    reference, file = Evaluation.read(experts), check_file(out)
+    reference, file, card = Evaluation.read(experts), check_file(out), check_card(model) if into_card else None
     runner = runner_of(model, oracle_biases, device)
+    named = "suite" if isinstance(suite, Mapping) else Path(suite).resolve().name
     if not isinstance(suite, Mapping):
         suite = open_suite(suite, tasks or runner.heads or None)
     elif tasks is not None:
@@ -87,7 +92,7 @@ def evaluate(
         suite = {name: suite[name] for name in tasks}
     if reference is not None and set(reference.scores) != set(suite):
         raise UsageError(
-            f"{experts} is of the tasks {', '.join(reference.scores)}, this evaluation of {', '.join(suite)}. "
+            f"The experts' evaluation is of the tasks {', '.join(reference.scores)}, this one of {', '.join(suite)}. "
             "Choose the same with --tasks."
         )
     _check_labels(runner, suite)
@@ -101,9 +106,18 @@ def evaluate(
         else:
             found = _twin(runner, suite, plan, len(questions), progress)
     runner.encoder.warn_truncated()
+    if reference is not None:
+        for name, scored in found[0].predictions.items():
+            if not np.array_equal(scored.labels, reference.predictions[name].labels):
+                raise DataError(
+                    f"The experts' evaluation of {name!r} has other rows than this one. Evaluate them with the same "
+                    "--split, --limit and --seed."
+                )
     evaluations = Evaluations(found, name_of(model), split, oracle_biases, reference)
     if file is not None:
         replace_text(file, evaluations.to_json())
+    if card is not None:
+        write_scores(card, evaluations, named, limit, seed)
     return evaluations
 
 

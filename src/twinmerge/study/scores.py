@@ -26,6 +26,9 @@ Setting: TypeAlias = Literal["task given", "head given", "nothing given"]
 Reading: TypeAlias = Literal["strict", "lenient"]
 """How an answer of another task's head is read where nothing is given: as wrong, or by the name of its label."""
 
+References: TypeAlias = "Evaluation | str | os.PathLike[str] | Sequence[Evaluation | str | os.PathLike[str]]"
+"""The experts' own evaluation: itself, its file, or one for each of some tasks."""
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -79,11 +82,25 @@ class Evaluation(Result):
             raise UsageError(f"The reading is {self.reading!r}: give one of {', '.join(get_args(Reading))}, or none.")
 
     @classmethod
-    def read(cls, given: Evaluation | str | os.PathLike[str] | None) -> Evaluation | None:
-        """An evaluation as it is, or that of a file which `evaluate(out=…)` wrote."""
+    def read(cls, given: References | None) -> Evaluation | None:
+        """An evaluation as it is, or that of a file which `evaluate(out=…)` wrote; several of them as one, each of
+        other tasks.
+
+        Raises:
+            TwinmergeError: a file that is none; two of one task.
+        """
         if given is None or isinstance(given, Evaluation):
             return given
-        return cls.from_json(read_bytes(Path(given), EVALUATION.bytes, "Name a file that --out wrote."))
+        if isinstance(given, (str, os.PathLike)):
+            return cls.from_json(read_bytes(Path(given), EVALUATION.bytes, "Name a file that --out wrote."))
+        if len(given) == 1:
+            return cls.read(given[0])
+        predictions: dict[str, Scored] = {}
+        for each in filter(None, map(cls.read, given)):
+            if twice := predictions.keys() & each.predictions.keys():
+                raise UsageError(f"Two evaluations of experts have the task {min(twice)!r}. Give one for each task.")
+            predictions |= each.predictions
+        return cls.of(predictions, "task given") if predictions else None
 
     @classmethod
     def of(

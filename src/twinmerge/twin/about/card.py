@@ -187,7 +187,7 @@ def _router(holds: Holds) -> str:
 
 def _limits(holds: Holds) -> str:
     limits = [
-        "The experts' parts are approximations unless their rank is full; scores are not part of this card.",
+        "The experts' parts are approximations unless their rank is full.",
         "Inputs of a kind that no expert was trained on have no right expert.",
     ]
     if holds.report is not None:
