@@ -94,11 +94,16 @@ def model_card(
         f"Made with twinmerge {version('twinmerge')} by `{recipe['merge_method']}`{_semantics(provenance)}.\n\n"
         f"| part | model | licence |\n| --- | --- | --- |\n{rows}\n{local}{_said(fronts)}{heads}\n"
         f"{use}"
-        f"## Recipe\n\n{fenced('yaml', to_yaml(recipe))}\n{_edited(provenance)}"
+        f"## Recipe\n\n{fenced('yaml', to_yaml(_stated(recipe)))}\n{_edited(provenance)}"
         f"Parameters after defaults: `{json.dumps(provenance['parameters'], ensure_ascii=False)}`\n"
         f"{again if kind == 'merge' and 'rules' not in provenance else ''}\n"
         f"## Cite\n\n{cited(recipe, (TWIN_MERGING,) if kind == 'twin' else ())}"
     )
+
+
+def _stated(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the keys that say nothing."""
+    return {key: value for key, value in recipe.items() if value not in (None, [], {})}
 
 
 def _agreed(fronts: Mapping[str, Front]) -> dict[str, Any]:
