@@ -40,6 +40,7 @@ from transformers import (
 )
 
 import twinmerge as tm
+from twinmerge.cli import main
 from twinmerge.engine.adapters.extract import extract_lora, leading
 from twinmerge.engine.adapters.folder import Limit, compress
 from twinmerge.engine.adapters.merge import merge_lora
@@ -812,3 +813,38 @@ def test_normalize_divides_by_the_sum_of_the_weights(zoo: Any, tmp_path: Path) -
     mean = merge_lora(zoo.base, zoo.experts, tmp_path / "mean", weights=WEIGHTS, normalize=True, progress=False)
     want = sums(zoo.experts, {n: w / sum(WEIGHTS.values()) for n, w in WEIGHTS.items()})
     assert max(relative(t, want[n]) for n, t in deltas(mean.folder).items()) <= 1e-6
+
+
+def test_adapters_beside_their_base_need_no_plus(zoo: SimpleNamespace, tmp_path: Path) -> None:
+    """An adapter whose base is named on the same line is put on it, in a merge, in a twin and by options."""
+    whole = [
+        peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(zoo.base), f).merge_and_unload().state_dict()
+        for f in (zoo.experts["a"], zoo.experts["b"])
+    ]
+    short = {name: zoo.experts[name] for name in "ab"}
+    merged = tm.merge("average", zoo.base, short)
+    for name, tensor in merged.load().state_dict().items():
+        assert torch.allclose(tensor, (whole[0][name] + whole[1][name]) / 2, atol=1e-6), name
+    written = {name: f"{zoo.base}+{folder}" for name, folder in short.items()}
+    assert merged.recipe.experts == written  # as the card and the recipe of the output say it
+    assert tm.merge("average", Path(zoo.base), {"a": Path(zoo.experts["a"])}).recipe.experts == {"a": written["a"]}
+    twin = tm.Twin.build(zoo.base, short, None, progress=False)
+    with torch.no_grad():
+        answer = twin(input_ids=IDS, expert="b").logits
+        stock = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(zoo.base), short["b"]).eval()
+        assert torch.allclose(answer, stock(input_ids=IDS).logits, atol=1e-4)
+    with pytest.raises(TwinmergeError, match="without its base"):
+        tm.merge("average", None, short).check()
+
+
+def test_adapters_beside_their_base_on_the_command_line(
+    zoo: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["merge", "--method", "average", "--base", zoo.base, "--expert", f"a={zoo.experts['a']}"]
+    monkeypatch.setattr("sys.argv", ["twinmerge", *words, "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    tm.merge("average", zoo.base, {"a": f"{zoo.base}+{zoo.experts['a']}"}).save(tmp_path / "long")
+    out, long = (tmp_path / name / "model.safetensors" for name in ("out", "long"))
+    assert out.read_bytes() == long.read_bytes()

@@ -237,6 +237,7 @@ def _by_options(method: str, described: Described, beside: Beside) -> Recipe:
     from twinmerge.methods.kit.registry import require_model
     from twinmerge.recipes.lines import Lines
     from twinmerge.recipes.recipe import Recipe
+    from twinmerge.store.locate import on_base
 
     method = meant(method)
     require_model(method)
@@ -248,7 +249,7 @@ def _by_options(method: str, described: Described, beside: Beside) -> Recipe:
     return Recipe(
         method,
         described.base,
-        pairs(described.expert, "--expert"),
+        {name: on_base(model, described.base) for name, model in pairs(described.expert, "--expert").items()},
         parameters | weights,
         beside.dtype,
         tuple(described.head or ()),

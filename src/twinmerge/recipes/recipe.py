@@ -32,6 +32,7 @@ from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.recipes.tokenizer import TokenizerChoice
 from twinmerge.recipes.typed import Typed
 from twinmerge.results import Described, cell, some
+from twinmerge.store.locate import on_base
 
 MARK = "twinmerge"
 SIDE_FILES = "side_files_from"
@@ -233,7 +234,8 @@ class Recipe(Described):
         patterns = (heads,) if isinstance(heads, str) else tuple(heads)
         depth = None if lines is None else Lines.of(lines)
         choice = None if tokenizer is None else TokenizerChoice.of(tokenizer)
-        given = (method, base, dict(experts or {}), flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
+        models = {name: on_base(model, base) for name, model in (experts or {}).items()}
+        given = (method, base, models, flat, dtype, patterns, stochastic, dict(statistics or {}), depth)
         return cls(
             *given,
             tokenizer=choice,

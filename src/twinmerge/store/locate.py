@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from twinmerge.errors import ModelError, ResourceError, UsageError
 from twinmerge.store.foreign import CONFIG, find, is_text, read_json, shown
@@ -98,6 +98,25 @@ def _folder(text: str, cached: bool) -> Located:
             "the path."
         )
     return _from_hub(text, cached)
+
+
+def on_base(model: Any, base: Any) -> Any:
+    """An adapter that lies in a folder as base+adapter, where the base is named beside it; any other model as it is.
+
+    Example:
+        >>> import tempfile
+        >>> adapter = Path(tempfile.mkdtemp())
+        >>> (adapter / "adapter_config.json").touch()
+        >>> on_base(adapter, "org/base") == f"org/base+{adapter}", on_base("org/expert", "org/base")
+        (True, 'org/expert')
+    """
+    if not isinstance(model, (str, os.PathLike)) or not isinstance(base, (str, os.PathLike)):
+        return model
+    folder = os.path.expanduser(os.fspath(model))
+    alone = os.path.isfile(os.path.join(folder, "adapter_config.json"))
+    if not alone or os.path.lexists(os.path.join(folder, "config.json")):
+        return model
+    return f"{os.fspath(base)}+{os.fspath(model)}"
 
 
 def base_of(adapter: Path) -> str | None:

@@ -23,7 +23,7 @@ from twinmerge.models.opened import ModelLike, OpenedModel
 from twinmerge.moved import with_old_keywords
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.results import Described, some
-from twinmerge.store.locate import locate
+from twinmerge.store.locate import locate, on_base
 from twinmerge.store.output import OutputFolder
 from twinmerge.twin import package as package_file
 from twinmerge.twin.call import TwinOutput as TwinOutput
@@ -106,7 +106,8 @@ class Twin(Described, Served):
         Raises:
             TwinmergeError: as `twinmerge.merge`, and modules that cannot mix.
         """
-        recipe = Recipe(shared, base, dict(experts), parameters, heads=tuple(heads))
+        models = {name: on_base(model, base) for name, model in experts.items()}
+        recipe = Recipe(shared, base, models, parameters, heads=tuple(heads))
         merge = Merge(recipe, progress, architecture=True)
         if len(experts) < 1:
             raise UsageError("A twin needs experts. Name at least one.")
