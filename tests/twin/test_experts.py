@@ -87,6 +87,12 @@ def test_removing_a_first_expert_takes_its_part_and_says_so(built: Any, tmp_path
     less = twin.remove("e1")
     assert less.experts == ["e0", "e2"] and list(less.package.heads) == ["e0", "e2"]
     assert less.package.provenance["twin"]["removed"] == ["e1"]
+    assert twin.package.report is not None and less.package.report is None  # it is of rows of three experts
+    assert "routed right  not measured of these experts" in str(less) and "% of" in str(twin)
+    read = Twin.from_pretrained(less.save_pretrained(tmp_path / "read"))
+    assert read.package.report is None and torch.equal(read.router.temperature, less.router.temperature)
+    back = less.add("e1", case.experts["e1"], inputs(1), progress=False)
+    assert back.package.report is None
     with torch.no_grad():
         assert torch.equal(less(**case.batch, expert="e2").logits, twin(**case.batch, expert="e2").logits)
     assert less(**inputs(2)).expert.count("e2") >= 29

@@ -72,6 +72,8 @@ class TwinInfo(Described, Table, _TwinInfo):
                 f"{100 * self.router['right']:.1f} % of {self.router['rows']} held-out rows ({right})"
             )
             found["refused"] = self._refused(self.router)
+        elif self.router_kind is not None:
+            found["routed right"] = "not measured of these experts"
         found["heads"] = "; ".join(f"{name}: {_labels(labels)}" for name, labels in self.heads.items()) or "none"
         return found
 

@@ -19,7 +19,7 @@ FIRST = ""  # names the scatter of the experts that were there first
 
 
 class Statistics(NamedTuple):
-    """first: the experts that were fitted together; temperature, report: what their held-out rows gave; counts:
+    """first: the experts that were fitted together, () once one of them went; temperature, report: what their held-out rows gave; counts:
     expert -> rows; means: expert -> (width,); scatters: `FIRST` or an expert that came later -> Σ (z − μ)(z − μ)ᵀ
     inside the experts, (width, width); freedoms: of each scatter, its rows less the means taken off; limits: expert
     -> how many times the mean squared distance of its group's rows a row may be away before it is nobody's, `novel`
@@ -94,9 +94,12 @@ class Statistics(NamedTuple):
 
     def without(self, name: str) -> Statistics:
         """Without an expert. The scatter of the first ones stays whole: it is the covariance of them all, and a sum
-        cannot be taken apart to the bit."""
+        cannot be taken apart to the bit. What was fitted or measured on rows of them all, temperature and report, is
+        not of those that are left."""
+        fitted = name not in self.first
         return self._replace(
-            first=tuple(e for e in self.first if e != name),
+            first=self.first if fitted else (),
+            report=self.report if fitted else None,
             counts={e: n for e, n in self.counts.items() if e != name},
             means={e: m for e, m in self.means.items() if e != name},
             scatters={e: s for e, s in self.scatters.items() if e != name},
