@@ -251,8 +251,27 @@ def test_tables_and_their_columns_are_inputs(twin: Twin, table: Any) -> None:
     segments[3] = [0] * (len(ids[3]) - 1) + [1]
     with pytest.raises(TwinmergeError, match="token_type_ids that are not 0"):  # which would be dropped without a word
         twin.predict(table(input_ids=ids, token_type_ids=segments))
-    with pytest.raises(TwinmergeError, match=r"Row 1 of .* no text"):
+    with pytest.raises(TwinmergeError, match=r"Row 1 of .* has nothing in it"):
         twin.predict(table(text=["w3", None, "w4", "w5", "w6"]))
+
+
+def test_rows_with_names_are_inputs(twin: Twin) -> None:
+    expected = twin.predict(TEXTS, detail=True)
+    assert twin.predict([{"text": text, "label": 0} for text in TEXTS], detail=True) == expected
+    pairs = [(TEXTS[0], TEXTS[1]), TEXTS[2]]
+    rows = [{"text": TEXTS[0], "text_pair": TEXTS[1]}, {"text": TEXTS[2]}]
+    assert twin.predict(rows, detail=True) == twin.predict(pairs, detail=True)
+    ids = [{"input_ids": [2] + [int(word[1:]) for word in text.split()]} for text in TEXTS]
+    assert [p.label for p in twin.predict(ids, detail=True)] == [p.label for p in expected]
+    for wrong, said in (
+        ([{"text": "w3"}, {"label": 1}], "Row 1 of text has nothing in it"),
+        ([{"input_ids": [3]}, {"attention_mask": [1]}], "Row 1 of input_ids has nothing in it"),
+        ([{"text": "w3"}, "w4"], "is no text to read"),
+        ([{"sentence": "w3"}], "is no text to read"),
+        ([{"text": "w3", "input_ids": [3]}], "both text and input_ids"),
+    ):
+        with pytest.raises(TwinmergeError, match=said):
+            twin.predict(wrong)
 
 
 def test_a_router_is_fitted_on_tables_too(folders: dict[str, Path]) -> None:

@@ -27,7 +27,8 @@ def inputs_from(given: Any) -> Sequence[Input] | Mapping[str, Any]:
     Args:
         given: a list of inputs; a column of texts (a pandas Series, a column of a Dataset, an array); a table with a
             column `text` (and `text_pair`) or `input_ids` (and `attention_mask`): a pandas DataFrame, a
-            `datasets.Dataset`, a mapping of lists; or a mapping of tensors, which is a batch.
+            `datasets.Dataset`, a mapping of lists, a list of rows with these keys; or a mapping of tensors, which is a
+            batch.
 
     Raises:
         UsageError: a table without such columns or with both kinds; a missing text; token ids of several segments.
@@ -37,11 +38,15 @@ def inputs_from(given: Any) -> Sequence[Input] | Mapping[str, Any]:
         ['a', 'b']
         >>> inputs_from({"text": ["a", "b"], "text_pair": ["c", None]})
         [('a', 'c'), 'b']
+        >>> inputs_from([{"text": "a"}, {"text": "b", "text_pair": "c"}])
+        ['a', ('b', 'c')]
         >>> inputs_from({"input_ids": [[5, 6], [7]]})
         [Tokens(ids=[5, 6], attended=None), Tokens(ids=[7], attended=None)]
     """
     if isinstance(given, (list, tuple)):
-        return given
+        if not (rows := _rows(given)):
+            return given
+        given = rows
     if isinstance(given, Tensor):
         raise UsageError("A tensor without a name is no input. Give token ids by name: {'input_ids': tensor}.")
     if isinstance(given, Mapping):
@@ -77,11 +82,18 @@ def inputs_from(given: Any) -> Sequence[Input] | Mapping[str, Any]:
             f"The inputs have {KINDS} that are not 0, which ids alone do not keep. Give tensors (the tokenizer's "
             "return_tensors='pt'), or the texts."
         )
-    ids = [_numbers(row) for row in columns["input_ids"]]
-    attended = (
-        [_numbers(row) for row in columns["attention_mask"]] if "attention_mask" in columns else [None] * len(ids)
-    )
+    ids = [_numbers(row) for row in _texts(columns["input_ids"], "input_ids")]
+    masks = columns.get("attention_mask", [None] * len(ids))
+    attended = [None if _is_missing(mask) else _numbers(mask) for mask in masks]
     return [Tokens(row, mask) for row, mask in zip(ids, attended, strict=True)]
+
+
+def _rows(given: Sequence[Any]) -> dict[str, list[Any]] | None:
+    """Rows with names as columns; None where they are none."""
+    if not given or not all(isinstance(row, Mapping) for row in given):
+        return None
+    names = dict.fromkeys(name for row in given for name in row)
+    return {name: [row.get(name) for row in given] for name in names} if {"text", "input_ids"} & names.keys() else None
 
 
 def _is_missing(value: Any) -> bool:
@@ -97,7 +109,7 @@ def _texts(column: list[Any], name: str) -> list[Any]:
     """A column of which every row has something."""
     for row, value in enumerate(column):
         if not isinstance(value, (tuple, list, dict)) and _is_missing(value):
-            raise UsageError(f"Row {row} of {name} has no text. Leave it out, or give it one.")
+            raise UsageError(f"Row {row} of {name} has nothing in it. Leave it out, or fill it.")
     return column
 
 
