@@ -135,7 +135,8 @@ def test_a_prediction_carries_the_routers_probability_and_whether_it_was_refused
     assert "refused" in repr(found[6]) and "router" in repr(found[0])
     assert found.to_dict()[6]["refused"] is True and set(found.to_dict()[0]["routing"]) == set(LABELS)
     assert (
-        found.to_csv().splitlines()[0] == "text,label,expert,confidence,refused,e0,e1,e2,router e0,router e1,router e2"
+        found.to_csv().splitlines()[0]
+        == "text,label,expert,confidence,refused,mixture e0,mixture e1,mixture e2,router e0,router e1,router e2"
     )
     named = twin.predict(texts, detail=True, expert="e1")
     assert all(p.routing is None and not p.refused for p in named)

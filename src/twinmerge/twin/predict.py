@@ -76,13 +76,13 @@ class Predictions(Rows[Prediction]):
         return f"{len(self)} texts: {some(p.label for p in self)}"
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-        experts = list(self[0].mixture) if self else []
-        routed = [f"router {name}" for name in experts] if self and self[0].routing is not None else []
+        mixed = [f"mixture {name}" for name in self[0].mixture] if self else []
+        routed = [f"router {name}" for name in self[0].routing] if self and self[0].routing is not None else []
         rows = [
             [str(t), p.label, p.expert, p.confidence, p.refused, *p.mixture.values(), *(p.routing or {}).values()]
             for t, p in zip(self.texts, self, strict=True)
         ]
-        return ["text", "label", "expert", "confidence", "refused", *experts, *routed], rows
+        return ["text", "label", "expert", "confidence", "refused", *mixed, *routed], rows
 
 
 class _Asked(NamedTuple):
