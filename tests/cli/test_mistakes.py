@@ -334,7 +334,7 @@ def test_evaluate_against_experts_of_other_tasks(command: Any, zoo: Any, tmp_pat
     file = tmp_path / "mood.json"
     assert command("evaluate", zoo.mood, "--suite", zoo.suite, "--tasks", "mood", "--out", file).code == 0
     said = refused(command, tmp_path, "evaluate", zoo.merged, "--suite", zoo.suite, "--experts", file)
-    assert "is of the tasks mood, this evaluation of mood, kind, size" in said
+    assert "evaluation is of the tasks mood, this one of mood, kind, size" in said
 
 
 def test_evaluate_of_a_language_model(command: Any, zoo: Any, tmp_path: Path) -> None:

@@ -232,8 +232,9 @@ def test_export_a_model_and_adapters(command: Any, zoo: Any, tmp_path: Path, mix
 
 def test_exports_that_cannot_be(command: Any, zoo: Any, tmp_path: Path) -> None:
     for words, says in (
-        ([], "Give --expert NAME, or --mixture"),
-        (["--expert", "mood", "--mixture", "kind=1"], "Give --expert NAME, or --mixture"),
+        ([], "Name an expert after the twin, or give --mixture"),
+        (["mood", "--expert", "mood"], "The expert is named twice: mood and --expert mood."),
+        (["--expert", "mood", "--mixture", "kind=1"], "Name an expert after the twin, or give --mixture"),
         (["--expert", "moood"], "no expert 'moood'. Did you mean 'mood'?"),
         (["--expert", "mood", "--lora", "--server", "ollama"], "--server 'ollama' is unknown"),
     ):
@@ -277,10 +278,30 @@ def test_run_shows_a_table(command: Any, zoo: Any, mixed: list[str]) -> None:
     shown = command("twin", "predict", zoo.twin, *mixed).out
     cells = [[c.strip() for c in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     per_cent = [f" ({100 * max(r['routing'].values()):.0f} %)" if "routing" in r else "" for r in rows]
-    assert cells == [
-        [r["text"], r["label"], f"{100 * r['confidence']:.0f} %", r["expert"] + router, f"{r['expert']} 1.00"]
+    assert cells == [  # each mixture is one expert alone, which stands there already
+        [r["text"], r["label"], f"{100 * r['confidence']:.0f} %", r["expert"] + router]
         for r, router in zip(rows, per_cent, strict=True)
     ]
+
+
+def test_run_shows_mixtures_and_texts_in_one_line(command: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "w3 w4\n" + "w5 " * 40
+    given = [long, "w3", "--mixture", "mood=0.5", "--mixture", "kind=0.25", "--head", "mood"]
+    shown = command("twin", "predict", zoo.twin, *given).out
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert [row[-1] for row in cells] == ["mood 0.50 kind 0.25"] * 2
+    assert cells[0][0].startswith("w3 w4 w5") and cells[0][0].endswith("…") and cells[1][0] == "w3"
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_run_says_what_was_refused(command: Any, zoo: Any, tmp_path: Path) -> None:
+    twin = tm.Twin.from_pretrained(zoo.twin)
+    assert twin.router is not None and twin.router.novelty is not None
+    twin.router.novelty.limits.fill_(0.0)
+    ran = command("twin", "predict", twin.save_pretrained(tmp_path / "twin"), "w3", "w4 w5")
+    assert ran.out.count(", refused") == 2
+    assert "2 of 2 refused: far from every expert's inputs, so the shared model answered alone." in ran.err
 
 
 def test_run_with_an_expert_is_the_expert(command: Any, zoo: Any, mixed: list[str], tmp_path: Path) -> None:

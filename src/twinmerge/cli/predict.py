@@ -92,11 +92,12 @@ def predict(
     if json:
         print_json(found.to_dict())
         return
-    print_table(
-        "",
-        ["text", "label", "sure", "expert (router)", "mixture"],
-        [_row(t, p) for t, p in zip(texts, found, strict=True)],
-    )
+    columns, rows = ["text", "label", "sure", "expert (router)", "mixture"], [*map(_row, texts, found)]
+    if not any(_mixed(each) for each in found):  # it is the expert's alone
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table("", columns, rows, short=True)
+    if refused := sum(each.refused for each in found):
+        said(f"{refused} of {len(found)} refused: far from every expert's inputs, so the shared model answered alone.")
 
 
 def _inputs(words: Sequence[str], file: Path | None) -> list[Any]:
@@ -119,8 +120,13 @@ def _row(text: Any, found: Prediction) -> tuple[str, ...]:
 
     said = text if isinstance(text, str) else " / ".join(str(part) for part in text[:2] if part)
     sure = f"{100 * found.confidence:.0f} %"
-    mixture = "refused: shared model alone" if found.refused else shown(found.mixture)
-    return said, found.label, sure, found.expert + _routed(found), mixture
+    refused = ", refused" if found.refused else ""
+    return said, found.label, sure, f"{found.expert}{_routed(found)}{refused}", shown(found.mixture)
+
+
+def _mixed(found: Prediction) -> bool:
+    """Whether the mixture says more than whose head answered."""
+    return not found.refused and found.mixture.get(found.expert) != 1.0
 
 
 def _routed(found: Prediction) -> str:

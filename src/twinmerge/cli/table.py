@@ -9,9 +9,16 @@ NUMBER = re.compile(r"[-+–−±]?\d|–?$")  # how a cell begins, or nothing t
 NAME, TENSOR, PROSE = 14, 24, 18  # columns that names, names of tensors, and prose have at least
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], short: bool = False) -> None:
     """A table on stdout; columns of numbers stand right, others left; brackets and colons in a text stay what they
-    are. Columns that there is no room for follow below, beside the first one again."""
+    are. Columns that there is no room for follow below, beside the first one again.
+
+    Args:
+        title: stands above; none where empty.
+        columns: their titles.
+        rows: the cells.
+        short: the first column is of texts of any length, which are cut at their end to one line.
+    """
     from rich.console import Console
 
     console, cells = Console(markup=False, emoji=False, highlight=False), [list(row) for row in rows]
@@ -19,7 +26,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         console.print(title)  # not the table's own title, which would be folded to the table's width
     for part in _parts(columns, cells, console.width):
         names, lines = [columns[i] for i in part], [[row[i] for i in part] for row in cells]
-        console.print(_table(names, lines, _widths(names, lines, console.width)))
+        widths = _widths(names, lines, console.width)
+        if short:
+            lines = [[_one_line(line[0], widths[0]), *line[1:]] for line in lines]
+        console.print(_table(names, lines, widths))
 
 
 def cut(text: str, width: int) -> str:
@@ -41,6 +51,14 @@ def cut(text: str, width: int) -> str:
         return found
     head = (width - 1) * 2 // 5
     return f"{found[:head]}…{found[len(found) - (width - 1 - head) :]}"
+
+
+def _one_line(text: str, width: int) -> str:
+    """A text in so many cells of a terminal, of which some letters take two."""
+    from rich.cells import cell_len, set_cell_size
+
+    text = " ".join(text.split())
+    return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1).rstrip()}…"
 
 
 def _joined(parts: Sequence[str | None]) -> str:

@@ -215,7 +215,7 @@ def explain(
 
 @command("twin info")
 def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json = False) -> None:
-    """Show what a twin holds: experts, shared part, router, bytes, and what is kept of each matrix.
+    """Show what a twin holds: experts, shared part, ranks, bytes, router and how well it routes, heads.
 
     twinmerge twin info TWIN
     """
@@ -225,25 +225,17 @@ def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json
     if json:
         print_json(found.to_dict())
         return
-    router = found.router_kind or "none"
-    if found.router is not None:
-        router += f", {100 * found.router['right']:.1f} % of {found.router['rows']} held-out inputs right"
-    kept = "" if found.kept is None else f"{100 * found.kept:.1f} % of a matrix's energy"
-    lines = {
-        "experts": ", ".join(found.experts),
-        "shared part": found.shared or "",
-        "router": router,
-        "codec": found.codec,
-    }
-    lines |= {"beside the shared model": size(found.bytes_extra), "kept on average": kept}
-    print_table(twin, ["what", "value"], [*lines.items()])
+    print_table(twin, ["what", "value"], [*found._about().items()])
 
 
 @command("twin export")
 def export(
     twin: Annotated[str, typer.Argument(help="A twin folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")],
-    expert: Annotated[str | None, typer.Option("--expert", metavar="NAME", help="The expert to export.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="EXPERT", help="The expert to export.")] = None,
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="NAME", help="The same as naming it after the twin.")
+    ] = None,
     mixture: Annotated[
         list[str] | None,
         typer.Option(
@@ -270,7 +262,7 @@ def export(
 ) -> None:
     """Write one expert or one fixed mixture as a plain model, or as a LoRA adapter.
 
-    twinmerge twin export TWIN --expert a -o MODEL
+    twinmerge twin export TWIN a -o MODEL
 
     twinmerge twin export TWIN --mixture a=0.7 --mixture b=0.3 --lora --server vllm -o ADAPTER
     """
@@ -278,8 +270,11 @@ def export(
 
     use_threads(threads)
     given = numbers(mixture, "--mixture")
+    if name is not None and expert is not None:
+        raise UsageError(f"The expert is named twice: {name} and --expert {expert}. Name it once.")
+    expert = name if expert is None else expert
     if (expert is None) == (not given):
-        raise UsageError("Give --expert NAME, or --mixture NAME=WEIGHT for each part of a mixture.")
+        raise UsageError("Name an expert after the twin, or give --mixture NAME=WEIGHT for each part of a mixture.")
     if server not in ("peft", "vllm"):
         raise UsageError(f"--server {server!r} is unknown. Choose peft or vllm.")
     found = Twin.from_pretrained(twin).export(

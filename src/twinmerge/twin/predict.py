@@ -103,6 +103,8 @@ def _probabilities(logits: Tensor | None, answers: Answers = "one label") -> Ten
 def _check_answers(core: Core, heads: Sequence[str | None], allowed: Sequence[Answers]) -> None:
     """Refuse heads whose outputs mean something else than what is asked."""
     for head in heads:
+        if head is not None and head not in core.model.head_specs:
+            continue  # which is refused by its name later
         if (head is not None or core.labels) and (found := core.model.answers(head)) not in allowed:
             whose = "The twin" if head is None else f"The head {head!r}"
             instead = (
@@ -120,7 +122,7 @@ def predict(core: Core, given: Any, batch_size: int, choice: Mapping[str, Any]) 
     """The answer to each input (see `Twin.predict`)."""
     inputs = _inputs(core, given, batch_size, choice)
     named = choice.get("head") or choice.get("expert") or list(core.model.head_specs)
-    heads = [named] if isinstance(named, str) else [head for head in named if head in core.model.head_specs]
+    heads = [named] if isinstance(named, str) else list(named)
     _check_answers(core, heads if core.model.head_specs else [None], ["one label"])
     found: list[Prediction] = []
     for asked in _answers(core, inputs, batch_size, choice):
