@@ -239,8 +239,7 @@ def _by_options(method: str, described: Described, beside: Beside) -> Recipe:
     from twinmerge.recipes.recipe import Recipe
     from twinmerge.store.locate import on_base
 
-    method = meant(method)
-    require_model(method)
+    require_model(meant(method))
     parameters = values(described.parameter, "-p")
     weights = {f"{name}.weights": number for name, number in numbers(described.weight, "--weight").items()}
     if twice := weights.keys() & parameters.keys():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -103,7 +103,7 @@ class Dare(SparseSum):
     group = "trim, drop, elect"
     cost = "one read"
     strong = "LLMs whose changes are small"
-    peft = ("dare_linear_svd",)
+    peft: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dare_linear": {"scale": 1.0}, "dare_linear_svd": {"scale": 1.0}}
     scales_last = True
     aliases = ("dare_linear",)
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"rescale": Switch("rescale", "inverse_keep", "none")}

@@ -41,7 +41,7 @@ class DareTies(Ties):
     group = "trim, drop, elect"
     cost = "one read"
     strong = "small changes, signs in conflict"
-    peft = ("dare_ties_svd",)
+    peft: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dare_ties_svd": {}}
     spellings: ClassVar[Mapping[str, Number | Switch]] = {**Ties.spellings, **Dare.spellings}
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "dare_ties": Dialect(

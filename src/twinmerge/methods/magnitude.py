@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -45,7 +46,9 @@ class Magnitude(TrimsDeltas, SparseSum):
     group = "trim, drop, elect"
     cost = "two reads"
     strong = "a baseline: trims and adds up"
-    peft = ("magnitude_prune", "magnitude_prune_svd")
+    peft: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {"scope": "tensor", "scale": 1.0} for name in ("magnitude_prune", "magnitude_prune_svd")
+    }
     scales_last = True
 
     density: PerExpert = Field(default=0.2, description="share of the entries kept, 0 to 1")

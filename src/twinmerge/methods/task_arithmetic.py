@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -53,7 +53,7 @@ class TaskArithmetic(Method, SumFold):
     group = "sums of changes"
     cost = "one read"
     strong = "public LLMs: reliable gains"
-    peft = ("cat", "svd")
+    peft: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cat": {"scale": 1.0}, "svd": {"scale": 1.0}}
     linear = core_space = scales_last = True
     mergekit: ClassVar[Mapping[str, Dialect]] = {
         "task_arithmetic": Dialect(

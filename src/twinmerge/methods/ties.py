@@ -56,7 +56,7 @@ class Ties(TrimsDeltas, Elects):
     group = "trim, drop, elect"
     cost = "two reads"
     strong = "conflicting signs; tune scale"
-    peft = ("ties_svd",)
+    peft: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ties_svd": {"scope": "tensor"}}
     scales_last = True
     spellings: ClassVar[Mapping[str, Number | Switch]] = {"normalize": MEAN_OR_SUM}
     decided: ClassVar[Mapping[str, Mapping[str, str]]] = {

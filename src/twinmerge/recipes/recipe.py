@@ -14,6 +14,7 @@ from twinmerge.methods.kit.base import Method
 from twinmerge.methods.kit.registry import (
     MethodLike,
     given_to,
+    implied_by,
     is_own,
     is_per_expert,
     make_method,
@@ -131,7 +132,8 @@ class Recipe(Described):
         if twice := own.keys() & self.parameters.keys():
             raise RecipeError(f"{min(twice)!r} is given twice, in the method and beside it. Give it once.")
         name, named = method_name(self.method), isinstance(self.method, str)
-        object.__setattr__(self, "parameters", {**own, **self.parameters})  # as frozen dataclasses do themselves
+        implied = implied_by(self.method)
+        object.__setattr__(self, "parameters", {**implied, **own, **self.parameters})  # as frozen dataclasses do
         object.__setattr__(self, "method", name if named or not is_own(name) else method_class(self.method))
 
     @property

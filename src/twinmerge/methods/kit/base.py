@@ -80,9 +80,10 @@ class Method(BaseModel, ABC):
         multiplies the merged change and does nothing else, so that a tensor may have another one. paper: the source,
         as printed by `twinmerge methods NAME`. group, cost, strong: what the list of methods says of it: what it has in
         common with others; how often it reads the models, or what it decomposes; where it is strong, by a paper or by
-        its formula. aliases: other names of the method in recipes of ours. peft: PEFT's types of combining adapters
-        (`add_weighted_adapter`) that it is. spellings: other names, or values, of its parameters there, beside `dialect.SPELLINGS`. mergekit: name of a method of mergekit that this is -> how mergekit
-        says it; recipes of mergekit set the field compat to "mergekit".
+        its formula. aliases: other names of the method in recipes of ours. peft: PEFT's type of combining adapters
+        (`add_weighted_adapter`) that it is -> the parameters that it has there, which who names the method so gets.
+        spellings: other names, or values, of its parameters there, beside `dialect.SPELLINGS`. mergekit: name of a
+        method of mergekit that this is -> how mergekit says it; recipes of mergekit set the field compat to "mergekit".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -102,7 +103,7 @@ class Method(BaseModel, ABC):
     cost: ClassVar[str] = ""
     strong: ClassVar[str] = ""
     aliases: ClassVar[tuple[str, ...]] = ()
-    peft: ClassVar[tuple[str, ...]] = ()
+    peft: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     spellings: ClassVar[Mapping[str, Number | Switch]] = {}
     mergekit: ClassVar[Mapping[str, Dialect]] = {}
 

@@ -57,6 +57,18 @@ def by_any_name(word: str) -> str:
     return said_otherwise(plain, lambda cls: plain in (*cls.aliases, *cls.mergekit, *cls.peft)) or word
 
 
+def implied_by(given: MethodLike) -> Mapping[str, Any]:
+    """The parameters that a method has where it is called by PEFT's name of it: what that name says there.
+
+    Example:
+        >>> implied_by("cat"), implied_by("ties_svd"), implied_by("ties")
+        ({'scale': 1.0}, {'scope': 'tensor'}, {})
+    """
+    if not isinstance(given, str) or is_own(given):
+        return {}
+    return method_class(given).peft.get(given.lower().replace("-", "_"), {})
+
+
 def method_class(given: MethodLike) -> type[Method]:
     """The class of a method, by any name of it; of a name only its own file is imported.
 
