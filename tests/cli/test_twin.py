@@ -358,3 +358,41 @@ def test_a_single_pass_twin_and_what_its_ways_take(command: Any, zoo: Any, tmp_p
     assert ran.code == 0 and "<- chosen" in ran.out and "stacked" in ran.out
     far = command(*given, "--single-pass", 9, "-o", tmp_path / "none")
     assert far.code != 0 and "out of range" in far.err and not (tmp_path / "none").exists()
+
+
+def test_add_takes_few_inputs_and_tells_those_of_others(command: Any, zoo: Any, tmp_path: Path) -> None:
+    """Inputs of another expert's task, too few of them, and more than are wanted."""
+    words = ["twin", "add", zoo.twin, "--expert", f"more={zoo.size}"]
+    ran = command(*words, "--data", zoo.data["mood"], "-o", tmp_path / "wrong")
+    assert ran.code == 0 and "of the inputs of 'more' to it, and" in ran.err and "% to 'mood'" in ran.err
+    (tmp_path / "one.jsonl").write_text(zoo.data["mood"].read_text().splitlines()[0] + "\n")
+    ran = command(*words, "--data", tmp_path / "one.jsonl", "-o", tmp_path / "few")
+    assert (
+        ran.code == 3 and "There is 1 input of 'more'. Give at least 5" in ran.err and not (tmp_path / "few").exists()
+    )
+    limited = command(*words, "--data", zoo.data["mood"], "--limit", 6, "-o", tmp_path / "six")
+    rows = tm.read_inputs(zoo.data["mood"])
+    api = tm.Twin.from_pretrained(zoo.twin).add("more", str(zoo.size), rows[:6], progress=False)
+    assert limited.code == 0 and len(rows) > 6
+    read = tm.Twin.from_pretrained(tmp_path / "six")
+    assert read.router is not None and api.router is not None
+    assert read.router.statistics.counts["more"] == 6 == api.router.statistics.counts["more"]
+
+
+def test_a_folder_and_empty_texts_among_the_inputs(command: Any, zoo: Any, tmp_path: Path) -> None:
+    ran = command("twin", "predict", zoo.twin, tmp_path)
+    assert ran.code == 2 and f"{tmp_path} is a folder. Name a file of texts in it" in ran.err
+    ran = command("twin", "predict", zoo.twin, "w3", "", "  ")
+    assert ran.code == 0 and "Warning: 2 of 3 inputs are empty: their answers say nothing." in ran.err
+
+
+def test_info_draws_what_refusing_does(command: Any, zoo: Any, tmp_path: Path) -> None:
+    twin, file = tm.Twin.from_pretrained(zoo.twin), tmp_path / "refuse.png"
+    rows = {task: zoo.texts(k, 60, 1) for k, task in enumerate(zoo.labels)}
+    twin.fit_router(rows, refuse=0.2, progress=False)
+    folder = twin.save_pretrained(tmp_path / "twin")
+    ran = command("twin", "info", folder, "--picture", file)
+    assert ran.code == 0 and file.stat().st_size > 5_000 and f"Picture: {file}" in ran.err
+    less = twin.remove("mood").save_pretrained(tmp_path / "less")
+    ran = command("twin", "info", less, "--picture", tmp_path / "no.png")
+    assert ran.code == 2 and "refuses was not measured: it has no router, or its experts changed" in ran.err

@@ -110,6 +110,8 @@ def _inputs(words: Sequence[str], file: Path | None) -> list[Any]:
             rows = read_inputs(Path(word))
             said(f"{word} is a file: its {len(rows)} rows are answered.")
             found += rows
+        elif os.path.isdir(word):
+            raise UsageError(f"{word} is a folder. Name a file of texts in it, or give the texts themselves.")
         else:
             found.append(word)
     return [*found, *(read_inputs(file) if file else [])]

@@ -214,14 +214,31 @@ def explain(
 
 
 @command("twin info")
-def info(twin: Annotated[str, typer.Argument(help="A twin folder.")], json: Json = False) -> None:
+def info(
+    twin: Annotated[str, typer.Argument(help="A twin folder.")],
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", metavar="FILE", help="Draw what other values of --refuse would do (.png, .svg or .pdf)."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show what a twin holds: experts, shared part, ranks, bytes, router and how well it routes, heads.
 
     twinmerge twin info TWIN
     """
     from twinmerge.twin.twin import Twin
 
+    check_picture(picture)
     found = Twin.from_pretrained(twin).info()
+    if picture is not None:
+        from twinmerge.study.refusal_picture import draw_refusal
+
+        if found.router is None:
+            raise UsageError(f"How {twin} refuses was not measured: it has no router, or its experts changed.")
+        draw_refusal(found.router, picture)
+        said(f"Picture: {picture}")
     if json:
         print_json(found.to_dict())
         return

@@ -112,6 +112,9 @@ def add(
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="Rank of its matrices; that of the twin by default.")
     ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=5, help="Use at most so many of its inputs for the router.")
+    ] = 500,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -127,7 +130,8 @@ def add(
     if len(named := pairs([expert], "--expert")) != 1:
         raise UsageError("Add one expert at a time.")
     ((name, model),) = named.items()
-    more = Twin.from_pretrained(twin).add(name, model, texts_for(data, name), rank=rank)
+    inputs = texts_for(data, name)
+    more = Twin.from_pretrained(twin).add(name, model, None if inputs is None else inputs[:limit], rank=rank)
     more.save_pretrained(output)
     info = more.info()
     if json:

@@ -4,7 +4,8 @@ changes."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,9 @@ from twinmerge.twin.routers.kit.calibration import held_out_split
 from twinmerge.twin.routers.kit.fit import inputs_for, warn_unlimited
 from twinmerge.twin.routers.kit.novelty import Novelty, limit_of, limits_of
 from twinmerge.twin.split import Exclusive, refuse_masks, split
+
+OWN = 0.75  # of the inputs of a new expert, that the router should send to it
+FEWEST = 5  # inputs of an expert, as of a router that is fitted
 
 
 def added(
@@ -138,6 +142,11 @@ def without_expert(package: Package, name: str) -> Package:
 
 def routed_to(package: Package, name: str, features: Tensor) -> Package:
     """The package whose router knows one more expert by the features of its inputs (rows, width)."""
+    if len(features) < FEWEST:
+        raise DataError(
+            f"There {'is 1 input' if len(features) == 1 else f'are {len(features)} inputs'} of {name!r}. Give at least "
+            f"{FEWEST}, better a few hundred."
+        )
     before, statistics = _with_statistics(package)
     train, held = torch.arange(len(features)), torch.arange(0)
     if statistics.novel and len(features) >= inputs_for(statistics.refuse):
@@ -151,7 +160,21 @@ def routed_to(package: Package, name: str, features: Tensor) -> Package:
     elif statistics.novel:
         warn_unlimited([name], len(statistics.experts), statistics.refuse, stacklevel=7)
     router, report = _routed(before, statistics)
+    _warn_of_others(name, router.logits(features[held if len(held) else train]), statistics.experts)
     return package._replace(router=router, report=report)
+
+
+def _warn_of_others(name: str, logits: Tensor, experts: Sequence[str]) -> None:
+    """Tell of a new expert whose own inputs mostly or often go to others: they may be of another task's file."""
+    chosen = logits.argmax(1)
+    shares = {e: (chosen == k).double().mean().item() for k, e in enumerate(experts)}
+    if shares[name] < OWN:
+        other = max((e for e in experts if e != name), key=lambda e: shares[e])
+        warnings.warn(
+            f"The router sends {100 * shares[name]:.0f} % of the inputs of {name!r} to it, and {100 * shares[other]:.0f} "
+            f"% to {other!r}. Check that they are of its kind, or build the twin again with inputs of all.",
+            stacklevel=7,
+        )
 
 
 def recipe_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -137,6 +138,12 @@ def predict(core: Core, given: Any, batch_size: int, choice: Mapping[str, Any]) 
             label = core.model.labels(head)[int(p.argmax())]
             found.append(Prediction(label, head or str(out.expert[i]), p.max().item(), mixture, soft, refused[i]))
     core.warn_truncated()
+    if empty := sum(
+        isinstance(row, str) and not row.strip() for row in ([] if isinstance(inputs, Mapping) else inputs)
+    ):
+        warnings.warn(
+            f"{empty} of {len(found)} inputs are empty: their answers say nothing. Leave them out.", stacklevel=4
+        )
     return Predictions(found, range(len(found)) if isinstance(inputs, Mapping) else [named_row(row) for row in inputs])
 
 

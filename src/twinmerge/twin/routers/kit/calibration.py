@@ -46,7 +46,7 @@ class RouterReport(Table, _RouterReport):
         ece_calibrated: after it.
         temperature: that was fitted.
         confusion: confusion[i][j] is the number of rows of expert i that went to expert j.
-        refused: share of rows that the null expert took.
+        refused: share of rows that the null expert takes, each by limits that the others set.
         refuse: the share of known rows that it may take; 0 where there is no null expert.
         unlimited: experts that had too few rows for a limit: nothing that is nearest to them is ever refused.
         refusal: for some values of `refuse`, [refuse, the share of these rows that it refuses, the share of the others

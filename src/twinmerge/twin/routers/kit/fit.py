@@ -84,12 +84,14 @@ def _with_refusal(
     """The report with what refusing does; a warning where there were too few rows for some expert's limit."""
     assert router.novelty is not None
     right = router.logits(features).argmax(-1) == owners
-    curve = refusal_curve(router.novelty.p_values(features), right)
+    p_values = router.novelty.p_values(features)
+    curve = refusal_curve(p_values, right)
     finite = router.novelty.limits.isfinite().tolist()
     lacking = [name for name, has in zip(experts, finite, strict=True) if not has]
     if lacking:
         warn_unlimited(lacking, len(experts), refuse, stacklevel=8)
-    return report._replace(refuse=refuse, unlimited=lacking, refusal=curve)
+    refused = (p_values <= refuse).double().mean().item()  # by limits of the other rows: its own would flatter
+    return report._replace(refused=refused, refuse=refuse, unlimited=lacking, refusal=curve)
 
 
 def inputs_for(refuse: float) -> int:
