@@ -144,6 +144,15 @@ def test_the_curve_is_what_the_limits_of_the_others_do() -> None:
     assert curve[0] == [0.0, 0.0, pytest.approx(right.double().mean().item())]
 
 
+@pytest.mark.parametrize("refuse", [0.02, 0.1, 0.3])
+def test_the_report_counts_by_the_limits_of_the_others(refuse: float) -> None:
+    """By a row's own limit hardly any is beyond it: at 0.02 none of 60 could be."""
+    z, owners = blobs(300, 5)
+    _, report = fitted("gaussian", z, owners, ["a", "b", "c"], novel=16, refuse=refuse)
+    shares = {level: share for level, share, _ in report.refusal}
+    assert report.refused == pytest.approx(shares[refuse]) and report.refused > 0
+
+
 @pytest.mark.parametrize("refuse", [-0.1, 1.0, 2, math.nan])
 def test_a_share_is_from_0_to_below_1(refuse: float) -> None:
     z, owners = blobs(20, 1)
