@@ -232,8 +232,7 @@ def on_simplex(weights: Tensor, normalize: bool = False) -> Tensor:
         what = "add up to" if bool((sums > 1 + 1e-4).any()) else "hold"
         raise UsageError(
             f"The mixture's weights {what} {float(worst):.4g}; they must be at least 0 and add up to 1 at most. Say "
-            "normalize=True "
-            "to divide by their sum, or unconstrained=True to mix with any weights."
+            "normalize=True (--normalize) to divide by their sum; in Python unconstrained=True mixes with any weights."
         )
     return weights
 
