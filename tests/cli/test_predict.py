@@ -73,6 +73,15 @@ def test_a_reply_comes_in_pieces_by_the_template_and_within_the_model(zoo: Any, 
         tm.Twin.from_pretrained(zoo.twin).reply(["w3"])
 
 
+def test_a_broken_template_is_told_by_its_name(command: Any, zoo: Any, talking: Path, tmp_path: Path) -> None:
+    twin = tm.Twin.from_pretrained(talking)
+    for template in ("{{ messages[9]['content'] }}", "{% for", "{{ raise_exception('no') }}"):
+        twin.encoder.tokenizer.chat_template = template
+        with pytest.raises(tm.TwinmergeError, match="chat template cannot be applied"):
+            twin.reply(["w3"], expert="bob", max_new_tokens=2)
+        assert twin.reply(["w3"], expert="bob", max_new_tokens=2, chat=False)[0].reply is not None
+
+
 def test_a_prompt_that_is_refused_says_so(command: Any, zoo: Any, talking: Path, tmp_path: Path) -> None:
     twin = tm.Twin.from_pretrained(talking)
     drawn = torch.randint(3, 29, (120, 6), generator=torch.Generator().manual_seed(0))

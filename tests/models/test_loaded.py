@@ -105,6 +105,8 @@ def test_heads_that_cannot_be_are_refused(build: Any, tuned: Any, with_body_of: 
         (lambda: model(**batch, head=["two", "x", "two", "two", "two"]), "no head 'x'"),
         (lambda: model(**batch, head=["two"] * 4), "5 rows need 5 head names, got 4"),
         (lambda: model.generate(**batch), "Say which head"),
+        (lambda: model.generate(**batch, head="two"), "writes no text"),
+        (lambda: model(**batch, head="two", labels=torch.zeros(5, dtype=torch.int64)), "A loss is one head's"),
         (lambda: model.save_pretrained(tmp_path / "out"), r"holds one. Save one with model.head\('two'\)"),
     ):
         with pytest.raises(UsageError, match=says):

@@ -211,3 +211,54 @@ def test_folders_of_before_are_read_and_written_anew(folders: dict[str, Path], k
     again = twin.save_pretrained(tmp_path / "again")
     for file in (f.relative_to(folders[kind]) for f in folders[kind].rglob("*") if f.is_file()):
         assert (again / file).read_bytes() == (folders[kind] / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", torch.bfloat16])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_by_its_name(folders: dict[str, Path], name: str, dtype: Any) -> None:
+    found = AutoModelForSequenceClassification.from_pretrained(folders["bert"], **{name: dtype})
+    assert found.dtype == (getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"id2label": {"0": "yes", "1": "no", "2": "bad", "3": "fair", "4": "good", "5": "b", "6": "c"}}, "id2label"),
+        ({"id2label": {"0": "no"}}, "id2label"),
+        ({"experts": ["e1", "e0", "e2"]}, "experts"),
+        ({"experts": "abc"}, "experts"),
+        ({"problem_type": "multi_label_classification"}, "problem_type"),
+    ],
+)
+def test_a_config_that_says_otherwise_than_the_heads(
+    folders: dict[str, Path], tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    folder = Path(shutil.copytree(folders["bert"], tmp_path / "twin"))
+    (folder / "twinmerge.checksums.json").unlink()  # as the message about a changed file says
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(ModelError, match=f"{said} in config.json of this twin is not what its experts and heads say"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+    assert Twin.from_pretrained(folder).predict(TEXTS) == Twin.from_pretrained(folders["bert"]).predict(TEXTS)
+
+
+@pytest.mark.parametrize(("name", "value"), [("device_map", "rubbish"), ("device_map", "cuda:99")])
+def test_options_that_are_none_are_refused_in_a_sentence(folders: dict[str, Path], name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=value):
+        AutoModelForSequenceClassification.from_pretrained(folders["bert"], **{name: value})
+    with pytest.raises(UsageError, match="opened from its folder"):
+        AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folders["bert"]))
+
+
+def test_no_loss_is_made_up(folders: dict[str, Path]) -> None:
+    for kind, auto in (("bert", AutoModelForSequenceClassification), ("gpt2", AutoModelForCausalLM)):
+        found = auto.from_pretrained(folders[kind])
+        batch = found.twin.encode(TEXTS[:2])
+        labels = batch["input_ids"] if kind == "gpt2" else torch.tensor([0, 1])
+        with pytest.raises(UsageError, match="computes no loss"):
+            found(**batch, labels=labels)
+    twin = Twin.from_pretrained(folders["bert"])
+    for name, value in (("labels", torch.tensor([0, 1])), ("output_hidden_states", True), ("output_attentions", True)):
+        for choice in ({}, {"expert": "e1"}):
+            with pytest.raises(UsageError, match=name):
+                twin(**twin.encode(TEXTS[:2]), **choice, **{name: value})

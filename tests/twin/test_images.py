@@ -272,6 +272,8 @@ def test_towers_and_names_that_do_not_fit_are_refused(clip: Any, vit: Any, tmp_p
     calls: list[tuple[Any, type[TwinmergeError], str]] = [
         (lambda: tm.zero_shot(str(root), []), UsageError, "list of class names"),
         (lambda: tm.zero_shot(str(root), ["a", "b", "a"]), UsageError, "'a' stands twice"),
+        (lambda: tm.zero_shot(str(root), ["a", " "]), UsageError, "A class has no name"),
+        (lambda: tm.zero_shot(str(root), ["unheard", "a", "unknown"]), UsageError, "'unheard' and 'unknown' are the same tokens"),
         (lambda: tm.zero_shot(str(root), ["a"], ["a photo"]), UsageError, 'has no "{}"'),
         (lambda: tm.zero_shot(str(root), ["a"], []), UsageError, "list of templates"),
         (lambda: tm.zero_shot(model, ["a"]), UsageError, "has no tokenizer"),

@@ -256,6 +256,56 @@ def test_tables_and_their_columns_are_inputs(twin: Twin, table: Any) -> None:
         twin.predict(table(text=["w3", None, "w4", "w5", "w6"]))
 
 
+def test_what_is_no_column_is_refused(twin: Twin) -> None:
+    """One text in a mapping would be read letter by letter."""
+    for wrong, said in (
+        ({"text": "w3 w4"}, "text of the inputs is 'w3 w4'.*a column is a list"),
+        ({"text": ["w3", "w4"], "text_pair": "w5 w6"}, "text_pair of the inputs is"),
+        ({"input_ids": 3}, "input_ids of the inputs is 3"),
+        ({"input_ids": [3, 4]}, "A row of the inputs is 3"),
+    ):
+        with pytest.raises(TwinmergeError, match=said):
+            twin.predict(wrong)
+        with pytest.raises(TwinmergeError, match=said):
+            twin.fit_router({"e0": wrong, "e1": TEXTS, "e2": TEXTS}, progress=False)
+
+
+def test_a_table_with_a_column_twice_is_refused(twin: Twin) -> None:
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TwinmergeError, match="has several columns 'text'"):
+        twin.predict(pandas.DataFrame([["w3", "w4"]] * 3, columns=["text", "text"]))
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+@pytest.mark.parametrize("count", [1, 3, 4, 6])
+def test_what_is_said_for_each_row_is_said_for_all_rows(twin: Twin, count: int, batch_size: int) -> None:
+    """Five texts, and lists of other lengths, which would be cut or shifted."""
+    names = (["e1", "e0", "e2"] * 2)[:count]
+    mixed = [{"e0": 0.5, "e1": 0.5}] * count
+    for how in (
+        {"expert": names},
+        {"head": names},
+        {"mixture": mixed},
+        {"mixture": torch.full((count, 3), 0.3), "head": "e0"},
+        {"mixture": np.full((count, 3), 0.3), "head": "e0"},
+    ):
+        what = next(iter(how))
+        with pytest.raises(TwinmergeError, match=f"5 inputs need one {what} or 5, got {count}"):
+            twin.predict(TEXTS, batch_size=batch_size, **how)
+    with pytest.raises(TwinmergeError, match="5 inputs need one mixture or 5"):
+        twin.predict_proba(TEXTS, mixture=mixed, batch_size=batch_size)
+
+
+def test_weights_of_one_mixture_are_for_all_rows(twin: Twin) -> None:
+    by_name = {"e0": 0.2, "e1": 0.3, "e2": 0.4}
+    wanted = twin.predict(TEXTS, mixture=by_name, head="e1", detail=True)
+    given = torch.tensor(list(by_name.values()))
+    assert twin.predict(TEXTS, mixture=given, head="e1", batch_size=2) == [p.label for p in wanted]
+    for size in (2, 32):
+        with pytest.raises(TwinmergeError, match="A mixture is expert -> weight for all rows"):
+            twin.predict(TEXTS, mixture=list(by_name.values()), head="e1", batch_size=size)
+
+
 def test_rows_with_names_are_inputs(twin: Twin) -> None:
     expected = twin.predict(TEXTS, detail=True)
     assert twin.predict([{"text": text, "label": 0} for text in TEXTS], detail=True) == expected
@@ -329,6 +379,30 @@ def test_a_function_is_told_of_every_batch(twin: Twin, lab: Any) -> None:
     assert [each.to_dict() for each in said] == [
         [{"mixture": {"e0": 0, "e1": 1, "e2": 0}, "routing": None, "head": None, "refused": False}]
     ]
+
+
+def test_what_a_function_does_to_mixtures_changes_no_answer(twin: Twin) -> None:
+    wanted = twin.predict(TEXTS, detail=True)
+
+    def spoil(found: Mixtures) -> None:
+        found.mixture[:] = 0.0
+        assert found.routing is not None
+        found.routing[:] = 1.0
+
+    with twin.on_mixture(spoil):
+        assert twin.predict(TEXTS, detail=True) == wanted
+
+
+def test_each_handle_takes_away_its_own_function(twin: Twin) -> None:
+    told: list[Mixtures] = []
+    one, two = twin.on_mixture(told.append), twin.on_mixture(told.append)
+    one.remove()
+    twin.predict(TEXTS[:1])
+    assert len(told) == 1
+    one.remove()
+    two.remove()
+    twin.predict(TEXTS[:1])
+    assert len(told) == 1
 
 
 def test_a_log_has_a_line_for_each_row_and_nothing_of_the_input(twin: Twin, tmp_path: Path) -> None:

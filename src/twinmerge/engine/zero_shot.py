@@ -77,6 +77,12 @@ def zero_shot(
     made.train(False)
     with torch.no_grad():
         rows = torch.stack([_direction(model, encoder, [t.replace("{}", name) for t in templates]) for name in classes])
+        for i, row in enumerate(rows):
+            if (same := next((j for j in range(i) if torch.equal(rows[j], row)), None)) is not None:
+                raise UsageError(
+                    f"The classes {classes[same]!r} and {classes[i]!r} are the same tokens to this tokenizer, so nothing "
+                    "tells them apart. Call one of them otherwise."
+                )
         state = {f"vision_model.{name}": tensor.detach().clone() for name, tensor in own.state_dict().items()}
         state["visual_projection.weight"] = model.visual_projection.weight.detach().clone()
         state["classifier.weight"] = (model.logit_scale.double().exp() * rows).to(model.logit_scale.dtype)
@@ -105,6 +111,8 @@ def _check(classes: Sequence[str], templates: Sequence[str]) -> None:
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if list(classes).count(name) > 1)
         raise UsageError(f"The class {twice!r} stands twice. Give each class its own name.")
+    if any(not isinstance(name, str) or not name.strip() for name in classes):
+        raise UsageError("A class has no name, and its text would be that of no class. Give each class a name.")
     if isinstance(templates, str) or not templates:
         raise UsageError('Give a list of templates, such as ["a photo of a {}."].')
     if lacking := [template for template in templates if "{}" not in template]:

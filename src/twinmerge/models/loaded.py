@@ -61,6 +61,8 @@ class LoadedModel(nn.Module):
         """
         if unnamed:
             raise UsageError("A batch is given by name: model(**batch, head=...).")
+        if batch.get("labels") is not None:
+            raise UsageError("A loss is one head's: give labels to model.head(name)(**batch, labels=...).")
         names = [self._named(head)] * batch_size(batch) if head is None or isinstance(head, str) else list(head)
         for name in dict.fromkeys(names):
             self._named(name)
@@ -84,7 +86,10 @@ class LoadedModel(nn.Module):
 
     def generate(self, *inputs: Any, head: str | None = None, **options: Any) -> Any:
         """Generate with one head: `model.head(name).generate(...)`."""
-        return self.head(head).generate(*inputs, **options)  # type: ignore[operator]
+        model = self.head(head)
+        if not model.can_generate():
+            raise UsageError(f"{type(model).__name__} writes no text. Call the model itself.")
+        return model.generate(*inputs, **options)  # type: ignore[operator]
 
     @property
     def heads(self) -> list[str]:

@@ -59,7 +59,7 @@ def inputs_from(given: Any) -> Sequence[Input] | Mapping[str, Any]:
         names = [str(name) for name in given.columns]
     else:
         return _texts(list(given), "the column")
-    columns = {name: list(given[name]) for name in READ if name in names}
+    columns = {name: _column(given[name], name) for name in READ if name in names}
     if ("text" in columns) == ("input_ids" in columns):
         have = ", ".join(map(str, names)) or "none"
         both = "both text and input_ids" if columns else "neither text nor input_ids"
@@ -86,6 +86,18 @@ def inputs_from(given: Any) -> Sequence[Input] | Mapping[str, Any]:
     masks = columns.get("attention_mask", [None] * len(ids))
     attended = [None if _is_missing(mask) else _numbers(mask) for mask in masks]
     return [Tokens(row, mask) for row, mask in zip(ids, attended, strict=True)]
+
+
+def _column(column: Any, name: str) -> list[Any]:
+    """What a column holds, row by row."""
+    if isinstance(column, (str, bytes)) or not hasattr(column, "__iter__"):
+        raise UsageError(
+            f"{name} of the inputs is {shown(column)}, and a column is a list, a row for each input. Give rows: "
+            f"[{{{name!r}: ...}}]."
+        )
+    if hasattr(column, "columns"):
+        raise UsageError(f"The table has several columns {name!r}. Give each column its own name.")
+    return list(column)
 
 
 def _rows(given: Sequence[Any]) -> dict[str, list[Any]] | None:
@@ -121,4 +133,6 @@ def _some_texts(column: list[Any], name: str) -> list[Any]:
 
 
 def _numbers(row: Any) -> list[int]:
+    if isinstance(row, (str, bytes)) or not hasattr(row, "__iter__"):
+        raise UsageError(f"A row of the inputs is {shown(row)}, and not a list of token ids. Give a list for each row.")
     return [int(i) for i in (row.tolist() if hasattr(row, "tolist") else row)]

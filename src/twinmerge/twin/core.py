@@ -211,7 +211,8 @@ class Core(nn.Module):
     def tell(self, mixture: Tensor, routing: Tensor | None, head: Sequence[str] | None) -> None:
         """Tell who watches of the mixtures of a batch (see `Mixtures`)."""
         if self.watchers:
-            self.watchers.tell(Mixtures(self.experts, mixture, routing, head))
+            own = None if routing is None else routing.detach().clone()  # what a function does to it changes no answer
+            self.watchers.tell(Mixtures(list(self.experts), mixture.detach().clone(), own, head and list(head)))
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:

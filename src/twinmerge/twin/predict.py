@@ -189,6 +189,10 @@ def _answers(core: Core, inputs: Any, batch_size: int, choice: Mapping[str, Any]
     if isinstance(inputs, Mapping):
         check_batch(inputs)
     size = core.rows(inputs) if isinstance(inputs, Mapping) else len(inputs)
+    each = {name: value for name, value in choice.items() if _for_each_row(value)}
+    for name, value in each.items():
+        if len(value) != size:
+            raise UsageError(f"{size} inputs need one {name.replace('_', ' ')} or {size}, got {len(value)}.")
     for start in range(0, size, batch_size):
         stop = min(start + batch_size, size)
         if isinstance(inputs, Mapping):
@@ -196,12 +200,16 @@ def _answers(core: Core, inputs: Any, batch_size: int, choice: Mapping[str, Any]
             batch = rows_of_batch(inputs, torch.arange(start, stop, device=device), size)
         else:
             batch = core.encode(list(inputs[start:stop]))
-        own = {
-            k: v[start:stop] if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() > 1) else v
-            for k, v in choice.items()
-        }
+        own = {**choice, **{name: value[start:stop] for name, value in each.items()}}
         batch = {name: _at(core, value) for name, value in batch.items()}
         yield _Asked(batch, own, call(core, **{**batch, **own}))
+
+
+def _for_each_row(value: Any) -> bool:
+    """Whether what is said of mixtures is said for each row: a list of names or mappings, or a matrix."""
+    if isinstance(value, (list, tuple)):
+        return not all(isinstance(one, (int, float)) for one in value)
+    return hasattr(value, "ndim") and value.ndim > 1
 
 
 def _at(core: Core, value: Any) -> Any:

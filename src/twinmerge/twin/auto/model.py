@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -89,9 +89,10 @@ class TwinModel(PreTrainedModel, GenerationMixin):
         Raises:
             TwinmergeError: as `Twin.from_pretrained`; a twin of another kind of models; an option that is not known.
         """
+        from twinmerge.arguments import device_there, dtype_known
         from twinmerge.errors import ModelError, UsageError
         from twinmerge.twin.about.card import classes_of
-        from twinmerge.twin.about.config import KINDS, kind_of_twin
+        from twinmerge.twin.about.config import KINDS, kind_of_twin, twin_config
         from twinmerge.twin.twin import Twin
 
         how = _known(options)
@@ -115,15 +116,23 @@ class TwinModel(PreTrainedModel, GenerationMixin):
             local_files_only=bool(how["local_files_only"]),
             trust_remote_code=False,
         )
+        told = twin_config(twin.experts, heads, architecture)
+        for name in ("experts", "id2label", "problem_type"):
+            if (name in told or name != "id2label") and _plain(getattr(wanted, name, None)) != _plain(told.get(name)):
+                raise ModelError(
+                    f"{name} in config.json of this twin is not what its experts and heads say. Copy the folder again, or "
+                    "open it with twinmerge.Twin.from_pretrained, which goes by the heads."
+                )
         if isinstance(config, TwinConfig):
             said, given = wanted.to_dict(), config.to_dict()
             if changed := [name for name, value in said.items() if name not in FREE and given.get(name) != value]:
                 raise UsageError(f"A twin's {changed[0]!r} is what its folder says. Leave the option out.")
         model: Any = cls(wanted, twin)
         model.config.name_or_path = str(pretrained_model_name_or_path)
-        if isinstance(how["dtype"], torch.dtype):
-            model.to(how["dtype"])
+        if how["dtype"] not in (None, "auto"):
+            model.to(dtype_known(how["dtype"]))
         if how["device"] is not None:
+            device_there(how["device"])
             model.to(how["device"])
         found: Self = model
         return found
@@ -138,6 +147,10 @@ class TwinModel(PreTrainedModel, GenerationMixin):
         Raises:
             TwinmergeError: as the call of a twin.
         """
+        from twinmerge.errors import UsageError
+
+        if batch.get("labels") is not None:
+            raise UsageError("A twin answers, and computes no loss. Leave labels out; take the loss of the logits.")
         batch.pop("return_dict", None)
         if self.kind != "ForCausalLM":
             batch.pop("use_cache", None)
@@ -171,6 +184,17 @@ class TwinModel(PreTrainedModel, GenerationMixin):
         """As `Twin.generate`: each row's mixture is that of its prompt."""
         options = {name: value for name, value in options.items() if value is not None}
         return self.twin.generate(*inputs, **options)
+
+    @classmethod
+    def _from_config(cls, *_: Any, **__: Any) -> NoReturn:
+        """Refused: a config has no weights.
+
+        Raises:
+            UsageError: always.
+        """
+        from twinmerge.errors import UsageError
+
+        raise UsageError("A twin is opened from its folder: from_pretrained, or twinmerge.Twin.from_pretrained.")
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -230,6 +254,11 @@ def register_models() -> None:
         ("CAUSAL_LM", TwinForCausalLM),
     ):  # in which a pipeline looks for the class's name
         getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")[TYPE] = own.__name__
+
+
+def _plain(value: Any) -> Any:
+    """Keys of a mapping as JSON has them."""
+    return {str(key): each for key, each in value.items()} if isinstance(value, Mapping) else value
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:

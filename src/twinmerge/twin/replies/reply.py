@@ -11,6 +11,7 @@ from torch import Tensor
 from twinmerge.errors import DataError, UsageError
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.results import Result, Rows
+from twinmerge.store.foreign import reason
 from twinmerge.twin.core import Core
 from twinmerge.twin.generate import Pinned
 
@@ -128,7 +129,15 @@ def prompt(tokenizer: Any, text: str, chat: bool | None) -> dict[str, Tensor]:
         raise UsageError("The tokenizer has no chat template. Leave --chat out, or add chat_template to the tokenizer.")
     if template and chat is not False:
         said = [{"role": "user", "content": text}]
-        found = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            found = tokenizer.apply_chat_template(
+                said, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # what a stranger's template raises is of any kind
+            raise DataError(
+                f"The tokenizer's chat template cannot be applied ({reason(error)}). Mend chat_template, or answer the "
+                "text as it is: --no-chat (chat=False)."
+            ) from error
     else:
         found = tokenizer(text, return_tensors="pt")
     return {name: found[name] for name in ("input_ids", "attention_mask") if name in found}

@@ -79,38 +79,39 @@ class Watchers:
     """The functions that are told, in the order in which they came. Threads may add and remove them at any time."""
 
     def __init__(self) -> None:
-        self._told: tuple[Watcher, ...] = ()  # replaced, never changed: another thread may be going through it
+        self._told: tuple[tuple[object, Watcher], ...] = ()  # replaced, never changed: a thread may go through it
         self._lock = Lock()
 
     def add(self, function: Watcher) -> Handle:
-        """One more."""
+        """One more; one that is there already is told twice."""
+        handle = Handle(self)
         with self._lock:
-            self._told = (*self._told, function)
-        return Handle(self, function)
+            self._told = (*self._told, (handle, function))
+        return handle
 
-    def remove(self, function: Watcher) -> None:
+    def remove(self, handle: object) -> None:
         """One less, where it is still there."""
         with self._lock:
-            self._told = tuple(each for each in self._told if each is not function)
+            self._told = tuple(each for each in self._told if each[0] is not handle)
 
     def __bool__(self) -> bool:
         return bool(self._told)
 
     def tell(self, found: Mixtures) -> None:
         """Call each; what one raises reaches who asked the twin."""
-        for function in self._told:
+        for _, function in self._told:
             function(found)
 
 
 class Handle:
     """Takes a function away again that is told of mixtures: by `remove()`, or at the end of a `with`."""
 
-    def __init__(self, watchers: Watchers, function: Watcher) -> None:
-        self._watchers, self._function = watchers, function
+    def __init__(self, watchers: Watchers) -> None:
+        self._watchers = watchers
 
     def remove(self) -> None:
         """The function is not called any more."""
-        self._watchers.remove(self._function)
+        self._watchers.remove(self)
 
     def __enter__(self) -> Handle:
         return self
