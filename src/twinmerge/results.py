@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from twinmerge.arguments import strict
 from twinmerge.errors import OutputError, ResourceError
 from twinmerge.tables import WIDTH as WIDTH
-from twinmerge.tables import block, html_table, latex_table, markdown_table
+from twinmerge.tables import block, html_table, latex_table, markdown_table, visible
 from twinmerge.tables import cell as cell
 
 T = TypeVar("T")
@@ -277,7 +277,7 @@ def one_line(kind: str, about: str) -> str:
         >>> one_line("Twin", "a, b on ties"), len(one_line("Twin", "x" * 99)), one_line("Twin", "x" * 99)[-3:]
         ('Twin(a, b on ties)', 79, 'x…)')
     """
-    text = " ".join(f"{kind}({about})".split())
+    text = " ".join(visible(f"{kind}({about})").split())
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 2]}…)"
 
 

@@ -18,6 +18,9 @@ MARKS = r"[\\`*\[\]<>|&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
 """Characters that mean something in a cell of a Markdown table; an underscore within a word means nothing."""
 
 
+HIDDEN = r"[^\t\n\r -~\u00a0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+
+
 def cell(value: Any) -> str:
     """A value for a table or a line: short.
 
@@ -47,7 +50,7 @@ def block(title: str, about: Mapping[str, Any]) -> str:
     lines = [title]
     for name, value in about.items():
         start = f"  {name:{wide}}  "
-        text = " ".join(cell(value).split()) or "-"
+        text = " ".join(visible(cell(value)).split()) or "-"
         lines += textwrap.wrap(
             text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
         )
@@ -62,7 +65,7 @@ def html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any
         '<table>\\n<caption>a &lt; b</caption>\\n<thead><tr><th style="text-align: left">x</th></tr></thead><tbody>\\n</tbody>\\n</table>'
     """
     right = _numbers(rows, len(columns))
-    lines = ["<table>", f"<caption>{html.escape(_visible(caption))}</caption>"]
+    lines = ["<table>", f"<caption>{html.escape(visible(caption))}</caption>"]
     lines.append(f"<thead>{_html_row('th', columns, right)}</thead><tbody>")
     lines += [_html_row("td", row, right) for row in rows[:SHOWN]]
     lines.append("</tbody>")
@@ -110,14 +113,20 @@ def _numbers(rows: Sequence[Sequence[Any]], columns: int) -> list[bool]:
     return [bool(rows) and _all_numbers(row[i] for row in rows) for i in range(columns)]
 
 
-def _visible(text: str) -> str:
-    """A text in which what no page may hold (control characters, halves of pairs) is the mark of what is lost."""
-    return re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+def visible(text: str) -> str:
+    """A text in which what no page and no terminal may be given by strangers is the mark of what is lost: control
+    characters, marks that turn the direction of writing, halves of pairs.
+
+    Example:
+        >>> visible("a\\x1b[31mb"), visible("one\\ntwo ü 字")
+        ('a\ufffd[31mb', 'one\\ntwo ü 字')
+    """
+    return re.sub(HIDDEN, "\ufffd", text)
 
 
 def _html_row(tag: str, row: Sequence[Any], sides: Sequence[bool]) -> str:
     cells = (
-        f'<{tag} style="text-align: {"right" if right else "left"}">{html.escape(_visible(cell(value)))}</{tag}>'
+        f'<{tag} style="text-align: {"right" if right else "left"}">{html.escape(visible(cell(value)))}</{tag}>'
         for value, right in zip(row, sides, strict=True)
     )
     return f"<tr>{''.join(cells)}</tr>"
@@ -129,10 +138,12 @@ def _all_numbers(values: Iterable[Any]) -> bool:
 
 def _markdown(row: Sequence[Any]) -> str:
     """A row; what would be a mark of Markdown in it stands as it is."""
-    cells = (re.sub(MARKS, r"\\\g<0>", " ".join(_visible(cell(value)).split())) for value in row)
+    cells = (re.sub(MARKS, r"\\\g<0>", " ".join(visible(cell(value)).split())) for value in row)
     return f"| {' | '.join(cells)} |"
 
 
 def _latex(row: Sequence[Any]) -> str:
-    text = " & ".join("".join(SPECIAL.get(mark, mark) for mark in cell(value)) for value in row)
+    text = " & ".join(
+        "".join(SPECIAL.get(mark, mark) for mark in visible(cell(value))) for value in row
+    )
     return ("{}" if text.lstrip().startswith(("[", "*")) else "") + text + r" \\"  # else the row above takes it

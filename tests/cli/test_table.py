@@ -53,3 +53,12 @@ def test_a_cut_name_is_short_enough_and_keeps_its_end_and_its_layer(name: str, w
     assert name.endswith(short.rpartition("…")[2]) and name.startswith(short.partition("…")[0])
     if width >= 12 and name in NAMES:
         assert name.split(".")[2] in short and short.endswith("weight"[-(width // 3) :])
+
+
+def test_what_a_terminal_would_obey_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\x1b[2J\x1b]0;title\x07b\u202ec\x9bd"
+    print_table("", ["text", "n"], [[hostile, "1"]])
+    shown = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(shown) and "a\ufffd[2J" in shown
+    print_table("", ["text", "n"], [[hostile, "1"]], short=True)
+    assert "\x1b" not in capsys.readouterr().out

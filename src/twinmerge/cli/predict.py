@@ -14,6 +14,7 @@ from twinmerge.cli.command import command
 from twinmerge.cli.common import Device, Json, Threads, device_of, numbers, print_json, print_table, said
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
+from twinmerge.tables import visible
 
 if TYPE_CHECKING:
     from twinmerge.twin.predict import Prediction
@@ -148,7 +149,7 @@ def _write(twin: Twin, texts: Sequence[Any], json: bool, how: dict[str, Any]) ->
         return
 
     def piece(text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(visible(text))  # a model may write what a terminal obeys
         sys.stdout.flush()
 
     found = Replies()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from twinmerge.tables import visible
+
 NUMBER = re.compile(r"[-+–−±]?\d|–?$")  # how a cell begins, or nothing to say
 NAME, TENSOR, PROSE = 14, 24, 18  # columns that names, names of tensors, and prose have at least
 
@@ -21,7 +23,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     """
     from rich.console import Console
 
-    console, cells = Console(markup=False, emoji=False, highlight=False), [list(row) for row in rows]
+    console, cells = (
+        Console(markup=False, emoji=False, highlight=False),
+        [[visible(each) for each in row] for row in rows],
+    )
     if title:
         console.print(title)  # not the table's own title, which would be folded to the table's width
     for part in _parts(columns, cells, console.width):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -218,5 +219,10 @@ def _shown(source: Source) -> str:
 
 
 def cell(text: str) -> str:
-    """A text as it stands in a cell of a table."""
-    return text.replace("|", "\\|")
+    """A text as it stands in a cell of a table: no mark of Markdown or HTML in it is one.
+
+    Example:
+        >>> cell("a|b"), cell("<script>"), cell("[x](y)")
+        ('a\\\\|b', '&lt;script&gt;', '\\\\[x\\\\](y)')
+    """
+    return re.sub(r"[|\[\]]", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))

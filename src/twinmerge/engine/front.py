@@ -16,7 +16,7 @@ from twinmerge.store.foreign import find, open_regular
 from twinmerge.store.locate import HUB_ID
 
 README_BYTES = 1 << 20  # that are looked at; the largest front matters, of embedding models, have half of it
-FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
+FRONT = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
 CACHED = re.compile(r"models--(.+?)[/\\]snapshots[/\\]")
 LONGEST, MOST = 100, 50  # of what is passed on: letters of a name, and names
 
@@ -135,9 +135,9 @@ def _name(ref: str) -> str | None:
 
 def _said(front: str, key: str) -> Any:
     """The value of a key at the top of a front matter, whatever else stands in it."""
-    found = re.search(rf"^{key}:.*(?:\n(?:[ \t-].*)?)*", front, re.MULTILINE)
+    found = re.findall(rf"^{key}:.*(?:\n(?:[ \t-].*)?)*", front, re.MULTILINE)
     try:
-        return None if found is None else from_yaml(found[0], "The front matter")[key]
+        return from_yaml(found[0], "The front matter")[key] if len(found) == 1 else None  # of two, nobody knows which
     except TwinmergeError:
         return None
 
