@@ -143,7 +143,5 @@ def _markdown(row: Sequence[Any]) -> str:
 
 
 def _latex(row: Sequence[Any]) -> str:
-    text = " & ".join(
-        "".join(SPECIAL.get(mark, mark) for mark in visible(cell(value))) for value in row
-    )
+    text = " & ".join("".join(SPECIAL.get(mark, mark) for mark in visible(cell(value))) for value in row)
     return ("{}" if text.lstrip().startswith(("[", "*")) else "") + text + r" \\"  # else the row above takes it

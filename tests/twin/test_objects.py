@@ -256,6 +256,24 @@ def test_tables_and_their_columns_are_inputs(twin: Twin, table: Any) -> None:
         twin.predict(table(text=["w3", None, "w4", "w5", "w6"]))
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (torch.full((2, 3), 4.0), "torch.float32. Give whole numbers"),
+        (torch.ones(2, 3, dtype=torch.bool), "torch.bool. Give whole numbers"),
+        (torch.ones(2, 3, dtype=torch.uint8), "torch.uint8. Give whole numbers"),
+        (torch.zeros(2, 0, dtype=torch.int64), "no token to read"),
+        (torch.tensor([[3, -1]]), "hold -1, which is no token"),
+        (torch.full((1, 400), 4), "has 400 tokens in a row, and the model takes"),
+        (torch.full((1, 3), 10**6), "gives the token 1000000"),
+    ],
+)
+def test_tensors_that_are_no_token_ids_are_refused(twin: Twin, ids: torch.Tensor, said: str) -> None:
+    for choice in ({}, {"expert": "e1"}):
+        with pytest.raises(TwinmergeError, match=said):
+            twin.predict({"input_ids": ids}, **choice)
+
+
 def test_what_is_no_column_is_refused(twin: Twin) -> None:
     """One text in a mapping would be read letter by letter."""
     for wrong, said in (

@@ -23,7 +23,7 @@ from twinmerge.models.conversion import as_module, conversions
 from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.rows import batch_size, joined, rows_of, rows_of_batch
 from twinmerge.models.skeleton import new_skeleton
-from twinmerge.models.transformers_class import TransformersArchitecture, class_of, labels_of
+from twinmerge.models.transformers_class import TransformersArchitecture, class_of, labels_of, position_limit
 
 
 class BodyPort(nn.Module):
@@ -343,15 +343,24 @@ def check_alike(logits: Sequence[Tensor | None], heads: Iterable[str]) -> None:
 
 @contextmanager
 def known_tokens(body: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Within the context a token that the model has no row for is told as that, and not as an index somewhere inside.
+    """Within the context a token that the model has no row for is told as that, and not as an index somewhere inside;
+    so are more tokens than the model has positions for.
 
     Raises:
-        TwinmergeError: the batch has one.
+        TwinmergeError: the batch has one, or so many.
     """
+    ids = batch.get("input_ids")
     try:
         yield
-    except IndexError as error:
-        ids = batch.get("input_ids")
+    except (IndexError, RuntimeError) as error:
+        most = position_limit(getattr(body, "config", None))
+        if isinstance(ids, Tensor) and ids.dim() > 1 and most is not None and ids.shape[1] > most:
+            raise ModelError(
+                f"The batch has {ids.shape[1]} tokens in a row, and the model takes {most}. Cut them: truncation=True "
+                "of the tokenizer."
+            ) from error
+        if not isinstance(error, IndexError):
+            raise
         try:
             table = body.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):

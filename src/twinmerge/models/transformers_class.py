@@ -284,6 +284,6 @@ def class_of(config: PretrainedConfig, task: str | None = None) -> type[PreTrain
 def position_limit(config: Any) -> int | None:
     """How many tokens the position embeddings allow; RoBERTa's kind keeps two for padding."""
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
+    if isinstance(limit, int) and config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet"):
         limit -= 2
     return int(limit) if limit else None

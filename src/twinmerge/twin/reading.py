@@ -70,10 +70,25 @@ def check_batch(batch: Any, own_module: bool = False) -> None:
             raise UsageError(
                 f"{name} of the batch has {value.dim()} axes. Give (rows, positions): {name}[None] for one row."
             )
+        if name == "input_ids" and isinstance(value, Tensor):
+            _check_ids(value)
         if isinstance(value, (list, tuple)) and name in PROMPT:
             raise UsageError(
                 f"{name} of the batch is {shown(value)}. Give a tensor: return_tensors='pt' of the tokenizer."
             )
+
+
+def _check_ids(ids: Tensor) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise UsageError(f"input_ids of the batch are {ids.dtype}. Give whole numbers: input_ids.long().")
+    if not len(ids):
+        return  # which is told where rows are counted
+    if not ids.numel():
+        raise UsageError(f"input_ids of the batch have the shape {tuple(ids.shape)}, so there is no token to read.")
+    if int(ids.min()) < 0:
+        raise UsageError(
+            f"input_ids of the batch hold {int(ids.min())}, which is no token. Look at how they were made."
+        )
 
 
 @torch.no_grad()
