@@ -7,6 +7,8 @@ import errno
 import gc
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -167,6 +169,20 @@ def test_descriptor_goes_with_its_object(tmp_path):
     del held
     gc.collect()
     assert descriptors() == before
+
+
+def test_a_file_that_outlives_its_module_says_nothing_at_exit(tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(b"abcd")
+    script = (
+        "import sys, pathlib\n"  # which loses its names after those that were imported later
+        "from twinmerge.store import ranges\n"
+        f"pathlib.kept = ranges.OpenFile(pathlib.Path({str(path)!r}))\n"
+        "sys.kept = pathlib, ranges\n"
+        "with pathlib.kept.use(): pass"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_file_that_changed_between_two_openings(tmp_path):

@@ -197,9 +197,9 @@ class OpenFile:
             self._close()
             self._changed.notify_all()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit this module may have lost its `os`
         if (fd := getattr(self, "_fd", None)) is not None:  # one that was never put together has none
-            os.close(fd)
+            close(fd)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.writable:
