@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,6 +50,25 @@ def test_nothing_of_the_public_door_is_a_dump(bert: BertModel) -> None:
     assert repr(shown[5]) == "TwinOutput(900 rows, logits (900, 77), a 450, shared model 450, stacked)"
     assert pickle.loads(pickle.dumps(tm.Recipe("ties", "a", {"b": "c"}))) == tm.Recipe("ties", "a", {"b": "c"})
     assert copy.copy(recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    "given, shown",
+    [
+        ([0.2, 0.3, 0.1], "density=[0.2, 0.3, 0.1]"),
+        ((0.2, 0.3, 1 / 3), "density=[0.2, 0.3, 0.3333]"),
+        (np.float64(0.25), "density=0.25"),
+        ([{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}], "density=[{filter: mlp, value: [0, 1]}, {value: 0.5}]"),
+    ],
+)
+def test_a_parameter_of_several_values_is_shown_whole(given: Any, shown: str) -> None:
+    merge = tm.merge("ties", "no/base", {"c": "no/1", "a": "no/2", "b": "no/3"}, density=given)
+    assert f"  parameters  {shown}\n" in str(merge)
+
+
+def test_a_list_as_long_as_the_experts_is_theirs_in_the_order_of_the_call() -> None:
+    merge = tm.merge("ties", "no/base", {"c": "no/1", "a": "no/2", "b": "no/3"}, density=[0.2, 0.3, 0.1])
+    assert merge.recipe.order == ("a", "b", "c") and merge.recipe.make_method().density == (0.3, 0.1, 0.2)
 
 
 def test_a_merge_says_recipe_sources_and_size(bert: BertModel, tmp_path: Path) -> None:

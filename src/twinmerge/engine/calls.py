@@ -65,7 +65,8 @@ def merge(
         by_names: ask no class what tensors are (of unknown models, and of those with code of their own): they are
             matched by name and shape, and heads are what `heads` names.
         allow_pickle: read old checkpoints (.bin, .pt, .pth, .ckpt), with torch's loader of tensors alone.
-        parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}.
+        parameters: of the method; a mapping sets them per expert: density={"math": 0.5, "code": 0.2}; so does a list of
+            as many values, in the order of `experts`.
 
     Raises:
         TwinmergeError: unknown method or parameter, values out of range.

@@ -218,7 +218,8 @@ class Recipe(Described):
         """What a call names: a recipe as it is, or a method, models and parameters.
 
         Args:
-            parameters: of the method; a mapping sets them per expert: {"density": {"math": 0.5, "code": 0.2}}.
+            parameters: of the method; a mapping sets them per expert: {"density": {"math": 0.5, "code": 0.2}}; so
+                does a list of as many values, in the order of `experts`.
 
         Raises:
             TwinmergeError: a recipe, and something beside it.
@@ -334,7 +335,7 @@ class Recipe(Described):
         return f"{self.method_name} of {some(self.experts)}"
 
     def _about(self) -> dict[str, str]:
-        parameters = ", ".join(f"{name}={cell(value)}" for name, value in self.parameters.items())
+        parameters = ", ".join(f"{name}={_shown(value)}" for name, value in self.parameters.items())
         experts = ", ".join(f"{name}={reference(model)}" for name, model in self.experts.items())
         base, dtype = "none" if self.base is None else f"{reference(self.base)}", self.dtype or "the base's"
         return {"method": self.method_name, "base": base, "experts": experts, "parameters": parameters, "dtype": dtype}
@@ -377,6 +378,16 @@ class Recipe(Described):
                 for s in self.slices
             ]
         }
+
+
+def _shown(value: Any) -> str:
+    """A parameter for a line: lists and choices whole, numbers short."""
+    value = plain_value(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_shown(each)}' for key, each in value.items())}}}"
+    return cell(value)
 
 
 def reference(model: ModelLike, known: dict[int, dict[str, Any]] | None = None) -> Any:
