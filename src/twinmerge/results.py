@@ -71,7 +71,8 @@ class Described(Shown):
 
 
 class Result(Shown):
-    """What a public call gives. A class says `_summary`, and what its fields do not: `to_dict` and `_table`.
+    """What a public call gives. A class says `_summary`, and what its fields do not: `to_dict` and `_table`; `_data`
+    where the table has rows that are no data.
 
     Example:
         >>> from typing import NamedTuple
@@ -106,8 +107,12 @@ class Result(Shown):
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
         return ("what", "value"), list(self.to_dict().items())
 
+    def _data(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        """The table for programs: rows of one kind, which may be counted and averaged."""
+        return self._table()
+
     def to_pandas(self) -> Any:
-        """The table as a pandas DataFrame.
+        """The table as a pandas DataFrame, without rows of summary.
 
         Raises:
             ResourceError: pandas is not installed.
@@ -118,12 +123,12 @@ class Result(Shown):
             raise ResourceError(
                 "to_pandas needs pandas, which is not installed. Install it (pip install pandas), or use to_csv()."
             ) from error
-        columns, rows = self._table()
+        columns, rows = self._data()
         return pandas.DataFrame([list(map(_whole, row)) for row in rows], columns=list(columns))
 
     @strict
     def to_csv(self, out: str | os.PathLike[str] | None = None) -> str:
-        """The table as comma-separated values, every number in full.
+        """The table as comma-separated values, every number in full, without rows of summary.
 
         Args:
             out: a file that is written too, whatever was in it.
@@ -131,7 +136,7 @@ class Result(Shown):
         Raises:
             OutputError: it cannot be written.
         """
-        columns, rows = self._table()
+        columns, rows = self._data()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)

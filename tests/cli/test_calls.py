@@ -217,7 +217,7 @@ def check_shown(found: Result) -> None:
     if isinstance(found, Table):
         columns, rows = found._table()
         lines = found.to_csv().splitlines()
-        assert lines[0].split(",")[0] == columns[0] and len(lines) >= len(rows) + 1
+        assert lines[0].split(",")[0] == columns[0] and len(lines) >= len(found._data()[1]) + 1
         tabular = found.to_latex()
         assert tabular.count(r" \\") == len(rows) + 1 and tabular.startswith(r"\begin{tabular}{")
 

@@ -42,7 +42,7 @@ def test_the_best_is_the_best_of_separate_merges(command: Any, zoo: Any, given: 
         merge.save(tmp_path / f"at {scale}")
         (alone,) = evaluate(tmp_path / f"at {scale}", tm.open_suite(zoo.suite), "train")
         assert trial["scores"] == alone.scores
-        scores.append(100 * sum(alone.scores.values()) / 3)
+        scores.append(sum(alone.scores.values()) / 3)
         assert trial["score"] == pytest.approx(scores[-1])
     best = found["trials"][scores.index(max(scores))]["parameters"]
     assert found["best"] == best
@@ -60,7 +60,7 @@ def test_scores_are_shares_of_the_experts_where_they_are_known(
     found = command(*given, "--grid", "scale=0.3,1", "--experts", tmp_path / "experts.json", "--json").json()
     for trial in found["trials"]:
         shares = [trial["scores"][t] / reference.scores[t] for t in trial["scores"]]
-        assert trial["score"] == pytest.approx(100 * sum(shares) / 3)
+        assert trial["score"] == pytest.approx(sum(shares) / 3)
 
 
 def test_table_marks_the_best(command: Any, given: list[str]) -> None:

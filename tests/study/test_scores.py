@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from twinmerge.errors import TwinmergeError
-from twinmerge.study.scores import Evaluation, TaskScore
+from twinmerge.study.scores import Evaluation, Evaluations, TaskScore
 from twinmerge.tasks.bootstrap import Scored, bootstrap_difference, bootstrap_normalised
 
 LABELS = np.array([0, 1, 2, 1])
@@ -42,6 +43,26 @@ def test_json_round_trip_is_exact_and_standard() -> None:
     assert json.loads(text, parse_constant=pytest.fail)["predictions"]["nan"]["predictions"] == [1.0, 0.0, None]
     bare = Evaluation.of({}, "task given")
     assert Evaluation.from_json(bare.to_json()) == bare != FOUND
+
+
+def test_tables_are_shares_and_data_are_the_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 3 of 4 right, and 2 of 4; the expert has all right in the first task and half in the second."""
+    one = np.ones(4)
+    answers = {"a": Scored("a", "accuracy", one, [1, 1, 1, 0]), "b": Scored("b", "accuracy", one, [1, 1, 0, 0])}
+    own = {"a": Scored("a", "accuracy", one, one), "b": Scored("b", "accuracy", one, [1, 1, 0, 0])}
+    experts = Evaluation.of(own, "task given")
+    found = Evaluations(
+        [Evaluation.of(answers, "nothing given", "strict", routed_right=0.9)], "m", "test", False, experts
+    )
+    assert found.to_csv() == 'task,"nothing given, strict"\na,0.75\nb,0.5\n'
+    pandas = SimpleNamespace(DataFrame=lambda rows, columns: (rows, columns))
+    monkeypatch.setitem(sys.modules, "pandas", pandas)
+    assert found.to_pandas() == ([["a", 0.75], ["b", 0.5]], ["task", "nothing given, strict"])
+    rows = [line.strip("| ").split(" | ") for line in found.to_markdown().splitlines()[2:]]
+    expected = [["a", "0.75"], ["b", "0.5"], ["mean", "0.625"], ["normalised", "0.875"], ["routed right", "0.9"]]
+    assert rows == expected and found.normalised() == [87.5]
+    assert all(" & ".join(row) in found.to_latex() and row[1] in found._repr_html_() for row in expected)
+    assert Evaluations([found[0]], "m", "test", False, None).to_csv() == found.to_csv()
 
 
 def test_normalised_with_intervals() -> None:

@@ -80,10 +80,5 @@ def evaluate(
         print_json(found.to_dict())
         return
     columns, values = found._table()
-    rows = [[row[0], *(_shown(row[0], value) for value in row[1:])] for row in values]
+    rows = [[row[0], *("" if value is None else f"{100 * value:.1f}" for value in row[1:])] for row in values]
     print_table(f"{model} on {split}, {found[0].rows} rows", columns, rows)
-
-
-def _shown(row: str, value: float | None) -> str:
-    """A share in per cent; the normalised score is in per cent already."""
-    return "" if value is None else f"{value if row == 'normalised' else 100 * value:.1f}"

@@ -107,7 +107,7 @@ def search(
     table = [
         [
             *[_shown(trial.parameters[name]) for name in names],
-            f"{trial.score:.2f}" + (" *" if trial is found.best else ""),
+            f"{100 * trial.score:.2f}" + (" *" if trial is found.best else ""),
         ]
         for trial in found.trials
     ]
@@ -144,7 +144,7 @@ def _at_the_edge(found: Search) -> str:
 
     Example:
         >>> from twinmerge.study.search import Search, Trial
-        >>> _at_the_edge(Search("ties", "validation", 9, (Trial({"scale": 0.1}, 80.0, {}), Trial({"scale": 0.5}, 90.0, {}))))
+        >>> _at_the_edge(Search("ties", "validation", 9, (Trial({"scale": 0.1}, 0.8, {}), Trial({"scale": 0.5}, 0.9, {}))))
         'The best scale, 0.5, is the largest that was tried: try larger ones too.'
     """
     for name, best in found.best.parameters.items():

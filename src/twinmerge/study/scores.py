@@ -227,7 +227,9 @@ def check_file(out: str | os.PathLike[str] | None) -> Path | None:
 
 class Evaluations(Rows[Evaluation]):
     """A model's evaluations on a suite, one for each setting. As a table: a row for each task, a column for each
-    setting.
+    setting, all as shares. Markdown, LaTeX and what is shown have rows of summary below (mean, normalised, routed
+    right); pandas and CSV have the tasks alone: the others are each evaluation's `mean` and `routed_right`, and
+    `normalised()`.
 
     Attributes:
         model: what it is called.
@@ -263,14 +265,17 @@ class Evaluations(Rows[Evaluation]):
         means = "; ".join(f"{each.title} {100 * each.mean:.1f} %" for each in self)
         return f"{len(self[0].scores)} tasks, {means}"
 
+    def _data(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        return ["task", *(e.title for e in self)], [[task, *(e.scores[task] for e in self)] for task in self[0].scores]
+
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-        rows: list[list[Any]] = [[task, *(e.scores[task] for e in self)] for task in self[0].scores]
-        rows.append(["mean", *(e.mean for e in self)])
+        columns, tasks = self._data()
+        rows = [*tasks, ["mean", *(e.mean for e in self)]]
         if self.experts is not None:
-            rows.append(["normalised", *self.normalised()])
+            rows.append(["normalised", *(e.normalised(self.experts) / 100 for e in self)])
         if any(e.routed_right is not None for e in self):
             rows.append(["routed right", *(e.routed_right for e in self)])
-        return ["task", *(e.title for e in self)], rows
+        return columns, rows
 
 
 def _list(column: np.ndarray[Any, np.dtype[Any]]) -> list[float | None]:

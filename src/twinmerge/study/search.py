@@ -35,7 +35,7 @@ class Trial(Result):
 
     Attributes:
         parameters: of the method, and of LiNeS (`lines.b`).
-        score: what is to be large; in per cent of a suite, or as a scorer of one's own gave it.
+        score: what is to be large; a share from 0 to 1 of a suite, or as a scorer of one's own gave it.
         scores: by task, fractions; or what a scorer named.
     """
 
@@ -44,7 +44,10 @@ class Trial(Result):
     scores: dict[str, float]
 
     def _summary(self) -> str:
-        return f"{self.score:.2f}, {', '.join(f'{name} {cell(value)}' for name, value in self.parameters.items())}"
+        return ", ".join([f"{self.score:.4g}", *self._shown()])
+
+    def _shown(self) -> list[str]:
+        return [f"{name} {cell(value)}" for name, value in self.parameters.items()]
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,7 +78,9 @@ class Search(Table):
 
     def _summary(self) -> str:
         on = "by a scorer" if self.split is None else f"on {self.split}"
-        return f"{self.method}, {len(self.trials)} trials {on}, best {self.best._summary()}"
+        best = self.best
+        score = f"{best.score:.4g}" if self.split is None else f"{100 * best.score:.2f} %"
+        return f"{self.method}, {len(self.trials)} trials {on}, best {', '.join([score, *best._shown()])}"
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
         names = list(dict.fromkeys(name for trial in self.trials for name in trial.parameters))
@@ -207,8 +212,8 @@ def search(
         grid: parameter -> values that are tried, all with all.
         weightings: try so many weightings of the experts, each with every point of the grid.
         split, limit, seed: the rows that decide, as in `evaluate`.
-        experts: their own evaluation on the same rows, or its file: the score is then 100 · mean of score / expert's
-            score, else 100 · mean score.
+        experts: their own evaluation on the same rows, or its file: the score is then the mean of score / expert's
+            score, else the mean score.
         scorer: a function of your own in the place of a suite: it gets the merged model, as `merge.load()` gives it,
             and gives a number that is to be large, or several by name, whose mean is. Score on rows that were not
             trained on, and keep test rows for the end.
@@ -262,8 +267,8 @@ def search(
             folder = tokenizer_folder(merge)
             encoder = TextEncoder(folder, positions=position_limit(model.architecture.config))
         found = evaluate(StaticRunner(model, encoder), suite, split, limit, seed, progress=False)[0]
-        score = 100 * found.mean if reference is None else found.normalised(reference)
-        log(f"{candidate}: {score:.2f}", "study")
+        score = found.mean if reference is None else found.normalised(reference) / 100
+        log(f"{candidate}: {100 * score:.2f} %", "study")
         trials.append(Trial(dict(candidate), score, found.scores))
         rows = found.rows
     made = Search(merge.recipe.method_name, None if scorer else split, rows, tuple(trials))
