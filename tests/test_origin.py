@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import twinmerge as tm
 from twinmerge import origin
 from twinmerge.engine.provenance import classes_of, plan_key
+from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.registry import METHODS, method_class
 from twinmerge.origin import code_of, name_of, package_of
 
@@ -71,6 +72,24 @@ def made(tmp_path: Path, rows: int) -> dict[str, Any]:
         moved = {n: x + (name != "base") * 0.01 * torch.randn(x.shape, generator=rng) for n, x in base.items()}
         save_file(moved, tmp_path / name / "model.safetensors")
     return {"base": str(tmp_path / "base"), "experts": {n: str(tmp_path / n) for n in "ab"}}
+
+
+def test_a_name_that_an_installed_package_offers_leads_to_its_class(site: Path, tmp_path: Path) -> None:
+    """A recipe that was written where the class was no package's yet is merged as by the name that it has now."""
+    models = made(tmp_path, 2)
+    assert "third_party" not in sys.modules
+    merged = [
+        tm.merge(name, **models, progress=False).save(tmp_path / f"out{i}")
+        for i, name in enumerate(["third_party.method:Third", "third"])
+    ]
+    assert all(
+        torch.equal(x, load_file(merged[1] / "model.safetensors")[n])
+        for n, x in load_file(merged[0] / "model.safetensors").items()
+    )
+    with pytest.raises(TwinmergeError, match="no module is imported because it is named"):
+        tm.merge("third_party_other:Third", **models)
+    with pytest.raises(TwinmergeError, match="has no class 'Fourth'"):
+        tm.merge("third_party.method:Fourth", **models)
 
 
 @pytest.fixture

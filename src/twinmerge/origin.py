@@ -129,7 +129,8 @@ def name_of(cls: type[T], plugins: Plugins[T]) -> str:
 
 
 def class_named(name: str, plugins: Plugins[T]) -> type[T]:
-    """The class of a name that `is_own`. Nothing is imported for a name, which may stand in a stranger's file.
+    """The class of a name that `is_own`. Nothing is imported for a name, which may stand in a stranger's file, but
+    what an installed package offers.
 
     Raises:
         TwinmergeError: no name leads to it, its module is not imported, or it lacks something.
@@ -142,9 +143,14 @@ def class_named(name: str, plugins: Plugins[T]) -> type[T]:
         )
     module, _, cls = name.partition(":")
     if module not in sys.modules:
+        entries = (e for e in plugins.offered() if f"{e.module}:{e.attr}" == name and e.name not in plugins.files())
+        if (entry := next(entries, None)) is not None:
+            return plugins.find(entry.name)
+        call = f": tm.merge({cls:.80}, …)" if kind == "method" else ""
         raise RecipeError(
-            f"The {kind} {name!r:.80} is a class of the module {module!r:.80}, and no module is imported because a "
-            f"file names it. Import it first, or let its package offer the class as an entry point of {plugins.group}."
+            f"The {kind} {name!r:.80} is a class of the module {module!r:.80}, and no module is imported because it is "
+            f"named. In Python import it first, or give the class itself{call}. For the command, install a package "
+            f"that has it as an entry point of {plugins.group}, as docs/start/research.md shows."
         )
     found = _at(name)
     if found is None:
