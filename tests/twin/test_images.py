@@ -143,6 +143,44 @@ def test_predict_takes_images(vit: Any, form: str) -> None:
     assert found.to_dict()[0]["text"].startswith(("image of", "pixel values"))
 
 
+def test_images_are_read_alike_wherever_inputs_are_read(vit: Any) -> None:
+    """Images of Pillow give what their finished pixel values give; a twin in bfloat16 reads them too."""
+    light = np.random.default_rng(3)
+    images = {
+        n: [Image.fromarray(light.integers(9 * k, 60 + 99 * k, (12, 10, 3), dtype=np.uint8)) for _ in range(20)]
+        for k, n in enumerate(CLASSES)
+    }
+    values = {
+        n: {"pixel_values": processor()(images=some, return_tensors="pt")["pixel_values"]} for n, some in images.items()
+    }
+    twin = tm.Twin.from_pretrained(vit[0])
+    quiet: dict[str, Any] = {"progress": False}
+    assert twin.fit_router(images, refuse=0, **quiet) == twin.fit_router(values, refuse=0, **quiet)
+    arrays = {n: np.stack([np.asarray(image) for image in some]) for n, some in images.items()}
+    assert twin.fit_router(arrays, refuse=0, **quiet) == twin.fit_router(values, refuse=0, **quiet)
+    batch = values["pets"]
+    for made in (
+        lambda given: twin.compress(rank=1, inputs=given, **quiet),
+        lambda given: twin.refine(given, steps=2, experts=dict(vit[1]), **quiet),
+        lambda given: twin.remove("signs").add("signs", vit[1]["signs"], given["signs"], **quiet),
+    ):
+        found, wanted = made(images)(**batch, expert="signs").logits, made(values)(**batch, expert="signs").logits
+        assert torch.allclose(found, wanted, atol=1e-6)
+    half = tm.Twin.from_pretrained(vit[0], dtype="bfloat16")
+    assert half.fit_router(images, refuse=0, **quiet).rows == 8
+
+
+def test_a_twin_says_what_it_reads(vit: Any) -> None:
+    twin = tm.Twin.from_pretrained(vit[0])
+    for ask in (
+        lambda: twin.predict(["a text"]),
+        lambda: twin.encode([("a", "b")]),
+        lambda: twin.fit_router({"pets": ["a", "b"], "signs": ["c", "d"]}, progress=False),
+    ):
+        with pytest.raises(UsageError, match="This twin reads images, and .* is none. Give images of Pillow"):
+            ask()
+
+
 def test_images_and_texts_do_not_mix(vit: Any) -> None:
     twin = tm.Twin.from_pretrained(vit[0])
     with pytest.raises(UsageError, match="Some inputs are images, and some are none"):

@@ -16,7 +16,7 @@ from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.maths.keyed_random import uniform
 from twinmerge.store.foreign import check_settings, reason
-from twinmerge.tasks.images import ImageFile
+from twinmerge.tasks.images import ImageFile, Picture
 from twinmerge.tasks.rows import Tokens
 from twinmerge.tasks.suite import Row
 
@@ -257,7 +257,8 @@ def padded_tokens(
 
 
 def _length(row: Input) -> int:
-    if isinstance(row, ImageFile):
+    """For the order of rows; 1 of an image in any form."""
+    if isinstance(row, (ImageFile, Picture)) or not isinstance(row, (str, tuple, list)):
         return 1
     return len(row.ids) if isinstance(row, Tokens) else sum(len(text or "") for text in _texts(row))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import TransformersKwargs
 
-from twinmerge.arguments import strict
+from twinmerge.arguments import shown, strict
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.headed import HeadedModel, architecture_of
 from twinmerge.models.opened import OpenedModel
@@ -23,7 +23,7 @@ from twinmerge.models.rows import batch_size
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.moved import no_attribute
 from twinmerge.tasks.encode import Input, TextEncoder, all_tokens, padded_tokens
-from twinmerge.tasks.images import ImageEncoder, as_images
+from twinmerge.tasks.images import ImageEncoder, as_images, named
 from twinmerge.twin.about.config import PROCESSORS
 from twinmerge.twin.mixing.fresh import Fresh, dense_weights
 from twinmerge.twin.mixing.mixture import mixture_weights
@@ -260,14 +260,22 @@ class Core(nn.Module):
                 them.
 
         Raises:
-            TwinmergeError: texts, and no tokenizer; as `TextEncoder.encode` says.
+            TwinmergeError: texts, and no tokenizer; what the model does not read; as `TextEncoder.encode` says.
         """
-        return {name: tensor.to(self.device) for name, tensor in self._encoded(rows).items()}
+        return {name: _at(self.device, tensor, self.dtype) for name, tensor in self._encoded(rows).items()}
 
     def _encoded(self, rows: Sequence[Input]) -> dict[str, Tensor]:
         if not isinstance(rows, (str, Mapping)) and (found := as_images(rows)) is not None:
+            if "pixel_values" not in self.takes:
+                raise UsageError(f"This twin reads texts, and {named(rows[0])} is none. Give texts.")
             batch = {"pixel_values": found} if isinstance(found, Tensor) else self._images.encode(found)
             return {name: t for name, t in batch.items() if name in self.takes}
+        if "pixel_values" in self.takes and "input_ids" not in self.takes:
+            first = shown(rows[0] if isinstance(rows, (list, tuple)) and rows else rows)
+            raise UsageError(
+                f"This twin reads images, and {first} is none. Give images of Pillow, arrays of uint8, or float tensors "
+                "of finished pixel values."
+            )
         tokens = all_tokens(rows) if isinstance(rows, (list, tuple)) and rows else None
         if tokens is None or self.has_tokenizer():
             return self.encoder.encode(rows)
@@ -303,6 +311,11 @@ class Core(nn.Module):
 
     def _has(self, names: Sequence[str]) -> bool:
         return self.side_files is not None and any((self.side_files / name).is_file() for name in names)
+
+
+def _at(device: torch.device, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor where the model is, and in its dtype if it is of the floating kind, as images are."""
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -27,7 +27,7 @@ from twinmerge.twin.routers.kit.features import features
 from twinmerge.twin.split import refuse_masks
 
 Given = Sequence[Any] | Mapping[str, Any]
-"""Texts, (text, text_pair) tuples, rows of a suite or token ids; a column or a table of them (see `inputs_from`); or
+"""Texts, (text, text_pair) tuples, rows of a suite, token ids or images; a column or a table of them (see `inputs_from`); or
 a batch of tensors such as {"pixel_values": ...}."""
 
 

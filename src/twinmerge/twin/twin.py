@@ -462,7 +462,8 @@ class Twin(Described, Served):
         """Fit the router on a few hundred inputs of each expert's kind; a fifth is held out for the temperature.
 
         Args:
-            inputs: expert -> texts (or pairs, or suite rows), or a batch of tensors such as {"pixel_values": ...}.
+            inputs: expert -> texts (or pairs, or suite rows), images, or a batch of tensors such as
+                {"pixel_values": ...}: what `predict` takes.
             kind: "gaussian" (closed form, early layers beside the last; experts can come and go); "logistic" (the
                 same layers, often a little better, most of all on early layers); "mlp" (the paper's, last layer);
                 "knn" (keeps examples); "projection" and "entropy", made of the experts alone: with no inputs they are
