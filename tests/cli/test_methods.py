@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import twinmerge as tm
 from twinmerge.errors import RecipeError
+from twinmerge.methods import Known, Method, Tile
 from twinmerge.methods.kit.registry import by_any_name, method_names
 from twinmerge.methods.kit.scores import SCORES
 from twinmerge.recipes.schema import recipe_from
@@ -20,6 +22,19 @@ NAMES = {"linear": "average", "dare_linear": "dare", "TIES": "ties", "dare-ties"
 PEFT = {"cat": "task_arithmetic", "svd": "task_arithmetic", "magnitude_prune": "magnitude", "Ties-SVD": "ties"}
 PEFT |= {"dare_linear_svd": "dare", "dare_ties_svd": "dare_ties", "magnitude_prune_svd": "magnitude"}
 PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
+
+
+class Bare(Method):
+    """θ0 + the first change."""
+
+    def apply(self, tile: Tile, known: Known) -> Any:
+        return tile.base + tile.x[0]
+
+
+def test_of_a_method_of_ones_own_no_cost_is_made_up(command: Callable[..., Any], monkeypatch: Any) -> None:
+    entry = EntryPoint("bare", f"{__name__}:Bare", "twinmerge.methods")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] if group == entry.group else [])
+    assert "Takes" not in command("methods", "bare").out and "Takes: " in command("methods", "ties").out
 
 
 @pytest.mark.parametrize("name", PEFT)

@@ -270,7 +270,7 @@ def test_the_share_that_may_be_refused(command: Any, zoo: Any, tmp_path: Path) -
     row = command("twin", "predict", tmp_path / "at 0.2", "w3 w14 w25", "--json").json()[0]
     assert {"routing", "refused"} <= row.keys() and sum(row["routing"].values()) == pytest.approx(1)
     ran = command(*words, "--refuse", 1.5, "-o", tmp_path / "no")
-    assert ran.code == 2 and "--refuse is '1.5', and should be less than or equal to 1" in ran.err
+    assert ran.code == 2 and "refuse is 1.5: the share of known inputs that may be refused. Give a" in ran.err
 
 
 def test_run_shows_a_table(command: Any, zoo: Any, mixed: list[str]) -> None:

@@ -43,9 +43,10 @@ def methods(
     about = found[name]
     tell_class(name, method_class(name))
     kept = "" if about["score"] is None else f" Kept: {about['score']} % of eight text experts (docs/quality.md)."
+    takes = f" Takes: {about['cost']}." if about["cost"] else ""
     tell(
-        f"Needs: {', '.join(about['needs']) or 'the models alone'}. Gives: {_gives(about)}. "
-        f"Takes: {about['cost'] or '?'}.{kept} Paper: {about['paper']}.\n"
+        f"Needs: {', '.join(about['needs']) or 'the models alone'}. Gives: {_gives(about)}."
+        f"{takes}{kept} Paper: {about['paper']}.\n"
     )
     lines = [
         (f, str(parameter["default"]), parameter["values"], str(parameter["about"] or ""))

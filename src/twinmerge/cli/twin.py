@@ -110,9 +110,7 @@ def build(
         typer.Option(
             "--refuse",
             metavar="SHARE",
-            min=0,
-            max=1,
-            help="Share of known inputs that may be left to the shared model as unknown; 0 for never.",
+            help="Share of known inputs that may be left to the shared model as unknown, from 0 (never) to below 1.",
         ),
     ] = 0.02,
     null: Annotated[
@@ -131,11 +129,13 @@ def build(
     """
     from twinmerge.store.output import OutputFolder
     from twinmerge.tasks.suite import open_suite
+    from twinmerge.twin.routers.kit.novelty import check_refuse
     from twinmerge.twin.routers.kit.registry import make_router
     from twinmerge.twin.twin import CHOSEN_FROM, DEFAULT_RANK, Twin
 
     use_threads(threads)
     OutputFolder(output).check()
+    check_refuse(refuse)  # before the twin takes its time
     if base is None:
         raise UsageError("No base is named. Add --base MODEL, the model that the experts were tuned from.")
     experts = pairs(expert, "--expert")

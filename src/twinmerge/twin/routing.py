@@ -13,6 +13,7 @@ from twinmerge.arguments import at_least_one, fits, shown
 from twinmerge.errors import UsageError, nearest
 from twinmerge.models.layers import Early, called_before, depth, layer_count
 from twinmerge.models.rows import for_each_row
+from twinmerge.results import some
 from twinmerge.twin.answer import planned
 from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.converted import Converted
@@ -63,6 +64,11 @@ def mixtures(
     per_row_most = core.experts_per_row if experts_per_row == "own" else experts_per_row
     if per_row_most is not None:
         at_least_one("experts_per_row", per_row_most)
+        if experts_per_row != "own" and per_row_most > len(core.experts):
+            raise UsageError(
+                f"experts_per_row is {per_row_most}, and the twin has {len(core.experts)} experts "
+                f"({some(core.experts)}). Give that many at most, or None for all."
+            )
     if mixture is None and expert is None:
         return routed(core, batch, per_row_most)
     if mixture is not None and expert is not None:

@@ -141,6 +141,8 @@ def merge_lora(
     `maths/shared_space.py`); the 70 % is ‖(Σ wt Bt)(Σ wt At) − Σ wt Bt At‖ / ‖Σ wt Bt At‖,
     computed for random factors.
     """
+    if "compress_last" in parameters:
+        raise UsageError("compress_last is the command's name of it. Write compress_first=False.")
     limit = Limit.of(rank, energy)
     recipe = _recipe(of_adapters(method), base, experts, weights, scale, with_parameters(parameters), dtype)
     rule = recipe.make_method()
