@@ -217,7 +217,10 @@ def byte_count(text: str, whole: int) -> float:
 
 
 def _meant(value: Any, kind: Any) -> str:
-    """The nearest of the texts that an argument may be."""
+    """What is meant: the nearest of the texts that an argument may be; a list, where it is one text alone."""
+    kinds = {typing.get_origin(one) or one for one in (kind, *typing.get_args(kind))}
+    if isinstance(value, str) and kinds & {Sequence, list, tuple, Collection, Iterable}:
+        return " Give a list, also of one: [text]."
     if typing.get_origin(kind) is typing.Literal and isinstance(value, str):
         return nearest(value, typing.get_args(kind))
     return ""

@@ -143,9 +143,11 @@ def class_named(name: str, plugins: Plugins[T]) -> type[T]:
         )
     module, _, cls = name.partition(":")
     if module not in sys.modules:
-        entries = (e for e in plugins.offered() if f"{e.module}:{e.attr}" == name and e.name not in plugins.files())
-        if (entry := next(entries, None)) is not None:
-            return plugins.find(entry.name)
+        own = plugins.files()
+        if (
+            offered := next((e.name for e in plugins.offered() if e.value == name and e.name not in own), None)
+        ) is not None:
+            return plugins.find(offered)
         call = f": tm.merge({cls:.80}, …)" if kind == "method" else ""
         raise RecipeError(
             f"The {kind} {name!r:.80} is a class of the module {module!r:.80}, and no module is imported because it is "

@@ -194,7 +194,9 @@ def test_no_module_is_imported_because_a_recipe_names_it(models, tmp_path, monke
     recipe = tm.merge("ties", **models).recipe.describe() | {"merge_method": "strangers:Method"}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     for read in (lambda: from_description(recipe), lambda: tm.read_recipe(tmp_path / "recipe.json")):
-        with pytest.raises(TwinmergeError, match=r"In Python import it first, .* tm.merge\(Method, …\). For the command"):
+        with pytest.raises(
+            TwinmergeError, match=r"In Python import it first, .* tm.merge\(Method, …\). For the command"
+        ):
             read()
     assert not (tmp_path / "ran").exists() and "strangers" not in sys.modules
     with pytest.raises(TwinmergeError, match="has no class 'Gone'"):

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -66,6 +67,16 @@ def test_scores_by_name_are_averaged_and_kept(merge: tm.Merge) -> None:
     assert found.to_markdown().splitlines()[0] == "| scale | score | one | two |"
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, np.float32, lambda x: torch.nn.Parameter(torch.tensor(x))])
+def test_numbers_of_other_libraries_become_pythons_own(merge: tm.Merge, kind: Any) -> None:
+    grid = {"scale": np.linspace(0.25, 0.5, 2), "weights": [[np.float64(1.0), torch.tensor(0.5)]]}
+    found = tm.search(merge, grid=grid, scorer=lambda model: kind(0.75), progress=False)
+    assert repr(found.best.parameters) == "{'scale': 0.25, 'weights': [1.0, 0.5]}"
+    assert repr([found.best.score, *found.to_dict()["best"].values()]) == "[0.75, 0.25, [1.0, 0.5]]"
+    named = tm.search(merge, grid={"scale": [1]}, scorer=lambda model: {"a": kind(0.5), "b": 1}, progress=False)
+    assert repr(named.best.scores) == "{'a': 0.5, 'b': 1.0}" and named.best.score == 0.75
+
+
 @pytest.mark.parametrize(
     "given, says",
     [
@@ -75,8 +86,9 @@ def test_scores_by_name_are_averaged_and_kept(merge: tm.Merge) -> None:
         ({"scorer": lambda model: math.nan}, "The scorer gives nan for .'scale': 0.1"),
         ({"scorer": lambda model: {"a": math.inf}}, "The scorer gives inf"),
         ({"scorer": 3}, "search takes scorer as"),
-        ({}, "needs a suite or a scorer"),
-        ({"scorer": loss, "suite": "suite/"}, "needs a suite or a scorer"),
+        ({}, "needs a suite or a scorer of your own, and neither is given"),
+        ({"scorer": loss, "suite": "suite/"}, "Both a suite and a scorer are given"),
+        ({"scorer": lambda model: torch.ones(2)}, "The scorer gives a Tensor"),
     ],
 )
 def test_what_is_no_score_is_refused(merge: tm.Merge, given: dict[str, Any], says: str) -> None:

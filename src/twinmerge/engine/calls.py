@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from twinmerge.arguments import strict
 from twinmerge.engine.check import Checked
 from twinmerge.engine.merge import Merge
 from twinmerge.engine.merge_parts import merge_of
-from twinmerge.methods.kit.registry import MethodLike, require_model
+from twinmerge.errors import UsageError
+from twinmerge.methods.kit.registry import METHODS, MethodLike, by_any_name, is_own, method_class, require_model
 from twinmerge.models.opened import ModelLike
 from twinmerge.recipes.recipe import Recipe
 
@@ -18,6 +21,50 @@ if TYPE_CHECKING:
     import torch
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+SAVING = {"overwrite": "True", "shard_bytes": "5_000_000_000"}
+"""What `Merge.save` takes beside the output, with examples."""
+
+
+def in_order(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a call that takes a method, a base and experts say so where they come in another order."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = {**dict(zip(("method", "base", "experts"), args, strict=False)), **kwargs}
+        method, base, experts = (given.get(name) for name in ("method", "base", "experts"))
+        swapped = isinstance(base, str) and not os.path.exists(base) and _is_method(base)
+        if (
+            isinstance(method, Mapping)
+            or (isinstance(base, Mapping) and isinstance(experts, (str, os.PathLike)))
+            or (swapped and isinstance(method, str) and not _is_method(method))
+        ):
+            raise UsageError(
+                f"The arguments come in another order: the method, the base, the experts. Write tm.{function.__name__}"
+                '("ties", "base", {"math": "math", "code": "code"}).'
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _is_method(name: str) -> bool:
+    return is_own(name) or by_any_name(name) in METHODS.names()
+
+
+def _check_saving(method: MethodLike | Recipe, parameters: Mapping[str, Any]) -> None:
+    """Refuse among the parameters what belongs to `Merge.save`."""
+    known = () if isinstance(method, Recipe) else method_class(method).model_fields
+    for name, example in SAVING.items():
+        if name in parameters and name not in known:
+            raise UsageError(
+                f"{name} is said where the merge is written. Write tm.merge(…).save(out, {name}={example}), and leave "
+                "it out of this call."
+            )
+
+
+@in_order
 @strict
 def merge(
     method: MethodLike | Recipe,
@@ -71,6 +118,7 @@ def merge(
     Raises:
         TwinmergeError: unknown method or parameter, values out of range.
     """
+    _check_saving(method, parameters)
     recipe = Recipe.of(
         method,
         base,
@@ -94,6 +142,7 @@ def merge(
     return found
 
 
+@in_order
 @strict
 def check(
     method: MethodLike | Recipe,

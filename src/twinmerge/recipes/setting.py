@@ -217,4 +217,4 @@ def plain_value(value: Any) -> Any:
         return value.describe()
     if isinstance(value, (list, tuple)):
         return [plain_value(each) for each in value]
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -17,6 +17,7 @@ from twinmerge.errors import UsageError
 from twinmerge.models.transformers_class import position_limit
 from twinmerge.progress import bar as progress_bar
 from twinmerge.progress import log
+from twinmerge.recipes.setting import plain_value
 from twinmerge.results import Result, Table, cell, plain
 from twinmerge.store.output import replace_text
 from twinmerge.study.evaluate import StaticRunner, evaluate, tokenizer_folder
@@ -157,6 +158,7 @@ def scored(found: Any, candidate: Mapping[str, Any]) -> Trial:
         >>> scored({"a": 0.5, "b": 1.0}, {"scale": 0.1}).score, scored(2, {}).scores
         (0.75, {})
     """
+    found = {n: _number(v) for n, v in found.items()} if isinstance(found, Mapping) else _number(found)
     scores = {} if fits(found, float) else found
     if not fits(scores, Mapping[str, float]) or not (scores or fits(found, float)):
         raise UsageError(f"The scorer gives {shown(found)}. Let it give a number, or a mapping of names to numbers.")
@@ -164,6 +166,11 @@ def scored(found: Any, candidate: Mapping[str, Any]) -> Trial:
     if not math.isfinite(score):
         raise UsageError(f"The scorer gives {score} for {dict(candidate)}. Let it give a finite number.")
     return Trial(dict(candidate), score, {str(name): float(value) for name, value in scores.items()})
+
+
+def _number(value: Any) -> Any:
+    """Python's own number for an array or tensor without axes."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def check_split(split: str) -> None:
@@ -234,8 +241,10 @@ def search(
     """
     check_split(split)
     reference, file = Evaluation.read(experts), check_file(out)
-    if (suite is None) == (scorer is None):
-        raise UsageError("A search needs a suite or a scorer of your own. Give one of them.")
+    if suite is None and scorer is None:
+        raise UsageError("A search needs a suite or a scorer of your own, and neither is given. Give one of them.")
+    if suite is not None and scorer is not None:
+        raise UsageError("Both a suite and a scorer are given, and one of them decides. Leave the other out.")
     if scorer is not None and reference is not None:
         raise UsageError("The experts' scores are of a suite, and a scorer is given. Leave experts out.")
     if suite is not None and not isinstance(suite, Mapping):
@@ -247,6 +256,7 @@ def search(
         )
     if not candidates:
         raise UsageError("There is nothing to choose from. Name values with --grid NAME=A,B,C, or --weightings.")
+    candidates = [{name: plain_value(value) for name, value in candidate.items()} for candidate in candidates]
     for candidate in candidates:  # before the first of them takes its time
         merge.recipe.varied(candidate).make_method()
     if merge.edited:

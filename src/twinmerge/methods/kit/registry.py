@@ -273,6 +273,8 @@ def _counted(cls: type[Method], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_share(name: str, field: str, value: Any) -> None:
     for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, str):
+            raise RecipeError(f"{name}: {field}={number!r:.80} is a text. Give a number, such as {field}=0.2.")
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
             raise RecipeError(
                 f"{name}: {field}={number!r:.80} is out of range. Give a share between 0 and 1, such as 0.2."
