@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from markdown_it import MarkdownIt
+from rich.cells import cell_len
 
 from twinmerge.cli.common import print_json
 from twinmerge.errors import OutputError
@@ -158,3 +159,22 @@ def test_what_holds_much_prints_in_lines_that_fit() -> None:
     assert lines[0] == "Box(of two)" == repr(Box()) and max(map(len, lines)) <= WIDTH
     assert lines[-2:] == ["  none   -", "  n      3"] and lines[1].startswith("  names  expert-0, ")
     assert all(line.startswith("         ") for line in lines[2:6]) and "".join(lines).count("x") >= 200
+
+
+@pytest.mark.parametrize("columns, count", [(1, 1), (2, 20), (3, 21), (9, 3), (40, 45)])
+@pytest.mark.parametrize("value", [1 / 3, 7, None, True, "a", "漢字" * 60, "x" * 300, "a\nb\tc\x1b[1m", ["a", "b"]])
+def test_a_table_that_is_printed_fits(columns: int, count: int, value: Any) -> None:
+    found = Rows([{f"column{i}": value for i in range(columns)}] * count)
+    first, titles, *lines = str(found).split("\n")
+    assert first == repr(found) and titles.split()[0].startswith("column0")
+    assert all(cell_len(line) < 80 and line == line.rstrip() for line in (titles, *lines)), lines
+    shown = len(titles.split())
+    left = [f"{count - 20} more row"] * (count > 20) + [f"{columns - shown} more column"] * (columns > shown)
+    assert len(lines) == min(count, 20) + bool(left) and all(each in lines[-1] for each in left)
+
+
+def test_only_a_table_is_printed_as_one() -> None:
+    assert str(Rows()) == repr(Rows()) and str(Record(a=1)) == repr(Record(a=1))
+    found = Rows([{"name": "a", "share": 0.123456}, {"name": "bcdef", "share": 12.5}])
+    assert str(found) == "Rows(2 rows)\nname    share\na      0.1235\nbcdef    12.5"
+    assert "\n" not in repr(found) and "\n" not in f"{[found]}"

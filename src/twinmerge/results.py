@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from twinmerge.arguments import strict
 from twinmerge.errors import OutputError, ResourceError
 from twinmerge.tables import WIDTH as WIDTH
-from twinmerge.tables import block, html_table, latex_table, markdown_table, visible
+from twinmerge.tables import block, html_table, latex_table, markdown_table, text_table, visible
 from twinmerge.tables import cell as cell
 
 T = TypeVar("T")
@@ -185,9 +185,21 @@ class Written(Result):
 
 
 class Table(Result):
-    """A result that is rows of values under titles of its own."""
+    """A result that is rows of values under titles of its own, which `print` shows below the line of the repr.
+
+    Example:
+        >>> print(Rows([{"name": "a", "share": 0.25}, {"name": "b", "share": 0.5}]))
+        Rows(2 rows)
+        name  share
+        a      0.25
+        b       0.5
+    """
 
     __slots__ = ()
+
+    def __str__(self) -> str:
+        columns, rows = self._table()
+        return f"{self!r}\n{text_table(columns, rows)}" if len(rows) else repr(self)
 
 
 class Rows(Table, list[T]):

@@ -10,6 +10,8 @@ from typing import Any
 
 WIDTH = 79  # of a line
 SHOWN = 30  # rows of a table in a notebook
+PRINTED = 20  # of one that is printed
+NARROW = 12  # a column of texts is not cut below; the first, of names, not below twice as much
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
 SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ", "\r": " "}
@@ -55,6 +57,48 @@ def block(title: str, about: Mapping[str, Any]) -> str:
             text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
         )
     return "\n".join(lines)
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """As a terminal shows it: at most 20 rows, lines that fit, and below what was left out.
+
+    Long texts are cut; columns that do not fit are left out from the right.
+
+    Example:
+        >>> print(text_table(["name", "score"], [["a", 0.5], ["long", 0.12345]]))
+        name   score
+        a        0.5
+        long  0.1235
+        >>> print(text_table(["n"], [[i] for i in range(22)]).splitlines()[-1])
+        2 more rows: to_csv() has all
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    right = _numbers(rows, len(columns))
+    lines = [[" ".join(_visible(cell(value)).split()) for value in row] for row in [columns, *rows[:PRINTED]]]
+    wide = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    while wide and sum(wide) + 2 * len(wide) - 2 > WIDTH:
+        least = [NARROW if i else 2 * NARROW for i in range(len(wide))]
+        longest = max(range(len(wide)), key=lambda i: (not right[i] and wide[i] > least[i], wide[i]))
+        if not right[longest] and wide[longest] > least[longest]:
+            wide[longest] = max(least[longest], wide[longest] - (sum(wide) + 2 * len(wide) - 2 - WIDTH))
+        elif len(wide) > 1:
+            wide.pop()
+        else:
+            wide = [WIDTH]
+
+    def fitting(text: str, width: int, number: bool) -> str:
+        text = text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+        blank = " " * (width - cell_len(text))
+        return blank + text if number else text + blank
+
+    shown = [
+        "  ".join(fitting(*each) for each in zip(line[: len(wide)], wide, right[: len(wide)], strict=True)).rstrip()
+        for line in lines
+    ]
+    left = [(len(rows) - PRINTED, "row"), (len(columns) - len(wide), "column")]
+    more = " and ".join(f"{count} more {what}{'s' if count > 1 else ''}" for count, what in left if count > 0)
+    return "\n".join([*shown, f"{more}: to_csv() has all"] if more else shown)
 
 
 def html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
