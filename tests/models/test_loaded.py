@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -154,3 +155,43 @@ def test_without_heads_it_is_the_class_that_stock_transformers_opens(
     model.save_pretrained(tmp_path / "again")
     again = getattr(transformers, name).from_pretrained(tmp_path / "again")
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in stock.state_dict().items())
+
+
+def names_in(model: Any) -> set[tuple[str, str | None]]:
+    """What the models inside a model, and all of their configs, call their folder and its commit."""
+    configs, found = [m.config for m in model.modules() if isinstance(m, transformers.PreTrainedModel)], set()
+    while configs:
+        config = configs.pop()
+        found.add((config._name_or_path, getattr(config, "_commit_hash", None)))
+        configs += [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]
+    return found | {(m.name_or_path, None) for m in model.modules() if isinstance(m, transformers.PreTrainedModel)}
+
+
+def test_what_is_made_in_memory_names_no_folder(build: Any, tuned: Any, with_body_of: Any, tmp_path: Path) -> None:
+    """PEFT writes that name into an adapter, which would open on the base; stock transformers names a new model ""."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    towers = {"text_config": {**sizes, "vocab_size": 30}, "vision_config": {**sizes, "image_size": 8, "patch_size": 4}}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=8))
+    for name, base in {"llama": build("LlamaForCausalLM"), "clip": clip, "bert": build("BertModel")}.items():
+        makes = (lambda m: m) if name != "bert" else lambda m: with_body_of(build("BertForSequenceClassification"), m)
+        base.save_pretrained(tmp_path / name)
+        for i in range(2):
+            makes(tuned(base, i)).save_pretrained(tmp_path / f"{name}{i}")
+        given = {"base": tmp_path / name, "experts": {e: tmp_path / f"{name}{e}" for e in "01"}}
+        read = type(base).from_pretrained(tmp_path / name)
+        for start in (given["base"], read):
+            merge = tm.merge("average", start, given["experts"], progress=False)
+            model = merge.load()
+            twin = [] if name == "clip" else [tm.Twin.build(start, given["experts"], 2, progress=False).model]
+            plain = [model.head("0"), model.head("1")] if name == "bert" else [model]
+            for one in (*plain, model, *twin):
+                assert names_in(one) == {("", None)}
+        assert read.config._name_or_path == str(tmp_path / name)  # somebody's own model keeps its name
+        if name == "llama":
+            made = [peft.get_peft_model(m, peft.LoraConfig(target_modules=["q_proj"])) for m in (plain[0], base)]
+            said = [m.peft_config["default"].base_model_name_or_path for m in made]
+            assert said[0] == said[1] != str(tmp_path / name)  # `base` was made in memory
+            plain[0] = made[0].unload()
+        plain[0].save_pretrained(tmp_path / f"{name}out")
+        again = type(plain[0]).from_pretrained(tmp_path / f"{name}out")
+        assert again.config._name_or_path == str(tmp_path / f"{name}out")

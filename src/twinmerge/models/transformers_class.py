@@ -6,6 +6,7 @@ Canonical names are the parameter names inside the bare model: `bert.encoder.lay
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -82,11 +83,11 @@ class TransformersArchitecture(Architecture):
         return type(self), (self.config, self.model_class), {"torn": self.torn}
 
     def build(self) -> PreTrainedModel:
-        """The class with its buffers, its parameters left as they come."""
+        """The class with its buffers, its parameters left as they come; its config is its own and names no folder."""
         from transformers.initialization import no_init_weights
 
         with no_init_weights():
-            made: PreTrainedModel = self.model_class(self.config)
+            made: PreTrainedModel = self.model_class(_unnamed(copy.deepcopy(self.config)))
             return made
 
     @property
@@ -227,6 +228,16 @@ class TransformersArchitecture(Architecture):
             return None
         named = self.skeleton.named_modules()
         return next((self.of_module(f"{name}.weight") for name, module in named if module is found), None)
+
+
+def _unnamed(config: PretrainedConfig) -> PretrainedConfig:
+    """The config as one of no folder: a merge is not the model that its config was read of, and PEFT writes that name
+    into the adapters that are trained on it."""
+    config._name_or_path, config._commit_hash = "", None
+    for key in config.sub_configs:
+        if isinstance(part := getattr(config, key, None), PretrainedConfig):
+            _unnamed(part)
+    return config
 
 
 def labels_of(config: PretrainedConfig) -> list[str] | None:
