@@ -52,6 +52,7 @@ _WHERE = {
     "list_codecs": "maths.codec",
     "list_methods": "methods.kit.listing",
     "list_routers": "twin.routers.kit.listing",
+    "load": "engine.load",
     "measure": "statistics.measure",
     "merge": "engine.calls",
     "merge_checkpoints": "engine.checkpoints",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from twinmerge.engine.checkpoints import merge_checkpoints as merge_checkpoints
     from twinmerge.engine.diff import diff as diff
     from twinmerge.engine.explain import explain_recipe as explain_recipe
+    from twinmerge.engine.load import load as load
     from twinmerge.engine.merge import Merge as Merge
     from twinmerge.engine.push import push as push
     from twinmerge.engine.transplant.transplant import transplant as transplant

@@ -304,6 +304,48 @@ def test_merges_and_twins_of_image_towers_keep_the_classifiers_as_heads(clip: An
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_cards_of_zero_shot_classifiers_run(clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No auto class opens them; the oracle is the class by hand with the weights that the twin says."""
+    root, model = clip
+    model.vision_model.save_pretrained(tmp_path / "base")
+    processor().save_pretrained(tmp_path / "base")
+    given: dict[str, dict[str, Any]] = {"heads": {}, "alike": {}}
+    for i, (name, names) in enumerate(CLASSES.items()):
+        for kind, of in (("heads", names), ("alike", CLASSES["signs"])):
+            tower = copy.deepcopy(model.vision_model)
+            with torch.no_grad():
+                tower.encoder.layers[0].mlp.fc1.weight += 0.01 * (i + 1)
+            given[kind][name] = tm.zero_shot(str(root), of, TEMPLATES, tower=tower)
+    same = tm.zero_shot(str(root), CLASSES["signs"], TEMPLATES)
+    same.save_pretrained(tmp_path / "same")
+    processor().save_pretrained(tmp_path / "same")
+    alike = tm.merge("average", tmp_path / "same", given["alike"], progress=False)
+    merge = tm.merge("average", tmp_path / "base", given["heads"], progress=False)
+    twin = tm.Twin.build(tmp_path / "base", given["heads"], 4, shared="average", progress=False)
+    twin.save_pretrained(tmp_path / "twin")
+    values = processor()(images=drawn(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        wanted = {
+            "alike": alike.load()(pixel_values=values).logits,
+            "merged": merge.load()(pixel_values=values, head="pets").logits,
+            "dense": given["heads"]["signs"](pixel_values=values).logits,
+        }
+        wanted["lora"] = wanted["dense"]
+        alike.save(tmp_path / "alike")
+        merge.save(tmp_path / "merged")
+        twin.export("signs", tmp_path / "dense")
+        twin.export("signs", tmp_path / "lora", lora=True)
+        for name, want in wanted.items():
+            card = (tmp_path / name / "README.md").read_text()
+            assert name == "lora" or "pipeline_tag: image-classification" in card and "library_name: twinmerge" in card
+            code, names = card.split("## Use\n\n```python\n")[1].split("```")[0], dict[str, Any]()
+            monkeypatch.chdir(tmp_path / name)
+            exec(compile(code, "card", "exec"), names)
+            got = names["model"].eval()(pixel_values=values).logits
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
 def test_towers_and_names_that_do_not_fit_are_refused(clip: Any, vit: Any, tmp_path: Path) -> None:
     root, model = clip
     wide = CLIPVisionModel(CLIPVisionConfig(**{**VISION, "hidden_size": 32}))

@@ -272,7 +272,8 @@ def export(
         ),
     ] = None,
     head: Annotated[
-        str | None, typer.Option("--head", metavar="NAME", help="The expert whose output layers the model gets.")
+        str | None,
+        typer.Option("--head", metavar="NAME", help="The expert whose output layers the model or adapter gets."),
     ] = None,
     threads: Threads = None,
     json: Json = False,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from twinmerge.models.answers import Answers, answers_of
+from twinmerge.models.own_classes import OWN_CLASSES
 from twinmerge.models.parts import MODULES, PIPELINE, class_of_parts, config_in
-from twinmerge.store.foreign import matches
+from twinmerge.store.foreign import matches, read_json
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece.*", "*.tiktoken")
 IMAGES = ("preprocessor_config.json", "processor_config.json")
@@ -52,14 +53,29 @@ def usage_of(folder: Path, known: bool = True) -> Usage:
     config = config_in(folder)
     if (own := _word(config.get("_class_name"))) is not None:
         return Usage("diffusers", _opened("diffusers", own, "model"))
-    named = config.get("architectures")
-    own = _word(named[0]) if isinstance(named, list) and named else None
-    if not known or own is None or "model_type" not in config:
+    if not known:
         return Usage(None, _tensors())
     has = os.listdir(folder)
     text, images = (any(matches(name, of) for name in has) for of in (TOKENIZERS, IMAGES))
+    if heads := _heads(folder):
+        first = next(iter(heads))
+        code = _transformers(
+            heads[first], text, images, False, answers_of(config_in(folder / "heads" / first)), [*heads]
+        )
+        tasks = {task_of_class(own) for own in heads.values()}
+        return Usage(TWINS, code, tasks.pop() if len(tasks) == 1 else None)
+    named = config.get("architectures")
+    own = _word(named[0]) if isinstance(named, list) and named else None
+    if own is None or "model_type" not in config:
+        return Usage(None, _tensors())
     code = _transformers(own, text, images, bool(config.get("is_encoder_decoder")), answers_of(config))
-    return Usage("transformers", code, TASKS.get(auto_class(own)))
+    return Usage(TWINS if own in OWN_CLASSES else "transformers", code, task_of_class(own))
+
+
+def _heads(folder: Path) -> dict[str, str]:
+    """Expert -> the class of its head, of a folder with heads."""
+    table = read_json(folder / "heads.json") if (folder / "heads.json").is_file() else {}
+    return {name: own for name, entry in table.items() if (own := _word(entry.get("class"))) is not None}
 
 
 def twin_usage(folder: Path, task: str | None, expert: str | None, answers: Answers | None) -> str:
@@ -91,48 +107,88 @@ def twin_usage(folder: Path, task: str | None, expert: str | None, answers: Answ
     return f"{first}import twinmerge as tm\n\n{HERE}twin = tm.Twin.from_pretrained(folder)\n{ask}"
 
 
-def adapter_usage(own: str) -> str:
+def adapter_usage(own: str, labels: int = 0, other: bool = False) -> str:
     """The lines that put an adapter on its base.
 
     Args:
         own: the name of the base's class.
+        labels: of the output layers that the adapter holds in full; 0 where it holds none.
+        other: whether the base has such layers in another shape.
     """
-    kind = auto_class(own)
+    kind, library = auto_class(own), OWN_CLASSES.get(own, "transformers")
+    more = f", num_labels={labels}" if labels and own.endswith(("Classification", "QuestionAnswering")) else ""
+    more += ", ignore_mismatched_sizes=True" if other else ""
+    opened = "PeftConfig.from_pretrained(folder).base_model_name_or_path"
+    base = f"{kind}.from_pretrained({opened}{more})" if not more else f"{kind}.from_pretrained(\n    {opened}{more}\n)"
     return (
-        f"from peft import PeftConfig, PeftModel\nfrom transformers import {kind}\n\n{HERE}"
-        f"base = {kind}.from_pretrained(PeftConfig.from_pretrained(folder).base_model_name_or_path)\n"
+        f"from peft import PeftConfig, PeftModel\nfrom {library} import {kind}\n\n{HERE}base = {base}\n"
         "model = PeftModel.from_pretrained(base, folder)\nprint(type(model).__name__)\n"
     )
 
 
 def auto_class(own: str) -> str:
-    """The auto class that opens a class, by what its name ends with; the class itself where there is none."""
+    """The auto class that opens a class, by what its name ends with; the class itself where there is none.
+
+    Example:
+        >>> auto_class("BertForSequenceClassification"), auto_class("Wav2Vec2ForSequenceClassification")
+        ('AutoModelForSequenceClassification', 'AutoModelForAudioClassification')
+    """
+    if own in OWN_CLASSES:
+        return own
+    if HEARS.fullmatch(own):
+        return "AutoModelForAudioClassification"
+    if WRITES.fullmatch(own):
+        return "AutoModelForSpeechSeq2Seq"
     return next((auto for end, auto in AUTO.items() if own.endswith(end)), own)
 
 
-def _transformers(own: str, text: bool, images: bool, decodes: bool, answers: Answers) -> str:
-    """The lines for a class of transformers, by what its name ends with."""
+def task_of_class(own: str) -> str | None:
+    """What the hub calls the task of a class; None where it has several, or none.
+
+    Example:
+        >>> task_of_class("GPT2LMHeadModel"), task_of_class("CLIPModel"), task_of_class("BartForConditionalGeneration")
+        ('text-generation', 'zero-shot-image-classification', None)
+    """
+    return OF_CLASSES.get(own) or TASKS.get(auto_class(own))
+
+
+def _transformers(
+    own: str, text: bool, images: bool, decodes: bool, answers: Answers, heads: Sequence[str] = ()
+) -> str:
+    """The lines for a class of transformers, by what its name ends with.
+
+    Args:
+        own: the class; of a folder with heads that of the first.
+        text, images: whether what reads them is there.
+        decodes: whether it is an encoder with a decoder.
+        answers: what its outputs say.
+        heads: their names, where there are any.
+    """
     kind = auto_class(own)
-    if kind == "AutoModelForImageClassification":
-        if not images:
-            return _opened("transformers", kind, "model")
-        more = (
-            'inputs = processor(Image.new("RGB", (64, 64)), return_tensors="pt")\n'
-            f"logits = model(**inputs).logits[0]\n{SHOWN[answers]}"
-        )
-        return (
-            _opened("transformers", kind, "model", "AutoImageProcessor", "processor", "from PIL import Image\n") + more
-        )
-    shown = SHOWN[answers] if kind == "AutoModelForSequenceClassification" else ""
-    if not text or kind not in TRIED or (decodes and kind == "AutoModel"):
-        return _opened("transformers", kind, "model")
-    return _opened("transformers", kind, "model", "AutoTokenizer", "tokenizer") + TRIED[kind] + shown
+    more, reads = "", ""
+    if kind == "AutoModelForImageClassification" or own in OWN_CLASSES:
+        if images:
+            reads, more = "AutoImageProcessor", f"{LOOKED}{SHOWN[answers]}"
+    elif text and kind in TRIED and not (decodes and kind == "AutoModel"):
+        reads, more = "AutoTokenizer", TRIED[kind]
+        more += SHOWN[answers] if kind == "AutoModelForSequenceClassification" else ""
+    name = {"AutoImageProcessor": "processor", "AutoTokenizer": "tokenizer"}.get(reads, "")
+    first = "from PIL import Image\n" if name == "processor" else ""
+    end = f"{name} = {reads}.from_pretrained(folder)\n{more}" if name else "print(type(model).__name__)\n"
+    if not heads and own not in OWN_CLASSES:
+        return _opened("transformers", kind, "model", reads, end, first)
+    first += f"from transformers import {reads}\n" if reads else ""
+    if heads:
+        opens = f"model = tm.load(folder).head({heads[0]!r})  # or another: {', '.join(heads)}\n"
+        return f"{first}\nimport twinmerge as tm\n\n{HERE}{opens}{end}".lstrip()
+    opens = f"model = {own}.from_pretrained(folder)\n"
+    return f"{first}\nfrom {OWN_CLASSES[own]} import {own}\n\n{HERE}{opens}{end}".lstrip()
 
 
-def _opened(library: str, kind: str, name: str, other: str = "", reads: str = "", first: str = "") -> str:
+def _opened(library: str, kind: str, name: str, other: str = "", end: str = "", first: str = "") -> str:
     """Lines that open a model, and what reads its inputs."""
     kinds = sorted(filter(None, (kind, other)))
-    end = f"{reads} = {other}.from_pretrained(folder)\n" if other else f"print(type({name}).__name__)\n"
+    end = end or f"print(type({name}).__name__)\n"
     return f"{first}from {library} import {', '.join(kinds)}\n\n{HERE}{name} = {kind}.from_pretrained(folder)\n{end}"
 
 
@@ -157,9 +213,34 @@ AUTO = {
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForImageClassification": "AutoModelForImageClassification",
+    "ForCTC": "AutoModelForCTC",
     "Model": "AutoModel",
 }
 """How the name of a class ends -> what opens it; a class of any other kind is named itself."""
+
+HEARS = re.compile(
+    r"(AST|Data2VecAudio|Hubert|SEWD?|UniSpeech(Sat)?|Wav2Vec2(Bert|Conformer)?|WavLM|Whisper)"
+    r"For(Sequence|Audio)Classification"
+)
+"""Classifiers of sounds, whose names end as those of texts do."""
+WRITES = re.compile(r"(Whisper|Speech2Text|Moonshine)ForConditionalGeneration")
+"""What writes down speech, of the classes that write something down."""
+OF_CLASSES = {
+    **dict.fromkeys(OWN_CLASSES, "image-classification"),
+    **dict.fromkeys(
+        (
+            "CLIPModel",
+            "SiglipModel",
+            "Siglip2Model",
+            "AltCLIPModel",
+            "ChineseCLIPModel",
+            "MetaClip2Model",
+            "AlignModel",
+        ),
+        "zero-shot-image-classification",
+    ),
+}
+"""Class -> what the hub calls its task, where its auto class does not say it."""
 
 OF_ENCODERS = {
     "SentenceTransformer": "sentence-similarity",
@@ -173,6 +254,9 @@ TASKS = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
 }
 """Class -> what the hub calls its task."""
 
@@ -190,6 +274,7 @@ ASKED: Mapping[Answers | None, str] = {
 }
 """What the outputs of a twin say -> the call that shows it."""
 
+LOOKED = 'inputs = processor(Image.new("RGB", (64, 64)), return_tensors="pt")\nlogits = model(**inputs).logits[0]\n'
 TRIED = {
     "AutoModelForCausalLM": (
         f"inputs = {TEXT}\n"

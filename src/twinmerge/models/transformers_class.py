@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from twinmerge.errors import ModelError, TwinmergeError
 from twinmerge.models.architecture import Architecture
 from twinmerge.models.bounds import PARAMETERS, check_counts
+from twinmerge.models.own_classes import OWN_CLASSES
 from twinmerge.models.skeleton import BY_NAMES, one_line, skeleton_of
 from twinmerge.models.unmergeable import refuse_quantised
 from twinmerge.store.checkpoint import Spec
@@ -37,9 +38,6 @@ TASK_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-
-OWN_CLASSES = {"CLIPZeroShotForImageClassification": "twinmerge.models.zero_shot"}
-"""Classes of transformers' kind that are ours, and where they are."""
 
 LEFTOVERS = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$", r"(^|\.)position_ids$", r"\.masked_bias$")
 """Constants that classes of old stored: what a class has no such parameter of is made anew where it is needed."""

@@ -9,16 +9,13 @@ from pathlib import Path
 import torch
 
 from twinmerge.arguments import device_known
+from twinmerge.engine.load import headed_of
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import ModelError, UsageError
 from twinmerge.models.answers import Answers
-from twinmerge.models.head_files import load_heads
-from twinmerge.models.headed import HeadedModel, architecture_of
-from twinmerge.models.opening import open_model
+from twinmerge.models.headed import HeadedModel
 from twinmerge.models.transformers_class import position_limit
-from twinmerge.store.artefact import folder_fingerprint
 from twinmerge.store.locate import locate
-from twinmerge.store.manifest import Manifest
 from twinmerge.study.scores import Setting
 from twinmerge.tasks.encode import TextEncoder
 from twinmerge.tasks.suite import Row
@@ -49,21 +46,12 @@ class StaticRunner:
         Raises:
             TwinmergeError: no config.json, or nothing that could answer.
         """
-        if (manifest := Manifest.of(Path(folder))) is not None:
-            manifest.check_all("README.md")
-        opened = open_model(str(folder))
-        if opened.architecture is None:
-            raise ModelError(f"{folder} has no config.json, so it cannot be evaluated. Add its config.json.")
-        heads = load_heads(folder, folder_fingerprint(folder))
-        architecture = opened.architecture
-        if heads:
-            architecture = architecture_of(heads, len(opened.specs))
-        model = HeadedModel(architecture, {n: opened.read(n) for n in opened.specs}, heads)
-        if not heads and not hasattr(model.body, "num_labels"):
+        _, model = headed_of(folder)
+        if not model.head_specs and not hasattr(model.body, "num_labels"):
             raise ModelError(
                 f"{folder} has no heads and is no classifier. Name a classifier, a merge with heads, or a twin."
             )
-        return cls(model.to(device), TextEncoder(folder, positions=position_limit(architecture.config)))
+        return cls(model.to(device), TextEncoder(folder, positions=position_limit(model.architecture.config)))
 
     def labels(self, head: str) -> list[str]:
         return self.model.labels(head if self.heads else None)

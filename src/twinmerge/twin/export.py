@@ -88,9 +88,7 @@ def export(
 ) -> Exported:
     """See `Twin.export`."""
     if lora:
-        if head is not None:
-            raise UsageError("A LoRA adapter takes the head of the expert that it is of. Leave head out.")
-        return export_lora(twin, mixture, out, server=server, base=base)
+        return export_lora(twin, mixture, out, server=server, base=base, head=head)
     if server != "peft" or base is not None:
         raise UsageError("Only adapters are for a server and name a base. Ask for lora, or leave both out.")
     if isinstance(mixture, str):
@@ -121,7 +119,8 @@ def export_dense(twin: Core, mixture: Mapping[str, float], out: str | Path, head
         if name in state:
             tensors[key] = state[name].contiguous()
         elif aliases.get(name) not in state:
-            raise DataError(f"The twin has no tensor {name!r} of {architecture.model_class.__name__}.")
+            more = " Say whose output layers go with it (head)." if twin.package.heads and head is None else ""
+            raise DataError(f"The twin has no tensor {name!r} of {architecture.model_class.__name__}.{more}")
     files = layout({key: Spec(t.dtype, tuple(t.shape)) for key, t in tensors.items()})
     output = OutputFolder(out, sum(spec.bytes for specs in files.values() for spec in specs.values()))
     with output as folder:
@@ -145,12 +144,13 @@ def export_lora(
     *,
     server: Server = "peft",
     base: str | None = None,
+    head: str | None = None,
 ) -> Exported:
     """Write an expert, or a fixed mixture, as a LoRA adapter of the shared model: Σ wt Bt At, exact, side by side.
 
     Matrices of Linear, Conv1D, Conv2d and embeddings travel as factors with a scaling of 1, an expert's head as
     `modules_to_save`. What LoRA cannot carry (norms, biases, tied tables, positions of another kind) is listed with its
-    share.
+    share. Of a twin with heads, an adapter without one is of the bare model, which gives hidden states.
 
     Args:
         mixture: an expert's name, or expert -> weight; the ranks of several add up, nothing is approximated.
@@ -160,10 +160,11 @@ def export_lora(
             that differ by model.
         base: what the adapter names as its base model; where None, the folder `shared` of the twin that was read or
             saved, which stock transformers loads.
+        head: the expert whose output layers go with it; that of an expert alone where None, and none with vLLM.
 
     Raises:
-        TwinmergeError: unknown names, experts that are masks, a rank beyond 512 for vLLM, nothing that an adapter
-            could carry, no base named by a twin without a folder.
+        TwinmergeError: unknown names, experts that are masks, a rank beyond 512 or a head for vLLM, nothing that an
+            adapter could carry, no base named by a twin without a folder.
 
     Source: Hu et al. 2021, "LoRA", arXiv 2106.09685; PEFT's file layout; vLLM's documentation for its limits.
     """
@@ -177,7 +178,10 @@ def export_lora(
             "dense weights."
         )
     low = {n: _joined(twin, used, n) for n in dict.fromkeys(n for e in used for n in twin.package.exclusive[e].low)}
-    head = mixture if isinstance(mixture, str) and mixture in twin.package.heads else None
+    if server == "vllm" and head is not None:
+        raise UsageError("vLLM takes no output layers in an adapter. Leave head out, or export for PEFT.")
+    if head is None and server == "peft" and isinstance(mixture, str) and mixture in twin.package.heads:
+        head = mixture
     architecture, own = _class_with_head(twin, head)
     modules = carried(architecture, low, MATRICES if server == "vllm" else KINDS)
     if server == "vllm":
@@ -196,7 +200,7 @@ def export_lora(
         modules = {path: one._replace(factors=_padded(one.factors, rank)) for path, one in modules.items()}
     tensors = lora_tensors(modules)
     saved: dict[str, list[str]] = {}
-    if own is not None and server == "peft":
+    if own is not None:
         saved = saved_modules(architecture, own.tensors)
         for key in (key for keys in saved.values() for key in keys):
             if (name := architecture.of_module(key)) in own.tensors:
@@ -208,8 +212,8 @@ def export_lora(
         output.sums[OUTPUT] = write_adapter(folder, tensors, config)
         left = _left_out(twin, used, low, {one.name for one in modules.values()})
         tied = sorted(left.keys() & tied_weights(architecture))
-        described = {"export": {"mixture": used, "left_out": left}, "from": twin.package.provenance}
-        write_about(folder, described, _card(twin, used, base, left, tied, architecture))
+        described = {"export": {"mixture": used, "head": head, "left_out": left}, "from": twin.package.provenance}
+        write_about(folder, described, _card(twin, used, base, left, tied, architecture, head))
     return Exported(Path(out), rank, left, tied)
 
 
@@ -243,10 +247,13 @@ def _home(twin: Core) -> str:
 
 
 def _class_with_head(twin: Core, head: str | None) -> tuple[Architecture, HeadSpec | None]:
-    """The class that runs a head and its tensors; without one that of the shared model."""
+    """The class that runs a head and its tensors; without one that of the shared model, the bare one where there are
+    heads: the class of a head would answer with layers of random numbers."""
     if head is None:
         found = twin.package.shared.architecture
         assert found is not None  # a twin without a class cannot be put together
+        if twin.package.heads and found.config is not None and not found.is_bare:
+            found = TransformersArchitecture(found.config, class_of(found.config, "FEATURE_EXTRACTION"))
         return found, None
     if head not in twin.package.heads:
         index_of(head, list(twin.package.heads))
@@ -296,6 +303,7 @@ def _card(
     left: Mapping[str, float],
     tied: list[str],
     architecture: Architecture,
+    head: str | None,
 ) -> str:
     rows = "".join(f"| `{name}` | {100 * share:.3g} % |\n" for name, share in left.items())
     lost = (
@@ -305,8 +313,31 @@ def _card(
     mixed = ", ".join(f"{weight:g} {name}" for name, weight in used.items())
     front = {"library_name": "peft", **made_of([base], "adapter"), "tags": ["twinmerge", "lora"]}
     front |= licence_said(front_of(twin.package.home))
-    use = fenced("python", adapter_usage(architecture.model_class.__name__))
+    heads, shared = twin.package.heads, twin.package.shared.specs
+    tensors = heads[head].tensors if head is not None else {}
+    other = any(name in shared and shared[name].shape != tuple(t.shape) for name, t in tensors.items())
+    labels = len(architecture.labels or []) if tensors else 0
+    use = fenced("python", adapter_usage(architecture.model_class.__name__, labels, other))
     return (
         f"{front_matter(front)}# LoRA adapter of a twin's shared model: {mixed}\n\n{lost if left else ''}"
+        f"{_said_of_heads(heads, head)}"
         f"The base is `{base}`: the shared model of the twin, and no other.\n\n## Use\n\n{use}"
+    )
+
+
+def _said_of_heads(heads: Mapping[str, HeadSpec], head: str | None) -> str:
+    """Which output layers an adapter has, and which it lacks; nothing of a twin without heads."""
+    lacking = ", ".join(f"`{cell(name)}`" for name in heads if name != head)
+    names = ", ".join(f"`{name}`" for name in sorted({n for spec in heads.values() for n in spec.tensors}))
+    if head is not None:
+        labels = ", ".join(map(cell, heads[head].labels))
+        found = f"The output layers ({names}) are those of `{cell(head)}`" + (
+            f", with the labels {labels}" if labels else ""
+        )
+        return f"{found}.{f' Not those of {lacking}.' if lacking else ''}\n\n"
+    if not heads:
+        return ""
+    return (
+        f"It has no output layers ({names}), neither those of {lacking} nor others: it is of the bare model, which gives "
+        "hidden states. The twin exports an adapter with one expert's (`head`, PEFT alone), or a whole model.\n\n"
     )

@@ -424,7 +424,7 @@ class Twin(Described, Served):
             server: who loads the adapter, "peft" or "vllm".
             base: what the adapter names as its base model; where None, the folder that the twin was read from or saved
                 to.
-            head: the expert whose output layers go with a model; that of an expert alone where None.
+            head: the expert whose output layers go with it; that of an expert alone where None. vLLM takes none.
 
         Raises:
             TwinmergeError: unknown names, weights that are not finite, nothing that an adapter could carry, an output

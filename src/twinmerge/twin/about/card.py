@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from twinmerge.engine.card import TWIN_MERGING, cell, cited, fenced
 from twinmerge.engine.front import base_models, front_matter, front_of, licence_said
-from twinmerge.engine.usage import TASKS, auto_class, twin_usage, usage_of
+from twinmerge.engine.usage import task_of_class, twin_usage, usage_of
 from twinmerge.models.answers import Answers, answers_of
 from twinmerge.store.artefact import undamaged
 from twinmerge.store.foreign import AGAIN, find, read_json
@@ -197,7 +197,7 @@ def _limits(holds: Holds) -> str:
 
 def task_of(classes: set[str]) -> str | None:
     """What the hub calls the task of a twin of these classes; None where they are of several tasks, or of none."""
-    found = {TASKS.get(auto_class(name)) for name in classes}
+    found = {task_of_class(name) for name in classes}
     return found.pop() if len(found) == 1 else None
 
 
