@@ -239,6 +239,20 @@ def test_licences_and_datasets_go_on_where_they_agree_and_are_told_else(tmp_path
     assert "license" not in front and "datasets" not in front and text.count("| not stated |") == 3
 
 
+def test_what_the_base_was_trained_on_is_not_what_the_merge_was_tuned_on(tmp_path: Path) -> None:
+    said = {"base": "datasets: [org/p, org/q]\n", "a": "datasets: [org/a]\n", "silent": "tags: [x]\n"}
+    of = {name: source(tmp_path / name, text) for name, text in said.items()}
+
+    def written(experts: dict[str, Named]) -> tuple[dict[str, Any], str]:
+        recipe = Recipe("average", "base", dict.fromkeys(experts, "x")).describe()
+        return parts(model_card({"recipe": recipe, "parameters": {}}, of["base"], experts, []))
+
+    front, text = written({"a": of["a"]})
+    assert front["datasets"] == ["org/a"] and "- base: org/p, org/q\n- a: org/a\n" in text
+    front, text = written({"silent": of["silent"]})
+    assert "datasets" not in front and "as the inputs state them:\n\n- base: org/p, org/q\n" in text
+
+
 def test_base_models_are_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()

@@ -338,7 +338,9 @@ def test_cards_of_zero_shot_classifiers_run(clip: Any, tmp_path: Path, monkeypat
         twin.export("signs", tmp_path / "lora", lora=True)
         for name, want in wanted.items():
             card = (tmp_path / name / "README.md").read_text()
-            assert name == "lora" or "pipeline_tag: image-classification" in card and "library_name: twinmerge" in card
+            assert name == "lora" or (
+                "pipeline_tag: image-classification" in card and "library_name: twinmerge" in card
+            )
             code, names = card.split("## Use\n\n```python\n")[1].split("```")[0], dict[str, Any]()
             monkeypatch.chdir(tmp_path / name)
             exec(compile(code, "card", "exec"), names)

@@ -82,7 +82,7 @@ def model_card(
     if usage.task is not None:
         front["pipeline_tag"] = usage.task
     front["tags"] = list(dict.fromkeys(["twinmerge", kind, "merge", *_tag(recipe["merge_method"])]))
-    front |= _agreed(fronts)
+    front |= _agreed(fronts, list(experts) or ["base"])
     rows = "\n".join(
         f"| {cell(label)} | {_shown(source)} | {cell(fronts[label].licence or 'not stated')} |"
         for label, source in sources.items()
@@ -107,13 +107,14 @@ def _stated(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if value not in (None, [], {})}
 
 
-def _agreed(fronts: Mapping[str, Front]) -> dict[str, Any]:
-    """Licence and datasets, where all sources that state any state the same."""
+def _agreed(fronts: Mapping[str, Front], experts: Sequence[str]) -> dict[str, Any]:
+    """Licence and datasets, where all that state any state the same: the licence of all sources, the datasets of
+    experts, for those that the base was trained on before are not what the merge was tuned on."""
     found: dict[str, Any] = {}
     licences = {(front.licences, front.other) for front in fronts.values() if front.licences}
     if len(licences) == 1:
         found |= licence_said(Front(*licences.pop()))
-    datasets = {front.datasets for front in fronts.values() if front.datasets}
+    datasets = {fronts[label].datasets for label in experts if fronts[label].datasets}
     if len(datasets) == 1:
         found["datasets"] = list(datasets.pop())
     return found
@@ -129,7 +130,7 @@ def _said(fronts: Mapping[str, Front]) -> str:
         silent = ", ".join(label for label in fronts if label not in stated)
         said += f"\nThe licence is what {', '.join(stated)} states; {silent}: not stated.\n"
     trained = {label: front.datasets for label, front in fronts.items() if front.datasets}
-    if len(set(trained.values())) > 1:
+    if len(set(trained.values())) > 1 or [*trained] == ["base"]:
         said += "\nDatasets, as the inputs state them:\n\n"
         said += "".join(f"- {label}: {', '.join(map(cell, names))}\n" for label, names in trained.items())
     return said
