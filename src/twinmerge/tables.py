@@ -75,7 +75,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     from rich.cells import cell_len, set_cell_size
 
     right = _numbers(rows, len(columns))
-    lines = [[" ".join(_visible(cell(value)).split()) for value in row] for row in [columns, *rows[:PRINTED]]]
+    lines = [[" ".join(visible(cell(value)).split()) for value in row] for row in [columns, *rows[:PRINTED]]]
     wide = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     while wide and sum(wide) + 2 * len(wide) - 2 > WIDTH:
         least = [NARROW if i else 2 * NARROW for i in range(len(wide))]
