@@ -96,6 +96,22 @@ def test_what_is_no_score_is_refused(merge: tm.Merge, given: dict[str, Any], say
         tm.search(merge, grid={"scale": [0.1]}, progress=False, **given)
 
 
+@pytest.mark.parametrize(
+    "gives, says",
+    [
+        ([{"a": 1.0}, {"b": 2.0}], "The scorer gives b for .*, and gave a for"),
+        ([1.0, {"a": 2.0}], "gives a for .*, and gave a number alone for"),
+        ([{"a": 1.0}, 2.0], "gives a number alone for .*, and gave a for"),
+        ([{"score": 1.0}], "calls a score 'score'"),
+        ([{"scale": 1.0}], "calls a score 'scale'"),
+    ],
+)
+def test_scores_of_other_things_are_not_compared(merge: tm.Merge, gives: list[Any], says: str) -> None:
+    given = iter(gives)
+    with pytest.raises(TwinmergeError, match=says):
+        tm.search(merge, grid={"scale": [0.1, 0.5]}, scorer=lambda model: next(given), progress=False)
+
+
 def test_what_a_scorer_raises_is_the_callers(merge: tm.Merge) -> None:
     with pytest.raises(ZeroDivisionError):
         tm.search(merge, grid={"scale": [0.1]}, scorer=lambda model: 1 / 0, progress=False)

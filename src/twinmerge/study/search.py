@@ -148,6 +148,19 @@ Scorer = Callable[[Any], float | Mapping[str, float]]
 """A merged model, as `Merge.load` gives it -> a number that is to be large, or several by name, whose mean is."""
 
 
+def _check_names(trials: Sequence[Trial]) -> None:
+    """Refuse scores that are of other things than the first trial's, and names that are taken in the table."""
+    first, last = trials[0], trials[-1]
+    if first.scores.keys() != last.scores.keys():
+        here, before = (", ".join(t.scores) or "a number alone" for t in (last, first))
+        raise UsageError(
+            f"The scorer gives {here} for {last.parameters}, and gave {before} for {first.parameters}. Let it give the "
+            "same names each time."
+        )
+    if taken := ({"score"} | first.parameters.keys()) & first.scores.keys():
+        raise UsageError(f"The scorer calls a score {min(taken)!r}, as a column of the result is. Call it otherwise.")
+
+
 def scored(found: Any, candidate: Mapping[str, Any]) -> Trial:
     """A trial by what a scorer gave.
 
@@ -270,6 +283,7 @@ def search(
     for candidate in progress_bar(candidates, "searching", progress):
         if scorer is not None:
             trials.append(scored(scorer(merge.varied(**candidate).load()), candidate))
+            _check_names(trials)
             continue
         assert suite is not None
         model = merge.varied(**candidate).headed().to(merge.device)
