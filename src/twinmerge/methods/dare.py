@@ -82,10 +82,12 @@ def factors(density: PerExpert, rescale: Rescale, count: int, known: Known) -> t
 class Dare(SparseSum):
     """θ = θ0 + λ Σt wt τ′t with τ′ = m ⊙ τ / density, m ~ Bernoulli(density) for every entry.
 
-    The expectation of τ′ is τ. `density` is the share kept (1 − p of the paper); 1 keeps all, 0 none. `rescale`:
-    "inverse_keep" divides by the density (the paper), "l1" restores each tensor's L1 norm (as mergekit does),
-    "none" leaves the rest as it is. A mask depends on seed, expert, tensor and index only. With `normalize` the sum is
-    divided by Σt wt, unless that is below 1e-8. mergekit's semantics are this formula with "l1".
+    The expectation of τ′ is τ. `density` is the share of entries that are kept (1 − p of the paper): 1 keeps all, 0
+    keeps none. `rescale` says what the kept entries are multiplied by: "inverse_keep" divides them by the density (the
+    paper), "l1" restores the L1 norm of each tensor, "none" leaves them as they are. Which entries are kept depends on
+    seed, expert, tensor and index alone. With `normalize` the sum is divided by Σt wt, unless that is below 1e-8.
+
+    compat="mergekit" is the same formula with `rescale` "l1" or "none"; "inverse_keep" is refused with it.
 
     Source: Yu et al. 2024, "Language models are super Mario", arXiv 2311.03099, equation 2.
 

@@ -35,11 +35,13 @@ class Ties(TrimsDeltas, Elects):
     3. Disjoint merge: the mean ("sum", "max") of the entries that have the elected sign; zeros never count.
        `weights` act here, after the election.
 
-    compat="official" keeps what the authors' code keeps (one entry more than k and every entry equal to the
-    threshold; cancelled votes go to the majority, and to the negative entries where there is none); compat="mergekit"
-    trims per tensor to k = max(1, ⌊density · d⌋) in floating point, weighs before the election, which it sums in float32
-    in the order of the models, and sends ties to +1; `weights` of both signs that cancel among those that agree leave
-    the sum undivided.
+    compat="official" follows the authors' code. The trim keeps one entry more than k, and every entry equal to the
+    threshold. Where votes cancel, the majority decides; where there is no majority, the negative entries are taken.
+
+    compat="mergekit" follows mergekit. Each tensor is trimmed on its own to k = max(1, ⌊density · d⌋) entries, with
+    density · d in floating point. `weights` act before the election. Votes are summed in float32, in the order of the
+    models, and where they cancel the positive entries are taken. Where the weights of the entries that agree cancel
+    (some are negative), their sum is not divided.
 
     Source: Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708, algorithm 1.
 

@@ -15,11 +15,12 @@ from twinmerge.methods.kit.tall import Coefficients, RowPass, gram_of
 class Tsv(Spectral):
     """Matrices: θ = θ0 + λ U⊥ S V⊥ᵀ; all other tensors: θ = θ0 + λ mean(wt τt).
 
-    Each wt τt (m × n) is cut to its k = ⌊min(m, n)/T⌋ leading singular triplets (at least one; none for a weight of
-    0); U = [U1 … UT], V = [V1 … VT], S = diag(S1 … ST), and U⊥, V⊥ are the nearest matrices with orthonormal columns
-    (polar factors). Rank-aware: singular vectors beyond the numerical rank are never used, so the result does not
-    depend on the basis that LAPACK picks for a null space. Convolution kernels are matrices (out, in·kh·kw);
-    embeddings are matrices.
+    Each wt τt (m × n) is cut to its k = ⌊min(m, n)/T⌋ leading singular triplets, at least one; a weight of 0 has none.
+    They stand side by side: U = [U1 … UT], V = [V1 … VT], S = diag(S1 … ST). U⊥ and V⊥ are the matrices with
+    orthonormal columns that are nearest to U and V (their polar factors).
+
+    Singular vectors beyond the numerical rank are never used, so the result does not depend on the basis that LAPACK
+    picks for a null space. Convolution kernels are matrices (out, in·kh·kw); embeddings are matrices too.
 
     Source: Gargiulo et al. 2025, "Task Singular Vectors", CVPR, arXiv 2412.00081, TSV-Merge.
 
