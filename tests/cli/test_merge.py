@@ -310,3 +310,19 @@ def test_check_names_weights_in_the_order_of_the_recipe_and_ends_in_one_sentence
     assert command("check", recipe, tmp_path / "out").err.startswith(
         f"Error: The output {tmp_path}/out is there already"
     )
+
+
+def test_a_scale_that_nobody_gave_is_told(command: Any, zoo: Any, tmp_path: Path) -> None:
+    given = ("--base", zoo.base, *zoo.given, "--weight", "mood=0.7")
+    told = {"task_arithmetic": "0.3", "dare": "0.3", "magnitude": "0.3", "breadcrumbs": "0.2", "ties": None}
+    for method, scale in told.items():
+        for words in ((), ("-p", "scale=0.5")):
+            ran = command("merge", "--method", method, *given, *words, "-o", tmp_path / "out", "--overwrite")
+            more = f", with its default scale {scale} (-p scale=1 takes the weights as they are)"
+            last = f"{method}, by the papers' semantics{more if scale and not words else ''}."
+            assert ran.code == 0 and ran.err.replace("\n", " ").strip().endswith(last), ran.err
+    recipe = tmp_path / "r.yaml"  # of mergekit, whose lambda is 1
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {zoo.base}\nmodels: [{{model: {zoo.mood}, parameters: {{weight: 1}}}}]"
+    )
+    assert "default scale" not in command("merge", recipe, tmp_path / "theirs").err

@@ -18,6 +18,7 @@ from twinmerge.results import some
 
 if TYPE_CHECKING:
     from twinmerge.engine.merge import Merge
+    from twinmerge.recipes.recipe import Recipe
 
 
 @command("merge")
@@ -112,4 +113,18 @@ def _semantics(merged: Merge) -> str:
 
     found = merged.recipe
     sums = ", with sums in float32 or wider" if found.semantics == "mergekit" else ""  # its own: in the models' dtype
-    return f"{found.method}, by {SEMANTICS[found.semantics]}{sums}."
+    return f"{found.method}, by {SEMANTICS[found.semantics]}{sums}{_of_itself(found)}."
+
+
+def _of_itself(recipe: Recipe) -> str:
+    """What is said of a `scale` that nobody gave and that is not 1: the weights alone do not tell how much is added."""
+    from twinmerge.methods.kit.registry import method_class
+
+    fields = method_class(recipe.method).model_fields
+    places = recipe.parameters, *(each.parameters for each in recipe.slices)
+    if "scale" not in fields or any("scale" in given for given in places):
+        return ""
+    if (default := fields["scale"].get_default()) == 1 or not isinstance(default, (int, float)):
+        return ""
+    what = "takes the weights as they are" if "weights" in fields else "takes its change in full"
+    return f", with its default scale {default:g} (-p scale=1 {what})"
