@@ -320,7 +320,8 @@ class Recipe(Described):
             first, merged = next((found for found in each if found[1]), each[0])
             own = within(first.parameters, own)
         out, values = self.experts.keys() - set(merged), self.by_expert(examples(own))
-        return make_method(self.method, merged, {k: v for k, v in values.items() if k.rpartition(".")[0] not in out})
+        kept = {k: v for k, v in values.items() if k.rpartition(".")[0] not in out}
+        return make_method(self.method, merged, kept, self.base is not None)
 
     def by_expert(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters of the recipe with one key per expert in the place of a list."""

@@ -69,7 +69,7 @@ class Rules:
                 found[key] = value
         of = (tuple(experts), tuple(sorted(found.items())))
         if of not in self._made:
-            self._made[of] = make_method(self.recipe.method, tuple(experts), found)
+            self._made[of] = make_method(self.recipe.method, tuple(experts), found, self.recipe.base is not None)
         return self._made[of]
 
     def warn_of_unfit(self, stacklevel: int) -> None:

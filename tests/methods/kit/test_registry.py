@@ -13,6 +13,7 @@ import torch
 from twinmerge.errors import TwinmergeError
 from twinmerge.methods.kit.base import Known, Method, Place, Tile
 from twinmerge.methods.kit.registry import is_per_expert, make_method, method_class, method_name, method_names
+from twinmerge.recipes.recipe import Recipe
 
 AB = ("a", "b")
 
@@ -144,6 +145,8 @@ def test_task_arithmetic_takes_weights_that_cancel():
 def test_slerp_is_for_two(experts):
     with pytest.raises(TwinmergeError, match=f"slerp merges exactly 2 experts, got {len(experts)}"):
         make_method("slerp", experts, {})
+    with pytest.raises(TwinmergeError, match=f"got {len(experts)} \\(the base does not count\\)."):
+        Recipe("slerp", "base", dict.fromkeys(experts, "x")).make_method()
 
 
 def test_methods_do_not_change():

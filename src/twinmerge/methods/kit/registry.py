@@ -177,13 +177,16 @@ def is_per_expert(cls: type[Method], parameter: str) -> bool:
     )
 
 
-def make_method(given: MethodLike, experts: tuple[str, ...], parameters: Mapping[str, Any]) -> Method:
+def make_method(
+    given: MethodLike, experts: tuple[str, ...], parameters: Mapping[str, Any], based: bool = False
+) -> Method:
     """A method with its parameters checked.
 
     Args:
         given: a name, a class, or an object, whose own parameters are those that it was made with.
         experts: names, in the order of the stack.
         parameters: field -> value; `expert.field` sets the field for one expert.
+        based: a base is named beside them, for messages.
 
     Raises:
         TwinmergeError: unknown method, parameter or expert (with the nearest right one), a value out of its range, a
@@ -241,7 +244,7 @@ def make_method(given: MethodLike, experts: tuple[str, ...], parameters: Mapping
             f"{name}: {field}={first['input']!r:.80} is not allowed: {first['msg']}. See `twinmerge methods {name}`."
         ) from error
     _check_sizes(name, method)
-    _check_count(name, cls, method, experts)
+    _check_count(name, cls, method, experts, based)
     if not is_ours(cls):  # the tests look at our own
         check_object(method, name)
         if cls not in _TRIED:
@@ -294,12 +297,13 @@ def _check_sizes(name: str, method: Method) -> None:
                 )
 
 
-def _check_count(name: str, cls: type[Method], method: Method, experts: tuple[str, ...]) -> None:
+def _check_count(name: str, cls: type[Method], method: Method, experts: tuple[str, ...], based: bool) -> None:
     count = len(experts)
     if count < cls.experts_min or (cls.experts_max is not None and count > cls.experts_max):
         wanted = f"exactly {cls.experts_min}" if cls.experts_min == cls.experts_max else f"at least {cls.experts_min}"
         experts_ = "expert" if cls.experts_max == 1 else "experts"
-        raise RecipeError(f"{name} merges {wanted} {experts_}, got {count}. Name them with --expert name=path.")
+        base = " (the base does not count)" if based else ""
+        raise RecipeError(f"{name} merges {wanted} {experts_}, got {count}{base}. Name them with --expert name=path.")
     for field in cls.model_fields:
         value = getattr(method, field)
         if is_per_expert(cls, field) and isinstance(value, tuple) and len(value) != count:
