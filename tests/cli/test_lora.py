@@ -60,6 +60,37 @@ def test_merge_by_a_method_with_parameters(command: Any, zoo: Any, adapters: Any
     assert tensors and {t.dtype for t in tensors.values()} == {torch.bfloat16}
 
 
+def test_every_spelling_of_a_weight(command: Any, zoo: Any, adapters: Any, tmp_path: Path) -> None:
+    """Held to 0.5 Ba Aa + 0.25 Bb Ab times their scales."""
+    found = []
+    for i, words in enumerate(
+        [
+            ["--weight", "a=0.5", "--weight", "b=0.25"],
+            ["-p", "weight={a: 0.5, b: 0.25}"],
+            ["-p", "a.weight=0.5", "-p", "b.weights=0.25"],
+            ["-p", "weight=0.25", "--weight", "a=0.5"],
+        ]
+    ):
+        out = tmp_path / str(i)
+        ran = command("lora", "merge", "--base", zoo.lm, *given(adapters), *words, "-o", out)
+        assert ran.code == 0, ran.err
+        tensors = load_file(out / "adapter_model.safetensors")
+        found.append(
+            {n[: -len(".lora_A.weight")]: _product(tensors, n) for n in tensors if n.endswith("lora_A.weight")}
+        )
+    parts = [load_file(folder / "adapter_model.safetensors") for folder in adapters.values()]
+    for name, got in found[0].items():
+        wide = sum(
+            by * (8 / r) * _product(part, f"{name}.lora_A.weight")
+            for by, r, part in zip((0.5, 0.25), (2, 3), parts, strict=True)
+        )
+        assert torch.allclose(got, wide, atol=1e-5) and all(torch.equal(got, other[name]) for other in found)
+
+
+def _product(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    return tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
+
+
 def test_extract(command: Any, zoo: Any, tmp_path: Path) -> None:
     ran = command("lora", "extract", zoo.alice, "--base", zoo.lm, "--energy", 0.9, "-o", tmp_path / "out")
     assert ran.code == 0 and "Extracted 5 matrices, ranks " in ran.err and "Least kept: 9" in ran.err

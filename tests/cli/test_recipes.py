@@ -222,3 +222,56 @@ def test_a_line_of_merge_is_checked_as_it_is(zoo: Path, tmp_path: Path, command:
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     assert "--overwrite" not in command("merge", tmp_path / "r.yaml", tmp_path / "mine").err
     assert "t 0.25" in command("recipe", "explain", tmp_path / "r.yaml", "-p", "t=0.25").out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--weight", "a=0.5", "--weight", "b=0.25"],
+        ["-p", "weights={a: 0.5, b: 0.25}"],
+        ["-p", "weight={a: 0.5, b: 0.25}"],
+        ["-p", "a.weight=0.5", "-p", "b.weights=0.25"],
+        ["-p", "weight=0.25", "-p", "a.weight=0.5"],
+    ],
+)
+def test_every_spelling_of_a_weight_beside_a_file_and_among_options(
+    zoo: Path, tmp_path: Path, command: Callable[..., Any], words: list[str]
+) -> None:
+    """Held to θ0 + 0.5 τa + 0.25 τb in float64."""
+    head = f"base_model: {zoo}/base\nmodels:\n"
+    models = "".join(f"  - {{name: {n}, model: {zoo}/{n}, parameters: {{weight: 3}}}}\n" for n in "ab")
+    ours = f"twinmerge: 1\nmerge_method: task_arithmetic\n{head}{models}parameters: {{scale: 1}}\n"
+    (tmp_path / "ours.yaml").write_text(ours)
+    (tmp_path / "theirs.yaml").write_text(
+        f"merge_method: task_arithmetic\n{head}{models.replace('name: a, ', '').replace('name: b, ', '')}"
+    )
+    options = ["--method", "task_arithmetic", "--base", zoo / "base", "-p", "scale=1"]
+    options += [word for n in "ab" for word in ("--expert", f"{n}={zoo / n}")]
+    base, a, b = (load_file(zoo / n / "model.safetensors") for n in ("base", "a", "b"))
+    for given in ([tmp_path / "ours.yaml"], [tmp_path / "theirs.yaml"], options):
+        done = command("merge", *given, *words, "-o", tmp_path / "out", "--overwrite")
+        assert done.code == 0, done.err
+        out = load_file(tmp_path / "out/model.safetensors")
+        for name, x in base.items():
+            wide = x.double() + 0.5 * (a[name].double() - x.double()) + 0.25 * (b[name].double() - x.double())
+            assert torch.allclose(out[name].double(), wide, rtol=0, atol=1e-6)
+        assert ("{" in words[-1]) == ("is read as" in done.err)
+
+
+def test_wrong_spellings_of_a_weight(zoo: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    models = "".join(f"  - {{name: {n}, model: {zoo}/{n}}}\n" for n in "ab")
+    recipe = tmp_path / "ours.yaml"
+    recipe.write_text(f"twinmerge: 1\nmerge_method: ties\nbase_model: {zoo}/base\nmodels:\n{models}")
+    options = ["--method", "ties", "--base", zoo / "base"]
+    options += [word for n in "ab" for word in ("--expert", f"{n}={zoo / n}")]
+    for given in ([recipe], options):
+        for words, says in [
+            (["-p", "weight.a=0.5"], "there is no expert 'weight'. Write -p a.weights=0.5."),
+            (["-p", "weights={a: 0.5, x: 0.3}"], "has 'x', which is no expert. Write a.weights=0.5 for an expert"),
+            (["-p", "scale={a: 0.5}"], "-p scale is one value for all experts."),
+            (["-p", "weight=0.5", "-p", "weights=0.25"], "-p gives weights twice"),
+            (["-p", "weights={a: 0.5}", "--weight", "a=1"], "-p a.weights and --weight are one parameter"),
+            (["-p", "densty=1"], "ties has no parameter 'densty'"),
+        ]:
+            done = command("check", *given, *words)
+            assert done.code == 2 and says in done.err.replace("\n", " "), done.err

@@ -109,6 +109,7 @@ def merge(
         raise UsageError("No base is named. Add --base MODEL, the model that the adapters belong to.")
     from twinmerge.engine.adapters.merge import merge_lora
     from twinmerge.engine.adapters.named import PEFT
+    from twinmerge.recipes.spelling import spelled
     from twinmerge.store.output import OutputFolder
 
     if output is not None:
@@ -117,17 +118,25 @@ def merge(
         raise UsageError("No output is named. Add -o FOLDER, or --dry-run to look only.")
     named = {"weights": numbers(weight, "--weight"), "scale": scale, "rank": rank, "energy": energy, "dtype": dtype}
     options: dict[str, Any] = {name: value for name, value in named.items() if value not in (None, {})}
-    also = {"scale", "weights"} - options.keys()  # of the methods, and arguments of the call
+    also = {"weights"} | ({"scale"} - options.keys())  # of the methods, and arguments of the call
+    experts, known = pairs(expert, "--expert"), method if method.lower() in PEFT else meant(method)
+    parameters, told = spelled(parameters_for(merge_lora, parameter, also), PEFT.get(known.lower(), known), experts)
+    for line in told:
+        said(f"By an option: {line}.")
+    if isinstance(options.get("weights"), dict):  # --weight
+        options = {**{f"{name}.weights": number for name, number in options.pop("weights").items()}, **options}
+    if twice := options.keys() & parameters.keys():
+        raise UsageError(f"-p {min(twice)} and an option are one parameter. Give one of them.")
     found = merge_lora(
         base,
-        pairs(expert, "--expert"),
+        experts,
         None if dry_run else output,
-        method=method if method.lower() in PEFT else meant(method),
+        method=known,
         compress_first=compress_first,
         by_norm=by_norm,
         drop_heads=drop_heads,
         **options,
-        **parameters_for(merge_lora, parameter, also),
+        **parameters,
     )
     if method.lower() in PEFT:
         said("Note: PEFT's linear is the exact weighted sum here (task_arithmetic), without products of two adapters.")

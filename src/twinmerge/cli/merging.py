@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -19,6 +20,7 @@ from twinmerge.errors import UsageError
 if TYPE_CHECKING:
     from twinmerge.recipes.recipe import Recipe
 
+T = TypeVar("T")
 RecipeFile = Annotated[
     Path | None, typer.Argument(help="A recipe in YAML or JSON, of mergekit or of twinmerge.", autocompletion=recipes)
 ]
@@ -176,6 +178,7 @@ def recipe_of(
     """The recipe and the output that the options name."""
     from twinmerge.methods.kit.registry import require_model
     from twinmerge.recipes.override import overridden, seeded, throughout, with_beside
+    from twinmerge.recipes.spelling import spelled
 
     _check_words(recipe, out, described)
     if described.method is not None and recipe is not None and out is None:
@@ -192,16 +195,17 @@ def recipe_of(
         return with_beside(found, *beside.files)[0], output or out
     if recipe is None:
         raise UsageError("Nothing to merge. Name a recipe file, or --method with --base and --expert.")
-    allowed = replace(described, parameter=None, head=None)
+    allowed = replace(described, parameter=None, weight=None, head=None)
     if allowed.named or beside.stochastic is not None:
         raise UsageError(
             "A recipe file and options are both given. Put everything into the recipe, or use --method. Beside a recipe "
-            "there may be -p, --dtype, --head, --tokenizer, --chat-template, --side-files-from, --by-names, "
+            "there may be -p, --weight, --dtype, --head, --tokenizer, --chat-template, --side-files-from, --by-names, "
             "--allow-pickle, and what says how a merge is run."
         )
     read = _read(recipe, output or out, intermediate_dir, beside)
     require_model(read.method)
-    read = _told(overridden(read, values(described.parameter, "-p"), beside.dtype))
+    parameters = _told(spelled(values(described.parameter, "-p"), read.method, read.experts, read.translated))
+    read = _told(overridden(read, parameters | _weights(described, parameters), beside.dtype))
     read = read if beside.random_seed is None else _told(seeded(read, beside.random_seed))
     read = _told(with_beside(read, *beside.files, tuple(described.head) if described.head else None))
     if beside.by_names and not read.by_names:
@@ -237,19 +241,18 @@ def _by_options(method: str, described: Described, beside: Beside) -> Recipe:
     from twinmerge.methods.kit.registry import require_model
     from twinmerge.recipes.lines import Lines
     from twinmerge.recipes.recipe import Recipe
+    from twinmerge.recipes.spelling import spelled
     from twinmerge.store.locate import on_base
 
-    require_model(meant(method))
-    parameters = values(described.parameter, "-p")
-    weights = {f"{name}.weights": number for name, number in numbers(described.weight, "--weight").items()}
-    if twice := weights.keys() & parameters.keys():
-        raise UsageError(f"-p {min(twice)} and --weight are one parameter. Give one of them.")
+    known, experts = meant(method), pairs(described.expert, "--expert")
+    require_model(known)
+    parameters = _told(spelled(values(described.parameter, "-p"), known, experts))
     lines = described.lines
     return Recipe(
         method,
         described.base,
-        {name: on_base(model, described.base) for name, model in pairs(described.expert, "--expert").items()},
-        parameters | weights,
+        {name: on_base(model, described.base) for name, model in experts.items()},
+        parameters | _weights(described, parameters),
         beside.dtype,
         tuple(described.head or ()),
         beside.stochastic,
@@ -260,7 +263,19 @@ def _by_options(method: str, described: Described, beside: Beside) -> Recipe:
     )
 
 
-def _told(changed: tuple[Recipe, list[str]]) -> Recipe:
+def _weights(described: Described, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What --weight says, as parameters.
+
+    Raises:
+        UsageError: -p says the same.
+    """
+    found = {f"{name}.weights": number for name, number in numbers(described.weight, "--weight").items()}
+    if twice := found.keys() & parameters.keys():
+        raise UsageError(f"-p {min(twice)} and --weight are one parameter. Give one of them.")
+    return found
+
+
+def _told(changed: tuple[T, list[str]]) -> T:
     for change in changed[1]:
         said(f"By an option: {change}.")
     return changed[0]
