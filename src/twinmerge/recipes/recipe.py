@@ -27,12 +27,12 @@ from twinmerge.recipes.chat_template import KEY as TEMPLATE
 from twinmerge.recipes.chat_template import check_template
 from twinmerge.recipes.lines import KEY, KEYS, Lines
 from twinmerge.recipes.names import EXPERT_NAME
-from twinmerge.recipes.setting import Setting, by_expert, examples, plain_value, read_settings
+from twinmerge.recipes.setting import Setting, by_expert, examples, plain_value, read_settings, shown_value
 from twinmerge.recipes.slices import BASE, Slice, within
 from twinmerge.recipes.tokenizer import KEY as TOKENIZER
 from twinmerge.recipes.tokenizer import TokenizerChoice
 from twinmerge.recipes.typed import Typed
-from twinmerge.results import Described, cell, some
+from twinmerge.results import Described, some
 from twinmerge.store.locate import on_base
 
 MARK = "twinmerge"
@@ -336,7 +336,7 @@ class Recipe(Described):
         return f"{self.method_name} of {some(self.experts)}"
 
     def _about(self) -> dict[str, str]:
-        parameters = ", ".join(f"{name}={_shown(value)}" for name, value in self.parameters.items())
+        parameters = ", ".join(f"{name}={shown_value(value)}" for name, value in self.parameters.items())
         experts = ", ".join(f"{name}={reference(model)}" for name, model in self.experts.items())
         base, dtype = "none" if self.base is None else f"{reference(self.base)}", self.dtype or "the base's"
         return {"method": self.method_name, "base": base, "experts": experts, "parameters": parameters, "dtype": dtype}
@@ -379,16 +379,6 @@ class Recipe(Described):
                 for s in self.slices
             ]
         }
-
-
-def _shown(value: Any) -> str:
-    """A parameter for a line: lists and choices whole, numbers short."""
-    value = plain_value(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_shown, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_shown(each)}' for key, each in value.items())}}}"
-    return cell(value)
 
 
 def reference(model: ModelLike, known: dict[int, dict[str, Any]] | None = None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from twinmerge.errors import RecipeError, nearest
 from twinmerge.models.matching import matches
+from twinmerge.tables import cell
 
 CONTAINS, FILTER, VALUE = "contains", "filter", "value"
 
@@ -218,3 +219,18 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain_value(each) for each in value]
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def shown_value(value: Any) -> str:
+    """A parameter for a line: lists and choices whole, numbers short.
+
+    Example:
+        >>> shown_value([0.2, 1 / 3]), shown_value(Setting((Choice((0.5,), "mlp"),)))
+        ('[0.2, 0.3333]', '[{filter: mlp, value: 0.5}]')
+    """
+    value = plain_value(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {shown_value(each)}' for key, each in value.items())}}}"
+    return cell(value)
