@@ -15,6 +15,7 @@ from torch import Tensor
 from twinmerge.errors import DataError, ModelError, TwinmergeError, UsageError
 from twinmerge.maths.codec import projected
 from twinmerge.models.ancestry import check_ancestry
+from twinmerge.models.buffers import recorded, shared_buffers
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import match
 from twinmerge.models.opened import ModelLike
@@ -87,6 +88,8 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
         raise ModelError(f"The expert {name!r} has {has}, the twin's experts have {have}. Build a twin of their kind.")
     names = [n for n in matched.merged if not shared.is_buffer(n)]
     part = split({n: shared.read(n) for n in names}, opened, names, rank, None, progress)[name]
+    buffers = [n for n in matched.merged if shared.is_buffer(n)]
+    other = shared_buffers({n: shared.read(n) for n in buffers}, opened, buffers)
     if package.codec != "none":
         part = _coded(part, package.codec)
         heads = {
@@ -100,7 +103,7 @@ def with_expert(package: Package, name: str, model: ModelLike, rank: int, progre
     return package._replace(
         exclusive={**package.exclusive, name: part},
         heads={**package.heads, **heads},
-        provenance={**package.provenance, "twin": twin},
+        provenance=recorded({**package.provenance, "twin": twin}, other),
     )
 
 

@@ -29,6 +29,7 @@ from twinmerge.models.adapter_files import (
     write_adapter,
 )
 from twinmerge.models.architecture import Architecture
+from twinmerge.models.buffers import buffers_in, said_of
 from twinmerge.models.conversion import stored_names
 from twinmerge.models.head_files import HeadSpec
 from twinmerge.models.transformers_class import TransformersArchitecture, class_of
@@ -130,6 +131,8 @@ def export_dense(twin: Core, mixture: Mapping[str, float], out: str | Path, head
         described = {"export": {"mixture": dict(mixture), "head": head}, "from": twin.package.provenance}
         weights = "".join(f"- `{cell(name)}`: {weight:g}\n" for name, weight in mixture.items())
         text = f"The weights of one mixture of a twin's experts, θs + Σ wt vt:\n\n{weights}"
+        if buffers := buffers_in(twin.package.provenance):
+            text += f"\n{said_of(buffers)}\n"
         title = f"One mixture of {', '.join(mixture)}" if mixture else "The shared part of a twin"
         card = written_out(title, text, twin.package.provenance, twin.package.home)
         Beside(twin.package.shared, twin.side_files, described, card, architecture=architecture).write(folder)
@@ -314,13 +317,14 @@ def _card(
     front = {"library_name": "peft", **made_of([base], "adapter"), "tags": ["twinmerge", "lora"]}
     front |= licence_said(front_of(twin.package.home))
     heads, shared = twin.package.heads, twin.package.shared.specs
+    buffers = buffers_in(twin.package.provenance)
     tensors = heads[head].tensors if head is not None else {}
     other = any(name in shared and shared[name].shape != tuple(t.shape) for name, t in tensors.items())
     labels = len(architecture.labels or []) if tensors else 0
     use = fenced("python", adapter_usage(architecture.model_class.__name__, labels, other))
     return (
         f"{front_matter(front)}# LoRA adapter of a twin's shared model: {mixed}\n\n{lost if left else ''}"
-        f"{_said_of_heads(heads, head)}"
+        f"{_said_of_heads(heads, head)}{f'{said_of(buffers)}{chr(10) * 2}' if buffers else ''}"
         f"The base is `{base}`: the shared model of the twin, and no other.\n\n## Use\n\n{use}"
     )
 
@@ -338,6 +342,6 @@ def _said_of_heads(heads: Mapping[str, HeadSpec], head: str | None) -> str:
     if not heads:
         return ""
     return (
-        f"It has no output layers ({names}), neither those of {lacking} nor others: it is of the bare model, which gives "
-        "hidden states. The twin exports an adapter with one expert's (`head`, PEFT alone), or a whole model.\n\n"
+        f"It has no output layers ({names}), neither those of {lacking} nor others: it is of the bare model, which "
+        "gives hidden states. The twin exports an adapter with one expert's (`head`, PEFT alone), or a whole model.\n\n"
     )

@@ -17,6 +17,7 @@ from twinmerge.arguments import byte_count, device_there, dtype_known, strict
 from twinmerge.engine.merge import Merge
 from twinmerge.errors import UsageError
 from twinmerge.methods.kit.registry import MethodLike
+from twinmerge.models.buffers import recorded, shared_buffers
 from twinmerge.models.heads import heads_of
 from twinmerge.models.matching import Matched
 from twinmerge.models.opened import ModelLike, OpenedModel
@@ -144,6 +145,9 @@ class Twin(Described, Served):
         """
         names = [n for n in matched.merged if not base.is_buffer(n)]
         exclusive = split(state, experts, names, rank, linear, progress, base)
+        provenance = recorded(
+            provenance, shared_buffers(state, experts, [n for n in matched.merged if base.is_buffer(n)])
+        )
         head_specs = heads_of(experts, matched, list(experts))
         shared_model = package_file.shared_in_memory(base, state, f"twin of {', '.join(experts)}")
         package = Package(shared_model, exclusive, head_specs, None, (), None, dict(provenance))

@@ -10,6 +10,7 @@ from twinmerge.engine.card import TWIN_MERGING, cell, cited, fenced
 from twinmerge.engine.front import base_models, front_matter, front_of, licence_said
 from twinmerge.engine.usage import task_of_class, twin_usage, usage_of
 from twinmerge.models.answers import Answers, answers_of
+from twinmerge.models.buffers import buffers_in, said_of
 from twinmerge.store.artefact import undamaged
 from twinmerge.store.foreign import AGAIN, find, read_json
 from twinmerge.store.manifest import SHARED
@@ -60,6 +61,7 @@ class Holds(NamedTuple):
         labels: head -> how many labels it has.
         task: as the hub calls it.
         answers: what every head's outputs say; None where the heads differ.
+        buffers: running statistics that experts have otherwise than the shared part.
     """
 
     experts: Sequence[str]
@@ -72,6 +74,7 @@ class Holds(NamedTuple):
     labels: Mapping[str, int]
     task: str | None
     answers: Answers | None
+    buffers: Sequence[str] = ()
 
 
 class Packed(Protocol):
@@ -120,6 +123,7 @@ def holds_of(package: Packed) -> Holds:
         {name: len(head.labels) for name, head in package.heads.items() if head.labels},
         task_of(classes),
         answers_of_all(package.shared.architecture, package.heads),
+        buffers_in(package.provenance),
     )
 
 
@@ -190,6 +194,8 @@ def _limits(holds: Holds) -> str:
         "The experts' parts are approximations unless their rank is full.",
         "Inputs of a kind that no expert was trained on have no right expert.",
     ]
+    if holds.buffers:
+        limits.append(said_of([*holds.buffers]))
     if holds.report is not None:
         limits.append("The router was measured on rows of the data that it was fitted on, held out; other data differ.")
     return "## Limits\n\n" + "".join(f"- {limit}\n" for limit in limits)

@@ -35,6 +35,7 @@ from twinmerge.methods.kit.base import Known, Stored
 from twinmerge.methods.kit.given import masks_of, masses_of, rule_of, scales_of, vector_of
 from twinmerge.methods.kit.masks import Marks, MaskMethod, described
 from twinmerge.methods.kit.registry import method_class, short_name
+from twinmerge.models.buffers import recorded, shared_buffers
 from twinmerge.models.opened import as_tensor
 from twinmerge.recipes.recipe import Recipe
 from twinmerge.store import disk
@@ -84,6 +85,8 @@ def write_masks(
     changed = changed_tensors(merge)
     merge.matched.warn()
     merge.told.warn(stacklevel=3)
+    buffers = [n for n in merge.matched.merged if merge.base.is_buffer(n)]
+    other = shared_buffers({n: merge.base.read(n) for n in buffers}, merge.experts, buffers)
     specs, base = _mask_specs(merge, changed), _fingerprint(merge)
     header = {"experts": list(recipe.experts), "masks": _header(merge, changed)}
     needed = merge.plan.output_bytes + sum(spec.bytes for spec in specs.values())
@@ -99,7 +102,7 @@ def write_masks(
         finally:
             model.close()
             twin.close()
-        described = {**provenance(merge.plan), "masks": found.record()}
+        described = recorded({**provenance(merge.plan), "masks": found.record()}, other)
         heads = merge.heads()
         task = task_of(classes_of(merge.base.architecture, heads))
         names = sorted(merge.matched.head_names)
@@ -119,6 +122,7 @@ def write_masks(
             labels,
             task,
             answers_of_all(merge.base.architecture, heads),
+            other,
         )
         side = merge.base, merge.base.folder, described, partial(with_holds, card, holds)
         Beside(*side, heads=heads, about=about or {}, within=SHARED).write(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from twinmerge.models.buffers import buffers_in
 from twinmerge.results import Described, Table, megabytes, some
 from twinmerge.twin.package import Package, extra_bytes
 
@@ -20,6 +21,7 @@ class _TwinInfo(NamedTuple):
     rank: int
     heads: dict[str, list[str]]
     bytes_shared: int
+    buffers: list[str]
 
 
 class TwinInfo(Described, Table, _TwinInfo):
@@ -36,6 +38,7 @@ class TwinInfo(Described, Table, _TwinInfo):
         rank: the largest among the experts' matrices; 0 for masks.
         heads: expert -> the names of its labels, of those that have output layers of their own.
         bytes_shared: of the shared model's weights.
+        buffers: running statistics, such as BatchNorm's, that experts have otherwise; all use the shared part's.
     """
 
     @classmethod
@@ -45,9 +48,12 @@ class TwinInfo(Described, Table, _TwinInfo):
         shared = record.get("shared") or package.provenance.get("recipe", {}).get("merge_method")
         kind = None if package.router is None else package.router.kind
         bytes_extra = extra_bytes(package)
+        buffers = buffers_in(package.provenance)
         heads = {name: head.labels for name, head in package.heads.items()}
         own = package.rank, heads, sum(spec.bytes for spec in package.shared.specs.values())
-        return cls(list(package.exclusive), shared, package.codec, bytes_extra, retained, package.report, kind, *own)
+        return cls(
+            list(package.exclusive), shared, package.codec, bytes_extra, retained, package.report, kind, *own, buffers
+        )
 
     @property
     def kept(self) -> float | None:
@@ -75,6 +81,8 @@ class TwinInfo(Described, Table, _TwinInfo):
         elif self.router_kind is not None:
             found["routed right"] = "not measured of these experts"
         found["heads"] = "; ".join(f"{name}: {_labels(labels)}" for name, labels in self.heads.items()) or "none"
+        if self.buffers:
+            found["shared statistics"] = f"{some(self.buffers)} ({len(self.buffers)}): each expert's own are left out"
         return found
 
     def _refused(self, report: Mapping[str, Any]) -> str:
