@@ -3,7 +3,7 @@ the time that is left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DELAY = 1  # seconds that pass before a bar is shown
 _hidden = False
+_listeners: list[Callable[[str], object]] = []
 
 
 def bar(of: Iterable[T], what: str = "", progress: bool = True, total: float | None = None, **how: Any) -> tqdm[T]:
@@ -76,6 +77,34 @@ def log(what: str, place: str) -> None:
     import logging
 
     logging.getLogger(f"twinmerge.{place}").info("%s", what)
+
+
+def note(what: str, place: str) -> None:
+    """A sentence for people, where somebody listens (the command does), and on Python's log.
+
+    Args:
+        what: the sentence.
+        place: as of `log`.
+    """
+    log(what, place)
+    for listener in _listeners:
+        listener(what)
+
+
+@contextmanager
+def heard(listener: Callable[[str], object]) -> Iterator[None]:
+    """Inside, the listener gets every `note`.
+
+    Example:
+        >>> with heard(print):
+        ...     note("Goes on.", "doctest")
+        Goes on.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @contextmanager

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import twinmerge as tm
 from twinmerge import progress
@@ -98,3 +102,33 @@ def test_an_interrupt_says_what_is_left_and_how_to_go_on(
         ran = command(*given)
     assert ran.code == 130 and not list(tmp_path.glob("twin*"))
     assert ran.err.startswith(f"Interrupted. Nothing of {tmp_path}/twin is left on the disk.")
+
+
+def test_a_run_that_goes_on_says_so_and_a_stop_is_told_at_once(
+    command: Any, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real signal in the middle of the work: the word comes before anything that was begun has ended."""
+    words = ["merge", "--method", "average", *zoo.given, "-o", tmp_path / "out"]
+
+    write, written = os.write, []
+
+    def stop(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    for quiet in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr("twinmerge.store.output.OutputFolder._complete", stop)
+            written.clear()
+            patch.setattr(
+                "os.write", lambda to, text: written.append(text) or len(text) if to == 2 else write(to, text)
+            )
+            before = signal.getsignal(signal.SIGINT)
+            ran = command(*words, *(["-q"] if quiet else []))
+        assert ran.code == 130 and signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+        assert written == ([] if quiet else ["Stopping …\n".encode()]) and "Interrupted." in ran.err
+    there = sum(t.numel() * 4 for t in load_file(zoo.base / "model.safetensors").values()) / 1e6
+    assert "Goes on" not in command(*words, "-q", "--dry-run").err
+    ran = command(*words)
+    told = re.search(r"Goes on where it stopped: (\S+) of (\S+) MB were written\.", ran.err.replace("\n", " "))
+    assert ran.code == 0 and told is not None and told[1] == told[2] and 0 < float(told[1]) <= 1.1 * there
+    assert "Goes on" not in command(*words, "--overwrite").err

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from twinmerge.cli import lines
 from twinmerge.errors import UsageError
-from twinmerge.progress import hidden
+from twinmerge.progress import heard, hidden
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ def messages(told: Messages) -> Iterator[None]:
     with ExitStack() as undone:
         undone.enter_context(hidden(told.quiet))
         undone.enter_context(lines.notes(not told.quiet))
+        undone.enter_context(heard(lines.said))
+        if not told.quiet:
+            undone.enter_context(_stopping_told())
         if told.verbose:
             undone.enter_context(_logged())
         yield
@@ -55,6 +62,31 @@ def where_stopped(left: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         error.add_note(left())
         raise
+
+
+@contextmanager
+def _stopping_told() -> Iterator[None]:
+    """An interrupt is answered by a word at once: what the workers have begun may take seconds."""
+    import threading
+
+    main = threading.current_thread() is threading.main_thread()  # which alone gets signals
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or ignored
+        yield
+        return
+    own, first = os.getpid(), "\n" if sys.stderr.isatty() else ""  # a bar, or ^C, stands in the line
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if os.getpid() == own:  # no worker that was forked
+            with suppress(OSError):  # not by print, which may be what was interrupted
+                os.write(2, f"{first}Stopping …\n".encode(sys.stderr.encoding or "utf-8", "replace"))
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from twinmerge.engine.run import Run
 from twinmerge.engine.seen import Digests
 from twinmerge.methods.kit.base import Known
 from twinmerge.models.opened import as_tensor
+from twinmerge.progress import note
 from twinmerge.store.checkpoint import Spec
 from twinmerge.store.checkpoint_writer import PYTORCH, CheckpointWriter
 from twinmerge.store.checksum import block_digests, joined
@@ -177,6 +178,12 @@ def write(plan: Plan, inputs: Inputs, run: Run, writer: CheckpointWriter, journa
         _copy(plan, inputs, entry, writer, report)
     groups = run.groups()
     journal.keep(lambda i, line: _is_there(groups[i], line, writer, plan))
+    if journal.done:
+        there = sum(e.size * plan.rounding(e.name).itemsize for i in journal.done for e in groups[i])
+        note(
+            f"Goes on where it stopped: {_megabytes(there)} of {_megabytes(plan.output_bytes)} MB were written.",
+            "engine",
+        )
     left = [i for i in range(len(groups)) if i not in journal.done]
     fresh = run.merge([groups[i] for i in left], _Writing(inputs, writer, plan.recipe.stochastic))
     for i, group in enumerate(groups):
@@ -192,6 +199,15 @@ def write(plan: Plan, inputs: Inputs, run: Run, writer: CheckpointWriter, journa
     for _ in fresh:  # lets the progress bar end
         pass
     return report
+
+
+def _megabytes(count: int) -> str:
+    """
+    Example:
+        >>> _megabytes(22_400_000), _megabytes(91_500)
+        ('22', '0.092')
+    """
+    return f"{count / 1e6:.0f}" if count >= 1e7 else f"{count / 1e6:.2g}"
 
 
 def _is_there(group: list[Range], line: Line, writer: CheckpointWriter, plan: Plan) -> bool:
