@@ -255,7 +255,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub: Hub, out: Path, where: str, s
 def test_no_login_no_network_and_offline(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(huggingface_hub, "get_token", lambda: None)
-        with pytest.raises(UsageError, match="Nobody is logged in to the hub here. Log in with `hf auth login`"):
+        with pytest.raises(ResourceError, match="Nobody is logged in to the hub here. Log in with `hf auth login`"):
             push(out, "me/it", **QUIET)
     with monkeypatch.context() as patched:
         patched.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens

@@ -161,7 +161,7 @@ class Sending:
         if isinstance(error, HfHubHTTPError):
             status = getattr(error.response, "status_code", None)
             if status == 401:
-                return UsageError(f"The hub does not take the token that you have. {LOG_IN}")
+                return ResourceError(f"The hub does not take the token that you have. {LOG_IN}")
             if status in (403, 404):
                 return UsageError(
                     f"You may not write to {self.repo} ({status}). Check its name, and that the token may write there."
@@ -210,7 +210,7 @@ def sending(
             "and '.'."
         ) from error
     if login and get_token() is None:
-        raise UsageError(f"Nobody is logged in to the hub here. {LOG_IN}")
+        raise ResourceError(f"Nobody is logged in to the hub here. {LOG_IN}")
     manifest = Manifest.of(folder)
     if manifest is None:
         raise DataError(
