@@ -75,10 +75,6 @@ def page(by_hand: str) -> str:
         "A recipe of mergekit runs as it is: `twinmerge merge recipe.yaml OUT`. `python docs/mergekit_page.py` writes this page out of",
         "the tables that the code follows. It was compared with mergekit 0.1.5.",
         "",
-        BEGIN,
-        by_hand.strip("\n"),
-        END,
-        "",
         "## Keys",
         "",
         "| key | here |",
@@ -100,6 +96,7 @@ def page(by_hand: str) -> str:
     lines += [f"| `{name}` | {option_said(name)} |" for name in sorted(OPTIONS)]
     lines += ["", "## Commands", "", "| mergekit | here |", "| --- | --- |"]
     lines += [f"| `{theirs}` | {here} |" for theirs, here in COMMANDS.items()]
+    lines += ["", BEGIN, by_hand.strip("\n"), END]
     return "\n".join(lines) + "\n"
 
 
