@@ -156,19 +156,23 @@ def _base(clip: Path, out: Path) -> str:
     """The image tower before it was tuned, as a folder."""
     from transformers import CLIPModel
 
-    folder = out / "models" / "base"
-    if not folder.is_dir():
-        CLIPModel.from_pretrained(clip).vision_model.save_pretrained(folder)
-        shutil.copy(clip / SIDE_FILES, folder)
+    folder = _emptied(out / "models" / "base")
+    CLIPModel.from_pretrained(clip).vision_model.save_pretrained(folder)
+    shutil.copy(clip / SIDE_FILES, folder)
     return str(folder)
+
+
+def _emptied(folder: Path) -> Path:
+    """Nothing of an earlier run is taken: it may be of another tower or of other classes, or cut off."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def _classifier(clip: Path, tower: Path, task: Task, out: Path) -> Path:
     """An expert: its image tower with the output layer of its classes, as a folder."""
-    folder = out / "models" / task.name
-    if not folder.is_dir():
-        tm.zero_shot(str(clip), task.classes, task.templates, tower=str(tower)).save_pretrained(folder)
-        shutil.copy(clip / SIDE_FILES, folder)
+    folder = _emptied(out / "models" / task.name)
+    tm.zero_shot(str(clip), task.classes, task.templates, tower=str(tower)).save_pretrained(folder)
+    shutil.copy(clip / SIDE_FILES, folder)
     return folder
 
 

@@ -19,8 +19,8 @@ class BreadcrumbsTies(Band, Elects):
     Band as in `breadcrumbs`; election and disjoint merge as in `ties`. mergekit made this of the two; its `normalize`
     is merge="mean", and by default it adds what agrees.
 
-    Source: Davari & Belilovsky 2024, arXiv 2312.06795, for the band; Yadav et al. 2023, arXiv 2306.01708, for the
-    election.
+    Source: Davari & Belilovsky 2024, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", ECCV,
+    arXiv 2312.06795, for the band; Yadav et al. 2023, arXiv 2306.01708, for the election.
 
     Example:
         >>> import torch

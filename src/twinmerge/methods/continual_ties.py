@@ -21,7 +21,8 @@ class ContinualTies(Method, Fold):
     that cancel to the majority; here, where an expert is taken in tensor by tensor, `density` keeps an exact count of
     each tensor, and such votes add nothing. Experts are taken in their order, which has a meaning.
 
-    Source: Tang et al. 2025, arXiv 2501.09522 (its baseline); Yadav et al. 2023, arXiv 2306.01708 (TIES).
+    Source: Tang et al. 2025, "Merging Models on the Fly Without Retraining", NeurIPS, arXiv 2501.09522 (its baseline);
+    Yadav et al. 2023, arXiv 2306.01708 (TIES).
 
     Example:
         >>> method, at = ContinualTies(density=1.0), Place("w", (2,))

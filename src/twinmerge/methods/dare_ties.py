@@ -25,7 +25,7 @@ class DareTies(Ties):
     The drop takes the place of the trim; a `trim_density` below 1 then also trims what the drop left, as TIES does.
     Election and disjoint mean as in `ties`; masks as in `dare`.
 
-    Source: Yu et al. 2024, arXiv 2311.03099, section 4.3 (DARE before TIES-Merging).
+    Source: Yu et al. 2024, "Language models are super Mario", arXiv 2311.03099, section 4.3 (DARE before TIES-Merging).
 
     Example:
         >>> import torch

@@ -39,8 +39,9 @@ class FisherDeltas(Method):
     every expert (`twinmerge measure fisher`). Strong for experts of different tasks, where λ is chosen on validation
     rows.
 
-    Source: Matena & Raffel 2022, arXiv 2111.09832, equation 3, on task vectors as the code of arXiv 2604.01329 has it,
-    whose least sum of Ft is 1e-8 where ours is 0; λ is Ilharco et al. 2023, arXiv 2212.04089.
+    Source: Matena & Raffel 2022, "Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832, equation 3, on task
+    vectors as the code of arXiv 2604.01329 has it, whose least sum of Ft is 1e-8 where ours is 0; λ is Ilharco et al.
+    2023, arXiv 2212.04089.
 
     Example:
         >>> import torch

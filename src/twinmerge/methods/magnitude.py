@@ -27,8 +27,8 @@ class Magnitude(TrimsDeltas, SparseSum):
     divided by Σt wt, unless that is below 1e-8. This is TIES-Merging without its election, and what DARE is compared
     with.
 
-    Source: Yadav et al. 2023, arXiv 2306.01708, section 3 (the trim); Yu et al. 2024, arXiv 2311.03099, section 4.4
-    (magnitude-based pruning of delta parameters).
+    Source: Yadav et al. 2023, "TIES-Merging", arXiv 2306.01708, section 3 (the trim); Yu et al. 2024, arXiv 2311.03099,
+    section 4.4 (magnitude-based pruning of delta parameters).
 
     Example:
         >>> import torch

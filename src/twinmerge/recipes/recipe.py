@@ -1,4 +1,7 @@
-"""What to merge, how, and to what dtype: checked, and written down again. `recipes/schema.py` reads it."""
+"""What to merge, how, and to what dtype: checked, and written down again. `recipes/schema.py` reads it.
+
+Longer than other files: one class holds what a recipe says, and the checks of what may stand beside what.
+"""
 
 from __future__ import annotations
 
