@@ -133,3 +133,10 @@ def test_mistakes(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         and says in ran.err
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_peft_that_trim_products_are_refused_and_default_scales_told(
+    command: Any, zoo: Any, tmp_path: Path
+) -> None:
+    ran = command("lora", "merge", "--method", "Ties-SVD", "--base", zoo.base, "--expert", "a=no", "-o", tmp_path / "o")
+    assert ran.code == 2 and "picks entries of the products B A" in ran.err and not (tmp_path / "o").exists()

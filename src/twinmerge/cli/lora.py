@@ -23,7 +23,7 @@ from twinmerge.cli.common import (
     size,
 )
 from twinmerge.cli.complete import methods
-from twinmerge.cli.named import meant
+from twinmerge.cli.named import default_scale, meant
 from twinmerge.errors import UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.results import bytes_of
@@ -108,7 +108,7 @@ def merge(
     if base is None:
         raise UsageError("No base is named. Add --base MODEL, the model that the adapters belong to.")
     from twinmerge.engine.adapters.merge import merge_lora
-    from twinmerge.engine.adapters.named import PEFT
+    from twinmerge.engine.adapters.named import PEFT, of_adapters
     from twinmerge.recipes.spelling import spelled
     from twinmerge.store.output import OutputFolder
 
@@ -119,6 +119,7 @@ def merge(
     named = {"weights": numbers(weight, "--weight"), "scale": scale, "rank": rank, "energy": energy, "dtype": dtype}
     options: dict[str, Any] = {name: value for name, value in named.items() if value not in (None, {})}
     also = {"weights"} | ({"scale"} - options.keys())  # of the methods, and arguments of the call
+    of_adapters(method)  # some names of PEFT are of no merge of factors
     experts, known = pairs(expert, "--expert"), method if method.lower() in PEFT else meant(method)
     parameters, told = spelled(parameters_for(merge_lora, parameter, also), PEFT.get(known.lower(), known), experts)
     for line in told:
@@ -150,6 +151,9 @@ def merge(
     else:
         assert output is not None
         said(f"Merged {len(ranks)} matrices, {_span(list(ranks.values()))}, {size(bytes_of(output))} -> {output}")
+        of_itself = known in PEFT or known == "task_arithmetic" or "scale" in {*options, *parameters}
+        if not of_itself and (told_scale := default_scale(known)):  # of task_arithmetic it is 1 among adapters
+            said(f"{known}{told_scale}.")
 
 
 @command("lora extract")

@@ -12,6 +12,7 @@ from twinmerge.cli.command import command
 from twinmerge.cli.common import device_of, print_json, print_table, size
 from twinmerge.cli.lines import said
 from twinmerge.cli.merging import Beside, Described, Out, Output, RecipeFile, Running, recipe_of
+from twinmerge.cli.named import default_scale
 from twinmerge.errors import DataError, UsageError
 from twinmerge.maths.threads import use_threads
 from twinmerge.results import some
@@ -118,13 +119,5 @@ def _semantics(merged: Merge) -> str:
 
 def _of_itself(recipe: Recipe) -> str:
     """What is said of a `scale` that nobody gave and that is not 1: the weights alone do not tell how much is added."""
-    from twinmerge.methods.kit.registry import method_class
-
-    fields = method_class(recipe.method).model_fields
     places = recipe.parameters, *(each.parameters for each in recipe.slices)
-    if "scale" not in fields or any("scale" in given for given in places):
-        return ""
-    if (default := fields["scale"].get_default()) == 1 or not isinstance(default, (int, float)):
-        return ""
-    what = "takes the weights as they are" if "weights" in fields else "takes its change in full"
-    return f", with its default scale {default:g} (-p scale=1 {what})"
+    return "" if any("scale" in given for given in places) else default_scale(recipe.method)
