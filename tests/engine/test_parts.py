@@ -525,7 +525,7 @@ def test_classifiers_made_of_an_encoder_are_merged_as_plain_models(tmp_path: Pat
     )
     names = {each.name for each in (tmp_path / "out").iterdir()}
     assert not names & {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "2_Dense"}
-    assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: twinmerge" in (tmp_path / "out" / "README.md").read_text()
     assert verify(tmp_path / "out", progress=False).ok
     assert Merge(Recipe("average", str(base), {"a": a, "b": b}), progress=False).check()["heads"].keys() == {"a", "b"}
 

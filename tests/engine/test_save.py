@@ -100,7 +100,8 @@ def test_hub_commits_and_names_are_recorded(zoo, tmp_path, monkeypatch):
 def test_card_with_one_licence(saved):
     front, text = front_matter(saved[1])
     assert front == {
-        "library_name": "transformers",
+        "library_name": "twinmerge",  # which opens it with its heads
+        "pipeline_tag": "text-classification",
         "tags": ["twinmerge", "merge", "ties"],
         "license": "apache-2.0",
     }

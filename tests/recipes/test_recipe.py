@@ -382,8 +382,8 @@ def test_mistakes_in_ours_are_named(text, message):
     [
         ("{density: 2}", "density=2 is out of range"),
         ("{density: true}", "density=True is out of range"),
-        ("{density: '0.2'}", "density='0.2' is out of range"),
-        ("{density: 0:30}", "density='0:30' is out of range"),
+        ("{density: '0.2'}", "density='0.2' is a text. Give a number"),
+        ("{density: 0:30}", "density='0:30' is a text. Give a number"),
         ("{scale: 1:30}", "scale='1:30' is not allowed"),
         ("{scale: yes}", "scale=True is not allowed"),
         ("{scale: .nan}", "scale=nan is not allowed"),

@@ -258,7 +258,16 @@ def test_no_loss_is_made_up(folders: dict[str, Path]) -> None:
         with pytest.raises(UsageError, match="computes no loss"):
             found(**batch, labels=labels)
     twin = Twin.from_pretrained(folders["bert"])
-    for name, value in (("labels", torch.tensor([0, 1])), ("output_hidden_states", True), ("output_attentions", True)):
-        for choice in ({}, {"expert": "e1"}):
-            with pytest.raises(UsageError, match=name):
-                twin(**twin.encode(TEXTS[:2]), **choice, **{name: value})
+    for choice in ({}, {"expert": "e1"}):
+        with pytest.raises(UsageError, match="computes no loss"):
+            twin(**twin.encode(TEXTS[:2]), **choice, labels=torch.tensor([0, 1]))
+
+
+def test_states_of_layers_are_those_of_the_named_mixture(folders: dict[str, Path]) -> None:
+    """Also where a router reads states of its own first."""
+    twin = Twin.from_pretrained(folders["bert"])
+    batch = twin.encode(["w3 w4 w5"])
+    routed = twin(**batch, output_hidden_states=True)
+    named = twin(**batch, expert=routed.expert[0], output_hidden_states=True)
+    assert routed.output.hidden_states is not None
+    assert all(torch.equal(a, b) for a, b in zip(routed.output.hidden_states, named.output.hidden_states, strict=True))

@@ -19,7 +19,7 @@ from twinmerge.twin.core import Core
 from twinmerge.twin.mixing.mixture import MixtureLike, one_hot
 from twinmerge.twin.mixing.own import inputs_of, refuse_taken
 from twinmerge.twin.reading import check_batch
-from twinmerge.twin.routing import TOP_K, WANTS_ALL_LAYERS, PerRow, check_names, heads_of_rows, mixtures, per_row
+from twinmerge.twin.routing import TOP_K, PerRow, check_names, heads_of_rows, mixtures, per_row
 from twinmerge.twin.told.watch import refused_rows
 
 
@@ -124,10 +124,6 @@ def asked(core: Core, *unnamed: Any, **given: Any) -> TwinOutput:
     return _call(core, *unnamed, **given)
 
 
-def _is_asked(value: Any) -> bool:
-    return value is not None and value is not False
-
-
 def _checked(core: Core, unnamed: Sequence[Any], batch: dict[str, Any]) -> dict[str, Any]:
     """A batch of a model of transformers, with a row for each of what may come once for all."""
     if unnamed:
@@ -136,11 +132,9 @@ def _checked(core: Core, unnamed: Sequence[Any], batch: dict[str, Any]) -> dict[
     if "top_k" in batch:
         raise UsageError(TOP_K)
     check_batch(batch)
-    if core.model.head_specs and (name := next((n for n in WANTS_ALL_LAYERS if _is_asked(batch.get(n))), None)):
+    if core.model.head_specs and batch.get("labels") is not None:
         raise UsageError(
-            f"A twin with heads gives logits, and takes no {name}. Leave it out; a loss is computed from the logits."
-            if name == "labels"
-            else f"A twin with heads gives logits, and no states of its layers. Leave {name} out."
+            "A twin with heads answers, and computes no loss. Leave labels out; take the loss of the logits."
         )
     check_names(core, {k: v for k, v in batch.items() if k != "return_dict"})
     if batch.pop("return_dict", None) is False:

@@ -143,7 +143,8 @@ def _read(core: Core, router: Router, layers: Sequence[int], batch: Mapping[str,
     """What a router reads of a batch, and what the first layers gave where it reads no more."""
     if router.reads == "answers":
         return answers(core, batch, router), None
-    return read_states(core.model, batch, layers, router.spreads)
+    wanted = {name: value for name, value in batch.items() if name not in WANTS_ALL_LAYERS}  # of the answer alone
+    return read_states(core.model, wanted, layers, router.spreads)
 
 
 def _goes_on(core: Core, batch: Mapping[str, Any]) -> bool:

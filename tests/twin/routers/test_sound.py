@@ -253,7 +253,7 @@ def test_a_twin_takes_a_class_or_an_object(lab: Any, tmp_path: Path, monkeypatch
     with pytest.raises(TwinmergeError, match="fit_router takes kind as a text or a class of Router or a Router, not 3"):
         twin.fit_router(given(), 3, **quiet)
     monkeypatch.delitem(sys.modules, __name__)
-    with pytest.raises(TwinmergeError, match="The router .* is a class of the module .*Import it first"):
+    with pytest.raises(TwinmergeError, match="The router .* is a class of the module .*In Python import it first"):
         Twin.from_pretrained(tmp_path / "twin")
 
 

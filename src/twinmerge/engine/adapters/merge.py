@@ -247,8 +247,7 @@ def _unable(method: str, merges_cores: bool) -> RecipeError:
         )
     return RecipeError(
         f"{method} does not merge low-rank factors.{nearest(method, able)} Choose from {', '.join(able)}, or merge "
-        "full models "
-        "with `twinmerge merge`, which takes base+adapter too."
+        "full models with `twinmerge merge`, which takes base+adapter too."
     )
 
 
