@@ -99,7 +99,7 @@ def _path(recipe: Recipe, models: Models, left_out: Mapping[int, frozenset[str]]
         if span.stop > count:
             raise RecipeError(
                 f"layer_range [{span.start}, {span.stop}] asks for layer {span.stop - 1} of {model.name}, which has "
-                f"{count}, counted from 0. Name layers that it has."
+                f"the layers 0 to {count - 1}. Name layers that it has."
             )
     if len(paths) > 1:
         raise ModelError(f"Models keep their layers in {' and in '.join(sorted(paths))}. Merge models of one class.")
