@@ -332,3 +332,26 @@ def test_a_merge_that_keeps_heads_is_no_one_model(zoo: dict[str, str], tmp_path:
     inner = Recipe("average", zoo["base"], {"a": zoo["a"], "b": zoo["b"]}, heads=("lm_head",))
     with pytest.raises(ModelError, match="keeps output layers of its experts apart"):
         Merge(Recipe("average", None, {"i": inner, "c": zoo["c"]}), progress=False).save(tmp_path / "out")
+
+
+def test_the_card_names_the_models_and_methods_inside(zoo: dict[str, str], tmp_path: Path) -> None:
+    licensed = Path(shutil.copytree(zoo["a"], tmp_path / "a"))
+    (licensed / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    inner = Recipe("average", None, {"x": str(licensed), "y": zoo["b"]})
+    middle = Recipe("slerp", inner, {"inner": inner, "z": zoo["c"]})
+    recipe = Recipe("ties", zoo["base"], {"middle": middle, "d": zoo["d"]}, {"density": 0.5})
+    out = Merge(recipe, progress=False).save(tmp_path / "out")
+    card = (out / "README.md").read_text()
+    rows = [line for line in card.splitlines() if line.startswith("| ")]
+    assert "| middle | merged by `slerp` | " in card and f"| d | `{zoo['d']}` | not stated |" in rows
+    assert f"| middle / base / x | `{licensed}` | cc-by-4.0 |" in rows  # whose licence it is
+    assert f"| middle / base / y | `{zoo['b']}` | not stated |" in rows and card.count(f"`{licensed}`") == 1
+    assert [name for name in ("ties", "slerp", "average") if f"The method `{name}`" in card] == [
+        "ties",
+        "slerp",
+        "average",
+    ]
+    shown = card.split("```yaml\n")[1].split("```")[0]
+    assert "&id" not in shown and "null" not in shown.replace("base_model: null", "") and "[]" not in shown
+    (tmp_path / "again.yaml").write_text(shown)
+    assert saved(read_recipe(tmp_path / "again.yaml"), tmp_path / "again") == (out / "model.safetensors").read_bytes()

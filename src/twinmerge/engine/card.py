@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -83,9 +85,14 @@ def model_card(
         front["pipeline_tag"] = usage.task
     front["tags"] = list(dict.fromkeys(["twinmerge", kind, "merge", *_tag(recipe["merge_method"])]))
     front |= _agreed(fronts, list(experts) or ["base"])
+    nested = _nested(recipe)
     rows = "\n".join(
-        f"| {cell(label)} | {_shown(source)} | {cell(fronts[label].licence or 'not stated')} |"
+        f"| {cell(label)} | {nested.get(label) or _shown(source)} | {cell(fronts[label].licence or 'not stated')} |"
         for label, source in sources.items()
+    )
+    rows += "".join(
+        f"\n| {cell(label)} | {_named(model)} | {cell(front_of(_folder(model)).licence or 'not stated')} |"
+        for label, model in _inside(recipe)
     )
     heads = f"\nEach expert's output layers ({', '.join(head_names)}) are kept in `heads/`.\n" if head_names else ""
     use = f"## Use\n\n{fenced('python', usage.code)}\n" if kind == "merge" else ""
@@ -103,8 +110,59 @@ def model_card(
 
 
 def _stated(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without the keys that say nothing."""
-    return {key: value for key, value in recipe.items() if value not in (None, [], {})}
+    """A recipe, and those inside, without the keys that say nothing."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            kept = {
+                key: each for key, each in value.items() if "merge_method" not in value or each not in (None, [], {})
+            }
+            return {key: plain(each) for key, each in kept.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    found: dict[str, Any] = plain(recipe)
+    return found
+
+
+def _parts(recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The base and the experts of a recipe by their names."""
+    base = recipe.get("base_model")
+    experts = [(each["name"], each["model"]) for each in recipe.get("models", ())]
+    return experts if base is None else [("base", base), *experts]
+
+
+def _nested(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Part -> how it was merged, of those that are merges themselves."""
+    return {
+        name: f"merged by `{model['recipe']['merge_method']}`"
+        for name, model in _parts(recipe)
+        if isinstance(model, dict)
+    }
+
+
+def _inside(recipe: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """The models that merges inside a recipe are made of, each once: the names that lead to it, and itself."""
+    found: dict[str, str] = {}
+    for name, model in _parts(recipe):
+        path = f"{above}{name}"
+        if isinstance(model, dict):
+            for label, each in _inside(model["recipe"], f"{path} / "):
+                if each not in found.values():
+                    found[label] = each
+        elif above and isinstance(model, str) and model not in found.values():
+            found[path] = model
+    return list(found.items())
+
+
+def _methods(recipe: Mapping[str, Any]) -> list[str]:
+    """The methods of a recipe and of those inside, each once."""
+    inner = [name for _, model in _parts(recipe) if isinstance(model, dict) for name in _methods(model["recipe"])]
+    return list(dict.fromkeys([recipe["merge_method"], *inner]))
+
+
+def _folder(model: str) -> Path | None:
+    folder = Path(os.path.expanduser(model))
+    return folder if folder.is_dir() else None
 
 
 def _agreed(fronts: Mapping[str, Front], experts: Sequence[str]) -> dict[str, Any]:
@@ -170,17 +228,19 @@ def cited(recipe: Mapping[str, Any], more: Sequence[str] = ()) -> str:
         recipe: as it was resolved.
         more: sources besides.
     """
-    try:
-        paper = source_of(recipe["merge_method"])
-    except TwinmergeError:  # a class that leads nowhere by its name
-        paper = None
-    lines = [f"The method `{recipe['merge_method']}`: {paper}"] if paper else []
+    papers: dict[str, str] = {}
+    for method in _methods(recipe):
+        with suppress(TwinmergeError):  # a class that leads nowhere by its name
+            if paper := source_of(method):
+                papers[method] = paper
+    lines = [f"The method `{method}`: {paper}" for method, paper in papers.items()]
     if recipe.get(LINES) is not None:
         lines.append(f"LiNeS: {PAPER}")
     lines += more
-    entry = bibtex_of(recipe["merge_method"], paper) if paper else None
+    found = {bibtex_of(method, paper): None for method, paper in papers.items()}
+    entry = "\n".join(filter(None, found))
     bib = f"@software{{twinmerge,\n  title = {{{TITLE}}},\n  author = {{{{{AUTHORS}}}}},\n  version = {{{version('twinmerge')}}}\n}}\n"
-    entries = bib if entry is None else f"{entry}\n{bib}"
+    entries = f"{entry}\n{bib}" if entry else bib
     return "".join(f"- {line}\n" for line in lines) + f"- twinmerge\n\n{fenced('bibtex', entries)}"
 
 
@@ -213,10 +273,15 @@ def _tag(method: str) -> list[str]:
 
 
 def _shown(source: Source) -> str:
-    name = " ".join(source.name.replace("|", "\\|").split())
+    return _named(source.name) + (f" at commit {source.commit}" if source.commit else "")
+
+
+def _named(model: str) -> str:
+    """A model as code in a cell."""
+    name = " ".join(model.replace("|", "\\|").split())
     fence = "`" if "`" not in name else "``"
     space = " " if fence == "``" else ""
-    return f"{fence}{space}{name}{space}{fence}" + (f" at commit {source.commit}" if source.commit else "")
+    return f"{fence}{space}{name}{space}{fence}"
 
 
 def cell(text: str) -> str:

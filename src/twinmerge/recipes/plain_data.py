@@ -52,7 +52,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts what some reader takes for a number or a date in quotes."""
+    """Puts what some reader takes for a number or a date in quotes, and writes twice what stands twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """A person reads what stands there, and no mark of it."""
+        return True
 
 
 for _tag, _pattern, _first in _RESOLVERS:
