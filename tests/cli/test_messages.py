@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_an_interrupt_says_what_is_left_and_how_to_go_on(
     assert ran.err.startswith(f"Interrupted. Nothing of {tmp_path}/twin is left on the disk.")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process in the background of a shell ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_run_that_goes_on_says_so_and_a_stop_is_told_at_once(
     command: Any, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

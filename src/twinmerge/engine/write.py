@@ -204,7 +204,7 @@ def write(plan: Plan, inputs: Inputs, run: Run, writer: CheckpointWriter, journa
 def _megabytes(count: int) -> str:
     """
     Example:
-        >>> _megabytes(22_400_000), _megabytes(91_500)
+        >>> _megabytes(22_400_000), _megabytes(91_600)
         ('22', '0.092')
     """
     return f"{count / 1e6:.0f}" if count >= 1e7 else f"{count / 1e6:.2g}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from twinmerge.models.opened import OpenedModel
 from twinmerge.results import some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twinmerge.models.opened import OpenedModel
 
 KEY = "buffers"
 """Of the provenance of a twin: the statistics that experts have otherwise."""
@@ -24,11 +25,9 @@ def shared_buffers(shared: Mapping[str, Tensor], experts: Mapping[str, OpenedMod
         experts: the opened experts.
         names: of all statistics.
     """
-    found = [
-        n for n in names if any(not torch.equal(e.read(n).to(shared[n].dtype), shared[n]) for e in experts.values())
-    ]
+    found = [n for n in names if any(not e.read(n).to(shared[n].dtype).equal(shared[n]) for e in experts.values())]
     if found:
-        warnings.warn(f"{said_of(found)} Measure the experts in the twin before it is used.", stacklevel=4)
+        warnings.warn(f"{said_of(found)} Evaluate the twin before it is used.", stacklevel=4)
     return found
 
 
