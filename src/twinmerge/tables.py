@@ -72,7 +72,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         >>> print(text_table(["n"], [[i] for i in range(22)]).splitlines()[-1])
         2 more rows: to_csv() has all
     """
-    from rich.cells import cell_len, set_cell_size
+    from rich.cells import cell_len
 
     right = _numbers(rows, len(columns))
     lines = [[" ".join(visible(cell(value)).split()) for value in row] for row in [columns, *rows[:PRINTED]]]
@@ -88,7 +88,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
             wide = [WIDTH]
 
     def fitting(text: str, width: int, number: bool) -> str:
-        text = text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+        text = shortened(text, width)
         blank = " " * (width - cell_len(text))
         return blank + text if number else text + blank
 
@@ -99,6 +99,19 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     left = [(len(rows) - PRINTED, "row"), (len(columns) - len(wide), "column")]
     more = " and ".join(f"{count} more {what}{'s' if count > 1 else ''}" for count, what in left if count > 0)
     return "\n".join([*shown, f"{more}: to_csv() has all"] if more else shown)
+
+
+def shortened(text: str, width: int) -> str:
+    """A text in one line of so many cells of a terminal, of which some letters take two, cut at its end.
+
+    Example:
+        >>> shortened("one two", 7), shortened("one two", 5), shortened("日本語", 5)
+        ('one two', 'one…', '日本…')
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    text = " ".join(text.split())
+    return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1).rstrip()}…"
 
 
 def html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from twinmerge.tables import visible
+from twinmerge.tables import shortened, visible
 
 NUMBER = re.compile(r"[-+–−±]?\d|–?$")  # how a cell begins, or nothing to say
 NAME, TENSOR, PROSE = 14, 24, 18  # columns that names, names of tensors, and prose have at least
@@ -33,7 +33,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         names, lines = [columns[i] for i in part], [[row[i] for i in part] for row in cells]
         widths = _widths(names, lines, console.width)
         if short:
-            lines = [[_one_line(line[0], widths[0]), *line[1:]] for line in lines]
+            lines = [[shortened(line[0], widths[0]), *line[1:]] for line in lines]
         console.print(_table(names, lines, widths))
 
 
@@ -56,14 +56,6 @@ def cut(text: str, width: int) -> str:
         return found
     head = (width - 1) * 2 // 5
     return f"{found[:head]}…{found[len(found) - (width - 1 - head) :]}"
-
-
-def _one_line(text: str, width: int) -> str:
-    """A text in so many cells of a terminal, of which some letters take two."""
-    from rich.cells import cell_len, set_cell_size
-
-    text = " ".join(text.split())
-    return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1).rstrip()}…"
 
 
 def _joined(parts: Sequence[str | None]) -> str:

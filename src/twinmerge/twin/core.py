@@ -262,7 +262,7 @@ class Core(nn.Module):
         Raises:
             TwinmergeError: texts, and no tokenizer; what the model does not read; as `TextEncoder.encode` says.
         """
-        return {name: _at(self.device, tensor, self.dtype) for name, tensor in self._encoded(rows).items()}
+        return {name: placed(tensor, self.device, self.dtype) for name, tensor in self._encoded(rows).items()}
 
     def _encoded(self, rows: Sequence[Input]) -> dict[str, Tensor]:
         if not isinstance(rows, (str, Mapping)) and (found := as_images(rows)) is not None:
@@ -313,9 +313,11 @@ class Core(nn.Module):
         return self.side_files is not None and any((self.side_files / name).is_file() for name in names)
 
 
-def _at(device: torch.device, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor where the model is, and in its dtype if it is of the floating kind, as images are."""
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """An input where the model is, and in its dtype if it is of the floating kind, as images are."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

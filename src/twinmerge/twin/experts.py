@@ -34,12 +34,11 @@ from twinmerge.twin.reading import Given, read_features
 from twinmerge.twin.routers.kit.aggregates import Statistics
 from twinmerge.twin.routers.kit.base import Router
 from twinmerge.twin.routers.kit.calibration import held_out_split
-from twinmerge.twin.routers.kit.fit import inputs_for, warn_unlimited
+from twinmerge.twin.routers.kit.fit import FEWEST, inputs_for, warn_unlimited
 from twinmerge.twin.routers.kit.novelty import Novelty, limit_of, limits_of
 from twinmerge.twin.split import Exclusive, refuse_masks, split
 
 OWN = 0.75  # of the inputs of a new expert, that the router should send to it
-FEWEST = 5  # inputs of an expert, as of a router that is fitted
 
 
 def added(

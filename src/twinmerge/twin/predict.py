@@ -20,7 +20,7 @@ from twinmerge.tasks.columns import inputs_from
 from twinmerge.tasks.images import named as named_row
 from twinmerge.twin.answer import planned
 from twinmerge.twin.call import TwinOutput, call
-from twinmerge.twin.core import Core
+from twinmerge.twin.core import Core, placed
 from twinmerge.twin.reading import check_batch
 from twinmerge.twin.routing import CHOICE, check_choice, heads_of_rows
 
@@ -201,7 +201,7 @@ def _answers(core: Core, inputs: Any, batch_size: int, choice: Mapping[str, Any]
         else:
             batch = core.encode(list(inputs[start:stop]))
         own = {**choice, **{name: value[start:stop] for name, value in each.items()}}
-        batch = {name: _at(core, value) for name, value in batch.items()}
+        batch = {name: placed(value, core.device, core.dtype) for name, value in batch.items()}
         yield _Asked(batch, own, call(core, **{**batch, **own}))
 
 
@@ -210,10 +210,3 @@ def _for_each_row(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return not all(isinstance(one, (int, float)) for one in value)
     return hasattr(value, "ndim") and value.ndim > 1
-
-
-def _at(core: Core, value: Any) -> Any:
-    """An input where the model is, and in its dtype if it is of the floating kind, as images are."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(core.device, core.dtype if value.is_floating_point() else None)

@@ -28,6 +28,8 @@ from twinmerge.twin.routers.kit.novelty import Novelty, check_refuse, limits_of,
 from twinmerge.twin.routers.kit.registry import is_router, make_router
 from twinmerge.twin.routers.kit.sound import check_fitted, check_returns, failing
 
+FEWEST = 5  # inputs of an expert: one is held out
+
 
 def fit_router(
     router: Router,
@@ -50,9 +52,9 @@ def fit_router(
     if len(experts) < 2:
         raise UsageError("A router needs at least two experts to choose from. Add an expert, or name it in each call.")
     for k, name in enumerate(experts):
-        if (owners == k).sum() < 5:
+        if (owners == k).sum() < FEWEST:
             raise UsageError(
-                f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least 5, better a "
+                f"The router has {int((owners == k).sum())} inputs for the expert {name!r}. Give at least {FEWEST}, better a "
                 "few hundred."
             )
     train, held = held_out_split(owners, seed)
