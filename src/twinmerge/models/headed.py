@@ -354,9 +354,10 @@ def known_tokens(body: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
         yield
     except (IndexError, RuntimeError) as error:
         most = position_limit(getattr(body, "config", None))
-        if isinstance(ids, Tensor) and ids.dim() > 1 and most is not None and ids.shape[1] > most:
+        long = isinstance(ids, Tensor) and ids.dim() > 1 and most is not None and ids.shape[1] > most
+        if long and (isinstance(error, IndexError) or "size" in str(error)):  # no memory is another matter
             raise ModelError(
-                f"The batch has {ids.shape[1]} tokens in a row, and the model takes {most}. Cut them: truncation=True "
+                f"The batch has {batch['input_ids'].shape[1]} tokens in a row, and the model takes {most}. Cut them: truncation=True "
                 "of the tokenizer."
             ) from error
         if not isinstance(error, IndexError):
